@@ -296,9 +296,7 @@ def test_values_that_are_no_levels_need_a_range(tmp_path):
     assert np.array_equal(read_levels(tmp_path / "a.tif", [-128, 127]), expected)
 
 
-@pytest.mark.parametrize(
-    ("bands", "dtype"), [(2, np.uint8), (4, np.uint16), (6, np.uint32), (8, np.float32), (8, np.uint8), (2, np.float32)]
-)
+@pytest.mark.parametrize(("bands", "dtype"), [(2, np.uint8), (4, np.uint16), (6, np.uint32), (8, np.float32)])
 def test_tiff_bands_stored_together_or_in_planes_are_read(dtype, bands, tmp_path):
     values = levels(bands, np.uint16).astype(dtype)
     value_range = None if dtype in (np.uint8, np.uint16) else (0, 65535)
@@ -340,8 +338,6 @@ def test_large_arrays_are_scaled_in_bands_of_rows():
     assert tracemalloc.get_traced_memory()[1] < 4 * values.nbytes  # float64 values alone have twice its bytes
     tracemalloc.stop()
     assert np.array_equal(found[..., 0], np.round(values.astype(float) * 65535))
-    smallest = to_levels(np.array([[[0.0], [5e-324]]]), [0, 5e-324], "The image")  # without overflow
-    assert smallest.ravel().tolist() == [0, 65535]
 
 
 def test_pages_of_different_depths_are_scaled_as_files(tmp_path):
@@ -389,12 +385,8 @@ def test_levels_of_tensors_are_not_scaled_again(dtype):
     assert np.array_equal(found, image)
 
 
-@pytest.mark.parametrize(
-    ("channels", "dtype"), [(1, np.uint16), (2, np.uint8), (4, np.uint16), (5, np.uint8), (9, np.uint16)]
-)
-@pytest.mark.parametrize(
-    ("resample", "padding"), [("area", "spread"), ("antialias", "end"), ("bilinear", "spread"), ("bilinear", "end")]
-)
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint16), (2, np.uint8), (4, np.uint16), (5, np.uint8)])
+@pytest.mark.parametrize(("resample", "padding"), [("area", "spread"), ("antialias", "end"), ("bilinear", "spread")])
 def test_views_move_all_channels_alike(padding, resample, channels, dtype):
     """A view of several channels is that of each channel alone."""
     image, mask = levels(channels, dtype, size=(50, 40)), np.zeros((50, 40), np.uint8)

@@ -161,15 +161,6 @@ def test_a_scaled_view_shows_the_same_place(tmp_path, cache):
         assert apart.mean() < 2 and (ours.mask != theirs.mask)[both].float().mean() < 0.05
 
 
-def test_packed_dataset_pickles_small_and_is_reopened(data, cache):
-    dataset = make(data(), cache)
-    unread = len(pickle.dumps(dataset))
-    item = dataset[3]
-    assert len(pickle.dumps(dataset)) < unread + 100  # what it read does not go along
-    again = pickle.loads(pickle.dumps(dataset))  # a spawned process: tests/test_on_windows.py
-    assert torch.equal(again[3]["image"], item["image"]) and torch.equal(again[3]["mask"], item["mask"])
-
-
 @pytest.mark.parametrize("longest", [None, 40])
 def test_packing_reports_its_size_first(data, cache, caplog, longest):
     expected = sum(4 * h * w for h, w in packed._sizes(data(), longest))

@@ -1,5 +1,4 @@
 import os
-import pickle
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -213,14 +212,6 @@ def test_processes_and_threads_do_not_disturb_one_another(avi, method):
         assert [job.get(60) for job in waiting] == [wanted] * 4
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(lambda _: checksums(avi, indices), range(9))) == [wanted] * 9
-
-
-def test_frame_is_a_hashable_value(avi, tmp_path):
-    frame = VideoFrame(avi, 5, tmp_path)
-    assert pickle.loads(pickle.dumps(frame)) == frame == VideoFrame(avi, 5)
-    assert {frame: 1}[VideoFrame(avi, 5)] and frame != VideoFrame(avi, 6)
-    assert str(frame) == f"frame 5 of {avi}" and frame.stat().st_size == avi.stat().st_size
-    np.testing.assert_array_equal(frame.read(), sequential(avi)[5])
 
 
 def test_missing_frames_and_videos_are_refused(avi, tmp_path):
