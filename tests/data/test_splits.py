@@ -142,17 +142,3 @@ test_message_names_value_and_remedy = refusals(
         "no text": (lambda: read_name_list(list_of(b"\xff\xfe\x00")), "cannot read this file list"),
     }
 )
-
-
-def test_folds_separate_things_with_equal_names_in_two_splits():
-    def find_numbered(split):
-        return [Thing(f"v{number}/x", f"{split}{number}") for number in range(4 if split == "train" else 2)]
-
-    held_out = []
-    for fold in range(3):
-        partition = Partition(group="^(.+)$", fold=fold, folds=3)
-        parts = {split: divide(split, find_numbered, partition) for split in ("train", "val")}
-        assert len({thing.origin for part in parts.values() for thing in part}) == 6
-        held_out += parts["val"]
-    expected = [*(f"v{number}/x-train" for number in range(4)), *(f"v{number}/x-val" for number in range(2))]
-    assert sorted(thing.name for thing in held_out) == sorted(expected)

@@ -223,7 +223,7 @@ def test_size_mismatches_are_refused(fill):
     np.testing.assert_array_equal(data[0]["mask"], expected)
     np.testing.assert_array_equal(data.mask(0), expected)
     save(root / "train/masks/x.png", mask.T)
-    assert_refused(lambda: data[0], "aspect ratios differ by more than 5%")
+    assert_refused(lambda: data[0], "20 x 30", "aspect ratios differ by more than 5%", "EXIF")
 
 
 def test_fingerprint_follows_files_and_rules(fill):
