@@ -305,7 +305,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     assert len(second.result(300)) == len(NAMES)
 
 
-def test_a_read_only_folder_still_serves_its_store(data, cache, tmp_path, monkeypatch):
+def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
     make(data(), cache)
 
     def refuse(path):
@@ -313,11 +313,8 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, tmp_path, monkey
 
     monkeypatch.setattr(packed, "hold_lock", refuse)
     assert_same(make(data(), cache), data())
-    assert_refused(lambda: make(data(), cache, 20), "Cannot pack to ", "Permission denied")
-    monkeypatch.undo()
-    (tmp_path / "file").write_text("")
-    words = ("Cannot pack to ", "file", "cache_dir=FOLDER", "(cache=null")
-    assert_refused(lambda: make(data(), tmp_path / "file"), *words)
+    words = ("Cannot pack to ", "Permission denied", "cache_dir=FOLDER", "(cache=null")
+    assert_refused(lambda: make(data(), cache, 20), *words)
 
 
 def test_video_frames_are_packed_with_one_size_per_video(cache, tmp_path, monkeypatch):

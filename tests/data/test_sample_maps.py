@@ -197,7 +197,6 @@ test_message_names_value_and_remedy = refusals(
     {
         "a word": (lambda: declare({"flow": "vectors"}), *UNKNOWN),
         "no kinds": (lambda: declare(["distance"]), *UNKNOWN),
-        "a class": (lambda: declare({"distance": DistanceMap}), *UNKNOWN),
         "a number as name": (lambda: declare({1: DistanceMap()}), *UNKNOWN),
         "no declaration": (lambda: declare({})[0], "p0 has the maps ", "dataset declares []"),
         "no layer": (lambda: ValueMap(layers=0), "layers=0 is out of range"),

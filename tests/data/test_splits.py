@@ -109,6 +109,10 @@ def fold_both(by):
     return divide("val", lambda split: [Thing("a"), Thing("b")], Partition(by=by, fold=0, folds=2))
 
 
+def share(split, group=None):
+    return divide(split, find_things, Partition("fraction", group=group))
+
+
 test_message_names_value_and_remedy = refusals(
     {
         "fold alone": (lambda: Partition(fold=0), "fold=0 with folds=None: k-fold cross-validation needs both"),
@@ -118,16 +122,9 @@ test_message_names_value_and_remedy = refusals(
         "negative fold": (lambda: Partition(fold=-1, folds=3), "fold=-1"),
         "more folds than groups": (lambda: folds(0, 9), "partition.folds=9: there are only 7 groups"),
         "no group": (lambda: folds(0, 2, "^w"), "partition.group=", "does not match the name v0/train_0"),
-        "a split of no share": (
-            lambda: divide("test", find_things, Partition("fraction")),
-            "train and val only, not test",
-        ),
+        "a split of no share": (lambda: share("test"), "train and val only, not test"),
         "one file twice": (lambda: fold_both("folder"), "2 names in train and in val (a, b) with the same file"),
-        "one group": (
-            lambda: divide("val", find_things, Partition("fraction", group="^v")),
-            "1 group(s)",
-            "two are needed",
-        ),
+        "one group": (lambda: share("val", "^v"), "1 group(s)", "two are needed"),
         "no expression": (lambda: regex_group("("), "group=( is not a regular expression"),
         "a group without match": (
             lambda: regex_group(r"^(w\d+_)?v\d")("v0"),

@@ -1,5 +1,4 @@
 import json
-import os
 import pickle
 import shutil
 from functools import partial
@@ -268,8 +267,6 @@ def test_incomplete_youtube_vos_is_refused(youtube):
     ):
         meta.write_text(json.dumps({"videos": content}))
         refused(layout, "train", *words)
-    meta.write_text("{")
-    refused(layout, "train", "Cannot read ", "meta.json")
     meta.write_text(json.dumps({"videos": known}))
     for path in (youtube / "train/Annotations/a").iterdir():
         path.unlink()
@@ -538,11 +535,6 @@ def test_mismatched_files_are_refused(tmp_path):
         save(tmp_path / f"v_masks/{index}.png", np.zeros((6, 9)))
     save(tmp_path / "v_masks/4.png", np.full((6, 9), 300), np.uint16)
     assert_refused(lambda: clips[1], "holds the object id 300")
-    save(tmp_path / "v_masks/4.png", np.zeros((6, 9)))
-    os.truncate(tmp_path / "v/5.png", 40)
-    assert_refused(lambda: clips[1], "v/5.png")
-    (tmp_path / "v_masks/5.png").unlink()
-    assert_refused(lambda: clips[1], "File not found: ", "v_masks/5.png")
 
 
 def test_only_frames_of_the_requested_clip_are_read(tmp_path):
