@@ -64,8 +64,7 @@ def folder(tmp_path_factory):
 
 def run(folder, *words):
     small = [word for word in SMALL if not word.startswith("data.") and word != "data=folder"]
-    done = call(folder, "--config-dir", "own", "data=squares", "data.batch_size=2", *small, *words)
-    return done
+    return call(folder, "--config-dir", "own", "data=squares", "data.batch_size=2", *small, *words)
 
 
 def check_bare_reader(folder, mode):
@@ -75,13 +74,7 @@ def check_bare_reader(folder, mode):
 
 
 @pytest.mark.heavy
-def test_custom_dataset_trains_evaluates_and_is_planned(folder):
-    done = run(folder, "mode=train", "mode.report=false", "mode.pictures=0", "hydra.run.dir=run", "data.labelled=0.5")
-    assert done.status == 0 and "3 of 6 images of split train" in done.err, done.err
-    done = call(folder, "--config-dir", "own", "mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
-    assert done.status == 0, done.err
-    scores = next(folder.glob("**/scores.json"))
-    assert json.loads(scores.read_text())["pixels"] == 2 * 31 * 48
+def test_custom_dataset_is_planned(folder):
     done = run(folder, "mode=plan")
     assert done.status == 0, done.err
     check_bare_reader(folder, "doctor")

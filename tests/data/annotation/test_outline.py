@@ -70,15 +70,6 @@ def test_all_parts_together_equal_the_image():
         assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=joined, min_area=3)] == [3]
 
 
-def test_a_tolerance_leaves_points_out_and_moves_little():
-    ids = list(pictures())[7]
-    for part in parts_of(ids, leave_out=0, joined=True, min_area=1):
-        exact, few = (list(edge_polygons(part, tolerance)) for tolerance in (0, 1))
-        assert sum(map(len, few)) < 0.6 * sum(map(len, exact))
-        before, after = draw_polygons(exact, ids.shape, False), draw_polygons(few, ids.shape, False)
-        assert (before & after).sum() / (before | after).sum() > 0.85
-
-
 def random_polygons(count):
     """Yield an image size and a polygon (N, 2), often partly or wholly outside of the image."""
     rng = np.random.default_rng(0)
