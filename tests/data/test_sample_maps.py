@@ -235,9 +235,6 @@ def pairs(tmp_path):
 def test_packed_files_have_the_maps_of_files(pairs, tmp_path):
     packed = pack(pairs.keep({"0", "2"}), cache_dir=tmp_path / "cache", workers=1)
     assert packed.maps == KINDS and packed.keep({"2"}).maps == KINDS
-    for index, row in enumerate((0, 2)):
-        for name, values in pairs[row]["maps"].items():
-            assert torch.equal(packed[index]["maps"][name], values)
     small = pack(pairs, cache_dir=tmp_path / "cache", longest=15, workers=1)[1]
     assert small["maps"]["twin"].shape == small["mask"].shape and torch.equal(small["maps"]["twin"], small["mask"])
 
