@@ -28,10 +28,6 @@ def test_every_config_is_whole(tmp_path, name):
     instantiate(data.reader)
 
 
-def test_every_config_is_tried():
-    assert {"folder", "idd", "sarrarp", "videos"} <= {*NAMES} and len(NAMES) >= 21
-
-
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("name", "folder", "train", "val", "ids"),
