@@ -116,7 +116,6 @@ def share(split, group=None):
 test_message_names_value_and_remedy = refusals(
     {
         "fold alone": (lambda: Partition(fold=0), "fold=0 with folds=None: k-fold cross-validation needs both"),
-        "folds alone": (lambda: Partition(folds=3), "fold=None with folds=3"),
         "a fold too much": (lambda: Partition(fold=3, folds=3), "fold=3 folds=3: give two folds or more, and a fold "),
         "one fold": (lambda: Partition(fold=0, folds=1), "fold=0 folds=1"),
         "negative fold": (lambda: Partition(fold=-1, folds=3), "fold=-1"),

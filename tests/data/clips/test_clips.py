@@ -436,23 +436,16 @@ def test_numbered_names_are_sorted_numerically(tmp_path):
 def test_unpadded_names_of_videos_and_frames(tmp_path):
     for video in ("v2", "v10"):
         for index, frame in enumerate(NUMBERED):
-            save(tmp_path / f"movi/train/{video}/frames/{frame}.png", pixels(video, index))
-            save(tmp_path / f"movi/train/{video}/segmentations/{frame}.png", ids(video, index, [0, 1]))
             save(tmp_path / f"youtube_vos/train/JPEGImages/{video}/{frame}.jpg", pixels(video, index))
             save(tmp_path / f"youtube_vos/train/Annotations/{video}/{frame}.png", ids(video, index, [0, 1]))
             save(tmp_path / f"videos/{video}/{frame}.png", pixels(video, index))
     entries = {"objects": {"1": {"frames": ["frame10", "frame2"]}}}
     (tmp_path / "youtube_vos/train/meta.json").write_text(json.dumps({"videos": {"v2": entries, "v10": entries}}))
     write_video(tmp_path / "videos/v9.avi", 3)
-    for name, between in (("youtube_vos", []), ("videos", ["v9"]), ("movi", [])):
+    for name, between in (("youtube_vos", []), ("videos", ["v9"])):
         clips = clips_of(name, tmp_path / name, "train", "data.clips.cut.length=null")
         assert [clip["name"] for clip in clips] == ["v2", *between, "v10"]
         assert clips[0]["frame_names"] == clips[-1]["frame_names"] == list(NUMBERED)
-    for index in range(len(NUMBERED)):
-        np.testing.assert_array_equal(clips[1]["masks"][index], ids("v10", index, [0, 1]))
-        np.testing.assert_array_equal(clips[1]["frames"][index].permute(1, 2, 0), pixels("v10", index))
-    data = reader_of("movi", tmp_path / "movi")(split="train")
-    assert data.names == [f"{video}/{frame}" for video in ("v2", "v10") for frame in NUMBERED]
 
 
 def test_same_image_set_for_train_and_val_is_refused(davis):
