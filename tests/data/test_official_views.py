@@ -37,25 +37,17 @@ def numbers(factor=0.5, left=0.5, top=0.5, flip=1.0, more=()):
     return Numbers(factor, *[0.5] * 4, left, top, flip, *[0.5] * 4, *more)
 
 
-def side_resized(size, pick, given):
-    """Return (H, W) with one side given, the other int(given * other / side + 0.5), by exact fractions."""
-    side = pick(size)
-    return tuple(math.floor(Fraction(given * each, side) + Fraction(1, 2)) for each in size)
-
-
-def jittered_size(size, crop, factor):
-    """Return (H, W) as torchvision's ScaleJitter computes it."""
-    ratio = min(crop[0] / size[0], crop[1] / size[1]) * factor
-    return tuple(max(1, int(each * ratio)) for each in size)
-
-
 def drawn_size(size, options, uniform):
+    """Return (H, W) of an image that is scaled by a random factor."""
     least, largest = options["scale"]
     factor = least + (largest - least) * uniform
-    if options["relative_to"] == "fit":
-        return jittered_size(size, CROP, factor)
-    pick = min if options["relative_to"] == "short" else max
-    return side_resized(size, pick, int(options["base"] * factor))
+    if options["relative_to"] == "fit":  # as torchvision's ScaleJitter computes it
+        ratio = min(CROP[0] / size[0], CROP[1] / size[1]) * factor
+        return tuple(max(1, int(each * ratio)) for each in size)
+    side = min(size) if options["relative_to"] == "short" else max(size)
+    given = int(options["base"] * factor)
+    # the other side is int(given * other / side + 0.5), by exact fractions
+    return tuple(math.floor(Fraction(given * each, side) + Fraction(1, 2)) for each in size)
 
 
 def starts(size, left, top):

@@ -57,12 +57,6 @@ def remux(source, target, fourcc, time_of):
     return target
 
 
-def elementary(source, target):
-    """Write a video's packets one after another: a stream without container, and so without times."""
-    target.write_bytes(b"".join(packet.tobytes() for packet, _ in packets(source)))
-    return target
-
-
 def gaps(index):
     return index + index // 7 + 5 * (index // 31)
 
@@ -70,6 +64,8 @@ def gaps(index):
 def videos(folder):
     """Return videos of many kinds; the plain jumps of OpenCV miss in those of varying rate, and in MPEG streams."""
     xvid = write(folder / "plain.avi", "XVID", 150)
+    bare = folder / "bare.m4v"  # without container, and so without times
+    bare.write_bytes(b"".join(packet.tobytes() for packet, _ in packets(xvid)))
     return [
         xvid,
         write(folder / "motion.avi", "MJPG", 40),
@@ -79,7 +75,7 @@ def videos(folder):
         remux(xvid, folder / "gaps.mp4", "mp4v", gaps),
         remux(xvid, folder / "gaps.mkv", "XVID", gaps),
         remux(xvid, folder / "gaps.avi", "XVID", gaps),
-        elementary(xvid, folder / "bare.m4v"),
+        bare,
         write(folder / "one.avi", "XVID", 1),
     ]
 
