@@ -2,6 +2,7 @@
 
 import errno
 import os
+from functools import partial
 
 import cv2
 import numpy as np
@@ -278,10 +279,7 @@ def counted(tmp_path):
         save(tmp_path / f"train/images/{name}.png", np.zeros((2, 3, 3)))
         save(tmp_path / f"train/masks/{name}.png", mask)
 
-    def build(**options):
-        return folder_dataset(tmp_path, "train", classes=["a", "b", "c", "d"], **options)
-
-    return build
+    return partial(folder_dataset, tmp_path, "train", classes=["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("scanned", [False, True])
