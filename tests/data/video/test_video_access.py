@@ -7,6 +7,7 @@ from multiprocessing import get_context
 import cv2
 import numpy as np
 import pytest
+from making import write_video
 from mistakes import assert_refused
 
 from dinoseg.data.video import access as video_access
@@ -26,12 +27,7 @@ def picture(index):
 
 
 def write(path, fourcc, count, draw=picture):
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*fourcc), 60, SIZE)
-    assert writer.isOpened()
-    for index in range(count):
-        writer.write(draw(index))
-    writer.release()
-    return path
+    return write_video(path, count, SIZE, fourcc, draw)
 
 
 def packets(path):
