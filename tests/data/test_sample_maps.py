@@ -101,18 +101,14 @@ def test_distances_are_those_in_the_view_at_any_zoom():
 
 
 def test_maps_that_geometry_would_make_wrong_are_refused():
-    class Stretched(Augment):
-        def scaled_size(self, size, factor):
-            return 1.5 * size[0], size[1]
+    def move(kind):
+        sheared = Augment((8, 8), affine=Affine(shear=5))
+        return sheared.maps({"d": np.zeros((8, 8), np.float32)}, {"d": kind}, np.zeros((8, 8), np.uint8), rng(0))["d"]
 
-    def move(augment, kind=DistanceMap()):  # noqa: B008 (frozen)
-        return augment.maps({"d": np.zeros((8, 8), np.float32)}, {"d": kind}, np.zeros((8, 8), np.uint8), rng(0))["d"]
-
-    sheared = Augment((8, 8), affine=Affine(shear=5))
-    assert_refused(lambda: move(sheared), "affine.shear=5", "map d ", "affine.shear=0")
-    assert move(sheared, ValueMap()).shape == (8, 8)
+    assert_refused(lambda: move(DistanceMap()), "affine.shear=5", "map d ", "affine.shear=0")
+    assert move(ValueMap()).shape == (8, 8)
     words = "distances cannot be resized by 1.500 vertically and 1.000"
-    assert_refused(lambda: move(Stretched((8, 8))), words)
+    assert_refused(lambda: resize_map(torch.zeros(1, 8, 8), DistanceMap(), (12, 8)), words)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (20, 31), (13, 40), (1, 1)])
