@@ -256,8 +256,6 @@ def wait_for(*slow, **options):
 ENDED = SimpleNamespace(is_alive=lambda: False)
 test_message_names_value_and_remedy = refusals(
     {
-        "more than all": (lambda: batches_of(batch_size=12), "data.batch_size=12 with 11 training images", "1 to 11"),
-        "shared": (lambda: batches_of(batch_size=4, world_size=3), "data.batch_size=4 cannot be shared by 3 devices"),
         "clips": (lambda: clip_batches(Films(), ClipView((8, 8)), batch_size=40, seed=0), "data.batch_size=40 with 31"),
         "no pinning thread": (lambda: wait_for(10**9, pinning=ENDED), "the thread that pins batches has stopped"),
     }

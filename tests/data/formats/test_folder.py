@@ -196,7 +196,6 @@ def test_empty_split_is_refused(tmp_path, layout, partition):
 
 def test_wrong_folders_and_files_are_named(fill):
     root = fill()
-    refused(root / "gone", "train", "data.root=", "gone is not a folder")
     refused(root, "val", "No folder ", "val/images for split val ", "holds the folders train.")
     layout = FolderLayout(masks="{split}/labels")
     refused(root, "train", "No folder ", "train/labels ", "holds the folders images, masks", layout=layout)
