@@ -131,6 +131,8 @@ def test_class_file_supports_plain_names_and_binary_masks(tmp_path):
     describe(tmp_path, "classes: [sea, land]\nmasks: binary")
     put(tmp_path, [[0, 255]])
     np.testing.assert_array_equal(mask_of(data_of(tmp_path)), [[0, 1]])
+    describe(tmp_path, "classes: [a]\nmasks: binary")
+    assert data_of(tmp_path).num_classes == 1  # with task=multilabel
 
 
 def test_command_line_overrides_the_class_file(tmp_path):

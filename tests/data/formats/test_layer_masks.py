@@ -12,7 +12,6 @@ from overlapping_shapes import CLASSES, write_coco, write_overlaps
 from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing
-from dinoseg.data.classes.file import read_class_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset, check_custom_dataset
@@ -96,11 +95,6 @@ def test_layers_of_0_and_another_value_suit_any_number_of_classes(classes, rules
     assert not measure(data.pairs[0], data.reader, images=False).problems
     scored = references(Labels.of(list(classes), None, 255), rules, has_layers=True)
     assert scored(tmp_path / "train/masks" / classes[0] / "x.png").tolist() == expected[0].tolist()
-
-
-def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
-    (tmp_path / "classes.yaml").write_text("classes: [a]\nmasks: binary")
-    assert read_class_file(tmp_path / "classes.yaml", 255)["format"] == "binary"
 
 
 @pytest.mark.parametrize(("form", "one"), [("ids", np.uint8(1)), ("binary", np.uint8(255)), ("binary", np.True_)])
