@@ -187,8 +187,7 @@ def test_process_that_cannot_start_is_the_only_error(monkeypatch):
         start(self)
 
     monkeypatch.setattr(multiprocessing.Process, "start", start_first_only)
-    with pytest.raises(OSError, match="no more processes"):
-        take(batches_of(2), 1)
+    assert_refused(lambda: take(batches_of(2), 1), "no more processes", error=OSError)
     assert children_after_a_moment(before) == 0
 
 
@@ -372,8 +371,7 @@ def test_missing_batch_is_reported_at_growing_intervals(monkeypatch, caplog):
     assert told == ["No batch for 60 s", "No batch for 300 s", "No batch for 1500 s"]
     assert "item 7 of this epoch is due from loading process 1 of 2 (id 77)" in caplog.text
     assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
-    with pytest.raises(RuntimeError, match="another"):
-        wait_for(1, "another")
+    assert_refused(lambda: wait_for(1, "another"), "another", error=RuntimeError)
 
 
 def test_late_batch_is_still_returned(monkeypatch, caplog, tmp_path):
