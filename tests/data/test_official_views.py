@@ -259,10 +259,7 @@ def test_factors_are_uniform_or_log_uniform(distribution, median):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [
-        ({}, "9a337410076127ce"),
-        ({"longest": 96, "affine": Affine(20, 0.1, 5)}, "4b16952a8622148d"),
-    ],
+    [({}, "9a337410076127ce"), ({"longest": 96, "affine": Affine(20, 0.1, 5)}, "4b16952a8622148d")],
 )
 def test_default_views_equal_recorded_digests(options, expected):
     """Digests recorded before these keys existed."""
