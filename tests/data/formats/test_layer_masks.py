@@ -195,14 +195,6 @@ def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
     assert "disc in train" not in message
 
 
-@pytest.mark.parametrize("is_own", [True, False])
-def test_class_names_of_any_layers_are_checked(is_own, tmp_path):
-    write_coco(tmp_path)
-    data = drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]) if is_own else coco(tmp_path)
-    act = partial(check_custom_dataset, data, ["a/b", "c"], 255, has_layers=True)
-    assert_refused(act, "The class a/b ", "Rename it")
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -276,6 +268,8 @@ def test_a_dataset_class_may_return_layers(tmp_path):
     data = CustomDataset(drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]), has_layers=True)
     assert data[0]["mask"].dtype == torch.uint8 and class_counts(data, tmp_path).tolist() == [2, 1]
     assert torch.equal(data.keep({"x"})[0]["mask"], data[0]["mask"])
+    named = partial(check_custom_dataset, data, ["a/b", "c"], 255, has_layers=True)
+    assert_refused(named, "The class a/b ", "Rename it")
     for mask in ([[0, 1], [1, 0]], [[[0, 2], [1, 0]], [[0, 0], [1, 0]]]):
         wrong = CustomDataset(drawn(mask), has_layers=True)
         assert_refused(partial(wrong.__getitem__, 0), "the mask of x")
@@ -283,11 +277,10 @@ def test_a_dataset_class_may_return_layers(tmp_path):
 
 def test_the_ignored_id_is_no_class_of_layers(tmp_path):
     write_overlaps(tmp_path, train=1)
-    classes = [*CLASSES, "ring"]
-    data = folder(tmp_path, classes=classes, ignore_index=2)
-    act = partial(check_custom_dataset, data, classes, 2, has_layers=True)
+    data = folder(tmp_path, ignore_index=2)
+    assert check_custom_dataset(data, CLASSES, 2, has_layers=True).ignore_index == 2
+    act = partial(check_custom_dataset, data, [*CLASSES, "ring"], 2, has_layers=True)
     assert_refused(act, "data.ignore_index=2", "ids 0 to 2")
-    assert check_custom_dataset(folder(tmp_path, ignore_index=2), CLASSES, 2, has_layers=True).ignore_index == 2
 
 
 def test_augmentation_moves_all_layers_alike():
