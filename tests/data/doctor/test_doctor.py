@@ -29,7 +29,6 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.doctor.checks.duplicates import near_pairs
 from dinoseg.data.doctor.errors import find_errors
 from dinoseg.data.doctor.examine import examine, summary
-from dinoseg.data.doctor.suggestions import constant_class
 from dinoseg.data.formats.folder import FolderLayout
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.splits import Partition
@@ -351,25 +350,20 @@ def test_masks_against_the_video(tmp_path):
     assert findings["masks_without_frame"].files[0].endswith("000000121.png")
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_constant_class_against_plain_arithmetic(root, split):
-    (part,) = splits_of(root, splits=[split])
-    pixels = np.concatenate([data.ravel() for data in map(open_split(root, split).mask, range(len(part.records)))])
-    ious = [(pixels == 0).mean(), 0, 0]  # of a prediction of class 0 everywhere
-    assert constant_class(part) == {
-        "class": 0,
-        "accuracy": pytest.approx((pixels == 0).mean(), rel=1e-12),
-        "miou": pytest.approx(np.mean(ious), rel=1e-12),
-    }
-
-
-def test_summary_counts_images_classes_and_sizes(root):
+def test_summary_of_images_classes_sizes_and_constant_class(root):
     (part,) = splits_of(root, splits=["train"])
     rows = summary(part)
     assert rows["images"] == 12 and rows["void_share"] == 0
     assert rows["smallest"] == rows["largest"] == {"width": 128, "height": 96}
     assert sum(row["share"] for row in rows["classes"]) == pytest.approx(1)
     assert sum(row["pixels"] for row in rows["classes"]) == 12 * 96 * 128 and rows["classes"][0]["images"] == 12
+    pixels = np.concatenate([data.ravel() for data in map(open_split(root, "train").mask, range(len(part.records)))])
+    ious = [(pixels == 0).mean(), 0, 0]  # of a prediction of class 0 everywhere
+    assert rows["constant_class"] == {
+        "class": 0,
+        "accuracy": pytest.approx((pixels == 0).mean(), rel=1e-12),
+        "miou": pytest.approx(np.mean(ious), rel=1e-12),
+    }
     sizes = [(97, 333), (123, 201), (211, 317), (241, 160)]  # ordered by their pixels
     records = [replace(record, image_size=size) for record, size in zip(part.records, sizes, strict=False)]
     rows = summary(replace(part, records=records))
