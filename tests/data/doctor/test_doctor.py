@@ -99,17 +99,13 @@ def test_images_turned_by_exif_are_findings(root, turn):
         assert turned.files == (f"{root}/train/images/d0/f2.png",) and turned.look == (("train", "d0/f2"),)
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected"), [("error", ("size_mismatch", "error")), ("resize_mask", ("resized_masks", "warning"))]
-)
-def test_size_mismatches_are_findings(root, rule, expected):
+def test_size_mismatches_are_findings(root):
     for name in ("d0/f1", "d2/f9"):
         rewrite(root / f"train/masks/{name}.png", lambda mask: mask[::2, ::2])
-    only = only_finding(root, *expected, options={"masks": Masks(on_size_mismatch=rule)})
+    only = only_finding(root, "size_mismatch", "error")
     assert len(only.files) == 2 and "2 of 16" in only.message
     assert only.reasons[0] == f"{only.files[0]}: 64 x 48, its image 128 x 96"
-    # what is set already is not advised
-    assert ("on_size_mismatch=resize_mask" in only.remedy) == (rule == "error")
+    assert "on_size_mismatch=resize_mask" in only.remedy
 
 
 def test_masks_of_other_proportions_cannot_be_resized(root):
@@ -120,7 +116,9 @@ def test_masks_of_other_proportions_cannot_be_resized(root):
     only = findings["size_mismatch"]
     assert only.severity == "error" and "1 of 16" in only.message and "resize_mask" not in only.remedy
     assert only.reasons == (f"{root}/train/masks/d2/f9.png: 96 x 128, its image 128 x 96",)
-    assert findings["resized_masks"].files == (f"{root}/train/masks/d0/f1.png",)
+    resized = findings["resized_masks"]
+    assert resized.severity == "warning" and resized.files == (f"{root}/train/masks/d0/f1.png",)
+    assert "resize_mask" not in resized.remedy  # what is set already is not advised
 
 
 def test_masks_saved_with_loss(root):
