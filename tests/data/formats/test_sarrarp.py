@@ -105,7 +105,6 @@ def test_masks_and_frames_must_match(add):
     assert sorted(lacking) == [f"video_01/{index:09d}" for index in (60, 180, 240)]
     assert "rgb/000000180.png has no mask in" in lacking["video_01/000000180"]
     assert "segmentation/000000060.png has no extracted frame" in lacking["video_01/000000060"]
-
     lame = next(part for part in data if part.lacking)
     words = ("3 incomplete pairs:", "mode=prepare data=sarrarp ", "\nUnpack the archives")
     assert_refused(lambda: prepare_dataset(lame, split="train"), *words)
