@@ -412,7 +412,7 @@ def test_lone_surrogates_in_names_are_one_error(tmp_path):
     bad = "\udc80"  # any other one is refused by the reader of JSON
     polygon = ("leaf", "polygon", [[1, 1], [5, 1], [5, 4]])
     coco(tmp_path / "label/train.json", categories=(bad, "stem"))
-    coco(tmp_path / "image/train.json", images=(), whole={"images": [{"id": 1, "file_name": f"{bad}.png"}]})
+    coco(tmp_path / "image/train.json", images=(f"{bad}.png",))
     labelme(tmp_path / "shape/train/a.json", polygon, imagePath=f"{bad}.png")
     labelme(tmp_path / "name/train/a.json", (bad, *polygon[1:]))
     for kind, folder in (("coco", "label"), ("coco", "image"), ("labelme", "shape"), ("labelme", "name")):
