@@ -182,6 +182,7 @@ test_message_names_value_and_remedy = refusals(
         "endless range": (read_pair(value_range=(0, float("inf"))), "finite"),
         "floats": (read_array(np.zeros((4, 4), np.float32)), "unknown range"),
         "no numbers": (read_array(np.full((4, 4), np.nan), [0, 1]), "nan"),
+        "above the range": (read_array(np.full((4, 4), 2.0), [0, 1]), "from 2 to 2"),
         "objects": (read_array(np.zeros((4, 4), object)), "object"),
         "four axes": (read_array(np.zeros((2, 4, 4, 3), np.uint8)), "[2, 4, 4, 3]"),
         "no rows": (read_array(np.zeros((0, 4), np.uint8)), "[0, 4]"),
@@ -327,6 +328,8 @@ def test_large_arrays_are_scaled_in_bands_of_rows():
     assert tracemalloc.get_traced_memory()[1] < 4 * values.nbytes  # float64 values alone have twice its bytes
     tracemalloc.stop()
     assert np.array_equal(found[..., 0], np.round(values.astype(float) * 65535))
+    smallest = to_levels(np.array([[[0.0], [5e-324]]]), [0, 5e-324], "The image")  # without overflow
+    assert smallest.ravel().tolist() == [0, 65535]
 
 
 def test_pages_of_different_depths_are_scaled_as_files(tmp_path):

@@ -101,6 +101,7 @@ def test_each_missing_member_is_named(member):
 
 test_message_names_value_and_remedy = refusals(
     {
+        "a name twice": (dataset(names=["x", "x"]), "has 2 samples and 1 name in `names`"),
         "a name too few": (dataset(names=["x"]), "has 2 samples and 1 name in `names`"),
         "one color": (dataset(palette=[(0, 0, 0)]), "`palette` needs an RGB color for each of 2 classes"),
         "ignored": (dataset(ignore_index=256), "`ignore_index` is 256. Give an integer from 0 to 255"),
@@ -108,9 +109,11 @@ test_message_names_value_and_remedy = refusals(
         "tuple": (read((IMAGE, MASK)), "the sample x is tuple. Return a dict of image, mask and name"),
         "no name": (read({"image": IMAGE, "mask": MASK}), "the sample x lacks name"),
         "another name": (read_changed(name="y"), "the sample x has the name y"),
+        "floats": (read_changed(image=IMAGE.float()), "image of x is float32 (3, 4, 5). Return a tensor"),
         "array": (read_changed(image=np.zeros((4, 5, 3))), "image of x is ndarray"),
         "mask of floats": (read_changed(mask=MASK.float()), "mask of x is float32 (4, 5). Return an integer"),
         "turned mask": (read_changed(mask=MASK.T), "mask of x is int64 (5, 4). Return an integer ", "(4, 5)"),
+        "ids": (read_changed(mask=MASK * 2), "mask of x holds 2, 510. Return ids from 0 to 1, or 255"),
         "other classes": (configured(("a", "c")), "but the data set of data.reader has"),
         "other ignored id": (configured(ignore_index=254), "but the data set of data.reader has"),
         "skipped": (prepared(on_error="skip"), "on_error=", " needs a reader that returns a ", "PairDataset"),

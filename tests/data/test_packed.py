@@ -161,6 +161,15 @@ def test_a_scaled_view_shows_the_same_place(tmp_path, cache):
         assert apart.mean() < 2 and (ours.mask != theirs.mask)[both].float().mean() < 0.05
 
 
+def test_verified_mask_is_read_without_its_image(data, cache, monkeypatch):
+    dataset = make(data(), cache)
+    read = []
+    fromfile = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *args, **at: read.append(at["count"]) or fromfile(*args, **at))
+    first = dataset.mask(0)
+    assert np.array_equal(dataset.mask(0), first) and read == [4 * first.size, first.size]
+
+
 @pytest.mark.parametrize("longest", [None, 40])
 def test_packing_reports_its_size_first(data, cache, caplog, longest):
     expected = sum(4 * h * w for h, w in packed._sizes(data(), longest))

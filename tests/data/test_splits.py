@@ -116,6 +116,7 @@ def share(split, group=None):
 test_message_names_value_and_remedy = refusals(
     {
         "fold alone": (lambda: Partition(fold=0), "fold=0 with folds=None: k-fold cross-validation needs both"),
+        "folds alone": (lambda: Partition(folds=3), "fold=None with folds=3"),
         "a fold too much": (lambda: Partition(fold=3, folds=3), "fold=3 folds=3: give two folds or more, and a fold "),
         "one fold": (lambda: Partition(fold=0, folds=1), "fold=0 folds=1"),
         "negative fold": (lambda: Partition(fold=-1, folds=3), "fold=-1"),
@@ -134,6 +135,7 @@ test_message_names_value_and_remedy = refusals(
             "1 of its names are not in the training split: v3/999. Names have the form",
         ),
         "no list of masks": (lambda: labelled_names(NAMES, "absent.txt"), "labelled=", "absent.txt: cannot read this"),
+        "a name twice": (lambda: read_name_list(list_of(b"a\nb\na\n")), "names a more than once"),
         "empty list": (lambda: read_name_list(list_of(b"\n \n")), "is empty"),
         "no text": (lambda: read_name_list(list_of(b"\xff\xfe\x00")), "cannot read this file list"),
     }

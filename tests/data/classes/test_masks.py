@@ -88,6 +88,7 @@ def test_binary_masks_are_read(tmp_path):
     ("values", "lossy"),
     [
         ([0, 1, 2, 3, 7], False),  # class numbers, which a threshold would destroy
+        ([0, 1, 2, 255], False),  # with void
         ([0, 1, 9, 30, 128, 200, 240, 254, 255], True),
         ([5, 251], True),
         ([0, 254], True),
@@ -161,6 +162,7 @@ test_message_names_value_and_remedy = refusals(
         "two numbers": (rules(format="palette", colors={0: [[1, 1]]}), "Colour [1, 1]"),
         "binary with 0": (rules(format="binary", reduce_zero_label=True), "reduce_zero_label has no effect"),
         "binary of 3": (rules(format="binary"), "needs 2 classes, data.classes has 3", "set task=multilabel"),
+        "binary of 1": (lambda: MaskReader(Labels.of(["a"], None, 255), BINARY), "data.classes has 1"),
         "to 3": (rules(ids={11: 3}), "maps 11 to 3: ", " 0 to 2, 255 to ignore it, or -1"),
         "to -2": (rules(ids={11: -2}), "maps 11 to -2"),
         "of -1": (rules(ids={-1: 0}), "maps -1"),
@@ -168,6 +170,7 @@ test_message_names_value_and_remedy = refusals(
         "beside ids of a file": (rules(ids={3: 255}, described={"ids": {"0": 1, "1": 0}}), REPLACED),
         "beside a file": (rules(ids={3: 255}, described={}), REPLACED),
         "ignored twice": (rules(format="palette", ignore_colors=[[255, 0, 0]]), "(255, 0, 0) is used twice"),
+        "ignored 256": (rules(format="palette", ignore_colors=[[256, 0, 0]]), "Colour [256, 0, 0]"),
         "no class": (labels([]), "0 names"),
         "256 classes": (labels(["a"] * 256), "256 names"),
         "a class twice": (labels(["a", "b", "a"]), "names a more than once"),

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 from functools import partial
@@ -15,7 +16,7 @@ from PIL import Image
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground
-from dinoseg.data.clips.videos import Video, select_split
+from dinoseg.data.clips.videos import DecodedFrames, Video, select_split
 from dinoseg.data.clips.view import ClipView, clip_batches
 from dinoseg.data.doctor.errors import check_groups, describe_split
 from dinoseg.data.formats.davis import Davis
@@ -445,6 +446,26 @@ def test_unpadded_names_of_videos_and_frames(tmp_path):
         clips = clips_of(name, tmp_path / name, "train", "data.clips.cut.length=null")
         assert [clip["name"] for clip in clips] == ["v2", *between, "v10"]
         assert clips[0]["frame_names"] == clips[-1]["frame_names"] == list(NUMBERED)
+    masks = clips_of("youtube_vos", tmp_path / "youtube_vos", "train")[1]["masks"]
+    for index, mask in enumerate(masks):
+        np.testing.assert_array_equal(mask, ids("v10", index, [0, 1]))
+
+
+def test_hidden_folders_are_no_videos(movi, youtube):
+    (movi / "train/.ipynb_checkpoints").mkdir()
+    (youtube / "train/JPEGImages/.ipynb_checkpoints").mkdir()
+    (youtube / "train/JPEGImages/.DS_Store").write_text("")
+    assert names_of(Movi(str(movi)), "train") == ["00000", "00001", "00002"]
+    assert names_of(YoutubeVos(str(youtube)), "train") == ["a", "b"]
+
+
+def test_link_cycles_are_skipped_and_linked_videos_read(folder, tmp_path):
+    (folder / "x/round").symlink_to(folder)
+    (folder / "x/frames/again").symlink_to(folder / "x")
+    save(tmp_path / "elsewhere/0.png", np.zeros((4, 4, 3)))
+    (folder / "far").symlink_to(tmp_path / "elsewhere")
+    layout = VideoFolder(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert names_of(layout, "train") == ["far", "two", "x/frames", "x/one"]
 
 
 def test_same_image_set_for_train_and_val_is_refused(davis):
@@ -527,6 +548,9 @@ def test_mismatched_files_are_refused(tmp_path):
         save(tmp_path / f"v_masks/{index}.png", np.zeros((6, 9)))
     save(tmp_path / "v_masks/4.png", np.full((6, 9), 300), np.uint16)
     assert_refused(lambda: clips[1], "holds the object id 300")
+    save(tmp_path / "v_masks/4.png", np.zeros((6, 9)))
+    os.truncate(tmp_path / "v/5.png", 40)
+    assert_refused(lambda: clips[1], "v/5.png")
 
 
 def test_only_frames_of_the_requested_clip_are_read(tmp_path):
@@ -540,6 +564,11 @@ def test_only_frames_of_the_requested_clip_are_read(tmp_path):
     frames, name = clips.frames(4)
     np.testing.assert_array_equal(frames, [pixels("v", index) for index in (4, 6, 8)])
     assert name == "v/4"
+
+
+def test_frames_of_a_video_file_end(tmp_path):
+    decoded = DecodedFrames(tmp_path / "a.avi", 5, None)
+    assert len(decoded) == 5 and decoded[-1].index == 4 and [frame.index for frame in decoded] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.data

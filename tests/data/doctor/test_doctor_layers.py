@@ -64,6 +64,15 @@ def test_counts_of_layers_equal_numpy(tmp_path):
     assert "no_labels" not in findings and "binary_read_as_ids" not in findings
 
 
+def test_layers_larger_than_their_image_count_their_own_pixels(tmp_path):
+    for name, side in (("a", 8), ("b", 4)):
+        save(tmp_path / f"train/images/{name}.png", np.zeros((side, side, 3)))
+        save(tmp_path / f"train/masks/disc/{name}.png", np.full((8, 8), 255))
+    findings, part = examine_layers(tmp_path)
+    assert findings["size_mismatch"].severity == "error"
+    assert part.num_labelled == 2 * 3 * 64 and part.void == 2 * 64
+
+
 def test_faulty_layers_are_errors_that_name_the_file(tmp_path):
     draw_layers(tmp_path)
     for number, mask in ((1, np.full((9, 9), 1)), (2, np.full((3, 3), 7))):

@@ -301,6 +301,13 @@ def test_unused_category_that_groups_others_is_no_class(tmp_path):
     assert load("coco", root).classes == ["background", "tree", "leaf"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_json_in_other_encodings(tmp_path, encoding):
+    root = coco(tmp_path / "train.json")
+    (root / "train.json").write_text((root / "train.json").read_text(), encoding=encoding)
+    assert open_annotated("coco", root).mask(0).sum() == 12
+
+
 def test_images_without_or_with_too_many_shapes(tmp_path, caplog, monkeypatch):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     assert len(open_annotated("coco", root)) == 2

@@ -87,6 +87,16 @@ def test_split_folder_names_are_mapped_and_desktop_files_skipped(fill):
     assert names_of(root, "val", "train", layout=layout) == [["v"], ["x", "y", "z"]]
 
 
+def test_linked_folders_are_followed_and_link_cycles_skipped(fill):
+    root = fill("elsewhere/images", "elsewhere/masks")
+    (root / "train").mkdir()
+    for folder in ("images", "masks"):
+        (root / f"train/{folder}").symlink_to(root / f"elsewhere/{folder}")
+        (root / f"elsewhere/{folder}/again").symlink_to(root / f"train/{folder}")
+        (root / f"elsewhere/{folder}/up").symlink_to(root)
+    assert names_of(root, "train") == [["x", "y", "z"]]
+
+
 def test_name_lists_define_the_splits(fill):
     root = fill("images", "masks", ["a", "sub/b", "c"])
     save(root / "images/more.jpg", np.zeros((4, 6, 3)))  # in no list

@@ -208,6 +208,18 @@ def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
     assert len(seen) == 2 and other.fingerprint() == data.fingerprint()
 
 
+@pytest.mark.parametrize("damage", [b"", b"junk"])
+def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
+    data, cache = fill(2), tmp_path / "cache"
+    first = scan(data.pairs, data.reader, cache_dir=cache)
+    (kept,) = cache.iterdir()
+    kept.write_bytes(damage)
+    assert scan(data.pairs, data.reader, cache_dir=cache) == first
+    assert "scanning again" in caplog.text
+    caplog.clear()
+    assert scan(data.pairs, data.reader, cache_dir=cache) == first and not caplog.text
+
+
 def test_masks_with_layers_are_scanned_once(tmp_path, monkeypatch, caplog):
     write_overlaps(tmp_path / "data", train=2, val=1)
     layout = FolderLayout(images="data/{split}/images", masks="data/{split}/masks")

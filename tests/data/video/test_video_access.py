@@ -119,6 +119,10 @@ def test_stored_video_index_avoids_another_scan(avi, tmp_path, monkeypatch, capl
         patch.setattr(video_index, "_scan", None)
         same([avi], cache)
     video_index._known.clear()
+    kept.write_bytes(kept.read_bytes()[:100])
+    same([avi], cache)
+    assert "indexing again" in caplog.text and len(np.load(kept)["times"]) == 61
+    video_index._known.clear()
     (tmp_path / "file").write_text("a file where the folder should be")
     same([avi], tmp_path / "file")
     assert "Cannot store" in caplog.text
