@@ -235,6 +235,7 @@ DAMAGES = {
     "fingerprint": lambda folder: change_index(folder, lambda index: index["key"].update(fingerprint="0" * 64)),
     "order": lambda folder: change_index(folder, lambda index: index["names"].reverse()),
     "places": lambda folder: change_index(folder, lambda index: index["places"].pop()),
+    "offset": lambda folder: change_index(folder, lambda index: index["places"][0].__setitem__(0, 10**9)),
 }
 
 

@@ -8,6 +8,7 @@ from making import save, write_video
 from mistakes import assert_refused
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.scan.scan import scan
@@ -160,6 +161,9 @@ def test_frames_of_videos_are_checked_and_scanned(videos):
     records = scan(data.pairs, data.reader, cache_dir=cache_dir)
     assert scan(data.pairs, data.reader, cache_dir=cache_dir) == records  # as stored
     assert [record.image_size for record in scan(data.pairs, data.reader, images=False)] == [None] * 4
+    drawing = Drawing(videos / "a.json", "0", (32, 48), 1, ())  # as large as a frame that is not decoded
+    (drawn,) = scan([replace(data.pairs[0], mask=drawing)], data.reader, images=False)
+    assert drawn.image_size is None and drawn.pixels == {1: 32 * 48}
     assert [record.image_size for record in records] == [(32, 48)] * 4 and not any(r.problems for r in records)
     assert records[2].image == f"frame 120 of {videos / 'test/video_41/video_left.avi'}"
     save(videos / "test/video_41/segmentation/000000060.png", np.zeros((30, 48)))

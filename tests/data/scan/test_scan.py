@@ -313,9 +313,16 @@ def test_class_counts_leave_out_ignored_and_refuse_foreign_ids(counted, tmp_path
     assert_refused(lambda: class_counts(counted(), tmp_path / "cache"), "y.png holds the ids 9")
 
 
-def test_a_cache_that_cannot_be_written_only_warns(counted, tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_only_warns(counted, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     (tmp_path / "file").write_text("")
     assert class_counts(counted(), tmp_path / "file").tolist() == [5, 3, 0, 2]
+    assert "Cannot store" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(scan_module, "write_text", full)
+    assert class_counts(counted(), tmp_path / "cache").tolist() == [5, 3, 0, 2]
     assert "Cannot store" in caplog.text
 
 
