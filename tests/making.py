@@ -23,14 +23,15 @@ def save(path, array, dtype=np.uint8, **options):
     return path
 
 
-def write_video(path, frames, size=(48, 32)):
-    """Write an XviD video of flat frames, frame i of grey i % 200 + 20."""
+def write_video(path, frames, size=(48, 32), kind="XVID", draw=None):
+    """Write a video of frames that a function of their index draws, or of flat ones, frame i of grey i % 200 + 20."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"XVID"), 60, size)
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*kind), 60, size)
     assert writer.isOpened()
     for index in range(frames):
-        writer.write(np.full((size[1], size[0], 3), index % 200 + 20, np.uint8))
+        writer.write(draw(index) if draw else np.full((size[1], size[0], 3), index % 200 + 20, np.uint8))
     writer.release()
+    return path
 
 
 def train_batches(data, augment, *, seed, views=None, **options):

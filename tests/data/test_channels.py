@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from image_files import png_chunk
 from making import save
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -20,7 +21,6 @@ from dinoseg.core.geometry import to_unit_range
 from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.checks.files import check_range
 from dinoseg.data.doctor.errors import check_for_errors, describe_split
 from dinoseg.data.formats.folder import folder_dataset
@@ -34,7 +34,6 @@ from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.utils import levels as levels_module
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
 from dinoseg.utils.images import read_image
 from dinoseg.utils.levels import read_levels, read_levels_size, to_display, to_levels
@@ -43,6 +42,7 @@ from dinoseg.utils.tiff import TiffPage
 SIZE = (21, 34)
 DISTORTION = PhotometricDistortion(0.1, 0.1, 0.1, 0.1)
 DEEP = PixelFormat(4, value_range=(0, 4095))
+PLANES = {"photometric": "rgb", "planarconfig": "separate"}
 
 
 def levels(channels, dtype=np.uint8, seed=0, size=SIZE):
@@ -66,8 +66,12 @@ def save_with_opencv(path, image):
     cv2.imwrite(str(path), image[..., [2, 1, 0, 3][: image.shape[2]]] if image.shape[2] > 1 else image)
 
 
-def png_chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+def write_tiff(path, image):
+    """Write an image of one channel, of RGB, or of RGB and premultiplied alpha."""
+    if image.shape[2] == 1:
+        tifffile.imwrite(path, image[..., 0], photometric="minisblack")
+    else:
+        tifffile.imwrite(path, image, photometric="rgb", extrasamples=["assocalpha"] * (image.shape[2] - 3))
 
 
 def save_grey_and_alpha(path, image):
@@ -86,9 +90,9 @@ def save_grey_and_alpha(path, image):
         *((f"a.{suffix}", channels, save_with_opencv) for suffix in ("png", "tif") for channels in (1, 3, 4)),
         ("grey_and_alpha.png", 2, save_grey_and_alpha),
         ("pages.tif", 7, lambda path, image: save_pages(path, np.moveaxis(image, 2, 0))),
-        ("planes.tif", 3, lambda path, image: path.write_bytes(tiff_with(image, planes=2))),
-        ("zero_as_white.tif", 1, lambda path, image: path.write_bytes(tiff_with(~image, black=0))),
-        ("alpha_that_changes_no_other_channel.tif", 4, lambda path, image: path.write_bytes(tiff_with(image))),
+        ("planes.tif", 3, lambda path, image: tifffile.imwrite(path, image.transpose(2, 0, 1), **PLANES)),
+        ("zero_as_white.tif", 1, lambda path, image: tifffile.imwrite(path, ~image[..., 0], photometric="miniswhite")),
+        ("alpha_that_changes_no_other_channel.tif", 4, write_tiff),
     ],
 )
 def test_files_of_8_and_16_bits_keep_their_levels(name, channels, write, dtype, tmp_path):
@@ -97,14 +101,6 @@ def test_files_of_8_and_16_bits_keep_their_levels(name, channels, write, dtype, 
     assert np.array_equal(read_levels(tmp_path / name, None), image)
     if channels == 3 and dtype == np.uint8:
         assert np.array_equal(read_image(tmp_path / name), image)
-
-
-@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2")])
-def test_grey_of_16_bits_is_read_in_both_byte_orders(mode, dtype, tmp_path):
-    image = levels(1, np.uint16)
-    Image.frombytes(mode, SIZE[::-1], image.astype(dtype).tobytes()).save(tmp_path / "a.tif")
-    found = read_levels(tmp_path / "a.tif", None)
-    assert found.dtype == np.uint16 and np.array_equal(found, image)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "<f4", "<f8", "<f2", "<i4"])
@@ -116,23 +112,6 @@ def test_arrays_keep_their_levels(order, dtype, tmp_path):
     wanted = values if value_range is None else np.round((values.astype(float) + 50) * 257)
     assert np.array_equal(read_levels(tmp_path / "a.npy", value_range), wanted)
     assert PixelFormat(5).size(tmp_path / "a.npy") == SIZE
-
-
-def test_floats_of_a_tiff_are_levels_of_their_range(tmp_path):
-    values = np.linspace(-3, 5, 21 * 34, dtype=np.float32).reshape(SIZE)
-    save_pages(tmp_path / "a.tif", [values, values[::-1]])
-    found = PixelFormat(2, value_range=(-3, 5)).read(tmp_path / "a.tif")
-    assert found.dtype == np.uint16
-    assert np.abs(found[..., 0] / 65535 * 8 - 3 - values).max() < 8 / 65535
-
-
-def test_eight_bit_images_are_scaled_to_sixteen_bits(tmp_path):
-    rgb, infrared = levels(3), levels(1, np.uint16)[..., 0]
-    save(tmp_path / "nir/a.png", infrared, np.uint16)
-    found = PixelFormat(4, ("images", "nir")).read(save(tmp_path / "images/a.png", rgb))
-    assert np.array_equal(found[..., 3], infrared)
-    of_rgb, of_all = (to_unit_range(torch.from_numpy(each)) for each in (rgb, found))
-    assert torch.equal(of_rgb, of_all[..., :3])
 
 
 @pytest.mark.parametrize(
@@ -199,26 +178,18 @@ test_message_names_value_and_remedy = refusals(
         "short order": (read_pair(4, order=[0, 1]), "2 numbers"),
         "one word": (read_pair(files=["rgb"]), "at least two"),
         "a path above": (read_pair(files=["rgb", "../nir"]), "names and not of paths"),
-        "an absolute path": (read_pair(files=["rgb", "/nir"]), "names and not of paths"),
         "empty range": (read_pair(value_range=(5, 5)), "lowest < highest"),
         "endless range": (read_pair(value_range=(0, float("inf"))), "finite"),
         "floats": (read_array(np.zeros((4, 4), np.float32)), "unknown range"),
         "no numbers": (read_array(np.full((4, 4), np.nan), [0, 1]), "nan"),
         "above the range": (read_array(np.full((4, 4), 2.0), [0, 1]), "from 2 to 2"),
-        "truth values": (read_array(np.zeros((4, 4), bool)), "bool"),
         "objects": (read_array(np.zeros((4, 4), object)), "object"),
         "four axes": (read_array(np.zeros((2, 4, 4, 3), np.uint8)), "[2, 4, 4, 3]"),
         "no rows": (read_array(np.zeros((0, 4), np.uint8)), "[0, 4]"),
         "truncated": (read_array(levels(4), size=200), "truncated"),
-        "empty file": (read_array(levels(4), size=0), "as an array"),
         "a word within another": (lambda: paths_of("myimages/a.png", "nir/a.png"), "no `images` in its path"),
         "a word before another": (lambda: paths_of("images2/a.png", "nir/a.png"), "no `images` in its path"),
-        "two files": (
-            lambda: paths_of("images/a.png", "nir/a.png", "nir/a.tif"),
-            "two files of `nir`:",
-            "a.png",
-            "a.tif",
-        ),
+        "two files": (lambda: paths_of("images/a.png", "nir/a.png", "nir/a.tif"), "two files of `nir`:", "a.tif"),
         "no array": (lambda: Path("a.npy").write_bytes(b"none") and read_levels(Path("a.npy"), None), "as an array"),
         "no file": (lambda: read_levels(Path("b.npy"), None), "b.npy", "not found"),
         "RGB only": (lambda: check_rgb(PixelFormat(5), "a frame"), "A frame has 3 channels", "data.channels=5"),
@@ -306,43 +277,16 @@ def test_the_pages_of_a_file_are_bounded(tmp_path, monkeypatch):
     assert_refused(lambda: PixelFormat(2).read(path), "TIFF tag 256 twice")
 
 
-def tiff_with(image, *, planes=1, kind=1, black=1):
-    """Return a TIFF file of an image (H, W, C); its channels interleaved, or in planes (2)."""
-    height, width, channels = image.shape
-    content = (image if planes == 1 else np.moveaxis(image, 2, 0)).tobytes()
-    bits = 8 * image.itemsize
-    places, size = 8 + len(content), len(content) // channels
-    lists = struct.pack(f"<{channels}H", *[bits] * channels) + struct.pack(f"<{channels}H", *[kind] * channels)
-    lists += struct.pack(f"<{2 * channels}I", *[8 + size * c for c in range(channels)], *[size] * channels)
-    count = channels if planes == 2 else 1
-    tags = [
-        *[(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, places if channels > 1 else bits)],
-        *[(259, 3, 1, 1), (262, 3, 1, 2 if channels > 1 else black)],
-        (273, 4, count, places + 4 * channels if planes == 2 else 8),
-        *[(277, 3, 1, channels), (278, 4, 1, height)],
-        (279, 4, count, places + 8 * channels if planes == 2 else len(content)),
-        *[(284, 3, 1, planes), (339, 3, channels, places + 2 * channels if channels > 1 else kind)],
-    ]
-    if channels > 3:
-        tags.insert(-1, (338, 3, 1, 1))  # premultiplied alpha
-    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    head = b"II*\0" + struct.pack("<I", places + len(lists))
-    return head + content + lists + struct.pack("<H", len(tags)) + entries + bytes(4)
-
-
 def test_values_that_are_no_levels_need_a_range(tmp_path):
     values = levels(1).view(np.int8)
-    (tmp_path / "a.tif").write_bytes(tiff_with(levels(1), kind=2))
+    tifffile.imwrite(tmp_path / "a.tif", values[..., 0], photometric="minisblack")
     assert_refused(lambda: read_levels(tmp_path / "a.tif", None), "int8 values of unknown range")
-    with pytest.raises(UserError, match=r"values from -\d+ to \d+.*data.pixels.value_range"):
-        read_image(tmp_path / "a.tif")
+    assert_refused(lambda: read_image(tmp_path / "a.tif"), "values from -", "data.pixels.value_range")
     expected = to_levels(values, [-128, 127], "The image")
     assert np.array_equal(read_levels(tmp_path / "a.tif", [-128, 127]), expected)
 
 
-@pytest.mark.parametrize(
-    ("bands", "dtype"), [(2, np.uint8), (4, np.uint16), (6, np.uint32), (8, np.float32), (8, np.uint8), (2, np.float32)]
-)
+@pytest.mark.parametrize(("bands", "dtype"), [(2, np.uint8), (4, np.uint16), (6, np.uint32), (8, np.float32)])
 def test_tiff_bands_stored_together_or_in_planes_are_read(dtype, bands, tmp_path):
     values = levels(bands, np.uint16).astype(dtype)
     value_range = None if dtype in (np.uint8, np.uint16) else (0, 65535)
@@ -408,18 +352,14 @@ def test_arrays_are_scaled_as_files_are(dtype, tmp_path):
 
 
 def test_arrays_are_read_only_for_extra_channels(tmp_path):
-    root = tmp_path / "train"
-    for folder in ("images", "masks"):
-        save(root / folder / "a.png", levels(1)[..., 0] % 2)
-    for name in ("a", "b"):
-        np.save(root / f"images/{name}.npy", levels(4))
+    touch(tmp_path / "train", "images/b.npy", "masks/a.png")
+    save(tmp_path / "train/images/a.png", levels(3))
     data = folder_dataset(tmp_path, "train", classes=["a", "b"])
     assert data.names == ["a"] and not data.lacking
-    (root / "images/a.npy").unlink()
     suffixes = PixelFormat(4).suffixes
     data = folder_dataset(tmp_path, "train", classes=["a", "b"], suffixes=suffixes)
     assert data.names == ["a"] and list(data.lacking) == ["b"]
-    images = str(root / "images")
+    images = str(tmp_path / "train/images")
     assert [path.name for path in list_inputs(images)] == ["a.png"]
     assert [path.name for path in list_inputs(images, suffixes=suffixes)] == ["a.png", "b.npy"]
     assert [path.name for path, _ in pictures(images)] == ["a.png"]
@@ -433,12 +373,8 @@ def test_levels_of_tensors_are_not_scaled_again(dtype):
     assert np.array_equal(found, image)
 
 
-@pytest.mark.parametrize(
-    ("channels", "dtype"), [(1, np.uint16), (2, np.uint8), (4, np.uint16), (5, np.uint8), (9, np.uint16)]
-)
-@pytest.mark.parametrize(
-    ("resample", "padding"), [("area", "spread"), ("antialias", "end"), ("bilinear", "spread"), ("bilinear", "end")]
-)
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint16), (2, np.uint8), (4, np.uint16), (5, np.uint8)])
+@pytest.mark.parametrize(("resample", "padding"), [("area", "spread"), ("antialias", "end"), ("bilinear", "spread")])
 def test_views_move_all_channels_alike(padding, resample, channels, dtype):
     """A view of several channels is that of each channel alone."""
     image, mask = levels(channels, dtype, size=(50, 40)), np.zeros((50, 40), np.uint8)
@@ -498,7 +434,7 @@ def datasets_of(root, images, pixels=PixelFormat()):  # noqa: B008 (frozen)
     """Write each image with a mask, and return a dataset of each."""
     mask, datasets = save(root / "mask.png", levels(1)[..., 0] > 100), []
     for number, image in enumerate(images):
-        (root / f"{number}.tif").write_bytes(tiff_with(image))
+        write_tiff(root / f"{number}.tif", image)
         pair = Pair(f"{number}", root / f"{number}.tif", mask)
         datasets.append(PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks()).read_as(pixels))
     return datasets
@@ -526,24 +462,21 @@ def test_a_changed_file_or_format_is_other_data(tmp_path):
     assert all(len(set(values)) == 3 for values in zip(*seen, strict=True))
 
 
-@pytest.mark.parametrize("folder", ["rgb", "nir"])
-def test_the_stamp_of_an_image_is_that_of_its_newest_file(folder, tmp_path):
-    image = dataset(tmp_path).pairs[0].image
-    before = stamp(image)
-    later = 10**9 + max(path.stat().st_mtime_ns for path in image.paths)
-    os.utime(tmp_path / folder / "0.png", ns=(later, later))
-    assert stamp(image) != before
-
-
-def test_the_status_of_an_image_is_that_of_its_newest_file(tmp_path):
-    source, path = dataset(tmp_path).pairs[0].image, tmp_path / "nir/0.png"
-    os.utime(path, (1, 1))  # as unpacked from an archive
-    before = stamp(source)
-    (tmp_path / "other.png").write_bytes(path.read_bytes() + b"more")
+def test_the_stamp_of_an_image_is_that_of_its_newest_file(tmp_path):
+    source = dataset(tmp_path).pairs[0].image
+    infrared = tmp_path / "nir/0.png"
+    os.utime(infrared, (1, 1))  # as unpacked from an archive
+    seen = [stamp(source)]
+    (tmp_path / "other.png").write_bytes(infrared.read_bytes() + b"more")
     os.utime(tmp_path / "other.png", (1, 1))
-    os.replace(tmp_path / "other.png", path)
-    assert stamp(source) != before
-    path.unlink()
+    os.replace(tmp_path / "other.png", infrared)
+    seen.append(stamp(source))
+    for folder in ("rgb", "nir"):
+        later = 10**9 + max(path.stat().st_mtime_ns for path in source.paths)
+        os.utime(tmp_path / folder / "0.png", ns=(later, later))
+        seen.append(stamp(source))
+    assert len(set(seen)) == 4
+    infrared.unlink()
     assert stamp(source) is None
 
 
@@ -612,23 +545,6 @@ def test_batches_of_8_and_16_bits_keep_the_share_of_white():
         assert torch.equal(to_unit_range(batch.image), wanted)
         parts = batch.to(torch.device("cpu")).split(2)
         assert torch.equal(torch.cat([to_unit_range(part.image) for part in parts]), wanted)
-
-
-def own_dataset(image):
-    """Return a dataset of a class outside the package."""
-    members = {"classes": ["a", "b"], "palette": [(0, 0, 0), (9, 9, 9)], "ignore_index": 255, "names": ["x"]}
-    sample = {"image": image, "mask": torch.zeros(image.shape[1:], dtype=torch.uint8), "name": "x"}
-    members |= {"__len__": lambda self: 1, "__getitem__": lambda self, index: sample}
-    return type("Samples", (), members)()
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
-def test_own_datasets_have_the_declared_channels(dtype):
-    image = torch.zeros(4, 5, 6, dtype=dtype)
-    data = CustomDataset(own_dataset(image), channels=4)
-    assert data[0]["image"] is image and data.keep({"x"})[0]["image"] is image
-    assert_refused(lambda: CustomDataset(own_dataset(image))[0], "(3, H, W)")
-    assert_refused(lambda: CustomDataset(own_dataset(image.float()), channels=4)[0], "uint16")
 
 
 def test_figures_show_the_first_three_channels():

@@ -16,7 +16,6 @@ from making import save, train_batches, write_video
 from mistakes import assert_refused
 from PIL import Image
 
-from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
@@ -163,23 +162,12 @@ def test_a_scaled_view_shows_the_same_place(tmp_path, cache):
 
 
 def test_verified_mask_is_read_without_its_image(data, cache, monkeypatch):
-    dataset, plain, read = make(data(), cache), data(), []
+    dataset = make(data(), cache)
+    read = []
     fromfile = np.fromfile
     monkeypatch.setattr(np, "fromfile", lambda *args, **at: read.append(at["count"]) or fromfile(*args, **at))
-    for _ in range(2):
-        for index in range(len(plain)):
-            assert np.array_equal(dataset.mask(index), plain.mask(index))
-    areas = [SIZES[name][0] * SIZES[name][1] for name in NAMES]
-    assert read == [4 * area for area in areas] + areas
-
-
-def test_packed_dataset_pickles_small_and_is_reopened(data, cache):
-    dataset = make(data(), cache)
-    unread = len(pickle.dumps(dataset))
-    item = dataset[3]
-    assert len(pickle.dumps(dataset)) < unread + 100  # what it read does not go along
-    again = pickle.loads(pickle.dumps(dataset))  # a spawned process: tests/test_on_windows.py
-    assert torch.equal(again[3]["image"], item["image"]) and torch.equal(again[3]["mask"], item["mask"])
+    first = dataset.mask(0)
+    assert np.array_equal(dataset.mask(0), first) and read == [4 * first.size, first.size]
 
 
 @pytest.mark.parametrize("longest", [None, 40])
@@ -242,12 +230,8 @@ def test_a_damaged_item_is_noticed(data, cache, place, damaged):
 
 DAMAGES = {
     "no index": lambda folder: (folder / "index.json").unlink(),
-    "empty index": lambda folder: (folder / "index.json").write_text("{}"),
-    "no JSON": lambda folder: (folder / "index.json").write_text("[" * 10),
-    "cut index": lambda folder: (folder / "index.json").write_bytes((folder / "index.json").read_bytes()[:-9]),
     "cut pixels": lambda folder: os.truncate(folder / "pixels.bin", 3000),
     "no pixels": lambda folder: (folder / "pixels.bin").unlink(),
-    "version": lambda folder: change_index(folder, lambda index: index["key"].update(version=0)),
     "fingerprint": lambda folder: change_index(folder, lambda index: index["key"].update(fingerprint="0" * 64)),
     "order": lambda folder: change_index(folder, lambda index: index["names"].reverse()),
     "places": lambda folder: change_index(folder, lambda index: index["places"].pop()),
@@ -269,19 +253,12 @@ def change_index(folder, change):
     (folder / "index.json").write_text(json.dumps(index))
 
 
-def test_an_index_of_another_shape_is_noticed(data, cache, tmp_path):
+def test_an_index_of_another_shape_is_noticed(data, cache):
     make(data(), cache)
     row = NAMES.index("odd")
     change_index(store_of(cache), lambda index: index["places"][row].__setitem__(slice(1, 3), [23, 37]))
     turned = make(data(), cache)
     assert_refused(lambda: turned[row], "item odd does not match its checksum")
-    values = np.random.default_rng(0).integers(0, 2**16, (8, 6, 2)).astype(np.uint16)
-    np.save(tmp_path / "a.npy", values)
-    pair = Pair("a", PixelFormat(2).source(tmp_path / "a.npy"), save(tmp_path / "mask.png", values[..., 0] % 2))
-    deep = PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks())
-    assert make(deep, cache / "2")[0]["image"].shape == (2, 8, 6)
-    change_index(store_of(cache / "2"), lambda index: index["places"][0].__setitem__(slice(4, 6), [4, 1]))
-    assert_refused(lambda: make(deep, cache / "2")[0], "item a does not match its checksum")
 
 
 def test_changed_files_and_rules_are_packed_again(data, cache, tmp_path):
@@ -323,24 +300,6 @@ def test_bad_files_are_all_named_by_any_number_of_processes(data, cache, tmp_pat
     assert_same(make(good, cache, workers=2), good)
 
 
-class Deadly:
-    """A data set whose reading kills the process."""
-
-    def __init__(self, source):
-        self.names, self.pairs, self.fingerprint = source.names, source.pairs, source.fingerprint
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, _):
-        os._exit(9)
-
-
-@pytest.mark.heavy
-def test_killed_packing_process_raises_an_error(data, cache):
-    assert_refused(lambda: make(Deadly(data()), cache, workers=2), "was killed", "fewer than workers=2 and run again")
-
-
 def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     key_folder = make(data(), cache).store.folder
     done = key_folder.rename(cache / "done")
@@ -356,7 +315,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     assert len(second.result(300)) == len(NAMES)
 
 
-def test_a_read_only_folder_still_serves_its_store(data, cache, tmp_path, monkeypatch):
+def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
     make(data(), cache)
 
     def refuse(path):
@@ -364,11 +323,8 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, tmp_path, monkey
 
     monkeypatch.setattr(packed, "hold_lock", refuse)
     assert_same(make(data(), cache), data())
-    assert_refused(lambda: make(data(), cache, 20), "Cannot pack to ", "Permission denied")
-    monkeypatch.undo()
-    (tmp_path / "file").write_text("")
-    words = ("Cannot pack to ", "file", "cache_dir=FOLDER", "(cache=null")
-    assert_refused(lambda: make(data(), tmp_path / "file"), *words)
+    words = ("Cannot pack to ", "Permission denied", "cache_dir=FOLDER", "(cache=null")
+    assert_refused(lambda: make(data(), cache, 20), *words)
 
 
 def test_video_frames_are_packed_with_one_size_per_video(cache, tmp_path, monkeypatch):
@@ -393,21 +349,14 @@ def test_processes_are_used_where_they_pay(monkeypatch, cores, items, expected):
     assert paying_workers(items) == expected
 
 
-@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda folder: (folder / "pixels.bin").write_bytes(b"")])
+# a mapped file that is cut would be a bus error
+@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda folder: os.truncate(folder / "pixels.bin", 100)])
 def test_store_removed_during_use_raises_an_error(data, cache, spoil):
     dataset = make(data(), cache)
     again = pickle.loads(pickle.dumps(dataset))  # as a loading process has it
     spoil(dataset.store.folder)
     assert_refused(lambda: again[0], "Cannot read ", "pixels.bin ", "removed or truncated during ", "resume=auto")
     assert_same(make(data(), cache), data())
-
-
-def test_a_store_that_is_cut_while_it_is_read_ends_no_process(data, cache):
-    dataset = make(data(), cache)
-    first, *_, last = sorted(range(len(dataset)), key=lambda row: dataset.store.extents[row].offset)
-    size = dataset[first]["mask"].numel() * 4
-    os.truncate(dataset.store.folder / "pixels.bin", size)  # a mapped file would be a bus error
-    assert_refused(lambda: dataset[last], "Cannot read ", "pixels.bin (it is truncated)", "resume=auto")
 
 
 def test_undecodable_names_are_packed_and_unpaired_files_listed(cache, tmp_path):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dinoseg.data.photometric import ColorTransform, PhotometricDistortion
+from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import Augment
 
 AMOUNTS = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5}
@@ -118,8 +118,3 @@ def test_the_whole_image_is_changed_before_it_is_scaled():
         assert np.array_equal(whole[0], plain[0]) and np.array_equal(whole[1], part[1])
         different += not np.array_equal(whole[0], part[0])
     assert different > 6
-
-
-def test_the_contract_has_no_colours():
-    with pytest.raises(NotImplementedError):
-        ColorTransform()(noise((2, 2), 0), np.zeros(4))

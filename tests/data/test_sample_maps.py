@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from making import Pictures, save, train_batches
+from making import Pictures, train_batches
 from mapped import FAR, KINDS, MappedPictures, maps_of
 from mistakes import assert_refused, refusals
+from small_trainings import write_pairs
 
 from dinoseg import SegmentationDataset
 from dinoseg.core.sample_maps import (
@@ -18,12 +19,8 @@ from dinoseg.core.sample_maps import (
     resize_map,
     resize_nearest,
 )
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.packed.pack import pack
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.testing import check_dataset
@@ -104,18 +101,14 @@ def test_distances_are_those_in_the_view_at_any_zoom():
 
 
 def test_maps_that_geometry_would_make_wrong_are_refused():
-    class Stretched(Augment):
-        def scaled_size(self, size, factor):
-            return 1.5 * size[0], size[1]
+    def move(kind):
+        sheared = Augment((8, 8), affine=Affine(shear=5))
+        return sheared.maps({"d": np.zeros((8, 8), np.float32)}, {"d": kind}, np.zeros((8, 8), np.uint8), rng(0))["d"]
 
-    def move(augment, kind=DistanceMap()):  # noqa: B008 (frozen)
-        return augment.maps({"d": np.zeros((8, 8), np.float32)}, {"d": kind}, np.zeros((8, 8), np.uint8), rng(0))["d"]
-
-    sheared = Augment((8, 8), affine=Affine(shear=5))
-    assert_refused(lambda: move(sheared), "affine.shear=5", "map d ", "affine.shear=0")
-    assert move(sheared, ValueMap()).shape == (8, 8)
+    assert_refused(lambda: move(DistanceMap()), "affine.shear=5", "map d ", "affine.shear=0")
+    assert move(ValueMap()).shape == (8, 8)
     words = "distances cannot be resized by 1.500 vertically and 1.000"
-    assert_refused(lambda: move(Stretched((8, 8))), words)
+    assert_refused(lambda: resize_map(torch.zeros(1, 8, 8), DistanceMap(), (12, 8)), words)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (20, 31), (13, 40), (1, 1)])
@@ -180,12 +173,8 @@ def test_a_wrong_map_is_named_with_its_sample(name, value, message):
 
 
 def test_maps_have_the_order_of_their_declaration():
-    class Reversed(MappedPictures):
-        def __getitem__(self, index):
-            sample = super().__getitem__(index)
-            return sample | {"maps": dict(reversed(sample["maps"].items()))}
-
-    assert [*CustomDataset(Reversed([(6, 8)]))[0]["maps"]] == [*KINDS]
+    kinds = dict(reversed(KINDS.items()))
+    assert [*declare(kinds)[0]["maps"]] == [*kinds]
 
 
 def declare(maps):
@@ -200,7 +189,6 @@ test_message_names_value_and_remedy = refusals(
     {
         "a word": (lambda: declare({"flow": "vectors"}), *UNKNOWN),
         "no kinds": (lambda: declare(["distance"]), *UNKNOWN),
-        "a class": (lambda: declare({"distance": DistanceMap}), *UNKNOWN),
         "a number as name": (lambda: declare({1: DistanceMap()}), *UNKNOWN),
         "no declaration": (lambda: declare({})[0], "p0 has the maps ", "dataset declares []"),
         "no layer": (lambda: ValueMap(layers=0), "layers=0 is out of range"),
@@ -233,21 +221,12 @@ def test_wrapped_datasets_keep_their_maps():
 @pytest.fixture
 def pairs(tmp_path):
     """Return a dataset of three files, with maps."""
-    draw, pairs = rng(0), []
-    for number in range(3):
-        image = save(tmp_path / f"{number}.png", draw.integers(0, 256, (20, 30 + number, 3)))
-        mask = save(tmp_path / f"{number}_mask.png", draw.integers(0, 3, (20, 30 + number)))
-        pairs.append(Pair(f"{number}", image, mask))
-    data = PairDataset(pairs, Labels.of(["a", "b", "c"], None, 255), Masks())
-    return data.with_maps(KINDS, maps_of)
+    return write_pairs(tmp_path, [(20, 30), (20, 31), (20, 32)]).with_maps(KINDS, maps_of)
 
 
 def test_packed_files_have_the_maps_of_files(pairs, tmp_path):
     packed = pack(pairs.keep({"0", "2"}), cache_dir=tmp_path / "cache", workers=1)
     assert packed.maps == KINDS and packed.keep({"2"}).maps == KINDS
-    for index, row in enumerate((0, 2)):
-        for name, values in pairs[row]["maps"].items():
-            assert torch.equal(packed[index]["maps"][name], values)
     small = pack(pairs, cache_dir=tmp_path / "cache", longest=15, workers=1)[1]
     assert small["maps"]["twin"].shape == small["mask"].shape and torch.equal(small["maps"]["twin"], small["mask"])
 

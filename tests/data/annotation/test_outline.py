@@ -59,24 +59,10 @@ def test_parts_become_polygons_and_pixels_again(joined):
     assert seen >= 25
 
 
-def test_all_parts_together_equal_the_image():
-    for ids in pictures():
-        parts = list(parts_of(ids, leave_out=0, joined=False, min_area=1))
-        assert sum(int(part.mask.sum()) for part in parts) == (ids > 0).sum()
-        large = list(parts_of(ids, leave_out=0, joined=False, min_area=5))
-        assert {part.value for part in large} <= {1, 2} and all(part.mask.sum() >= 5 for part in large)
-    corners = np.eye(3, dtype=np.uint8)  # pixels that touch at corners are one part
+def test_pixels_that_touch_at_corners_are_one_part():
+    corners = np.eye(3, dtype=np.uint8)
     for joined in (False, True):
         assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=joined, min_area=3)] == [3]
-
-
-def test_a_tolerance_leaves_points_out_and_moves_little():
-    ids = list(pictures())[7]
-    for part in parts_of(ids, leave_out=0, joined=True, min_area=1):
-        exact, few = (list(edge_polygons(part, tolerance)) for tolerance in (0, 1))
-        assert sum(map(len, few)) < 0.6 * sum(map(len, exact))
-        before, after = draw_polygons(exact, ids.shape, False), draw_polygons(few, ids.shape, False)
-        assert (before & after).sum() / (before | after).sum() > 0.85
 
 
 def random_polygons(count):

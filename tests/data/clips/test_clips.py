@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -16,7 +15,7 @@ from PIL import Image
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
-from dinoseg.data.clips.foreground import foreground, no_masks
+from dinoseg.data.clips.foreground import foreground
 from dinoseg.data.clips.videos import DecodedFrames, Video, select_split
 from dinoseg.data.clips.view import ClipView, clip_batches
 from dinoseg.data.doctor.errors import check_groups, describe_split
@@ -43,8 +42,7 @@ def ids(video, index, values, size=(6, 9)):
 def save_palette(path, numbers):
     """Write indexed, with the colours of PASCAL VOC for the first ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = np.asarray(numbers, np.uint8)
-    indexed = Image.frombytes("P", numbers.shape[::-1], numbers.tobytes())
+    indexed = Image.fromarray(numbers)
     indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [7] * (252 * 3))
     indexed.save(path)
 
@@ -173,8 +171,6 @@ def test_the_unsupervised_test_sets_may_have_no_masks(davis):
         (davis / "Annotations_unsupervised/480p/t").mkdir(parents=True, exist_ok=True)
     supervised = Davis(str(davis), year=2019)
     assert [len(video.masks) for video in supervised.videos("test-dev")] == [1, 7]
-    (davis / "Annotations/480p/bear/00003.png").unlink()
-    refused(supervised, "test-dev", "Video bear has 1 frame without mask: 00003")
     for path in (davis / "JPEGImages/480p/t").iterdir():
         path.unlink()
     refused(unsupervised, "test-dev", "480p/t holds no frame. Unpack DAVIS again")
@@ -186,14 +182,12 @@ def test_incomplete_davis_is_refused(davis):
     refused(Davis(str(davis), year=2016), "val", *words)
     words = ("No folder ", "Full-Resolution; its parent folder holds 480p. Check data.root")
     refused(Davis(str(davis), size="Full-Resolution"), "train", *words)
-    refused(Davis(str(davis), annotations="Unsupervised"), "train", "No folder ", "Unsupervised")
     assert_refused(lambda: Davis(str(davis), year=2018).videos("train"), "data.year=2018")
     (davis / "ImageSets/2017/trainval.txt").write_text("bear\nlost\n")
     refused(layout, "trainval", "1 sequence of split trainval not in ", ": lost")
     (davis / "ImageSets/2017/none.txt").write_text("\n \n")
     refused(layout, "none", "none.txt is empty")
-    (davis / "other").mkdir()
-    for line in ("..", ".", "../../other", "/etc", "a/b", "/JPEGImages/480p/../00000.jpg", "x/../../00000.jpg", "a\0b"):
+    for line in ("..", "../../other", "/etc", "a/b", "/JPEGImages/480p/../00000.jpg", "x/../../00000.jpg", "a\0b"):
         (davis / "ImageSets/2017/odd.txt").write_text(f"bear\n{line}\n")
         refused(layout, "odd", "odd.txt holds '", "', which names no sequence. Correct the line")
     (davis / "Annotations/480p/bear/00003.png").unlink()
@@ -273,14 +267,10 @@ def test_incomplete_youtube_vos_is_refused(youtube):
     ):
         meta.write_text(json.dumps({"videos": content}))
         refused(layout, "train", *words)
-    meta.write_text("{")
-    refused(layout, "train", "Cannot read ", "meta.json")
     meta.write_text(json.dumps({"videos": known}))
     for path in (youtube / "train/Annotations/a").iterdir():
         path.unlink()
     refused(layout, "train", "Video a has no mask in")
-    (youtube / "train/Annotations/a").rmdir()
-    refused(layout, "train", "No folder ", "Annotations/a.")
     (youtube / "valid/Annotations/b/00025.png").unlink()
     refused(layout, "val", "appear in frames of video b without mask: 00025")
 
@@ -289,12 +279,12 @@ def test_incomplete_youtube_vos_is_refused(youtube):
 def movi(tmp_path):
     root = tmp_path / "movi"
     for split, count in (("train", 3), ("validation", 2), ("test", 1)):
-        for place, ending, quality in [
-            (f"{split}/{n:05d}", "png" if n else "jpg", {"quality": 95}) for n in range(count)
-        ]:
+        for video in range(count):
+            place = root / split / f"{video:05d}"
+            ending = "png" if video else "jpg"
             for index in range(8):
-                save(root / place / f"frames/{index:03d}.{ending}", pixels(split, index), **quality)
-                save(root / place / f"segmentations/{index:03d}.png", ids(split, index, [0, 1, 2, 10, 23]))
+                save(place / f"frames/{index:03d}.{ending}", pixels(split, index))
+                save(place / f"segmentations/{index:03d}.png", ids(split, index, [0, 1, 2, 10, 23]))
     return root
 
 
@@ -353,11 +343,8 @@ def test_movi_may_call_its_validation_as_other_data_do(movi):
     shutil.rmtree(movi / "validation")
     (movi / "val").rename(movi / "valid")
     refused(Movi(str(movi)), "val", "validation for split val; its parent folder holds test, train, valid")
-    refused(Movi(str(movi)), "other", "other for split other; its parent folder holds test, train, valid")
     (movi / "train/00001/segmentations/007.png").unlink()
     refused(Movi(str(movi)), "train", "Video 00001 has 1 frame without mask: 007")
-    words = ("cut.short=pad", "or lower ", "cut.length=9")
-    assert_refused(lambda: open_clips(Movi(str(movi)), "test", cut=Cut(length=9)), *words)
 
 
 @pytest.fixture
@@ -387,7 +374,6 @@ def test_videos_and_folders_of_frames_are_read(folder):
     assert clips[1]["frame_names"] == ["img000", "img002", "img004", "img006"]
     reader = reader_of("videos", folder)
     assert_refused(lambda: reader(split="train"), "data=videos has no masks")
-    assert_refused(lambda: no_masks("val"), "has no masks")
 
 
 def test_clips_are_cut_at_the_configured_frame_rate(folder):
@@ -404,8 +390,7 @@ def test_unreadable_and_missing_videos_are_refused(folder, tmp_path, caplog):
     (folder / "bad.mp4").write_text("no video")
     words = ("1 video of 4 cannot be read:\n- Cannot read ", "bad.mp4", "on_error=skip")
     assert_refused(lambda: clips_of("videos", folder, "train"), *words)
-    with caplog.at_level(logging.WARNING):
-        clips = clips_of("videos", folder, "train", "data.on_error=skip")
+    clips = clips_of("videos", folder, "train", "data.on_error=skip")
     assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
     assert "1 of 4 videos are left out" in caplog.text and "bad.mp4" in caplog.text
     refused(VideoFolder(str(tmp_path), "gone"), "val", "No folder ", "gone for split val")
@@ -431,12 +416,10 @@ class Still:
         return found
 
 
-def test_sizes_of_files_are_compared_without_decoding_a_video(tmp_path):
-    mask, frame = save(tmp_path / "mask.png", np.zeros((6, 9))), save(tmp_path / "frame.png", np.zeros((9, 6, 3)))
-    Video("v", DecodedFrames(tmp_path / "absent.mp4", 2, None), masks={1: mask}).check_size(1)
-    video = Video("v", [frame, frame], masks={1: mask})
-    video.check_size(0)  # without a mask
-    assert_refused(lambda: video.check_size(1), "frame.png is 6 x 9 ", " its mask ", "mask.png is 9 x 6")
+def test_a_frame_of_another_size_than_its_mask_file_is_refused(tmp_path):
+    frame = save(tmp_path / "frame.png", np.zeros((9, 6, 3)))
+    video = Video("v", [frame], masks={0: save(tmp_path / "mask.png", np.zeros((6, 9)))}, square=4)
+    assert_refused(lambda: video.image(0), "frame.png is 6 x 9 ", " its mask ", "mask.png is 9 x 6")
 
 
 NUMBERED = ("frame1", "frame2", "frame10", "frame11", "frame100")
@@ -453,27 +436,22 @@ def test_numbered_names_are_sorted_numerically(tmp_path):
 def test_unpadded_names_of_videos_and_frames(tmp_path):
     for video in ("v2", "v10"):
         for index, frame in enumerate(NUMBERED):
-            save(tmp_path / f"movi/train/{video}/frames/{frame}.png", pixels(video, index))
-            save(tmp_path / f"movi/train/{video}/segmentations/{frame}.png", ids(video, index, [0, 1]))
             save(tmp_path / f"youtube_vos/train/JPEGImages/{video}/{frame}.jpg", pixels(video, index))
             save(tmp_path / f"youtube_vos/train/Annotations/{video}/{frame}.png", ids(video, index, [0, 1]))
             save(tmp_path / f"videos/{video}/{frame}.png", pixels(video, index))
     entries = {"objects": {"1": {"frames": ["frame10", "frame2"]}}}
     (tmp_path / "youtube_vos/train/meta.json").write_text(json.dumps({"videos": {"v2": entries, "v10": entries}}))
     write_video(tmp_path / "videos/v9.avi", 3)
-    for name, between in (("youtube_vos", []), ("videos", ["v9"]), ("movi", [])):
+    for name, between in (("youtube_vos", []), ("videos", ["v9"])):
         clips = clips_of(name, tmp_path / name, "train", "data.clips.cut.length=null")
         assert [clip["name"] for clip in clips] == ["v2", *between, "v10"]
         assert clips[0]["frame_names"] == clips[-1]["frame_names"] == list(NUMBERED)
-    for index in range(len(NUMBERED)):
-        np.testing.assert_array_equal(clips[1]["masks"][index], ids("v10", index, [0, 1]))
-        np.testing.assert_array_equal(clips[1]["frames"][index].permute(1, 2, 0), pixels("v10", index))
-    data = reader_of("movi", tmp_path / "movi")(split="train")
-    assert data.names == [f"{video}/{frame}" for video in ("v2", "v10") for frame in NUMBERED]
+    masks = clips_of("youtube_vos", tmp_path / "youtube_vos", "train")[1]["masks"]
+    for index, mask in enumerate(masks):
+        np.testing.assert_array_equal(mask, ids("v10", index, [0, 1]))
 
 
 def test_hidden_folders_are_no_videos(movi, youtube):
-    (movi / "val_").mkdir()
     (movi / "train/.ipynb_checkpoints").mkdir()
     (youtube / "train/JPEGImages/.ipynb_checkpoints").mkdir()
     (youtube / "train/JPEGImages/.DS_Store").write_text("")
@@ -509,11 +487,8 @@ def test_same_image_set_for_train_and_val_is_refused(davis):
         (Cut(), [0]),
         (Cut(stride=3), [0]),
         (Cut(length=4), [0, 4]),
-        (Cut(length=5), [0, 5]),
         (Cut(length=4, stride=3), [0]),
-        (Cut(length=3, stride=2), [0]),
         (Cut(length=3, stride=2, step=1), [0, 1, 2, 3, 4, 5]),
-        (Cut(length=10, step=3), [0]),
         (Cut(length=1, step=4), [0, 4, 8]),
         (Cut(length=2, per_video=1), [4]),
         (Cut(length=2, per_video=3), [0, 4, 8]),
@@ -545,7 +520,7 @@ def test_val_and_test_have_a_cut_and_squares_of_their_own(tmp_path):
 
 def test_short_videos_are_skipped_or_padded(tmp_path):
     layout = Still(tmp_path, short=5, long=9, tiny=1)
-    words = ("Video short has 5 frames; 4 at stride 2 need 7. Set ", "short=pad or skip")
+    words = ("Video short has 5 frames; 4 at stride 2 need 7. Set ", "short=pad or skip, or lower cut.length=4")
     assert_refused(lambda: open_clips(layout, "train", cut=Cut(length=4, stride=2)), *words)
     skipping = open_clips(layout, "train", cut=Cut(length=4, stride=2, short="skip"))
     assert [clip["name"] for clip in skipping] == ["long"] and skipping.skipped == ["short", "tiny"]
@@ -576,8 +551,6 @@ def test_mismatched_files_are_refused(tmp_path):
     save(tmp_path / "v_masks/4.png", np.zeros((6, 9)))
     os.truncate(tmp_path / "v/5.png", 40)
     assert_refused(lambda: clips[1], "v/5.png")
-    (tmp_path / "v_masks/5.png").unlink()
-    assert_refused(lambda: clips[1], "File not found: ", "v_masks/5.png")
 
 
 def test_only_frames_of_the_requested_clip_are_read(tmp_path):
@@ -591,6 +564,9 @@ def test_only_frames_of_the_requested_clip_are_read(tmp_path):
     frames, name = clips.frames(4)
     np.testing.assert_array_equal(frames, [pixels("v", index) for index in (4, 6, 8)])
     assert name == "v/4"
+
+
+def test_frames_of_a_video_file_end(tmp_path):
     decoded = DecodedFrames(tmp_path / "a.avi", 5, None)
     assert len(decoded) == 5 and decoded[-1].index == 4 and [frame.index for frame in decoded] == [0, 1, 2, 3, 4]
 
@@ -624,25 +600,13 @@ def test_one_random_clip_per_video_and_epoch(tmp_path):
     counts = [sum(f"v/{start}" in batch for batch in seen) for start in (0, 4, 8)]
     assert min(counts) > 8
     assert len(open_clips(layout, "val", cut=Cut(length=4, sample=True, short="skip"))) == 5
-    assert_refused(lambda: Cut(sample=True), "sample=true has no effect with length=null")
-
-
-def cut(**keys):
-    return lambda: instantiate({"_target_": "dinoseg.data.clips.cut.Cut", **keys})
 
 
 test_message_names_value_and_remedy = refusals(
     {
-        "no frame": (cut(length=0), "length=0 is out of range"),
-        "no stride": (cut(stride=0), "stride=0 is out of range"),
-        "backwards": (cut(length=3, step=-1), "step=-1 is out of range"),
-        "no rate": (cut(fps=0.0), "fps=0.0 is out of range"),
-        "two rates": (cut(fps=5, stride=2), "both set the frame rate"),
-        "steps of whole videos": (cut(step=4), "no effect with length=null"),
-        "samples of whole videos": (cut(sample=True), "sample=true has no effect with length=null"),
-        "short videos": (cut(short="crop"), "short=crop is unknown"),
-        "no clip": (cut(per_video=0), "per_video=0 is out of range"),
-        "two numbers of clips": (cut(length=2, per_video=2, step=1), "step=1 and per_video=2 both set"),
-        "negative tolerance": (cut(fps=8, fps_tolerance=-1), "fps_tolerance=-1 is out of range"),
+        "two rates": (lambda: Cut(fps=5, stride=2), "both set the frame rate"),
+        "steps of whole videos": (lambda: Cut(step=4), "no effect with length=null"),
+        "samples of whole videos": (lambda: Cut(sample=True), "sample=true has no effect with length=null"),
+        "two numbers of clips": (lambda: Cut(length=2, per_video=2, step=1), "step=1 and per_video=2 both set"),
     }
 )

@@ -142,10 +142,3 @@ def test_a_split_without_labels_stops_training(root, splits, value):
         rewrite_all(root, lambda mask: mask * 0 + value, f"{split}/masks/*/*.png")
     words = [f"no labelled pixel in {split}" for split in splits]
     assert_refused(lambda: check(root, masks=Masks(ids={7: 255})), *words, "data.reader.masks.ids")
-
-
-def test_transposed_mask_names_the_orientation(root):
-    rewrite(root / "train/masks/d0/f0.png", lambda mask: mask.T)
-    data = open_split(root, "train")
-    message = assert_refused(lambda: data[data.names.index("d0/f0")], "96 x 128", "EXIF")
-    assert "resize_mask" not in message

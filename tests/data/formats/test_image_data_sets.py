@@ -20,13 +20,6 @@ CITYSCAPES = {  # label id to train id of the 19 evaluated classes, as the data 
 RNG = np.random.default_rng(11)
 
 
-def picture(path, shape):
-    """Write an image of noise and return what a lossless file gives back."""
-    pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    save(path, pixels)
-    return pixels
-
-
 def scatter_values(values, shape):
     """Return a mask in which every value occurs."""
     return RNG.permutation(np.resize(np.array(values), shape[0] * shape[1])).reshape(shape)
@@ -37,7 +30,8 @@ def test_cityscapes_is_read(tmp_path):
     for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "lindau"), ("test", "bonn")):
         for frame in range(2):
             stem = f"{city}/{city}_{frame:06d}_000019"
-            images[stem] = picture(tmp_path / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", (7, 9))
+            images[stem] = RNG.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+            save(tmp_path / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", images[stem])
             raw[stem] = scatter_values([*range(34), 255], (7, 9))
             for kind in ("labelIds", "instanceIds", "labelTrainIds", "color"):
                 pixels = raw[stem] if kind == "labelIds" else np.full((7, 9), 30)
@@ -95,11 +89,6 @@ def test_pascal_voc_is_read(tmp_path):
         for index, name in enumerate(names):
             np.testing.assert_array_equal(found[index]["mask"], np.roll(ids, lists["trainval"].index(name)))
     check_dataset(found)
-    reader = instantiate(data.reader)
-    assert_refused(lambda: reader(split="test"), "No file list for split test: ", " train, val, trainval")
-    (root / "SegmentationClass/2007_000033.png").unlink()
-    words = ("Split val has no image with its mask:\n- 2007_000033: ", "JPEGImages", " has no mask in")
-    assert_refused(lambda: reader(split="val"), *words)
 
 
 def test_ade20k_is_read(tmp_path):
@@ -166,5 +155,3 @@ def test_black_and_white_masks_are_read(tmp_path, name, folders):
     assert len(found.classes) == 2
     mine = instantiate(load(name, tmp_path, "data.classes=[wood, crack]").reader)(split="val")
     assert mine.classes == ("wood", "crack") and mine.mask(0).max() == 1
-    save(tmp_path / folders["val"].format("masks") / "7.png", expected)
-    assert_refused(lambda: found.mask(0), "7.png is not a binary mask", "format=ids")

@@ -12,7 +12,6 @@ from overlapping_shapes import CLASSES, write_coco, write_overlaps
 from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing
-from dinoseg.data.classes.file import read_class_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset, check_custom_dataset
@@ -96,15 +95,6 @@ def test_layers_of_0_and_another_value_suit_any_number_of_classes(classes, rules
     assert not measure(data.pairs[0], data.reader, images=False).problems
     scored = references(Labels.of(list(classes), None, 255), rules, has_layers=True)
     assert scored(tmp_path / "train/masks" / classes[0] / "x.png").tolist() == expected[0].tolist()
-
-
-def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
-    (tmp_path / "classes.yaml").write_text("classes: [a]\nmasks: binary")
-    assert read_class_file(tmp_path / "classes.yaml", 255)["format"] == "binary"
-    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
-    save(tmp_path / "train/masks/x.png", np.zeros((2, 3)))
-    words = ("format=binary needs 2 classes, data.classes has 1.", "task=multilabel")
-    refused(tmp_path, *words, classes=["a"], layers=False, masks=Masks(format="binary"))
 
 
 @pytest.mark.parametrize(("form", "one"), [("ids", np.uint8(1)), ("binary", np.uint8(255)), ("binary", np.True_)])
@@ -205,14 +195,6 @@ def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
     assert "disc in train" not in message
 
 
-@pytest.mark.parametrize("is_own", [True, False])
-def test_class_names_of_any_layers_are_checked(is_own, tmp_path):
-    write_coco(tmp_path)
-    data = drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]) if is_own else coco(tmp_path)
-    act = partial(check_custom_dataset, data, ["a/b", "c"], 255, has_layers=True)
-    assert_refused(act, "The class a/b ", "Rename it")
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -221,7 +203,6 @@ def test_class_names_of_any_layers_are_checked(is_own, tmp_path):
         (["tool", "con"], "The class con "),
         (["tool", "Lpt1.png"], "The class Lpt1.png "),
         (["tool", "\u91dd" * 100], "cannot be that of a file"),
-        (["a/b"], "Rename it"),
         ([".."], "Rename it"),
         (["x?"], "Rename it"),
     ],
@@ -286,6 +267,8 @@ def test_a_dataset_class_may_return_layers(tmp_path):
     data = CustomDataset(drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]), has_layers=True)
     assert data[0]["mask"].dtype == torch.uint8 and class_counts(data, tmp_path).tolist() == [2, 1]
     assert torch.equal(data.keep({"x"})[0]["mask"], data[0]["mask"])
+    named = partial(check_custom_dataset, data, ["a/b", "c"], 255, has_layers=True)
+    assert_refused(named, "The class a/b ", "Rename it")
     for mask in ([[0, 1], [1, 0]], [[[0, 2], [1, 0]], [[0, 0], [1, 0]]]):
         wrong = CustomDataset(drawn(mask), has_layers=True)
         assert_refused(partial(wrong.__getitem__, 0), "the mask of x")
@@ -293,11 +276,10 @@ def test_a_dataset_class_may_return_layers(tmp_path):
 
 def test_the_ignored_id_is_no_class_of_layers(tmp_path):
     write_overlaps(tmp_path, train=1)
-    classes = [*CLASSES, "ring"]
-    data = folder(tmp_path, classes=classes, ignore_index=2)
-    act = partial(check_custom_dataset, data, classes, 2, has_layers=True)
+    data = folder(tmp_path, ignore_index=2)
+    assert check_custom_dataset(data, CLASSES, 2, has_layers=True).ignore_index == 2
+    act = partial(check_custom_dataset, data, [*CLASSES, "ring"], 2, has_layers=True)
     assert_refused(act, "data.ignore_index=2", "ids 0 to 2")
-    assert check_custom_dataset(folder(tmp_path, ignore_index=2), CLASSES, 2, has_layers=True).ignore_index == 2
 
 
 def test_augmentation_moves_all_layers_alike():

@@ -9,6 +9,7 @@ import pytest
 from command_line import SLOTS, call
 from composed_data import load
 from mistakes import assert_refused
+from sklearn.metrics import adjusted_rand_score
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.annotation.rle import counts_of, to_text
@@ -118,15 +119,6 @@ def test_other_folders_are_taken_whole_and_test_has_no_masks(root):
     assert len(layout.videos("train")) == len(layout.videos("val")) == len(VIDEOS)
 
 
-def change(where, value):
-    def apply(given):
-        for key in where[:-1]:
-            given = given[key]
-        given[where[-1]] = value
-
-    return apply
-
-
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
@@ -136,17 +128,12 @@ def change(where, value):
         (("videos", 1, "id"), 7, r"videos\[1\] has the id 7 of another video"),
         (("videos", 0, "file_names"), [], r"videos\[0\] has no file_names"),
         (("videos", 0, "file_names", 0), "../secret/a.jpg", r"file name .*secret.*give <video>/<frame>.jpg"),
-        (("videos", 0, "file_names", 0), "../a.jpg", r"file name"),
         (("videos", 0, "file_names", 0), "other/a.jpg", r"several folders"),
         (("videos", 0, "file_names", 0), "0043f083b5/\udc80.jpg", r"give <video>/<frame>.jpg"),
         (("videos", 0, "file_names"), ["\ud800/0.jpg"], "half of a surrogate pair"),
         (("videos", 0, "height"), 0, r"videos\[0\] \(id 7\): height 0 and width 40 are not an image size"),
-        (("videos", 0, "height"), "8", r'\[0\] \(id 7\): height "8" and width 40 are not an .*give whole numbers'),
-        (("videos", 0, "width"), None, r"height 32 and width null are not an image size"),
         (("videos", 0, "width"), True, r"height 32 and width true are not an image size"),
-        (("videos", 0, "width"), 10**9, r"at most 178,956,970 pixels"),
         (("videos", 0, "file_names", 1), "0043f083b5/00000.png", r"two frames with one name"),
-        (("annotations",), {"a": 1}, "annotations is not a list"),
         (("annotations",), 0, "annotations is not a list"),
         (("annotations", 1, "iscrowd"), "0", r'annotations\[1\] \(id 70\) has iscrowd "0": give 0 or 1'),
         (("annotations", 1), 4, r"annotations\[1\] is not an object"),
@@ -154,19 +141,18 @@ def change(where, value):
         (("annotations", 1, "video_id"), "7", r'belongs to video "7", which is not in videos'),
         (SEGMENTS, [None], r"has 1 segmentation, its video 0043f083b5 5 frames: give one"),
         (SEGMENTS, "xxxxx", r'has the segmentations "xxxxx": give a list .* each of the 5 fr'),
-        (SEGMENTS, None, r"has the segmentations null: give a list with run lengths"),
         ((*SEGMENTS, 2), "x", r'\(id 70\), frame 2 of video 0043f083b5: its segmentation is "x"'),
         ((*SEGMENTS, 0, "size"), [40, 32], r"has the size \[40, 32\], but its .*\[32, 40\]: both"),
-        ((*SEGMENTS, 0, "size"), ["32", "40"], r'has the size \["32", "40"\], but its video'),
         (("annotations", 5, "segmentations", 3, "size"), [1, 2], r"annotations\[5\] \(id 90\), frame 3 of video 0b97"),
-        ((*SEGMENTS, 0, "counts"), [5, 10**12], r"its counts must be"),
         ((*SEGMENTS, 0, "counts"), [5, 6], r"add up to 11 pixels; its mask has 1280"),
-        ((*SEGMENTS, 0, "counts"), "~~~~", r"invalid characters|truncated"),
     ],
 )
 def test_damaged_annotations_are_named(root, where, value, message):
     given = annotations()
-    change(where, value)(given)
+    holder = given
+    for key in where[:-1]:
+        holder = holder[key]
+    holder[where[-1]] = value
     write_annotations(root, given)
     with pytest.raises(UserError, match=message) as caught:
         YoutubeVis(str(root), held_out=1).videos("train")
@@ -183,8 +169,6 @@ def test_missing_files_broken_json_and_too_many_held_out_videos(root, monkeypatc
     monkeypatch.setattr(youtube_vis, "_MOST_BYTES", 100)
     path.write_text(path.read_text() + " ")
     refused(root, "train", "Cannot read ", "instances.json as annotations of YouTube-VIS")
-    path.write_text("{")
-    refused(root, "train", "Cannot read ", "instances.json")
     path.unlink()
     refused(root, "train", "No annotations in ", ": train/instances.json, train.json")
 
@@ -195,9 +179,6 @@ def test_frames_of_another_size_are_refused(root):
     write_png(video.frames[0], np.zeros((40, 32, 3), np.uint8))
     assert_refused(lambda: square.image(0), "00000.jpg is 32 x 40 (width x height), its mask ", "is 40 x 32")
     assert square.image(1).shape == (24, 24, 3)
-    data = load("youtube_vis", root, "data.held_out=1", "data.clips.cut.length=1")
-    clips = instantiate(data.clips)
-    assert_refused(lambda: clips(split="train")[0], "00000.jpg is 32 x 40 ", "its mask ", "instances.json")
 
 
 def test_sizes_are_compared_when_a_training_starts(root, monkeypatch):
@@ -250,14 +231,6 @@ def test_slots_are_trained_evaluated_and_checked(root):
         for one in (1, 2)
     ]
     assert scores["mBO"] == pytest.approx(np.mean(overlaps), rel=1e-6)
-    assert scores["FG-ARI"] == pytest.approx(rand_index(true[true > 0], found[true > 0]), rel=1e-6)
+    assert scores["FG-ARI"] == pytest.approx(adjusted_rand_score(true[true > 0], found[true > 0]), rel=1e-6)
     done = call(root, "mode=doctor", "data=youtube_vis", f"data.root={root}", "data.held_out=1", "hydra.run.dir=d")
     assert done.status == 0, done.err
-
-
-def rand_index(true, found):
-    """Return the adjusted Rand index over labelled pixels, as in VideoSAUR's and SlotContrast's metrics.py."""
-    table = np.array([[((true == a) & (found == b)).sum() for b in set(found)] for a in set(true)], float)
-    pairs, rows, columns = ((part * (part - 1)).sum() for part in (table, table.sum(1), table.sum(0)))
-    chance = rows * columns / (len(true) * (len(true) - 1))
-    return (pairs - chance) / ((rows + columns) / 2 - chance)

