@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from failing import fail_after
+from making import write_motion_jpeg
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 
@@ -80,13 +81,10 @@ def random_image(path, size=(20, 30), seed=0):
 
 
 def random_video(path, frames=10, size=(32, 48)):
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, size[::-1])
-    for index in range(frames):
-        frame = np.zeros((*size, 3), np.uint8)
+    pixels = np.zeros((frames, *size, 3), np.uint8)
+    for index, frame in enumerate(pixels):
         frame[:, : 4 * index + 4] = 250
-        writer.write(frame)
-    writer.release()
-    return path
+    return write_motion_jpeg(path, pixels, size)
 
 
 def groups_of(out):

@@ -7,12 +7,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import yaml
 from config_files import FOLDER
 from failing import fail_after
+from making import write_motion_jpeg
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 from PIL import Image
@@ -127,10 +127,7 @@ def test_folder_of_frames_is_tracked(track):
 
 
 def test_video_is_tracked_with_another_protocol(track):
-    writer = cv2.VideoWriter("v.avi", cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, SIZE[::-1])
-    for number in range(6):
-        writer.write(frame(number)[0][..., ::-1])
-    writer.release()
+    write_motion_jpeg("v.avi", (frame(number)[0] for number in range(6)), SIZE)
     changes = ["tracker=crw", "tracker.short_side=null", "tracker.context=2"]
     result = track(*changes, source="v.avi")
     assert result["frames"] == 6 and names("out/masks") == [f"{number:09d}.png" for number in range(6)]
@@ -314,11 +311,8 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
 def test_memory_does_not_grow_with_the_video(track, monkeypatch):
     size, used = (64, 96), {}
-    writer = cv2.VideoWriter("v.avi", cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 25, size[::-1])
     still = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
-    for number in range(2000):
-        writer.write(np.roll(still, number, axis=1))
-    writer.release()
+    write_motion_jpeg("v.avi", (np.roll(still, number, axis=1) for number in range(2000)), size)
     write_png(Path("noise.png"), (still[..., 0] > 200).astype(np.uint8))
 
     def watch_memory(module, name):

@@ -98,19 +98,6 @@ class TestWithoutLabels:
         for mask, own in zip(follow(model_of(scale=0.5), large), IDS, strict=True):
             assert mask.shape == (64, 96) and (mask[::2, ::2] == own + 1).mean() > 0.98
 
-    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
-    def test_resampled_slots_preserve_their_ids(self, match):
-        frames, ids = crossing_squares(8)
-        model = model_of(predictor="none", scramble=True)
-        images = [torch.from_numpy(frame).permute(2, 0, 1)[None] for frame in frames]
-        unfollowed = [model.head.step(model.backbone(model.pixels(image))[0])[1][0].argmax(0) for image in images]
-        assert len({int(slots[0, 0]) for slots in unfollowed}) > 1  # the grey corner is not always the same slot's
-        masks = follow(model, frames, match=match)
-        table = {int(own): int(mask) for own, mask in zip(at_cells(ids[0]).flat, at_cells(masks[0]).flat, strict=True)}
-        assert len(set(table.values())) == 3
-        for mask, own in zip(masks, ids, strict=True):
-            assert np.array_equal(at_cells(mask), np.vectorize(table.get)(at_cells(own)))
-
     def test_254_slots_are_as_many_as_there_are_ids(self):
         assert follow(model_of([GREY] * 254), crossing_squares(1)[0])[0].max() <= 254
 
@@ -243,28 +230,6 @@ class TestLockOn:
             masks = follow(model_of([GREY]), frames, labels, lock_on=True, **settings)
             assert_cells(masks, ids)
 
-    @pytest.mark.parametrize("hold", ["background", "none"])
-    def test_makes_the_required_number_of_slots(self, hold):
-        model = model_of()
-        follow(model, FRAMES, first(IDS[0], 3), lock_on=True, slots_per_object=2, background_slots=4, hold=hold)
-        (allowed, sizes), *later = model.head.seen
-        assert sizes == [8] and allowed.shape == (1, 8, 8, 12)
-        for (seen, _), cells in zip(later, map(at_cells, IDS[1:]), strict=True):
-            assert (seen is None) == (hold == "none")
-            assert seen is None or np.array_equal(seen[0].numpy(), [cells == 0] * 4 + [cells >= 0] * 4)
-        assert allowed[0].flatten(1).sum(1).tolist() == [88] * 4 + [4] * 4
-
-    def test_extra_slots_attend_to_unlabelled_foreground(self):
-        model = model_of([GREY, GREY])
-        frames, ids = crossing_squares(2)
-        labels = np.where(ids[0] == 1, 1, 0)
-        masks = follow(model, frames, first(labels, 2), lock_on=True, background_slots=2, extra_slots=3)
-        allowed, sizes = model.head.seen[0]
-        assert sizes == [6]
-        assert np.array_equal(allowed[0, 3].numpy(), at_cells(ids[0]) == 2)  # blue is no object, and no backdrop
-        assert np.array_equal(allowed[0, 0].numpy(), at_cells(ids[0]) != 1)
-        assert np.array_equal(at_cells(masks[1]), np.where(at_cells(ids[1]) == 1, 1, 0))
-
     @pytest.mark.parametrize("key", [{"extra_slots": 2}, {"hold": "background"}, {"hold": "both"}])
     def test_missing_class_attention_is_refused_only_where_needed(self, key):
         (word,) = (f"slots.{name}={value}" for name, value in key.items())
@@ -386,7 +351,6 @@ def test_settings_cover_all_influences_on_masks():
 
 
 SETTINGS = check_annotations(SlotTracking)
-SIZE = " pixels, but the first frame 32 x 48"
 LATER = "mask of a later frame, but not of the first"
 THREE, THREE_SLOTS = paint({RED: (8, 4), BLUE: (20, 24), GREEN: (4, 36)}), [GREY, RED, BLUE]
 NAN, FULL = float("nan"), "3 slots cannot track 3 objects"
@@ -431,47 +395,26 @@ test_message_names_value_and_remedy = refusals(
         "unknown match": (settings(match="nearest"), "match=nearest is unknown. Choose one of auto, overlap, soft_iou"),
         "unknown hold": (settings(hold="all"), "hold=all is unknown. Choose one of background, both, none"),
         "temperature of 0": (settings(temperature=0), "temperature=0 is out of range. Give a number above 0"),
-        "temperature of NaN": (settings(temperature=NAN), "temperature=nan is out of range"),
         "negative weight": (settings(appearance=-1), "appearance=-1 is out of range. Give a number from 0 to 1000000"),
-        "weight of NaN": (settings(appearance=NAN), "appearance=nan is out of range"),
-        "large weight": (settings(appearance=2e6), "appearance=2000000.0 is out of range"),
         "three passes": (settings(match="appearance", passes=3), "passes=3 is out of range. Give 1 or 2"),
-        "no pass": (settings(match="appearance", passes=0), "passes=0 is out of range. Give 1 or 2"),
         "idle passes": (settings(passes=2), "slots.passes=2 has no effect with slots.match=auto", "slots.passes=1"),
         "no slot": (settings(lock_on=True, slots_per_object=0), "slots_per_object=0 is out", "number of at least 1"),
         "no background": (settings(lock_on=True, background_slots=0), "background_slots=0 is out", "of at least 1"),
         "negative extra": (settings(lock_on=True, extra_slots=-1), "extra_slots=-1 is out of", "of at least 0"),
-        "half slots": (settings(lock_on=True, slots_per_object=1.5), "slots_per_object=1.5 is of type float. Give"),
         "extra unlocked": (settings(extra_slots=1), "slots.extra_slots=1 has no effect with slots.lock_on=false"),
         "more unlocked": (settings(slots_per_object=2), "slots_per_object=2 has no effect with slots.lock_on=false"),
         "no slots": (lambda: SlotTracker(SegmentationModel(Colours(), LinearHead(3, 1, 2))), "no slots", "head=slots"),
-        "255 slots": (
-            tracked((FRAMES, None), colours=[GREY] * 255),
-            "head.num_slots=255 exceeds the mask ids 1 to 254",
-        ),
+        "255 slots": (tracked((FRAMES, None), colours=[GREY] * 255), "head.num_slots=255 exceeds the mask ids 1 to"),
         "NaN": (tracked((FRAMES, None), colours=[(NAN, 0.0, 0.0), RED]), "not finite", "engine.precision=fp32"),
-        "another width": (tracked((FRAMES[:1], None), ([FRAMES[1][:, :40]], None)), f"A frame is 32 x 40{SIZE}"),
-        "a frame of another height": (tracked(([FRAMES[0], FRAMES[1][:30]], None)), "A frame is 30 x 48 pixels"),
-        "a mask of another size": (labelled(np.zeros((16, 24), np.uint8)), f"A mask is 16 x 24{SIZE}"),
-        "a mask of colours": (labelled(np.zeros((32, 48, 3), np.uint8)), f"A mask is 32 x 48 x 3{SIZE}"),
         "id 300": (labelled(ids_of(np.int32, 300)), "A mask of type ", *NOT_IDS),
         "a negative id": (labelled(ids_of(np.int16, -1)), "A mask of type ", *NOT_IDS),
         "half an id": (labelled(ids_of(np.float32, 0.5)), "A mask of type ", *NOT_IDS),
         "a later mask": (tracked((FRAMES, [None, IDS[1], None])), LATER),
         "a mask of a later batch": (tracked((FRAMES[:2], None), (FRAMES[2:], [IDS[2]])), LATER),
-        "no first mask": (
-            tracked((FRAMES, None), lock_on=True),
-            "slots.lock_on=true",
-            "missing",
-            "slots.lock_on=false",
-        ),
+        "no first mask": (tracked((FRAMES, None), lock_on=True), "slots.lock_on=true", "missing", "lock_on=false"),
         "one look": (tracked((FRAMES, None), match="appearance", passes=2), "slots.passes=2 needs", "look_ahead", "=1"),
         "three objects": (labelled(THREE[1], colours=THREE_SLOTS), FULL, "background", "head.num_slots"),
-        "a later third": (
-            tracked((FRAMES, [IDS[0], None, IDS[0] * 0 + 9]), colours=THREE_SLOTS),
-            FULL,
-            "slots.lock_on=true",
-        ),
+        "a later third": (tracked((FRAMES, [IDS[0], None, IDS[0] * 0 + 9]), colours=THREE_SLOTS), FULL, "lock_on=true"),
     }
 )
 

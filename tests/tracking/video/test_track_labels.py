@@ -1,9 +1,8 @@
 from functools import partial
 
-import cv2
 import numpy as np
 import pytest
-from making import save
+from making import save, write_motion_jpeg
 from mistakes import assert_refused
 from PIL import Image
 
@@ -34,12 +33,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def video(tmp_path):
-    path = tmp_path / "v.avi"
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, SIZE[::-1])
-    for number in range(7):
-        writer.write(np.full((*SIZE, 3), 30 * number, np.uint8))
-    writer.release()
-    return path
+    return write_motion_jpeg(tmp_path / "v.avi", np.zeros((7, *SIZE, 3), np.uint8), SIZE)
 
 
 def test_a_folder_is_read_as_it_is_counted(folder):
@@ -152,46 +146,34 @@ def test_masks_compressed_with_loss_are_refused(folder, tmp_path, name, options,
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("source", "names", "message"),
     [
-        ([], "holds no mask directly. Masks are image files"),
-        (["frame2", "frame100"], "no mask for the first frame, frame1; it has frame2, frame100. Add one"),
-        (["frame1", "frame3", "4"], r"has 2 masks without frame in .*: 4\.png, frame3\.png. Masks are named like"),
+        ("folder", [], "holds no mask directly. Masks are image files"),
+        ("folder", ["frame2", "frame100"], "no mask for the first frame, frame1; it has frame2, frame100. Add one"),
+        ("folder", ["frame1", "frame3", "4"], r"2 masks without frame in .*: 4\.png, frame3\.png. Masks are named"),
+        ("video", ["0", "9"], r"has 1 mask without frame in .*v\.avi: 9\.png"),
+        ("video", ["0", "00"], r"00?\.png and .*00?\.png are masks of the same frame: keep one"),
     ],
 )
-def test_unusable_folders_are_refused(folder, tmp_path, names, message):
+def test_unusable_folders_are_refused(request, tmp_path, source, names, message):
+    frames = open_frames(str(request.getfixturevalue(source)))
     (tmp_path / "masks").mkdir()
     for name in names:
         save(tmp_path / "masks" / f"{name}.png", ids())
     with pytest.raises(UserError, match=message):
-        find_labels(str(tmp_path / "masks"), open_frames(str(folder)))
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (("0", "9"), r"has 1 mask without frame in .*v\.avi: 9\.png"),
-        (("0", "00"), r"00?\.png and .*00?\.png are masks of the same frame: keep one"),
-    ],
-)
-def test_labels_that_do_not_fit_a_video_are_refused(video, tmp_path, names, message):
-    for name in names:
-        save(tmp_path / f"masks/{name}.png", ids())
-    with pytest.raises(UserError, match=message):
-        find_labels(str(tmp_path / "masks"), open_frames(str(video)))
+        find_labels(str(tmp_path / "masks"), frames)
 
 
 def test_unusable_files_are_refused(folder, tmp_path):
     frames = open_frames(str(folder))
     later = save(tmp_path / "frame9.png", ids())
-    assert_refused(
-        lambda: find_labels("nowhere", frames), "not found: labels=nowhere. Give the mask of the first frame"
-    )
-    assert_refused(
-        lambda: find_labels(str(later), frames), "is named like frame 2, but the first frame is frame1. Give"
-    )
     (tmp_path / "m.png").write_bytes(b"\x89PNG no")
-    assert_refused(lambda: find_labels(str(tmp_path / "m.png"), frames).read(0), "Cannot read ", "m.png as an image")
+    for path, *words in (
+        ("nowhere", "not found: labels=nowhere. Give the mask of the first frame"),
+        (later, "is named like frame 2, but the first frame is frame1. Give"),
+        (tmp_path / "m.png", "Cannot read ", "m.png as an image"),
+    ):
+        assert_refused(lambda path=path: find_labels(str(path), frames).read(0), *words)
 
 
 def test_unusable_inputs_are_refused(folder, tmp_path):
@@ -203,10 +185,9 @@ def test_unusable_inputs_are_refused(folder, tmp_path):
         (tmp_path / "empty", "empty holds no frame directly. Give a folder of images"),
     ):
         assert_refused(partial(open_frames, str(path)), *words)
+    opened = partial(open_frames, str(folder))
     larger = save(folder / "frame11.png", np.zeros((12, 20, 3), np.uint8))
-    assert_refused(
-        partial(open_frames, str(folder)), "frame11.png is 12 x 20 pixels, and frame1.png 12 x 18", "one size"
-    )
+    assert_refused(opened, "frame11.png is 12 x 20 pixels, and frame1.png 12 x 18", "one size")
     larger.unlink()
     save(folder / "frame9.png", np.zeros((*SIZE, 3), np.uint8))
-    assert_refused(partial(open_frames, str(folder)), "are one frame: keep one of them")
+    assert_refused(opened, "are one frame: keep one of them")

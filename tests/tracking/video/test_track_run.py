@@ -6,12 +6,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from failing import fail_after
+from making import write_motion_jpeg
 from mistakes import assert_refused
 
 from dinoseg.core.contracts import Backbone
@@ -73,11 +73,7 @@ def clip(tracked, tmp_path):
 
 
 def video(path, count=23):
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, SIZE[::-1])
-    for number in range(count):
-        writer.write(pixels(number))
-    writer.release()
-    return path
+    return write_motion_jpeg(path, map(pixels, range(count)), SIZE)
 
 
 class Ahead(PropagationTracker):
