@@ -106,14 +106,7 @@ FURTHER = {  # of keys and messages like those above
     "mode=train lrs=[1e-3]": "lrs is a key of trainer=multi_head",
     f"{HEADS} heads=[linear,slots]": "head=slots is trained on clips",
     f"{HEADS} heads=[linear,dpt]": "quarters",
-    "mode=plan mode.memory=0": "mode.memory=0: give an amount",
     "mode=plan mode.memory=-1GiB": "mode.memory=-1GiB: give an amount",
-    "mode=plan mode.memory=1MiB data.batch_size=1 head=mlp": "fits into 0.001 GiB: the smallest, ...needs about ",
-    "mode=plan mode.tflops=0": "mode.tflops=0 is out of range. Give a number from 0.001 to 10000000, or null.",
-    "mode=plan mode.tflops=1e+300": "mode.tflops=1e+300 is out of range. Give a number from 0.001 to 10000000",
-    "mode=plan data.batch_size=some": "data.batch_size=some is of type str",
-    "mode=plan resolution.crop=[x,y]": "resolution.crop=['x', 'y'] is of type list of str",
-    "mode=plan trainer.accumulate=~": "trainer.accumulate=~",
     "mode=plan loss.weights=invers": "loss.weights=invers is unknown. Choose one of none",
 }
 FURTHER_OF_LAYERS = {
