@@ -298,7 +298,6 @@ def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
         (["first", "nowhere"], "runs: nowhere is not a folder"),
         ([["first", "second"]], "runs=[[first,second]] makes 1 side. Give"),
         (["first", []], "runs=[first,[]] has a side without a separate run. Give"),
-        (["first"], "runs=[first] names 1 run. Give"),
     ],
 )
 def test_fewer_than_two_runs_are_refused(runs, monkeypatch, asked, said):
@@ -306,10 +305,9 @@ def test_fewer_than_two_runs_are_refused(runs, monkeypatch, asked, said):
     assert_refused(lambda: sides_of(asked), "run folders of mode=eval or mode=train", said)
 
 
-@pytest.mark.parametrize("word", ["null", "[[first,second]]"])
-def test_a_refused_comparison_leaves_no_folder(runs, word):
-    done = call(runs, "mode=compare", f"runs={word}", "hydra.run.dir=refused")
-    assert done.status == 1 and f"runs={word} " in done.err and not (runs / "refused").exists()
+def test_a_refused_comparison_leaves_no_folder(runs):
+    done = call(runs, "mode=compare", "runs=[[first,second]]", "hydra.run.dir=refused")
+    assert done.status == 1 and "runs=[[first,second]] " in done.err and not (runs / "refused").exists()
 
 
 @pytest.mark.heavy
@@ -334,14 +332,12 @@ def stored_score(record, name, *, value=0.5, left_out=0.5):
 def test_damaged_record_is_refused(runs):
     for change in (
         lambda record: record.pop("split"),
-        lambda record: record.update(background=7),
         lambda record: record.update(units=["a"]),
         lambda record: record.update(images=[], units=[]),
         lambda record: record.update(palette=[[0, 0, 300]] * 2),
         lambda record: record.update(scores=stored_score(record, "rare", value=1.5)),
         lambda record: record.update(scores=stored_score(record, "rare", left_out=1e308)),
         lambda record: record.update(scores=stored_score(record, "miou")),
-        lambda record: record.update(scores=stored_score(record, "iou/1")),
     ):
         with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
             read_record(copy_second_run(runs, "damaged", change))
@@ -364,7 +360,8 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     assert "mode=train" in page and "segmenter/checkpoints/best.safetensors" in page and "<h2>Training</h2>" in page
     tracked = (runs / "slots/evaluation/report.html").read_text()
     assert "mode=train" in tracked and "slots/checkpoints/best.safetensors" in tracked
-    assert_refused(lambda: find_evaluation(runs / "slots"), "slots/evaluation is an evaluation of videos")
+    words = ("slots/evaluation is an evaluation of videos", "mode=score protocol=NAME ", "evaluation/masks,OTHER/masks")
+    assert_refused(lambda: find_evaluation(runs / "slots"), *words)
     differences = compare(runs, "segmenter", "first")[1]["others"]["first"]["differences"]
     assert differences["miou"] == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "verdict": "no significant difference"}
     again = json.loads((runs / "first" / RECORD).read_text())
@@ -376,13 +373,6 @@ def test_unknown_split_is_refused_before_building_the_model(runs, monkeypatch):
     monkeypatch.setattr(evaluate, "load_trained", None)
     done = call(runs, *EVAL, "resume=segmenter", "mode.split=nope", "hydra.run.dir=refused")
     assert done.status == 1 and "split=nope is unknown. Choose one of train, val, test." in done.err
-
-
-def test_video_evaluation_is_refused_with_a_remedy(tmp_path):
-    (tmp_path / "tracked").mkdir()
-    (tmp_path / "tracked/tracking.json").write_text("{}")
-    words = ("evaluation of videos", "mode=score protocol=NAME ", "tracked/masks,OTHER/masks")
-    assert_refused(lambda: find_evaluation(tmp_path / "tracked"), *words)
 
 
 def test_predictions_of_unknown_classes_cost_only_the_images(runs, compare_sides):
