@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import call, write_data
+from command_line import call, succeed, write_data
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 
@@ -34,8 +34,7 @@ EVAL = ("mode=eval", "engine=cpu", "engine.workers=0")
 def runs(trained):
     """Two evaluations of one model, the second with half the resolution."""
     for name, words in (("first", ()), ("second", ("resolution.scale=0.5",))):
-        done = call(trained, *EVAL, "resume=segmenter", f"hydra.run.dir={name}", *words)
-        assert done.status == 0, done.err
+        succeed(trained, *EVAL, "resume=segmenter", f"hydra.run.dir={name}", *words)
     return trained
 
 

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from config_files import read_whole
 from mistakes import assert_refused
 from omegaconf import OmegaConf
@@ -26,8 +26,7 @@ def run(tmp_path_factory):
     where = tmp_path_factory.mktemp("metrics")
     write_data(where / "data", val=3)
     length = ("trainer.steps=6", "trainer.val_every=1", "mode.metrics_only=true", "hydra.run.dir=run")
-    done = call(where, "mode=train", *SMALL, *METRICS, *length, "logger=[]")
-    assert done.status == 0, done.err
+    succeed(where, "mode=train", *SMALL, *METRICS, *length, "logger=[]")
     return where
 
 
@@ -50,8 +49,8 @@ def test_best_checkpoint_and_scores_are_those_of_the_metric(run):
 def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
     found = {}
     for name, words in (("own", ()), ("none", ("metric=[]",)), ("other", ("metric=nsd", "metric.nsd.tolerance=0"))):
-        done = call(run, "mode=eval", "resume=run", *MACHINE[:2], *words, "mode.report=false", f"hydra.run.dir={name}")
-        assert done.status == 0, done.err
+        words = (*words, "mode.report=false", f"hydra.run.dir={name}")
+        done = succeed(run, "mode=eval", "resume=run", *MACHINE[:2], *words)
         found[name] = json.loads((run / name / "scores.json").read_text())
         assert ("\nnsd " in done.out) == (name != "none")
     trained = json.loads((run / "run/evaluation/scores.json").read_text())
@@ -62,7 +61,7 @@ def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
 
 def test_comparison_and_its_page_have_the_metrics_of_both_runs(run):
     words = ("mode=eval", "resume=run", *MACHINE[:2], "resolution.scale=0.5", "hydra.run.dir=half")
-    assert call(run, *words).status == 0
+    succeed(run, *words)
     done = call(run, "mode=compare", "runs=[run,half]", "hydra.run.dir=compared")
     assert done.status == 0 and "boundary_iou" in done.out and "ece" in done.out, done.err
     compared = json.loads((run / "compared/compare.json").read_text())
@@ -105,8 +104,7 @@ def test_a_score_infinite_for_all_images_selects_a_checkpoint(tmp_path):
     distance = {**wrapped, "ignored": "match", "metric": {"_target_": f"{__name__}.MissedObject"}}
     write_text(tmp_path / "mine/metric/hd.yaml", json.dumps({"hd": distance}))
     words = ("--config-dir", tmp_path / "mine", "mode=train", *SMALL, "metric=[hd]", "trainer.score=hd")
-    done = call(tmp_path, *words, *BARE, "hydra.run.dir=run")
-    assert done.status == 0, done.err
+    succeed(tmp_path, *words, *BARE, "hydra.run.dir=run")
     scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
     assert scores["hd"] is None and scores["hd_infinite_images"] > 0
 
@@ -115,7 +113,7 @@ def test_a_score_infinite_for_all_images_selects_a_checkpoint(tmp_path):
 def test_auto_resume_takes_a_run_of_other_scores(tmp_path):
     write_data(tmp_path / "data")
     words = ("mode=train", *SMALL, "resume=auto", "logger=[]", "hydra.run.dir=run", "mode.metrics_only=true")
-    assert call(tmp_path, *words).status == 0
+    succeed(tmp_path, *words)
     done = call(tmp_path, *words, "metric=nsd", "trainer.score=nsd", "trainer.steps=3")
     assert done.status == 0 and "resuming" in done.err, done.err
     assert checkpoint.describe(tmp_path / "run/checkpoints/last.safetensors")["choices"]["metric"] == ["nsd"]

@@ -4,7 +4,7 @@ import json
 import socket
 
 import pytest
-from command_line import call
+from command_line import succeed
 from tabulate import tabulate
 from transformers import AutoModel
 
@@ -27,8 +27,7 @@ def offline(monkeypatch):
 
 
 def summary(where, *arguments):
-    done = call(where, "mode=summary", *arguments)
-    assert done.status == 0, done.err
+    done = succeed(where, "mode=summary", *arguments)
     (path,) = where.glob("outputs/*/summary_*/summary.json")
     return json.loads(path.read_text()), done.out
 

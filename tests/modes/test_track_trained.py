@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_line import call
+from command_line import call, succeed
 from meta_files import RELEASED, write_released
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -99,8 +99,7 @@ def test_stopped_run_resumes(trained, whole_runs, stopped_runs, cut, way):
 
 def test_a_segmenter_is_smoothed(trained, whole_runs):
     track(trained, "own", "resume=segmenter", "mode.smoothing=0")
-    done = call(trained, "mode=predict", "resume=segmenter", "input=clip", *CPU, "hydra.run.dir=p")
-    assert done.status == 0, done.err
+    succeed(trained, "mode=predict", "resume=segmenter", "input=clip", *CPU, "hydra.run.dir=p")
     predicted = [np.load(path) for path in sorted((trained / "p").glob("*/segmentation_raw.npy"))]
     own, smooth = read_masks(trained / "own"), read_masks(trained / "whole_segmenter")
     np.testing.assert_array_equal(own, predicted)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,8 +34,7 @@ def where(tmp_path):
 
 def train(where, *arguments):
     quiet = ("mode.metrics_only=true", "mode.report=false", f"hydra.run.dir={where}/run")
-    done = call(where, "mode=train", *SMALL, *quiet, *arguments)
-    assert done.status == 0, done.err
+    done = succeed(where, "mode=train", *SMALL, *quiet, *arguments)
     return done
 
 
@@ -156,8 +155,7 @@ def test_next_commands_name_the_folders_of_own_parts(where, tmp_path):
     words = shlex.split(line)[5:]  # after the mode and the run
     assert words[-2:] == ["--config-dir", str(folders[0])]
     for option in ("mine_0", "mine_1"):
-        done = call(where, "mode=train", f"loss={option}", "--cfg", "job", *words)
-        assert done.status == 0, done.err
+        succeed(where, "mode=train", f"loss={option}", "--cfg", "job", *words)
 
 
 def test_missing_best_checkpoint_is_not_replaced_by_the_last(finished):
@@ -210,8 +208,7 @@ def test_evaluate_last_uses_the_last_weights_everywhere(where):
     assert all(torch.equal(value, last.part("model")[name]) for name, value in best.part("model").items())
     assert "best.safetensors (step 3)" in done.out
     scores = json.loads((where / "run/evaluation/scores.json").read_text())
-    again = call(where, "mode=eval", "resume=run", "engine=cpu", "hydra.run.dir=eval", "mode.metrics_only=true")
-    assert again.status == 0, again.err
+    succeed(where, "mode=eval", "resume=run", "engine=cpu", "hydra.run.dir=eval", "mode.metrics_only=true")
     assert json.loads((where / "eval/scores.json").read_text())["miou"] == scores["miou"]
     # the first validation by another choice is the best one, though no score is better
     done = call(where, "mode=train", "resume=run", "trainer.steps=4", "trainer.evaluate=best", "mode.metrics_only=true")

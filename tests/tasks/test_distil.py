@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from films import write_film
 from finished_runs import rows, train_run, whole_and_resumed_on_ranks
 from mistakes import command, refusals
@@ -127,8 +127,7 @@ def test_run_resumes_from_another_folder_and_teacher_path(folder, supervised_run
     info = checkpoint.describe(folder / "moved/checkpoints/last.safetensors")
     assert info["config"]["teacher"] == str(folder / "teacher") and "teacher" not in info["config"]["trainer"]
     words = ("mode=train", f"resume={folder / 'moved'}", "engine=cpu", "engine.workers=0", *PLAIN[-7:-2])
-    done = call(tmp_path, *words, "trainer.steps=3")
-    assert done.status == 0, done.err
+    done = succeed(tmp_path, *words, "trainer.steps=3")
     (folder / "teacher").rename(folder / "elsewhere")
     refused = call(tmp_path, *words, "trainer.steps=4")
     assert refused.status == 1 and f"teacher={folder / 'teacher'}: file or folder not found" in refused.err
@@ -140,8 +139,7 @@ def test_run_resumes_from_another_folder_and_teacher_path(folder, supervised_run
 
 
 def test_a_student_in_one_file_names_no_place_of_its_teacher(folder, taught):
-    done = call(folder, "mode=export", "export=safetensors", "resume=taught", "engine=cpu", "hydra.run.dir=file")
-    assert done.status == 0, done.err
+    succeed(folder, "mode=export", "export=safetensors", "resume=taught", "engine=cpu", "hydra.run.dir=file")
     said = checkpoint.describe(folder / "file/model.safetensors")
     assert "teacher" not in said["config"] and str(folder) not in json.dumps(said)
     found = dinoseg.load(folder / "file", device="cpu").predict(folder / "data/val/images/0.png")
