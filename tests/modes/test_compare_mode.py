@@ -158,6 +158,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, compare_sides):
     copy_run(runs, "sweep/0", "again")  # of the same seed: another evaluation is what is compared
     sides = sides_of(["sweep/0", "sweep/1", "again"])
     assert [side.name for side in sides] == ["0", "resolution.scale=0.5", "again"]
+    jobs = sides_of(["sweep/2", "sweep"])[0].folders  # what is named before its sweep comes first
+    assert jobs == [Path("sweep/2"), Path("sweep/0")]
     assert "one trained model per side" in seeds_note(sides)
 
 
@@ -177,7 +179,7 @@ def swept(runs, name, cells):
 
 
 @pytest.mark.heavy
-def test_sides_of_a_sweep_are_named_by_the_varied_keys(runs, monkeypatch):
+def test_sides_of_a_sweep_are_named_by_the_varied_keys(runs):
     swept(runs, "varied", [{"head.hidden": str(hidden), "seed": str(seed)} for hidden in range(5) for seed in (0, 2)])
     done, found = compare(runs, "varied")
     assert found["sides"]["head.hidden=3"] == ["varied/6", "varied/7"] and found["first"] == "head.hidden=0"
@@ -195,19 +197,6 @@ def test_sides_of_a_sweep_are_named_by_the_varied_keys(runs, monkeypatch):
     assert "<title>4 sides against head.hidden=0" in page and page.count('<th scope="row"') > 5 * 4
     table = page[: page.index("</table>")].split("<table", 1)[1]
     assert table.count('<th scope="row"') == 5 and table.count("95 % interval".replace(" ", "\u00a0")) == 1
-    # what is named before its sweep comes first, with what differs from it in its seed
-    monkeypatch.chdir(runs)
-    sides = sides_of(["varied/4", "varied"])
-    assert sides[0].name == "head.hidden=2" and "intervals (2, 2, 2, 2, 2 runs)" in seeds_note(sides)
-    # one run of each: seeds alone tell them apart, and where commands do not, folders do
-    assert sides_of(["varied/0", "varied/1"])[0].name == "seed=0"
-    for number in (0, 2):  # beside no sweep, folders are what runs are known by
-        copy_run(runs, f"varied/{number}", f"alone{number}")
-    assert sides_of(["alone0", "alone2"])[0].name == "alone0"
-    (runs / "varied/0/config/overrides.txt").write_text("head.hidden=" + "9" * 100)
-    assert sides_of(["varied"])[0].name == "0+1"
-    (runs / "varied/0/config/overrides.txt").unlink()
-    assert sides_of(["varied/0", "varied/2"])[0].name == "0"
 
 
 def _miou(folder):
@@ -222,18 +211,6 @@ def test_every_list_of_runs_is_a_side(runs, compare_sides):
     assert "(2, 1 runs), except for second, one trained model" in told
     said = compare_sides(["a0", "second"], "a1")[-1]
     assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
-
-
-def test_one_unit_has_an_interval_only_over_seeds(runs):
-    for name, seed in (("a0", 0), ("a1", 1), ("b0", 0), ("b1", 1)):
-        of_seed(runs, "first" if name[0] == "a" else "second", name, seed)
-        record = json.loads((runs / name / RECORD).read_text())
-        record.update(unit="drive", units=["d"] * len(record["units"]))
-        (runs / name / RECORD).write_text(json.dumps(record))
-    done, _ = compare(runs, "a0", "b0")
-    assert "none: they need two drives, or several seeds of each side" in done.out and "no verdict" in done.out
-    done, _ = compare(runs, "[a0,a1]", "[b0,b1]")
-    assert "over seeds only: there is one drive" in done.out and "no verdict" not in done.out
 
 
 def test_costs_of_runs_are_listed_where_known(runs, caplog):
