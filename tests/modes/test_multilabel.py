@@ -4,16 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from command_line import SMALL, call, succeed
 from making import save
-from overlapping_shapes import CLASSES, write_coco, write_overlaps
+from overlapping_shapes import CLASSES, write_overlaps
 
 import dinoseg
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.metrics import BoundaryIoU, SurfaceDice
-from dinoseg.training.checkpoint import read
 from dinoseg.utils.images import read_ids, read_image
 
 pytestmark = pytest.mark.slow
@@ -109,18 +107,6 @@ def test_saved_predictions_are_drawn_read_back_and_scored(multilabel_run, predic
     assert all((references[name] == val[name]).all() for name in val)
 
 
-def test_doctor_reports_layers(multilabel_run):
-    where, masks = multilabel_run
-    words = ("data=folder", "data.root=data", "data.classes=[disc,square]", "task=multilabel", "hydra.run.dir=doctor")
-    done = succeed(where, "mode=doctor", *words)
-    pixels = sum((mask.sum(axis=0) > 1).sum() for name, mask in masks.items() if name.startswith("train"))
-    assert f"{pixels:,} pixels of train show several classes" in done.out
-    report = json.loads((where / "doctor/doctor.json").read_text())
-    shown = [sum(mask[layer].sum() for name, mask in masks.items() if name.startswith("val")) for layer in range(2)]
-    assert [row["pixels"] for row in report["splits"]["val"]["classes"]] == shown
-    assert "several classes" in (where / "doctor/doctor.html").read_text()
-
-
 @pytest.mark.heavy
 def test_windows_flips_and_thresholds_change_the_layers(multilabel_run):
     where, _ = multilabel_run
@@ -164,29 +150,6 @@ def test_exported_file_equals_the_model(multilabel_run, words, file, thresholds)
     assert found.overlay().shape == image.shape and "square" in repr(found)
     found.save(where / "saved/x.png")
     np.testing.assert_array_equal(read_ids(where / "saved/square/x.png"), found.mask[1])
-
-
-@pytest.mark.heavy
-def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
-    where, _ = multilabel_run
-    words = ("mode=train", *TASK, *RATES, "loss=bce", "trainer.val_every=2", "mode.metrics_only=true")
-    words += ("optim.schedule.kind=constant",)
-    succeed(where, *words, "trainer.steps=4", "hydra.run.dir=whole_run")
-    succeed(where, *words, "trainer.steps=2", "hydra.run.dir=parts")
-    succeed(where, "mode=train", "resume=parts", "trainer.steps=4", "mode.metrics_only=true")
-    whole, parts = (read(where / name / "checkpoints/last.safetensors").tensors for name in ("whole_run", "parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-@pytest.mark.heavy
-def test_a_single_class_from_coco_is_trained(tmp_path):
-    write_coco(tmp_path / "data")
-    words = ("data=coco", "data.unlabelled=null", "data.classes=[disc]", "+data.reader.shapes.labels={square: ignore}")
-    data = ("data.reader.partition.by=fraction", "data.reader.layout.annotations=annotations/instances_train.json")
-    succeed(tmp_path, "mode=train", *TASK, *words, *data, "data.reader.partition.val_fraction=0.4", "hydra.run.dir=run")
-    scores = scores_of(tmp_path / "run/evaluation")
-    assert [row["id"] for row in scores["classes"]] == [0] and scores["ignored_pixels"] > 0
 
 
 @pytest.mark.heavy
