@@ -64,8 +64,6 @@ def test_slots_of_clips_are_timed(tmp_path, here):
         ("engine.device=cuda", "engine.device=cuda"),
         ("engine.devices=2", "engine.devices=2: this mode runs on 1"),
         ("mode.steps=0", "mode.steps=0"),
-        ("mode.images=-1", "mode.images=-1"),
-        ("mode.warmup=-1", "mode.warmup=-1"),
         ("data.root=nowhere", "nowhere"),
         ("trainer=multi_head heads=[linear] adapter=frozen", "trainer=multi_head trains several heads"),
     ],

@@ -177,14 +177,8 @@ def test_track_state_with_an_invalid_frame_count_is_refused(cut):
     ("way", "more", "message"),
     [
         ("segmenter", ("labels=first.png",), "labels=first.png: a trained segmenter needs no masks"),
-        ("segmenter", ("mode.smoothing=1.5",), "mode.smoothing=1.5 is out of range. Give a number from 0 to 1"),
-        ("slots", ("slots.temperature=0",), "slots.temperature=0"),
         ("slots", ("mode.smoothing=0.5",), "mode.smoothing=0.5 is for the classes of a trained segmenter"),
         ("slots", ("labels=null",), "slots.lock_on=true creates slots from the first frame's mask, but none is given."),
-        pytest.param(
-            *("backbone", ("mode.smoothing=0",), "mode.smoothing=0 is for the classes of a trained segmenter"),
-            marks=pytest.mark.heavy,
-        ),
     ],
 )
 def test_refused_tracking_leaves_no_folder(trained, way, more, message):

@@ -89,9 +89,7 @@ def test_progress_can_be_leafed_through(where):
         ("optim.optimizer.betas=[0.9]", "", "Checking the data"),
         ("loss.criterion.label_smoothing=2", " is out of range", "listing the files"),
         ("head.dropout=1", " is out of range", "listing the files"),
-        ("adapter.dropout=1", " is out of range", "listing the files"),
         ("optim.optimizer.lr=0", " is out of range", "listing the files"),
-        ("trainer.clip=0", " is out of range", "listing the files"),
     ],
 )
 def test_wrong_values_are_refused_before_data_are_read(where, word, message, later):

@@ -173,7 +173,6 @@ def test_auto_resumes_a_run_of_the_same_teacher(folder, taught, tmp_path):
         (("data.labelled=0.5", "trainer.unlabelled_batch_size=4"), "_batch_size=4 with 3 images without masks"),
         (("trainer.unlabelled=nowhere",), "trainer.unlabelled=nowhere"),
         (("trainer.temperature=0",), "trainer.temperature=0 is out of range. Give a number from 0.01 to 100"),
-        (("trainer.teacher_weight=-1",), "trainer.teacher_weight=-1 is out of range"),
     ],
 )
 def test_incompatible_options_are_refused(folder, compose, words, said):
