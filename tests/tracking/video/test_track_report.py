@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 from films import write_film
+from making import save
 from PIL import Image
 
 from dinoseg.inference.inputs import FolderReader
@@ -62,9 +63,7 @@ def test_rows_against_counting_by_hand():
 @pytest.fixture
 def run(tmp_path):
     for number in range(3):
-        path = tmp_path / f"in/{number:05d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.full((31, 41, 3), 100, np.uint8)).save(path)
+        save(tmp_path / f"in/{number:05d}.png", np.full((31, 41, 3), 100))
         mask = np.zeros((31, 41), np.uint8)
         if number != 1:
             mask[4:24, 5 + number : 25 + number] = 2

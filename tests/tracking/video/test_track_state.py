@@ -10,11 +10,7 @@ from dinoseg.utils.errors import UserError
 
 def test_other_settings_are_named(tmp_path):
     then = {"kind": "propagation", "tracker": {"radius": 12, "short_side": None, "context": 7}, "backbone": {"at": "a"}}
-    now = {
-        "kind": "propagation",
-        "tracker": {"radius": 24.0, "short_side": None, "context": 7},
-        "backbone": {"at": "b"},
-    }
+    now = {**then, "tracker": {**then["tracker"], "radius": 24.0}, "backbone": {"at": "b"}}
     check_same_settings(tmp_path, then, then)
     changed = ("backbone.at was a and is b", "tracker.radius was 12 and is 24.0", "overrides.txt", "start over")
     assert "context" not in assert_refused(lambda: check_same_settings(tmp_path, then, now), *changed)
