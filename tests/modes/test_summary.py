@@ -47,10 +47,6 @@ SHALLOW = 795_648 + 4 * 12_597_248  # the same with four blocks
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        pytest.param(
-            *("hparam=sarrarp_frozen", {"backbone": (SHALLOW, 0), "adapter": (0, 0), "head": (15_736_320,) * 2}),
-            marks=pytest.mark.heavy,
-        ),
         # all but the mask token, which only masked pre-training reads
         ("hparam=sarrarp_full", {"backbone": (SHALLOW, SHALLOW - 1024), "adapter": (0, 0)}),
         ("hparam=sarrarp_lora adapter.rank=8", {"adapter": (589_824,) * 2}),

@@ -332,7 +332,6 @@ test_message_names_value_and_remedy = refusals(
     {
         "encoding": (lambda: prepare(Path(), encodings=["level3"]), "encodings=['level3']: choose some of id, csId, "),
         "no encoding": (lambda: prepare(Path(), encodings=[]), "encodings=[]: choose"),
-        "workers": (lambda: prepare(Path(), workers=0), "workers=0"),
         "no folder": (lambda: prepare(Path("gone")), "does not hold IDD: no leftImg8bit or gtFine"),
         "archive": (prepare_packed, "Unpack idd-segmentation.tar.gz there first; for a tar file use ", "data"),
         "polygons": (prepare_without_polygons, "Nothing to prepare: no ", "polygons.json in ", "gtFine. Unpack"),

@@ -272,24 +272,24 @@ STORIES = {
 
 @pytest.mark.parametrize("story", STORIES)
 class TestState:
+    frames, ids = crossing_squares(6)
+
     def make(self, story, batch_size=2, *, ahead=True):
         settings, kwargs = STORIES[story]
         tracker = SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=batch_size)
-        frames, ids = crossing_squares(6)
         if ahead:
-            tracker.look_ahead(lambda: [(frames, self.labels(story, ids))])
+            tracker.look_ahead(lambda: [(self.frames, self.labels(story))])
         return tracker
 
-    def labels(self, story, ids):
+    def labels(self, story):
         if story == "unlabelled":
-            return [None] * len(ids)
-        labels = first(np.where(ids[0] == 1, 4, 0), len(ids))
-        labels[3] = np.where(ids[3] == 2, 6, 0)
+            return [None] * 6
+        labels = first(np.where(self.ids[0] == 1, 4, 0), 6)
+        labels[3] = np.where(self.ids[3] == 2, 6, 0)
         return labels
 
     def test_a_restart_changes_nothing(self, story):
-        frames, ids = crossing_squares(6)
-        labels = self.labels(story, ids)
+        frames, labels = self.frames, self.labels(story)
         whole = self.make(story).track(frames, labels)
         assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
         for cut in (0, 2, 3, 6):
@@ -307,28 +307,25 @@ class TestState:
             assert after.settings == before.settings
 
     def test_batches_change_nothing(self, story):
-        frames, ids = crossing_squares(6)
-        labels = self.labels(story, ids)
-        whole = self.make(story).track(frames, labels)
+        labels = self.labels(story)
+        whole = self.make(story).track(self.frames, labels)
         for batch_size in (1, 4, 100):
-            assert np.array_equal(self.make(story, batch_size).track(frames, labels), whole)
+            assert np.array_equal(self.make(story, batch_size).track(self.frames, labels), whole)
 
     def test_does_not_grow(self, story):
-        frames, ids = crossing_squares(6)
         tracker = self.make(story)
-        tracker.track(frames, self.labels(story, ids))
+        tracker.track(self.frames, self.labels(story))
         sizes = {name: (value.shape, value.untyped_storage().nbytes()) for name, value in tracker.state().items()}
         for _ in range(4):
-            tracker.track(frames, [None] * 6)
+            tracker.track(self.frames, [None] * 6)
         assert {n: (v.shape, v.untyped_storage().nbytes()) for n, v in tracker.state().items()} == sizes
 
     def test_is_empty_before_the_first_frame(self, story):
-        tracker = self.make(story)
+        tracker, two = self.make(story), (self.frames[:2], self.labels(story)[:2])
         assert tracker.state() == {} and tracker.track([], []) == []
-        frames, ids = crossing_squares(2)
-        masks = tracker.track(frames, self.labels(story, ids * 3)[:2])
+        masks = tracker.track(*two)
         tracker.load({})
-        assert tracker.state() == {} and np.array_equal(tracker.track(frames, self.labels(story, ids * 3)[:2]), masks)
+        assert tracker.state() == {} and np.array_equal(tracker.track(*two), masks)
 
 
 def test_settings_cover_all_influences_on_masks():
