@@ -289,7 +289,8 @@ class TestState:
         return labels
 
     def test_a_restart_changes_nothing(self, story):
-        frames, labels = self.frames, self.labels(story)
+        frames = self.frames
+        labels = self.labels(story)
         whole = self.make(story).track(frames, labels)
         assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
         for cut in (0, 2, 3, 6):
@@ -321,7 +322,8 @@ class TestState:
         assert {n: (v.shape, v.untyped_storage().nbytes()) for n, v in tracker.state().items()} == sizes
 
     def test_is_empty_before_the_first_frame(self, story):
-        tracker, two = self.make(story), (self.frames[:2], self.labels(story)[:2])
+        two = (self.frames[:2], self.labels(story)[:2])
+        tracker = self.make(story)
         assert tracker.state() == {} and tracker.track([], []) == []
         masks = tracker.track(*two)
         tracker.load({})
