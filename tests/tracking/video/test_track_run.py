@@ -17,7 +17,7 @@ from mistakes import assert_refused
 from dinoseg.core.contracts import Backbone
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.inference.inputs import open_frames
-from dinoseg.tracking.propagation.settings import CRW, DINOV3, PropagationSettings
+from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import state as track_state
@@ -142,18 +142,6 @@ def assert_same_run(one, other):
     assert all(torch.equal(whole.tensors[key], cut.tensors[key]) for key in whole.tensors)
 
 
-@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.heavy) for stop in (6, 13)), 22])
-def test_a_stop_anywhere_in_a_long_context(clip, stop):
-    how = {"settings": replace(CRW, radius=4), "save_every": 4}
-    run(clip, clip / "long", **how)
-    run_until(clip, clip / "cut", stop, **how)
-    standing = read_track_state(clip / "cut")
-    assert standing.progress.done == stop - stop % 4
-    assert not standing.tensors or len(standing.tensors["features"]) == 21  # frame 0, and 20 that it fills at first
-    run(clip, clip / "cut", restart=True, **how)
-    assert_same_run(clip / "long", clip / "cut")
-
-
 @pytest.mark.parametrize("source", ["in", "v.mkv"])
 def test_tracker_can_look_ahead_at_the_whole_video(clip, source):
     video(clip / "v.mkv")
@@ -185,24 +173,6 @@ def test_unreadable_frame_fails_while_looking_ahead(clip, broken, more):
     with pytest.raises(UserError, match=rf"{broken}\.png.*{more}"):
         run(clip, clip / "out", tracker=Ahead(Patches(), SETTINGS, batch_size=4))
     assert not (clip / "out/masks").exists() or not masks(clip / "out")
-
-
-def test_failed_tracker_leaves_a_resumable_run(clip, monkeypatch):
-    real = PropagationTracker.track
-    batches = iter([True, True, True, True, False])
-
-    def track(self, frames, labels):
-        if not next(batches):
-            raise Stopped
-        return real(self, frames, labels)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PropagationTracker, "track", track)
-        with pytest.raises(Stopped):
-            run(clip, clip / "cut")
-    assert read_track_state(clip / "cut").progress.done in (0, 8)  # as far as the writer came
-    run(clip, clip / "cut", restart=True)
-    assert masks(clip / "cut") == masks(clip / "whole")
 
 
 def test_several_stops_and_masks_that_were_lost(clip):
