@@ -21,12 +21,10 @@ from dinoseg.evaluation.sides import seeds_note, sides_of
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.modes import evaluate
-from dinoseg.modes.compare import run_rows
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 STATES = ("uncalibrated", "at temperature")
-LARGE = {"parameters": 7_000_000, "trainable": 10, "images_per_s": 4.0}
 EVAL = ("mode=eval", "engine=cpu", "engine.workers=0")
 
 
@@ -163,42 +161,6 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, compare_sides):
     assert "one trained model per side" in seeds_note(sides)
 
 
-def swept(runs, name, cells):
-    """Make a sweep of the words of each job, each a copy of an evaluation."""
-    (runs / name).mkdir()
-    (runs / name / "multirun.yaml").write_text("")
-    for number, words in enumerate(cells):
-        job = runs / name / str(number)
-        of_seed(runs, "first", f"{name}/{number}", int(words["seed"]))
-        config = OmegaConf.load(job / "config/config.yaml")
-        config.head.hidden = words.get("head.hidden", "none")
-        OmegaConf.save(config, job / "config/config.yaml")
-        words = {"mode": "train", **words, "hydra.run.dir": number}
-        lines = [f"{'+' * (key == 'seed')}{key}={value}" for key, value in words.items()]
-        (job / "config/overrides.txt").write_text("\n".join(lines) + "\n")
-
-
-@pytest.mark.heavy
-def test_sides_of_a_sweep_are_named_by_the_varied_keys(runs):
-    swept(runs, "varied", [{"head.hidden": str(hidden), "seed": str(seed)} for hidden in range(5) for seed in (0, 2)])
-    done, found = compare(runs, "varied")
-    assert found["sides"]["head.hidden=3"] == ["varied/6", "varied/7"] and found["first"] == "head.hidden=0"
-    ranked = rows_of(runs / "compared/runs.csv")
-    assert len(ranked) == 10 and ranked[0]["run"] == "head.hidden=0 seed=0"
-    # a row per side, in the terminal and in the page
-    table = done.out.partition("worse\n")[2].splitlines()[1:6]
-    assert [line.split()[0] for line in table] == [f"head.hidden={hidden}" for hidden in range(5)], done.out
-    assert "the first" in table[0]
-    assert all("no significant difference" in line or "no verdict" in line for line in table[1:])
-    assert done.out.split("memory, GiB")[1].count("head.hidden=3") == 3  # two runs, and their side
-    columns = (runs / "compared/compare.csv").read_text().splitlines()[0].split(",")
-    assert columns.count("head.hidden=4") == 1 and len(set(columns)) == len(columns)
-    page = (runs / "compared/report.html").read_text()
-    assert "<title>4 sides against head.hidden=0" in page and page.count('<th scope="row"') > 5 * 4
-    table = page[: page.index("</table>")].split("<table", 1)[1]
-    assert table.count('<th scope="row"') == 5 and table.count("95 % interval".replace(" ", "\u00a0")) == 1
-
-
 def _miou(folder):
     counts = read_record(folder).counts.sum(axis=0)
     return np.mean(counts[0] / (counts[1] + counts[2] - counts[0]))
@@ -207,22 +169,8 @@ def _miou(folder):
 def test_every_list_of_runs_is_a_side(runs, compare_sides):
     for seed in (0, 1):
         of_seed(runs, "first", f"a{seed}", seed)
-    told = seeds_note(compare_sides(["a0", "a1"], "second")[0])
-    assert "(2, 1 runs), except for second, one trained model" in told
     said = compare_sides(["a0", "second"], "a1")[-1]
     assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
-
-
-def test_costs_of_runs_are_listed_where_known(runs, caplog):
-    cost = runs / "second" / "cost.json"  # as of a training: its own comes before its checkpoint's
-    sides = sides_of([runs / "first", runs / "second"])
-    for text, said in (("[]", True), (json.dumps({**LARGE, "memory_gib": None}), False)):
-        caplog.clear()
-        cost.write_text(text)
-        rows = {row["run"]: row for row in run_rows(sides)}
-        assert ("cost.json is damaged" in caplog.text) == said and (rows["second"]["parameters"] is None) == said
-    cost.unlink()
-    assert (rows["second"]["parameters"], rows["second"]["memory_gib"], rows["second"]["seconds"]) == (7e6, None, 0.25)
 
 
 def test_every_evaluation_has_a_report_by_default(runs):
@@ -284,13 +232,6 @@ def test_fewer_than_two_runs_are_refused(runs, monkeypatch, asked, said):
 def test_a_refused_comparison_leaves_no_folder(runs):
     done = call(runs, "mode=compare", "runs=[[first,second]]", "hydra.run.dir=refused")
     assert done.status == 1 and "runs=[[first,second]] " in done.err and not (runs / "refused").exists()
-
-
-@pytest.mark.heavy
-def test_there_are_at_most_32_sides(runs):
-    sides = [[copy_run(runs, "first", f"side{number}")] for number in range(33)]
-    assert len(sides_of(sides[:32])) == 32
-    assert_refused(lambda: sides_of(sides), "makes 33 sides", "At most 32 sides")
 
 
 def test_there_are_at_most_160_runs(tmp_path):
