@@ -87,28 +87,6 @@ def test_a_metric_file_with_another_key_is_explained(text, message, tmp_path):
     assert done.status == 1 and message in done.err
 
 
-class MissedObject:
-    """A distance of another library which is infinite for each image."""
-
-    def reset(self): ...
-
-    def update(self, prediction, target): ...
-
-    def compute(self):
-        return float("inf")
-
-
-def test_a_score_infinite_for_all_images_selects_a_checkpoint(tmp_path):
-    write_data(tmp_path / "data")
-    wrapped = {"_target_": "dinoseg.metrics.wrapped.WrappedMetric", "name": "hd", "better": "min", "is_share": False}
-    distance = {**wrapped, "ignored": "match", "metric": {"_target_": f"{__name__}.MissedObject"}}
-    write_text(tmp_path / "mine/metric/hd.yaml", json.dumps({"hd": distance}))
-    words = ("--config-dir", tmp_path / "mine", "mode=train", *SMALL, "metric=[hd]", "trainer.score=hd")
-    succeed(tmp_path, *words, *BARE, "hydra.run.dir=run")
-    scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
-    assert scores["hd"] is None and scores["hd_infinite_images"] > 0
-
-
 @pytest.mark.heavy
 def test_auto_resume_takes_a_run_of_other_scores(tmp_path):
     write_data(tmp_path / "data")

@@ -369,7 +369,6 @@ def test_inputs_that_fit_no_option_are_refused_before_loading(monkeypatch, tmp_p
     annotations = ("outputs names coco, labelme, which need image files", "in/v.avi is a video: ", "palette, prob")
     for source, outputs, words in (
         (None, [], ("give input=<image, folder, glob or video>",)),
-        ("nowhere.png", [], ("File or folder not found: input=nowhere.png",)),
         (tmp_path / "in", ["palette", "coco", "labelme"], annotations),
         (tmp_path / "bad", [], ("Cannot read ", "a.mp4 as a video", "b.mkv")),
         (tmp_path / "in/v.avi", [], ("v.avi has frames of 48 x 32 pixels; up to 21 ", "Lower mode.batch_size")),

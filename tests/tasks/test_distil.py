@@ -154,9 +154,6 @@ def test_auto_resumes_a_run_of_the_same_teacher(folder, taught, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("teacher=null",), "needs a trained model, but teacher=null. Set teacher=RUN"),
-        (("teacher=nowhere",), "teacher=nowhere: file or folder not found"),
-        (("data.classes=[dark,light]",), "it lacks light; it has bright"),
         (("trainer.unlabelled_batch_size=2",), "trainer.unlabelled_batch_size=2: there are no images without"),
         (("data.labelled=0.5", "trainer.unlabelled_batch_size=4"), "_batch_size=4 with 3 images without masks"),
         (("trainer.unlabelled=nowhere",), "trainer.unlabelled=nowhere"),
