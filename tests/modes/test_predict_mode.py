@@ -77,11 +77,11 @@ def random_image(path, size=(20, 30), seed=0):
     return pixels
 
 
-def random_video(path, frames=10, size=(32, 48)):
-    pixels = np.zeros((frames, *size, 3), np.uint8)
+def random_video(path, frames=10):
+    pixels = np.zeros((frames, 32, 48, 3), np.uint8)
     for index, frame in enumerate(pixels):
         frame[:, : 4 * index + 4] = 250
-    return write_motion_jpeg(path, pixels, size)
+    return write_motion_jpeg(path, pixels, (32, 48))
 
 
 def groups_of(out):

@@ -29,8 +29,6 @@ def test_repeated_command_resumes_in_its_folder(trained_once, tmp_path):
     assert again.status == 0 and "6 images of an earlier run reused" in again.err + again.out, again.err
     assert "images: 1 image in" in again.err + again.out
     assert not list((tmp_path / "out").rglob(".*.part")) and not (tmp_path / "out_2").exists()
-    other = call(tmp_path, *words, "mode.opacity=0.25")
-    assert other.status == 1 and "mode.opacity was 0.5 and is 0.25" in other.err
     with open(tmp_path / "out/run.log", "a", encoding="utf-8") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         busy = call(tmp_path, *words)

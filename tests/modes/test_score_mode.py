@@ -18,12 +18,11 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from dinoseg.__main__ import main; main()"
 
 
-def masks(folder, rng, wrong=0.3, count=6, size=(20, 30)):
+def masks(folder, rng, wrong=0.3, count=6):
     """Write references and, wrong on a share of the pixels, predictions."""
     for number in range(count):
-        truth = rng.integers(0, 4, size).astype(np.uint8)
-        other = rng.integers(0, 4, size).astype(np.uint8)
-        prediction = np.where(rng.random(size) < wrong, other, truth)
+        truth, other = rng.integers(0, 4, (2, 20, 30)).astype(np.uint8)
+        prediction = np.where(rng.random((20, 30)) < wrong, other, truth)
         truth[:2] = 255
         write_png(folder / f"reference/{number % 2}/{number}.png", truth)
         write_png(folder / f"prediction/{number % 2}/{number}.png", prediction)
@@ -61,9 +60,9 @@ def better(folders):
     masks(folders / "better", np.random.default_rng(0), wrong=0.1)
 
 
-def expected_miou(folder, count=6):
+def expected_miou(folder):
     hits, reference, predicted = np.zeros(4), np.zeros(4), np.zeros(4)
-    for number in range(count):
+    for number in range(6):
         truth, guess = (
             np.asarray(Image.open(folder / f"{side}/{number % 2}/{number}.png")) for side in ("reference", "prediction")
         )

@@ -49,9 +49,9 @@ def engine(**options):
     return Engine("cpu", "fp32", workers=0, **options)
 
 
-def make_probe(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
+def make_probe(data, *, readings=None, size=1):
     model = SegmentationModel(tiny_vit((0, 1)).requires_grad_(False), LinearHead(24, 2, 4))
-    return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, grid)
+    return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, Grid())
 
 
 def test_head_started_from_the_probe_has_the_scores_of_the_probe():

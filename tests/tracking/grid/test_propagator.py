@@ -169,14 +169,14 @@ class TestProtocols:
         assert len(propagator.state()["features"]) == SMALL[name][0].context + 1
 
 
-def moving_square(frames, grid=(20, 24), side=5):
+def moving_square(frames):
     """A square of its own feature on a ground where every cell differs; it moves by one cell down and two right."""
-    ground = clip(1, 16, grid)[0] * 0.2
+    ground = clip(1, 16, (20, 24))[0] * 0.2
     ground[0] = 0
     features, masks = [], []
     for number in range(frames):
-        mask = torch.zeros(grid, dtype=torch.long)
-        mask[2 + number : 2 + number + side, 1 + 2 * number : 1 + 2 * number + side] = 1
+        mask = torch.zeros(20, 24, dtype=torch.long)
+        mask[2 + number : 7 + number, 1 + 2 * number : 6 + 2 * number] = 1
         frame = ground.clone()
         frame[:, mask == 1] = torch.eye(16)[0][:, None]
         features.append(frame)

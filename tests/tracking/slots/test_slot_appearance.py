@@ -16,12 +16,11 @@ def one_hot(winners, num_slots):
     return torch.stack([torch.where(winners == slot, 0.6, 0.1) for slot in range(num_slots)])
 
 
-def scene(generator, frames=6, slots=4, width=5, grid=(4, 6)):
+def scene(generator, slots=4, grid=(4, 6)):
     """Features (T, C, h, w) and masks (T, S, h, w) of any kind."""
-    features = torch.randn(frames, width, *grid, generator=generator) * torch.tensor([1.0, 30.0, 0.01, 1.0, 5.0])[
-        :width, None, None
-    ] + 100 * torch.randn(width, 1, 1, generator=generator)
-    return features, torch.rand(frames, slots, *grid, generator=generator)
+    scale = torch.tensor([1.0, 30.0, 0.01, 1.0, 5.0])[:, None, None]
+    features = torch.randn(6, 5, *grid, generator=generator) * scale + 100 * torch.randn(5, 1, 1, generator=generator)
+    return features, torch.rand(6, slots, *grid, generator=generator)
 
 
 def run_appearance(features, masks, valid=WHOLE, weight=2.0, known=None):
@@ -33,10 +32,6 @@ def run_appearance(features, masks, valid=WHOLE, weight=2.0, known=None):
         found.append(last)
         settled.append(one)
     return known, torch.stack(found), torch.stack(settled)
-
-
-def slots_of(features, masks, valid=WHOLE):
-    return run_appearance(features, masks, valid)[1]
 
 
 def far(token, looked, deviation):
@@ -135,7 +130,7 @@ class TestAssignment:
         winners = torch.tensor([[0, 1, 2, 2, 2]])
         features = torch.tensor([5.0, -5.0, 0.0])[winners].expand(2, 1, -1, -1)
         masks = torch.stack([one_hot(winners, 3), one_hot(torch.tensor([1, 0, 2])[winners], 3)])
-        assert slots_of(features, masks).tolist() == [[0, 1, 2], [1, 0, 2]]
+        assert run_appearance(features, masks)[1].tolist() == [[0, 1, 2], [1, 0, 2]]
 
     def test_equals_stay_where_they_were(self):
         features = torch.zeros(3, 2, 2, 2)
@@ -148,7 +143,7 @@ class TestAssignment:
     @pytest.mark.parametrize("grid", [(1, 1), (1, 3)])
     def test_one_slot_and_few_cells(self, grid):
         features, masks = scene(torch.Generator().manual_seed(0), slots=1, grid=grid)
-        assert slots_of(features, masks).tolist() == [[0]] * 6
+        assert run_appearance(features, masks)[1].tolist() == [[0]] * 6
 
 
 @pytest.mark.parametrize(("valid", "rows", "columns"), [((0.75, 1.0), 3, 6), ((0.65, 0.7), 3, 4), ((0.01, 0.5), 1, 3)])
