@@ -143,20 +143,6 @@ class TestProtocols:
         own = {key: getattr(SMALL[name][0], key) for key in ("context", "radius")}
         compare(name, clip(3, 6, (14, 30)), soft_labels(3, (14, 30)), **own)
 
-    @pytest.mark.parametrize("cut", [0, 1, 5, 11])
-    def test_restart_from_a_saved_state_is_exact(self, name, cut, tmp_path):
-        features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
-        settings = PropagationSettings(**{**vars(SMALL[name][0]), "context": 4})
-        whole = propagate(features, labels, settings=settings)
-        first = Propagator(settings)
-        for number in range(cut):
-            first.step(features[number], labels if number == 0 else None)
-        torch.save(first.state(), tmp_path / "state.pt")
-        second = Propagator(settings)
-        second.load(torch.load(tmp_path / "state.pt"))
-        rest = [second.step(features[number], labels if number == 0 else None) for number in range(cut, 12)]
-        assert torch.equal(torch.stack(rest), whole[cut:])
-
     def test_streaming_equals_batch_even_if_its_labels_are_modified(self, name):
         features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
         whole = propagate(features, labels, settings=SMALL[name][0])

@@ -29,12 +29,6 @@ def first(mask, length):
 
 
 class TestWithoutLabels:
-    def test_masks_number_the_slots(self):
-        frames, ids = crossing_squares()
-        for mask, own in zip(follow(model_of(), frames), ids, strict=True):
-            assert mask.shape == own.shape and mask.dtype == np.uint8
-            assert np.array_equal(at_cells(mask), at_cells(own) + 1)
-
     def test_hidden_object_is_recognised_by_its_appearance(self):
         alone, _ = paint({BLUE: (20, 24)})
         gone, _ = paint({})
