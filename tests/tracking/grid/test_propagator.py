@@ -302,13 +302,6 @@ def step(*frames):
     return lambda: [propagator.step(frame, LABELS if index == 0 else None) for index, frame in enumerate(frames)]
 
 
-def load_longer_context():
-    long = Propagator()
-    for number in range(3):
-        long.step(FEATURES[number], LABELS if number == 0 else None)
-    Propagator(PropagationSettings(context=1)).load(long.state())
-
-
 test_message_names_value_and_remedy = refusals(
     {
         "id 256": (first_of(torch.full((4, 4), 256)), "id 256: ids must be 0 to 255; 0 is the background. Renumber"),
@@ -339,6 +332,5 @@ test_message_names_value_and_remedy = refusals(
             step(FEATURES[0], FEATURES[1, :, :, :5]),
             *("4 x 5 x 5, those of the first 4 x 5 x 6 (C, h, w). ", " resize or split"),
         ),
-        "a state of a longer context": (load_longer_context, "context=1, but the state holds 2 frames"),
     }
 )
