@@ -110,12 +110,11 @@ def test_a_folder_of_several_sizes_and_equal_stems(trained_model, tmp_path, capl
     assert max(batch[0] for batch in trained_model.model.batches) == 3  # batched by size, never above the limit
 
 
-@pytest.mark.parametrize("masks", [False, True])
-def test_a_video_gives_an_overlay_and_masks(trained_model, tmp_path, masks, caplog):
+def test_a_video_gives_an_overlay_and_masks(trained_model, tmp_path, caplog):
     video = random_video(tmp_path / "v.avi")
     with caplog.at_level("INFO"):
-        totals = predict(video, tmp_path / "out", masks=masks)
-    assert names(tmp_path / "out") == (["v_masks", "v_overlay.mp4"] if masks else ["v_overlay.mp4"])
+        totals = predict(video, tmp_path / "out", masks=True)
+    assert names(tmp_path / "out") == ["v_masks", "v_overlay.mp4"]
     assert totals["frames"] == 10 and totals["frames_per_s"] > 0
     assert "v: 10 frames in" in caplog.text and "including reading and writing" in caplog.text
     with VideoReader(tmp_path / "out" / "v_overlay.mp4") as reader:
@@ -125,15 +124,15 @@ def test_a_video_gives_an_overlay_and_masks(trained_model, tmp_path, masks, capl
     bright = overlay[9][10:20, 4:30].reshape(-1, 3).mean(axis=0)
     assert np.abs(bright - (125, 170, 252)).max() < 20  # half white, half the class's blue
     assert overlay[0][:, 20:].mean() < 12  # black classes leave the frame alone
-    if masks:
-        numbers = [f"{index:09d}" for index in range(10)]
-        assert names(tmp_path / "out" / "v_masks") == [*(f"{number}.png" for number in numbers), "classes.json"]
-        record = json.loads((tmp_path / "out/v_masks/classes.json").read_text())
-        assert record["groups"] == dict.fromkeys(numbers, "v")
-        ids = read_ids(tmp_path / "out" / "v_masks" / "000000004.png")
-        assert ids.shape == (32, 48) and (ids[:, :18] == 2).all() and (ids[:, 24:] == 0).all()
+    numbers = [f"{index:09d}" for index in range(10)]
+    assert names(tmp_path / "out" / "v_masks") == [*(f"{number}.png" for number in numbers), "classes.json"]
+    record = json.loads((tmp_path / "out/v_masks/classes.json").read_text())
+    assert record["groups"] == dict.fromkeys(numbers, "v")
+    ids = read_ids(tmp_path / "out" / "v_masks" / "000000004.png")
+    assert ids.shape == (32, 48) and (ids[:, :18] == 2).all() and (ids[:, 24:] == 0).all()
     assert {batch[0] for batch in trained_model.model.batches} == {3, 1}
     predict(video, tmp_path / "opaque", opacity=1.0)
+    assert names(tmp_path / "opaque") == ["v_overlay.mp4"]
     with VideoReader(tmp_path / "opaque/v_overlay.mp4") as reader:
         last = list(reader)[-1]
     assert np.abs(last[10:20, 4:30].reshape(-1, 3).mean(axis=0) - (0, 90, 255)).max() < 12  # the class's colour
