@@ -16,8 +16,10 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations
 
 FRAMES, IDS = crossing_squares(3)
+SIX, SIX_IDS = crossing_squares(6)
 PAIR, PAIR_IDS = paint({RED: (8, 4), BLUE: (20, 24)})
 SWAPPED, _ = paint({BLUE: (8, 4), RED: (20, 24)})
+TABLE = np.array([0, 7, 3], np.uint8)  # ids of other objects
 
 
 def follow(model, frames, labels=None, **settings):
@@ -50,18 +52,17 @@ class TestWithoutLabels:
         assert state["whole"].tolist() == [0] and state["cells"].sum() == 4 * 8 * 12
 
     def test_two_passes_know_the_video_before_its_first_frame(self):
-        frames, ids = crossing_squares(6)
         settings = SlotTracking(match="appearance", passes=2)
         model = model_of()
         tracker = SlotTracker(model, settings, batch_size=4)
-        tracker.look_ahead(lambda: [(frames[:1], [None])])  # of another video: forgotten at the next look
-        tracker.look_ahead(lambda: [(frames[:4], [None] * 4), (frames[4:], [None] * 2)])
+        tracker.look_ahead(lambda: [(SIX[:1], [None])])  # of another video: forgotten at the next look
+        tracker.look_ahead(lambda: [(SIX[:4], [None] * 4), (SIX[4:], [None] * 2)])
         assert tracker.state() == {} and tracker.size is None
         begun = len(model.head.seen)
-        tracker.track(frames[:1], [None])
+        tracker.track(SIX[:1], [None])
         state = tracker.state()
         assert begun == 7 and state["whole"].tolist() == [1] and state["cells"].sum() == 6 * 8 * 12
-        assert_cells(tracker.track(frames[1:], [None] * 5), np.add(ids[1:], 1))
+        assert_cells(tracker.track(SIX[1:], [None] * 5), np.add(SIX_IDS[1:], 1))
         assert torch.equal(tracker.state()["won"], state["won"])
 
     def test_one_pass_does_not_look_ahead(self):
@@ -71,10 +72,9 @@ class TestWithoutLabels:
     def test_number_of_passes_follows_the_settings(self, looks, monkeypatch):
         told, real = [], Appearance.step
         monkeypatch.setattr(Appearance, "step", lambda *given, **more: told.append(given[5]) or real(*given, **more))
-        frames = crossing_squares(3)[0]
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", appearance=5.0, passes=looks))
-        tracker.look_ahead(lambda: [(frames, [None] * 3)])
-        tracker.track(frames, [None] * 3)
+        tracker.look_ahead(lambda: [(FRAMES, [None] * 3)])
+        tracker.track(FRAMES, [None] * 3)
         assert told == [5.0] * 3 * looks
 
     @pytest.mark.parametrize("size", [(30, 45), (29, 33), (33, 49)])
@@ -96,22 +96,18 @@ class TestWithLabels:
     @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
     @pytest.mark.parametrize("predictor", ["carry", "none"])
     def test_objects_that_change_places_keep_their_ids(self, match, predictor):
-        frames, ids = crossing_squares()
-        table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor=predictor, scramble=True)
-        masks = follow(model, frames, first(table[ids[0]], len(frames)), match=match)
-        assert_cells(masks, table[np.stack(ids)])
+        masks = follow(model, SIX, first(TABLE[SIX_IDS[0]], 6), match=match)
+        assert_cells(masks, TABLE[np.stack(SIX_IDS)])
 
     def test_second_pass_follows_appearance_in_any_slot_order(self):
-        frames, ids = crossing_squares(6)
-        table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor="none", scramble=True)
         tracker = SlotTracker(model, SlotTracking(match="appearance", passes=2))
-        tracker.look_ahead(lambda: [(frames[3:], first(table[ids[3]], 3))])  # whose slots come in another order
-        masks = tracker.track(frames[:1], [table[ids[0]]])
+        tracker.look_ahead(lambda: [(SIX[3:], first(TABLE[SIX_IDS[3]], 3))])  # whose slots come in another order
+        masks = tracker.track(SIX[:1], [TABLE[SIX_IDS[0]]])
         assert not torch.equal(tracker.state()["successors"], torch.arange(4))
-        masks += tracker.track(frames[1:], [None] * 5)
-        assert_cells(masks, table[np.stack(ids)])
+        masks += tracker.track(SIX[1:], [None] * 5)
+        assert_cells(masks, TABLE[np.stack(SIX_IDS)])
 
     def test_given_mask_overrides_earlier_appearance(self):
         settings = {"match": "appearance", "passes": 2, "appearance": 0.0, "background_slots": 1, "hold": "none"}
@@ -159,71 +155,66 @@ class TestWithLabels:
 
 
 class TestLaterObjects:
-    frames, ids = crossing_squares(6)
-
     @pytest.mark.parametrize("predictor", ["carry", "none"])
     def test_get_a_slot_of_the_background(self, predictor):
-        shown = np.where(self.ids[0] == 1, 1, 0)
-        later = np.where(self.ids[3] == 2, 9, 0)  # of object 1 this mask says nothing
+        shown = np.where(SIX_IDS[0] == 1, 1, 0)
+        later = np.where(SIX_IDS[3] == 2, 9, 0)  # of object 1 this mask says nothing
         model = model_of(predictor=predictor, scramble=True)
-        masks = follow(model, self.frames, [shown, None, None, later, None, None])
-        for time, (mask, own) in enumerate(zip(masks, self.ids, strict=True)):
+        masks = follow(model, SIX, [shown, None, None, later, None, None])
+        for time, (mask, own) in enumerate(zip(masks, SIX_IDS, strict=True)):
             expected = np.array([0, 1, 9 if time >= 3 else 0])[at_cells(own)]
             assert np.array_equal(at_cells(mask), expected)
 
     def test_may_be_the_first_ones(self):
-        nothing = np.zeros_like(self.ids[0])
-        masks = follow(model_of(), self.frames, [nothing, self.ids[1], None, None, None, None])
+        nothing = np.zeros_like(SIX_IDS[0])
+        masks = follow(model_of(), SIX, [nothing, SIX_IDS[1], None, None, None, None])
         assert not masks[0].any()
-        assert_cells(masks[1:], self.ids[1:])
+        assert_cells(masks[1:], SIX_IDS[1:])
 
     def test_later_mask_of_known_objects_changes_nothing(self):
-        wrong = np.where(self.ids[2] == 0, 0, 3 - self.ids[2])
-        labels = first(self.ids[0], 6)
-        plain = follow(model_of(), self.frames, labels)
+        wrong = np.where(SIX_IDS[2] == 0, 0, 3 - SIX_IDS[2])
+        labels = first(SIX_IDS[0], 6)
+        plain = follow(model_of(), SIX, labels)
         labels[2] = wrong
-        assert np.array_equal(follow(model_of(), self.frames, labels), plain)
+        assert np.array_equal(follow(model_of(), SIX, labels), plain)
 
     def test_uncovered_objects_are_reported(self, caplog, monkeypatch):
-        void = self.ids[0].copy()
+        void = SIX_IDS[0].copy()
         void[:2] = 255
-        follow(model_of(), self.frames, first(void, 6))
-        labels = first(self.ids[0], 6)
-        follow(model_of(), self.frames, labels)
+        follow(model_of(), SIX, first(void, 6))
+        labels = first(SIX_IDS[0], 6)
+        follow(model_of(), SIX, labels)
         assert not caplog.records
-        follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
+        follow(model_of([GREY]), SIX[:1], labels[:1], lock_on=True)
         assert not caplog.records
-        follow(model_of([RED, RED, GREY]), self.frames, labels)
+        follow(model_of([RED, RED, GREY]), SIX, labels)
         assert "No slot covers the first mask's object 1 (of 2): another object wins its cells" in caplog.text
         assert "Set slots=lock_on, a larger head.num_slots" in caplog.text and len(caplog.records) == 1
         tracker = SlotTracker(model_of([RED, RED, GREY]), SlotTracking())
         for number in range(2):  # a mask of a later frame says nothing of the first one's slots
-            tracker.track(self.frames[number : number + 1], [self.ids[number]])
+            tracker.track(SIX[number : number + 1], [SIX_IDS[number]])
         assert len(caplog.records) == 2
         none = lambda masks, size, valid: torch.zeros(size, dtype=torch.int64)  # noqa: E731
         monkeypatch.setattr("dinoseg.tracking.slots.tracker.winners", none)
-        follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
+        follow(model_of([GREY]), SIX[:1], labels[:1], lock_on=True)
         assert "objects 1, 2 (of 2)" in caplog.text and "Set a larger head.num_slots" in caplog.text
 
 
 class TestLockOn:
     def test_locked_identical_slots_follow_the_first_mask(self):
-        frames, ids = crossing_squares()
-        labels = first(ids[0], len(frames))
-        assert not np.array_equal(at_cells(follow(model_of([GREY]), frames, None)[0]) - 1, at_cells(ids[0]))
+        labels = first(SIX_IDS[0], 6)
+        assert not np.array_equal(at_cells(follow(model_of([GREY]), SIX, None)[0]) - 1, at_cells(SIX_IDS[0]))
         for settings in ({}, {"slots_per_object": 3, "background_slots": 1}):
-            masks = follow(model_of([GREY]), frames, labels, lock_on=True, **settings)
-            assert_cells(masks, ids)
+            masks = follow(model_of([GREY]), SIX, labels, lock_on=True, **settings)
+            assert_cells(masks, SIX_IDS)
 
     @pytest.mark.parametrize("key", [{"extra_slots": 2}, {"hold": "background"}, {"hold": "both"}])
     def test_missing_class_attention_is_refused_only_where_needed(self, key):
         (word,) = (f"slots.{name}={value}" for name, value in key.items())
         with pytest.raises(UserError, match=rf"{word}.* needs a backbone with a class token"):
             SlotTracker(model_of(class_attention=False), SlotTracking(lock_on=True, **key))
-        frames, ids = crossing_squares(2)
         model = model_of([GREY, RED, BLUE], class_attention=False)
-        masks = follow(model, frames, first(ids[0], 2), lock_on=True, hold="none")
-        assert np.array_equal(at_cells(masks[1]), at_cells(ids[1]))
+        assert_cells(follow(model, FRAMES, first(IDS[0], 3), lock_on=True, hold="none"), IDS)
 
 
 @pytest.mark.parametrize(("groups", "forced"), [("initial", [True, False, False]), ("always", [True] * 3)])
@@ -257,57 +248,54 @@ STORIES = {
 
 @pytest.mark.parametrize("story", STORIES)
 class TestState:
-    frames, ids = crossing_squares(6)
-
     def make(self, story, batch_size=2, *, ahead=True):
         settings, kwargs = STORIES[story]
         tracker = SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=batch_size)
         if ahead:
-            tracker.look_ahead(lambda: [(self.frames, self.labels(story))])
+            tracker.look_ahead(lambda: [(SIX, self.labels(story))])
         return tracker
 
     def labels(self, story):
         if story == "unlabelled":
             return [None] * 6
-        labels = first(np.where(self.ids[0] == 1, 4, 0), 6)
-        labels[3] = np.where(self.ids[3] == 2, 6, 0)
+        labels = first(np.where(SIX_IDS[0] == 1, 4, 0), 6)
+        labels[3] = np.where(SIX_IDS[3] == 2, 6, 0)
         return labels
 
     def test_a_restart_changes_nothing(self, story):
-        frames = self.frames
         labels = self.labels(story)
-        whole = self.make(story).track(frames, labels)
+        whole = self.make(story).track(SIX, labels)
         assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
         for cut in (0, 2, 3, 6):
             before, after = self.make(story), self.make(story, ahead=not cut)
-            masks = before.track(frames[:cut], labels[:cut])
+            masks = before.track(SIX[:cut], labels[:cut])
             kept = load(save(before.state()))
             if story == "matched" and cut == 2:  # what decides once the path has forgotten all
                 assert not torch.equal(kept["successors"], torch.arange(4))
-            before.track(frames[cut:], labels[cut:])  # what goes on does not reach into a state
+            before.track(SIX[cut:], labels[cut:])  # what goes on does not reach into a state
             after.load(kept)
             assert after.state().keys() == kept.keys()
             assert all(torch.equal(value, kept[name]) for name, value in after.state().items())
-            masks += after.track(frames[cut:], labels[cut:])
+            masks += after.track(SIX[cut:], labels[cut:])
             assert np.array_equal(masks, whole)
             assert after.settings == before.settings
 
     def test_batches_change_nothing(self, story):
         labels = self.labels(story)
-        whole = self.make(story).track(self.frames, labels)
+        whole = self.make(story).track(SIX, labels)
         for batch_size in (1, 4, 100):
-            assert np.array_equal(self.make(story, batch_size).track(self.frames, labels), whole)
+            assert np.array_equal(self.make(story, batch_size).track(SIX, labels), whole)
 
     def test_does_not_grow(self, story):
         tracker = self.make(story)
-        tracker.track(self.frames, self.labels(story))
+        tracker.track(SIX, self.labels(story))
         sizes = {name: (value.shape, value.untyped_storage().nbytes()) for name, value in tracker.state().items()}
         for _ in range(4):
-            tracker.track(self.frames, [None] * 6)
+            tracker.track(SIX, [None] * 6)
         assert {n: (v.shape, v.untyped_storage().nbytes()) for n, v in tracker.state().items()} == sizes
 
     def test_is_empty_before_the_first_frame(self, story):
-        two = (self.frames[:2], self.labels(story)[:2])
+        two = (SIX[:2], self.labels(story)[:2])
         tracker = self.make(story)
         assert tracker.state() == {} and tracker.track([], []) == []
         masks = tracker.track(*two)
