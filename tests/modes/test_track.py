@@ -238,10 +238,7 @@ def test_concurrent_resuming_is_refused(track, stopped_run):
     ],
 )
 def test_full_disk_error_explains_how_to_resume(track, monkeypatch, module, write, said):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, write, full)
+    fail_after(monkeypatch, module, write, 0, OSError(28, "No space left on device"))
     with pytest.raises(UserError, match=rf"Cannot write below .*No space left.*{said}"):
         track()
 

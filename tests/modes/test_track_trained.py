@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from command_line import call, succeed
+from failing import fail_after
 from meta_files import RELEASED, write_released
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -37,16 +38,8 @@ def track(where, out, *more, status=0):
 
 def stop(where, out, *more):
     """Let Ctrl-C come before the sixth mask."""
-    real, written = mask_folder.write_indexed_png, []
-
-    def write(path, *given):
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        written.append(path)
-        real(path, *given)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_folder, "write_indexed_png", write)
+        fail_after(patch, mask_folder, "write_indexed_png", 5, KeyboardInterrupt())
         return track(where, out, *more, status=130)
 
 
