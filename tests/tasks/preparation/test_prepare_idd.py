@@ -230,10 +230,7 @@ def test_two_runs_at_once_leave_each_other_alone(tmp_path, caplog):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    def refuse(file, how):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    fail_after(monkeypatch, fcntl, "flock", 0, OSError(errno.ENOLCK, "No locks available"))
     add(tmp_path, "train", "0/a", [])
     assert prepare(tmp_path, workers=1)["train"]["written"] == 1
     assert "cannot be locked (No locks available): start one process at a time" in caplog.text
