@@ -36,13 +36,6 @@ def track(where, out, *more, status=0):
     return done
 
 
-def stop(where, out, *more):
-    """Let Ctrl-C come before the sixth mask."""
-    with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, mask_folder, "write_indexed_png", 5, KeyboardInterrupt())
-        return track(where, out, *more, status=130)
-
-
 def masks(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "masks").glob("*.png"))}
 
@@ -65,8 +58,13 @@ def whole_runs(trained):
 
 @pytest.fixture(scope="module")
 def stopped_runs(trained):
-    """Stop a run of each way; return what each said."""
-    return {way: stop(trained, f"stopped_{way}", *WAYS[way]).err.replace(f"{trained}/", "") for way in WAYS}
+    """Let Ctrl-C come before the sixth mask of a run of each way; return what each said."""
+    said = {}
+    for way, words in WAYS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            fail_after(patch, mask_folder, "write_indexed_png", 5, KeyboardInterrupt())
+            said[way] = track(trained, f"stopped_{way}", *words, status=130).err.replace(f"{trained}/", "")
+    return said
 
 
 @pytest.fixture
