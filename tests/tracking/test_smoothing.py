@@ -243,11 +243,11 @@ def test_masks_are_the_caller_s_own(segmenter):
 
 
 def test_labels_for_a_trained_segmenter_are_refused(segmenter):
-    model, frames = segmenter(), video(2)
+    model, frames = segmenter(), video(3)
     tracker = SmoothingTracker(model, NEAR)
-    labels = [frames[0][..., 0], None]
+    labels = [frames[0][..., 0], None, None]
     assert_refused(lambda: tracker.track(frames, labels), "labels are given, but a trained segmenter")
-    tracker.track(frames, [None, None])
+    tracker.track(frames, [None] * 3)
     assert tracker.track([], []) == []
     shorter = SmoothingTracker(model, PropagationSettings(context=1))
     assert_refused(lambda: shorter.load(tracker.state()), "context=1, but the state holds")
