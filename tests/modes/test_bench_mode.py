@@ -36,8 +36,10 @@ def test_figures_of_noise_need_no_data(tmp_path, here):
     for figures in (found["train"], found["inference"]):
         assert 0 < figures["latency_p50_s"] <= figures["latency_p95_s"] and figures["data_wait"] is None
         assert isinstance(figures["peak_bytes"], int) and figures["model_flops"] > 10_000
-        share = figures["model_flops_per_s"] / found["matrix_peak_flops_per_s"]
-        assert figures["share_of_matrix_peak"] == pytest.approx(share) and f"{figures['images_per_s']:.3g}" in out
+        rate = figures["images_per_s"] * figures["model_flops"] / figures["images"]
+        assert figures["model_flops_per_s"] == pytest.approx(rate)
+        assert figures["share_of_matrix_peak"] == pytest.approx(rate / found["matrix_peak_flops_per_s"])
+        assert f"{figures['images_per_s']:.3g}" in out
     assert found["train"]["model_flops"] > 5 * found["inference"]["model_flops"]
 
 

@@ -116,12 +116,15 @@ def test_exports_keep_the_channels(here):
         dinoseg.export_onnx(source, [np.zeros((40, 56, 4), np.uint8)], out_dir=here / "never")
 
 
-def test_packed_images_and_workers_change_no_bit(place):
-    succeed(place, *TRAIN, *NIR, *FEW, "hydra.run.dir=whole")
-    succeed(place, *TRAIN, *NIR, *FEW, "data.cache=packed", "hydra.run.dir=packed")
-    succeed(place, *TRAIN, *NIR, *FEW, "engine.workers=1", "hydra.run.dir=of_a_worker")
+def test_resuming_packed_images_and_workers_change_no_bit(place):
+    constant = ("optim.schedule.warmup=0", "optim.schedule.kind=constant")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "hydra.run.dir=whole")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "trainer.steps=2", "hydra.run.dir=half")
+    succeed(place, "mode=train", "resume=half", "trainer.steps=4", "engine=cpu", "engine.workers=0")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "data.cache=packed", "hydra.run.dir=packed")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "engine.workers=1", "hydra.run.dir=of_a_worker")
     wanted = tensors(place, "whole")
-    for name in ("packed", "of_a_worker"):
+    for name in ("half", "packed", "of_a_worker"):
         found = tensors(place, name)
         assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted), name
     assert wanted["model/backbone.model.embeddings.patch_embeddings.weight"].shape[1] == 4

@@ -229,6 +229,13 @@ def test_a_refused_comparison_leaves_no_folder(runs):
     assert done.status == 1 and "runs=[[first,second]] " in done.err and not (runs / "refused").exists()
 
 
+@pytest.mark.heavy
+def test_there_are_at_most_32_sides(runs):
+    sides = [[copy_run(runs, "first", f"side{number}")] for number in range(33)]
+    assert len(sides_of(sides[:32])) == 32
+    assert_refused(lambda: sides_of(sides), "makes 33 sides", "At most 32 sides")
+
+
 def test_there_are_at_most_160_runs(tmp_path):
     folders = [str(tmp_path / str(number)) for number in range(161)]
     assert_refused(lambda: sides_of(folders), "names 161 runs", "and 160 runs can be compared")

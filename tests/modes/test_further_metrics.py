@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from command_line import SMALL, call, succeed, write_data
@@ -85,6 +86,25 @@ def test_a_metric_file_with_another_key_is_explained(text, message, tmp_path):
     words = ("--config-dir", str(tmp_path / "mine"), "mode=train", *SMALL, "metric=[other]", "trainer.score=other")
     done = call(tmp_path, *words)
     assert done.status == 1 and message in done.err
+
+
+@pytest.mark.heavy
+def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):
+    for number, words in enumerate(("trainer.score=ece", "metric.boundary_iou.ratio=0.2")):
+        copy = tmp_path / str(number)
+        shutil.copytree(run / "run", copy)
+        done = call(run, "mode=train", f"resume={copy}", *MACHINE, "trainer.steps=7", words)
+        assert done.status == 0 and "Checkpoint selection changed to" in done.err, done.err
+
+
+@pytest.mark.heavy
+def test_other_classes_of_a_second_score_discard_the_best(tmp_path):
+    write_data(tmp_path / "data")
+    words = ("trainer.score=skeleton_recall", "metric=[cldice]", "mode.metrics_only=true", "hydra.run.dir=run")
+    succeed(tmp_path, "mode=train", *SMALL, *words, "logger=[]")
+    length = (*MACHINE, "trainer.steps=3", "mode.metrics_only=true")
+    done = call(tmp_path, "mode=train", "resume=run", *length, "metric.cldice.classes=[0]")
+    assert done.status == 0 and "to skeleton_recall classes=[0] of all images" in done.err, done.err
 
 
 @pytest.mark.heavy

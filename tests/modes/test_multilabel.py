@@ -4,14 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from command_line import SMALL, call, succeed
 from making import save
-from overlapping_shapes import CLASSES, write_overlaps
+from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 import dinoseg
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.metrics import BoundaryIoU, SurfaceDice
+from dinoseg.training.checkpoint import read
 from dinoseg.utils.images import read_ids, read_image
 
 pytestmark = pytest.mark.slow
@@ -150,6 +152,29 @@ def test_exported_file_equals_the_model(multilabel_run, words, file, thresholds)
     assert found.overlay().shape == image.shape and "square" in repr(found)
     found.save(where / "saved/x.png")
     np.testing.assert_array_equal(read_ids(where / "saved/square/x.png"), found.mask[1])
+
+
+@pytest.mark.heavy
+def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
+    where, _ = multilabel_run
+    words = ("mode=train", *TASK, *RATES, "loss=bce", "trainer.val_every=2", "mode.metrics_only=true")
+    words += ("optim.schedule.kind=constant",)
+    succeed(where, *words, "trainer.steps=4", "hydra.run.dir=whole_run")
+    succeed(where, *words, "trainer.steps=2", "hydra.run.dir=parts")
+    succeed(where, "mode=train", "resume=parts", "trainer.steps=4", "mode.metrics_only=true")
+    whole, parts = (read(where / name / "checkpoints/last.safetensors").tensors for name in ("whole_run", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.heavy
+def test_a_single_class_from_coco_is_trained(tmp_path):
+    write_coco(tmp_path / "data")
+    words = ("data=coco", "data.unlabelled=null", "data.classes=[disc]", "+data.reader.shapes.labels={square: ignore}")
+    data = ("data.reader.partition.by=fraction", "data.reader.layout.annotations=annotations/instances_train.json")
+    succeed(tmp_path, "mode=train", *TASK, *words, *data, "data.reader.partition.val_fraction=0.4", "hydra.run.dir=run")
+    scores = scores_of(tmp_path / "run/evaluation")
+    assert [row["id"] for row in scores["classes"]] == [0] and scores["ignored_pixels"] > 0
 
 
 @pytest.mark.heavy

@@ -60,8 +60,20 @@ def test_hours_follow_from_operations_and_steps(tmp_path, mebibytes, monkeypatch
     assert run_plan(tmp_path)[0]["duration"] is None
 
 
-def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path, mebibytes):
-    found, out = run_plan(tmp_path, "data.batch_size=8", "mode.memory=392MiB", "backbone.checkpointing=true")
+@pytest.mark.parametrize(
+    ("estimate", "words"),
+    [
+        ("mebibytes", ("mode.memory=392MiB",)),
+        pytest.param(
+            *("tmp_path", ("resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")),
+            marks=pytest.mark.heavy,
+        ),
+    ],
+    ids=["stub", "model"],
+)
+def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path, request, estimate, words):
+    request.getfixturevalue(estimate)
+    found, out = run_plan(tmp_path, "data.batch_size=8", *words, "backbone.checkpointing=true")
     (change,) = found["changes"]
     size, times = change["words"]["data.batch_size"], change["words"]["trainer.accumulate"]
     assert size * times == 8 and size < 8

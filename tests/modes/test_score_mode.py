@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -182,6 +183,16 @@ def test_both_prediction_folders_are_checked_before_stopping(folders, better, ru
     result, done, _ = run("data.on_error=skip", prediction=BETTER)
     assert result["difference"]["mIoU"]["n"] == 4 and result["difference"]["mIoU"]["left_out"] == 2
     assert "Left out of this difference: 2 files" in done.out
+
+
+def test_disjoint_predictions_have_no_difference(folders, run):
+    shutil.copytree(folders / "prediction", folders / "other")
+    for side, lost in (("prediction", (0, 1, 2)), ("other", (3, 4, 5))):
+        for number in lost:
+            (folders / f"{side}/{number % 2}/{number}.png").unlink()
+    result, done, _ = run("data.on_error=skip", "data.group='^./'", prediction="[prediction,other]")
+    assert result["difference"]["mIoU"] == {"value": None, "ci95": None, "p": None, "n": 0, "left_out": 6}
+    assert "No image could be scored in both folders" in done.out and "RuntimeWarning" not in done.err
 
 
 def test_predictions_that_are_the_references_are_noted(folders, run):

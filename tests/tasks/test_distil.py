@@ -45,6 +45,11 @@ def taught(folder):
     return train_run(folder, "taught", *WORDS, "trainer.steps=1", f"data.root={folder / 'data'}")[0]
 
 
+@pytest.fixture(scope="module")
+def cached_run(folder):
+    return train_run(folder, "kept", *HALF, *FROZEN, "trainer.steps=2")
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -72,11 +77,18 @@ def test_zero_weight_without_other_images_is_supervised_training(folder, supervi
     assert same(weightless, supervised_run) and not same(taught, supervised_run)
 
 
-def test_frozen_student_trains_from_cached_features(folder):
-    whole, done = train_run(folder, "kept", *HALF, *FROZEN, "trainer.steps=2")
+def test_frozen_student_trains_from_cached_features(folder, cached_run):
+    whole, done = cached_run
     assert "Feature cache: on (engine.cache=disk)" in done.err
     live, _ = train_run(folder, "live", *HALF, *FROZEN, "trainer.steps=2", "features.dtype=float32")
     assert all(torch.allclose(live[name], whole[name], atol=1e-2) for name in live if name.startswith("model/"))
+
+
+@pytest.mark.heavy
+def test_frozen_student_resumes_from_cached_features(folder, cached_run):
+    train_run(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=1")
+    parts, _ = train_run(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=2", "resume=kept_parts")
+    assert same(cached_run[0], parts)
 
 
 def test_packed_images_and_frames_of_a_video_are_distilled(folder, monkeypatch):

@@ -1,3 +1,4 @@
+import gc
 import json
 from dataclasses import asdict, replace
 
@@ -240,6 +241,23 @@ def test_masks_are_the_caller_s_own(segmenter):
     frames = video(2)
     tracker.track(frames[:1], [None])[0][:] = 99
     assert tracker.track(frames[1:], [None])[0].max() < 4 and tracker.flicker()["after"] < 0.9
+
+
+def tensor_bytes():
+    gc.collect()
+    tensors = (part for part in gc.get_objects() if issubclass(type(part), torch.Tensor))
+    return sum(part.numel() * part.element_size() for part in tensors)
+
+
+@pytest.mark.heavy
+def test_memory_does_not_grow_with_the_video(segmenter):
+    model, frames = segmenter(), video(4, (24, 32))
+    tracker = SmoothingTracker(model, NEAR)
+    run(tracker, frames * 3)
+    after = tensor_bytes()
+    run(tracker, frames * 5)
+    assert tensor_bytes() == after
+    assert tracker.state()["features"].shape[0] == NEAR.context + 1
 
 
 def test_labels_for_a_trained_segmenter_are_refused(segmenter):

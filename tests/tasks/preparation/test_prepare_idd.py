@@ -3,6 +3,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,13 +13,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from failing import fail_after
+from failing import fail_after, run_until_written
 from making import save
 from mistakes import assert_refused, refusals
 from PIL import Image
 
 from dinoseg.data.formats.idd import idd
 from dinoseg.data.label_tables.read import label_table
+from dinoseg.modes.prepare import prepare as prepare_mode
 from dinoseg.tasks.preparation import idd as prepare_idd
 from dinoseg.tasks.preparation.idd import prepare
 from dinoseg.utils.locks import hold_lock
@@ -309,6 +311,21 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     assert (label_map(tmp_path, "train", "0/b") == 255).all()
 
 
+def test_killed_preparation_resumes(tmp_path):
+    for number in range(20):
+        add(tmp_path, "train", f"0/{number:03d}", [box("road", 0, 0, 900, 900)], imgWidth=1000, imgHeight=1000)
+    process = run_until_written("idd", f"prepare({str(tmp_path)!r}, workers=1)", 7)
+    folder = tmp_path / "gtFine/train/0"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    there = list(folder.glob("[!.]*.png"))
+    assert len(there) == 7
+    for path in there:
+        Image.open(path).load()  # whole, every one
+    assert prepare(tmp_path, workers=1) == {"train": {"files": 20, "written": 13, "kept": 7}}
+    assert not list(folder.glob(".*"))
+
+
 def test_no_torch_in_the_worker_processes():
     code = "import sys, dinoseg.tasks.preparation.idd; raise SystemExit(bool({'torch', 'hydra'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -344,3 +361,16 @@ test_message_names_value_and_remedy = refusals(
 )  # fmt: skip
 def test_each_data_set_prepares_its_own_encoding(name, encoding, compose):
     assert compose("mode=prepare", f"data={name}", "data.root=X").prepare.encodings == [encoding]
+
+
+def test_mode_prepare_writes_label_maps_and_their_counts(tmp_path, caplog, compose):
+    add(tmp_path, "val", "0/a", [box("road", 0, 0, 9, 9)])
+    cfg = compose("mode=prepare", "data=idd", f"data.root='{tmp_path}'", "prepare.workers=1")
+    with caplog.at_level(logging.INFO):
+        prepare_mode(cfg, out_dir=tmp_path)
+    assert "val: files 1, written 1, kept 0" in caplog.text
+    assert f"{tmp_path} is ready. Counts of each of its folders (also in {tmp_path}/prepared.json):" in caplog.text
+    assert json.loads((tmp_path / "prepared.json").read_text()) == {"val": {"files": 1, "written": 1, "kept": 0}}
+    expected = paint_boxes([("road", 0, 0, 9, 9)], "level3Id")
+    np.testing.assert_array_equal(label_map(tmp_path, "val", "0/a", "level3Id"), expected)
+    assert len(list(tmp_path.rglob("*.png"))) == 1

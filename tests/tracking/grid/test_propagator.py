@@ -143,6 +143,19 @@ class TestProtocols:
         own = {key: getattr(SMALL[name][0], key) for key in ("context", "radius")}
         compare(name, clip(3, 6, (14, 30)), soft_labels(3, (14, 30)), **own)
 
+    @pytest.mark.parametrize("cut", [0, 5, 11])
+    def test_restart_from_a_saved_state_is_exact(self, name, cut):
+        features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
+        settings = PropagationSettings(**{**vars(SMALL[name][0]), "context": 4})
+        whole = propagate(features, labels, settings=settings)
+        first, second = Propagator(settings), Propagator(settings)
+        for number in range(cut):
+            first.step(features[number], labels if number == 0 else None)
+        second.load(first.state())
+        rest = [second.step(features[number], labels if number == 0 else None) for number in range(cut, 12)]
+        assert torch.equal(torch.stack(rest), whole[cut:])
+        assert len(second.state()["features"]) == 5  # the first frame and its context
+
     def test_streaming_equals_batch_even_if_its_labels_are_modified(self, name):
         features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
         whole = propagate(features, labels, settings=SMALL[name][0])

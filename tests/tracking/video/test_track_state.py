@@ -3,8 +3,16 @@ import torch
 from mistakes import assert_refused
 from safetensors.torch import save_file
 
+from dinoseg.experiment.settings import check_same_settings
 from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils.errors import UserError
+
+
+def test_settings_are_compared_by_full_name_as_json(tmp_path):
+    check_same_settings(tmp_path, {"size": [3, 4], "by_id": {"1": 2}}, {"size": (3, 4), "by_id": {1: 2}})
+    then = {"first": {"view": {"size": 3}}, "second": {"view": {"size": 4}}}
+    with pytest.raises(UserError, match=r"first\.view\.size was 3 and is 5\. Use"):
+        check_same_settings(tmp_path, then, {**then, "first": {"view": {"size": 5}}})
 
 
 def test_folders_without_a_usable_state_are_refused(tmp_path):
