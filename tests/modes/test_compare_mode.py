@@ -21,6 +21,7 @@ from dinoseg.evaluation.sides import seeds_note, sides_of
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.modes import evaluate
+from dinoseg.modes.compare import run_rows
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
@@ -149,6 +150,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, compare_sides):
     assert "sweep: folders that are no jobs with an evaluation of images are left out: 4." in done.err
     assert "the variance over seeds is included in the intervals (2, 2 runs)" in done.out
     assert (runs / "compared/compare.csv").is_file()
+    assert sorted(row["run"] for row in rows_of(runs / "compared/runs.csv")) == ["0", "1", "2", "3"]
     names = ["image", "unit", "0+2", "resolution.scale=0.5", "resolution.scale=0.5 adds"]
     assert [*rows_of(runs / "compared/images.csv")[0]] == names
     sides, _, said = compare_sides("sweep/0", "sweep/2")  # of seeds alone each stands for itself
@@ -156,9 +158,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, compare_sides):
     copy_run(runs, "sweep/0", "again")  # of the same seed: another evaluation is what is compared
     sides = sides_of(["sweep/0", "sweep/1", "again"])
     assert [side.name for side in sides] == ["0", "resolution.scale=0.5", "again"]
+    assert "one trained model per side" in seeds_note(sides)
     jobs = sides_of(["sweep/2", "sweep"])[0].folders  # what is named before its sweep comes first
     assert jobs == [Path("sweep/2"), Path("sweep/0")]
-    assert "one trained model per side" in seeds_note(sides)
 
 
 def _miou(folder):
@@ -171,6 +173,16 @@ def test_every_list_of_runs_is_a_side(runs, compare_sides):
         of_seed(runs, "first", f"a{seed}", seed)
     said = compare_sides(["a0", "second"], "a1")[-1]
     assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
+
+
+def test_costs_in_a_run_folder_are_listed(runs):
+    costs = {"parameters": 7_000_000, "trainable": 10, "images_per_s": 4.0, "memory_gib": None}
+    path = runs / "second/cost.json"
+    path.write_text(json.dumps(costs))
+    rows = {row["run"]: row for row in run_rows(sides_of([runs / "first", runs / "second"]))}
+    path.unlink()
+    assert (rows["second"]["parameters"], rows["second"]["memory_gib"], rows["second"]["seconds"]) == (7e6, None, 0.25)
+    assert rows["first"]["parameters"] is None
 
 
 def test_every_evaluation_has_a_report_by_default(runs):

@@ -182,16 +182,6 @@ def test_split_by_fraction_is_predicted_under_its_own_names(trained_model, tmp_p
     assert scores["mIoU"] == 1.0 and json.loads((tmp_path / "scores.json").read_text())["n"] == len({*groups.values()})
 
 
-def test_groups_of_an_earlier_prediction_are_replaced(trained_model, tmp_path, compose):
-    for name in ("a", "b"):
-        write_png(tmp_path / f"val/masks/{name}.png", random_image(tmp_path / f"val/images/{name}.png")[..., 0] % 3)
-    cfg = compose(f"data.root={tmp_path}", "data=folder", f"data.classes={CLASSES}")
-    for group, stored in (("^", {"a": "", "b": ""}), (None, {}), ("^b?", {"a": "", "b": "b"})):
-        cfg.data.group = group
-        predict("val", tmp_path / "out", cfg, masks=None)
-        assert groups_of(tmp_path / "out") == stored
-
-
 def test_images_of_other_files_have_only_typed_groups(trained_model, tmp_path, compose, caplog):
     for name in ("IMG_1", "IMG_2"):
         random_image(tmp_path / f"in/{name}.png")

@@ -31,8 +31,7 @@ def where(tmp_path):
 
 def train(where, *arguments):
     quiet = ("mode.metrics_only=true", "mode.report=false", f"hydra.run.dir={where}/run")
-    done = succeed(where, "mode=train", *SMALL, *quiet, *arguments)
-    return done
+    return succeed(where, "mode=train", *SMALL, *quiet, *arguments)
 
 
 @pytest.fixture

@@ -77,6 +77,11 @@ class TestWithoutLabels:
         tracker.track(FRAMES, [None] * 3)
         assert told == [5.0] * 3 * looks
 
+    def test_looking_ahead_at_no_frames_learns_nothing(self):
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", passes=2))
+        tracker.look_ahead(lambda: [])
+        assert tracker.track([], []) == [] and tracker.state() == {}
+
     @pytest.mark.parametrize("size", [(30, 45), (29, 33), (33, 49)])
     def test_padding_is_cropped(self, size):
         frames, ids = crossing_squares(3, size)
