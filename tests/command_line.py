@@ -76,6 +76,13 @@ def call(where, *arguments, draws=False):
     return Done(status, out.getvalue(), err.getvalue())
 
 
+def succeed(where, *arguments):
+    """Run a command as `call` does, and check that it ends well."""
+    done = call(where, *arguments)
+    assert done.status == 0, done.err
+    return done
+
+
 def exit_status(main):
     try:
         main()

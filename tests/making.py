@@ -34,6 +34,15 @@ def write_video(path, frames, size=(48, 32), kind="XVID", draw=None):
     return path
 
 
+def write_motion_jpeg(path, frames, size):
+    """Write RGB frames of a size (height, width) as a Motion JPEG video of 12.5 frames a second."""
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, size[::-1])
+    for frame in frames:
+        writer.write(frame[..., ::-1])
+    writer.release()
+    return path
+
+
 def train_batches(data, augment, *, seed, views=None, **options):
     """Return the loader's batches of the views of a data set."""
     return loader.train_batches(TrainViews(data, augment, seed, views), **options)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, call
+from command_line import SMALL, call, succeed
 from making import save, write_video
 from safetensors.torch import load_file
 
@@ -35,12 +35,6 @@ def render(root, split, count, seed):
         save(root / split / f"masks/{number}.png", mask)
 
 
-def run(where, *words):
-    done = call(where, *words)
-    assert done.status == 0, done.err
-    return done
-
-
 def tensors(where, name):
     return load_file(where / name / "checkpoints/last.safetensors")
 
@@ -50,7 +44,7 @@ def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("channels")
     render(where / "data", "train", 12, 0)
     render(where / "data", "val", 4, 1)
-    run(where, *TRAIN, *NIR, "trainer.steps=60", "optim.optimizer.lr=1e-3", "hydra.run.dir=nir")
+    succeed(where, *TRAIN, *NIR, "trainer.steps=60", "optim.optimizer.lr=1e-3", "hydra.run.dir=nir")
     return where
 
 
@@ -65,14 +59,14 @@ def miou(run_folder):
 
 
 def test_a_fourth_channel_helps(place):
-    run(place, *TRAIN, "trainer.steps=60", "optim.optimizer.lr=1e-3", "hydra.run.dir=rgb")
+    succeed(place, *TRAIN, "trainer.steps=60", "optim.optimizer.lr=1e-3", "hydra.run.dir=rgb")
     assert miou(place / "nir") > 0.7 > 0.6 > miou(place / "rgb")
 
 
 def test_evaluation_and_prediction_read_all_files(place):
-    run(place, "mode=eval", "resume=nir", "engine=cpu", "hydra.run.dir=scored")
-    run(place, "mode=predict", "resume=nir", "input=data/val/images", "engine=cpu", "hydra.run.dir=predicted")
-    run(place, "mode=predict", "resume=nir", "input=val", "engine=cpu", "hydra.run.dir=split")
+    succeed(place, "mode=eval", "resume=nir", "engine=cpu", "hydra.run.dir=scored")
+    succeed(place, "mode=predict", "resume=nir", "input=data/val/images", "engine=cpu", "hydra.run.dir=predicted")
+    succeed(place, "mode=predict", "resume=nir", "input=val", "engine=cpu", "hydra.run.dir=split")
     model = dinoseg.load(place / "nir", device="cpu")
     for path in sorted((place / "data/val/images").iterdir()):
         ids = read_ids(place / f"predicted/masks/{path.stem}.png")
@@ -87,9 +81,9 @@ def test_evaluation_and_prediction_read_all_files(place):
 def test_predictions_of_changed_files_or_channels_are_not_reused(here):
     shutil.copytree("data/val", "changing")
     words = ("mode=predict", "resume=nir", "input=changing/images", "engine=cpu", "hydra.run.dir=again")
-    run(here, *words)
+    succeed(here, *words)
     save(here / "changing/nir/0.tif", np.zeros((40, 56)), dtype=np.uint16)
-    done = run(here, *words)
+    done = succeed(here, *words)
     assert "0.png is predicted again" in done.err and "3 images of an earlier run reused" in done.err
     other = call(here, *words, "data.pixels.order=[2,1,0,3]")
     assert other.status == 1 and "data.pixels.order was null and is [2,1,0,3]" in other.err
@@ -97,17 +91,17 @@ def test_predictions_of_changed_files_or_channels_are_not_reused(here):
 
 def test_a_channel_without_effect_is_warned_of(place):
     weights = ("backbone.channel_weights=[1,1,1,0]", "trainer.steps=1")
-    done = run(place, *TRAIN, *NIR, *weights, "adapter=frozen", "hydra.run.dir=frozen")
+    done = succeed(place, *TRAIN, *NIR, *weights, "adapter=frozen", "hydra.run.dir=frozen")
     assert "channels of weight 0 have no effect, since adapter=frozen" in done.err
     assert done.err.count("INFO mean=[") == done.err.count("INFO std=[") == 1
-    assert "no effect" not in run(place, *TRAIN, *NIR, *weights, "hydra.run.dir=full").err
+    assert "no effect" not in succeed(place, *TRAIN, *NIR, *weights, "hydra.run.dir=full").err
 
 
 def test_exports_keep_the_channels(here):
-    done = run(here, "mode=export", "export=onnx", "resume=nir", "engine=cpu", "hydra.run.dir=onnx")
+    done = succeed(here, "mode=export", "export=onnx", "resume=nir", "engine=cpu", "hydra.run.dir=onnx")
     assert 'model.predict("images/picture.png")' in done.out
-    run(here, "mode=export", "export=safetensors", "resume=nir", "engine=cpu", "hydra.run.dir=file")
-    run(here, "mode=export", "export=program", "resume=nir", "engine=cpu", "hydra.run.dir=program")
+    succeed(here, "mode=export", "export=safetensors", "resume=nir", "engine=cpu", "hydra.run.dir=file")
+    succeed(here, "mode=export", "export=program", "resume=nir", "engine=cpu", "hydra.run.dir=program")
     source = dinoseg.load(here / "nir", device="cpu", precision="fp32")
     files = {here / "onnx/model.onnx": {}, here / "file/model.safetensors": {"precision": "fp32"}}
     for path, options in files.items():
@@ -122,13 +116,13 @@ def test_exports_keep_the_channels(here):
         dinoseg.export_onnx(source, [np.zeros((40, 56, 4), np.uint8)], out_dir=here / "never")
 
 
-def test_a_resumed_training_caches_and_workers_change_no_bit(place):
+def test_resuming_packed_images_and_workers_change_no_bit(place):
     constant = ("optim.schedule.warmup=0", "optim.schedule.kind=constant")
-    run(place, *TRAIN, *NIR, *FEW, *constant, "hydra.run.dir=whole")
-    run(place, *TRAIN, *NIR, *FEW, *constant, "trainer.steps=2", "hydra.run.dir=half")
-    run(place, "mode=train", "resume=half", "trainer.steps=4", "engine=cpu", "engine.workers=0")
-    run(place, *TRAIN, *NIR, *FEW, *constant, "data.cache=packed", "hydra.run.dir=packed")
-    run(place, *TRAIN, *NIR, *FEW, *constant, "engine.workers=1", "hydra.run.dir=of_a_worker")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "hydra.run.dir=whole")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "trainer.steps=2", "hydra.run.dir=half")
+    succeed(place, "mode=train", "resume=half", "trainer.steps=4", "engine=cpu", "engine.workers=0")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "data.cache=packed", "hydra.run.dir=packed")
+    succeed(place, *TRAIN, *NIR, *FEW, *constant, "engine.workers=1", "hydra.run.dir=of_a_worker")
     wanted = tensors(place, "whole")
     for name in ("half", "packed", "of_a_worker"):
         found = tensors(place, name)
@@ -139,7 +133,7 @@ def test_a_resumed_training_caches_and_workers_change_no_bit(place):
 def test_cached_features_have_their_channels(place):
     fixed = ("adapter=frozen", "data.views=1", "engine.precision=fp32", "features.dtype=float32")
     for cache in ("disk", "off"):
-        run(place, *TRAIN, *NIR, *FEW, *fixed, f"engine.cache={cache}", f"hydra.run.dir={cache}")
+        succeed(place, *TRAIN, *NIR, *FEW, *fixed, f"engine.cache={cache}", f"hydra.run.dir={cache}")
     wanted, found = tensors(place, "off"), tensors(place, "disk")
     for name in wanted:
         torch.testing.assert_close(found[name].double(), wanted[name].double(), rtol=1e-3, atol=1e-5)

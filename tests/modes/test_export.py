@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from safetensors.torch import load_file
 
 LORA = [word for word in SMALL if word != "adapter=full"]
@@ -12,8 +12,7 @@ RUN = (*QUIET, "hydra.run.dir=run", "trainer.val_every=2", "optim.optimizer.lr=0
 
 def train(where, *words):
     write_data(where / "data")
-    done = call(where, *RUN, *LORA, *words)
-    assert done.status == 0, done.err
+    succeed(where, *RUN, *LORA, *words)
 
 
 def export(where, *words):
@@ -45,7 +44,7 @@ def test_export_without_final_norm_prints_the_keys_to_load_it(tmp_path):
     words = done.out.split("Use: ")[1].split()
     assert words[1:] == ["backbone.final_norm=false"]
     again = [*SMALL, *words, "mode.metrics_only=true", "hydra.run.dir=again"]
-    assert call(tmp_path, "mode=train", *again).status == 0
+    succeed(tmp_path, "mode=train", *again)
     done = call(tmp_path, "mode=train", *SMALL, words[0], "init=run", "mode.metrics_only=true")
     assert done.status == 1 and "missing" in done.err
     done = call(tmp_path, "mode=train", *LORA, "init=run", "mode.metrics_only=true")
@@ -63,5 +62,4 @@ def test_quantised_backbones_are_exported_whole(tmp_path, adapter):
     exported = load_file(tmp_path / "out/backbone.safetensors")
     assert {value.dtype for value in exported.values()} == {torch.float32}
     assert not any("absmax" in name or "SCB" in name for name in exported)
-    again = call(tmp_path, *QUIET, *SMALL, "backbone.weights=out/backbone.safetensors", "trainer.steps=1")
-    assert again.status == 0, again.err
+    succeed(tmp_path, *QUIET, *SMALL, "backbone.weights=out/backbone.safetensors", "trainer.steps=1")

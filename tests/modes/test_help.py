@@ -97,19 +97,6 @@ def test_help_of_an_unknown_option_is_the_overview(words):
     assert mode.help_for([*words.split(), "--help"]) == mode.overview()
 
 
-def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):
-    for name in ("head/linear.yaml", "head/new.yaml", "head/_base.yaml", "local/default.yaml", "hydra/run.yaml"):
-        (tmp_path / "cfg" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cfg" / name).touch()
-    monkeypatch.setattr(mode, "CONFIGS", tmp_path / "cfg")
-    assert listed_options() == {"head": ["linear", "new"]}
-
-
-def test_mode_prints_its_help(capsys):
-    mode.show(None, out_dir=None)
-    assert capsys.readouterr().out == mode.overview() + "\n"
-
-
 def test_each_shipped_option_has_help():
     groups = [path for path in Path(CONFIGS).iterdir() if path.is_dir() and path.name not in ("hydra", "local", "mode")]
     options = [f"{group.name}={option}" for group in groups for option in options_of(group)]

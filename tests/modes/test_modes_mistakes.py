@@ -34,7 +34,6 @@ def refused(start, lines, write=write_data):
 TRAIN = {
     "mode=train head.init=zeros": "head.init=zeros is unknown. Choose one of probe, normal or null",
     "mode=train trainer.evaluate=newest": "trainer.evaluate=newest is unknown. Choose one of best, last",
-    "mode=train trainer.val_images=0": "trainer.val_images=0 is out of range",
     "mode=train mode.pictures=-1": "mode.pictures=-1 is out of range. Give a whole number of at least 0.",
     "mode=train logger=[tensorboard,board]": "logger=board is unknown. Choose from mlflow, tensorboard, wandb.",
     "mode=train trainer.score=miou_no_background": "has no background. Set its class (data.background=NAME)",
@@ -53,17 +52,14 @@ TRAIN = {
 PROBE_AND_PLAN = {
     "mode=probe mode.layers=[5]": "this backbone has 2 blocks",
     "mode=probe mode.strengths=[]": "the list is empty",
-    "mode=probe mode.strengths=[0]": "out of range. Give a number above 0",
     "mode=probe mode.held_out=1": "mode.held_out=1 is out of range",
     "mode=plan mode.memory=24": "mode.memory=24: give an amount with its unit, such as 24GiB",
     "mode=plan mode.device=tpu": "mode.device=tpu is unknown. Choose cpu or cuda",
     "mode=plan mode.device=cuda": "mode.device=cuda is not the device here. Set its memory, such as mode.memory",
-    "mode=plan mode.tflops=nan": "mode.tflops=nan is out of range",
     "mode=plan data.batch_size=0": "data.batch_size=0",
     "mode=plan data.batch_size=3 engine.devices=2": "data.batch_size=3 cannot be shared by 2 devices",
     "mode=plan engine.sharding=fsdp engine.devices=2": "engine.sharding=fsdp: mode=plan counts all weights",
     "mode=plan resolution.crop=[0,8]": "resolution.crop",
-    "mode=plan trainer.accumulate=0": "trainer.accumulate=0",
     "mode=plan loss.weights={nobody:3}": "loss.weights: nobody is not a class. The classes are dark, bright",
 }
 OF_LAYERS = {
@@ -80,12 +76,9 @@ SCORE = {
     "reference=data prediction=[a,b,c]": "set reference=DIR and prediction=DIR, or prediction=[DIR,DIR]",
     "reference=data prediction=null": "mode=score needs two folders of masks: set reference=DIR",
     "reference=data prediction=data": "protocol.num_classes=null: protocol=semantic needs the number of classes",
-    "reference=data prediction=data protocol.num_classes=0": "num_classes=0 is out of range. Give a whole number of",
 }
 EXAMINED = {
     "mode.near_distance=65": "mode.near_distance=65 is out of range. Give a whole number from 0 to 64",
-    "mode.samples=-1": "mode.samples=-1 is out of range. Give a whole number of at least 0",
-    "mode.workers=0": "mode.workers=0 is out of range. Give a whole number of at least 1",
     "data.classes=???": "data.classes is not set",
 }
 RENDERED = {
@@ -94,7 +87,6 @@ RENDERED = {
     "mode=render data=movi data.root=null": "mode=render needs a folder to write to: give data.root",
     f"{MOVI} render.size=[48]": "render.size=[48] must be two numbers",
     f"{MOVI} render.size=[16,48]": "size=[16, 48] cannot be a frame's [height, width]: both must be at least 32",
-    f"{MOVI} render.seconds=0": "render.seconds=0 is out of range. Give a whole number of at least 1",
     f"{MOVI} render.train_videos=half": "train_videos=half is of type str",
     "mode=render data=sarrarp data.root=new render.size=[47,80]": "both must be even",
     "mode=render data=sarrarp data.root=new render.val_videos=3": "has no key val_videos...have it: render=movi.",
@@ -106,14 +98,7 @@ FURTHER = {  # of keys and messages like those above
     "mode=train lrs=[1e-3]": "lrs is a key of trainer=multi_head",
     f"{HEADS} heads=[linear,slots]": "head=slots is trained on clips",
     f"{HEADS} heads=[linear,dpt]": "quarters",
-    "mode=plan mode.memory=0": "mode.memory=0: give an amount",
     "mode=plan mode.memory=-1GiB": "mode.memory=-1GiB: give an amount",
-    "mode=plan mode.memory=1MiB data.batch_size=1 head=mlp": "fits into 0.001 GiB: the smallest, ...needs about ",
-    "mode=plan mode.tflops=0": "mode.tflops=0 is out of range. Give a number from 0.001 to 10000000, or null.",
-    "mode=plan mode.tflops=1e+300": "mode.tflops=1e+300 is out of range. Give a number from 0.001 to 10000000",
-    "mode=plan data.batch_size=some": "data.batch_size=some is of type str",
-    "mode=plan resolution.crop=[x,y]": "resolution.crop=['x', 'y'] is of type list of str",
-    "mode=plan trainer.accumulate=~": "trainer.accumulate=~",
     "mode=plan loss.weights=invers": "loss.weights=invers is unknown. Choose one of none",
 }
 FURTHER_OF_LAYERS = {

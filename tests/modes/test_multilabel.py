@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, call
+from command_line import SMALL, call, succeed
 from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
@@ -24,18 +24,12 @@ TASK = (
 RATES = ("optim.optimizer.lr=1e-2", "head.lr=1e-2", "data.batch_size=4")
 
 
-def run(where, *words):
-    done = call(where, *words)
-    assert done.status == 0, done.err
-    return done
-
-
 @pytest.fixture(scope="module")
 def multilabel_run(tmp_path_factory):
     """Return the folder of a run that has learnt two overlapping shapes, and their masks."""
     where = tmp_path_factory.mktemp("multilabel")
     masks = write_overlaps(where / "data", train=16)
-    run(where, "mode=train", *TASK, *RATES, "trainer.steps=60", "trainer.val_every=30", "hydra.run.dir=run")
+    succeed(where, "mode=train", *TASK, *RATES, "trainer.steps=60", "trainer.val_every=30", "hydra.run.dir=run")
     return where, masks
 
 
@@ -53,7 +47,8 @@ def scores_of(folder):
 def predicted(multilabel_run):
     """Return the predicted masks of the validation images, and these images' masks, by name."""
     where, masks = multilabel_run
-    run(where, "mode=predict", "resume=run", "input=val", "mode.outputs=[probabilities]", "hydra.run.dir=val_predicted")
+    words = ("input=val", "mode.outputs=[probabilities]", "hydra.run.dir=val_predicted")
+    succeed(where, "mode=predict", "resume=run", *words)
     val = {name: mask for name, mask in sorted(masks.items()) if name.startswith("val")}
     return read_layers(where / "val_predicted/masks", val), val
 
@@ -68,7 +63,7 @@ def test_training_learns_classes_that_overlap(multilabel_run):
 def test_evaluation_and_its_metrics_equal_numpy(multilabel_run, predicted):
     where, _ = multilabel_run
     words = ("metric=[boundary_iou,nsd,cldice,ece]", "metric.nsd.tolerance=1")
-    run(where, "mode=eval", "resume=run", *words, "hydra.run.dir=eval")
+    succeed(where, "mode=eval", "resume=run", *words, "hydra.run.dir=eval")
     scores = scores_of(where / "eval")
     ours, theirs = (np.stack([*each.values()]) for each in predicted)
     ious = (ours & theirs).sum(axis=(0, 2, 3)) / (ours | theirs).sum(axis=(0, 2, 3))
@@ -100,12 +95,13 @@ def test_saved_predictions_are_drawn_read_back_and_scored(multilabel_run, predic
         shares = np.load(where / f"val_predicted/probabilities/{sample['name']}.npy")
         assert shares.shape == (2, 32, 48) and ((shares >= 0.5) == predictions[sample["name"]]).mean() > 0.99
     words = ("mode=score", "prediction=val_predicted", "mode.workers=1")
-    run(where, *words, "reference=data/val/masks", "protocol=multilabel", "protocol.nsd=true", "hydra.run.dir=scored")
+    layers = ("protocol=multilabel", "protocol.nsd=true")
+    succeed(where, *words, *layers, "reference=data/val/masks", "hydra.run.dir=scored")
     scored, scores = scores_of(where / "scored"), scores_of(where / "run/evaluation")
     for ours, theirs in (("mIoU", "miou"), ("dice", "dice"), ("accuracy", "accuracy")):
         assert scored["scores"][ours] == pytest.approx(scores[theirs])
     assert scored["n"] == len(val) and scored["ci95"]["NSD"] is not None
-    run(where, *words, "reference=val_predicted/references", "protocol=multilabel", "hydra.run.dir=again")
+    succeed(where, *words, *layers, "reference=val_predicted/references", "hydra.run.dir=again")
     assert scores_of(where / "again")["scores"]["mIoU"] == pytest.approx(scores["miou"])
     score = call(where, *words, "reference=val_predicted/references")
     assert score.status == 1 and "task=multilabel. Set protocol=multilabel" in score.err
@@ -113,31 +109,19 @@ def test_saved_predictions_are_drawn_read_back_and_scored(multilabel_run, predic
     assert all((references[name] == val[name]).all() for name in val)
 
 
-def test_doctor_reports_layers(multilabel_run):
-    where, masks = multilabel_run
-    words = ("data=folder", "data.root=data", "data.classes=[disc,square]", "task=multilabel", "hydra.run.dir=doctor")
-    done = run(where, "mode=doctor", *words)
-    pixels = sum((mask.sum(axis=0) > 1).sum() for name, mask in masks.items() if name.startswith("train"))
-    assert f"{pixels:,} pixels of train show several classes" in done.out
-    report = json.loads((where / "doctor/doctor.json").read_text())
-    shown = [sum(mask[layer].sum() for name, mask in masks.items() if name.startswith("val")) for layer in range(2)]
-    assert [row["pixels"] for row in report["splits"]["val"]["classes"]] == shown
-    assert "several classes" in (where / "doctor/doctor.html").read_text()
-
-
 @pytest.mark.heavy
 def test_windows_flips_and_thresholds_change_the_layers(multilabel_run):
     where, _ = multilabel_run
     averaged = ("inference=windows", "inference.size=24", "inference.flips=all", "inference.scales=[1.0,1.5]")
-    run(where, "mode=eval", "resume=run", *averaged, "hydra.run.dir=windows", "mode.metrics_only=true")
+    succeed(where, "mode=eval", "resume=run", *averaged, "hydra.run.dir=windows", "mode.metrics_only=true")
     assert scores_of(where / "windows")["miou"] > 0.75
     recalls = []
     for threshold in (0.1, 0.9):
         folder = f"at_{threshold}"
-        run(where, "mode=eval", "resume=run", f"task.threshold=[{threshold},0.5]", f"hydra.run.dir={folder}")
+        succeed(where, "mode=eval", "resume=run", f"task.threshold=[{threshold},0.5]", f"hydra.run.dir={folder}")
         recalls.append([row["recall"] for row in scores_of(where / folder)["classes"]])
     assert recalls[0][0] > recalls[1][0] and recalls[0][1] == recalls[1][1]
-    run(where, "mode=compare", "runs=[at_0.1,at_0.9]", "hydra.run.dir=compared")
+    succeed(where, "mode=compare", "runs=[at_0.1,at_0.9]", "hydra.run.dir=compared")
     compared = json.loads((where / "compared/compare.json").read_text())
     first, second = (scores_of(where / f"at_{threshold}") for threshold in (0.1, 0.9))
     gap = compared["others"]["at_0.9"]["differences"]["miou"]["value"]
@@ -154,7 +138,7 @@ def test_windows_flips_and_thresholds_change_the_layers(multilabel_run):
 )
 def test_exported_file_equals_the_model(multilabel_run, words, file, thresholds):
     where, _ = multilabel_run
-    run(where, "mode=export", "resume=run", *words, "hydra.run.dir=exported")
+    succeed(where, "mode=export", "resume=run", *words, "hydra.run.dir=exported")
     image = read_image(where / "data/val/images/val_0.png")
     model, source = dinoseg.load(where / "exported" / file), dinoseg.load(where / "run", device="cpu", precision="fp32")
     found = model.predict(image)
@@ -175,9 +159,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
     where, _ = multilabel_run
     words = ("mode=train", *TASK, *RATES, "loss=bce", "trainer.val_every=2", "mode.metrics_only=true")
     words += ("optim.schedule.kind=constant",)
-    run(where, *words, "trainer.steps=4", "hydra.run.dir=whole_run")
-    run(where, *words, "trainer.steps=2", "hydra.run.dir=parts")
-    run(where, "mode=train", "resume=parts", "trainer.steps=4", "mode.metrics_only=true")
+    succeed(where, *words, "trainer.steps=4", "hydra.run.dir=whole_run")
+    succeed(where, *words, "trainer.steps=2", "hydra.run.dir=parts")
+    succeed(where, "mode=train", "resume=parts", "trainer.steps=4", "mode.metrics_only=true")
     whole, parts = (read(where / name / "checkpoints/last.safetensors").tensors for name in ("whole_run", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -188,7 +172,7 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
     write_coco(tmp_path / "data")
     words = ("data=coco", "data.unlabelled=null", "data.classes=[disc]", "+data.reader.shapes.labels={square: ignore}")
     data = ("data.reader.partition.by=fraction", "data.reader.layout.annotations=annotations/instances_train.json")
-    run(tmp_path, "mode=train", *TASK, *words, *data, "data.reader.partition.val_fraction=0.4", "hydra.run.dir=run")
+    succeed(tmp_path, "mode=train", *TASK, *words, *data, "data.reader.partition.val_fraction=0.4", "hydra.run.dir=run")
     scores = scores_of(tmp_path / "run/evaluation")
     assert [row["id"] for row in scores["classes"]] == [0] and scores["ignored_pixels"] > 0
 
@@ -202,13 +186,13 @@ def test_modes_agree_on_a_single_class_of_0_and_255(tmp_path):
     training = ("mode=train", *TASK, *task, "trainer.steps=1")
     refused = call(tmp_path, *training, "hydra.run.dir=refused")
     assert refused.status == 1 and f"add {remedy}" in refused.err
-    run(tmp_path, *training, remedy, "hydra.run.dir=run")
-    run(tmp_path, "mode=doctor", "data=folder", "data.root=data", *task, remedy, "hydra.run.dir=doctor")
+    succeed(tmp_path, *training, remedy, "hydra.run.dir=run")
+    succeed(tmp_path, "mode=doctor", "data=folder", "data.root=data", *task, remedy, "hydra.run.dir=doctor")
     report = json.loads((tmp_path / "doctor/doctor.json").read_text())
     pixels = sum(int(masks[f"val_{number}"][0].sum()) for number in range(2))
     assert report["splits"]["val"]["classes"][0]["pixels"] == pixels
-    run(tmp_path, "mode=predict", "resume=run", "input=data/val/images", "hydra.run.dir=predicted")
+    succeed(tmp_path, "mode=predict", "resume=run", "input=data/val/images", "hydra.run.dir=predicted")
     sides = ("prediction=predicted/masks", "reference=data/val/masks", "protocol=multilabel", "mode.workers=1")
-    run(tmp_path, "mode=score", *sides, "hydra.run.dir=scored")
+    succeed(tmp_path, "mode=score", *sides, "hydra.run.dir=scored")
     evaluated = scores_of(tmp_path / "run/evaluation")["miou"]
     assert scores_of(tmp_path / "scored")["scores"]["mIoU"] == pytest.approx(evaluated) and evaluated > 0

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.training import checkpoint
@@ -22,8 +22,7 @@ def folder(tmp_path_factory):
 
 def test_every_block_and_the_layers_of_the_head_are_probed(folder):
     words = ("head=multiscale", "head.layers=[0,1]", "adapter=frozen", "mode=probe", STRONG, "hydra.run.dir=P")
-    done = call(folder, *SMALL, *words)
-    assert done.status == 0, done.err
+    done = succeed(folder, *SMALL, *words)
     assert "5 training images, 1 of them held out" in done.err
     assert "chosen on 1 image only, so the choice is noisy" in done.err and "mode.held_out above 0.1" in done.err
     assert "does not rank backbones for fine-tuning" in done.out

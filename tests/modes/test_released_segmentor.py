@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from command_line import call
+from command_line import call, succeed
 from meta_files import RELEASED, RELEASED_ARCH, write_released
 from safetensors import safe_open
 
@@ -73,8 +73,7 @@ def by_hand(files, image):
 def test_predictions_equal_the_released_segmentor(files, expected_scores, tmp_path):
     write_png(tmp_path / "street.png", picture(LARGE))
     words = ["mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "input=street.png"]
-    done = call(tmp_path, *words)
-    assert done.status == 0, done.err
+    succeed(tmp_path, *words)
     found = np.load(next(tmp_path.rglob("segmentation_raw.npy")))
     best = expected_scores.topk(2, dim=0)
     sure = (best.values[0] - best.values[1] > 2**-7 * best.values[0]).numpy()  # two roundings to bfloat16
@@ -95,8 +94,7 @@ def test_scores_equal_the_released_segmentor(files, expected_scores, tmp_path):
         write_png(root / f"images/{name}/a.png", picture(LARGE))
         write_png(root / f"annotations/{name}/a.png", mask)  # 0 is "other" in these files
     words = ["mode=eval", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "data.root=ade", *QUIET]
-    done = call(tmp_path, *words)
-    assert done.status == 0, done.err
+    succeed(tmp_path, *words)
     scores = json.loads(next(tmp_path.rglob("scores.json")).read_text())
     assert scores["accuracy"] > 0.99 and len(scores["classes"]) == 150
 
@@ -112,8 +110,7 @@ def test_new_class_layer_can_be_trained(files, tmp_path, recipe, columns):
     steps = ["trainer.steps=1", "resolution.crop=[64,96]", "data.batch_size=1", "mode.pictures=0"]
     steps += ["data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
     steps += ["loss.criterion.num_points=64"] if recipe == "idd_m2f_no_object" else []
-    done = call(tmp_path, "mode=train", f"hparam={recipe}", *SMALL, *QUIET, *weights(files), *steps)
-    assert done.status == 0, done.err
+    succeed(tmp_path, "mode=train", f"hparam={recipe}", *SMALL, *QUIET, *weights(files), *steps)
     with safe_open(tmp_path / "run/checkpoints/best.safetensors", "pt") as file:
         held = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     layer = {name: shape for name, shape in held.items() if "class_embed" in name}
@@ -123,8 +120,7 @@ def test_new_class_layer_can_be_trained(files, tmp_path, recipe, columns):
     if recipe == "idd_m2f_no_object":
         return
     write_png(tmp_path / "a.png", picture())
-    done = call(tmp_path, "mode=predict", "resume=run", "input=a.png", "engine=cpu")
-    assert done.status == 0, done.err
+    succeed(tmp_path, "mode=predict", "resume=run", "input=a.png", "engine=cpu")
     assert read_ids(next(tmp_path.rglob("segmentation_colored.png"))).shape[:2] == SIZE
 
 

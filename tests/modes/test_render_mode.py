@@ -1,7 +1,7 @@
 """Data sets drawn from the command line: which can be, with which settings, and what comes next."""
 
 import numpy as np
-from command_line import call
+from command_line import succeed
 from PIL import Image
 
 MOVI = ("mode=render", "data=movi", "data.root=data", "render.seconds=1", "render.size=[32,48]", "render.workers=1")
@@ -9,8 +9,7 @@ SARRARP = ("mode=render", "data=sarrarp", *MOVI[2:4], "render.size=[48,80]", "re
 
 
 def test_operations_are_rendered_and_the_next_step_is_named(tmp_path):
-    done = call(tmp_path, *SARRARP, "render.train_videos=1", "render.test_videos=2", "render.seed=3")
-    assert done.status == 0, done.err
+    done = succeed(tmp_path, *SARRARP, "render.train_videos=1", "render.test_videos=2", "render.seed=3")
     assert "Wrote 1 training and 2 test videos of 1 s at 48 x 80 under data" in done.out
     assert "Next: python -m dinoseg mode=prepare data=sarrarp data.root=data" in done.out
     found = sorted(str(path.relative_to(tmp_path / "data")) for path in tmp_path.glob("data/**/*.zip"))
@@ -18,13 +17,11 @@ def test_operations_are_rendered_and_the_next_step_is_named(tmp_path):
 
 
 def test_moving_objects_are_rendered_and_extended(tmp_path):
-    first = call(tmp_path, *MOVI, "render.train_videos=1", "render.val_videos=1")
-    assert first.status == 0, first.err
+    first = succeed(tmp_path, *MOVI, "render.train_videos=1", "render.val_videos=1")
     assert "Wrote 1 training and 1 validation videos of 1 s at 32 x 48 under data" in first.out
     assert "Next: python -m dinoseg mode=train hparam=slots_rendered data.root=data" in first.out
     stamp = (tmp_path / "data/train/train_0001").stat().st_mtime_ns
-    more = call(tmp_path, *MOVI, "render.train_videos=2", "render.val_videos=1", "render.test_videos=1")
-    assert more.status == 0, more.err
+    succeed(tmp_path, *MOVI, "render.train_videos=2", "render.val_videos=1", "render.test_videos=1")
     assert (tmp_path / "data/train/train_0001").stat().st_mtime_ns == stamp
     found = sorted(str(path.relative_to(tmp_path / "data")) for path in tmp_path.glob("data/*/*"))
     assert found == ["test/test_0001", "train/train_0001", "train/train_0002", "validation/validation_0001"]

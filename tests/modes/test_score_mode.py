@@ -19,12 +19,11 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from dinoseg.__main__ import main; main()"
 
 
-def masks(folder, rng, wrong=0.3, count=6, size=(20, 30)):
+def masks(folder, rng, wrong=0.3, count=6):
     """Write references and, wrong on a share of the pixels, predictions."""
     for number in range(count):
-        truth = rng.integers(0, 4, size).astype(np.uint8)
-        other = rng.integers(0, 4, size).astype(np.uint8)
-        prediction = np.where(rng.random(size) < wrong, other, truth)
+        truth, other = rng.integers(0, 4, (2, 20, 30)).astype(np.uint8)
+        prediction = np.where(rng.random((20, 30)) < wrong, other, truth)
         truth[:2] = 255
         write_png(folder / f"reference/{number % 2}/{number}.png", truth)
         write_png(folder / f"prediction/{number % 2}/{number}.png", prediction)
@@ -62,15 +61,9 @@ def better(folders):
     masks(folders / "better", np.random.default_rng(0), wrong=0.1)
 
 
-def change_masks(folder, side, change, numbers=range(6)):
-    for number in numbers:
-        path = folder / f"{side}/{number % 2}/{number}.png"
-        write_png(path, change(np.array(Image.open(path))))
-
-
-def expected_miou(folder, count=6):
+def expected_miou(folder):
     hits, reference, predicted = np.zeros(4), np.zeros(4), np.zeros(4)
-    for number in range(count):
+    for number in range(6):
         truth, guess = (
             np.asarray(Image.open(folder / f"{side}/{number % 2}/{number}.png")) for side in ("reference", "prediction")
         )
@@ -115,7 +108,10 @@ def test_each_interval_shows_its_number_of_units(folders, run):
 
 def test_typed_groups_are_the_units_of_intervals(better, run):
     result, done, _ = run("data.group='^./'", prediction=BETTER)
-    assert (result["n"], result["unit"], result["difference"]["mIoU"]["n"]) == (2, "group", 2)
+    gap = result["difference"]["mIoU"]
+    assert (result["n"], result["unit"], gap["n"]) == (2, "group", 2)
+    assert gap["value"] == pytest.approx(result["second"]["scores"]["mIoU"] - result["scores"]["mIoU"])
+    assert gap["value"] > 0 and "second - first" in done.out
     assert [row["group"] for row in result["per_image"]] == ["0/"] * 3 + ["1/"] * 3
     assert "over groups" in done.out and "over shared groups" in done.out and "over 2 groups: with fewer" in done.err
     result, done, _ = run("data.group='^'", prediction=BETTER)  # one group, as the frames of one drive
@@ -156,13 +152,6 @@ def test_more_processes_give_the_same(folders, run):
     one, _, _ = run()
     two, _, _ = run("mode.workers=2")
     assert two["per_image"] == one["per_image"] and two["ci95"] == one["ci95"] and one["n"] == 20
-
-
-def test_two_folders_give_their_paired_difference(better, run):
-    result, done, _ = run(prediction=BETTER)
-    row = result["difference"]["mIoU"]
-    assert row["value"] == pytest.approx(result["second"]["scores"]["mIoU"] - result["scores"]["mIoU"])
-    assert 0 < row["ci95"][0] < row["value"] < row["ci95"][1] and "second - first" in done.out
 
 
 def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
@@ -206,49 +195,23 @@ def test_disjoint_predictions_have_no_difference(folders, run):
     assert "No image could be scored in both folders" in done.out and "RuntimeWarning" not in done.err
 
 
-def test_predictions_in_the_folder_of_references(folders, run):
-    (folders / "prediction").rename(folders / "reference/mine")
-    _, done, _ = run(prediction="reference/mine", status=1)
-    assert "prediction=reference/mine lies inside reference" in done.err
+def test_predictions_that_are_the_references_are_noted(folders, run):
     (folders / "link").symlink_to(folders / "reference")
     result, done, _ = run(prediction="link")
     assert result["scores"]["mIoU"] == 1 and "prediction=link is the reference itself" in result["notes"][0]
     assert "is the reference itself" in done.err + done.out
 
 
-def test_masks_of_0_and_255_give_a_warning_unless_binary(tmp_path, run):
-    rng = np.random.default_rng(0)
-    for number in range(3):
-        truth = rng.random((20, 30)) < 0.3
-        write_png(tmp_path / f"reference/{number}.png", truth.astype(np.uint8) * 255)
-        write_png(tmp_path / f"prediction/{number}.png", (truth ^ (rng.random((20, 30)) < 0.2)).astype(np.uint8) * 255)
-    result, _, _ = run("protocol.num_classes=null", "protocol.binary=true")
-    assert 0.5 < result["scores"]["mIoU"] < 0.8 and len(result["per_class"]) == 2 and not result["notes"]
-    result, done, _ = run("protocol.num_classes=2")
-    assert "reference=reference holds 0 and 255 alone" in done.err and "set the protocol's binary=true" in done.err
-    _, note = result["notes"]
-    assert result["scores"]["mIoU"] < 0.9 and "3 of 3 predictions hold ids that are not classes" in note
-    assert "prediction/0.png" in note and note in done.err
-
-
 def test_predicted_ids_outside_the_classes_are_reported(folders, run):
-    def plant(ids):
+    for path in (folders / "prediction/0/2.png", folders / "prediction/1/5.png"):
+        ids = np.array(Image.open(path))
         ids[:4, :7] = 77  # on two rows that count and two that are ignored
-        return ids
-
-    change_masks(folders, "prediction", plant, (2, 5))
+        write_png(path, ids)
     result, done, _ = run()
     (note,) = result["notes"]
     assert "2 of 6 predictions hold ids that are not classes, in 28 pixels, such as prediction/0/2.png" in note
     assert note in done.err and result["per_image"][1]["unknown_pixels_prediction"] == 14
     assert result["scores"]["mIoU"] == pytest.approx(expected_miou(folders), abs=1e-12)
-
-
-def test_one_foreign_id_may_be_one_to_ignore(folders, run):
-    change_masks(folders, "reference", lambda ids: np.where(ids == 255, 4, ids).astype(np.uint8))
-    _, done, _ = run(status=1)
-    assert "set num_classes, protocol.ignore_index=4 to ignore these pixels" in done.err
-    assert run("protocol.ignore_index=4")[0]["n"] == 6
 
 
 def test_root_instead_of_a_split_is_refused_with_a_suggestion(tmp_path, run):

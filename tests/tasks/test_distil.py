@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from films import write_film
 from finished_runs import rows, train_run, whole_and_resumed_on_ranks
 from mistakes import command, refusals
@@ -127,8 +127,7 @@ def test_run_resumes_from_another_folder_and_teacher_path(folder, supervised_run
     info = checkpoint.describe(folder / "moved/checkpoints/last.safetensors")
     assert info["config"]["teacher"] == str(folder / "teacher") and "teacher" not in info["config"]["trainer"]
     words = ("mode=train", f"resume={folder / 'moved'}", "engine=cpu", "engine.workers=0", *PLAIN[-7:-2])
-    done = call(tmp_path, *words, "trainer.steps=3")
-    assert done.status == 0, done.err
+    done = succeed(tmp_path, *words, "trainer.steps=3")
     (folder / "teacher").rename(folder / "elsewhere")
     refused = call(tmp_path, *words, "trainer.steps=4")
     assert refused.status == 1 and f"teacher={folder / 'teacher'}: file or folder not found" in refused.err
@@ -140,8 +139,7 @@ def test_run_resumes_from_another_folder_and_teacher_path(folder, supervised_run
 
 
 def test_a_student_in_one_file_names_no_place_of_its_teacher(folder, taught):
-    done = call(folder, "mode=export", "export=safetensors", "resume=taught", "engine=cpu", "hydra.run.dir=file")
-    assert done.status == 0, done.err
+    succeed(folder, "mode=export", "export=safetensors", "resume=taught", "engine=cpu", "hydra.run.dir=file")
     said = checkpoint.describe(folder / "file/model.safetensors")
     assert "teacher" not in said["config"] and str(folder) not in json.dumps(said)
     found = dinoseg.load(folder / "file", device="cpu").predict(folder / "data/val/images/0.png")
@@ -168,16 +166,10 @@ def test_auto_resumes_a_run_of_the_same_teacher(folder, taught, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("teacher=null",), "needs a trained model, but teacher=null. Set teacher=RUN"),
-        (("teacher=nowhere",), "teacher=nowhere: file or folder not found"),
-        (("data.classes=[dark,light]",), "it lacks light; it has bright"),
         (("trainer.unlabelled_batch_size=2",), "trainer.unlabelled_batch_size=2: there are no images without"),
         (("data.labelled=0.5", "trainer.unlabelled_batch_size=4"), "_batch_size=4 with 3 images without masks"),
         (("trainer.unlabelled=nowhere",), "trainer.unlabelled=nowhere"),
         (("trainer.temperature=0",), "trainer.temperature=0 is out of range. Give a number from 0.01 to 100"),
-        (("trainer.temperature=1e30",), "trainer.temperature=1e+30 is out of range. Give a number from 0.01"),
-        (("trainer.teacher_weight=-1",), "trainer.teacher_weight=-1 is out of range"),
-        (("features.gib=-1",), "features.gib=-1 is out of range. Give a number above 0"),
     ],
 )
 def test_incompatible_options_are_refused(folder, compose, words, said):
@@ -188,7 +180,6 @@ test_message_names_value_and_remedy = refusals(
     {
         "no teacher": (command(*PLAIN, "trainer=distil"), "needs a trained model, but teacher=null. Set teacher=RUN"),
         "not a key of it": (command(*WORDS, "~trainer.teacher"), "~trainer.teacher removes a key that is read"),
-        "no temperature": (command(*WORDS, "~trainer.temperature"), "~trainer.temperature removes a key that is read"),
         "plan": (
             command("mode=plan", *(word for word in WORDS if not word.startswith(("mode.", "mode=train")))),
             "trainer=distil is not supported:",

@@ -1,15 +1,11 @@
-"""Keys of image trainings: cached features, images and videos without masks, and the hardest pixels."""
+"""Keys of image trainings: cached features, and images and videos without masks."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from command_line import SMALL, write_data
 from films import write_film
-from finished_runs import train_run
 from mistakes import assert_refused
-from refused_trainings import refusal
 
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.experiment.builder import Builder
@@ -18,8 +14,6 @@ from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import _seconds, list_images
 from dinoseg.utils.images import write_png
 
-PLAIN = ("mode=train", *SMALL, "mode.metrics_only=true", "mode.report=false", "loss=ce_dice")
-HARD = (*PLAIN, "loss.criterion.terms.ce.hard_fraction=0.3", "optim.schedule.kind=constant", "optim.schedule.warmup=0")
 GREY = np.zeros((4, 4, 3), np.uint8)
 
 
@@ -98,31 +92,3 @@ def test_frames_without_valid_times_are_evenly_spaced(fps, step):
 
     Index.fps = fps
     assert _seconds(Index()) == pytest.approx([0, step, 2 * step])
-
-
-@pytest.mark.heavy
-def test_a_stopped_run_resumes_exactly_on_the_hardest_pixels(tmp_path):
-    write_data(tmp_path / "data")
-    whole, _ = train_run(tmp_path, "whole", *HARD, "trainer.steps=3")
-    train_run(tmp_path, "parts", *HARD, "trainer.steps=1")
-    parts, _ = train_run(tmp_path, "parts", *HARD, "resume=parts", "trainer.steps=3")
-    assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
-
-
-@pytest.mark.heavy
-def test_the_key_changes_the_weights(tmp_path):
-    write_data(tmp_path / "data")
-    every, hard = (train_run(tmp_path, name, *words)[0] for name, words in (("all", PLAIN), ("hard", HARD)))
-    assert not all(torch.equal(every[name], hard[name]) for name in hard)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("loss.criterion.hard_fraction=0",), "hard_fraction=0 is out of range. Give a number above 0 and at most 1."),
-        (("loss=lovasz", "+loss.criterion.hard_fraction=0.5"), "does not take hard_fraction"),
-    ],
-)
-def test_wrong_shares_are_refused(tmp_path, compose, words, message):
-    write_data(tmp_path / "data")
-    assert message in refusal(compose, tmp_path, ("mode=train", *SMALL), words).replace("\n", " ")

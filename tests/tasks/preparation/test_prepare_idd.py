@@ -23,7 +23,6 @@ from dinoseg.data.label_tables.read import label_table
 from dinoseg.modes.prepare import prepare as prepare_mode
 from dinoseg.tasks.preparation import idd as prepare_idd
 from dinoseg.tasks.preparation.idd import prepare
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import hold_lock
 
 # encoding to its file, the column of the official table, the background, and the number of values with it
@@ -204,11 +203,9 @@ def test_corrected_polygons_are_rasterised_again(tmp_path, caplog):
     for name, stamp in (("e", now - 3600), ("f", now + 3600)):
         drawn = save(paths[name].with_name(f"{name}_gtFine_labellevel3Ids.png"), [[9]])
         os.utime(drawn, (stamp, stamp))
-    with (
-        caplog.at_level(logging.INFO),
-        pytest.raises(UserError, match=r"1 of 6 files .*\n- .*0/d_gtFine_.* is damaged"),
-    ):
-        prepare(tmp_path, encodings=encodings, workers=1)
+    with caplog.at_level(logging.INFO):
+        damage = ("1 of 6 files ", "0/d_gtFine_polygons.json is damaged")
+        assert_refused(lambda: prepare(tmp_path, encodings=encodings, workers=1), *damage)
     assert "5 label maps rasterised, 5 of them again since their polygons have changed; 5 reused." in caplog.text
     for name, label in (("a", "sky"), ("b", "sky"), ("c", "road"), ("e", "road")):
         expected = paint_boxes([(label, 0, 0, 9, 9)], "level3Id")
@@ -235,10 +232,7 @@ def test_two_runs_at_once_leave_each_other_alone(tmp_path, caplog):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    def refuse(file, how):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    fail_after(monkeypatch, fcntl, "flock", 0, OSError(errno.ENOLCK, "No locks available"))
     add(tmp_path, "train", "0/a", [])
     assert prepare(tmp_path, workers=1)["train"]["written"] == 1
     assert "cannot be locked (No locks available): start one process at a time" in caplog.text
@@ -248,16 +242,10 @@ def road(point):
     return {"objects": [{"label": "road", "polygon": [point, [5, 5], [9, 9]]}]}
 
 
-KEYS = "it must be an object with imgWidth, imgHeight, objects"
 BAD = {
-    "no_width": ({"imgWidth": "absent"}, KEYS),
-    "no_height": ({"imgHeight": None}, "it.imgHeight is None; it must be a number"),
+    "no_width": ({"imgWidth": "absent"}, "it must be an object with imgWidth, imgHeight, objects"),
     "negative": ({"imgHeight": -48}, "it.imgHeight is -48; it must be a number from 1 to 16384"),
-    "zero": ({"imgWidth": 0}, "it.imgWidth is 0; it must be a number"),
     "huge": ({"imgWidth": 10**12}, "it.imgWidth is 1000000000000; it must be a number"),
-    "word": ({"imgWidth": "64"}, "it.imgWidth is '64'; it must be a number"),
-    "nan": ({"imgWidth": float("nan")}, "NaN is not a number"),
-    "no_objects": ({"objects": "absent"}, KEYS),
     "objects_word": ({"objects": "road"}, "it.objects is 'road'; it must be a list"),
     "object_word": ({"objects": ["road"]}, "it.objects[0] is 'road'; it must be an object"),
     "no_label": ({"objects": [box(3, 0, 0, 1, 1)]}, "objects[0].label is 3; it must be text"),
@@ -266,18 +254,12 @@ BAD = {
         {"objects": [box("sky", 0, 0, 1, 1), {"label": "road"}]},
         "objects[1] is {'label': 'road'}; it must be an object with label, polygon",
     ),
-    "word_point": (road(["a", 0]), "objects[0].polygon[0][0] is 'a'; it must be a num"),
-    "bool_point": (road([True, 0]), "polygon[0][0] is True; it must be a number"),
-    "flat": (road(0), "polygon[0] is 0; it must be a list of 2"),
+    "bool_point": (road([True, 0]), "objects[0].polygon[0][0] is True; it must be a number"),
     "triple": (road([0, 0, 0]), "is [0, 0, 0]; it must be a list of 2"),
-    "nan_point": (road([0, float("nan")]), "NaN is not a number"),
     "far": (road([-1e300, 0]), "is -1e+300; it must be a number from -1000000 to 1000000"),
 }
 RAW = {
     "cut": (b'{"imgWidth": 64, "obj', "is damaged (Unterminated string"),
-    "empty": (b"", "is damaged (Expecting value"),
-    "list": (b"[1, 2]", "is damaged (it is [1, 2]; it must be an object"),
-    "deep": (b"[" * 200000, "is damaged ("),
     "latin": (b'{"user": "\xe9"}', "is not valid utf-8"),
 }
 
@@ -305,10 +287,8 @@ def test_bad_files_are_named_and_others_are_prepared(tmp_path):
 def test_failed_files_are_named_with_several_processes(tmp_path):
     for number in range(40):  # more than are under way at a time
         add(tmp_path, "train", f"3/{number:02d}", [box("road", 0, 0, 9, 9)], imgWidth=-1 if number == 30 else 64)
-    with pytest.raises(
-        UserError, match=r"^1 of 40 files .*\n- .*3/30_gtFine_polygons.json is damaged \(it\.imgWidth is -1"
-    ):
-        prepare(tmp_path, workers=2)
+    said = ("1 of 40 files ", "3/30_gtFine_polygons.json is damaged (it.imgWidth is -1")
+    assert_refused(lambda: prepare(tmp_path, workers=2), *said)
     assert len(list(tmp_path.rglob("*.png"))) == 39
 
 
@@ -327,8 +307,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     for name in "ab":
         add(tmp_path, "train", f"0/{name}", [])
     (tmp_path / "gtFine/train/0/a_gtFine_labellevel3Ids.png").mkdir()
-    with pytest.raises(UserError, match=r"1 of 2 files .*\n- .*0/a_gtFine_polygons.json: .*irectory"):
-        prepare(tmp_path, workers=1)
+    assert_refused(lambda: prepare(tmp_path, workers=1), "1 of 2 files ", "0/a_gtFine_polygons.json: ", "irectory")
     assert (label_map(tmp_path, "train", "0/b") == 255).all()
 
 
@@ -366,15 +345,9 @@ test_message_names_value_and_remedy = refusals(
     {
         "encoding": (lambda: prepare(Path(), encodings=["level3"]), "encodings=['level3']: choose some of id, csId, "),
         "no encoding": (lambda: prepare(Path(), encodings=[]), "encodings=[]: choose"),
-        "workers": (lambda: prepare(Path(), workers=0), "workers=0"),
         "no folder": (lambda: prepare(Path("gone")), "does not hold IDD: no leftImg8bit or gtFine"),
         "archive": (prepare_packed, "Unpack idd-segmentation.tar.gz there first; for a tar file use ", "data"),
-        "polygons": (
-            prepare_without_polygons,
-            "Nothing to prepare: no ",
-            "_gtFine_polygons.json in ",
-            "gtFine. Unpack",
-        ),
+        "polygons": (prepare_without_polygons, "Nothing to prepare: no ", "polygons.json in ", "gtFine. Unpack"),
     }
 )
 
@@ -386,14 +359,18 @@ test_message_names_value_and_remedy = refusals(
         ("idd_ids", "id"), ("idd_home_made", "level3Id"),
     ],
 )  # fmt: skip
-def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplog, compose):
+def test_each_data_set_prepares_its_own_encoding(name, encoding, compose):
+    assert compose("mode=prepare", f"data={name}", "data.root=X").prepare.encodings == [encoding]
+
+
+def test_mode_prepare_writes_label_maps_and_their_counts(tmp_path, caplog, compose):
     add(tmp_path, "val", "0/a", [box("road", 0, 0, 9, 9)])
-    cfg = compose("mode=prepare", f"data={name}", f"data.root='{tmp_path}'", "prepare.workers=1")
+    cfg = compose("mode=prepare", "data=idd", f"data.root='{tmp_path}'", "prepare.workers=1")
     with caplog.at_level(logging.INFO):
         prepare_mode(cfg, out_dir=tmp_path)
     assert "val: files 1, written 1, kept 0" in caplog.text
     assert f"{tmp_path} is ready. Counts of each of its folders (also in {tmp_path}/prepared.json):" in caplog.text
     assert json.loads((tmp_path / "prepared.json").read_text()) == {"val": {"files": 1, "written": 1, "kept": 0}}
-    expected = paint_boxes([("road", 0, 0, 9, 9)], encoding)
-    np.testing.assert_array_equal(label_map(tmp_path, "val", "0/a", encoding), expected)
+    expected = paint_boxes([("road", 0, 0, 9, 9)], "level3Id")
+    np.testing.assert_array_equal(label_map(tmp_path, "val", "0/a", "level3Id"), expected)
     assert len(list(tmp_path.rglob("*.png"))) == 1

@@ -210,7 +210,6 @@ def test_videos_can_be_selected(add):
 test_message_names_value_and_remedy = refusals(
     {
         "rate": (lambda: prepare(Path(), rate=5), "rate=5: choose 1"),
-        "workers": (lambda: prepare(Path(), workers=0), "workers=0"),
         "no folder": (lambda: prepare(Path("gone")), "Nothing to prepare under root=", "gone: no video_*.zip"),
     }
 )

@@ -1,10 +1,12 @@
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mistakes import assert_refused
 from tiny_parts import tiny_vit
 
 from dinoseg.core.shapes import Sample
@@ -14,7 +16,6 @@ from dinoseg.tasks.probing.probe import SHARPNESS, Candidates, Grid, Probe, held
 from dinoseg.tasks.probing.sums import LinearMap
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
-from dinoseg.utils.errors import UserError
 
 
 class RandomOrder:
@@ -48,9 +49,9 @@ def engine(**options):
     return Engine("cpu", "fp32", workers=0, **options)
 
 
-def make_probe(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
+def make_probe(data, *, readings=None, size=1):
     model = SegmentationModel(tiny_vit((0, 1)).requires_grad_(False), LinearHead(24, 2, 4))
-    return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, grid)
+    return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, Grid())
 
 
 def test_head_started_from_the_probe_has_the_scores_of_the_probe():
@@ -169,11 +170,7 @@ def test_two_ranks_find_the_same_as_one():
         assert [(each.choice, each.scores) for each in found] == [(each.choice, each.scores) for each in expected]
 
 
-def test_a_grid_without_a_point_is_refused():
-    with pytest.raises(UserError, match="strengths=\\[\\]: the list is empty"):
-        Grid(strengths=())
+def test_a_balance_beyond_all_numbers_is_refused():
     model = SegmentationModel(tiny_vit((1,)), LinearHead(24, 1, 4))
-    with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
-        Probe(model, RandomOrder(2), [0] * 4, engine(), {"1": [0]}, Grid())
-    with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: the weight of the rarest class"):
-        Probe(model, RandomOrder(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))
+    act = partial(Probe, model, RandomOrder(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))
+    assert_refused(act, "balances=[0.0, 5000.0]: the weight of the rarest class")

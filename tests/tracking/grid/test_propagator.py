@@ -1,6 +1,3 @@
-import gc
-import math
-
 import cv2
 import numpy as np
 import pytest
@@ -146,23 +143,18 @@ class TestProtocols:
         own = {key: getattr(SMALL[name][0], key) for key in ("context", "radius")}
         compare(name, clip(3, 6, (14, 30)), soft_labels(3, (14, 30)), **own)
 
-    def test_one_frame_is_its_labels(self, name):
-        labels = soft_labels(3, (4, 5))
-        assert torch.equal(propagate(clip(1, 3, (4, 5)), labels, settings=SMALL[name][0]), labels[None])
-
-    @pytest.mark.parametrize("cut", [0, 1, 5, 11])
-    def test_restart_from_a_saved_state_is_exact(self, name, cut, tmp_path):
+    @pytest.mark.parametrize("cut", [0, 5, 11])
+    def test_restart_from_a_saved_state_is_exact(self, name, cut):
         features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
         settings = PropagationSettings(**{**vars(SMALL[name][0]), "context": 4})
         whole = propagate(features, labels, settings=settings)
-        first = Propagator(settings)
+        first, second = Propagator(settings), Propagator(settings)
         for number in range(cut):
             first.step(features[number], labels if number == 0 else None)
-        torch.save(first.state(), tmp_path / "state.pt")
-        second = Propagator(settings)
-        second.load(torch.load(tmp_path / "state.pt"))
+        second.load(first.state())
         rest = [second.step(features[number], labels if number == 0 else None) for number in range(cut, 12)]
         assert torch.equal(torch.stack(rest), whole[cut:])
+        assert len(second.state()["features"]) == 5  # the first frame and its context
 
     def test_streaming_equals_batch_even_if_its_labels_are_modified(self, name):
         features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
@@ -175,29 +167,15 @@ class TestProtocols:
             given.fill_(7)
         assert len(propagator.state()["features"]) == SMALL[name][0].context + 1
 
-    @pytest.mark.heavy
-    def test_memory_is_flat_over_a_long_video(self, name):
-        propagator = Propagator(SMALL[name][0])
-        tensors = []
-        for number in range(90):
-            propagator.step(clip(1, 3, (4, 5), number)[0], torch.eye(4, 5).long() if number == 0 else None)
-            if number % 30 == 29:
-                gc.collect()
-                alive = [item for item in gc.get_objects() if type(item) is torch.Tensor]
-                tensors.append((len(alive), sum(item.numel() for item in alive)))
-                del alive
-        assert len(set(tensors)) == 1
-        assert len(propagator.state()["features"]) == SMALL[name][0].context + 1
 
-
-def moving_square(frames, grid=(20, 24), side=5):
+def moving_square(frames):
     """A square of its own feature on a ground where every cell differs; it moves by one cell down and two right."""
-    ground = clip(1, 16, grid)[0] * 0.2
+    ground = clip(1, 16, (20, 24))[0] * 0.2
     ground[0] = 0
     features, masks = [], []
     for number in range(frames):
-        mask = torch.zeros(grid, dtype=torch.long)
-        mask[2 + number : 2 + number + side, 1 + 2 * number : 1 + 2 * number + side] = 1
+        mask = torch.zeros(20, 24, dtype=torch.long)
+        mask[2 + number : 7 + number, 1 + 2 * number : 6 + 2 * number] = 1
         frame = ground.clone()
         frame[:, mask == 1] = torch.eye(16)[0][:, None]
         features.append(frame)
@@ -210,21 +188,6 @@ def test_the_defaults_are_dinov3s():
     named = propagate(features, labels, context=7, radius=12, window="circle", top_k=5, temperature=0.2)
     assert torch.equal(propagate(features, labels), named)
     assert PropagationSettings() == DINOV3
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"context": 1}, {"radius": 1}, {"window": "square"}, {"top_k": 1}, {"temperature": 0.01}),
-        *({"inclusive": False}, {"ties": False}, {"window_first": False}, {"repeat_first": True}),
-    ],
-)
-def test_each_setting_matters(changes):
-    features = clip(9, 5, (20, 20)) if changes.keys() <= {"context", "temperature"} else tied_clip(4, (12, 12))
-    labels = soft_labels(2, features.shape[2:])
-    plain = propagate(features, labels, settings=PropagationSettings(radius=3))
-    changed = propagate(features, labels, settings=PropagationSettings(**{"radius": 3, **changes}))
-    assert (changed - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -317,11 +280,6 @@ class TestToMask:
         large = cv2.resize(self.soft.permute(1, 2, 0).numpy(), (61, 43), interpolation=cv2.INTER_LINEAR)
         assert np.array_equal(to_mask(self.soft, (43, 61), CRW), large.argmax(2))
 
-    def test_the_stretch_changes_who_wins(self):
-        soft = torch.tensor([[[0.9, 0.6]], [[0.1, 0.4]]])
-        assert to_mask(soft, (1, 2), DINOV3).tolist() == [[0, 1]]
-        assert to_mask(soft, (1, 2), CRW).tolist() == [[0, 0]]
-
     def test_constant_channels(self):
         gone = torch.stack([torch.ones(2, 2), torch.zeros(2, 2)])
         covered = gone.flip(0)
@@ -357,17 +315,9 @@ def step(*frames):
     return lambda: [propagator.step(frame, LABELS if index == 0 else None) for index, frame in enumerate(frames)]
 
 
-def load_longer_context():
-    long = Propagator()
-    for number in range(3):
-        long.step(FEATURES[number], LABELS if number == 0 else None)
-    Propagator(PropagationSettings(context=1)).load(long.state())
-
-
 test_message_names_value_and_remedy = refusals(
     {
-        "id 300": (first_of(torch.full((4, 4), 300)), "id 300: ids must be 0 to 255; 0 is the background. Renumber"),
-        "id 256": (first_of(torch.full((4, 4), 256)), "id 256"),
+        "id 256": (first_of(torch.full((4, 4), 256)), "id 256: ids must be 0 to 255; 0 is the background. Renumber"),
         "a negative id": (first_of(torch.full((4, 4), -1)), "id -1"),
         "an id beyond the labels": (first_of(torch.full((4, 4), 5), 3), "id 5: ids must be 0 to"),
         "a mask of three sides": (first_of(torch.zeros(3, 4, 4)), "shape (3, 4, 4). Give one id"),
@@ -375,27 +325,16 @@ test_message_names_value_and_remedy = refusals(
         "no patch size": (lambda: to_mask(torch.zeros(2, 2, 2), (4, 4), DINO), "needs the backbone's patch_size"),
         "257 labels": (lambda: to_mask(torch.zeros(257, 1, 1), (1, 1)), "there are 257 labels"),
         "context of 0": (propagated(context=0), "context=0 is out of range. Give a whole number of at least 1"),
-        "context of 1.5": (propagated(context=1.5), "context=1.5 is of type float. Give a whole number"),
         "top_k of 0": (propagated(top_k=0), "top_k=0 is out of range"),
         "negative radius": (propagated(radius=-1), "radius=-1 is out of range. Give"),
-        "radius of NaN": (propagated(radius=math.nan), "radius=nan"),
         "temperature of 0": (propagated(temperature=0), "temperature=0 is out of range. Give a number above 0"),
-        "infinite temperature": (propagated(temperature=math.inf), "temperature=inf"),
         "unknown window": (propagated(window="disc"), "window=disc is unknown. Choose one of circle, square"),
         "unknown first": (lambda: SETTINGS(first="area"), "first=area is unknown"),
-        "unknown upsample": (lambda: SETTINGS(upsample="cubic"), "upsample=cubic is unknown"),
-        "unknown min_max": (lambda: SETTINGS(min_max="some"), "min_max=some is unknown"),
         "no cell": (lambda: SETTINGS(radius=0, inclusive=False), "radius=0 with inclusive=false leaves no cell"),
-        "labels of another grid": (
-            propagated(labels=LABELS.mT),
-            "(2, 6, 5), the features the grid (5, 6)",
-            "first_labels",
-        ),
-        "ids of another grid": (propagated(labels=IDS[:4]), "shape (4, 6)"),
+        "labels of another grid": (propagated(labels=LABELS.mT), "(2, 6, 5), the features the grid (5, 6)"),
+        "ids of another grid": (propagated(labels=IDS[:4]), "shape (4, 6)", "first_labels"),
         "labels of four sides": (propagated(labels=LABELS[None]), "shape (1, 2, 5, 6)"),
-        "labels of id 256": (propagated(labels=IDS + 256), "id 256"),
         "no first labels": (propagated(labels={1: LABELS}), "The first frame has no labels. Give its mask"),
-        "no labels": (propagated(labels={}), "The first frame has no labels"),
         "infinite features": (propagated(FEATURES * torch.inf), "not finite, ", " float32"),
         "labels beyond the end": (propagated(labels={0: LABELS, 3: LABELS}), "frame 3 of a clip of 3 frames"),
         "later labels of another grid": (propagated(labels={0: LABELS, 2: LABELS[:, :4]}), "shape (2, 4, 6)"),
@@ -405,10 +344,6 @@ test_message_names_value_and_remedy = refusals(
         "a step of another size": (
             step(FEATURES[0], FEATURES[1, :, :, :5]),
             *("4 x 5 x 5, those of the first 4 x 5 x 6 (C, h, w). ", " resize or split"),
-        ),
-        "a state of a longer context": (
-            load_longer_context,
-            "context=1, but the state holds 2 frames",
         ),
     }
 )

@@ -50,19 +50,22 @@ def in_bfloat16():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def clip(count=9, size=(26, 37), seed=0):
+def clip():
     """Frames of noise with two squares that move, and the ids of the first frame."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     frames, masks = [], []
-    for number in range(count):
-        frame = draw.integers(90, 140, (*size, 3))
-        mask = np.zeros(size, np.uint8)
+    for number in range(9):
+        frame = draw.integers(90, 140, (26, 37, 3))
+        mask = np.zeros((26, 37), np.uint8)
         for label, (top, left), colour in ((7, (3, 2 + number), (250, 20, 20)), (90, (15, 25 - number), (20, 30, 240))):
             frame[top : top + 9, left : left + 9] = colour
             mask[top : top + 9, left : left + 9] = label
         frames.append(frame.astype(np.uint8))
         masks.append(mask)
     return frames, masks
+
+
+FRAMES, MASKS = clip()
 
 
 def follow(settings, frames, labels, batch=3, tracker=None):
@@ -76,43 +79,40 @@ def follow(settings, frames, labels, batch=3, tracker=None):
 @pytest.mark.parametrize("name", TINY)
 def test_masks_are_those_of_propagate(name):
     settings = TINY[name]
-    frames, masks = clip()
-    found = follow(settings, frames, [masks[0], *[None] * 8])
+    found = follow(settings, FRAMES, [MASKS[0], *[None] * 8])
     size = {"dinov3": (32, 48), "dino": (24, 32), "crw": (28, 40)}[name]
     if name == "dinov3":
-        resized = [np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in frames]
+        resized = [np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in FRAMES]
     else:
-        resized = [cv2.resize(frame, size[::-1]) for frame in frames]
+        resized = [cv2.resize(frame, size[::-1]) for frame in FRAMES]
     with torch.no_grad():
         features = Patches()(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255)[-1]
-    ids = torch.from_numpy(np.searchsorted([0, 7, 90], masks[0]).astype(np.uint8))
+    ids = torch.from_numpy(np.searchsorted([0, 7, 90], MASKS[0]).astype(np.uint8))
     soft = propagate(features, first_labels(ids, features.shape[2:], settings), settings=settings)
     table = np.array([0, 7, 90], np.uint8)
     for number in range(1, 9):
         expected = table[to_mask(soft[number], (26, 37), settings, patch_size=4).numpy()]
         assert found[number].dtype == np.uint8 and np.array_equal(found[number], expected), number
-    assert np.array_equal(found[0], masks[0])  # as it was given
-    overlap = [(found[8] == label) & (masks[8] == label) for label in (7, 90)]
+    assert np.array_equal(found[0], MASKS[0])  # as it was given
+    overlap = [(found[8] == label) & (MASKS[8] == label) for label in (7, 90)]
     assert all(part.sum() > 40 for part in overlap)  # of 81
 
 
 def test_void_is_background_and_comes_back_as_such():
-    frames, masks = clip()
-    with_void = np.where(masks[0] == 0, 255, masks[0])
+    with_void = np.where(MASKS[0] == 0, 255, MASKS[0])
     with_void[:2] = 0
-    plain, found = (follow(TINY["dinov3"], frames, [first, *[None] * 8]) for first in (masks[0], with_void))
+    plain, found = (follow(TINY["dinov3"], FRAMES, [first, *[None] * 8]) for first in (MASKS[0], with_void))
     assert np.array_equal(plain, found)
 
 
 def test_objects_that_come_later_keep_their_ids():
-    frames, masks = clip()
-    first, later = masks[0].copy(), masks[4].copy()
+    first, later = MASKS[0].copy(), MASKS[4].copy()
     first[first == 7] = 0  # 90 is followed first, so a lower id comes second
     later[later == 90] = 0
-    found = follow(TINY["dinov3"], frames, [first, None, None, None, later, None, None, None, None])
+    found = follow(TINY["dinov3"], FRAMES, [first, None, None, None, later, None, None, None, None])
     assert [sorted(np.unique(mask)) for mask in found[1:4]] == [[0, 90]] * 3
     assert [sorted(np.unique(mask)) for mask in found[4:]] == [[0, 7, 90]] * 5
-    assert ((found[8] == 7) & (masks[8] == 7)).sum() > 30  # of 81
+    assert ((found[8] == 7) & (MASKS[8] == 7)).sum() > 30  # of 81
 
 
 def test_254_objects_fit():
@@ -125,11 +125,10 @@ def test_254_objects_fit():
 
 
 def test_an_object_below_the_grid_is_warned_of(caplog):
-    frames, masks = clip()
-    first = masks[0].copy()
+    first = MASKS[0].copy()
     first[0, 36] = 3
     with caplog.at_level(logging.WARNING):
-        found = follow(TINY["crw"], frames, [first, *[None] * 8])  # bilinear reads four pixels, not this one
+        found = follow(TINY["crw"], FRAMES, [first, *[None] * 8])  # bilinear reads four pixels, not this one
     assert "Frame 0: too small for the centre of a grid cell, so not tracked: object 3." in caplog.text
     assert "tracker.short_side" in caplog.text and "smooth edges" in caplog.text and 3 not in found[1]
 
@@ -137,25 +136,22 @@ def test_an_object_below_the_grid_is_warned_of(caplog):
 @pytest.mark.parametrize("stop", [0, 3, 6])
 @pytest.mark.parametrize("name", TINY)
 def test_tracking_from_a_restored_state_changes_nothing(name, stop):
-    frames, masks = clip()
-    labels = [masks[0], None, None, np.where(masks[2] == 7, 30, 0).astype(np.uint8), *[None] * 5]
+    labels = [MASKS[0], None, None, np.where(MASKS[2] == 7, 30, 0).astype(np.uint8), *[None] * 5]
     first, second = (PropagationTracker(Patches(), TINY[name], batch_size=3) for _ in range(2))
-    begun = follow(TINY[name], frames[:stop], labels[:stop], tracker=first)
+    begun = follow(TINY[name], FRAMES[:stop], labels[:stop], tracker=first)
     second.load({key: value.clone() for key, value in first.state().items()})
-    done = begun + follow(TINY[name], frames[stop:], labels[stop:], tracker=second)
-    assert np.array_equal(done, follow(TINY[name], frames, labels))
+    done = begun + follow(TINY[name], FRAMES[stop:], labels[stop:], tracker=second)
+    assert np.array_equal(done, follow(TINY[name], FRAMES, labels))
 
 
 def test_frames_pass_the_backbone_in_batches():
-    frames, masks = clip(7)
     backbone = Patches()
-    PropagationTracker(backbone, TINY["dinov3"], batch_size=3).track(frames, [masks[0], *[None] * 6])
+    PropagationTracker(backbone, TINY["dinov3"], batch_size=3).track(FRAMES[:7], [MASKS[0], *[None] * 6])
     assert backbone.seen == [(3, 3, 32, 48), (3, 3, 32, 48), (1, 3, 32, 48)] and not backbone.half
-    PropagationTracker(backbone, TINY["crw"], autocast=in_bfloat16).track(frames[:1], masks[:1])
+    PropagationTracker(backbone, TINY["crw"], autocast=in_bfloat16).track(FRAMES[:1], MASKS[:1])
     assert backbone.half
 
 
-FRAMES, MASKS = clip(3)
 test_message_names_value_and_remedy = refusals(
     {
         "no first mask": (lambda: follow(DINOV3, FRAMES, [None, MASKS[1], None]), "first frame has no mask. Give it"),
@@ -203,9 +199,8 @@ def test_tracker_settings_cover_all_influences_on_masks():
 
 @pytest.mark.parametrize("lost", ["features", "labels", "ids", "size", "seen"])
 def test_a_state_that_is_not_whole_is_refused(lost):
-    frames, masks = clip(2)
     tracker = PropagationTracker(Patches(), TINY["dinov3"])
-    tracker.track(frames, [masks[0], None])
+    tracker.track(FRAMES[:2], [MASKS[0], None])
     with pytest.raises(ValueError, match=lost):
         PropagationTracker(Patches(), TINY["dinov3"]).load({k: v for k, v in tracker.state().items() if k != lost})
 

@@ -87,10 +87,6 @@ class TestOwners:
     shares = boxes((0, 6, 0, 8), (1, 4, 1, 4), (2, 5, 5, 7))
     shares[0] -= shares[1] + shares[2]
 
-    def test_unserved_object_gets_the_best_background_slot(self):
-        slots = boxes((0, 6, 0, 4), (0, 6, 4, 8), (0, 2, 0, 8), (4, 6, 0, 8))
-        assert owners(slots, self.shares, [0, 1, 2])[:2] == [1, 2]
-
     def test_equals_a_plain_search(self):
         for seed in range(5):
             slots = draw(8, 6, 8, seed=seed).softmax(0) * 3
@@ -101,9 +97,6 @@ class TestOwners:
                 slot, one = max(itertools.product(free, missing), key=lambda pair: table[pair])
                 expected[slot] = one
             assert owners(slots, self.shares, [0, 1, 2]) == expected
-
-    def test_no_objects(self):
-        assert owners(boxes((0, 3, 0, 8), (3, 6, 0, 8)), torch.ones(1, 6, 8), [0]) == [0, 0]
 
 
 test_message_names_value_and_remedy = refusals(

@@ -16,6 +16,10 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations
 
 FRAMES, IDS = crossing_squares(3)
+SIX, SIX_IDS = crossing_squares(6)
+PAIR, PAIR_IDS = paint({RED: (8, 4), BLUE: (20, 24)})
+SWAPPED, _ = paint({BLUE: (8, 4), RED: (20, 24)})
+TABLE = np.array([0, 7, 3], np.uint8)  # ids of other objects
 
 
 def follow(model, frames, labels=None, **settings):
@@ -27,24 +31,17 @@ def first(mask, length):
 
 
 class TestWithoutLabels:
-    def test_masks_number_the_slots(self):
-        frames, ids = crossing_squares()
-        for mask, own in zip(follow(model_of(), frames), ids, strict=True):
-            assert mask.shape == own.shape and mask.dtype == np.uint8
-            assert np.array_equal(at_cells(mask), at_cells(own) + 1)
-
     def test_hidden_object_is_recognised_by_its_appearance(self):
-        shown, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         alone, _ = paint({BLUE: (20, 24)})
         gone, _ = paint({})
         back, places = paint({BLUE: (4, 36), RED: (20, 4)})
-        frames = [shown, alone, gone, gone, back]
+        frames = [PAIR, alone, gone, gone, back]
         model = model_of([GREY, RED, BLUE], predictor="none", scramble=True)
         masks = follow(model, frames, match="appearance")
         before, after = at_cells(masks[0]), at_cells(masks[-1])
         for now, then in ((0, 0), (1, 2), (2, 1)):  # grey, blue, red: numbers of the first frame's paint
             (one,) = np.unique(after[at_cells(places) == now])
-            assert [one] == np.unique(before[at_cells(ids) == then])
+            assert [one] == np.unique(before[at_cells(PAIR_IDS) == then])
 
     def test_appearance_is_that_of_all_frames_and_of_no_padding(self):
         frames, _ = crossing_squares(4, (32, 49))  # of 8 x 13 cells, the last column a quarter of a cell wide
@@ -55,18 +52,17 @@ class TestWithoutLabels:
         assert state["whole"].tolist() == [0] and state["cells"].sum() == 4 * 8 * 12
 
     def test_two_passes_know_the_video_before_its_first_frame(self):
-        frames, ids = crossing_squares(6)
         settings = SlotTracking(match="appearance", passes=2)
         model = model_of()
         tracker = SlotTracker(model, settings, batch_size=4)
-        tracker.look_ahead(lambda: [(frames[:1], [None])])  # of another video: forgotten at the next look
-        tracker.look_ahead(lambda: [(frames[:4], [None] * 4), (frames[4:], [None] * 2)])
+        tracker.look_ahead(lambda: [(SIX[:1], [None])])  # of another video: forgotten at the next look
+        tracker.look_ahead(lambda: [(SIX[:4], [None] * 4), (SIX[4:], [None] * 2)])
         assert tracker.state() == {} and tracker.size is None
         begun = len(model.head.seen)
-        tracker.track(frames[:1], [None])
+        tracker.track(SIX[:1], [None])
         state = tracker.state()
         assert begun == 7 and state["whole"].tolist() == [1] and state["cells"].sum() == 6 * 8 * 12
-        assert_cells(tracker.track(frames[1:], [None] * 5), np.add(ids[1:], 1))
+        assert_cells(tracker.track(SIX[1:], [None] * 5), np.add(SIX_IDS[1:], 1))
         assert torch.equal(tracker.state()["won"], state["won"])
 
     def test_one_pass_does_not_look_ahead(self):
@@ -76,10 +72,9 @@ class TestWithoutLabels:
     def test_number_of_passes_follows_the_settings(self, looks, monkeypatch):
         told, real = [], Appearance.step
         monkeypatch.setattr(Appearance, "step", lambda *given, **more: told.append(given[5]) or real(*given, **more))
-        frames = crossing_squares(3)[0]
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", appearance=5.0, passes=looks))
-        tracker.look_ahead(lambda: [(frames, [None] * 3)])
-        tracker.track(frames, [None] * 3)
+        tracker.look_ahead(lambda: [(FRAMES, [None] * 3)])
+        tracker.track(FRAMES, [None] * 3)
         assert told == [5.0] * 3 * looks
 
     def test_looking_ahead_at_no_frames_learns_nothing(self):
@@ -98,19 +93,6 @@ class TestWithoutLabels:
         for mask, own in zip(follow(model_of(scale=0.5), large), IDS, strict=True):
             assert mask.shape == (64, 96) and (mask[::2, ::2] == own + 1).mean() > 0.98
 
-    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
-    def test_resampled_slots_preserve_their_ids(self, match):
-        frames, ids = crossing_squares(8)
-        model = model_of(predictor="none", scramble=True)
-        images = [torch.from_numpy(frame).permute(2, 0, 1)[None] for frame in frames]
-        unfollowed = [model.head.step(model.backbone(model.pixels(image))[0])[1][0].argmax(0) for image in images]
-        assert len({int(slots[0, 0]) for slots in unfollowed}) > 1  # the grey corner is not always the same slot's
-        masks = follow(model, frames, match=match)
-        table = {int(own): int(mask) for own, mask in zip(at_cells(ids[0]).flat, at_cells(masks[0]).flat, strict=True)}
-        assert len(set(table.values())) == 3
-        for mask, own in zip(masks, ids, strict=True):
-            assert np.array_equal(at_cells(mask), np.vectorize(table.get)(at_cells(own)))
-
     def test_254_slots_are_as_many_as_there_are_ids(self):
         assert follow(model_of([GREY] * 254), crossing_squares(1)[0])[0].max() <= 254
 
@@ -119,38 +101,30 @@ class TestWithLabels:
     @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
     @pytest.mark.parametrize("predictor", ["carry", "none"])
     def test_objects_that_change_places_keep_their_ids(self, match, predictor):
-        frames, ids = crossing_squares()
-        table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor=predictor, scramble=True)
-        masks = follow(model, frames, first(table[ids[0]], len(frames)), match=match)
-        assert_cells(masks, table[np.stack(ids)])
+        masks = follow(model, SIX, first(TABLE[SIX_IDS[0]], 6), match=match)
+        assert_cells(masks, TABLE[np.stack(SIX_IDS)])
 
     def test_second_pass_follows_appearance_in_any_slot_order(self):
-        frames, ids = crossing_squares(6)
-        table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor="none", scramble=True)
         tracker = SlotTracker(model, SlotTracking(match="appearance", passes=2))
-        tracker.look_ahead(lambda: [(frames[3:], first(table[ids[3]], 3))])  # whose slots come in another order
-        masks = tracker.track(frames[:1], [table[ids[0]]])
+        tracker.look_ahead(lambda: [(SIX[3:], first(TABLE[SIX_IDS[3]], 3))])  # whose slots come in another order
+        masks = tracker.track(SIX[:1], [TABLE[SIX_IDS[0]]])
         assert not torch.equal(tracker.state()["successors"], torch.arange(4))
-        masks += tracker.track(frames[1:], [None] * 5)
-        assert_cells(masks, table[np.stack(ids)])
+        masks += tracker.track(SIX[1:], [None] * 5)
+        assert_cells(masks, TABLE[np.stack(SIX_IDS)])
 
     def test_given_mask_overrides_earlier_appearance(self):
-        frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
-        other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         settings = {"match": "appearance", "passes": 2, "appearance": 0.0, "background_slots": 1, "hold": "none"}
         tracker = SlotTracker(model_of(), SlotTracking(lock_on=True, **settings))
-        tracker.look_ahead(lambda: [([other], [ids])])
-        assert np.array_equal(at_cells(tracker.track([frame], [ids])[0]), at_cells(ids))
+        tracker.look_ahead(lambda: [([SWAPPED], [PAIR_IDS])])
+        assert np.array_equal(at_cells(tracker.track([PAIR], [PAIR_IDS])[0]), at_cells(PAIR_IDS))
 
     @pytest.mark.parametrize("match", ["similarity", "appearance"])
     def test_jumping_object_is_followed_by_appearance_not_overlap(self, match):
-        one, ids = paint({RED: (8, 4), BLUE: (20, 24)})
-        other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         model = model_of(predictor="none", scramble=True)
-        by_look = follow(model, [one, other], [ids, None], match=match)[1]
-        by_place = follow(model, [one, other], [ids, None], match="overlap")[1]
+        by_look = follow(model, [PAIR, SWAPPED], [PAIR_IDS, None], match=match)[1]
+        by_place = follow(model, [PAIR, SWAPPED], [PAIR_IDS, None], match="overlap")[1]
         assert by_look[12, 8] == 2 and by_look[24, 28] == 1
         assert by_place[12, 8] == 1 and by_place[24, 28] == 2
 
@@ -161,9 +135,8 @@ class TestWithLabels:
         assert_cells(masks, [labels] * 2)
 
     def test_255_counts_as_background(self):
-        frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
-        mask = follow(model_of(), [frame], [np.where(ids == 2, 255, ids)])[0]
-        assert np.array_equal(at_cells(mask), at_cells(np.where(ids == 2, 0, ids)))
+        mask = follow(model_of(), [PAIR], [np.where(PAIR_IDS == 2, 255, PAIR_IDS)])[0]
+        assert np.array_equal(at_cells(mask), at_cells(np.where(PAIR_IDS == 2, 0, PAIR_IDS)))
 
     @pytest.mark.parametrize("settings", [{}, {"lock_on": True, "background_slots": 2, "extra_slots": 1}])
     def test_an_object_smaller_than_a_cell_is_followed(self, settings):
@@ -187,93 +160,66 @@ class TestWithLabels:
 
 
 class TestLaterObjects:
-    frames, ids = crossing_squares(6)
-
     @pytest.mark.parametrize("predictor", ["carry", "none"])
     def test_get_a_slot_of_the_background(self, predictor):
-        shown = np.where(self.ids[0] == 1, 1, 0)
-        later = np.where(self.ids[3] == 2, 9, 0)  # of object 1 this mask says nothing
+        shown = np.where(SIX_IDS[0] == 1, 1, 0)
+        later = np.where(SIX_IDS[3] == 2, 9, 0)  # of object 1 this mask says nothing
         model = model_of(predictor=predictor, scramble=True)
-        masks = follow(model, self.frames, [shown, None, None, later, None, None])
-        for time, (mask, own) in enumerate(zip(masks, self.ids, strict=True)):
+        masks = follow(model, SIX, [shown, None, None, later, None, None])
+        for time, (mask, own) in enumerate(zip(masks, SIX_IDS, strict=True)):
             expected = np.array([0, 1, 9 if time >= 3 else 0])[at_cells(own)]
             assert np.array_equal(at_cells(mask), expected)
 
     def test_may_be_the_first_ones(self):
-        nothing = np.zeros_like(self.ids[0])
-        masks = follow(model_of(), self.frames, [nothing, self.ids[1], None, None, None, None])
+        nothing = np.zeros_like(SIX_IDS[0])
+        masks = follow(model_of(), SIX, [nothing, SIX_IDS[1], None, None, None, None])
         assert not masks[0].any()
-        assert_cells(masks[1:], self.ids[1:])
+        assert_cells(masks[1:], SIX_IDS[1:])
 
     def test_later_mask_of_known_objects_changes_nothing(self):
-        wrong = np.where(self.ids[2] == 0, 0, 3 - self.ids[2])
-        labels = first(self.ids[0], 6)
-        plain = follow(model_of(), self.frames, labels)
+        wrong = np.where(SIX_IDS[2] == 0, 0, 3 - SIX_IDS[2])
+        labels = first(SIX_IDS[0], 6)
+        plain = follow(model_of(), SIX, labels)
         labels[2] = wrong
-        assert np.array_equal(follow(model_of(), self.frames, labels), plain)
+        assert np.array_equal(follow(model_of(), SIX, labels), plain)
 
     def test_uncovered_objects_are_reported(self, caplog, monkeypatch):
-        void = self.ids[0].copy()
+        void = SIX_IDS[0].copy()
         void[:2] = 255
-        follow(model_of(), self.frames, first(void, 6))
-        labels = first(self.ids[0], 6)
-        follow(model_of(), self.frames, labels)
+        follow(model_of(), SIX, first(void, 6))
+        labels = first(SIX_IDS[0], 6)
+        follow(model_of(), SIX, labels)
         assert not caplog.records
-        follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
+        follow(model_of([GREY]), SIX[:1], labels[:1], lock_on=True)
         assert not caplog.records
-        follow(model_of([RED, RED, GREY]), self.frames, labels)
+        follow(model_of([RED, RED, GREY]), SIX, labels)
         assert "No slot covers the first mask's object 1 (of 2): another object wins its cells" in caplog.text
         assert "Set slots=lock_on, a larger head.num_slots" in caplog.text and len(caplog.records) == 1
         tracker = SlotTracker(model_of([RED, RED, GREY]), SlotTracking())
         for number in range(2):  # a mask of a later frame says nothing of the first one's slots
-            tracker.track(self.frames[number : number + 1], [self.ids[number]])
+            tracker.track(SIX[number : number + 1], [SIX_IDS[number]])
         assert len(caplog.records) == 2
         none = lambda masks, size, valid: torch.zeros(size, dtype=torch.int64)  # noqa: E731
         monkeypatch.setattr("dinoseg.tracking.slots.tracker.winners", none)
-        follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
+        follow(model_of([GREY]), SIX[:1], labels[:1], lock_on=True)
         assert "objects 1, 2 (of 2)" in caplog.text and "Set a larger head.num_slots" in caplog.text
 
 
 class TestLockOn:
     def test_locked_identical_slots_follow_the_first_mask(self):
-        frames, ids = crossing_squares()
-        labels = first(ids[0], len(frames))
-        assert not np.array_equal(at_cells(follow(model_of([GREY]), frames, None)[0]) - 1, at_cells(ids[0]))
+        labels = first(SIX_IDS[0], 6)
+        assert not np.array_equal(at_cells(follow(model_of([GREY]), SIX, None)[0]) - 1, at_cells(SIX_IDS[0]))
         for settings in ({}, {"slots_per_object": 3, "background_slots": 1}):
-            masks = follow(model_of([GREY]), frames, labels, lock_on=True, **settings)
-            assert_cells(masks, ids)
-
-    @pytest.mark.parametrize("hold", ["background", "none"])
-    def test_makes_the_required_number_of_slots(self, hold):
-        model = model_of()
-        follow(model, FRAMES, first(IDS[0], 3), lock_on=True, slots_per_object=2, background_slots=4, hold=hold)
-        (allowed, sizes), *later = model.head.seen
-        assert sizes == [8] and allowed.shape == (1, 8, 8, 12)
-        for (seen, _), cells in zip(later, map(at_cells, IDS[1:]), strict=True):
-            assert (seen is None) == (hold == "none")
-            assert seen is None or np.array_equal(seen[0].numpy(), [cells == 0] * 4 + [cells >= 0] * 4)
-        assert allowed[0].flatten(1).sum(1).tolist() == [88] * 4 + [4] * 4
-
-    def test_extra_slots_attend_to_unlabelled_foreground(self):
-        model = model_of([GREY, GREY])
-        frames, ids = crossing_squares(2)
-        labels = np.where(ids[0] == 1, 1, 0)
-        masks = follow(model, frames, first(labels, 2), lock_on=True, background_slots=2, extra_slots=3)
-        allowed, sizes = model.head.seen[0]
-        assert sizes == [6]
-        assert np.array_equal(allowed[0, 3].numpy(), at_cells(ids[0]) == 2)  # blue is no object, and no backdrop
-        assert np.array_equal(allowed[0, 0].numpy(), at_cells(ids[0]) != 1)
-        assert np.array_equal(at_cells(masks[1]), np.where(at_cells(ids[1]) == 1, 1, 0))
+            masks = follow(model_of([GREY]), SIX, labels, lock_on=True, **settings)
+            assert_cells(masks, SIX_IDS)
 
     @pytest.mark.parametrize("key", [{"extra_slots": 2}, {"hold": "background"}, {"hold": "both"}])
     def test_missing_class_attention_is_refused_only_where_needed(self, key):
         (word,) = (f"slots.{name}={value}" for name, value in key.items())
         with pytest.raises(UserError, match=rf"{word}.* needs a backbone with a class token"):
             SlotTracker(model_of(class_attention=False), SlotTracking(lock_on=True, **key))
-        frames, ids = crossing_squares(2)
         model = model_of([GREY, RED, BLUE], class_attention=False)
-        masks = follow(model, frames, first(ids[0], 2), lock_on=True, hold="none")
-        assert np.array_equal(at_cells(masks[1]), at_cells(ids[1]))
+        assert_cells(follow(model, FRAMES[:2], first(IDS[0], 2), lock_on=True, hold="none"), IDS[:2])
 
 
 @pytest.mark.parametrize(("groups", "forced"), [("initial", [True, False, False]), ("always", [True] * 3)])
@@ -310,60 +256,56 @@ class TestState:
     def make(self, story, batch_size=2, *, ahead=True):
         settings, kwargs = STORIES[story]
         tracker = SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=batch_size)
-        frames, ids = crossing_squares(6)
         if ahead:
-            tracker.look_ahead(lambda: [(frames, self.labels(story, ids))])
+            tracker.look_ahead(lambda: [(SIX, self.labels(story))])
         return tracker
 
-    def labels(self, story, ids):
+    def labels(self, story):
         if story == "unlabelled":
-            return [None] * len(ids)
-        labels = first(np.where(ids[0] == 1, 4, 0), len(ids))
-        labels[3] = np.where(ids[3] == 2, 6, 0)
+            return [None] * 6
+        labels = first(np.where(SIX_IDS[0] == 1, 4, 0), 6)
+        labels[3] = np.where(SIX_IDS[3] == 2, 6, 0)
         return labels
 
     def test_a_restart_changes_nothing(self, story):
-        frames, ids = crossing_squares(6)
-        labels = self.labels(story, ids)
-        whole = self.make(story).track(frames, labels)
+        labels = self.labels(story)
+        whole = self.make(story).track(SIX, labels)
         assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
         for cut in (0, 2, 3, 6):
             before, after = self.make(story), self.make(story, ahead=not cut)
-            masks = before.track(frames[:cut], labels[:cut])
+            masks = before.track(SIX[:cut], labels[:cut])
             kept = load(save(before.state()))
             if story == "matched" and cut == 2:  # what decides once the path has forgotten all
                 assert not torch.equal(kept["successors"], torch.arange(4))
-            before.track(frames[cut:], labels[cut:])  # what goes on does not reach into a state
+            before.track(SIX[cut:], labels[cut:])  # what goes on does not reach into a state
             after.load(kept)
             assert after.state().keys() == kept.keys()
             assert all(torch.equal(value, kept[name]) for name, value in after.state().items())
-            masks += after.track(frames[cut:], labels[cut:])
+            masks += after.track(SIX[cut:], labels[cut:])
             assert np.array_equal(masks, whole)
             assert after.settings == before.settings
 
     def test_batches_change_nothing(self, story):
-        frames, ids = crossing_squares(6)
-        labels = self.labels(story, ids)
-        whole = self.make(story).track(frames, labels)
+        labels = self.labels(story)
+        whole = self.make(story).track(SIX, labels)
         for batch_size in (1, 4, 100):
-            assert np.array_equal(self.make(story, batch_size).track(frames, labels), whole)
+            assert np.array_equal(self.make(story, batch_size).track(SIX, labels), whole)
 
     def test_does_not_grow(self, story):
-        frames, ids = crossing_squares(6)
         tracker = self.make(story)
-        tracker.track(frames, self.labels(story, ids))
+        tracker.track(SIX, self.labels(story))
         sizes = {name: (value.shape, value.untyped_storage().nbytes()) for name, value in tracker.state().items()}
         for _ in range(4):
-            tracker.track(frames, [None] * 6)
+            tracker.track(SIX, [None] * 6)
         assert {n: (v.shape, v.untyped_storage().nbytes()) for n, v in tracker.state().items()} == sizes
 
     def test_is_empty_before_the_first_frame(self, story):
+        two = (SIX[:2], self.labels(story)[:2])
         tracker = self.make(story)
         assert tracker.state() == {} and tracker.track([], []) == []
-        frames, ids = crossing_squares(2)
-        masks = tracker.track(frames, self.labels(story, ids * 3)[:2])
+        masks = tracker.track(*two)
         tracker.load({})
-        assert tracker.state() == {} and np.array_equal(tracker.track(frames, self.labels(story, ids * 3)[:2]), masks)
+        assert tracker.state() == {} and np.array_equal(tracker.track(*two), masks)
 
 
 def test_settings_cover_all_influences_on_masks():
@@ -386,7 +328,6 @@ def test_settings_cover_all_influences_on_masks():
 
 
 SETTINGS = check_annotations(SlotTracking)
-SIZE = " pixels, but the first frame 32 x 48"
 LATER = "mask of a later frame, but not of the first"
 THREE, THREE_SLOTS = paint({RED: (8, 4), BLUE: (20, 24), GREEN: (4, 36)}), [GREY, RED, BLUE]
 NAN, FULL = float("nan"), "3 slots cannot track 3 objects"
@@ -431,47 +372,26 @@ test_message_names_value_and_remedy = refusals(
         "unknown match": (settings(match="nearest"), "match=nearest is unknown. Choose one of auto, overlap, soft_iou"),
         "unknown hold": (settings(hold="all"), "hold=all is unknown. Choose one of background, both, none"),
         "temperature of 0": (settings(temperature=0), "temperature=0 is out of range. Give a number above 0"),
-        "temperature of NaN": (settings(temperature=NAN), "temperature=nan is out of range"),
         "negative weight": (settings(appearance=-1), "appearance=-1 is out of range. Give a number from 0 to 1000000"),
-        "weight of NaN": (settings(appearance=NAN), "appearance=nan is out of range"),
-        "large weight": (settings(appearance=2e6), "appearance=2000000.0 is out of range"),
         "three passes": (settings(match="appearance", passes=3), "passes=3 is out of range. Give 1 or 2"),
-        "no pass": (settings(match="appearance", passes=0), "passes=0 is out of range. Give 1 or 2"),
         "idle passes": (settings(passes=2), "slots.passes=2 has no effect with slots.match=auto", "slots.passes=1"),
         "no slot": (settings(lock_on=True, slots_per_object=0), "slots_per_object=0 is out", "number of at least 1"),
         "no background": (settings(lock_on=True, background_slots=0), "background_slots=0 is out", "of at least 1"),
         "negative extra": (settings(lock_on=True, extra_slots=-1), "extra_slots=-1 is out of", "of at least 0"),
-        "half slots": (settings(lock_on=True, slots_per_object=1.5), "slots_per_object=1.5 is of type float. Give"),
         "extra unlocked": (settings(extra_slots=1), "slots.extra_slots=1 has no effect with slots.lock_on=false"),
         "more unlocked": (settings(slots_per_object=2), "slots_per_object=2 has no effect with slots.lock_on=false"),
         "no slots": (lambda: SlotTracker(SegmentationModel(Colours(), LinearHead(3, 1, 2))), "no slots", "head=slots"),
-        "255 slots": (
-            tracked((FRAMES, None), colours=[GREY] * 255),
-            "head.num_slots=255 exceeds the mask ids 1 to 254",
-        ),
+        "255 slots": (tracked((FRAMES, None), colours=[GREY] * 255), "head.num_slots=255 exceeds the mask ids 1 to"),
         "NaN": (tracked((FRAMES, None), colours=[(NAN, 0.0, 0.0), RED]), "not finite", "engine.precision=fp32"),
-        "another width": (tracked((FRAMES[:1], None), ([FRAMES[1][:, :40]], None)), f"A frame is 32 x 40{SIZE}"),
-        "a frame of another height": (tracked(([FRAMES[0], FRAMES[1][:30]], None)), "A frame is 30 x 48 pixels"),
-        "a mask of another size": (labelled(np.zeros((16, 24), np.uint8)), f"A mask is 16 x 24{SIZE}"),
-        "a mask of colours": (labelled(np.zeros((32, 48, 3), np.uint8)), f"A mask is 32 x 48 x 3{SIZE}"),
         "id 300": (labelled(ids_of(np.int32, 300)), "A mask of type ", *NOT_IDS),
         "a negative id": (labelled(ids_of(np.int16, -1)), "A mask of type ", *NOT_IDS),
         "half an id": (labelled(ids_of(np.float32, 0.5)), "A mask of type ", *NOT_IDS),
         "a later mask": (tracked((FRAMES, [None, IDS[1], None])), LATER),
         "a mask of a later batch": (tracked((FRAMES[:2], None), (FRAMES[2:], [IDS[2]])), LATER),
-        "no first mask": (
-            tracked((FRAMES, None), lock_on=True),
-            "slots.lock_on=true",
-            "missing",
-            "slots.lock_on=false",
-        ),
+        "no first mask": (tracked((FRAMES, None), lock_on=True), "slots.lock_on=true", "missing", "lock_on=false"),
         "one look": (tracked((FRAMES, None), match="appearance", passes=2), "slots.passes=2 needs", "look_ahead", "=1"),
         "three objects": (labelled(THREE[1], colours=THREE_SLOTS), FULL, "background", "head.num_slots"),
-        "a later third": (
-            tracked((FRAMES, [IDS[0], None, IDS[0] * 0 + 9]), colours=THREE_SLOTS),
-            FULL,
-            "slots.lock_on=true",
-        ),
+        "a later third": (tracked((FRAMES, [IDS[0], None, IDS[0] * 0 + 9]), colours=THREE_SLOTS), FULL, "lock_on=true"),
     }
 )
 

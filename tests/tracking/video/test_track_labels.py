@@ -1,9 +1,8 @@
 from functools import partial
 
-import cv2
 import numpy as np
 import pytest
-from making import save
+from making import save, write_motion_jpeg
 from mistakes import assert_refused
 from PIL import Image
 
@@ -34,12 +33,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def video(tmp_path):
-    path = tmp_path / "v.avi"
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, SIZE[::-1])
-    for number in range(7):
-        writer.write(np.full((*SIZE, 3), 30 * number, np.uint8))
-    writer.release()
-    return path
+    return write_motion_jpeg(tmp_path / "v.avi", np.zeros((7, *SIZE, 3), np.uint8), SIZE)
 
 
 def test_a_folder_is_read_as_it_is_counted(folder):
@@ -77,22 +71,24 @@ def test_a_folder_of_masks_goes_by_names(folder, video, tmp_path):
 
 
 def test_kinds_of_mask_files(folder, tmp_path):
-    def read(pixels, **changes):
+    def read(pixels, name="m.png", palette=None, **options):
         image = Image.fromarray(pixels)
-        for key, value in changes.items():
-            getattr(image, key)(value)
-        image.save(tmp_path / "m.png")
-        return find_labels(str(tmp_path / "m.png"), open_frames(str(folder))).read(0)
+        if palette:
+            image.putpalette(palette)
+        image.save(tmp_path / name, **options)
+        return find_labels(str(tmp_path / name), open_frames(str(folder))).read(0)
 
     void = ids(3)
     void[0] = 255
     assert np.array_equal(read(ids(3)), ids(3))
-    assert np.array_equal(read(ids(3), putpalette=[0, 0, 0] * 3 + [9, 200, 9] * 253), ids(3))
+    assert np.array_equal(read(ids(3), palette=[0, 0, 0] * 3 + [9, 200, 9] * 253), ids(3))
     assert np.array_equal(read(ids(3, dtype=np.uint16)), ids(3))
     assert np.array_equal(read(np.stack([ids(3)] * 3, axis=-1)), ids(3))
     assert np.array_equal(read(void), void)  # 255 stays void beside an object,
     assert np.array_equal(read(ids(255)), ids(1))  # and is the object where there is no other
     assert np.array_equal(read(ids() == 1), ids(1))  # one bit a pixel
+    assert np.array_equal(read(ids(9), "m.tif"), ids(9))
+    assert np.array_equal(read(ids(9), "m.tif", compression="tiff_lzw"), ids(9))
 
 
 def test_first_nonempty_mask_decides_the_meaning_of_255(folder, tmp_path):
@@ -118,80 +114,53 @@ def test_first_nonempty_mask_decides_the_meaning_of_255(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "message"),
+    ("name", "pixels", "options", "message"),
     [
-        (ids(size=(12, 17)), r"m.png is 12 x 17 pixels, but the frames are 12 x 18 \(H x W\).*nearest"),
-        (ids(300, dtype=np.uint16), r"m\.png holds the object id 300: ids go from 1 to 254.*Renumber.*8 bits"),
-        (ids(-4, dtype=np.int32), "holds the object id -4"),
-        (np.stack([ids(128), ids(0), ids(0)], axis=-1), "m.png is a colour image.*grey or palette PNG"),
+        ("m.png", ids(size=(12, 17)), {}, r"is 12 x 17 pixels, but the frames are 12 x 18 \(H x W\).*nearest"),
+        ("m.png", ids(300, dtype=np.uint16), {}, "holds the object id 300: ids go from 1 to 254.*Renumber.*8 bits"),
+        ("m.tif", ids(-4, dtype=np.int32), {}, "holds the object id -4"),
+        ("m.png", np.stack([ids(128), ids(0), ids(0)], axis=-1), {}, "is a colour image.*grey or palette PNG"),
+        ("m.jpg", ids(9), {"quality": 95}, r"has a lossy format \(JPEG\).*grey or palette PNG"),
+        ("m.png", ids(9), {"format": "JPEG"}, r"has a lossy format \(JPEG\)"),  # what it holds counts
+        ("m.webp", ids(9), {}, r"has a lossy format \(WEBP\)"),
+        ("m.tif", ids(9), {"compression": "jpeg"}, r"has a lossy format \(TIFF\)"),
     ],
 )
-def test_unusable_masks_are_refused(folder, tmp_path, pixels, message):
-    path = tmp_path / ("m.tif" if pixels.min() < 0 else "m.png")
-    Image.fromarray(pixels).save(path)
-    with pytest.raises(UserError, match=message.replace("m.png", f"{path.name}")):
-        find_labels(str(path), open_frames(str(folder))).read(0)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "kind"),
-    [
-        ("m.jpg", {"quality": 95}, "JPEG"),
-        ("m.png", {"format": "JPEG"}, "JPEG"),  # what it holds counts
-        ("m.webp", {}, "WEBP"),
-        ("m.tif", {"compression": "jpeg"}, "TIFF"),
-    ],
-)
-def test_masks_compressed_with_loss_are_refused(folder, tmp_path, name, options, kind):
-    Image.fromarray(ids(9)).save(tmp_path / name, **options)
-    with pytest.raises(UserError, match=rf"{name} has a lossy format \({kind}\).*grey or palette PNG"):
+def test_unusable_masks_are_refused(folder, tmp_path, name, pixels, options, message):
+    Image.fromarray(pixels).save(tmp_path / name, **options)
+    with pytest.raises(UserError, match=f"{name} {message}"):
         find_labels(str(tmp_path / name), open_frames(str(folder))).read(0)
-    for packed in ({"compression": "tiff_lzw"}, {}):
-        Image.fromarray(ids(9)).save(tmp_path / "kept.tif", **packed)
-        assert np.array_equal(find_labels(str(tmp_path / "kept.tif"), open_frames(str(folder))).read(0), ids(9))
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("source", "names", "message"),
     [
-        ([], "holds no mask directly. Masks are image files"),
-        (["frame2", "frame100"], "no mask for the first frame, frame1; it has frame2, frame100. Add one"),
-        (["frame1", "frame3", "4"], r"has 2 masks without frame in .*: 4\.png, frame3\.png. Masks are named like"),
+        ("folder", [], "holds no mask directly. Masks are image files"),
+        ("folder", ["frame2", "frame100"], "no mask for the first frame, frame1; it has frame2, frame100. Add one"),
+        ("folder", ["frame1", "frame3", "4"], r"2 masks without frame in .*: 4\.png, frame3\.png. Masks are named"),
+        ("video", ["0", "9"], r"has 1 mask without frame in .*v\.avi: 9\.png"),
+        ("video", ["0", "00"], r"00?\.png and .*00?\.png are masks of the same frame: keep one"),
     ],
 )
-def test_unusable_folders_are_refused(folder, tmp_path, names, message):
+def test_unusable_folders_are_refused(request, tmp_path, source, names, message):
+    frames = open_frames(str(request.getfixturevalue(source)))
     (tmp_path / "masks").mkdir()
     for name in names:
         save(tmp_path / "masks" / f"{name}.png", ids())
     with pytest.raises(UserError, match=message):
-        find_labels(str(tmp_path / "masks"), open_frames(str(folder)))
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (("0", "9"), r"has 1 mask without frame in .*v\.avi: 9\.png"),
-        (("0", "00"), r"00?\.png and .*00?\.png are masks of the same frame: keep one"),
-    ],
-)
-def test_labels_that_do_not_fit_a_video_are_refused(video, tmp_path, names, message):
-    for name in names:
-        save(tmp_path / f"masks/{name}.png", ids())
-    with pytest.raises(UserError, match=message):
-        find_labels(str(tmp_path / "masks"), open_frames(str(video)))
+        find_labels(str(tmp_path / "masks"), frames)
 
 
 def test_unusable_files_are_refused(folder, tmp_path):
     frames = open_frames(str(folder))
     later = save(tmp_path / "frame9.png", ids())
-    assert_refused(
-        lambda: find_labels("nowhere", frames), "not found: labels=nowhere. Give the mask of the first frame"
-    )
-    assert_refused(
-        lambda: find_labels(str(later), frames), "is named like frame 2, but the first frame is frame1. Give"
-    )
     (tmp_path / "m.png").write_bytes(b"\x89PNG no")
-    assert_refused(lambda: find_labels(str(tmp_path / "m.png"), frames).read(0), "Cannot read ", "m.png as an image")
+    for path, *words in (
+        ("nowhere", "not found: labels=nowhere. Give the mask of the first frame"),
+        (later, "is named like frame 2, but the first frame is frame1. Give"),
+        (tmp_path / "m.png", "Cannot read ", "m.png as an image"),
+    ):
+        assert_refused(lambda path=path: find_labels(str(path), frames).read(0), *words)
 
 
 def test_unusable_inputs_are_refused(folder, tmp_path):
@@ -203,10 +172,9 @@ def test_unusable_inputs_are_refused(folder, tmp_path):
         (tmp_path / "empty", "empty holds no frame directly. Give a folder of images"),
     ):
         assert_refused(partial(open_frames, str(path)), *words)
+    opened = partial(open_frames, str(folder))
     larger = save(folder / "frame11.png", np.zeros((12, 20, 3), np.uint8))
-    assert_refused(
-        partial(open_frames, str(folder)), "frame11.png is 12 x 20 pixels, and frame1.png 12 x 18", "one size"
-    )
+    assert_refused(opened, "frame11.png is 12 x 20 pixels, and frame1.png 12 x 18", "one size")
     larger.unlink()
     save(folder / "frame9.png", np.zeros((*SIZE, 3), np.uint8))
-    assert_refused(partial(open_frames, str(folder)), "are one frame: keep one of them")
+    assert_refused(opened, "are one frame: keep one of them")

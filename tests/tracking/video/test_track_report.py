@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 from films import write_film
+from making import save
 from PIL import Image
 
 from dinoseg.inference.inputs import FolderReader
@@ -27,8 +28,6 @@ def test_the_palette_is_pascal_vocs():
         return red, green, blue
 
     assert voc_palette() == tuple(bit_by_bit(index) for index in range(256))
-    assert voc_palette()[:4] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
-    assert voc_palette()[255] == (224, 224, 192) and voc_palette()[8] == (64, 0, 0)
 
 
 def test_indexed_image_has_ids_and_colours(tmp_path):
@@ -64,9 +63,7 @@ def test_rows_against_counting_by_hand():
 @pytest.fixture
 def run(tmp_path):
     for number in range(3):
-        path = tmp_path / f"in/{number:05d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.full((31, 41, 3), 100, np.uint8)).save(path)
+        save(tmp_path / f"in/{number:05d}.png", np.full((31, 41, 3), 100))
         mask = np.zeros((31, 41), np.uint8)
         if number != 1:
             mask[4:24, 5 + number : 25 + number] = 2

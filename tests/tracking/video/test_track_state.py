@@ -8,22 +8,6 @@ from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils.errors import UserError
 
 
-def test_other_settings_are_named(tmp_path):
-    then = {"kind": "propagation", "tracker": {"radius": 12, "short_side": None, "context": 7}, "backbone": {"at": "a"}}
-    now = {
-        "kind": "propagation",
-        "tracker": {"radius": 24.0, "short_side": None, "context": 7},
-        "backbone": {"at": "b"},
-    }
-    check_same_settings(tmp_path, then, then)
-    changed = ("backbone.at was a and is b", "tracker.radius was 12 and is 24.0", "overrides.txt", "start over")
-    assert "context" not in assert_refused(lambda: check_same_settings(tmp_path, then, now), *changed)
-    with pytest.raises(UserError, match="kind was propagation and is slots; tracker.radius was not set and is 12"):
-        check_same_settings(tmp_path, {"kind": "propagation"}, {"kind": "slots", "tracker": {"radius": 12}})
-    with pytest.raises(UserError, match=r"settings differ from that run: tracker\.radius was 12 and is not set\. Use"):
-        check_same_settings(tmp_path, {"kind": "slots", "tracker": {"radius": 12}}, {"kind": "slots"})
-
-
 def test_settings_are_compared_by_full_name_as_json(tmp_path):
     check_same_settings(tmp_path, {"size": [3, 4], "by_id": {"1": 2}}, {"size": (3, 4), "by_id": {1: 2}})
     then = {"first": {"view": {"size": 3}}, "second": {"view": {"size": 4}}}
