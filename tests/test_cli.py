@@ -132,18 +132,12 @@ def test_python_without_docstrings_is_refused_in_a_message(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.batch_size=abc"], "error: data.batch_size=abc is of type str. Give a whole number"),
         (['data.batch_size="8"'], "error: data.batch_size=8 is of type str. Give a whole number"),
         (["trainer.steps=many"], "error: trainer.steps=many is of type str. Give a whole number"),
         (["seed=-1"], "error: seed=-1 is out of range. Give a whole number of at least 0."),
         (["trainer.steps=0"], "error: trainer.steps=0 is out of range. Give a whole number of at least 1"),
         (["trainer.clip=off"], "error: trainer.clip=off is of type str. Give a number"),
         (["mode.report=maybe"], "error: mode.report=maybe is of type str. Give true or false"),
-        pytest.param(
-            ["adapter=lora", "adapter.rank=high"],
-            "error: adapter.rank=high is of type str. Give a whole number",
-            marks=pytest.mark.heavy,
-        ),
     ],
 )
 def test_wrong_values_are_refused_before_data_are_listed(site, arguments, message):
@@ -193,7 +187,6 @@ def test_an_unknown_option_lists_those_there_are(site, group):
     ("arguments", "message"),
     [
         (["trainer.stpes=3"], "trainer.stpes is not a key of the config. Did you mean trainer.steps"),
-        (["data.rot=x"], "data.rot is not a key of the config. Did you mean data.root"),
         (["steps=3"], "steps is not a key of the config. Did you mean trainer.steps?"),
         (["mode=trane"], "mode=trane is unknown. Did you mean mode=train?"),
         (["head=liner"], "head=liner is unknown. Did you mean head=linear? Choose from cnn, detail, dpt,"),
@@ -202,19 +195,15 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from can be set in config files only."),
         (["resolution.crop.height=3"], "resolution.crop.height"),
         (["train"], "train is not KEY=VALUE. Did you mean mode=train?"),
-        (["--cfg", "job", "+nonsense"], "+nonsense is not KEY=VALUE."),
         (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
         (["data.classes=[a,b"], "data.classes=[a,b cannot be parsed"),
         (["data.reader.masks.ids={3: 255"], "not closed. Write 'data.reader.masks.ids={3: 255}'."),
         (['data.classes=[a "b,c]'], "Quote the whole word, and the text inside it"),
         (["data.reader.layout.images={split}/b"], "the text inside it: 'data.reader.layout.images=\"{split}/b\"'."),
         (["data=folder", "data.reader.layout.splits={val: b}"], "has no val. To add it, put ++ before the word"),
-        (["head=mlp", "head.hiden=3"], "head.hiden is not a key of the config."),
-        (["head=segformer"], "error: head=segformer is unknown. Choose from cnn,"),
         (["loss=null"], "loss=null is unknown. Choose from bce"),
         (["hparam=sarrap"], "hparam=sarrap is unknown. Did you mean hparam=sarrarp_frozen or hparam=sarrarp_full or"),
-        (["backbone=dinov2"], "backbone=dinov2 is unknown. Did you mean backbone=dinov2_vitb14 or"),
-        (["backbone=[0]"], "backbone=[0] is a list, and backbone takes one option"),
+        (["head=[linear,mlp]"], "error: head=[linear,mlp] is a list, and head takes one option."),
         (["engine=1"], "engine=1 is unknown. Choose from auto, cpu"),
         (["hparam="], "hparam= is unknown. Choose from"),
         ([f"hparam={'n' * 3000}"], "nnn is unknown. Choose from"),
@@ -224,11 +213,6 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["data.root=", "data"], "data.root= data has a space next to the equals sign. Write data.root=data."),
         (["resolution.crop=[64,96", "seed=1"], "a bracket or brace is not closed. Write 'resolution.crop=[64,96]'."),
         (["resolution.crop=[64,", "96]"], "split it at a space. Quote the whole word: 'resolution.crop=[64, 96]'."),
-        pytest.param(
-            ["adapter=frozen", "adapter.lr=8"],
-            "adapter.lr=8: adapter=frozen has no key lr. Options that have it",
-            marks=pytest.mark.heavy,
-        ),
         (
             ["adapter=frozen", "adapter.rank=8"],
             "adapter.rank=8: adapter=frozen has no key rank. Options that have it: adapter=lora, adapter=lora_8bit, "
@@ -245,12 +229,6 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["data.pixels={name:files}"], "data.pixels has options, which are words of their own. Choose one: data/"),
         (["data.order=[0]"], "is not a key of the config. data.pixels.order is one, with data/pixels=files."),
         (["data/pixels.order=[0]"], "only groups have slashes, and their keys have dots. Write 'data."),
-        (["head.num_slots=3"], "head=linear has no key num_slots. Options that have it: head=slots."),
-        (["trainer.temperature=2"], "trainer=supervised has no key temperature. Options that have it: trainer=distil."),
-        (
-            ["mode=train", "mode.split=val"],
-            "mode.split=val: mode=train has no key split. Options that have it: mode=eval.",
-        ),
         (["mode=train", "tracker.short_side=9"], "mode=train does not read the group tracker. Leave it out, or"),
         (["mode=compare", "data.group=null"], "Evaluate each run again: mode=eval resume=RUN data.group=null."),
         pytest.param(
@@ -263,24 +241,9 @@ def test_an_unknown_option_lists_those_there_are(site, group):
             ([f"hydra.searchpath=[{source}]"], f"{source} is not found")
             for source in ("http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no")
         ),
-        *(
-            ([word], f"error: {word} is a list, and {word.partition('=')[0]} takes one option.")
-            for word in ("head=[linear,mlp]", "trainer=[supervised]", "hparam=[demo]")
-        ),
-        *(
-            (["mode=train", word], f"error: {word.partition('=')[0]} adds a key that nothing reads")
-            for word in ("+head@extra=mlp", "+nonsense=3")
-        ),
-        *(
-            pytest.param(
-                ["mode=train", word],
-                f"error: {word.partition('=')[0]} adds a key that nothing reads",
-                marks=pytest.mark.heavy,
-            )
-            for word in ("+head@resolution.x=mlp", "+tracker=dinov3", "+prepare=idd")
-        ),
+        (["mode=train", "+head@extra=mlp"], "error: +head@extra adds a key that nothing reads"),
+        pytest.param(["mode=train", "+tracker=dinov3"], "+tracker adds a key that nothing", marks=pytest.mark.heavy),
         (["mode=train", "+trainer.stpes=3"], "error: +trainer.stpes adds a key that nothing reads. Check its spelling"),
-        (["mode=train", "+resolution.corp=[3,3]"], "error: +resolution.corp adds a key that nothing reads"),
     ],
 )
 def test_a_command_line_that_cannot_be_composed_is_one_message(site, arguments, message):
@@ -326,12 +289,6 @@ NO_FILE = "mine.yaml is not a config file"
         ("mode", "{_target_: a.b, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type"),
         ("mode", "{defaults: data, _target_: a.b, _partial_: true}", "defaults"),
         ("hparam", "# @package _global_\nmode:\n  # steps: 3\n", "error: mode is null, "),
-        pytest.param(
-            "hparam", "# @package _global_\nloss:\n  # steps: 3\n", "error: loss is null, ", marks=pytest.mark.heavy
-        ),
-        pytest.param(
-            "hparam", "# @package _global_\nhead:\n  # steps: 3\n", "error: head is null, ", marks=pytest.mark.heavy
-        ),
     ],
 )
 def test_faulty_config_file_is_one_message(site, tmp_path, option, content, message):
@@ -367,10 +324,8 @@ def test_refused_resume_of_heads_leaves_no_config(place):
         (["+data.reader.masks.formt=ids"], ["does not take formt", "format, ids"]),
         (["+backbone.arch.hiden_size=3"], ["no hiden_size", "spelling"]),
         (["seed=null"], ["seed=null is of type NoneType. Give a whole number."]),
-        (["trainer.clip=inf"], ["trainer.clip=inf is out of range"]),
         (["optim.optimizer.lr=1e20"], ["optim.optimizer.lr=1e+20 is out of range", "at most 100"]),
         pytest.param(["head.lr=1e20"], ["head.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
-        pytest.param(["adapter.lr=1e20"], ["adapter.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
         (["trainer=multi_head", "heads=[{head:linear,lr:1e20}]"], ["lr=1e+20 of linear is not", "at most 100"]),
         pytest.param(
             ["trainer=multi_head", "heads=[{head:cnn,channels:100000}]"],
@@ -382,7 +337,6 @@ def test_refused_resume_of_heads_leaves_no_config(place):
         (["data.classes=[dark]"], ["With 1 class every probability is 1", "the background and the object"]),
         (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
         (["resume=empti"], ["resume=empti: file or folder not found. Did you mean resume=empty?"]),
-        (["resume=foreign.safetensors"], ["not a checkpoint of dinoseg"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
@@ -394,18 +348,15 @@ def test_a_mistake_while_training_is_one_message(site, arguments, parts):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["+data.reader.rot=x"], ["does not take rot", "root, split"]),
         (["+optim.optimizer.lrr=1"], ["does not take lrr", "lr, weight_decay"]),
         (["trainer.steps=1.5"], ["steps=1.5 is of type float", "Give a whole number"]),
         (["trainer.steps=true"], ["steps=True is of type bool", "Give a whole number"]),
-        (["optim.optimizer.lr=fast"], ["lr=fast is of type str", "Give a number"]),
         (["data.classes=dark"], ["classes=dark is of type str", "list of texts"]),
         (["data.classes=null"], ["data.classes=null is not a list"]),
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
         (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
         (["engine.workers=two"], ["engine.workers=two is unknown. Choose a whole number or auto."]),
         (["data.root=empty"], ["No folder empty/train/images", "data.reader.layout"]),
-        (["adapter=lora", "adapter.rank=0"], ["adapter.rank=0", "at least 1"]),
         (["engine.device=tpu"], ["engine.device=tpu is unknown", "auto, cuda, mps or cpu"]),
         (["data.batch_size=5"], ["data.batch_size=5 with 4 training images", "from 1 to 4"]),
         pytest.param(["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"], marks=pytest.mark.heavy),
@@ -413,7 +364,6 @@ def test_a_mistake_while_training_is_one_message(site, arguments, parts):
         (["loss.weights=heavy"], ["loss.weights=heavy is unknown", "median"]),
         (["loss.weights={cat: 2}"], ["loss.weights: cat is not a class", "The classes are"]),
         (["optim.schedule.kind=linear"], ["optim.schedule.kind=linear is unknown", "cosine"]),
-        (["optim.optimizer.lr=0"], ["optim.optimizer.lr=0", "above 0"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
@@ -434,7 +384,6 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
         ),
         (["mode=train", "data=coco"], "data.root is not set. Set it on the command line: data.root=VALUE."),
         (["mode=train", "data.root=data"], "Give the class names in id order: data.classes=[back"),
-        pytest.param(["mode=train", "hparam=sarrarp_lora"], "data.root is not set", marks=pytest.mark.heavy),
         (["mode=summary"], "data.root and data.classes are not set"),
         (["mode=prepare", "data=camvid", "data.root=data"], "needs no preparation"),
         (["mode=eval"], "Give resume="),
@@ -442,7 +391,6 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
         (["mode=predict", "input=data/val/images"], "Give resume="),
         (["mode=predict"], "give input="),
         (["mode=predict", "input=gone.png"], "input=gone.png"),
-        (["mode=eval", "resume=nowhere"], "resume=nowhere"),
         (["mode=eval", "resume=empty"], "resume=empty: it holds neither checkpoints/best.safetensors nor checkpoints/"),
         (["mode=eval", "resume=foreign.safetensors"], "not a checkpoint of dinoseg"),
         (["mode=eval", "resume=cut.safetensors"], "not a readable checkpoint"),
@@ -454,24 +402,13 @@ def test_a_mistake_in_another_mode_is_one_message(site, arguments, part):
     assert part in error_message(site, *arguments)
 
 
-ODD_NAMES = (
-    "my photo (1)",
-    "a,b",
-    "[1] x",
-    "x = y",
-    "{1}",
-    "é ü 漢字",
-    "it's",
-    '"q"',
-    "'q'",
-    " lead",
-    "#1 $ & !",
-    "5",
-    "null-",
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("my photo (1)", "a,b", "[1] x", "x = y", "{1}", "é ü 漢字", "it's"),
+        *('"q"', "'q'", " lead", "#1 $ & !", "5", "null-"),
+    ],
 )
-
-
-@pytest.mark.parametrize("name", ODD_NAMES)
 def test_names_of_files_are_read_as_they_are(name):
     for key, path in (("prediction", f"{name}/val/masks"), ("hydra.run.dir", f"{name} run")):
         (word,) = words.as_text([f"{key}={path}"])
