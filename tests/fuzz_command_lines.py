@@ -81,17 +81,8 @@ VALUES = (
     *("[{},[]]", "{a: [1,{b: null}]}", "{_target_: os.getcwd}", "[[1,2],[3,4]]", "[true]", "{a: nan}", "[1e400]"),
     *("${nothing}", "${seed}", "${.x}", "${oc.env:NOTHING}", "${now:x}", "None", "${hydra:runtime.cwd}", "${len:3}"),
     *("choice(1,2)", "range(0,3)", "interval(0,1)", "glob(*)", "0,1", "1,nan", "${data.root}", "${oc.env:HOME}"),
-    *(
-        "run",
-        "other",
-        "data",
-        "data/val/images",
-        "data/val/masks/0.png",
-        "run/config",
-        "pipe",
-        "/dev/null",
-        "/dev/zero",
-    ),
+    *("run", "other", "data", "data/val/images", "data/val/masks/0.png", "run/config", "pipe", "/dev/null"),
+    "/dev/zero",
     *("nothing/here", "odd.json", "deep.yaml", "auto", "disk", "memory", "all", *TEXTS),
 )
 TYPED = (  # keys that are typed most, or are young

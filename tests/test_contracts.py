@@ -8,7 +8,7 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from torch import nn
 
-from dinoseg.core.contracts import Backbone, Head, Loss
+from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import upsample
 from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
@@ -108,10 +108,6 @@ def test_blocks_are_those_that_a_backbone_keeps():
     model.blocks = nn.Sequential(nn.Identity())  # as timm keeps them
     assert isinstance(model.blocks, nn.Sequential) and len(model.blocks) == 1
     assert_refused(lambda: Lora(1, 1)(Frozen()(Backbone())), "no linear layers")
-
-
-def test_loss_requirements_default_to_none():
-    assert (Loss().needs_masks, Loss().needs_slots, Loss().needs_similarity) == (False, False, False)
 
 
 def test_a_part_that_keeps_no_contract_is_refused(compose):

@@ -106,11 +106,6 @@ def test_every_trained_parameter_has_a_gradient():
         assert trained and not [name for name, parameter in trained.items() if parameter.grad is None], given
 
 
-def test_every_part_is_in_a_cell():
-    heads, tried, adapters = ({*column} for column in zip(*PARTS, strict=True))
-    assert heads == {*HEADS} and tried == {*losses()} and adapters == {*ADAPTERS}
-
-
 def test_a_loss_that_waits_is_seen(tmp_path):
     class Reading(Loss):
         def forward(self, prediction, batch):

@@ -99,35 +99,24 @@ def change(cfg):
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("trainer.clip", -1, "Give a number above 0, or null."),
         ("trainer.clip", 0, "Give a number above 0, or null."),
         ("trainer.ema", 1, "Give a number above 0 and below 1, or null."),
-        ("optim.optimizer.lr", NAN, "Give a number above 0 and at most 100, or null."),
         ("optim.optimizer.lr", 1e20, "Give a number above 0 and at most 100, or null."),
         ("optim.optimizer.weight_decay", INFINITY, "Give a finite number."),
         ("optim.optimizer.weight_decay", 10**400, "Give a finite number."),
         ("optim.optimizer.weight_decay", -0.1, "Give a number of at least 0."),
         ("optim.optimizer.layer_decay", 1.5, "Give a number above 0 and at most 1, or null."),
         ("optim.optimizer.freeze_backbone_until", 1, "Give a number of at least 0 and below 1."),
-        ("optim.optimizer.freeze_backbone_until", -0.1, "Give a number of at least 0 and below 1."),
         ("optim.optimizer.backbone_lr_scale", 1e20, "Give a number from 0 to 100."),
-        ("optim.schedule.warmup", -1, "Give a number of at least 0."),
-        ("optim.schedule.warmup_start", 1.5, "Give a number from 0 to 1, or null."),
-        ("optim.schedule.backbone_warmup", -1, "Give a number of at least 0, or null."),
         ("optim.optimizer.betas", [0.9, 1.0], "Give a number of at least 0 and below 1 for each."),
         ("optim.schedule.min_lr_ratio", NAN, "Give a number from 0 to 1."),
         ("adapter.dropout", NAN, "Give a number of at least 0 and below 1."),
         ("data.augment.scale", [NAN, 1], "Give a number above 0 for each."),
-        ("data.augment.flip", 2, "Give a number from 0 to 1."),
         ("data.augment.color.hue", 0.7, "Give a number from 0 to 0.5."),
-        ("data.augment.affine.degrees", 181, "Give a number from 0 to 180."),
         ("data.augment.affine.translate", 0.95, "Give a number from 0 to 0.9."),
-        ("data.augment.affine.shear", 61, "Give a number from 0 to 60."),
         ("mode.opacity", NAN, "Give a number from 0 to 1."),
         ("data.workers", 0, "Give a whole number of at least 1, or null."),
-        ("mode.batch_size", 0, "Give a whole number of at least 1."),
         ("engine.workers", -1, "Give a whole number of at least 0."),
-        ("engine.eval_batch_size", 0, "Give a whole number of at least 1."),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_by_its_whole_key(change, key, value, rule):
@@ -192,11 +181,6 @@ def test_a_crop_below_a_patch_is_refused(change, crop, scale):
     changed = change({"backbone.patch_size": 8, "resolution.crop": crop, "resolution.scale": scale})
     words = ("is less than one patch of the backbone, 8 pixels. Give a larger crop.",)
     assert_refused(lambda: Builder(changed).model(untrained=True), *words)
-
-
-def test_a_training_without_steps_is_refused(change):
-    words = ("trainer.steps=0 is out of range. Give a whole number of at least 1",)
-    assert_refused(lambda: Builder(change({"trainer.steps": 0})).lengths(8), *words)
 
 
 def test_a_message_names_the_key_that_is_typed(tmp_path, compose):

@@ -37,14 +37,8 @@ PLAIN = {
     "upernet": ("head=upernet", "head.channels=16"),
     "detail": ("head=detail", "head.fine=4", "head.width=8"),
     "mask2former": (
-        *(
-            "head=mask2former",
-            "head.num_queries=6",
-            "head.hidden_dim=64",
-            "head.feedforward_dim=32",
-            "head.num_heads=4",
-        ),
-        *QUERIES,
+        *("head=mask2former", "head.num_queries=6", "head.hidden_dim=64", "head.feedforward_dim=32"),
+        *("head.num_heads=4", *QUERIES),
     ),
     "eomt": ("head=eomt", "head.num_queries=6", "head.blocks=1", *QUERIES),
     "frozen": ("adapter=frozen",),
