@@ -18,21 +18,17 @@ from dinoseg.core.geometry import (
 from dinoseg.core.sizes import evenly_spaced
 
 
+def weights_of(cells, length, share=1.0, width=1.0):
+    """Return what each of `length` pixels reads of `cells`: a triangle around (y + 0.5) * cells * share / length."""
+    places = (torch.arange(length, dtype=torch.float64) + 0.5) * cells * share / length
+    near = (1 - (torch.arange(cells) + 0.5 - places[:, None]).abs() / width).clamp(min=0)
+    return near / near.sum(dim=1, keepdim=True)
+
+
 def reference(grid, size, valid):
-    """Bilinear sampling at (y + 0.5) * h * valid / H - 0.5, written out, in float64."""
-    h, w = grid.shape[-2:]
-    rows = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * h * valid[0] / size[0] - 0.5).clamp(0, h - 1)
-    columns = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * w * valid[1] / size[1] - 0.5).clamp(0, w - 1)
-    top, left = rows.floor().long(), columns.floor().long()
-    bottom, right = (top + 1).clamp(max=h - 1), (left + 1).clamp(max=w - 1)
-    down, along = (rows - top)[:, None], (columns - left)[None]
-
-    def at(row, column):
-        return grid[:, :, row][:, :, :, column]
-
-    upper = at(top, left) * (1 - along) + at(top, right) * along
-    lower = at(bottom, left) * (1 - along) + at(bottom, right) * along
-    return upper * (1 - down) + lower * down
+    """Bilinear sampling, written out, in float64."""
+    down, along = map(weights_of, grid.shape[-2:], size, valid)
+    return down @ grid @ along.T
 
 
 def test_upsample_agrees_with_the_explicit_formula_at_any_size():
@@ -164,16 +160,10 @@ def test_a_lattice_is_even_and_of_about_a_thousand_points(size):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_resize_keeps_a_single_column_apart_from_its_rows(size, channels):
     images = torch.rand(2, channels, 60, 20, dtype=torch.float64)
-    wanted = rows_of(60, size[0]) @ images @ rows_of(20, size[1]).T
+    # triangles are widened where pixels become fewer
+    down, along = (weights_of(old, new, width=max(1.0, old / new)) for old, new in zip((60, 20), size, strict=True))
+    wanted = down @ images @ along.T
     torch.testing.assert_close(resize(images, size), wanted, atol=1e-9, rtol=0)
-
-
-def rows_of(length, wanted):
-    """Return what each of `wanted` pixels reads of `length`: a triangle, widened where they become fewer."""
-    scale = max(1.0, length / wanted)
-    centres = (torch.arange(wanted, dtype=torch.float64) + 0.5) * length / wanted
-    weights = (1 - (torch.arange(length) + 0.5 - centres[:, None]).abs() / scale).clamp(min=0)
-    return weights / weights.sum(dim=1, keepdim=True)
 
 
 @pytest.mark.parametrize(
