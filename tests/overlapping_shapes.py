@@ -23,9 +23,9 @@ def draw_pair(rng):
     return image, np.stack([disc, square]), [left, top, right, top, right, bottom, left, bottom]
 
 
-def write_overlaps(root, train=12, val=4, seed=0):
+def write_overlaps(root, train=12, val=4):
     """Write both splits as ROOT/SPLIT/images and ROOT/SPLIT/masks/CLASS; return the masks of each image by name."""
-    rng, masks = np.random.default_rng(seed), {}
+    rng, masks = np.random.default_rng(0), {}
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             image, layers, _ = draw_pair(rng)
@@ -37,10 +37,10 @@ def write_overlaps(root, train=12, val=4, seed=0):
     return masks
 
 
-def write_coco(root, count=3, seed=1):
+def write_coco(root):
     """Write train as run lengths of both classes, which overlap; return the masks of each image by name."""
-    rng, masks, images, annotations = np.random.default_rng(seed), {}, [], []
-    for number in range(count):
+    rng, masks, images, annotations = np.random.default_rng(1), {}, [], []
+    for number in range(3):
         image, layers, _ = draw_pair(rng)
         name = f"train_{number}"
         masks[name] = layers
