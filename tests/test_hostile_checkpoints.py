@@ -85,8 +85,7 @@ ALIKE = {  # each has a quick sibling of the same check
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name, marks=[pytest.mark.heavy] * (name in ALIKE)) for name, case in CASES.items()],
+    "case", [pytest.param(case, id=name, marks=[pytest.mark.heavy] * (name in ALIKE)) for name, case in CASES.items()]
 )
 def test_a_tampered_file_is_refused(where, sound, case):
     path, before = write_tampered(where, sound, case(where)), files(where)

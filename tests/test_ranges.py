@@ -192,7 +192,7 @@ def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
     assert done.err.startswith("error: render.seconds=0.5 is of type float. Give a whole number")
 
 
-def test_one_number_is_a_square_crop(tmp_path, compose):
+def test_one_number_is_a_square_crop(tmp_path):
     done = call(tmp_path, "mode=summary", *SMALL, "resolution.crop=224", "hydra.run.dir=run")
     assert done.status == 0, done.err
     assert OmegaConf.load(tmp_path / "run/config/config.yaml").resolution.crop == [224, 224]
