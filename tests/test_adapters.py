@@ -7,10 +7,10 @@ from mistakes import assert_refused, refusals
 from tiny_parts import tiny_vit
 from torch import nn
 
-from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.contracts import Backbone
 from dinoseg.models import adapters
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora, merge
-from dinoseg.models.model import SegmentationModel, quantised_names
+from dinoseg.models.model import quantised_names
 
 IMAGES = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1))
 
@@ -57,6 +57,12 @@ def builds_graph(backbone, below):
     seen = []
     below.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     return backbone(IMAGES)[0].requires_grad, seen
+
+
+def test_frozen_trains_nothing_and_builds_no_graph(tiny_backbone):
+    backbone = Frozen()(tiny_backbone())
+    assert not trainable(backbone)
+    assert not backbone(IMAGES)[0].requires_grad
 
 
 def test_full_trains_all_that_the_features_depend_on(tiny_backbone):
@@ -160,18 +166,6 @@ def test_updates_are_trained_in_full_precision(tiny_backbone, bits):
     assert {p.dtype for p in backbone.parameters() if p.requires_grad} == {torch.float32}
     features = train_updates(backbone)(IMAGES)[0]
     assert features.dtype == torch.float32 and features.isfinite().all()
-
-
-def test_checkpointing_with_lora_changes_no_gradient(tiny_backbone):
-    gradients = []
-    for checkpointing in (False, True):
-        backbone = train_updates(Lora(rank=2, alpha=2)(tiny_backbone(checkpointing=checkpointing)))
-        SegmentationModel(backbone, Head()).train()
-        backbone(IMAGES)[0].square().sum().backward()
-        gradients.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() == trainable(backbone)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 @pytest.mark.parametrize("blocks", [0, 3, -1])

@@ -68,11 +68,6 @@ def test_grid_head_defines_its_scores_once():
         Head().predict(torch.zeros(1), (1, 1), (1.0, 1.0))
 
 
-def test_pixels_are_normalised_and_padded():
-    pixels = Least().pixels(torch.full((1, 3, 5, 4), 0.75))
-    assert pixels.shape == (1, 3, 8, 4) and (pixels[:, :, :5] == 1).all() and (pixels[:, :, 5:] == 0).all()
-
-
 @pytest.mark.parametrize(("adapt", "calls"), [(Frozen(), [4, 4, 4]), (LastBlocks(1), [12])])
 def test_frozen_backbone_runs_in_small_chunks(adapt, calls):
     model, seen = SegmentationModel(adapt(Least()), Scores()), []
