@@ -28,7 +28,8 @@ def pytest_collection_modifyitems(items):
     """Leave out what this machine cannot run, and mark as slow what runs commands, starts processes or composes."""
     for item in items:
         names = vars(item.module)
-        runs_commands = getattr(names.get("call"), "__module__", None) == "command_line"
+        runners = (names.get("call"), names.get("succeed"))
+        runs_commands = any(getattr(runner, "__module__", None) == "command_line" for runner in runners)
         if runs_commands or PROCESSES & names.keys() or "compose" in item.fixturenames:
             item.add_marker("slow")
         if "gpu" in item.keywords and not torch.cuda.is_available():

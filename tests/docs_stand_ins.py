@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 
 import numpy as np
-from command_line import SLOTS, call
+from command_line import SLOTS, succeed
 from meta_files import write_released
 from PIL import Image
 
@@ -81,8 +81,7 @@ class StandIns:
 
     def run(self, folder, words):
         """Run a command in a folder and return its run folder, `run` below it."""
-        done = call(folder, *(word.format_map(self) for word in words), "hydra.run.dir=run", *CPU)
-        assert done.status == 0, done.err
+        succeed(folder, *(word.format_map(self) for word in words), "hydra.run.dir=run", *CPU)
         return folder / "run"
 
 

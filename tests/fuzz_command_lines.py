@@ -21,7 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from command_line import SLOTS, SMALL, call, in_this_process, write_data
+from command_line import SLOTS, SMALL, call, in_this_process, succeed, write_data
 from config_files import FOLDER, GROUPS, options
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -164,8 +164,7 @@ def prepare(root):
     render_moving_objects(here / "movi", train_videos=2, val_videos=1, seconds=1, size=(32, 32), workers=1)
     for seed, name in enumerate(("run", "other")):
         words = ("mode=train", *SMALL, "trainer.steps=1", f"seed={seed}", f"hydra.run.dir={name}")
-        done = call(here, *words)
-        assert done.status == 0, done.err
+        succeed(here, *words)
     os.mkfifo(here / "pipe")
     (here / "odd.json").write_text("[" * 2000)
     (here / "deep.yaml").write_text("a: &a [1]\nb: [*a, *a, {c: !!python/object:os.system x}]\n")

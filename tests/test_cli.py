@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from config_files import options, read_node
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -450,8 +450,7 @@ def test_ids_outside_the_classes_are_refused_with_a_mapping(place):
     message = error_message(place, *TRAIN)
     assert "6 of 6 masks with values that are not classes: 64 (in 6), 128 (in 6)" in message
     assert "To ignore them: '++data.reader.masks.ids={64: 255, 128: 255}' (with these quotes)" in message
-    mapped = call(place, *TRAIN, "++data.reader.masks.ids={64: 0, 128: 1}", "mode.metrics_only=true")
-    assert mapped.status == 0, mapped.err
+    succeed(place, *TRAIN, "++data.reader.masks.ids={64: 0, 128: 1}", "mode.metrics_only=true")
 
 
 @pytest.mark.heavy
@@ -464,13 +463,11 @@ def test_command_line_trains_evaluates_and_predicts(place):
     assert {"run.log", "split.json", "metrics.jsonl", "config/config.yaml", "curves.png"} <= names
     assert {"checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/scores.json"} <= names
     assert min(read_image(run / "curves.png").shape[:2]) > 150
-    again = call(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
-    assert again.status == 0, again.err
+    succeed(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
     (scored,) = place.glob("outputs/base/eval_*")
     assert (scored / "scores.json").read_text() == (run / "evaluation/scores.json").read_text()
     assert not list(scored.glob("predictions")) and len(list(run.glob("evaluation/predictions/*"))) == 4
-    segmented = call(place, "mode=predict", f"resume={run}", "input=data/val/images", "engine=cpu")
-    assert segmented.status == 0, segmented.err
+    succeed(place, "mode=predict", f"resume={run}", "input=data/val/images", "engine=cpu")
     assert len(list(place.glob("outputs/base/predict_*/*_segmentation/segmentation_raw.npy"))) == 2
     for word, message in (
         ("mode.split=nonsense", "split=nonsense is unknown"),

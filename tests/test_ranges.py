@@ -8,7 +8,7 @@ from types import UnionType
 from typing import get_args
 
 import pytest
-from command_line import SMALL, call
+from command_line import SMALL, call, succeed
 from config_files import FOLDER, read
 from hydra.utils import get_object
 from mistakes import assert_refused
@@ -193,8 +193,7 @@ def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
 
 
 def test_one_number_is_a_square_crop(tmp_path):
-    done = call(tmp_path, "mode=summary", *SMALL, "resolution.crop=224", "hydra.run.dir=run")
-    assert done.status == 0, done.err
+    succeed(tmp_path, "mode=summary", *SMALL, "resolution.crop=224", "hydra.run.dir=run")
     assert OmegaConf.load(tmp_path / "run/config/config.yaml").resolution.crop == [224, 224]
 
 

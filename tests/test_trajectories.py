@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from command_line import SLOTS, SMALL, call, write_data
+from command_line import SLOTS, SMALL, succeed, write_data
 
 from dinoseg.synthetic.moving.write import render_moving_objects
 
@@ -72,8 +72,7 @@ CASES = (*PLAIN, "resumed", "distilled", *CLIPS)
 
 def train(folder, run, *words):
     """Train, and return the losses of the rows up to STEPS, by name; of several heads `train/NAME/loss`."""
-    done = call(folder, *words, f"hydra.run.dir={run}")
-    assert done.status == 0, done.err
+    succeed(folder, *words, f"hydra.run.dir={run}")
     losses = {}
     lines = (folder / run / "metrics.jsonl").read_text("utf-8").splitlines()
     for row in filter(is_training_row, map(json.loads, lines)):
