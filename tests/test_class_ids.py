@@ -131,8 +131,10 @@ def test_class_ids_skip_upsampling_only_where_that_is_cheaper(monkeypatch):
 
 
 def test_on_an_accelerator_as_many_scores_as_fit_are_upsampled(monkeypatch):
-    draw, size, shapes = torch.Generator().manual_seed(0), (40, 50), []
+    draw = torch.Generator().manual_seed(0)
     scores = torch.cat([smooth(draw, 4, (11, 16)) for _ in range(5)])
+    size = (40, 50)
+    shapes = []
     wanted = argmax_ids(upsample(scores, size, (1.0, 1.0)))
     monkeypatch.setattr(rooms, "upsample", lambda some, *given: shapes.append(some.shape[:2]) or upsample(some, *given))
     image = 4 * 40 * 50  # upsampled numbers

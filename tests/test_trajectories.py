@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from command_line import SLOTS, SMALL, succeed, write_data
+from finished_runs import rows
 
 from dinoseg.synthetic.moving.write import render_moving_objects
 
@@ -74,16 +75,11 @@ def train(folder, run, *words):
     """Train, and return the losses of the rows up to STEPS, by name; of several heads `train/NAME/loss`."""
     succeed(folder, *words, f"hydra.run.dir={run}")
     losses = {}
-    lines = (folder / run / "metrics.jsonl").read_text("utf-8").splitlines()
-    for row in filter(is_training_row, map(json.loads, lines)):
+    for row in (row for row in rows(folder, run) if row["step"] <= STEPS and "train/loss" in row):
         for name in (name for name in row if name.startswith("train/") and "loss" in name):
             losses.setdefault(name, []).append(row[name])
     assert losses
     return losses
-
-
-def is_training_row(row):
-    return row["step"] <= STEPS and "train/loss" in row
 
 
 def run_case(name, folder):
