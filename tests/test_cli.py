@@ -335,7 +335,6 @@ def test_a_mistake_while_training_is_one_message(site, arguments, parts):
         (["+optim.optimizer.lrr=1"], ["does not take lrr", "lr, weight_decay"]),
         (["trainer.steps=1.5"], ["steps=1.5 is of type float", "Give a whole number"]),
         (["trainer.steps=true"], ["steps=True is of type bool", "Give a whole number"]),
-        (["data.classes=dark"], ["classes=dark is of type str", "list of texts"]),
         (["data.classes=null"], ["data.classes=null is not a list"]),
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
         (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
@@ -469,12 +468,8 @@ def test_command_line_trains_evaluates_and_predicts(place):
     assert not list(scored.glob("predictions")) and len(list(run.glob("evaluation/predictions/*"))) == 4
     succeed(place, "mode=predict", f"resume={run}", "input=data/val/images", "engine=cpu")
     assert len(list(place.glob("outputs/base/predict_*/*_segmentation/segmentation_raw.npy"))) == 2
-    for word, message in (
-        ("mode.split=nonsense", "split=nonsense is unknown"),
-        ("head=mlp", "trained with head=linear"),
-    ):
-        refused = call(place, "mode=eval", f"resume={run}", "engine=cpu", word)
-        assert refused.status == 1 and message in refused.err
+    refused = call(place, "mode=eval", f"resume={run}", "engine=cpu", "mode.split=nonsense")
+    assert refused.status == 1 and "split=nonsense is unknown" in refused.err
 
 
 def test_composed_config_is_shown(tmp_path):
