@@ -47,15 +47,9 @@ def write_coco(root):
         save(root / "images" / f"{name}.png", image)
         images.append({"id": number, "file_name": f"{name}.png", "height": SIZE[0], "width": SIZE[1]})
         for category, layer in enumerate(layers, start=1):
-            annotations.append({
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": category,
-                "segmentation": {"size": list(SIZE), "counts": run_lengths(layer)},
-                "area": int(layer.sum()),
-                "bbox": [0, 0, SIZE[1], SIZE[0]],
-                "iscrowd": 0,
-            })  # fmt: skip
+            drawn = {"size": list(SIZE), "counts": run_lengths(layer)}
+            numbers = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+            annotations.append({**numbers, "segmentation": drawn, "iscrowd": 0})
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     path = root / "annotations" / "instances_train.json"
