@@ -27,6 +27,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from dinoseg.config.plain import keys_of
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.utils.errors import UserError
@@ -122,14 +123,7 @@ def _keys(name, base):
         words = [word if "[" in word else word.split(",")[0] for word in base if word != "-m"]
         cfg = OmegaConf.to_container(compose("main", [f"mode={name.split()[0]}", *words]))
     GlobalHydra.instance().clear()
-    return list(_paths(cfg))
-
-
-def _paths(node, above=""):
-    for key, value in node.items():
-        yield f"{above}{key}"
-        if isinstance(value, dict):
-            yield from _paths(value, f"{above}{key}.")
+    return list(keys_of(cfg))
 
 
 def _odd_word(draw, keys, sweeps=False):

@@ -1,6 +1,7 @@
 """Images of a disc and a square that overlap, and their masks: one PNG for each class, and COCO polygons."""
 
 import json
+from itertools import groupby
 
 import numpy as np
 from making import save
@@ -60,7 +61,5 @@ def write_coco(root):
 
 def run_lengths(layer):
     """Return COCO's uncompressed run lengths of a mask (H, W), by columns."""
-    flat = layer.T.ravel()
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-    return [0, *counts] if flat[0] else counts
+    counts = [len([*run]) for _, run in groupby(layer.T.flat)]
+    return [0, *counts] if layer[0, 0] else counts

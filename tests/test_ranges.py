@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 from command_line import SMALL, call, succeed
-from config_files import FOLDER, read
+from config_files import FOLDER, nodes, read
 from hydra.utils import get_object
 from mistakes import assert_refused
 from omegaconf import OmegaConf
@@ -36,13 +36,6 @@ OF_OTHERS = {"adapter": ("lr",), "mode": LAUNCH_KEYS}  # keys beside a target's 
 ELSEWHERE = {"in_dim", "num_layers", "ignore_index"}  # given at run time; checked by `Labels`
 
 
-def targets(node):
-    if isinstance(node, dict):
-        yield from [node["_target_"]] if "_target_" in node else []
-        for value in node.values():
-            yield from targets(value)
-
-
 def is_number(annotation):
     parts = get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
     return any(part in (int, float) for part in parts)
@@ -61,7 +54,7 @@ def given_at_run_time(target):
 
 def test_every_number_of_a_config_has_a_range():
     files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "hydra"]
-    found = {name for path in files for name in targets(read(path.parent.name, path.stem))}
+    found = {node["_target_"] for path in files for _, node in nodes(read(path.parent.name, path.stem))}
     ranged, bare = 0, {}
     for target in map(get_object, found):
         parameters = inspect.signature(target).parameters.values()
