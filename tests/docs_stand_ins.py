@@ -11,6 +11,7 @@ from itertools import product
 
 import numpy as np
 from command_line import SLOTS, succeed
+from making import save
 from meta_files import write_released
 from PIL import Image
 
@@ -91,9 +92,7 @@ def write_images(folder, image, mask, ids, names="ab", splits=("train", "val")):
     for split, name in product(splits, names):
         for pattern, pixels in ((image, draw.integers(0, 255, (50, 66, 3))), (mask, draw.choice(ids, (50, 66)))):
             if pattern:
-                path = folder / pattern.format(split=split, name=name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                save(folder / pattern.format(split=split, name=name), pixels)
 
 
 @stand_in("FOLDER")
@@ -117,9 +116,7 @@ def folder_of_colour_and_infrared(stand_ins, folder):
     shutil.copytree(stand_ins["FOLDER"], folder, dirs_exist_ok=True)
     draw = np.random.default_rng(0)
     for image in sorted(folder.glob("*/images/*.png")):
-        path = image.parents[1] / "nir" / f"{image.stem}.tif"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(draw.integers(0, 2**16, (50, 66)).astype(np.uint16)).save(path)
+        save(image.parents[1] / "nir" / f"{image.stem}.tif", draw.integers(0, 2**16, (50, 66)), np.uint16)
     return folder
 
 
@@ -191,7 +188,7 @@ def frames(stand_ins, folder):
     shown = np.zeros((48, 64), np.uint8)
     shown[10:40, 20:50] = 1
     for name in ("00000", "00001"):
-        Image.fromarray(shown).save(folder / f"{name}.png")
+        save(folder / f"{name}.png", shown)
     return folder
 
 
