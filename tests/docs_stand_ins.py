@@ -4,7 +4,6 @@ A new word is a line of `PATHS` or `RUNS`, or a function below `@stand_in("WORD"
 own; it returns what stands in for the word. What a mode needs to be quick is a line of `SMALLER` in tests/test_docs.py.
 """
 
-import json
 import shutil
 from functools import partial
 from itertools import product
@@ -18,6 +17,7 @@ from PIL import Image
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.synthetic.surgery.write import render_dataset
 from dinoseg.tasks.preparation import idd, sarrarp
+from dinoseg.utils.atomic import write_json
 
 SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
 SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")
@@ -128,7 +128,7 @@ def drawn_for_coco(stand_ins, folder):
     shapes = [{"id": number, "image_id": number, **drawn} for number in (0, 1)]
     content = {"images": images, "annotations": shapes, "categories": [{"id": 1, "name": "leaf"}]}
     for split in ("train", "valid"):
-        (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
+        write_json(folder / split / "_annotations.coco.json", content)
     return folder
 
 
@@ -138,7 +138,7 @@ def drawn_for_labelme(stand_ins, folder):
     shape = {"label": "leaf", "points": [[5, 5], [40, 40]], "shape_type": "rectangle"}
     for name in "abcd":
         content = {"imagePath": f"{name}.jpg", "imageHeight": 50, "imageWidth": 66, "shapes": [shape]}
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        write_json(folder / f"{name}.json", content)
     return folder
 
 
@@ -161,9 +161,8 @@ def idd_with_polygons(stand_ins, folder):
     road = {"label": "road", "polygon": [[0, 25], [66, 25], [66, 50], [0, 50]]}
     sky = {"label": "sky", "polygon": [[0, 0], [66, 0], [66, 20], [0, 20]]}
     for split, name in product(("train", "val"), "ab"):
-        path = root / f"gtFine/{split}/{split}_1/{name}_gtFine_polygons.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}))
+        content = {"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}
+        write_json(root / f"gtFine/{split}/{split}_1/{name}_gtFine_polygons.json", content)
     idd.prepare(folder, workers=1)
     return folder
 

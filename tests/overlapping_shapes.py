@@ -1,10 +1,11 @@
 """Images of a disc and a square that overlap, and their masks: one PNG for each class, and COCO polygons."""
 
-import json
 from itertools import groupby
 
 import numpy as np
 from making import save
+
+from dinoseg.utils.atomic import write_json
 
 CLASSES = ["disc", "square"]
 SIZE = (32, 48)
@@ -53,9 +54,7 @@ def write_coco(root):
             annotations.append({**numbers, "segmentation": drawn, "iscrowd": 0})
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    path = root / "annotations" / "instances_train.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(content))
+    write_json(root / "annotations" / "instances_train.json", content)
     return masks
 
 

@@ -23,6 +23,7 @@ from dinoseg.__main__ import CONFIGS, main
 from dinoseg.cli import launch, words
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.modes.help import overview
+from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_image, write_png
 
@@ -164,9 +165,7 @@ def test_typo_is_one_message_in_a_real_process(site):
 
 
 def test_options_of_a_search_path_can_be_chosen(tmp_path):
-    part = tmp_path / "mine/head/mine.yaml"
-    part.parent.mkdir(parents=True)
-    part.write_text("defaults: [linear]\nlr: 0.5\n")
+    write_text(tmp_path / "mine/head/mine.yaml", "defaults: [linear]\nlr: 0.5\n")
     words = (f"hydra.searchpath=[file://{tmp_path}/mine]", "mode=summary", "backbone=tiny", "data.classes=[a,b]")
     done = call(tmp_path, *words, "head=mine", "--cfg", "job")
     assert done.status == 0 and "lr: 0.5" in done.out, done.err
