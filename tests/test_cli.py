@@ -272,6 +272,7 @@ NO_FILE = "mine.yaml is not a config file"
         ("mode", "{_target_: a.b, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type"),
         ("mode", "{defaults: data, _target_: a.b, _partial_: true}", "defaults"),
         ("hparam", "# @package _global_\nmode:\n  # steps: 3\n", "error: mode is null, "),
+        pytest.param("hparam", "# @package _global_\nhead:\n", "error: head is null, ", marks=pytest.mark.heavy),
     ],
 )
 def test_faulty_config_file_is_one_message(site, tmp_path, option, content, message):
@@ -495,3 +496,13 @@ def test_only_the_command_line_enables_the_mps_fallback(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["dinoseg"])
     main()
     assert environment["PYTORCH_ENABLE_MPS_FALLBACK"] == "1" and "mode=train" in capsys.readouterr().out
+
+
+def test_early_interruption_does_not_import_torch(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from omegaconf import OmegaConf; from dinoseg.cli import launch; "
+        "cfg = OmegaConf.create({'mode': {'resume_from': 'last'}}); "
+        "print(launch._interrupt_note(cfg, Path('.'), launch.RunLocation(Path('.'), Path('.'))), "
+        "'torch' in sys.modules)"
+    )
+    assert process(tmp_path, "-c", code, stdout=subprocess.PIPE).stdout == "this run has saved nothing False\n"

@@ -259,7 +259,9 @@ def test_rates_come_from_head_and_adapter_unless_one_is_set(compose):
     for head in options("head"):
         base = next((entry for entry in read("head", head).get("defaults", []) if entry != "_self_"), head)
         assert read("head", base)["lr"] > 0, head
-    # parts of the user need no rate
+
+
+def test_own_head_or_adapter_needs_no_rate(compose):
     assert compose("~head").optim.optimizer.head_lr == 1e-3
     assert compose("~adapter").optim.optimizer.backbone_lr == 1e-4
 
