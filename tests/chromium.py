@@ -11,7 +11,7 @@ QUIET += ("--disable-component-update", "--disable-sync")
 
 
 @contextmanager
-def opened_page(address, *, width=1280, height=900, dark=False):
+def opened_page(address, *, width=1280, height=900):
     """Open an address and give the page; `page.complaints` are its console's errors and every request that left it."""
     program = shutil.which("chromium")
     if program is None:
@@ -21,7 +21,7 @@ def opened_page(address, *, width=1280, height=900, dark=False):
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=QUIET)
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+        page = browser.new_page(viewport={"width": width, "height": height})
         page.complaints = []
         page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: page.complaints.append(str(error)))

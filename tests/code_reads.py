@@ -38,14 +38,6 @@ class Code:
                         self.names[module].setdefault(target.id, f"{module}.{target.id}")
                         self.parts.setdefault(f"{module}.{target.id}", (module, node))
 
-    def names_in(self, module, node):
-        """Return the parts of the package that names in a piece of code stand for."""
-        for each in ast.walk(node):
-            if isinstance(each, ast.Name):
-                yield self.names[module].get(each.id)
-            elif isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name):
-                yield f"{self.names[module].get(each.value.id)}.{each.attr}"
-
     def reads(self, *starts):
         """Return the dotted keys, two names long at most, that functions and classes read, with all that they can call.
 
@@ -87,9 +79,12 @@ class Code:
     def references_in(self, module, piece):
         """Return the parts, attributes and keys that a piece of code names."""
         if piece not in self.seen:
-            names = [name for name in self.names_in(module, piece) if name]
-            found = [each for each in ast.walk(piece) if isinstance(each, ast.Attribute)]
-            inside = any(self.names[module].get(name, "").startswith(module) for name in BUILDERS)
+            known = self.names[module]
+            inner = [*ast.walk(piece)]
+            found = [each for each in inner if isinstance(each, ast.Attribute)]
+            names = [known[each.id] for each in inner if isinstance(each, ast.Name) and each.id in known]
+            names += [f"{known.get(each.value.id)}.{each.attr}" for each in found if isinstance(each.value, ast.Name)]
+            inside = any(known.get(name, "").startswith(module) for name in BUILDERS)
             attributes = {each.attr for each in found}
             attributes |= {f"builder.{each.attr}" for each in found if is_builder(each.value, inside=inside)}
             self.seen[piece] = names, attributes, set(keys_in(piece))

@@ -114,8 +114,7 @@ def train_both(where):
     lengths = ("mode=train", "trainer.steps=4", "trainer.val_every=4", "mode.metrics_only=true")
     segmenter = (*SMALL, "head=cnn", "head.channels=16")
     for name, words in (("segmenter", segmenter), ("slots", SLOTS)):
-        done = call(where, *words, *lengths, f"hydra.run.dir={name}")
-        assert done.status == 0, done.err
+        succeed(where, *words, *lengths, f"hydra.run.dir={name}")
     video = where / "movi/validation/validation_0001"
     for number in range(7):
         write_png(where / f"clip/{number:05d}.png", read_image(video / f"frames/{number:05d}.png"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from dinoseg.__main__ import CONFIGS
+from dinoseg.config.plain import below
 
 FOLDER = Path(CONFIGS)
 GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
@@ -120,11 +121,6 @@ def required_overrides(choice):
 
 def nodes(node, path=""):
     """Yield path and content of every `_target_` node."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from nodes(value, f"{path}.{key}".lstrip("."))
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            yield from nodes(value, f"{path}.{number}")
+    for steps, value in below(node, (path,) if path else ()):
+        if isinstance(value, dict) and "_target_" in value:
+            yield ".".join(map(str, steps)), value

@@ -22,8 +22,6 @@ for each in PATCHES:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DATA = Path(os.environ.get("DINOSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):

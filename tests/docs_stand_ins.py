@@ -4,19 +4,20 @@ A new word is a line of `PATHS` or `RUNS`, or a function below `@stand_in("WORD"
 own; it returns what stands in for the word. What a mode needs to be quick is a line of `SMALLER` in tests/test_docs.py.
 """
 
-import json
 import shutil
 from functools import partial
 from itertools import product
 
 import numpy as np
-from command_line import SLOTS, call
+from command_line import SLOTS, succeed
+from making import save
 from meta_files import write_released
 from PIL import Image
 
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.synthetic.surgery.write import render_dataset
 from dinoseg.tasks.preparation import idd, sarrarp
+from dinoseg.utils.atomic import write_json
 
 SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
 SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")
@@ -81,8 +82,7 @@ class StandIns:
 
     def run(self, folder, words):
         """Run a command in a folder and return its run folder, `run` below it."""
-        done = call(folder, *(word.format_map(self) for word in words), "hydra.run.dir=run", *CPU)
-        assert done.status == 0, done.err
+        succeed(folder, *(word.format_map(self) for word in words), "hydra.run.dir=run", *CPU)
         return folder / "run"
 
 
@@ -92,9 +92,7 @@ def write_images(folder, image, mask, ids, names="ab", splits=("train", "val")):
     for split, name in product(splits, names):
         for pattern, pixels in ((image, draw.integers(0, 255, (50, 66, 3))), (mask, draw.choice(ids, (50, 66)))):
             if pattern:
-                path = folder / pattern.format(split=split, name=name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                save(folder / pattern.format(split=split, name=name), pixels)
 
 
 @stand_in("FOLDER")
@@ -118,9 +116,7 @@ def folder_of_colour_and_infrared(stand_ins, folder):
     shutil.copytree(stand_ins["FOLDER"], folder, dirs_exist_ok=True)
     draw = np.random.default_rng(0)
     for image in sorted(folder.glob("*/images/*.png")):
-        path = image.parents[1] / "nir" / f"{image.stem}.tif"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(draw.integers(0, 2**16, (50, 66)).astype(np.uint16)).save(path)
+        save(image.parents[1] / "nir" / f"{image.stem}.tif", draw.integers(0, 2**16, (50, 66)), np.uint16)
     return folder
 
 
@@ -132,7 +128,7 @@ def drawn_for_coco(stand_ins, folder):
     shapes = [{"id": number, "image_id": number, **drawn} for number in (0, 1)]
     content = {"images": images, "annotations": shapes, "categories": [{"id": 1, "name": "leaf"}]}
     for split in ("train", "valid"):
-        (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
+        write_json(folder / split / "_annotations.coco.json", content)
     return folder
 
 
@@ -142,7 +138,7 @@ def drawn_for_labelme(stand_ins, folder):
     shape = {"label": "leaf", "points": [[5, 5], [40, 40]], "shape_type": "rectangle"}
     for name in "abcd":
         content = {"imagePath": f"{name}.jpg", "imageHeight": 50, "imageWidth": 66, "shapes": [shape]}
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        write_json(folder / f"{name}.json", content)
     return folder
 
 
@@ -165,9 +161,8 @@ def idd_with_polygons(stand_ins, folder):
     road = {"label": "road", "polygon": [[0, 25], [66, 25], [66, 50], [0, 50]]}
     sky = {"label": "sky", "polygon": [[0, 0], [66, 0], [66, 20], [0, 20]]}
     for split, name in product(("train", "val"), "ab"):
-        path = root / f"gtFine/{split}/{split}_1/{name}_gtFine_polygons.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}))
+        content = {"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}
+        write_json(root / f"gtFine/{split}/{split}_1/{name}_gtFine_polygons.json", content)
     idd.prepare(folder, workers=1)
     return folder
 
@@ -192,7 +187,7 @@ def frames(stand_ins, folder):
     shown = np.zeros((48, 64), np.uint8)
     shown[10:40, 20:50] = 1
     for name in ("00000", "00001"):
-        Image.fromarray(shown).save(folder / f"{name}.png")
+        save(folder / f"{name}.png", shown)
     return folder
 
 

@@ -4,7 +4,7 @@ import json
 from contextlib import chdir
 from unittest.mock import patch
 
-from command_line import call
+from command_line import succeed
 from omegaconf import OmegaConf
 
 from dinoseg.cli import ranks
@@ -16,8 +16,7 @@ from dinoseg.training.engine import Engine
 
 def train_run(folder, run, *words):
     """Train into a run folder, and return the tensors of its last checkpoint and what the command said."""
-    done = call(folder, *words, f"hydra.run.dir={run}")
-    assert done.status == 0, done.err
+    done = succeed(folder, *words, f"hydra.run.dir={run}")
     return checkpoint.read(folder / run / "checkpoints/last.safetensors").tensors, done
 
 

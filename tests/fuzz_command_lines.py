@@ -21,12 +21,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from command_line import SLOTS, SMALL, call, in_this_process, write_data
+from command_line import SLOTS, SMALL, call, in_this_process, succeed, write_data
 from config_files import FOLDER, GROUPS, options
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from dinoseg.config.plain import keys_of
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.utils.errors import UserError
@@ -81,17 +82,8 @@ VALUES = (
     *("[{},[]]", "{a: [1,{b: null}]}", "{_target_: os.getcwd}", "[[1,2],[3,4]]", "[true]", "{a: nan}", "[1e400]"),
     *("${nothing}", "${seed}", "${.x}", "${oc.env:NOTHING}", "${now:x}", "None", "${hydra:runtime.cwd}", "${len:3}"),
     *("choice(1,2)", "range(0,3)", "interval(0,1)", "glob(*)", "0,1", "1,nan", "${data.root}", "${oc.env:HOME}"),
-    *(
-        "run",
-        "other",
-        "data",
-        "data/val/images",
-        "data/val/masks/0.png",
-        "run/config",
-        "pipe",
-        "/dev/null",
-        "/dev/zero",
-    ),
+    *("run", "other", "data", "data/val/images", "data/val/masks/0.png", "run/config", "pipe", "/dev/null"),
+    "/dev/zero",
     *("nothing/here", "odd.json", "deep.yaml", "auto", "disk", "memory", "all", *TEXTS),
 )
 TYPED = (  # keys that are typed most, or are young
@@ -131,14 +123,7 @@ def _keys(name, base):
         words = [word if "[" in word else word.split(",")[0] for word in base if word != "-m"]
         cfg = OmegaConf.to_container(compose("main", [f"mode={name.split()[0]}", *words]))
     GlobalHydra.instance().clear()
-    return list(_paths(cfg))
-
-
-def _paths(node, above=""):
-    for key, value in node.items():
-        yield f"{above}{key}"
-        if isinstance(value, dict):
-            yield from _paths(value, f"{above}{key}.")
+    return list(keys_of(cfg))
 
 
 def _odd_word(draw, keys, sweeps=False):
@@ -173,8 +158,7 @@ def prepare(root):
     render_moving_objects(here / "movi", train_videos=2, val_videos=1, seconds=1, size=(32, 32), workers=1)
     for seed, name in enumerate(("run", "other")):
         words = ("mode=train", *SMALL, "trainer.steps=1", f"seed={seed}", f"hydra.run.dir={name}")
-        done = call(here, *words)
-        assert done.status == 0, done.err
+        succeed(here, *words)
     os.mkfifo(here / "pipe")
     (here / "odd.json").write_text("[" * 2000)
     (here / "deep.yaml").write_text("a: &a [1]\nb: [*a, *a, {c: !!python/object:os.system x}]\n")

@@ -1,9 +1,11 @@
 """Images of a disc and a square that overlap, and their masks: one PNG for each class, and COCO polygons."""
 
-import json
+from itertools import groupby
 
 import numpy as np
 from making import save
+
+from dinoseg.utils.atomic import write_json
 
 CLASSES = ["disc", "square"]
 SIZE = (32, 48)
@@ -23,9 +25,9 @@ def draw_pair(rng):
     return image, np.stack([disc, square]), [left, top, right, top, right, bottom, left, bottom]
 
 
-def write_overlaps(root, train=12, val=4, seed=0):
+def write_overlaps(root, train=12, val=4):
     """Write both splits as ROOT/SPLIT/images and ROOT/SPLIT/masks/CLASS; return the masks of each image by name."""
-    rng, masks = np.random.default_rng(seed), {}
+    rng, masks = np.random.default_rng(0), {}
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             image, layers, _ = draw_pair(rng)
@@ -37,36 +39,26 @@ def write_overlaps(root, train=12, val=4, seed=0):
     return masks
 
 
-def write_coco(root, count=3, seed=1):
+def write_coco(root):
     """Write train as run lengths of both classes, which overlap; return the masks of each image by name."""
-    rng, masks, images, annotations = np.random.default_rng(seed), {}, [], []
-    for number in range(count):
+    rng, masks, images, annotations = np.random.default_rng(1), {}, [], []
+    for number in range(3):
         image, layers, _ = draw_pair(rng)
         name = f"train_{number}"
         masks[name] = layers
         save(root / "images" / f"{name}.png", image)
         images.append({"id": number, "file_name": f"{name}.png", "height": SIZE[0], "width": SIZE[1]})
         for category, layer in enumerate(layers, start=1):
-            annotations.append({
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": category,
-                "segmentation": {"size": list(SIZE), "counts": run_lengths(layer)},
-                "area": int(layer.sum()),
-                "bbox": [0, 0, SIZE[1], SIZE[0]],
-                "iscrowd": 0,
-            })  # fmt: skip
+            drawn = {"size": list(SIZE), "counts": run_lengths(layer)}
+            numbers = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+            annotations.append({**numbers, "segmentation": drawn, "iscrowd": 0})
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    path = root / "annotations" / "instances_train.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(content))
+    write_json(root / "annotations" / "instances_train.json", content)
     return masks
 
 
 def run_lengths(layer):
     """Return COCO's uncompressed run lengths of a mask (H, W), by columns."""
-    flat = layer.T.ravel()
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-    return [0, *counts] if flat[0] else counts
+    counts = [len([*run]) for _, run in groupby(layer.T.flat)]
+    return [0, *counts] if layer[0, 0] else counts

@@ -7,8 +7,9 @@ of a CPU) and fused optimizers run as ever. Memory, streams and kernels are not 
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dinoseg
 from dinoseg.losses.fused import Fused
@@ -135,15 +137,7 @@ def _pretend(value: Tensor) -> Tensor:
     return value if isinstance(value, Pretended) else Pretended(value)
 
 
-def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Return arguments, or what came of them, with each tensor replaced."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)([_map_tensors(function, each) for each in value])
-    if type(value) is dict:
-        return {key: _map_tensors(function, each) for key, each in value.items()}
-    return _map_tensors(function, tuple(value)) if isinstance(value, tuple) else value
+_map_tensors = partial(tree_map_only, Tensor)  # arguments, or what came of them, with each tensor replaced
 
 
 def _look(name: Any, args: Any, kwargs: Any) -> None:
@@ -153,16 +147,12 @@ def _look(name: Any, args: Any, kwargs: Any) -> None:
         _waits.add("read")
     if name in _SIZES and not (name is aten.repeat_interleave and kwargs.get("output_size") is not None):
         _waits.add(f"size of {name.__name__}")
-    on_host: list[Tensor] = []
     joins = name in (aten.cat, aten.stack)
     if joins and torch._C._current_graph_task_id() != -1:
         return  # where a gradient is missing, autograd makes zeros where C++ takes the tensors to be: on the CPU
-
-    def plain(each: Tensor) -> None:
-        if type(each) is not Pretended and (each.ndim or joins):  # elsewhere a scalar of the host serves
-            on_host.append(each)
-
-    _map_tensors(plain, (args, kwargs))
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    # elsewhere than in joins, a scalar of the host serves
+    on_host = [each for each in tensors if type(each) is not Pretended and (each.ndim or joins)]
     if name in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
         indices = [index for index in args[1] if index is not None]
         chosen = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]

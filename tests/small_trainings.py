@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from checkpoint_files import INFO
 from log_rows import Rows
-from making import save
+from making import Pictures, save
 from tiny_parts import tiny_vit
 
 from dinoseg.data.classes.labels import Labels
@@ -25,17 +25,10 @@ from dinoseg.training.trainer import Experiment, Settings, fit
 SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
-class Stripes:
+class Stripes(Pictures):
     """Pictures whose upper half is dark and of class 0, the lower bright and of class 1; the border is ignored."""
 
-    classes, palette, ignore_index = ("dark", "bright", "never"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255
-
-    def __init__(self, sizes):
-        self.sizes = sizes
-        self.names = [str(number) for number in range(len(sizes))]
-
-    def __len__(self):
-        return len(self.sizes)
+    classes = ("dark", "bright", "never")
 
     def __getitem__(self, index):
         height, width = self.sizes[index]

@@ -5,6 +5,7 @@ import gc
 import re
 from collections import Counter
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -167,12 +168,12 @@ def broken_rules(file, imported):
 
 
 def circles(files):
-    """Return the circles of imports between files, between subpackages, and between packages of the top level."""
+    """Return a circle of imports between files, one between subpackages, and one between packages of the top level."""
     find, by_file = file_of(files), {}
     for file, source in files.items():
         by_file[file] = {other for _, name in find_imports(source) if (other := find(name))}
     graphs = (by_file, join_graph(by_file, package_of), join_graph(by_file, top_level))
-    return sorted({" - ".join(sorted(circle)) for graph in graphs for circle in _strongly_connected(graph)})
+    return sorted({*map(find_circle, graphs)} - {""})
 
 
 def join_graph(graph, group):
@@ -201,20 +202,13 @@ def file_of(files):
     return find
 
 
-def _strongly_connected(graph):
-    """Return the sets of nodes of which each leads to each."""
-    reached = {node: _reach(graph, node) for node in graph}
-    circles = {frozenset(other for other in reached[node] if node in reached[other]) for node in graph}
-    return [circle for circle in circles if circle]
-
-
-def _reach(graph, start):
-    reached, waiting = set(), [start]
-    while waiting:
-        new = graph.get(waiting.pop(), set()) - reached
-        reached |= new
-        waiting += new
-    return reached
+def find_circle(graph):
+    """Return the nodes of a circle in a graph, as one text; "" if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " - ".join(sorted({*error.args[1]}))
+    return ""
 
 
 def large_packages(files):
@@ -274,32 +268,17 @@ def test_parts_name_parameters_instead_of_keys():
     [
         ("models/heads/cnn.py", "from dinoseg.losses.cross_entropy import CrossEntropy", "leaves know nothing"),
         ("models/heads/cnn.py", "from dinoseg.models.backbones import cut", "leaves know nothing"),
-        ("models/heads/cnn.py", "from dinoseg.models.model import SegmentationModel", "leaves know nothing"),
         ("data/voc.py", "import dinoseg.models.backbones.transformers_vit", "leaves know nothing"),
         ("metrics/iou.py", "from dinoseg.models.model import SegmentationModel", "leaves know nothing"),
         ("metrics/iou.py", "from dinoseg.data.formats import folder", "leaves know nothing"),
         ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 3) imports metrics"),
         ("training/trainer.py", "def f():\n    from dinoseg.experiment import a", "training (level 7) imports experi"),
-        ("evaluation/official.py", "from dinoseg.modes.score import run", "imports modes"),
-        ("evaluation/images.py", "from dinoseg.tasks.images import TrainImages", "imports tasks"),
-        ("evaluation/videos.py", "from omegaconf import DictConfig", "may import omegaconf"),
-        ("tracking/video/state.py", "from dinoseg.training import checkpoint", "imports training"),
-        ("experiment/builder.py", "from dinoseg.models.heads.linear import LinearHead", "through _target_ only"),
         ("experiment/builder.py", "from dinoseg.models import heads", "through _target_ only"),
         ("cli/launch.py", "from dinoseg.modes import train", "through _target_ only"),
-        ("__main__.py", "from dinoseg.modes.train import train", "through _target_ only"),
-        ("api/modes.py", "from dinoseg.modes.train import train", "through _target_ only"),
-        ("cli/launch.py", "from dinoseg.api.modes import train", "imports api"),
-        ("losses/overlap.py", "from omegaconf import DictConfig", "may import omegaconf"),
         ("training/trainer.py", "import hydra.core.hydra_config", "may import hydra"),
-        ("modes/train.py", "from hydra.utils import instantiate", "may import hydra.utils"),
         ("modes/train.py", "from hydra import utils", "may import hydra.utils"),
         ("training/trainer.py", "if True:\n    from accelerate import Accelerator", "may import accelerate"),
         ("models/heads/cnn.py", "import peft.tuners as tuners", "may import peft"),
-        ("models/model.py", "from transformers import AutoModel", "may import transformers"),
-        ("report/curves.py", "from torch.utils.tensorboard import Writer", "may import torch.utils.tensorboard"),
-        ("report/curves.py", "from torch.utils import tensorboard", "may import torch.utils.tensorboard"),
-        ("tracking/smoothing.py", "from dinoseg.tracking.slots.matching import cosine", "trackers are siblings"),
         ("tracking/slots/propagation.py", "from dinoseg.tracking import smoothing", "trackers are siblings"),
         ("models/heads/cnn.py", "from .linear import LinearHead", "absolutely"),
         ("models/heads/cnn.py", "from dinoseg.core.geometry import *", "by name"),
@@ -307,21 +286,6 @@ def test_parts_name_parameters_instead_of_keys():
 )
 def test_a_planted_violation_is_found(file, source, message):
     assert any(message in found for found in import_violations(file, source)), import_violations(file, source)
-
-
-@pytest.mark.parametrize(
-    ("file", "imported"),
-    [
-        ("models/heads/cnn.py", ("torch", "dinoseg.core.geometry", "dinoseg.models.heads.linear")),
-        ("metrics/iou.py", ("dinoseg.data.label_tables.read",)),
-        ("modes/train.py", ("dinoseg.experiment.builder", "dinoseg.synthetic.surgery.write")),
-        ("tracking/slots/tracker.py", ("dinoseg.tracking.grid.cells", "dinoseg.tracking.slots.matching.cosine")),
-        ("training/engine.py", ("accelerate",)),
-        ("experiment/resume.py", ("dinoseg.__version__", "dinoseg.experiment.builder")),
-    ],
-)
-def test_allowed_imports_pass(file, imported):
-    assert not import_violations(file, "".join(f"import {name}\n" for name in imported))
 
 
 def test_no_import_leads_back():
@@ -367,12 +331,8 @@ def pickle_collectives(file, source):
 
 def test_ranks_exchange_no_pickles():
     assert not [line for file, source in FILES.items() for line in pickle_collectives(file, source)]
-
-
-@pytest.mark.parametrize("name", sorted(PICKLE_COLLECTIVES))
-def test_a_planted_pickle_collective_is_found(name):
-    for source in (f"from accelerate.utils import {name}", f"import torch\ntorch.distributed.{name}([1])"):
-        assert len(pickle_collectives("training/engine.py", source)) == 1
+    planted = "from accelerate.utils import gather_object\nimport torch\ntorch.distributed.send_object_list([1])"
+    assert len(pickle_collectives("training/engine.py", planted)) == 2
 
 
 def test_no_package_outgrows_the_others():

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, succeed, write_data
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from test_matrix import SMALL_HEADS
@@ -99,5 +99,4 @@ def test_resnet_with_weights_from_a_file_can_be_resumed(tmp_path):
     words += ["backbone=timm", "backbone.name=test_resnet", "backbone.weights=weights.safetensors", "adapter=full"]
     train = ("mode=train", *words, "hydra.run.dir=run")
     for command in (train, ("mode=eval", "resume=run", "engine=cpu"), ("mode=train", "resume=run", "trainer.steps=3")):
-        done = call(tmp_path, *command, "mode.metrics_only=true", "mode.report=false")
-        assert done.status == 0, done.err
+        succeed(tmp_path, *command, "mode.metrics_only=true", "mode.report=false")

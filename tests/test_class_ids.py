@@ -130,26 +130,20 @@ def test_class_ids_skip_upsampling_only_where_that_is_cheaper(monkeypatch):
             class_ids(scores, size, (1.0, 1.0))
 
 
-def test_on_an_accelerator_few_numbers_are_upsampled_as_a_whole(monkeypatch):
-    scores, size = smooth(torch.Generator().manual_seed(0), 4, (11, 16)), (40, 50)
-    passed, one_by_one = [], rooms._one_by_one
-    monkeypatch.setattr(rooms, "_one_by_one", lambda *given: passed.append(1) or one_by_one(*given))
-    for most, parts in ((4 * 40 * 50, 0), (4 * 40 * 50 - 1, 1)):
+def test_on_an_accelerator_as_many_scores_as_fit_are_upsampled(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.cat([smooth(draw, 4, (11, 16)) for _ in range(5)])
+    size = (40, 50)
+    shapes = []
+    wanted = argmax_ids(upsample(scores, size, (1.0, 1.0)))
+    monkeypatch.setattr(rooms, "upsample", lambda some, *given: shapes.append(some.shape[:2]) or upsample(some, *given))
+    image = 4 * 40 * 50  # upsampled numbers
+    for most, expected in ((2 * image, [(2, 4), (2, 4), (1, 4)]), (image, [(1, 4)] * 5), (image - 1, [(5, 1)] * 4)):
+        shapes.clear()
         monkeypatch.setattr(rooms, "_LAUNCHED", most)
         with pretended_cuda():
             ids = class_ids(Pretended(scores), size, (1.0, 1.0))
-        assert torch.equal(ids.memory, argmax_ids(upsample(scores, size, (1.0, 1.0)))) and len(passed) == parts
-
-
-def test_on_an_accelerator_a_large_batch_is_upsampled_in_parts(monkeypatch):
-    draw, size = torch.Generator().manual_seed(0), (40, 50)
-    scores = torch.cat([smooth(draw, 4, (11, 16)) for _ in range(5)])
-    images = []
-    monkeypatch.setattr(rooms, "upsample", lambda some, *given: images.append(len(some)) or upsample(some, *given))
-    monkeypatch.setattr(rooms, "_LAUNCHED", 2 * 4 * 40 * 50)
-    with pretended_cuda():
-        ids = class_ids(Pretended(scores), size, (1.0, 1.0))
-    assert images == [2, 2, 1] and torch.equal(ids.memory, argmax_ids(upsample(scores, size, (1.0, 1.0))))
+        assert shapes == expected and torch.equal(ids.memory, wanted)
 
 
 def test_grid_prediction_needs_no_scores_at_full_size():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from config_files import options, read_node
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,6 +23,7 @@ from dinoseg.__main__ import CONFIGS, main
 from dinoseg.cli import launch, words
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.modes.help import overview
+from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_image, write_png
 
@@ -132,18 +133,12 @@ def test_python_without_docstrings_is_refused_in_a_message(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.batch_size=abc"], "error: data.batch_size=abc is of type str. Give a whole number"),
         (['data.batch_size="8"'], "error: data.batch_size=8 is of type str. Give a whole number"),
         (["trainer.steps=many"], "error: trainer.steps=many is of type str. Give a whole number"),
         (["seed=-1"], "error: seed=-1 is out of range. Give a whole number of at least 0."),
         (["trainer.steps=0"], "error: trainer.steps=0 is out of range. Give a whole number of at least 1"),
         (["trainer.clip=off"], "error: trainer.clip=off is of type str. Give a number"),
         (["mode.report=maybe"], "error: mode.report=maybe is of type str. Give true or false"),
-        pytest.param(
-            ["adapter=lora", "adapter.rank=high"],
-            "error: adapter.rank=high is of type str. Give a whole number",
-            marks=pytest.mark.heavy,
-        ),
     ],
 )
 def test_wrong_values_are_refused_before_data_are_listed(site, arguments, message):
@@ -170,9 +165,7 @@ def test_typo_is_one_message_in_a_real_process(site):
 
 
 def test_options_of_a_search_path_can_be_chosen(tmp_path):
-    part = tmp_path / "mine/head/mine.yaml"
-    part.parent.mkdir(parents=True)
-    part.write_text("defaults: [linear]\nlr: 0.5\n")
+    write_text(tmp_path / "mine/head/mine.yaml", "defaults: [linear]\nlr: 0.5\n")
     words = (f"hydra.searchpath=[file://{tmp_path}/mine]", "mode=summary", "backbone=tiny", "data.classes=[a,b]")
     done = call(tmp_path, *words, "head=mine", "--cfg", "job")
     assert done.status == 0 and "lr: 0.5" in done.out, done.err
@@ -193,7 +186,6 @@ def test_an_unknown_option_lists_those_there_are(site, group):
     ("arguments", "message"),
     [
         (["trainer.stpes=3"], "trainer.stpes is not a key of the config. Did you mean trainer.steps"),
-        (["data.rot=x"], "data.rot is not a key of the config. Did you mean data.root"),
         (["steps=3"], "steps is not a key of the config. Did you mean trainer.steps?"),
         (["mode=trane"], "mode=trane is unknown. Did you mean mode=train?"),
         (["head=liner"], "head=liner is unknown. Did you mean head=linear? Choose from cnn, detail, dpt,"),
@@ -202,19 +194,15 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from can be set in config files only."),
         (["resolution.crop.height=3"], "resolution.crop.height"),
         (["train"], "train is not KEY=VALUE. Did you mean mode=train?"),
-        (["--cfg", "job", "+nonsense"], "+nonsense is not KEY=VALUE."),
         (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
         (["data.classes=[a,b"], "data.classes=[a,b cannot be parsed"),
         (["data.reader.masks.ids={3: 255"], "not closed. Write 'data.reader.masks.ids={3: 255}'."),
         (['data.classes=[a "b,c]'], "Quote the whole word, and the text inside it"),
         (["data.reader.layout.images={split}/b"], "the text inside it: 'data.reader.layout.images=\"{split}/b\"'."),
         (["data=folder", "data.reader.layout.splits={val: b}"], "has no val. To add it, put ++ before the word"),
-        (["head=mlp", "head.hiden=3"], "head.hiden is not a key of the config."),
-        (["head=segformer"], "error: head=segformer is unknown. Choose from cnn,"),
         (["loss=null"], "loss=null is unknown. Choose from bce"),
         (["hparam=sarrap"], "hparam=sarrap is unknown. Did you mean hparam=sarrarp_frozen or hparam=sarrarp_full or"),
-        (["backbone=dinov2"], "backbone=dinov2 is unknown. Did you mean backbone=dinov2_vitb14 or"),
-        (["backbone=[0]"], "backbone=[0] is a list, and backbone takes one option"),
+        (["head=[linear,mlp]"], "error: head=[linear,mlp] is a list, and head takes one option."),
         (["engine=1"], "engine=1 is unknown. Choose from auto, cpu"),
         (["hparam="], "hparam= is unknown. Choose from"),
         ([f"hparam={'n' * 3000}"], "nnn is unknown. Choose from"),
@@ -224,11 +212,6 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["data.root=", "data"], "data.root= data has a space next to the equals sign. Write data.root=data."),
         (["resolution.crop=[64,96", "seed=1"], "a bracket or brace is not closed. Write 'resolution.crop=[64,96]'."),
         (["resolution.crop=[64,", "96]"], "split it at a space. Quote the whole word: 'resolution.crop=[64, 96]'."),
-        pytest.param(
-            ["adapter=frozen", "adapter.lr=8"],
-            "adapter.lr=8: adapter=frozen has no key lr. Options that have it",
-            marks=pytest.mark.heavy,
-        ),
         (
             ["adapter=frozen", "adapter.rank=8"],
             "adapter.rank=8: adapter=frozen has no key rank. Options that have it: adapter=lora, adapter=lora_8bit, "
@@ -245,12 +228,6 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["data.pixels={name:files}"], "data.pixels has options, which are words of their own. Choose one: data/"),
         (["data.order=[0]"], "is not a key of the config. data.pixels.order is one, with data/pixels=files."),
         (["data/pixels.order=[0]"], "only groups have slashes, and their keys have dots. Write 'data."),
-        (["head.num_slots=3"], "head=linear has no key num_slots. Options that have it: head=slots."),
-        (["trainer.temperature=2"], "trainer=supervised has no key temperature. Options that have it: trainer=distil."),
-        (
-            ["mode=train", "mode.split=val"],
-            "mode.split=val: mode=train has no key split. Options that have it: mode=eval.",
-        ),
         (["mode=train", "tracker.short_side=9"], "mode=train does not read the group tracker. Leave it out, or"),
         (["mode=compare", "data.group=null"], "Evaluate each run again: mode=eval resume=RUN data.group=null."),
         pytest.param(
@@ -263,47 +240,16 @@ def test_an_unknown_option_lists_those_there_are(site, group):
             ([f"hydra.searchpath=[{source}]"], f"{source} is not found")
             for source in ("http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no")
         ),
-        *(
-            ([word], f"error: {word} is a list, and {word.partition('=')[0]} takes one option.")
-            for word in ("head=[linear,mlp]", "trainer=[supervised]", "hparam=[demo]")
-        ),
-        *(
-            (["mode=train", word], f"error: {word.partition('=')[0]} adds a key that nothing reads")
-            for word in ("+head@extra=mlp", "+nonsense=3")
-        ),
-        *(
-            pytest.param(
-                ["mode=train", word],
-                f"error: {word.partition('=')[0]} adds a key that nothing reads",
-                marks=pytest.mark.heavy,
-            )
-            for word in ("+head@resolution.x=mlp", "+tracker=dinov3", "+prepare=idd")
-        ),
+        (["mode=train", "+head@extra=mlp"], "error: +head@extra adds a key that nothing reads"),
+        pytest.param(["mode=train", "+tracker=dinov3"], "+tracker adds a key that nothing", marks=pytest.mark.heavy),
+        (["input=x.png"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
+        (["hparam=demo", "trainer.steps=3"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
+        pytest.param(["-m", "head=linear,mlp"], "error: No mode is given. Add mode=NAME.", marks=pytest.mark.heavy),
         (["mode=train", "+trainer.stpes=3"], "error: +trainer.stpes adds a key that nothing reads. Check its spelling"),
-        (["mode=train", "+resolution.corp=[3,3]"], "error: +resolution.corp adds a key that nothing reads"),
     ],
 )
 def test_a_command_line_that_cannot_be_composed_is_one_message(site, arguments, message):
     assert message in composition_error(site, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["moed=train"], "error: moed"),
-        (["hparam=typo"], "error: hparam"),
-        (["nonsense"], "error: nonsense"),
-        (["input=x.png"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
-        (["hparam=demo", "trainer.steps=3"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
-        pytest.param(
-            ["-m", "head=linear,mlp"],
-            "error: No mode is given. Add mode=NAME. Modes: app, bench,",
-            marks=pytest.mark.heavy,
-        ),
-    ],
-)
-def test_a_command_line_without_a_mode_is_refused(site, arguments, message):
-    assert message in error_message(site, *arguments)
 
 
 NO_FILE = "mine.yaml is not a config file"
@@ -326,12 +272,7 @@ NO_FILE = "mine.yaml is not a config file"
         ("mode", "{_target_: a.b, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type"),
         ("mode", "{defaults: data, _target_: a.b, _partial_: true}", "defaults"),
         ("hparam", "# @package _global_\nmode:\n  # steps: 3\n", "error: mode is null, "),
-        pytest.param(
-            "hparam", "# @package _global_\nloss:\n  # steps: 3\n", "error: loss is null, ", marks=pytest.mark.heavy
-        ),
-        pytest.param(
-            "hparam", "# @package _global_\nhead:\n  # steps: 3\n", "error: head is null, ", marks=pytest.mark.heavy
-        ),
+        pytest.param("hparam", "# @package _global_\nhead:\n", "error: head is null, ", marks=pytest.mark.heavy),
     ],
 )
 def test_faulty_config_file_is_one_message(site, tmp_path, option, content, message):
@@ -367,10 +308,8 @@ def test_refused_resume_of_heads_leaves_no_config(place):
         (["+data.reader.masks.formt=ids"], ["does not take formt", "format, ids"]),
         (["+backbone.arch.hiden_size=3"], ["no hiden_size", "spelling"]),
         (["seed=null"], ["seed=null is of type NoneType. Give a whole number."]),
-        (["trainer.clip=inf"], ["trainer.clip=inf is out of range"]),
         (["optim.optimizer.lr=1e20"], ["optim.optimizer.lr=1e+20 is out of range", "at most 100"]),
         pytest.param(["head.lr=1e20"], ["head.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
-        pytest.param(["adapter.lr=1e20"], ["adapter.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
         (["trainer=multi_head", "heads=[{head:linear,lr:1e20}]"], ["lr=1e+20 of linear is not", "at most 100"]),
         pytest.param(
             ["trainer=multi_head", "heads=[{head:cnn,channels:100000}]"],
@@ -382,7 +321,6 @@ def test_refused_resume_of_heads_leaves_no_config(place):
         (["data.classes=[dark]"], ["With 1 class every probability is 1", "the background and the object"]),
         (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
         (["resume=empti"], ["resume=empti: file or folder not found. Did you mean resume=empty?"]),
-        (["resume=foreign.safetensors"], ["not a checkpoint of dinoseg"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
@@ -394,18 +332,14 @@ def test_a_mistake_while_training_is_one_message(site, arguments, parts):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["+data.reader.rot=x"], ["does not take rot", "root, split"]),
         (["+optim.optimizer.lrr=1"], ["does not take lrr", "lr, weight_decay"]),
         (["trainer.steps=1.5"], ["steps=1.5 is of type float", "Give a whole number"]),
         (["trainer.steps=true"], ["steps=True is of type bool", "Give a whole number"]),
-        (["optim.optimizer.lr=fast"], ["lr=fast is of type str", "Give a number"]),
-        (["data.classes=dark"], ["classes=dark is of type str", "list of texts"]),
         (["data.classes=null"], ["data.classes=null is not a list"]),
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
         (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
         (["engine.workers=two"], ["engine.workers=two is unknown. Choose a whole number or auto."]),
         (["data.root=empty"], ["No folder empty/train/images", "data.reader.layout"]),
-        (["adapter=lora", "adapter.rank=0"], ["adapter.rank=0", "at least 1"]),
         (["engine.device=tpu"], ["engine.device=tpu is unknown", "auto, cuda, mps or cpu"]),
         (["data.batch_size=5"], ["data.batch_size=5 with 4 training images", "from 1 to 4"]),
         pytest.param(["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"], marks=pytest.mark.heavy),
@@ -413,7 +347,6 @@ def test_a_mistake_while_training_is_one_message(site, arguments, parts):
         (["loss.weights=heavy"], ["loss.weights=heavy is unknown", "median"]),
         (["loss.weights={cat: 2}"], ["loss.weights: cat is not a class", "The classes are"]),
         (["optim.schedule.kind=linear"], ["optim.schedule.kind=linear is unknown", "cosine"]),
-        (["optim.optimizer.lr=0"], ["optim.optimizer.lr=0", "above 0"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
@@ -434,7 +367,6 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
         ),
         (["mode=train", "data=coco"], "data.root is not set. Set it on the command line: data.root=VALUE."),
         (["mode=train", "data.root=data"], "Give the class names in id order: data.classes=[back"),
-        pytest.param(["mode=train", "hparam=sarrarp_lora"], "data.root is not set", marks=pytest.mark.heavy),
         (["mode=summary"], "data.root and data.classes are not set"),
         (["mode=prepare", "data=camvid", "data.root=data"], "needs no preparation"),
         (["mode=eval"], "Give resume="),
@@ -442,7 +374,6 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
         (["mode=predict", "input=data/val/images"], "Give resume="),
         (["mode=predict"], "give input="),
         (["mode=predict", "input=gone.png"], "input=gone.png"),
-        (["mode=eval", "resume=nowhere"], "resume=nowhere"),
         (["mode=eval", "resume=empty"], "resume=empty: it holds neither checkpoints/best.safetensors nor checkpoints/"),
         (["mode=eval", "resume=foreign.safetensors"], "not a checkpoint of dinoseg"),
         (["mode=eval", "resume=cut.safetensors"], "not a readable checkpoint"),
@@ -454,24 +385,13 @@ def test_a_mistake_in_another_mode_is_one_message(site, arguments, part):
     assert part in error_message(site, *arguments)
 
 
-ODD_NAMES = (
-    "my photo (1)",
-    "a,b",
-    "[1] x",
-    "x = y",
-    "{1}",
-    "é ü 漢字",
-    "it's",
-    '"q"',
-    "'q'",
-    " lead",
-    "#1 $ & !",
-    "5",
-    "null-",
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("my photo (1)", "a,b", "[1] x", "x = y", "{1}", "é ü 漢字", "it's"),
+        *('"q"', "'q'", " lead", "#1 $ & !", "5", "null-"),
+    ],
 )
-
-
-@pytest.mark.parametrize("name", ODD_NAMES)
 def test_names_of_files_are_read_as_they_are(name):
     for key, path in (("prediction", f"{name}/val/masks"), ("hydra.run.dir", f"{name} run")):
         (word,) = words.as_text([f"{key}={path}"])
@@ -487,7 +407,7 @@ def test_names_of_files_work_as_they_are(place, name):
 
 
 @pytest.mark.heavy
-def test_every_key_of_a_file_takes_any_name(tmp_path, compose):
+def test_every_key_of_a_file_takes_any_name(compose):
     odd = "a (1), [2] = {3}"
     assert words.FILES > {"resume", "labels", "mode.restart", "input", "data.root"}
     for key in words.FILES - {"hydra.run.dir", "hydra.sweep.dir"}:
@@ -501,7 +421,7 @@ def test_every_key_of_a_file_takes_any_name(tmp_path, compose):
         assert OmegaConf.select(HydraConfig.instance().cfg if search else cfg, key) == odd
 
 
-def test_only_plain_names_are_quoted(tmp_path):
+def test_only_plain_names_are_quoted():
     kept = ["prediction=[a,b]", "input=null", "input='a b'", "data.classes=[a,b", "seed=${x}", "steps=1,2", "head=a,b"]
     kept += ["-m", "-cd", "a (1)", "~seed"]
     assert words.as_text(kept) == kept
@@ -529,8 +449,7 @@ def test_ids_outside_the_classes_are_refused_with_a_mapping(place):
     message = error_message(place, *TRAIN)
     assert "6 of 6 masks with values that are not classes: 64 (in 6), 128 (in 6)" in message
     assert "To ignore them: '++data.reader.masks.ids={64: 255, 128: 255}' (with these quotes)" in message
-    mapped = call(place, *TRAIN, "++data.reader.masks.ids={64: 0, 128: 1}", "mode.metrics_only=true")
-    assert mapped.status == 0, mapped.err
+    succeed(place, *TRAIN, "++data.reader.masks.ids={64: 0, 128: 1}", "mode.metrics_only=true")
 
 
 @pytest.mark.heavy
@@ -543,20 +462,14 @@ def test_command_line_trains_evaluates_and_predicts(place):
     assert {"run.log", "split.json", "metrics.jsonl", "config/config.yaml", "curves.png"} <= names
     assert {"checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/scores.json"} <= names
     assert min(read_image(run / "curves.png").shape[:2]) > 150
-    again = call(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
-    assert again.status == 0, again.err
+    succeed(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
     (scored,) = place.glob("outputs/base/eval_*")
     assert (scored / "scores.json").read_text() == (run / "evaluation/scores.json").read_text()
     assert not list(scored.glob("predictions")) and len(list(run.glob("evaluation/predictions/*"))) == 4
-    segmented = call(place, "mode=predict", f"resume={run}", "input=data/val/images", "engine=cpu")
-    assert segmented.status == 0, segmented.err
+    succeed(place, "mode=predict", f"resume={run}", "input=data/val/images", "engine=cpu")
     assert len(list(place.glob("outputs/base/predict_*/*_segmentation/segmentation_raw.npy"))) == 2
-    for word, message in (
-        ("mode.split=nonsense", "split=nonsense is unknown"),
-        ("head=mlp", "trained with head=linear"),
-    ):
-        refused = call(place, "mode=eval", f"resume={run}", "engine=cpu", word)
-        assert refused.status == 1 and message in refused.err
+    refused = call(place, "mode=eval", f"resume={run}", "engine=cpu", "mode.split=nonsense")
+    assert refused.status == 1 and "split=nonsense is unknown" in refused.err
 
 
 def test_composed_config_is_shown(tmp_path):

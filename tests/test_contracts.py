@@ -8,7 +8,7 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from torch import nn
 
-from dinoseg.core.contracts import Backbone, Head, Loss
+from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import upsample
 from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
@@ -68,11 +68,6 @@ def test_grid_head_defines_its_scores_once():
         Head().predict(torch.zeros(1), (1, 1), (1.0, 1.0))
 
 
-def test_pixels_are_normalised_and_padded():
-    pixels = Least().pixels(torch.full((1, 3, 5, 4), 0.75))
-    assert pixels.shape == (1, 3, 8, 4) and (pixels[:, :, :5] == 1).all() and (pixels[:, :, 5:] == 0).all()
-
-
 @pytest.mark.parametrize(("adapt", "calls"), [(Frozen(), [4, 4, 4]), (LastBlocks(1), [12])])
 def test_frozen_backbone_runs_in_small_chunks(adapt, calls):
     model, seen = SegmentationModel(adapt(Least()), Scores()), []
@@ -108,10 +103,6 @@ def test_blocks_are_those_that_a_backbone_keeps():
     model.blocks = nn.Sequential(nn.Identity())  # as timm keeps them
     assert isinstance(model.blocks, nn.Sequential) and len(model.blocks) == 1
     assert_refused(lambda: Lora(1, 1)(Frozen()(Backbone())), "no linear layers")
-
-
-def test_loss_requirements_default_to_none():
-    assert (Loss().needs_masks, Loss().needs_slots, Loss().needs_similarity) == (False, False, False)
 
 
 def test_a_part_that_keeps_no_contract_is_refused(compose):

@@ -11,7 +11,6 @@ from test_cuda_paths import LOGGED, MATCHING, VALIDATION, tiny, train
 from test_matrix import FILES, HEADS, SMALL_ADAPTERS, SMALL_HEADS, make_batch
 from tiny_parts import load, tiny_node
 
-from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment.builder import Builder
 from dinoseg.training.checkpoint import read
@@ -104,22 +103,6 @@ def test_every_trained_parameter_has_a_gradient():
         loss(model.train()(batch.image), batch)[0].backward()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained and not [name for name, parameter in trained.items() if parameter.grad is None], given
-
-
-def test_every_part_is_in_a_cell():
-    heads, tried, adapters = ({*column} for column in zip(*PARTS, strict=True))
-    assert heads == {*HEADS} and tried == {*losses()} and adapters == {*ADAPTERS}
-
-
-def test_a_loss_that_waits_is_seen(tmp_path):
-    class Reading(Loss):
-        def forward(self, prediction, batch):
-            value = prediction.logits((16, 24)).square().mean()
-            return value, {"weight": value.new_tensor(2.0)}
-
-    model, _ = tiny()
-    done = train(tmp_path, model, Reading(), steps=2, val_every=2, log_every=2)
-    assert done.data_module.steps[0] == {"training/step.py batch_loss: copy to the device": 1}
 
 
 def test_slots():

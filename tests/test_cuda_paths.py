@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from log_rows import Rows
+from making import Pictures
 from pretended_cuda import MixedDevices, Pretended, Waits, on_cuda, pretended_cuda, pretended_engine
 from test_matrix import make_batch
 from tiny_parts import tiny_vit
@@ -44,20 +45,16 @@ LOGGED = {
 MATCHING = {"losses/mask_classification.py match: copy to the host": 1}
 
 
-class Noise:
-    classes, palette, ignore_index, skipped = ("a", "b", "c"), ((0, 0, 0),) * 3, 255, {}
+class Noise(Pictures):
+    """A data set of images whose left border is ignored."""
 
     def __init__(self, count):
-        self.names = [str(number) for number in range(count)]
-
-    def __len__(self):
-        return len(self.names)
+        super().__init__([(16, 24)] * count)
 
     def __getitem__(self, index):
-        draw = np.random.default_rng(index)
-        image, mask = draw.integers(0, 256, (3, 16, 24), np.uint8), draw.integers(0, 3, (16, 24), np.uint8)
-        mask[:, :2] = 255
-        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
+        sample = super().__getitem__(index)
+        sample["mask"][:, :2] = 255
+        return sample
 
 
 class Watched(ImageDataModule):

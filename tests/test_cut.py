@@ -13,26 +13,15 @@ from dinoseg.models.backbones.convnext import ConvNext
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
-from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.models.heads.detail import DetailHead
-from dinoseg.models.heads.dpt import DptHead
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead
-from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.heads.upernet import UperNetHead
 from dinoseg.models.model import SegmentationModel
 
 CONVNEXT = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
 VIT = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 24}
 IMAGES = torch.randint(0, 256, (2, 3, 37, 51), dtype=torch.uint8)
-HEADS = {
-    "linear": lambda dim, maps: LinearHead(dim, maps, 3),
-    "mlp": lambda dim, maps: MlpHead(dim, maps, 3, 8),
-    "cnn": lambda dim, maps: CnnHead(dim, maps, 3, 8, num_blocks=2, channels=16, pixel_shuffle=1),
-    "dpt": lambda dim, maps: DptHead(dim, maps, 3, features=8),
-    "upernet": lambda dim, maps: UperNetHead(dim, maps, 3, channels=8),
-}
 BACKBONES = {
     "dino": lambda layers: TransformersVit("vit", {**VIT, "image_size": 32}, "random", 8, layers),
     "dinov3": lambda layers: deep_vit(layers),
@@ -47,9 +36,9 @@ def deep_vit(layers=(-1,), **arch):
     return TransformersVit("dinov3_vit", {**VIT, **arch}, "random", 8, layers)
 
 
-def model_of(backbone, head="linear", **options):
+def model_of(backbone, **options):
     torch.manual_seed(1)
-    return SegmentationModel(backbone, HEADS[head](backbone.dim, backbone.num_layers), **options).train()
+    return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 3), **options).train()
 
 
 def check_cut(model, size=(37, 51)):
@@ -71,17 +60,10 @@ def check_cut(model, size=(37, 51)):
     return frozen
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_frozen_maps_suffice_for_any_head(name):
-    layers = [0, 1, 2, 3] if name in ("dpt", "upernet") else [1, 3]
-    frozen = check_cut(model_of(Frozen()(deep_vit(layers)), name))
-    assert [part.shape for part in frozen.tensors] == [(3, 5 * 7, 24)] * len(layers)
+def test_frozen_maps_suffice_for_a_head():
+    frozen = check_cut(model_of(Frozen()(deep_vit([1, 3]))))
+    assert [part.shape for part in frozen.tensors] == [(3, 5 * 7, 24)] * 2
     assert not any(part.requires_grad for part in frozen.tensors)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_maps_of_every_kind_of_backbone(name):
-    check_cut(model_of(Frozen()(BACKBONES[name]([-2, -1]))))
 
 
 @pytest.mark.parametrize(("size", "scale", "longest"), [((64, 1), 1.0, None), ((61, 90), 0.5, None), ((61, 90), 1, 40)])

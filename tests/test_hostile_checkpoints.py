@@ -10,7 +10,6 @@ from command_line import SMALL, call, write_data
 
 from dinoseg.training import checkpoint
 
-WHISPER = "touch {}/ran"  # what a payload's shell command would do
 HOOK = "torch.nn.modules.module._WrappedHook.__call__"
 IMPORTED = "torch.nn.utils._deprecation_utils.lazy_deprecated_import"
 
@@ -45,36 +44,37 @@ def files(where):
     return {path for path in where.rglob("*") if "outputs" not in path.parts} - {where / "evil.safetensors"}
 
 
-def shell(where, target):
-    return {"_target_": target, "_partial_": True, "args": ["os", "system", WHISPER.format(where)]}
+def shell(target):
+    """Return a node that would run a shell command in the folder of the checkpoint."""
+    return {"_target_": target, "_partial_": True, "args": ["os", "system", "touch ran"]}
 
 
 CASES = {
-    "a hook in the head": lambda where: {"config/head": shell(where, HOOK)},
-    "an import in the head": lambda where: {"config/head": shell(where, IMPORTED)},
-    "a hook in the loss": lambda where: {"config/loss/criterion": shell(where, HOOK)},
-    "a shell in the adapter": lambda where: {"config/adapter": shell(where, "os.system")},
-    "a shell in the data": lambda where: {"config/data/opened": shell(where, "os.system")},
-    "a shell nested in a good node": lambda where: {"config/adapter/bits": shell(where, "os.system")},
-    "a renderer": lambda where: {"config/data/reader/_target_": "dinoseg.synthetic.surgery.write.render_dataset"},
-    "weights of a stranger": lambda where: {"config/backbone/weights": "evil/weights"},
-    "an interpolation": lambda where: {"config/data/root": "${oc.env:HOME}"},
-    "half an interpolation": lambda where: {"config/data/root": "${"},
-    "a list without end": lambda where: {"config/data/augment/scale": [0] * 200_000},
-    "a long list": lambda where: {"config/backbone/arch/hidden_size": [0] * 600},
-    "a huge width": lambda where: {"config/backbone/arch/hidden_size": 65520},
-    "a huge depth": lambda where: {"config/backbone/arch/num_hidden_layers": 10**6},
-    "remote code": lambda where: {"config/backbone/arch/auto_map": {"AutoModel": "evil--x.y"}},
-    "kernels of a stranger": lambda where: {"config/backbone/arch/attn_implementation": "evil/kernels"},
-    "labels without end": lambda where: {"config/backbone/arch/id2label": {"0": "x"}},
-    "a long class": lambda where: {"classes": ["dark", "b" * 3000]},
-    "an option of nobody": lambda where: {"choices/head": "nobodys"},
-    "an option elsewhere": lambda where: {"choices/head": "../../../../evil"},
-    "a class of another name": lambda where: {"targets/head": "os.system"},
-    "a null group": lambda where: {"config/data": None},
-    "a number for a head": lambda where: {"config/head": 3},
-    "a number for the palette": lambda where: {"config/data/palette": 3},
-    "a list for the ignored id": lambda where: {"config/data/ignore_index": [1]},
+    "a hook in the head": {"config/head": shell(HOOK)},
+    "an import in the head": {"config/head": shell(IMPORTED)},
+    "a hook in the loss": {"config/loss/criterion": shell(HOOK)},
+    "a shell in the adapter": {"config/adapter": shell("os.system")},
+    "a shell in the data": {"config/data/opened": shell("os.system")},
+    "a shell nested in a good node": {"config/adapter/bits": shell("os.system")},
+    "a renderer": {"config/data/reader/_target_": "dinoseg.synthetic.surgery.write.render_dataset"},
+    "weights of a stranger": {"config/backbone/weights": "evil/weights"},
+    "an interpolation": {"config/data/root": "${oc.env:HOME}"},
+    "half an interpolation": {"config/data/root": "${"},
+    "a list without end": {"config/data/augment/scale": [0] * 200_000},
+    "a long list": {"config/backbone/arch/hidden_size": [0] * 600},
+    "a huge width": {"config/backbone/arch/hidden_size": 65520},
+    "a huge depth": {"config/backbone/arch/num_hidden_layers": 10**6},
+    "remote code": {"config/backbone/arch/auto_map": {"AutoModel": "evil--x.y"}},
+    "kernels of a stranger": {"config/backbone/arch/attn_implementation": "evil/kernels"},
+    "labels without end": {"config/backbone/arch/id2label": {"0": "x"}},
+    "a long class": {"classes": ["dark", "b" * 3000]},
+    "an option of nobody": {"choices/head": "nobodys"},
+    "an option elsewhere": {"choices/head": "../../../../evil"},
+    "a class of another name": {"targets/head": "os.system"},
+    "a null group": {"config/data": None},
+    "a number for a head": {"config/head": 3},
+    "a number for the palette": {"config/data/palette": 3},
+    "a list for the ignored id": {"config/data/ignore_index": [1]},
 }
 
 
@@ -85,11 +85,10 @@ ALIKE = {  # each has a quick sibling of the same check
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name, marks=[pytest.mark.heavy] * (name in ALIKE)) for name, case in CASES.items()],
+    "case", [pytest.param(case, id=name, marks=[pytest.mark.heavy] * (name in ALIKE)) for name, case in CASES.items()]
 )
 def test_a_tampered_file_is_refused(where, sound, case):
-    path, before = write_tampered(where, sound, case(where)), files(where)
+    path, before = write_tampered(where, sound, case), files(where)
     done = call(where, "mode=export", f"resume={path}", "engine=cpu")
     assert done.status == 1 and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
     assert files(where) == before and len(done.err) < 1500
@@ -99,7 +98,7 @@ def test_a_tampered_file_is_refused(where, sound, case):
     "mode", ["predict", "export", "train", *(pytest.param(mode, marks=pytest.mark.heavy) for mode in ("eval", "track"))]
 )
 def test_every_mode_refuses_targets_in_a_checkpoint(where, sound, mode):
-    path, before = write_tampered(where, sound, CASES["a hook in the head"](where)), files(where)
+    path, before = write_tampered(where, sound, CASES["a hook in the head"]), files(where)
     source = ("input=data/val/images",) if mode in ("predict", "track") else ()
     done = call(where, f"mode={mode}", f"resume={path}", "engine=cpu", *source)
     assert done.status == 1 and "a checkpoint stores no key _target_" in done.err, done.err

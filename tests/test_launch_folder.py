@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, succeed, write_data
 from omegaconf import OmegaConf
 
 from dinoseg.cli import launch
@@ -27,19 +27,12 @@ QUIET = ("mode.metrics_only=true", "mode.report=false")
 MACHINE = ("engine=cpu", "engine.workers=0", *QUIET)
 
 
-def succeed(folder, *words):
-    """Run a command, which must succeed, and return its log."""
-    done = call(folder, *words)
-    assert done.status == 0, done.err
-    return done.err
-
-
 @pytest.mark.heavy
 def test_evaluation_folder_is_below_its_recipe(tmp_path):
     write_data(tmp_path / "data")
     succeed(tmp_path, "mode=train", "hparam=camvid", *SMALL, *QUIET, "hydra.run.dir=run")
     words = ("mode=eval", "resume=run", "seed=3", *MACHINE)
-    assert "resumes with" not in succeed(tmp_path, *words)
+    assert "resumes with" not in succeed(tmp_path, *words).err
     assert len(list(tmp_path.glob("outputs/camvid/eval_*"))) == 1
     assert [path.name for path in (tmp_path / "outputs").iterdir() if path.name[0] != "."] == ["camvid"]
     named = "outputs/camvid/eval_2026-01-02_03-04-05"  # as of two that begin in one second
@@ -47,7 +40,7 @@ def test_evaluation_folder_is_below_its_recipe(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "run.log").touch()
         (tmp_path / folder / "metrics.csv").touch()  # of a run that has done something
-        log = succeed(tmp_path, *words, f"hydra.run.dir={folder}")
+        log = succeed(tmp_path, *words, f"hydra.run.dir={folder}").err
         message = rf"{folder} holds another run: this one is written to \S*{folder}_2\n"
         assert bool(re.search(message, log)) == ("another run" in log) == is_reported, log
         assert (tmp_path / f"{folder}_2/scores.json").is_file()
@@ -65,13 +58,14 @@ def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path, monkeypatch
     monkeypatch.setattr("dinoseg.modes.train.train", save_last_step)
     write_data(tmp_path / "data")
     words = ("mode=train", *SMALL, *QUIET, "resolution.crop=32", "data.on_error=stop", "trainer.steps=1")
-    assert "another run" not in succeed(tmp_path, *words, "hydra.run.dir=run")
-    log = succeed(tmp_path, *words, "hydra.run.dir=run")
+    assert "another run" not in succeed(tmp_path, *words, "hydra.run.dir=run").err
+    log = succeed(tmp_path, *words, "hydra.run.dir=run").err
     assert re.search(r"\S*run holds another run: this one is written to \S*run_2\n", log)
     logged, listed = [], "resume=.*last.safetensors: resumes with (.*)"
 
     def resumes_with(*words):
-        found = re.findall(rf"\d\d:\d\d:\d\d INFO {listed}", succeed(tmp_path, "mode=train", "resume=run", *words))
+        log = succeed(tmp_path, "mode=train", "resume=run", *words).err
+        found = re.findall(rf"\d\d:\d\d:\d\d INFO {listed}", log)
         logged.extend(found)
         assert re.findall(listed, (tmp_path / "run/run.log").read_text()) == logged
         return found

@@ -19,15 +19,6 @@ def head(request):
     return {"linear": partial(LinearHead, 24, 1), "mlp": partial(MlpHead, 24, 1, patch_size=8)}[request.param]
 
 
-@pytest.mark.parametrize("size", [(32, 40), (33, 41), (1, 1), (7, 100)])
-@pytest.mark.parametrize("scale", [1.0, 0.5, 0.25])
-def test_scores_have_the_size_of_the_images(tiny_backbone, head, size, scale):
-    model = SegmentationModel(tiny_backbone(), head(5), scale=scale).eval()
-    prediction = model(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
-    assert prediction.logits().shape == (2, 5, *size)
-    assert prediction.logits((11, 13)).shape == (2, 5, 11, 13)
-
-
 def test_a_pixel_block_lands_on_its_patch():
     head = MlpHead(24, 1, 3, 8)
     features = [torch.zeros(1, 24, 3, 4)]

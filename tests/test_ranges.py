@@ -8,8 +8,8 @@ from types import UnionType
 from typing import get_args
 
 import pytest
-from command_line import SMALL, call
-from config_files import FOLDER, read
+from command_line import SMALL, call, succeed
+from config_files import FOLDER, nodes, read
 from hydra.utils import get_object
 from mistakes import assert_refused
 from omegaconf import OmegaConf
@@ -36,13 +36,6 @@ OF_OTHERS = {"adapter": ("lr",), "mode": LAUNCH_KEYS}  # keys beside a target's 
 ELSEWHERE = {"in_dim", "num_layers", "ignore_index"}  # given at run time; checked by `Labels`
 
 
-def targets(node):
-    if isinstance(node, dict):
-        yield from [node["_target_"]] if "_target_" in node else []
-        for value in node.values():
-            yield from targets(value)
-
-
 def is_number(annotation):
     parts = get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
     return any(part in (int, float) for part in parts)
@@ -61,7 +54,7 @@ def given_at_run_time(target):
 
 def test_every_number_of_a_config_has_a_range():
     files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "hydra"]
-    found = {name for path in files for name in targets(read(path.parent.name, path.stem))}
+    found = {node["_target_"] for path in files for _, node in nodes(read(path.parent.name, path.stem))}
     ranged, bare = 0, {}
     for target in map(get_object, found):
         parameters = inspect.signature(target).parameters.values()
@@ -99,17 +92,14 @@ def change(cfg):
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("trainer.clip", -1, "Give a number above 0, or null."),
         ("trainer.clip", 0, "Give a number above 0, or null."),
         ("trainer.ema", 1, "Give a number above 0 and below 1, or null."),
-        ("optim.optimizer.lr", NAN, "Give a number above 0 and at most 100, or null."),
         ("optim.optimizer.lr", 1e20, "Give a number above 0 and at most 100, or null."),
         ("optim.optimizer.weight_decay", INFINITY, "Give a finite number."),
         ("optim.optimizer.weight_decay", 10**400, "Give a finite number."),
         ("optim.optimizer.weight_decay", -0.1, "Give a number of at least 0."),
         ("optim.optimizer.layer_decay", 1.5, "Give a number above 0 and at most 1, or null."),
         ("optim.optimizer.freeze_backbone_until", 1, "Give a number of at least 0 and below 1."),
-        ("optim.optimizer.freeze_backbone_until", -0.1, "Give a number of at least 0 and below 1."),
         ("optim.optimizer.backbone_lr_scale", 1e20, "Give a number from 0 to 100."),
         ("optim.schedule.warmup", -1, "Give a number of at least 0."),
         ("optim.schedule.warmup_start", 1.5, "Give a number from 0 to 1, or null."),
@@ -118,14 +108,13 @@ def change(cfg):
         ("optim.schedule.min_lr_ratio", NAN, "Give a number from 0 to 1."),
         ("adapter.dropout", NAN, "Give a number of at least 0 and below 1."),
         ("data.augment.scale", [NAN, 1], "Give a number above 0 for each."),
-        ("data.augment.flip", 2, "Give a number from 0 to 1."),
         ("data.augment.color.hue", 0.7, "Give a number from 0 to 0.5."),
         ("data.augment.affine.degrees", 181, "Give a number from 0 to 180."),
         ("data.augment.affine.translate", 0.95, "Give a number from 0 to 0.9."),
         ("data.augment.affine.shear", 61, "Give a number from 0 to 60."),
         ("mode.opacity", NAN, "Give a number from 0 to 1."),
-        ("data.workers", 0, "Give a whole number of at least 1, or null."),
         ("mode.batch_size", 0, "Give a whole number of at least 1."),
+        ("data.workers", 0, "Give a whole number of at least 1, or null."),
         ("engine.workers", -1, "Give a whole number of at least 0."),
         ("engine.eval_batch_size", 0, "Give a whole number of at least 1."),
     ],
@@ -194,11 +183,6 @@ def test_a_crop_below_a_patch_is_refused(change, crop, scale):
     assert_refused(lambda: Builder(changed).model(untrained=True), *words)
 
 
-def test_a_training_without_steps_is_refused(change):
-    words = ("trainer.steps=0 is out of range. Give a whole number of at least 1",)
-    assert_refused(lambda: Builder(change({"trainer.steps": 0})).lengths(8), *words)
-
-
 def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
     reader = compose("data.root=x", "data.classes=dark").data.reader  # where data.reader.classes points to
     assert_refused(lambda: instantiate(reader), "data.classes=dark is of type str. Give ", "list of texts")
@@ -208,9 +192,8 @@ def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
     assert done.err.startswith("error: render.seconds=0.5 is of type float. Give a whole number")
 
 
-def test_one_number_is_a_square_crop(tmp_path, compose):
-    done = call(tmp_path, "mode=summary", *SMALL, "resolution.crop=224", "hydra.run.dir=run")
-    assert done.status == 0, done.err
+def test_one_number_is_a_square_crop(tmp_path):
+    succeed(tmp_path, "mode=summary", *SMALL, "resolution.crop=224", "hydra.run.dir=run")
     assert OmegaConf.load(tmp_path / "run/config/config.yaml").resolution.crop == [224, 224]
 
 

@@ -1,13 +1,13 @@
 """Recipes that re-make a published project carry its numbers."""
 
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command_line import SMALL, call, write_data
+from command_line import SMALL, succeed, write_data
 from config_files import options, read, required_overrides, written_choices
+from finished_runs import rows
 from omegaconf import OmegaConf
 from tiny_parts import tiny_vit
 from torch import nn
@@ -223,10 +223,8 @@ def test_official_recipes_train_and_validate(tmp_path, hparam):
     own = ["adapter=frozen", "inference.stride=32"] if "linear" in hparam else ["loss.criterion.num_points=40"]
     words = [*SMALL, "backbone.arch.num_hidden_layers=4", "resolution.crop=[48,48]", "inference.size=48", *own]
     words += ["inference.shortest=48", "trainer.val_every=1", "trainer.save_every=null", "engine.precision=fp32"]
-    done = call(tmp_path, "mode=train", f"hparam={hparam}", *words, "mode.metrics_only=true", "hydra.run.dir=run")
-    assert done.status == 0, done.err
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert sum("val/miou" in row for row in rows) >= 2
+    succeed(tmp_path, "mode=train", f"hparam={hparam}", *words, "mode.metrics_only=true", "hydra.run.dir=run")
+    assert sum("val/miou" in row for row in rows(tmp_path, "run")) >= 2
 
 
 @pytest.mark.parametrize(("option", "side"), [("dino", 480), ("dinov2", 60 * 14), ("dinov3", 60 * 16)])

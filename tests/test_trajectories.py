@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from command_line import SLOTS, SMALL, call, write_data
+from command_line import SLOTS, SMALL, succeed, write_data
+from finished_runs import rows
 
 from dinoseg.synthetic.moving.write import render_moving_objects
 
@@ -37,14 +38,8 @@ PLAIN = {
     "upernet": ("head=upernet", "head.channels=16"),
     "detail": ("head=detail", "head.fine=4", "head.width=8"),
     "mask2former": (
-        *(
-            "head=mask2former",
-            "head.num_queries=6",
-            "head.hidden_dim=64",
-            "head.feedforward_dim=32",
-            "head.num_heads=4",
-        ),
-        *QUERIES,
+        *("head=mask2former", "head.num_queries=6", "head.hidden_dim=64", "head.feedforward_dim=32"),
+        *("head.num_heads=4", *QUERIES),
     ),
     "eomt": ("head=eomt", "head.num_queries=6", "head.blocks=1", *QUERIES),
     "frozen": ("adapter=frozen",),
@@ -78,19 +73,13 @@ CASES = (*PLAIN, "resumed", "distilled", *CLIPS)
 
 def train(folder, run, *words):
     """Train, and return the losses of the rows up to STEPS, by name; of several heads `train/NAME/loss`."""
-    done = call(folder, *words, f"hydra.run.dir={run}")
-    assert done.status == 0, done.err
+    succeed(folder, *words, f"hydra.run.dir={run}")
     losses = {}
-    lines = (folder / run / "metrics.jsonl").read_text("utf-8").splitlines()
-    for row in filter(is_training_row, map(json.loads, lines)):
+    for row in (row for row in rows(folder, run) if row["step"] <= STEPS and "train/loss" in row):
         for name in (name for name in row if name.startswith("train/") and "loss" in name):
             losses.setdefault(name, []).append(row[name])
     assert losses
     return losses
-
-
-def is_training_row(row):
-    return row["step"] <= STEPS and "train/loss" in row
 
 
 def run_case(name, folder):

@@ -54,20 +54,18 @@ def wandb_run(folder):
     """Return the descriptions of the run in a folder, the rows of its history and its summary, as written."""
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     deadline = time.monotonic() + 300  # W&B's service may write the end of a file after the run is finished
-    while not all("exit" in kinds_of(path) for path in files) and time.monotonic() < deadline:
+    while not all(_of_kind(path, "exit") for path in files) and time.monotonic() < deadline:
         time.sleep(0.05)
-    records = [record for path in files for record in wandb_records(path)]
-    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    rows = [_items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    runs = [run for path in files for run in _of_kind(path, "run")]
+    rows = [_items(history.item) for path in files for history in _of_kind(path, "history")]
     summary = {}
-    for record in records:
-        if record.WhichOneof("record_type") == "summary":
-            summary |= _items(record.summary.update)
+    for each in (each for path in files for each in _of_kind(path, "summary")):
+        summary |= _items(each.update)
     return runs, rows, summary
 
 
-def kinds_of(path):
-    return [record.WhichOneof("record_type") for record in wandb_records(path)]
+def _of_kind(path, kind):
+    return [getattr(each, kind) for each in wandb_records(path) if each.WhichOneof("record_type") == kind]
 
 
 def _items(items):
