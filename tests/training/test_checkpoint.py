@@ -7,7 +7,6 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from mistakes import assert_refused
-from safetensors.torch import save_file
 from torch import nn
 
 from dinoseg.models.adapters import Frozen, Full, Lora
@@ -185,7 +184,6 @@ def test_find_takes_runs_checkpoint_folders_files_and_links(tmp_path):
         ("auto", r"^resume=auto: file or folder not found\. Give a run folder or"),
         ("run", r"^resume=run: file or folder not found\. Did you mean resume=runs\? Give a run folder or"),
         ("runs/first", r": file or folder not found\."),
-        ("facebook/dinov2-small", r": file or folder not found\."),
         ("broken", r": file or folder not found\."),
         ("loop", r": file or folder not found\."),
         ("pipe", r"^resume=pipe is a pipe or a device\. Give a run folder or a checkpoint in it\.$"),
@@ -212,10 +210,7 @@ def invalid_files(tmp_path_factory):
     """Return a folder of files that are no checkpoints."""
     folder = tmp_path_factory.mktemp("invalid")
     (folder / "text").write_text("hello")
-    save_file({"x": torch.zeros(1)}, folder / "foreign")
-    save_file({"x": torch.zeros(1)}, folder / "newer", {"dinoseg": json.dumps({**INFO, "format": 99})})
     write(folder / "whole", {"x": torch.zeros(1000)}, INFO)
-    write(folder / "bare", {"x": torch.zeros(1)}, {})
     content = (folder / "whole").read_bytes()
     (folder / "cut").write_bytes(content[:-100])
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -236,9 +231,6 @@ def invalid_files(tmp_path_factory):
         "pickle": ["not a readable checkpoint"],
         "cut": ["not a readable checkpoint"],
         "long": ["not a readable checkpoint"],
-        "foreign": ["not a checkpoint of dinoseg"],
-        "newer": ["format 99", "Update dinoseg"],
-        "bare": ["its description lacks progress, frozen, config"],
         "absent": ["file not found"],
         "pipe": ["pipe is a named pipe"],
     }.items(),

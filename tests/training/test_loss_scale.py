@@ -9,13 +9,11 @@ from mistakes import assert_refused
 from pretended_cuda import pretended_cuda
 from test_cuda_paths import LOGGED, VALIDATION, tiny, train
 from test_mps import train_on_mps
-from torch import nn
 
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
 from dinoseg.training.loss_scale import LossScale
-from dinoseg.training.optim import clip_gradients
 from dinoseg.training.step import NonFiniteLoss
 from dinoseg.utils.precision import compute_dtype
 
@@ -135,19 +133,6 @@ def test_a_scale_from_a_file_is_checked(changes):
     state = {"value": torch.tensor(1.0), "steady": torch.tensor(0.0)} | changes
     state = {name: value for name, value in state.items() if value is not None}
     assert_refused(lambda: LossScale().restore(state, CPU, "resume=x"), "resume=x: its loss scale is invalid")
-
-
-def test_gradients_are_clipped_once_they_are_unscaled():
-    engine, model = Engine("cpu", "fp32"), nn.Linear(2, 1, bias=False)
-    optimizer, scale = torch.optim.SGD(model.parameters(), lr=1.0), LossScale()
-    scale.begin(2.0, CPU)
-    before = model.weight.detach().clone()
-    engine.backward(model(torch.tensor([[3.0, 4.0]])).sum(), scale)
-    assert model.weight.grad.tolist() == [[3.0 * 2**15, 4.0 * 2**15]]
-    clip = partial(clip_gradients, max_norm=1.0)
-    _, norm = engine.optimizer_step(optimizer, torch.tensor(3.0), torch.tensor(2.0), clip=clip, loss_scale=scale)
-    assert norm.item() == pytest.approx(2.5)
-    torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
 
 
 def test_tf32_is_chosen_where_there_is_any(monkeypatch, caplog):

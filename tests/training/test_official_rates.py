@@ -13,7 +13,7 @@ from finished_runs import rows, train_run
 from making import save
 from omegaconf import OmegaConf
 from small_trainings import segmenter, values_of
-from test_freeze import Failing, alike, freeze_of, parts, train
+from test_freeze import Failing, alike, parts, train
 from tiny_parts import load
 from torch import nn
 
@@ -211,13 +211,6 @@ def test_shares_of_both_warmups():
     assert [alike_without(step, 50, True) for step in range(50)] == [factor(step, 50) for step in range(50)]
 
 
-def test_beit_and_matrices_are_the_default():
-    model = segmenter()
-    plain = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
-    named = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5, layer_decay_rule="beit", weight_decay_on="matrices")
-    assert plain.param_groups == named.param_groups
-
-
 def test_several_heads_warm_up_each_as_alone():
     factor = schedule("poly", warmup=3, backbone_warmup=5, warmup_start=0)
     rates = (1.0, 0.5)
@@ -229,16 +222,6 @@ def test_several_heads_warm_up_each_as_alone():
         for number, expected in enumerate(alone):
             groups = [group for group in joined.param_groups if group["head"] == number]
             assert sorted({(group["lr"], group["weight_decay"]) for group in groups}) == expected
-
-
-def test_unfrozen_backbone_has_a_second_warmup():
-    model = segmenter()
-    optimizer = adamw(model, lr=1.0, freeze_backbone_until=0.5)
-    factor = freeze_of(model, 0.5).restart(schedule("constant", warmup=2, warmup_start=0, backbone_warmup=4))
-    for step, head, backbone in ((0, 0, 0), (1, 0.5, 0), (5, 1, 0), (10, 0, 0), (12, 1, 0), (13, 1, 0.25), (16, 1, 1)):
-        set_learning_rates(optimizer, factor, step, 20)
-        found = {group["backbone"]: group["lr"] for group in optimizer.param_groups}
-        assert found == {False: head, True: backbone}
 
 
 def test_resuming_in_the_second_warmup_equals_one_run(tmp_path):

@@ -151,14 +151,6 @@ def test_head_and_backbone_have_own_rates_unless_one_is_set():
     assert find_rates(lr=1.0, backbone_lr_scale=0.5) == {("head", 1.0), ("backbone", 0.5)}
 
 
-def test_set_learning_rates_scales_every_group():
-    optimizer = adamw(smallest(), lr=0.5, weight_decay=0.1)
-    assert set_learning_rates(optimizer, lambda *_: 0.1, 0, 1) == pytest.approx(0.05)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
-    set_learning_rates(optimizer, lambda *_: 1.0, 0, 1)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
-
-
 def test_delayed_modules_start_at_zero_and_warm_up_linearly(monkeypatch):
     model = smallest()
     late = model.head.norm

@@ -5,8 +5,6 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,33 +82,6 @@ def test_bytes_stay_bytes_and_numbers_become_float32(cache_and_view):
         pixels, features = kept.complete_batch(views, CPU).image.tensors
         assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
         assert features.dtype == torch.float32 and features.tolist() == numbers
-
-
-def test_cached_views_are_loaded_in_the_main_process(cache_and_view, monkeypatch):
-    asked, kept = [], cache_and_view[0]
-    kept.place = "disk"
-
-    def batches(*_, start, workers, **__):
-        asked.append((start, workers))
-        return iter([[]] * 9)
-
-    monkeypatch.setattr(cache, "sample_batches", batches)
-    drawn = TrainViews([0] * 3, None, seed=0)
-    stream = kept.train_batches(drawn, workers=2, batch_size=2, start=1)
-    assert len(list(islice(stream, 5))) == 5
-    assert asked == [(1, 2), (1 + 2 * 2, 0)]  # two views of three images, in batches of two
-    kept.place = "memory"  # another process would see nothing of it
-    assert next(kept.train_batches(drawn, workers=3, batch_size=2, start=1)).views == []
-    assert asked[2:] == [(1, 0)]
-
-
-def test_features_read_by_another_process_are_trusted(cache_and_view):
-    kept, view, _ = cache_and_view
-    trusted = []
-    kept._store = SimpleNamespace(trust=trusted.append)
-    view.features = [torch.ones(2, 3)]
-    kept._remember_views([view])
-    assert trusted == [view.key]
 
 
 @pytest.mark.parametrize("changed", [[0], [0, 1]])

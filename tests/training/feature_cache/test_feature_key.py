@@ -185,11 +185,6 @@ def test_damaged_origin_note_is_written_again(note, tmp_path, caplog):
     assert note is None or path.read_text() == before
 
 
-def test_a_root_that_cannot_be_written_is_left_to_the_store(tmp_path):
-    (tmp_path / "root").write_text("no folder")
-    assert origin(tmp_path / "root", PARTS)
-
-
 @pytest.fixture
 def data(tmp_path):
     return write_pairs(tmp_path, [(5, 6 + number) for number in range(3)])

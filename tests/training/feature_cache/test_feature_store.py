@@ -126,15 +126,6 @@ def test_damaged_or_foreign_file_is_replaced_with_a_warning(kind, tmp_path, capl
         assert torch.equal(store.get(KEYS[0])[0], features(0)[0].half()) and not path.is_symlink()
 
 
-def test_checked_file_is_still_compared_with_its_size(tmp_path):
-    store = DiskStore(tmp_path, "a", "float16")
-    fill(store, [0])
-    assert store.get(KEYS[0]) is not None
-    for size in (SIZE - 64, 128, 20, 1, 0):
-        os.truncate(tmp_path / "a" / f"{KEYS[0]}.features", size)
-        assert store.get(KEYS[0]) is None
-
-
 def test_loaded_features_are_independent_of_their_file(tmp_path):
     store, path = DiskStore(tmp_path, "a", "float16"), tmp_path / "a" / f"{KEYS[0]}.features"
     first, second = (features(number)[0].half() for number in range(2))
