@@ -78,13 +78,6 @@ def whole(tmp_path_factory):
     return SimpleNamespace(folder=folder, rows=done.rows)
 
 
-def same(first, second, names=("last", "best")):
-    for name in names:
-        one, two = (read(folder / f"{name}.safetensors") for folder in (first, second))
-        assert one.info["progress"] == two.info["progress"] and one.tensors.keys() == two.tensors.keys()
-        assert [key for key in one.tensors if not one.tensors[key].equal(two.tensors[key])] == []
-
-
 def truncated():
     raise UserError("7.png is truncated")
 
@@ -118,7 +111,10 @@ def test_interrupted_training_is_saved_and_resumes_exactly(whole, tmp_path, fail
     assert read(tmp_path / "last.safetensors").info["progress"]["step"] == step + finished
     gone_on = train(tmp_path, start=True)
     assert gone_on.error is None
-    same(whole.folder, tmp_path)
+    for name in ("last", "best"):
+        one, two = (read(folder / f"{name}.safetensors") for folder in (whole.folder, tmp_path))
+        assert one.info["progress"] == two.info["progress"] and one.tensors.keys() == two.tensors.keys()
+        assert [key for key in one.tensors if not one.tensors[key].equal(two.tensors[key])] == []
     assert without_timings(ended.rows + gone_on.rows) == without_timings(whole.rows)
 
 

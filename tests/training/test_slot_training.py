@@ -70,11 +70,9 @@ MEMBERS = {
 }
 
 
-def mostly_heavy(names, *quick):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.heavy) for name in names]
-
-
-@pytest.mark.parametrize("name", mostly_heavy(MEMBERS, "attention"))
+@pytest.mark.parametrize(
+    "name", [name if name == "attention" else pytest.param(name, marks=pytest.mark.heavy) for name in MEMBERS]
+)
 def test_each_member_of_the_family_learns(here, name):
     more = MEMBERS[name]
     tiny = [each for each in SLOTS if not ("backbone=rgb" in more and each.startswith("backbone"))]

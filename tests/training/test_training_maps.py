@@ -31,7 +31,6 @@ from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import parameter_groups, schedule
 from dinoseg.training.validation import evaluate
 
-CPU = torch.device("cpu")
 MLP = partial(MlpHead, 24, 1, 3, 8)
 
 
@@ -118,7 +117,7 @@ def test_distilled_batches_have_maps_of_both_kinds_of_images():
         view = TeacherView.of(torch.zeros(3, 1, 1), (1.0, 1.0), np.eye(3), (24, 32))
         return Part(Batch.stack([data[index] for index in range(first, first + 2)]), [lambda: view] * 2)
 
-    batch = ScoredBatch([part(0), part(3)]).to(CPU)
+    batch = ScoredBatch([part(0), part(3)]).to(torch.device("cpu"))
     assert batch.maps["values"].shape == (4, 2, 24, 32) and batch.count == 4
     for each in (batch, batch.with_masks):
         check_twins(each)
@@ -126,12 +125,8 @@ def test_distilled_batches_have_maps_of_both_kinds_of_images():
     assert DistilledLoss(MappedLoss()).divisors(batch).shape == (3,)
 
 
-@pytest.fixture
-def files(tmp_path):
-    return write_pairs(tmp_path, [(24, 32)] * 6).with_maps(KINDS, maps_of)
-
-
-def test_packed_files_train_as_files_do(files, tmp_path):
+def test_packed_files_train_as_files_do(tmp_path):
+    files = write_pairs(tmp_path, [(24, 32)] * 6).with_maps(KINDS, maps_of)
     packed = pack(files, cache_dir=tmp_path / "packed", workers=1)
     assert train(tmp_path / "a", data=packed) == train(tmp_path / "b", data=files)
     assert train(tmp_path / "c", data=packed, cache="disk") == train(tmp_path / "d", data=files, cache="memory")
@@ -154,14 +149,10 @@ class Turned(Augment):
         return image[::-1].copy(), mask[::-1].copy()
 
 
-def own_transform(image, mask, rng):
-    return image, mask
-
-
 def test_augmentations_that_cannot_move_maps_are_refused():
     module = partial(ImageDataModule, batch_size=2, seed=0, workers=0)
     mapped, plain = pictures(), CustomDataset(Pictures([(24, 32)] * 2))
-    for augment in (Turned((24, 32)), own_transform):
+    for augment in (Turned((24, 32)), lambda image, mask, rng: (image, mask)):
         words = ("data.augment, a ", "cannot move the maps", "override `maps`")
         assert_refused(lambda augment=augment: module(mapped, mapped, augment), *words)
         batch = next(module(plain, plain, augment).train_batches(0))

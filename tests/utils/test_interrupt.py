@@ -19,19 +19,6 @@ from dinoseg.utils.interrupt import Interrupted, block_signals, defer_signals, f
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
-def strike(monkeypatch, at, number, data_module=ImageDataModule):
-    """Send this process a signal just before batch `at` is drawn."""
-    whole = data_module.train_batches
-
-    def batches(self, start):
-        for index, batch in enumerate(whole(self, start), start=start):
-            if index == at:
-                signal.raise_signal(number)
-            yield batch
-
-    monkeypatch.setattr(data_module, "train_batches", batches)
-
-
 def train(where, *options):
     return call(where, "mode=train", *SMALL, "mode.metrics_only=true", *options)
 
@@ -40,8 +27,16 @@ def train(where, *options):
     ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.heavy), (signal.SIGTERM, 143)]
 )
 def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, number, status):
+    whole = ImageDataModule.train_batches
+
+    def batches(self, start):
+        for index, batch in enumerate(whole(self, start), start=start):
+            if index == 2:
+                signal.raise_signal(number)
+            yield batch
+
     write_data(tmp_path / "data")
-    strike(monkeypatch, 2, number)
+    monkeypatch.setattr(ImageDataModule, "train_batches", batches)
     done = train(tmp_path, "trainer.steps=9", "trainer.val_every=3")
     last = next(tmp_path.glob("outputs/base/train_*/checkpoints/last.safetensors"))
     assert done.status == status and "Traceback" not in done.err

@@ -25,20 +25,14 @@ from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def read(tmp_path):
-    """Return a function that reads a view of one of three images, of which two are the same."""
+def test_a_view_is_known_by_its_image_and_all_that_draws_it(tmp_path):
     data = write_pairs(tmp_path, [(6, 7)] * 3)
     shutil.copy(tmp_path / "0.png", tmp_path / "1.png")
 
-    def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
+    def read(drawing="drawing", seed=5, views=2, epoch=0, index=0):
         drawn = TrainViews(data, Augment((4, 4)), seed, views)
         return cache._read_views(drawn, MemoryStore("float32", 0), drawing, CachedMasks(), epoch, index)
 
-    return view
-
-
-def test_a_view_is_known_by_its_image_and_all_that_draws_it(read):
     first = read()
     others = [{"drawing": "other"}, {"seed": 6}, {"epoch": 1}, {"index": 1}, {"index": 2}, {"views": None, "epoch": 2}]
     assert len({first.key, *(read(**other).key for other in others)}) == 1 + len(others)
