@@ -27,7 +27,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, measure_features
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.utils.images import read_image, write_png
@@ -226,13 +226,6 @@ def test_unused_views_are_not_counted_in_the_cache_size(train, caplog, monkeypat
     assert not (tmp_path / "cache/features").exists()
     told = [int(size) for message in caplog.messages for size in re.findall(r"take about (\d+) as", message)]
     assert told[0] < told[1]  # one view of each, and all four
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_measuring_features_keeps_the_mode_of_the_model(train, training):
-    _, data_module, model = train("off", epochs=2)
-    measure_features(data_module, model.train(training), Engine("cpu", "fp32", workers=0), "float32")
-    assert model.training == model.head.training == training
 
 
 def test_image_predicted_in_windows_is_read_by_its_own_index(data):
