@@ -225,24 +225,6 @@ def test_swapping_the_average_copies_one_weight_at_a_time():
     assert "clone clone" not in names and names.count("clone") == 8
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_adamw_equals_single_operations(dtype):
-    models = [SegmentationModel(RgbBackbone(), LinearHead(3, 1, 2)).to(dtype) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    fused = adamw(models[0], lr=1e-2, weight_decay=0.1)
-    plain = torch.optim.AdamW(parameter_groups(models[1], lr=1e-2, weight_decay=0.1), fused=False, foreach=False)
-    for step in range(5):
-        for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
-            two.grad = one.grad.clone()
-        with Calls() as calls:
-            fused.step()
-        plain.step()
-        assert "_fused_adamw_" in calls.names
-    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(one, two)
-
-
 # by timm model: names of its own parameters that are neither weights nor biases, and of the linear layers and
 # convolutions that timm's `no_weight_decay` exempts
 EXEMPT = {

@@ -89,13 +89,7 @@ def test_each_member_of_the_family_learns(here, name):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    "following",
-    [
-        (),
-        ("slots.match=appearance", "slots.passes=2", "slots.appearance=3"),
-    ],
-)
+@pytest.mark.parametrize("following", [(), ("slots.match=appearance", "slots.passes=2", "slots.appearance=3")])
 def test_validation_has_the_score_of_the_protocol(here, following):
     lengths = ("trainer.steps=4", "trainer.val_every=2", "trainer.score=mbo")
     light = ("mode.metrics_only=true",) * bool(following)  # what is drawn is looked at once
