@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from mistakes import assert_refused, refusals
+from mistakes import refusals
 from pretended_cuda import pretended_engine
 from small_trainings import segmenter
 from torch import nn
@@ -16,11 +16,6 @@ from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import clip_gradients
 
 CLIP = partial(clip_gradients, max_norm=1.0)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_unavailable_device_is_refused_with_the_available_ones():
-    assert_refused(lambda: Engine("cuda"), "engine.device=cuda is not available here. This machine has: ", "cpu")
 
 
 class SlotHead(LinearHead):
@@ -39,13 +34,11 @@ def shard_compiled():
 
 test_message_names_value_and_remedy = refusals(
     {
-        "device": (lambda: Engine("tpu"), "engine.device=tpu is unknown"),
         "precision": (lambda: Engine("cpu", "tf32"), "engine.precision=tf32 is unknown. Choose auto, bf16, fp16, fp32"),
         "float16 on a CPU": (
             lambda: Engine("cpu", "fp16"),
             "engine.precision=fp16 is for GPUs, and this device is the CPU. Choose auto, bf16",
         ),
-        "several devices": (lambda: Engine("cpu", devices=2), "engine.devices=2: this mode runs on 1"),
         "one device sharded": (
             lambda: Engine("cpu", sharding="fsdp"),
             *("engine.sharding=fsdp: ", "but there is only one. Set engine.devices=N, or leave"),

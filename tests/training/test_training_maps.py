@@ -168,13 +168,11 @@ def test_photometric_distortion_of_16_bits_is_refused_early():
             sample = super().__getitem__(index)
             return sample | {"image": sample["image"].to(torch.uint16)}
 
-    color = PhotometricDistortion(0.1, 0.1, 0.1, 0.1)
-    for cls in (Pictures, Deep):
-        data = CustomDataset(cls([(24, 32)] * 2))
-        ImageDataModule(data, data, Augment((24, 32)), 2, seed=0, workers=0)
-    distorted = Augment((24, 32), color=color)
-    refuse = partial(ImageDataModule, data, data, distorted, 2, seed=0, workers=0)
-    assert_refused(refuse, "data.augment.color, a PhotometricDistortion", " have 16")
+    data = CustomDataset(Deep([(24, 32)] * 2))
+    module = partial(ImageDataModule, data, data, batch_size=2, seed=0, workers=0)
+    module(Augment((24, 32)))
+    distorted = Augment((24, 32), color=PhotometricDistortion(0.1, 0.1, 0.1, 0.1))
+    assert_refused(lambda: module(distorted), "data.augment.color, a PhotometricDistortion", " have 16")
 
 
 def test_a_dataset_without_the_maps_of_a_loss_is_refused():

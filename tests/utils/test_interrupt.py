@@ -10,7 +10,6 @@ from signals import signal_in_thread
 
 from dinoseg.cli import own_keys
 from dinoseg.modes import score
-from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt
@@ -45,30 +44,6 @@ def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, num
     assert progress["step"] == 3 and progress["validation_pending"] and not (last.parent / "best.safetensors").exists()
     assert not [path for path in last.parents[1].rglob(".*")]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "handlers are put back"
-
-
-def test_validation_with_unsaved_images_is_logged_once(tmp_path, monkeypatch):
-    def full(self, step, named):
-        raise OSError(28, "No space left on device", "a.png")
-
-    write_data(tmp_path / "data")
-    with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "images", full)
-        assert train(tmp_path, "hydra.run.dir=run").status == 1
-    path, last = tmp_path / "run/metrics.jsonl", tmp_path / "run/checkpoints/last.safetensors"
-    step = checkpoint.describe(last)["progress"]["step"]
-    with path.open("a") as file:  # as a run leaves it that is killed between its row and its checkpoint
-        file.write(f'{{"step": {step}, "val/miou": 0.5}}\n')
-    assert train(tmp_path, "resume=run").status == 0
-    assert sum("val/miou" in row for row in path.read_text().splitlines()) == 1
-
-
-def test_signal_before_the_first_step_reports_nothing_saved(tmp_path, monkeypatch):
-    write_data(tmp_path / "data")
-    monkeypatch.setattr(ImageDataModule, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
-    done = train(tmp_path)
-    assert done.status == 143
-    assert done.err.endswith("\ninterrupted: this run has saved nothing\n")
 
 
 @SIGNALS
