@@ -93,20 +93,6 @@ def test_best_moves_only_when_beaten(model, tmp_path):
     assert {name.split("/")[0] for name in best.tensors} == {"model"}
 
 
-def test_evaluate_last_saves_weights_of_each_validation(model, tmp_path):
-    source = model("frozen")
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    run = checkpoints.progress
-    for step, score in enumerate([0.5, 0.3, 0.4], start=1):
-        run.step = step
-        nn.init.constant_(source.head.classify.weight, step)
-        checkpoints.commit(checkpoints.save_if_best(source, {"miou": score}, evaluate="last"))
-        saved = read(tmp_path / BEST)
-        assert saved.info["progress"]["step"] == step and (run.best, run.best_step) == (0.5, 1)
-        assert (saved.tensors["model/head.classify.weight"] == step).all()
-    assert run.stale == 2
-
-
 def test_checkpoint_of_another_model_is_refused(model, tmp_path):
     source = model("lora")
     checkpoints, _ = begin(tmp_path, source)
