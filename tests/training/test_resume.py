@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -121,24 +120,17 @@ def test_evaluation_after_training_equals_mode_eval(whole, tmp_path):
     assert pictures == sorted(f"{n}_{kind}.png" for n in range(3) for kind in ("pred", "vis"))
 
 
-@contextmanager
-def files_of_at_most(size):
-    """Let writing fail beyond so many bytes, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.heavy
 def test_a_full_disk_keeps_the_old_checkpoint(data, copy, tmp_path):
     last = copy / "checkpoints/last.safetensors"
     before = last.read_bytes()
     longer = train(data, "trainer.steps=23", "trainer.save_every=1", f"resume={copy}")
-    with files_of_at_most(len(before) // 2):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
         failed = call(tmp_path, *longer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert failed.status == 1 and "Traceback" not in failed.err
     assert "could not be written" in failed.err and "MiB are free" in failed.err
     assert last.read_bytes() == before

@@ -75,25 +75,15 @@ def test_store_is_that_of_its_origin_in_any_process(tmp_path):
         assert torch.equal(same.get(KEYS[3])[0], features(3)[0].half())
 
 
-def replace_by_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-def replace_by_link(path):
+def replace(path, make):
     path.rename(path.with_name("elsewhere"))
-    path.symlink_to("elsewhere")
-
-
-def replace_by_pipe(path):
-    path.unlink()
-    os.mkfifo(path)
+    make(path)
 
 
 DAMAGE = {
-    "folder": replace_by_folder,
-    "link": replace_by_link,
-    "pipe": replace_by_pipe,
+    "folder": lambda path: replace(path, os.mkdir),
+    "link": lambda path: replace(path, lambda path: path.symlink_to("elsewhere")),
+    "pipe": lambda path: replace(path, os.mkfifo),
     "size": lambda path: os.truncate(path, 2**40),  # takes no room, but for who reads it
     "name": lambda path: path.write_bytes(path.with_name(f"{KEYS[1]}.features").read_bytes()),
     "bit": lambda path: path.write_bytes(path.read_bytes()[:-100] + b"?" + path.read_bytes()[-99:]),
