@@ -15,12 +15,6 @@ from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt
 from dinoseg.utils.interrupt import Interrupted, block_signals, defer_signals, forward_signals, raise_on_signal
 
-SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-
-
-def train(where, *options):
-    return call(where, "mode=train", *SMALL, "mode.metrics_only=true", *options)
-
 
 @pytest.mark.parametrize(
     ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.heavy), (signal.SIGTERM, 143)]
@@ -36,7 +30,8 @@ def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, num
 
     write_data(tmp_path / "data")
     monkeypatch.setattr(ImageDataModule, "train_batches", batches)
-    done = train(tmp_path, "trainer.steps=9", "trainer.val_every=3")
+    lengths = ("trainer.steps=9", "trainer.val_every=3")
+    done = call(tmp_path, "mode=train", *SMALL, "mode.metrics_only=true", *lengths)
     last = next(tmp_path.glob("outputs/base/train_*/checkpoints/last.safetensors"))
     assert done.status == status and "Traceback" not in done.err
     assert f"interrupted: {last} holds step 3. To resume, add resume=auto or resume={last.parents[1]}" in done.err
@@ -46,7 +41,7 @@ def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, num
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "handlers are put back"
 
 
-@SIGNALS
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(("name", "said"), [("none", "\n"), ("some", ": finished results are in ")])
 def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number, status, name, said):
     def stop(cfg, *, out_dir, **_):
