@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from command_line import SMALL, call
@@ -183,26 +184,14 @@ def test_tasks_of_slurm_train_together(data, tmp_path):
     assert checkpoint.describe(tmp_path / "run_0/checkpoints/last.safetensors")["progress"]["step"] == 2
 
 
-def rank_processes(parent: int, number: int) -> list[int]:
-    """Return the processes below `parent` that are rank `number`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            names = (path / "environ").read_text().split("\0")
-            below = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-        except (OSError, IndexError):
-            continue
-        found += [int(path.name)] * (below and f"RANK={number}" in names)
-    return found
-
-
 def kill_rank(agent, last: Path, step: int):
     """Kill rank 1 of torchrun with SIGKILL once `last` stands at `step`."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and checkpoint.describe(last)["progress"]["step"] < step:
         time.sleep(0.01)
-    for process in rank_processes(agent.pid, 1):
-        os.kill(process, signal.SIGKILL)
+    for process in psutil.Process(agent.pid).children():
+        if process.environ().get("RANK") == "1":
+            process.kill()
 
 
 @pytest.mark.heavy

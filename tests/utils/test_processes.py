@@ -9,8 +9,10 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from child_functions import echo, stuck
 
@@ -213,14 +215,10 @@ def test_no_process_outlives_a_killed_one(tmp_path, way):
 def living_processes(group):
     """Return the processes of a group that run."""
     found = []
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{process}/stat", encoding="utf-8") as file:
-                state, _, of = file.read().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(of) == group and state != "Z":
-            found.append(process)
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from failing import fail_after
 
 from dinoseg.training.feature_cache import store as stores
 from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
-from dinoseg.utils import atomic
 
 SHAPE = (8, 3, 4)
 SIZE = size_of([torch.zeros(SHAPE)], "float16")
@@ -170,21 +170,11 @@ def test_some_room_is_left_on_the_disk(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_full_disk_stops_caching_but_not_the_run(number, tmp_path, monkeypatch, caplog):
-    real, left = atomic.write_all, [2]
-
-    def write(file, data):
-        left[0] -= 1
-        if left[0] < 0:
-            real(file, data[: len(data) // 2])
-            raise OSError(number, os.strerror(number))
-        real(file, data)
-
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "write_all", write)
+        fail_after(patch, stores, "write_all", 2, OSError(number, os.strerror(number)))
         store = DiskStore(tmp_path, "a", "float16")
         for each in range(4):
             assert torch.equal(store.put(KEYS[each], features(each))[0], features(each)[0].half())
-        assert left == [-1]  # it was tried once
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [f"{key}.features" for key in KEYS[:2]]
     (told,) = [record.getMessage() for record in caplog.records]
     assert ("the disk is full" in told) == (number != errno.EIO) and str(tmp_path) in told
