@@ -35,14 +35,8 @@ def shard_compiled():
 test_message_names_value_and_remedy = refusals(
     {
         "precision": (lambda: Engine("cpu", "tf32"), "engine.precision=tf32 is unknown. Choose auto, bf16, fp16, fp32"),
-        "float16 on a CPU": (
-            lambda: Engine("cpu", "fp16"),
-            "engine.precision=fp16 is for GPUs, and this device is the CPU. Choose auto, bf16",
-        ),
-        "one device sharded": (
-            lambda: Engine("cpu", sharding="fsdp"),
-            *("engine.sharding=fsdp: ", "but there is only one. Set engine.devices=N, or leave"),
-        ),
+        "float16 on a CPU": (lambda: Engine("cpu", "fp16"), "precision=fp16 is for GPUs, ", "Choose auto, bf16"),
+        "one device": (lambda: Engine("cpu", sharding="fsdp"), "engine.sharding=fsdp: ", "Set engine.devices=N, or"),
         "compiled shards": (shard_compiled, "engine.compile=true with engine.sharding=fsdp: leave one of them out"),
         "sharded slots": (lambda: shard(segmenter(partial(SlotHead, 24, 1, 3))), "slot models"),
         "sharded 4-bit layers": (lambda: shard(segmenter(), ["a"]), "4-bit and 8-bit layers"),

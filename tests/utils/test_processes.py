@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from child_functions import echo, stuck
+from daemons import wait_until
 
 from dinoseg.utils import child as child_module
 from dinoseg.utils import workers as workers_module
@@ -28,13 +29,13 @@ started_with = []  # filled in processes by `note_start`
 
 def square_first_late(item, folder):
     if item == 0:
-        until((folder / "3").exists)
+        wait_until((folder / "3").exists)
     return note(item, folder) ** 2
 
 
 def wait_for_go(item, folder):
     if item:
-        until((folder / "go").exists)
+        wait_until((folder / "go").exists)
     return note(item, folder)
 
 
@@ -81,13 +82,6 @@ class Heavy:
 
 def nobody_is_left():
     return not multiprocessing.active_children()
-
-
-def until(condition, seconds=600):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -138,7 +132,7 @@ class CancellingPool(workers_module.ProcessPoolExecutor):
 
     def shutdown(self, **named):
         def release():
-            until(lambda: not any(task._state == "PENDING" for task in self.tasks))
+            wait_until(lambda: not any(task._state == "PENDING" for task in self.tasks))
             self.go.touch()
 
         threading.Thread(target=release).start()
@@ -201,11 +195,11 @@ def test_no_process_outlives_a_killed_one(tmp_path, way):
     script.write_text(textwrap.dedent(SCRIPT.format(folder=str(folder))))
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        until(lambda: len(list(folder.iterdir())) > 5)
+        wait_until(lambda: len(list(folder.iterdir())) > 5)
         assert len(living_processes(process.pid)) >= 3
         process.send_signal(way)
         assert process.wait(120) != 0
-        until(lambda: not living_processes(process.pid))
+        wait_until(lambda: not living_processes(process.pid))
         assert len(list(folder.iterdir())) < 1000
     finally:
         if living_processes(process.pid):
@@ -278,7 +272,7 @@ def test_process_at_its_time_limit_leaves_no_semaphore(tmp_path, monkeypatch):
     from _multiprocessing import sem_unlink
 
     path = tmp_path / "name"
-    monkeypatch.setattr("multiprocessing.connection.Connection.poll", lambda *_: until(path.exists))
+    monkeypatch.setattr("multiprocessing.connection.Connection.poll", lambda *_: not wait_until(path.exists))
     with pytest.raises(TimeoutError):
         run_in_process(hold_semaphore, path, timeout=1)
     with pytest.raises(FileNotFoundError):
