@@ -52,8 +52,8 @@ ODD_ROWS = [(key, value, f"its {key} is ") for key, values in ODD.items() for va
 ]
 
 
-def file_of(path, text, tensors=None):
-    save_file(tensors or {"model/x": torch.zeros(1)}, path, {"dinoseg": text} if text is not None else None)
+def file_of(path, text):
+    save_file({"model/x": torch.zeros(1)}, path, {"dinoseg": text} if text is not None else None)
     return path
 
 

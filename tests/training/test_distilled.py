@@ -49,9 +49,9 @@ def in_memory():
     return MemoryStore("float32", 0)
 
 
-def views(cat_max_ratio=None, **changes):
+def views(cat_max_ratio=None):
     augment = Augment((24, 20), scale=(0.8, 2), affine=Affine(degrees=15), flip=0.5, cat_max_ratio=cat_max_ratio)
-    return TrainViews(Ramps(), augment, 3, **changes)
+    return TrainViews(Ramps(), augment, 3)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.7])

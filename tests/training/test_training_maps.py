@@ -34,8 +34,8 @@ from dinoseg.training.validation import evaluate
 MLP = partial(MlpHead, 24, 1, 3, 8)
 
 
-def pictures(count=6, cls=MappedPictures):
-    return CustomDataset(cls([(24, 32)] * count))
+def pictures(count=6):
+    return CustomDataset(MappedPictures([(24, 32)] * count))
 
 
 class Cramped(MappedLoss):

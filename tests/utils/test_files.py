@@ -57,27 +57,25 @@ def test_a_link_to_the_folder_itself_can_be_searched(top):
     assert names(top.parent / "link") == names(top) == ["a.png", "b.png", "in/c", "in/deep/d"]
 
 
-def refuse(folder):
-    """Return a stand-in for functions that list a folder, which one folder does not let."""
+def refuse(patch, name, folder):
+    """Let a function of `os` that lists folders refuse one of them."""
+    real = getattr(os, name)
 
-    def of(real):
-        def call(path="."):
-            if os.fspath(path) == str(folder):
-                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
-            return real(path)
+    def list_folder(path="."):
+        if os.fspath(path) == str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return real(path)
 
-        return call
-
-    return of
+    patch.setattr(os, name, list_folder)
 
 
 def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
-    monkeypatch.setattr(os, "scandir", refuse(top / "in/deep")(os.scandir))
+    refuse(monkeypatch, "scandir", top / "in/deep")
     assert_refused(lambda: names(top), "Cannot read the folder ", "in/deep (Permission denied)", "Give your user read")
     assert [path.name for path in entries(top)] == ["a.png", "b.png", "in"]
     assert entries(top / "nowhere") == entries(top / "a.png") == []
     for listing in ("listdir", "scandir"):  # pathlib lists folders by the second since Python 3.14
-        monkeypatch.setattr(os, listing, refuse(top)(getattr(os, listing)))
+        refuse(monkeypatch, listing, top)
     for list_folder in (entries, picture_files, video_folders, png_files, lambda folder: list_inputs(str(folder))):
         with pytest.raises(UserError, match=r"Cannot read the folder .*set \(Permission denied\)"):
             list_folder(top)
