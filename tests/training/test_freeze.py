@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from failing import fail_after
 from small_trainings import Stripes, segmenter, train_model
 from torch import nn
 
@@ -25,20 +26,6 @@ from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, parameter_groups, schedule, set_learning_rates
 
 LAST_BLOCK = partial(LastBlocks, blocks=1)
-
-
-class Failing(CrossEntropy):
-    """Fails at a step of which no update has begun."""
-
-    def __init__(self, step):
-        super().__init__(torch.ones(3))
-        self.left = step
-
-    def forward(self, *given):
-        self.left -= 1
-        if self.left < 0:
-            raise OSError("the disk is gone")
-        return super().forward(*given)
 
 
 def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, cached=False, **options):
@@ -145,11 +132,12 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", [2, 4], ids=["while it rests", "afterwards"])
-def test_resuming_the_frozen_phase_is_exact(uninterrupted, tmp_path, caplog, stop):
+def test_resuming_the_frozen_phase_is_exact(uninterrupted, tmp_path, monkeypatch, caplog, stop):
     caplog.set_level(logging.INFO)
     last = tmp_path / "last.safetensors"
-    with pytest.raises(OSError, match="gone"):
-        train(tmp_path, ema=0.5, loss=Failing(stop))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        fail_after(patch, CrossEntropy, "forward", stop, OSError("the disk is gone"))
+        train(tmp_path, ema=0.5)
     assert read(last).info["progress"]["step"] == stop
     assert caplog.text.count("is frozen for 3 of the 6 remaining steps") == 1
     again, _ = train(tmp_path, start=last, ema=0.5)
