@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from failing import fail_after
 from log_rows import Rows
 from small_trainings import Stripes, segmenter, train_model, without_timings
 
@@ -118,23 +119,17 @@ def test_interrupted_training_is_saved_and_resumes_exactly(whole, tmp_path, fail
     assert without_timings(ended.rows + gone_on.rows) == without_timings(whole.rows)
 
 
-def failing_at(number, whole, fails):
-    """Return `whole` as a method that fails at the call of this number."""
-    calls = count(1)
-    return lambda *given, **options: fails() if next(calls) == number else whole(*given, **options)
-
-
 @pytest.mark.parametrize("at", [1, 2])
 def test_an_update_that_fails_half_way_is_not_saved(tmp_path, monkeypatch, at):
     assert train(tmp_path, steps=2).error is None
     before = (tmp_path / "last.safetensors").read_bytes()
-    monkeypatch.setattr(torch.optim.AdamW, "step", failing_at(at, torch.optim.AdamW.step, crash))
+    fail_after(monkeypatch, torch.optim.AdamW, "step", at - 1, RuntimeError("a worker has died"))
     assert isinstance(train(tmp_path, start=True, val_every=9).error, RuntimeError)
     assert (tmp_path / "last.safetensors").read_bytes() == before
 
 
 def test_a_rank_that_is_lost_before_the_update_costs_no_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(Engine, "total", failing_at(3, Engine.total, crash))
+    fail_after(monkeypatch, Engine, "total", 2, RuntimeError("a worker has died"))
     assert isinstance(train(tmp_path).error, RuntimeError)
     assert read(tmp_path / "last.safetensors").info["progress"]["step"] == 2
 
@@ -142,7 +137,10 @@ def test_a_rank_that_is_lost_before_the_update_costs_no_step(tmp_path, monkeypat
 @pytest.mark.parametrize("at", [1, 2])
 def test_non_finite_loss_preserves_the_earlier_checkpoint(tmp_path, monkeypatch, at):
     """The steps that led to it are of no use: going on from them would end there again."""
-    monkeypatch.setattr(Engine, "total", failing_at(at, Engine.total, lambda: torch.tensor([math.nan, 1.0, 0.0])))
+    calls = count(1)
+    total = Engine.total
+    nan = torch.tensor([math.nan, 1.0, 0.0])
+    monkeypatch.setattr(Engine, "total", lambda *given: nan if next(calls) == at else total(*given))
     assert isinstance(train(tmp_path).error, NonFiniteLoss) and not list(tmp_path.iterdir())
 
 
