@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 from command_line import SMALL, call, write_data
@@ -55,10 +56,7 @@ def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number
 
 
 def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(own_keys, "with_checkpoint_keys", stop)
+    monkeypatch.setattr(own_keys, "with_checkpoint_keys", Mock(side_effect=KeyboardInterrupt))
     done = call(tmp_path, "mode=score")
     assert (done.status, done.err) == (130, "\ninterrupted\n")
 
