@@ -4,6 +4,7 @@ import csv
 import time
 
 import pytest
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 
 from dinoseg.utils.csv_text import write_csv
@@ -67,11 +68,9 @@ def test_dates_are_text_as_in_hydra():
 
 def test_file_is_checked_before_reading(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * 101)
-    with pytest.raises(SchemaError, match="101 bytes; the limit is 100"):
-        read_yaml(tmp_path / "large.yaml", 100)
+    assert_refused(lambda: read_yaml(tmp_path / "large.yaml", 100), "101 bytes; the limit is 100", error=SchemaError)
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
-    with pytest.raises(SchemaError, match="byte 3 is not valid"):
-        read_yaml(tmp_path / "bytes.yaml", 100)
+    assert_refused(lambda: read_yaml(tmp_path / "bytes.yaml", 100), "byte 3 is not valid", error=SchemaError)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import base64
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from mistakes import assert_refused
 from PIL import Image
 
 from dinoseg.data.annotation.labelme import _mask
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import as_rgb, read_ids, read_image
 from dinoseg.utils.levels import read_levels
 
@@ -44,8 +44,7 @@ def test_png_files_with_missing_rows_are_refused(pixels, rows, tmp_path):
         path.write_bytes(png_of(pixels, SIZE[0]))
         read(path)
         path.write_bytes(png_of(pixels, rows))
-        with pytest.raises(UserError, match="truncated"):
-            read(path)
+        assert_refused(partial(read, path), "truncated")
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -78,8 +77,8 @@ def test_interlaced_png_files_with_missing_passes_are_refused(passes, tmp_path):
 
 def test_masks_in_annotation_files_lack_no_rows():
     text = base64.b64encode(png_of(PIXELS[..., 0], 10)).decode()
-    with pytest.raises(ValueError, match="truncated"):
-        _mask(text, [[0, 0], [SIZE[1] - 1, SIZE[0] - 1]], SIZE)
+    corners = [[0, 0], [SIZE[1] - 1, SIZE[0] - 1]]
+    assert_refused(lambda: _mask(text, corners, SIZE), "truncated", error=ValueError)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.85])
@@ -90,8 +89,7 @@ def test_cut_jpeg_files_with_an_end_marker_are_refused(pixels, options, share, t
     start = data.rindex(b"\xff\xda")
     (tmp_path / "a.jpg").write_bytes(data[: start + int(share * (len(data) - start))] + b"\xff\xd9")
     for read in READERS:
-        with pytest.raises(UserError, match="truncated"):
-            read(tmp_path / "a.jpg")
+        assert_refused(partial(read, tmp_path / "a.jpg"), "truncated")
 
 
 def test_progressive_jpeg_files_without_all_scans_are_refused(tmp_path):
@@ -100,8 +98,7 @@ def test_progressive_jpeg_files_without_all_scans_are_refused(tmp_path):
     assert len(scans) == 10
     for end in scans[1:]:
         (tmp_path / "a.jpg").write_bytes(data[:end] + b"\xff\xd9")
-        with pytest.raises(UserError, match="truncated"):
-            read_image(tmp_path / "a.jpg")
+        assert_refused(lambda: read_image(tmp_path / "a.jpg"), "truncated")
 
 
 @pytest.mark.parametrize("progressive", [False, True])
