@@ -153,17 +153,12 @@ def test_cached_features_equal_live_ones_in_the_frozen_phase(tmp_path):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("head", "loss"),
-    [
-        (partial(DetailHead, 24, 1, 3, 8, 4, 8, 1, jitter=0, linear_skip=True), None),
-        (
-            partial(EomtHead, 24, 1, 3, patch_size=8, num_queries=5, blocks=1),
-            MaskClassification(torch.ones(3), num_points=16),
-        ),
-    ],
-    ids=["detail", "eomt"],
-)
+DETAIL = partial(DetailHead, 24, 1, 3, 8, 4, 8, 1, jitter=0, linear_skip=True)
+EOMT = partial(EomtHead, 24, 1, 3, patch_size=8, num_queries=5, blocks=1)
+OF_MASKS = MaskClassification(torch.ones(3), num_points=16)
+
+
+@pytest.mark.parametrize(("head", "loss"), [(DETAIL, None), (EOMT, OF_MASKS)], ids=["detail", "eomt"])
 def test_detail_and_eomt_heads_train_on_a_frozen_backbone(tmp_path, head, loss):
     """The queries of EoMT learn through blocks that freeze."""
     model = segmenter(head)

@@ -271,13 +271,14 @@ def test_a_training_that_keeps_up_is_not_changed():
         lambda number: 1.0,
         lambda number: 0.5 if number < 60 else 3.0,  # the machine becomes busy late
         lambda number: 3.0 if number < 12 else 0.2,  # cached features: the first steps are the slow ones
+        lambda number: 1.0 if number < 49 else 0.1,  # too late: the number of steps never rises
     ],
 )
 def test_slow_training_ends_validated_within_its_limit(step):
     seconds, done = run_limited(step)
     assert 50 < seconds <= 62 and done[-1] == "validated", done
     lengths = lengths_of(done)
-    assert lengths[0] == 100 and done[-2][0] == done[-2][1]
+    assert lengths[0] == 100 and done[-2][0] == done[-2][1] and lengths == sorted(lengths, reverse=True)
 
 
 def test_late_training_ends_with_exactly_one_validation(caplog):
@@ -303,9 +304,3 @@ def test_a_late_training_still_trains_the_backbone_for_its_share(busy):
     first = next(number for number, begin in enumerate(begins) if number >= begin)
     assert first == begins[first] and len(lengths) - first >= 12 and 50 < seconds <= 65
     assert all(number >= begin for number, begin in list(enumerate(begins))[first:])
-
-
-def test_the_number_of_steps_never_rises():
-    _, done = run_limited(lambda number: 1.0 if number < 49 else 0.1)
-    lengths = lengths_of(done)
-    assert lengths[0] > lengths[-1] == len(lengths) and lengths == sorted(lengths, reverse=True)
