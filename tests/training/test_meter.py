@@ -36,22 +36,13 @@ def test_peak_memory_counts_from_the_last_reset():
     assert peak_memory(CPU) < high - 250 * 2**20
 
 
-class Clock:
-    """Seconds that pass only when told to."""
-
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 class Run:
     """A training by a clock, with four images a step."""
 
     def __init__(self, done=0, steps=100, terminal=False, visible=True, minutes=None):
-        self.clock = Clock()
-        limit = minutes and TimeLimit(minutes, None, clock=self.clock)
-        self.meter = Meter(done, steps, 25, 8.0, CPU, visible, limit=limit, clock=self.clock, terminal=terminal)
+        self.now = 100.0
+        limit = minutes and TimeLimit(minutes, None, clock=lambda: self.now)
+        self.meter = Meter(done, steps, 25, 8.0, CPU, visible, limit=limit, clock=lambda: self.now, terminal=terminal)
         self.close, self.left, self.read = self.meter.close, self.meter.left, self.meter.read
 
     def train(self, steps, seconds=1.0, waited=0.25, first=1):
@@ -59,18 +50,18 @@ class Run:
 
         def batches():
             while True:
-                self.clock.now += waited
+                self.now += waited
                 yield None
 
         stream = self.meter.measure_waits(batches(), lambda: "Read less.")
         for number in range(steps):
             next(stream)
-            self.clock.now += (seconds - waited) * (1 if number else first)
+            self.now += (seconds - waited) * (1 if number else first)
             self.meter.step(4, 0.5, 1e-4)
 
     def validate(self, seconds):
         with self.meter.measure_validation():
-            self.clock.now += seconds
+            self.now += seconds
 
 
 def test_time_left_holds_the_validations():
@@ -236,8 +227,8 @@ def run_limited(step, *, planned=100, val_every=50, validation=2.0, start=0.0, b
 
     Return the seconds, and what was done: (number of steps, steps that fit) or "validated".
     """
-    clock = Clock()
-    limit, done = TimeLimit(1.0, ENGINE, frozen_until=begin, clock=clock), []
+    clock = SimpleNamespace(now=100.0)
+    limit, done = TimeLimit(1.0, ENGINE, frozen_until=begin, clock=lambda: clock.now), []
     clock.now += start
     for number in range(planned):
         steps = limit.fit_steps(number, planned)
