@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from failing import fail_after
 from log_rows import Rows
 from small_trainings import Stripes, segmenter, train_model, without_timings
@@ -47,24 +46,18 @@ class Failing(ImageDataModule):
         return Validation(scores | {"drawn": torch.rand(()).item()}, pictures)  # as slots draw where they start
 
 
-class Dropping(LinearHead):
-    """A head with random draws in training."""
-
-    def forward(self, features):
-        return super().forward([F.dropout(part, 0.1, self.training) for part in features])
-
-
 def train(folder, start=None, **options):
-    """Train on stripes with a moving average and two batches a step; return the error, if any, and the rows."""
+    """Train with dropout, a moving average and two batches a step; return the error, if any, and the rows."""
     augment = Augment((24, 32), affine=Affine(degrees=20))
     data_module = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
     for name in ("batch", "validation", "fails"):
         setattr(data_module, name, options.pop(name, getattr(data_module, name)))
     found = read(folder / "last.safetensors") if start else None
     settings = {"steps": 6, "val_every": 3, "accumulate": 2, "ema": 0.5, **options}
+    model = segmenter(lambda: LinearHead(24, 1, 3, dropout=0.1))
     log, error = Rows(), None
     try:
-        train_model(segmenter(lambda: Dropping(24, 1, 3)), data_module, folder, start=found, log=log, **settings)
+        train_model(model, data_module, folder, start=found, log=log, **settings)
     except (Exception, Interrupted) as caught:
         error = caught
     return SimpleNamespace(error=error, rows=log.rows)
