@@ -160,8 +160,7 @@ def test_hidden_ranks_and_short_runs_have_no_summary(caplog, visible, steps):
     assert not caplog.records
 
 
-class Data:
-    classes, ignore_index = ("a", "b", "c"), 255
+DATA = SimpleNamespace(classes=("a", "b", "c"), ignore_index=255)
 
 
 def prediction_and_batch(scores, mask):
@@ -174,7 +173,7 @@ def prediction_and_batch(scores, mask):
 
 def test_small_images_are_counted_whole():
     draw = torch.Generator().manual_seed(0)
-    tally, whole = Tally(Data, ENGINE), ConfusionMatrix(3)
+    tally, whole = Tally(DATA, ENGINE), ConfusionMatrix(3)
     for _ in range(2):
         scores = torch.randn(2, 3, 19, 23, generator=draw, requires_grad=True)
         mask = torch.randint(0, 3, (2, 19, 23), generator=draw).to(torch.uint8)
@@ -189,7 +188,7 @@ def test_large_images_are_counted_at_sampled_points():
     mask = torch.zeros(1, 540, 957, dtype=torch.uint8)
     mask[:, 200:, 300:] = 1
     scores = torch.nn.functional.one_hot(mask.long(), 3).permute(0, 3, 1, 2).float()
-    tally = Tally(Data, ENGINE)
+    tally = Tally(DATA, ENGINE)
     tally.add(*prediction_and_batch(scores, mask))
     counted = tally._counts.compute()
     assert 0.9 * 128**2 < counted["pixels"] <= 1.03 * 128**2
@@ -200,7 +199,7 @@ def test_large_images_are_counted_at_sampled_points():
 
 
 def test_ignored_pixels_have_no_score_and_unknown_ids_are_refused():
-    tally, scores = Tally(Data, ENGINE), torch.zeros(1, 3, 4, 4)
+    tally, scores = Tally(DATA, ENGINE), torch.zeros(1, 3, 4, 4)
     tally.add(*prediction_and_batch(scores, torch.full((1, 4, 4), 255, dtype=torch.uint8)))
     assert tally.read() == {"train/accuracy": None, "train/miou": None}
     unknown = prediction_and_batch(scores, torch.full((1, 4, 4), 7, dtype=torch.uint8))
@@ -208,12 +207,10 @@ def test_ignored_pixels_have_no_score_and_unknown_ids_are_refused():
 
 
 def test_tally_sums_over_ranks_and_omits_the_ignored_id():
-    class Other(Data):
-        ignore_index = 2
-
+    other = SimpleNamespace(classes=DATA.classes, ignore_index=2)
     wrong = ConfusionMatrix(3, ignore_index=2)
     wrong.update(torch.ones(1, 1, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, dtype=torch.uint8))
-    tally = Tally(Other, SimpleNamespace(device="cpu", sum=lambda counts: counts + wrong.counts))
+    tally = Tally(other, SimpleNamespace(device="cpu", sum=lambda counts: counts + wrong.counts))
     mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
     mask[:, 2:] = 2
     scores = torch.zeros(1, 3, 4, 4)
