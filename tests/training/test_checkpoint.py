@@ -34,9 +34,9 @@ def model(tiny_backbone):
     return build
 
 
-def begin(folder, source, *, info=INFO, start=None, average=None):
+def begin(folder, source, *, start=None, average=None):
     """Return the checkpoints and the optimizer of a run of a model, new or from a file."""
-    optimizer, checkpoints = adamw(source, lr=0.01), Checkpointer(folder, dict(info), start=start)
+    optimizer, checkpoints = adamw(source, lr=0.01), Checkpointer(folder, dict(INFO), start=start)
     checkpoints.restore(source, optimizer, average)
     return checkpoints, optimizer
 
@@ -214,34 +214,19 @@ def test_invalid_checkpoint_files_are_refused(tmp_path, reader):
         ({"evaluate": "last"}, {"evaluate": "last", "score": "loss"}, "loss of all images.* from .*miou of all images"),
     ],
 )
-def test_best_score_of_another_selection_is_discarded(model, tmp_path, caplog, before, after, change):
-    def info(trainer):
-        return {**INFO, "config": {**INFO["config"], "trainer": {"score": "miou", **trainer}}}
-
-    source = model("frozen")
-    checkpoints, optimizer = begin(tmp_path, source, info=info(before))
-    train(source, optimizer, 1)
-    checkpoints.progress.step = 1
-    checkpoints.commit(checkpoints.save_if_best(source, {"miou": 0.91}))
-    checkpoints.save(source, optimizer, None)
-    start = read(tmp_path / LAST)
-    assert begin(tmp_path, source, info=info(before), start=start)[0].progress.best == 0.91
-    again, _ = begin(tmp_path, source, info=info(after), start=start)
-    assert (again.progress.step, again.progress.best) == (1, None)
-    assert re.search(change, caplog.text)
-    # a loss of 0.95 is not worse than a mIoU of 0.91
-    assert again.save_if_best(source, {"miou": 0.95}, lowest=True).best == 0.95
-
-
-def test_changed_selection_restarts_patience_and_discards_best(caplog):
+def test_changed_selection_restarts_patience_and_discards_best(caplog, before, after, change):
+    before, after = ({"config": {"trainer": {"score": "miou", **trainer}}} for trainer in (before, after))
+    assert comparable(Progress(9), before, after) == Progress(9) and not caplog.messages
     progress = Progress(9, best=0.5, best_infinite=1, best_step=3, stale=2)
-    before, now = ({"config": {"trainer": {"score": score}}} for score in ("miou", "loss"))
-    assert comparable(progress, before, now) == Progress(9)
-    assert "the previous best score is discarded" in caplog.text
-    caplog.clear()
-    assert comparable(Progress(9), before, now) == Progress(9) and not caplog.messages
-    windows = {**before, "choices": {"inference": "windows"}}
-    assert comparable(progress, {**before, "choices": {"inference": "whole"}}, windows) == Progress(9)
+    assert comparable(progress, before, before) == progress
+    assert comparable(progress, before, after) == Progress(9)
+    assert re.search(f"{change}.*; the previous best score is discarded", caplog.text)
+
+
+def test_changed_inference_discards_best(caplog):
+    config = {"trainer": {"score": "miou"}}
+    before, after = ({"config": config, "choices": {"inference": option}} for option in ("whole", "windows"))
+    assert comparable(Progress(9, best=0.5), before, after) == Progress(9)
     assert "to miou inference=windows of all images from miou inference=whole of all images" in caplog.text
 
 
