@@ -72,14 +72,6 @@ def test_text_without_a_description_is_refused(tmp_path, text):
         describe(file_of(tmp_path / "x.safetensors", text))
 
 
-def test_written_description_is_read_back(tmp_path):
-    progress = {"step": 3, "best": 0.5, "best_step": 0, "stale": 1}
-    write(tmp_path / "x.safetensors", {"model/x": torch.ones(2, 3)}, {**INFO, "progress": progress})
-    assert describe(tmp_path / "x.safetensors")["progress"]["step"] == 3
-    found = outline(tmp_path / "x.safetensors").tensors["model/x"]
-    assert (found.shape, found.dtype, found.device.type) == ((2, 3), torch.float32, "meta")
-
-
 @pytest.mark.parametrize("name", ["", "a" * 101, "a\nb", "\x1b[2J"])
 def test_class_names_a_checkpoint_cannot_store_are_refused(name):
     assert_refused(lambda: Labels.of(["fine", name], None, 255), "give names of 1 to 100 printable")

@@ -126,15 +126,6 @@ def test_scores_above_the_memory_limit_are_refused_by_image_name():
     assert_refused(lambda: kept.look(views(), 0, 1), words)
 
 
-def test_images_without_masks_are_ignored_and_hashed_by_file(tmp_path):
-    for name in "ab":
-        write_png(tmp_path / f"{name}.png", np.full((4, 5, 3), ord(name), np.uint8))
-    data = Unmasked(["a", "b"], [tmp_path / "a.png", tmp_path / "b.png"], Ramps())
-    assert len(data) == 2 and data[1]["name"] == "b" and (data[1]["image"] == ord("b")).all()
-    assert (data[0]["mask"] == 255).all() and data.mask(0).shape == (4, 5)
-    assert data.image_hash(0) != data.image_hash(1)
-
-
 def batch_of(count, first, features=False):
     draw = torch.Generator().manual_seed(first)
     images = torch.randint(0, 256, (count, 3, 6, 5), generator=draw).to(torch.uint8)

@@ -252,15 +252,6 @@ def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
         assert train("disk", views=1, steps=5, **options)[0] == live
 
 
-def test_concurrent_trainings_share_the_cache(train, counted_images):
-    feeds = [train("disk", epochs=9)[1] for _ in range(2)]
-    counted_images.clear()
-    for ours, theirs in itertools.islice(zip(*(data_module.train_batches(0) for data_module in feeds), strict=True), 5):
-        assert torch.equal(ours.to(CPU).image.tensors[0], theirs.to(CPU).image.tensors[0])
-    assert sum(counted_images) == 10  # by one of the two
-    assert not any(view.features is None for view in next(feeds[0].train_batches(0)).views)
-
-
 def test_remedy_for_slow_loading_depends_on_the_source(train, data, tmp_path):
     _, live, _ = train(epochs=2, workers=2)
     assert live.remedy.startswith("Decode images only once (data.cache=packed). If cores are idle, use more")
@@ -285,14 +276,6 @@ def test_detail_head_trains_from_cached_features_as_live(train, counted_images, 
         counted_images.clear()
         assert rows("disk") == live
     assert len(counted_images) == MEASURED, "the second one reads what the first has kept"
-
-
-def test_rounded_features_train_nearly_the_same(train):
-    live, kept = (train(*options, steps=1)[0][0]["train/loss"] for options in ((), ("memory",)))
-    assert live == kept
-    for dtype, error in (("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)):
-        rounded = train("memory", dtype=dtype, steps=1)[0][0]["train/loss"]
-        assert rounded == pytest.approx(live, rel=error) and rounded != live, dtype
 
 
 def test_images_in_windows_are_not_validated_by_features(train, counted_images):

@@ -60,10 +60,7 @@ def test_own_yaml_is_read_back():
         "a": {"lr": 1e-5, "none": None, "on": "yes", "day": "2026-01-01", "text": "1e-3", "list": [1, [2.5, True]]},
     }
     assert parse_yaml(OmegaConf.to_yaml(OmegaConf.create({**config, "b": "${a.lr}"}))) == {**config, "b": "${a.lr}"}
-
-
-def test_dates_are_text_as_in_hydra():
-    assert parse_yaml("seed: 2026-01-01") == {"seed": "2026-01-01"}
+    assert parse_yaml("seed: 2026-01-01") == {"seed": "2026-01-01"}, "dates are text, as in Hydra"
 
 
 def test_file_is_checked_before_reading(tmp_path):
