@@ -172,6 +172,7 @@ def test_find_takes_runs_checkpoint_folders_files_and_links(tmp_path):
         ("runs/first", r": file or folder not found\."),
         ("broken", r": file or folder not found\."),
         ("loop", r": file or folder not found\."),
+        ("pipe", r"^resume=pipe is a pipe or a device\. Give a run folder or a checkpoint in it\.$"),
         ("runs", f"^resume=runs: it holds neither {NAMED} nor model.safetensors. Give a run folder"),
         ("~nobody_of_this_name/run", r"^resume=~nobody_of_this_name/run: Could not determine home directory\. Give"),
         ("", f"it holds neither {NAMED}"),
@@ -183,6 +184,7 @@ def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, s
         (tmp_path / "runs" / name / checkpoint.FOLDER).mkdir(parents=True)
     (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
     for prefer in ("best", "last"):
         with pytest.raises(UserError, match=said):
             find(target, prefer)

@@ -4,18 +4,29 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from mistakes import refusals
+from mistakes import assert_refused, refusals
 from pretended_cuda import pretended_engine
 from small_trainings import segmenter
 from torch import nn
 
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.training import sharding
-from dinoseg.training.engine import Engine
+from dinoseg.training.engine import Engine, choose_device
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import clip_gradients
 
 CLIP = partial(clip_gradients, max_norm=1.0)
+
+
+def test_auto_is_the_best_device_there_is():
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert choose_device("auto").type == expected
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_unavailable_device_is_refused_with_the_available_ones():
+    assert_refused(lambda: Engine("cuda"), "engine.device=cuda is not available here. This machine has: ", "cpu")
 
 
 class SlotHead(LinearHead):

@@ -27,7 +27,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, measure_features
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.utils.images import read_image, write_png
@@ -228,6 +228,13 @@ def test_unused_views_are_not_counted_in_the_cache_size(train, caplog, monkeypat
     assert told[0] < told[1]  # one view of each, and all four
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_features_keeps_the_mode_of_the_model(train, training):
+    _, data_module, model = train("off", epochs=2)
+    measure_features(data_module, model.train(training), Engine("cpu", "fp32", workers=0), "float32")
+    assert model.training == model.head.training == training
+
+
 def test_image_predicted_in_windows_is_read_by_its_own_index(data):
     policy = SimpleNamespace(is_single_pass=lambda model, size, autocast: size != (1, 9))
     share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world_size": 2}
@@ -250,6 +257,15 @@ def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
     for options in ({"augment": Upside((24, 33), flip=0.5)}, {"data": inverted}):
         live = train(views=1, steps=5, **options)[0]
         assert train("disk", views=1, steps=5, **options)[0] == live
+
+
+def test_concurrent_trainings_share_the_cache(train, counted_images):
+    feeds = [train("disk", epochs=9)[1] for _ in range(2)]
+    counted_images.clear()
+    for ours, theirs in itertools.islice(zip(*(data_module.train_batches(0) for data_module in feeds), strict=True), 5):
+        assert torch.equal(ours.to(CPU).image.tensors[0], theirs.to(CPU).image.tensors[0])
+    assert sum(counted_images) == 10  # by one of the two
+    assert not any(view.features is None for view in next(feeds[0].train_batches(0)).views)
 
 
 def test_remedy_for_slow_loading_depends_on_the_source(train, data, tmp_path):
@@ -276,6 +292,14 @@ def test_detail_head_trains_from_cached_features_as_live(train, counted_images, 
         counted_images.clear()
         assert rows("disk") == live
     assert len(counted_images) == MEASURED, "the second one reads what the first has kept"
+
+
+def test_rounded_features_train_nearly_the_same(train):
+    live, kept = (train(*options, steps=1)[0][0]["train/loss"] for options in ((), ("memory",)))
+    assert live == kept
+    for dtype, error in (("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)):
+        rounded = train("memory", dtype=dtype, steps=1)[0][0]["train/loss"]
+        assert rounded == pytest.approx(live, rel=error) and rounded != live, dtype
 
 
 def test_images_in_windows_are_not_validated_by_features(train, counted_images):

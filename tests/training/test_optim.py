@@ -219,6 +219,10 @@ def test_swapping_the_average_copies_one_weight_at_a_time():
     assert "clone clone" not in names and names.count("clone") == 8
 
 
+def test_adamw_is_fused():
+    assert adamw(smallest(), lr=1.0).defaults["fused"]
+
+
 # by timm model: names of its own parameters that are neither weights nor biases, and of the linear layers and
 # convolutions that timm's `no_weight_decay` exempts
 EXEMPT = {

@@ -8,24 +8,30 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
+import numpy as np
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call
 from small_trainings import values_of, without_timings
 
 from dinoseg.training import checkpoint
 from dinoseg.training.optim import schedule
+from dinoseg.utils.images import write_png
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    write_data(folder, train=7, val=3, size=(30, 44))
+    draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 7), ("val", 3)):
+        for number in range(count):
+            pixels = {"images": draw.integers(0, 256, (30, 44, 3)), "masks": draw.integers(0, 3, (30, 44))}
+            for kind, values in pixels.items():
+                write_png(folder / split / kind / f"{number}.png", values.astype(np.uint8))
     return folder
 
 
@@ -45,7 +51,7 @@ def copy(whole, tmp_path):
 
 def train(data, *overrides, workers=0):
     return [
-        *("mode=train", *SMALL, f"data.root={data}", "adapter=lora", "adapter.rank=2"),
+        *("mode=train", *SMALL, f"data.root={data}", "adapter=lora", "adapter.rank=2", "data.classes=[a,b,c]"),
         *("data.batch_size=3", "resolution.crop=[24,32]", "head=mlp", "loss.weights=inverse"),
         *("trainer.steps=20", "trainer.val_every=8", "trainer.save_every=7", "trainer.log_every=1", "trainer.ema=0.9"),
         *("trainer.accumulate=2", "mode.metrics_only=true", f"engine.workers={workers}", *overrides),
@@ -115,17 +121,24 @@ def test_evaluation_after_training_equals_mode_eval(whole, tmp_path):
     assert pictures == sorted(f"{n}_{kind}.png" for n in range(3) for kind in ("pred", "vis"))
 
 
+@contextmanager
+def files_of_at_most(size):
+    """Let writing fail beyond so many bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.heavy
 def test_a_full_disk_keeps_the_old_checkpoint(data, copy, tmp_path):
     last = copy / "checkpoints/last.safetensors"
     before = last.read_bytes()
     longer = train(data, "trainer.steps=23", "trainer.save_every=1", f"resume={copy}")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
+    with files_of_at_most(len(before) // 2):
         failed = call(tmp_path, *longer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert failed.status == 1 and "Traceback" not in failed.err
     assert "could not be written" in failed.err and "MiB are free" in failed.err
     assert last.read_bytes() == before
@@ -178,14 +191,26 @@ def test_tasks_of_slurm_train_together(data, tmp_path):
     assert checkpoint.describe(tmp_path / "run_0/checkpoints/last.safetensors")["progress"]["step"] == 2
 
 
+def rank_processes(parent: int, number: int) -> list[int]:
+    """Return the processes below `parent` that are rank `number`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            names = (path / "environ").read_text().split("\0")
+            below = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+        except (OSError, IndexError):
+            continue
+        found += [int(path.name)] * (below and f"RANK={number}" in names)
+    return found
+
+
 def kill_rank(agent, last: Path, step: int):
     """Kill rank 1 of torchrun with SIGKILL once `last` stands at `step`."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and checkpoint.describe(last)["progress"]["step"] < step:
         time.sleep(0.01)
-    for process in psutil.Process(agent.pid).children():
-        if process.environ().get("RANK") == "1":
-            process.kill()
+    for process in rank_processes(agent.pid, 1):
+        os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.heavy

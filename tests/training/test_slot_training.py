@@ -237,6 +237,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("data=folder", "data.classes=[a,b]", "head=slots", *BARE), "data=folder has no clips"),
         (("data.clips.cut.length=2", "head.steps=[1]"), "clips of 2 frames have none (steps=[1])"),
         (("data.clips.cut.length=1",), "Give clips of 2 frames or more; or, for single frames, set predictor=none"),
+        (("head.independent_until=1",), "head.independent_until=1"),
         (("loss=slot_contrast", "head.predictor=none"), "loss=slot_contrast compares slots across frames"),
         (("loss=video_similarity",), "head.similarity=false does not fit loss=video_similarity"),
         (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),

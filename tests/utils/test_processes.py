@@ -266,17 +266,43 @@ def hold_semaphore(path):
     time.sleep(600)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="semaphores have no names there")
-def test_process_at_its_time_limit_leaves_no_semaphore(tmp_path, monkeypatch):
-    """Its time ends once it has written the semaphore's name."""
-    from _multiprocessing import sem_unlink
-
+@pytest.fixture
+def limit_file(tmp_path, monkeypatch):
+    """Return the file at whose appearance the time limit of a process ends."""
     path = tmp_path / "name"
     monkeypatch.setattr("multiprocessing.connection.Connection.poll", lambda *_: not wait_until(path.exists))
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="semaphores have no names there")
+def test_process_at_its_time_limit_leaves_no_semaphore(limit_file):
+    from _multiprocessing import sem_unlink
+
     with pytest.raises(TimeoutError):
-        run_in_process(hold_semaphore, path, timeout=1)
+        run_in_process(hold_semaphore, limit_file, timeout=1)
     with pytest.raises(FileNotFoundError):
-        sem_unlink(path.read_text())
+        sem_unlink(limit_file.read_text())
+
+
+class SlowToLoad:
+    """An argument that a new process takes a second to load."""
+
+    def __reduce__(self):
+        return time.sleep, (1,)
+
+
+def start_slow_process(path):
+    """Start a process whose arguments do not fit into a pipe, and wait for it to load them."""
+    process = multiprocessing.get_context("spawn").Process(target=path.touch, args=(SlowToLoad(), b" " * 2**20))
+    threading.Timer(0.3, path.touch).start()
+    process.start()
+
+
+def test_process_that_starts_at_the_time_limit_ends_silently(limit_file, capfd):
+    with pytest.raises(TimeoutError):
+        run_in_process(start_slow_process, limit_file, timeout=1)
+    time.sleep(1.2)
+    assert capfd.readouterr().err == ""
 
 
 MEMORY = 2**28

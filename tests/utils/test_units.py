@@ -42,6 +42,12 @@ def test_unit_is_reused_or_rebuilt_with_a_reason(tmp_path, caplog, text, said):
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
+def test_a_unit_that_lacks_a_file_is_not_finished(tmp_path, caplog):
+    (tmp_path / "note").write_text("x")
+    whole = (tmp_path / "note", lambda path: path.read_text(), lambda _: (tmp_path / "gone").stat().st_size > 0)
+    assert read_finished(*whole, damaged="%s %s", unfit="unfit") is None and not caplog.records
+
+
 def test_unreadable_note_is_reported_and_its_unit_rebuilt(tmp_path, caplog):
     (tmp_path / "note").mkdir()
     assert read_finished(tmp_path / "note", lambda path: path.read_text(), damaged="%s cannot be read (%s)") is None

@@ -5,6 +5,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def test_bytes_stay_bytes_and_numbers_become_float32(cache_and_view):
         pixels, features = kept.complete_batch(views, CPU).image.tensors
         assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
         assert features.dtype == torch.float32 and features.tolist() == numbers
+
+
+def test_features_read_by_another_process_are_trusted(cache_and_view):
+    kept, view, _ = cache_and_view
+    trusted = []
+    kept._store = SimpleNamespace(trust=trusted.append)
+    view.features = [torch.ones(2, 3)]
+    kept._remember_views([view])
+    assert trusted == [view.key]
 
 
 @pytest.mark.parametrize("changed", [[0], [0, 1]])

@@ -163,6 +163,18 @@ def test_features_of_other_settings_are_not_used_and_logged(other, tmp_path, cap
     assert origin(tmp_path, {**PARTS, **other}) == changed and len(caplog.records) == 1
 
 
+def test_nearest_other_origin_is_logged_and_no_copy(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(3):
+        name = origin(tmp_path, {name: f"{number}{name}" for name in PARTS})
+    caplog.clear()
+    origin(tmp_path, {**{name: f"1{name}" for name in PARTS}, "code": "other"})
+    assert "with other code" in caplog.text
+    caplog.clear()
+    (tmp_path / name).rename(tmp_path / "copy")
+    assert origin(tmp_path, {name: f"2{name}" for name in PARTS}) == name and not caplog.records
+
+
 @pytest.mark.parametrize("note", ["", "[]", '{"weights": 1}', "{" * 10_000, None])
 def test_damaged_origin_note_is_written_again(note, tmp_path, caplog):
     path = tmp_path / origin(tmp_path, PARTS) / "origin.json"
@@ -171,6 +183,11 @@ def test_damaged_origin_note_is_written_again(note, tmp_path, caplog):
     path.mkdir() if note is None else path.write_text(note)
     assert origin(tmp_path, PARTS) == path.parent.name
     assert note is None or path.read_text() == before
+
+
+def test_a_root_that_cannot_be_written_is_left_to_the_store(tmp_path):
+    (tmp_path / "root").write_text("no folder")
+    assert origin(tmp_path / "root", PARTS)
 
 
 @pytest.fixture

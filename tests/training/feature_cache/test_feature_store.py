@@ -107,6 +107,15 @@ def test_damaged_or_foreign_file_is_replaced_with_a_warning(kind, tmp_path, capl
         assert torch.equal(store.get(KEYS[0])[0], features(0)[0].half()) and not path.is_symlink()
 
 
+def test_checked_file_is_still_compared_with_its_size(tmp_path):
+    store = DiskStore(tmp_path, "a", "float16")
+    fill(store, [0])
+    assert store.get(KEYS[0]) is not None
+    for size in (SIZE - 64, 128, 20, 1, 0):
+        os.truncate(tmp_path / "a" / f"{KEYS[0]}.features", size)
+        assert store.get(KEYS[0]) is None
+
+
 def test_loaded_features_are_independent_of_their_file(tmp_path):
     store, path = DiskStore(tmp_path, "a", "float16"), tmp_path / "a" / f"{KEYS[0]}.features"
     first, second = (features(number)[0].half() for number in range(2))
@@ -147,6 +156,13 @@ def test_least_recently_used_files_of_other_runs_are_evicted(tmp_path, caplog):
     (told,) = [record.getMessage() for record in caplog.records]
     assert "0.0 MiB at most: no more features are cached" in told and "the next run caches more" in told
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= store.cap
+
+
+def test_a_file_server_s_clock_may_differ_by_some_seconds(tmp_path):
+    fill(DiskStore(tmp_path, "other", "float16"), range(2))
+    for seconds, room in ((5, SIZE), (15, 3 * SIZE)):
+        age(tmp_path / "other", seconds)
+        assert DiskStore(tmp_path, "a", "float16", cap=3 * SIZE).room() == room
 
 
 def test_memory_store_respects_its_cap_with_one_warning(caplog):
