@@ -212,6 +212,13 @@ def test_shares_of_both_warmups():
     assert [alike_without(step, 50, True) for step in range(50)] == [factor(step, 50) for step in range(50)]
 
 
+def test_beit_and_matrices_are_the_default():
+    model = segmenter()
+    plain = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    named = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5, layer_decay_rule="beit", weight_decay_on="matrices")
+    assert plain.param_groups == named.param_groups
+
+
 def test_several_heads_warm_up_each_as_alone():
     factor = schedule("poly", warmup=3, backbone_warmup=5, warmup_start=0)
     rates = (1.0, 0.5)

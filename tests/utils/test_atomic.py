@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -52,6 +53,14 @@ def test_invalid_json_is_refused_and_preserves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
     write_json(path, {"é": "漢"})
     assert '"é": "漢"' in path.read_text(encoding="utf-8"), "names stay as people read them"
+
+
+def test_a_failing_rename_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "a.txt", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch):

@@ -196,6 +196,11 @@ test_forms_say_where_and_what = refusals(
 )
 
 
+def test_values_of_a_form_are_accepted():
+    parse_json('{"rows": [[0, null], [9, "a"]]}', ROWS)
+    parse_json("[0, 0.5, 1]", forms.list_of(forms.number(0, 1)))
+
+
 def test_a_long_name_is_not_repeated_for_each_entry_below_it():
     seen = []
     form = forms.table(forms.list_of(lambda _, where: seen.append(len(where))))
