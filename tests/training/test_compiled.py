@@ -1,5 +1,4 @@
 import logging
-from functools import partial
 
 import pytest
 import torch
@@ -110,18 +109,6 @@ def test_compiled_blocks_give_the_same_maps_and_gradients():
     compile_blocks(backbone)
     step()
     torch.testing.assert_close(step(), plain, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.heavy
-def test_the_attention_of_compiled_blocks_is_seen(monkeypatch):
-    """Blocks are traced as ever; the code that is made of a trace by default plays no part, and takes long."""
-    monkeypatch.setattr(compiled.torch, "compile", partial(torch.compile, backend="eager"))
-    backbone, image = TimmBackbone("test_vit", "random", None).eval(), torch.rand(1, 3, 32, 48)
-    plain = backbone.with_class_attention(image)
-    compile_blocks(backbone)
-    for _ in range(3):
-        backbone(image)
-    torch.testing.assert_close(backbone.with_class_attention(image), plain, rtol=1e-4, atol=1e-6)
 
 
 def test_failed_capture_of_a_graph_continues_without_it(monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ ODD_ROWS = [(key, value, f"its {key} is ") for key, values in ODD.items() for va
 ]
 
 
-def file_of(path, text, tensors=None):
-    save_file(tensors or {"model/x": torch.zeros(1)}, path, {"dinoseg": text} if text is not None else None)
+def file_of(path, text):
+    save_file({"model/x": torch.zeros(1)}, path, {"dinoseg": text} if text is not None else None)
     return path
 
 
@@ -69,14 +70,6 @@ def test_invalid_description_value_is_refused(tmp_path, key, value, says, look):
 def test_text_without_a_description_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="cannot be read|but not a checkpoint|lacks"):
         describe(file_of(tmp_path / "x.safetensors", text))
-
-
-def test_written_description_is_read_back(tmp_path):
-    progress = {"step": 3, "best": 0.5, "best_step": 0, "stale": 1}
-    write(tmp_path / "x.safetensors", {"model/x": torch.ones(2, 3)}, {**INFO, "progress": progress})
-    assert describe(tmp_path / "x.safetensors")["progress"]["step"] == 3
-    found = outline(tmp_path / "x.safetensors").tensors["model/x"]
-    assert (found.shape, found.dtype, found.device.type) == ((2, 3), torch.float32, "meta")
 
 
 @pytest.mark.parametrize("name", ["", "a" * 101, "a\nb", "\x1b[2J"])
@@ -133,12 +126,11 @@ def test_state_of_another_shape_type_or_name_is_refused(tmp_path):
         ("weight", torch.zeros(3, 2)),
     ):
         write(tmp_path / "x.safetensors", {f"optimizer/{key}": value}, INFO | {"idle": 1})
-        with pytest.raises(UserError, match=f"optimizer state {key} .* fits no parameter"):
-            load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
+        load = partial(load_optimizer, optimizer, read(tmp_path / "x.safetensors"))
+        assert_refused(load, f"optimizer state {key} ", " fits no parameter")
     for name, value in (("weight", torch.zeros(2, 2)), ("x", torch.zeros(3, 2)), ("weight", torch.zeros(3, 2).bool())):
         write(tmp_path / "x.safetensors", {f"ema/{name}": value}, INFO)
-        with pytest.raises(UserError, match="of its moving average"):
-            load_average(average, read(tmp_path / "x.safetensors"))
+        assert_refused(partial(load_average, average, read(tmp_path / "x.safetensors")), "of its moving average")
 
 
 MOMENTS = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(3, 2), "exp_avg_sq": torch.ones(3, 2)}

@@ -49,9 +49,9 @@ def in_memory():
     return MemoryStore("float32", 0)
 
 
-def views(cat_max_ratio=None, **changes):
+def views(cat_max_ratio=None):
     augment = Augment((24, 20), scale=(0.8, 2), affine=Affine(degrees=15), flip=0.5, cat_max_ratio=cat_max_ratio)
-    return TrainViews(Ramps(), augment, 3, **changes)
+    return TrainViews(Ramps(), augment, 3)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.7])
@@ -124,15 +124,6 @@ def test_scores_above_the_memory_limit_are_refused_by_image_name():
     kept = CachedScores(lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), in_memory(), 2)
     words = "scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, above the limit of 1024"
     assert_refused(lambda: kept.look(views(), 0, 1), words)
-
-
-def test_images_without_masks_are_ignored_and_hashed_by_file(tmp_path):
-    for name in "ab":
-        write_png(tmp_path / f"{name}.png", np.full((4, 5, 3), ord(name), np.uint8))
-    data = Unmasked(["a", "b"], [tmp_path / "a.png", tmp_path / "b.png"], Ramps())
-    assert len(data) == 2 and data[1]["name"] == "b" and (data[1]["image"] == ord("b")).all()
-    assert (data[0]["mask"] == 255).all() and data.mask(0).shape == (4, 5)
-    assert data.image_hash(0) != data.image_hash(1)
 
 
 def batch_of(count, first, features=False):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from failing import fail_after
 from log_rows import Rows
 from small_trainings import Stripes, segmenter, train_model, without_timings
 
@@ -46,24 +46,18 @@ class Failing(ImageDataModule):
         return Validation(scores | {"drawn": torch.rand(()).item()}, pictures)  # as slots draw where they start
 
 
-class Dropping(LinearHead):
-    """A head with random draws in training."""
-
-    def forward(self, features):
-        return super().forward([F.dropout(part, 0.1, self.training) for part in features])
-
-
 def train(folder, start=None, **options):
-    """Train on stripes with a moving average and two batches a step; return the error, if any, and the rows."""
+    """Train with dropout, a moving average and two batches a step; return the error, if any, and the rows."""
     augment = Augment((24, 32), affine=Affine(degrees=20))
     data_module = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
     for name in ("batch", "validation", "fails"):
         setattr(data_module, name, options.pop(name, getattr(data_module, name)))
     found = read(folder / "last.safetensors") if start else None
     settings = {"steps": 6, "val_every": 3, "accumulate": 2, "ema": 0.5, **options}
+    model = segmenter(lambda: LinearHead(24, 1, 3, dropout=0.1))
     log, error = Rows(), None
     try:
-        train_model(segmenter(lambda: Dropping(24, 1, 3)), data_module, folder, start=found, log=log, **settings)
+        train_model(model, data_module, folder, start=found, log=log, **settings)
     except (Exception, Interrupted) as caught:
         error = caught
     return SimpleNamespace(error=error, rows=log.rows)
@@ -76,13 +70,6 @@ def whole(tmp_path_factory):
     done = train(folder)
     assert done.error is None
     return SimpleNamespace(folder=folder, rows=done.rows)
-
-
-def same(first, second, names=("last", "best")):
-    for name in names:
-        one, two = (read(folder / f"{name}.safetensors") for folder in (first, second))
-        assert one.info["progress"] == two.info["progress"] and one.tensors.keys() == two.tensors.keys()
-        assert [key for key in one.tensors if not one.tensors[key].equal(two.tensors[key])] == []
 
 
 def truncated():
@@ -118,27 +105,24 @@ def test_interrupted_training_is_saved_and_resumes_exactly(whole, tmp_path, fail
     assert read(tmp_path / "last.safetensors").info["progress"]["step"] == step + finished
     gone_on = train(tmp_path, start=True)
     assert gone_on.error is None
-    same(whole.folder, tmp_path)
+    for name in ("last", "best"):
+        one, two = (read(folder / f"{name}.safetensors") for folder in (whole.folder, tmp_path))
+        assert one.info["progress"] == two.info["progress"] and one.tensors.keys() == two.tensors.keys()
+        assert [key for key in one.tensors if not one.tensors[key].equal(two.tensors[key])] == []
     assert without_timings(ended.rows + gone_on.rows) == without_timings(whole.rows)
-
-
-def failing_at(number, whole, fails):
-    """Return `whole` as a method that fails at the call of this number."""
-    calls = count(1)
-    return lambda *given, **options: fails() if next(calls) == number else whole(*given, **options)
 
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_an_update_that_fails_half_way_is_not_saved(tmp_path, monkeypatch, at):
     assert train(tmp_path, steps=2).error is None
     before = (tmp_path / "last.safetensors").read_bytes()
-    monkeypatch.setattr(torch.optim.AdamW, "step", failing_at(at, torch.optim.AdamW.step, crash))
+    fail_after(monkeypatch, torch.optim.AdamW, "step", at - 1, RuntimeError("a worker has died"))
     assert isinstance(train(tmp_path, start=True, val_every=9).error, RuntimeError)
     assert (tmp_path / "last.safetensors").read_bytes() == before
 
 
 def test_a_rank_that_is_lost_before_the_update_costs_no_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(Engine, "total", failing_at(3, Engine.total, crash))
+    fail_after(monkeypatch, Engine, "total", 2, RuntimeError("a worker has died"))
     assert isinstance(train(tmp_path).error, RuntimeError)
     assert read(tmp_path / "last.safetensors").info["progress"]["step"] == 2
 
@@ -146,7 +130,10 @@ def test_a_rank_that_is_lost_before_the_update_costs_no_step(tmp_path, monkeypat
 @pytest.mark.parametrize("at", [1, 2])
 def test_non_finite_loss_preserves_the_earlier_checkpoint(tmp_path, monkeypatch, at):
     """The steps that led to it are of no use: going on from them would end there again."""
-    monkeypatch.setattr(Engine, "total", failing_at(at, Engine.total, lambda: torch.tensor([math.nan, 1.0, 0.0])))
+    calls = count(1)
+    total = Engine.total
+    nan = torch.tensor([math.nan, 1.0, 0.0])
+    monkeypatch.setattr(Engine, "total", lambda *given: nan if next(calls) == at else total(*given))
     assert isinstance(train(tmp_path).error, NonFiniteLoss) and not list(tmp_path.iterdir())
 
 

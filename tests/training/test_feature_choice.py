@@ -143,12 +143,15 @@ def test_views_are_computed_and_their_masks_decoded_once(train, counted_images, 
 def test_cached_views_are_read_in_the_main_process(train, monkeypatch):
     loaded, load = [], loader._load_ahead
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
+    live_rows, live, _ = train(steps=9)
+    expected = [batch.names for batch in itertools.islice(live.train_batches(1), 8)]
     rows, data_module, _ = train("disk", workers=2, steps=9)
-    assert rows == train(steps=9)[0]
+    assert rows == live_rows
     assert loaded == [2, 2]  # 6 batches hold both views of all, with a validation; later ones are read here
+    train("memory", workers=2, steps=1)
+    assert loaded == [2, 2]  # another process would see nothing of the cache in memory
     monkeypatch.setattr(PairDataset, "mask", lambda *_: pytest.fail("a mask is decoded once more"))
-    batches = data_module.train_batches(0)
-    assert [next(batches).names for _ in range(3)]
+    assert [batch.names for batch in itertools.islice(data_module.train_batches(1), 8)] == expected
 
 
 def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):

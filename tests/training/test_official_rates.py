@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from failing import fail_after
 from finished_runs import rows, train_run
 from making import save
 from omegaconf import OmegaConf
 from small_trainings import segmenter, values_of
-from test_freeze import Failing, alike, freeze_of, parts, train
+from test_freeze import alike, parts, train
 from tiny_parts import load
 from torch import nn
 
@@ -231,24 +232,15 @@ def test_several_heads_warm_up_each_as_alone():
             assert sorted({(group["lr"], group["weight_decay"]) for group in groups}) == expected
 
 
-def test_unfrozen_backbone_has_a_second_warmup():
-    model = segmenter()
-    optimizer = adamw(model, lr=1.0, freeze_backbone_until=0.5)
-    factor = freeze_of(model, 0.5).restart(schedule("constant", warmup=2, warmup_start=0, backbone_warmup=4))
-    for step, head, backbone in ((0, 0, 0), (1, 0.5, 0), (5, 1, 0), (10, 0, 0), (12, 1, 0), (13, 1, 0.25), (16, 1, 1)):
-        set_learning_rates(optimizer, factor, step, 20)
-        found = {group["backbone"]: group["lr"] for group in optimizer.param_groups}
-        assert found == {False: head, True: backbone}
-
-
-def test_resuming_in_the_second_warmup_equals_one_run(tmp_path):
+def test_resuming_in_the_second_warmup_equals_one_run(tmp_path, monkeypatch):
     shape = schedule("poly", warmup=2, warmup_start=0, backbone_warmup=3)
     before = parts(segmenter())[0]
     whole, _ = train(tmp_path / "whole", begin=0.0, steps=8, schedule=shape)
     assert not alike(parts(whole)[0], before)
     begun, last = segmenter(), tmp_path / "part" / "last.safetensors"
-    with pytest.raises(OSError, match="the disk is gone"):
-        train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, model=begun, loss=Failing(3))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        fail_after(patch, CrossEntropy, "forward", 3, OSError("the disk is gone"))
+        train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, model=begun)
     assert alike(parts(begun)[0], before), "the backbone's rate is 0 until its warm-up's second step"
     resumed, _ = train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, start=last)
     assert all(alike(one, two) for one, two in zip(parts(whole), parts(resumed), strict=True))

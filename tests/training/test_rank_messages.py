@@ -30,18 +30,14 @@ Pair = namedtuple("Pair", "left right")
 NESTED = save({"json": np.frombuffer(b"[" * 2**17, np.uint8)})
 
 
-def listening_addresses():
-    sockets = psutil.Process().net_connections("inet")
-    return [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
-
-
 def meet_and_exchange(cfg, *, out_dir):
     """Stand for a mode: meet the other rank, and return what both have sent."""
     from dinoseg.training.engine import Engine
 
     engine = Engine("cpu", "fp32")
     engine.wait()
-    addresses = engine.gather(listening_addresses())
+    sockets = psutil.Process().net_connections("inet")
+    addresses = engine.gather([each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN])
     rows = engine.gather([(engine.rank, {engine.rank: np.full(1 + 9 * engine.rank, engine.rank)})])
     chosen = engine.broadcast("first" if engine.is_main else None)
     decided = engine.run_on_rank0(lambda: (engine.rank, [0.5, None]))

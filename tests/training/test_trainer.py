@@ -1,11 +1,10 @@
 import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mistakes import assert_refused, refusals
+from mistakes import assert_refused
 from small_trainings import Stripes, segmenter, train_model, values_of
 from torch import nn
 
@@ -111,18 +110,17 @@ def test_validation_images_match_their_prediction_and_mask(trained_model, monkey
         assert np.array_equal(predicted, expected)
 
 
-class Annealed(LinearHead):
-    """A head that notes the progress it is given."""
-
-    def __init__(self, given):
-        super().__init__(24, 1, 3)
-        self.set_progress = lambda step, steps: given.append((step, steps))
-
-
-def test_learning_rate_follows_the_schedule_and_head_progress(run):
+@pytest.fixture
+def given(monkeypatch):
+    """Return the progress that the head is given."""
     given = []
+    monkeypatch.setattr(LinearHead, "set_progress", lambda _, *progress: given.append(progress))
+    return given
+
+
+def test_learning_rate_follows_the_schedule_and_head_progress(run, given):
     shape = schedule("poly", warmup=2, power=1.0)
-    rows = run(steps=6, val_every=6, schedule=shape, lr=0.5e-3, head=lambda: Annealed(given)).rows
+    rows = run(steps=6, val_every=6, schedule=shape, lr=0.5e-3).rows
     expected = [0.5e-3 * share for share in (1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4)]
     assert values_of(rows, "train/lr") == pytest.approx(expected)
     assert given == [(step, 6) for step in range(6)]
@@ -175,21 +173,14 @@ def test_moving_average_is_scored_and_saved(run, tmp_path):
 
 
 NAMES = ("miou", "x", "x_infinite_images", "x_finite_mean")
-test_score_that_selects_no_checkpoint_is_refused = refusals(
-    {
-        "unknown": (lambda: train(Path(), score="iou"), "trainer.score=iou is not a score. Choose one of", "miou"),
-        "a matrix": (lambda: train(Path(), score="matrix"), "trainer.score=matrix is not a score"),
-        "one of others": (lambda: check_score("y", NAMES), "trainer.score=y", "Choose one of miou, x."),
-        "infinite images": (
-            lambda: check_score("x_infinite_images", NAMES),
-            *("trainer.score=x_infinite_images ", "Set trainer.score=x:"),
-        ),
-        "mean of the others": (
-            lambda: check_score("x_finite_mean", NAMES),
-            *("trainer.score=x_finite_mean ", "Set trainer.score=x:"),
-        ),
-    }
-)
+
+
+def test_score_that_selects_no_checkpoint_is_refused(run):
+    for name in ("iou", "matrix"):
+        assert_refused(partial(run, score=name), f"trainer.score={name} is not a score. Choose one of", "miou")
+    assert_refused(partial(check_score, "y", NAMES), "trainer.score=y", "Choose one of miou, x.")
+    for name in ("x_infinite_images", "x_finite_mean"):
+        assert_refused(partial(check_score, name, NAMES), f"trainer.score={name} ", "Set trainer.score=x:")
 
 
 def test_an_undefined_score_is_refused_by_name(run, monkeypatch):
@@ -263,10 +254,10 @@ def slow(monkeypatch):
     return now
 
 
-def test_training_ends_validated_and_saved_within_its_limit(run, tmp_path, slow):
-    start, given = None, []
+def test_training_ends_validated_and_saved_within_its_limit(run, tmp_path, slow, given):
+    start = None
     for step in (12, 24):  # the limit of a resumed run counts anew
-        done = run(steps=40, val_every=30, max_minutes=1, start=start, head=lambda: Annealed(given))
+        done = run(steps=40, val_every=30, max_minutes=1, start=start)
         assert done.progress.step == step and not done.progress.validation_pending and done.progress.best_step > 0
         assert [row["step"] for row in done.rows if "val/miou" in row] == [step]
         start = read(tmp_path / "last.safetensors")

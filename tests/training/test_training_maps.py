@@ -31,12 +31,11 @@ from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import parameter_groups, schedule
 from dinoseg.training.validation import evaluate
 
-CPU = torch.device("cpu")
 MLP = partial(MlpHead, 24, 1, 3, 8)
 
 
-def pictures(count=6, cls=MappedPictures):
-    return CustomDataset(cls([(24, 32)] * count))
+def pictures(count=6):
+    return CustomDataset(MappedPictures([(24, 32)] * count))
 
 
 class Cramped(MappedLoss):
@@ -82,20 +81,14 @@ def test_windows_of_a_validation_have_their_part_of_the_maps():
         assert loss.batches > 6
 
 
-class Distances(MappedLoss):
-    """Notes the distances that it gets."""
-
-    def forward(self, prediction, batch):
-        self.seen = batch.maps["distance"]
-        return super().forward(prediction, batch)
-
-
 def test_distances_in_windows_grow_with_the_resized_image():
-    loss, engine = Distances(), Engine("cpu", "fp32", workers=0)
+    loss, engine = MappedLoss(), Engine("cpu", "fp32", workers=0)
+    seen = []
+    loss.register_forward_pre_hook(lambda _, given: seen.append(given[1].maps["distance"]))
     evaluate(segmenter(MLP).eval(), pictures(1), engine, policy=Windows((32, 48), shortest=48, overlap=0.5), loss=loss)
     rows = torch.arange(16.0, 48.0)  # of the last window
-    assert loss.batches == 4 and loss.seen.shape == (1, 32, 48)
-    torch.testing.assert_close(loss.seen[0, :-1, 5], (2 * ((rows + 0.5) / 2 - 0.5 - 7.5))[:-1])
+    assert len(seen) == 4 and seen[-1].shape == (1, 32, 48)
+    torch.testing.assert_close(seen[-1][0, :-1, 5], (2 * ((rows + 0.5) / 2 - 0.5 - 7.5))[:-1])
 
 
 def test_batches_that_are_split_keep_their_maps(tmp_path):
@@ -118,7 +111,7 @@ def test_distilled_batches_have_maps_of_both_kinds_of_images():
         view = TeacherView.of(torch.zeros(3, 1, 1), (1.0, 1.0), np.eye(3), (24, 32))
         return Part(Batch.stack([data[index] for index in range(first, first + 2)]), [lambda: view] * 2)
 
-    batch = ScoredBatch([part(0), part(3)]).to(CPU)
+    batch = ScoredBatch([part(0), part(3)]).to(torch.device("cpu"))
     assert batch.maps["values"].shape == (4, 2, 24, 32) and batch.count == 4
     for each in (batch, batch.with_masks):
         check_twins(each)
@@ -126,12 +119,8 @@ def test_distilled_batches_have_maps_of_both_kinds_of_images():
     assert DistilledLoss(MappedLoss()).divisors(batch).shape == (3,)
 
 
-@pytest.fixture
-def files(tmp_path):
-    return write_pairs(tmp_path, [(24, 32)] * 6).with_maps(KINDS, maps_of)
-
-
-def test_packed_files_train_as_files_do(files, tmp_path):
+def test_packed_files_train_as_files_do(tmp_path):
+    files = write_pairs(tmp_path, [(24, 32)] * 6).with_maps(KINDS, maps_of)
     packed = pack(files, cache_dir=tmp_path / "packed", workers=1)
     assert train(tmp_path / "a", data=packed) == train(tmp_path / "b", data=files)
     assert train(tmp_path / "c", data=packed, cache="disk") == train(tmp_path / "d", data=files, cache="memory")
@@ -154,14 +143,10 @@ class Turned(Augment):
         return image[::-1].copy(), mask[::-1].copy()
 
 
-def own_transform(image, mask, rng):
-    return image, mask
-
-
 def test_augmentations_that_cannot_move_maps_are_refused():
     module = partial(ImageDataModule, batch_size=2, seed=0, workers=0)
     mapped, plain = pictures(), CustomDataset(Pictures([(24, 32)] * 2))
-    for augment in (Turned((24, 32)), own_transform):
+    for augment in (Turned((24, 32)), lambda image, mask, rng: (image, mask)):
         words = ("data.augment, a ", "cannot move the maps", "override `maps`")
         assert_refused(lambda augment=augment: module(mapped, mapped, augment), *words)
         batch = next(module(plain, plain, augment).train_batches(0))
@@ -177,13 +162,11 @@ def test_photometric_distortion_of_16_bits_is_refused_early():
             sample = super().__getitem__(index)
             return sample | {"image": sample["image"].to(torch.uint16)}
 
-    color = PhotometricDistortion(0.1, 0.1, 0.1, 0.1)
-    for cls in (Pictures, Deep):
-        data = CustomDataset(cls([(24, 32)] * 2))
-        ImageDataModule(data, data, Augment((24, 32)), 2, seed=0, workers=0)
-    distorted = Augment((24, 32), color=color)
-    refuse = partial(ImageDataModule, data, data, distorted, 2, seed=0, workers=0)
-    assert_refused(refuse, "data.augment.color, a PhotometricDistortion", " have 16")
+    data = CustomDataset(Deep([(24, 32)] * 2))
+    module = partial(ImageDataModule, data, data, batch_size=2, seed=0, workers=0)
+    module(Augment((24, 32)))
+    distorted = Augment((24, 32), color=PhotometricDistortion(0.1, 0.1, 0.1, 0.1))
+    assert_refused(lambda: module(distorted), "data.augment.color, a PhotometricDistortion", " have 16")
 
 
 def test_a_dataset_without_the_maps_of_a_loss_is_refused():

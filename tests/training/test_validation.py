@@ -20,10 +20,6 @@ from dinoseg.training.validation import evaluate
 SIZE = (24, 40)
 
 
-def make_model():
-    return segmenter().eval()
-
-
 UNIFORM = Windows((16, 24), overlap=0.5, weights="uniform")
 
 
@@ -36,7 +32,7 @@ def evaluate_all(model, policy):
 
 
 def test_the_loss_of_windows_is_the_mean_over_windows():
-    model = make_model()
+    model = segmenter().eval()
     scores, [(batch, ids, logits)] = evaluate_all(model, UNIFORM)
     losses = []
     for top in starts(24, 16, 8):
@@ -63,7 +59,7 @@ class Unlike(Pictures):
 @pytest.mark.parametrize("policy", [None, UNIFORM], ids=["", "windows"])
 def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, policy):
     engines = [Engine("cpu", "fp32", workers=0, eval_batch_size=count) for count in (1, 2)]
-    found = [evaluate(make_model(), Unlike([SIZE] * 2), engine, policy=policy, loss=loss) for engine in engines]
+    found = [evaluate(segmenter().eval(), Unlike([SIZE] * 2), engine, policy=policy, loss=loss) for engine in engines]
     assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
     assert found[0] == found[1]
 
@@ -83,7 +79,7 @@ def test_mirrored_and_scaled_images_have_no_loss():
     for average in ("probabilities", "scores"):
         options = {"size": (16, 24), "overlap": 0.5, "weights": "uniform", "average": average}
         (plain, _), (all_, [(_, ids, _)]) = (
-            evaluate_all(make_model(), Windows(**options, **more))
+            evaluate_all(segmenter().eval(), Windows(**options, **more))
             for more in ({}, {"flips": "all", "scales": (1.0, 0.5)})
         )
         assert all_["loss"] == plain["loss"] and ids.shape == (2, *SIZE)
@@ -91,7 +87,7 @@ def test_mirrored_and_scaled_images_have_no_loss():
 
 def test_attempt_out_of_memory_leaves_no_trace_in_scores(monkeypatch):
     monkeypatch.setattr(auto, "free_bytes", lambda device: 2**40)
-    policy, model, tried = Auto((16, 24)), make_model(), []
+    policy, model, tried = Auto((16, 24)), segmenter().eval(), []
 
     def whole(grid, size, valid):
         tried.append(size)
@@ -101,5 +97,5 @@ def test_attempt_out_of_memory_leaves_no_trace_in_scores(monkeypatch):
     scores, [(_, ids, _)] = evaluate_all(model, policy)
     assert tried == [SIZE]
     monkeypatch.undo()
-    expected, [(_, wanted, _)] = evaluate_all(make_model(), policy.windows)
+    expected, [(_, wanted, _)] = evaluate_all(segmenter().eval(), policy.windows)
     assert scores["loss"] == expected["loss"] and torch.equal(ids, wanted)

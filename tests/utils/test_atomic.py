@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,34 +15,23 @@ from dinoseg.utils.atomic import _machine, atomic_file, atomic_folder, remove_pa
 
 def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
     path = tmp_path / "deep" / "a.bin"
-    with atomic_file(path) as part:
+    with atomic_file(path) as part, atomic_file(path) as other:  # names are random
         part.write_bytes(b"1")
-        assert not path.exists() and str(os.getpid()) in part.name  # another process writes to its own
+        assert not path.exists() and part != other and str(os.getpid()) in part.name
     with pytest.raises(KeyboardInterrupt), atomic_file(path) as part:
         part.write_bytes(b"2")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"1" and list(path.parent.iterdir()) == [path]
 
 
-@pytest.fixture
-def foreseen(monkeypatch):
-    """Let the next temporary name be known, as to somebody who guesses it."""
-    monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)
-    return f"{os.getpid()}-{_machine()}-00000000"
-
-
-def test_temporary_names_are_random(tmp_path):
-    with atomic_file(tmp_path / "a") as first, atomic_file(tmp_path / "a") as second:
-        assert first != second and first.exists() and second.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, foreseen):
+def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)  # as known to somebody who guesses it
     mine, shared = tmp_path / "mine", tmp_path / "shared"
     shared.mkdir()
     mine.write_text("of value")
     for name in ("a", "b", "gone"):
-        (shared / f".{name}.{foreseen}.part").symlink_to(mine if name == "a" else tmp_path / "new")
+        part = f".{name}.{os.getpid()}-{_machine()}-00000000.part"
+        (shared / part).symlink_to(mine if name == "a" else tmp_path / "new")
     for write in (atomic_file(shared / "a"), atomic_folder(shared / "b"), atomic_file(shared / "gone")):
         with pytest.raises(FileExistsError), write:
             pass
@@ -65,12 +55,9 @@ def test_invalid_json_is_refused_and_preserves_the_old_file(tmp_path):
     assert '"é": "漢"' in path.read_text(encoding="utf-8"), "names stay as people read them"
 
 
-def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
+def test_a_failing_rename_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
     write_text(tmp_path / "a.txt", "old")
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "a.txt", "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

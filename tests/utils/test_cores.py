@@ -1,6 +1,5 @@
 """A container's share of the processors, the threads that follow from it, and how they wait and run torch."""
 
-import math
 import os
 import subprocess
 import sys
@@ -65,10 +64,6 @@ def groups(tmp_path, monkeypatch):
 def test_a_containers_quota_bounds_the_processors(groups, lines, files, count):
     groups(lines, files)
     assert cores.count_cores() == cores.share_of_cores() == count
-
-
-def test_without_control_groups_there_is_no_quota(groups):
-    assert cores.cpu_quota() == math.inf and cores.count_cores() == 64
 
 
 @pytest.mark.parametrize(
@@ -152,6 +147,9 @@ def three_threads():
 def test_pool_threads_run_torch_single_threaded(three_threads):
     with threads(CPU) as each:
         assert torch.get_num_threads() == 1
+        other = Thread(target=torch.set_num_threads, args=(3,))  # what threads to come begin with
+        other.start()
+        other.join()
         assert list(each(lambda _: torch.get_num_threads(), range(6))) == [1] * 6
     assert torch.get_num_threads() == 3
 
@@ -160,14 +158,6 @@ def test_calls_run_concurrently_on_all_threads(three_threads):
     meeting = Barrier(3, timeout=600)
     with threads(CPU) as each:
         assert sorted(each(lambda _: meeting.wait(), range(3))) == [0, 1, 2]
-
-
-def test_other_threads_do_not_change_the_pool(three_threads):
-    with threads(CPU) as each:
-        other = Thread(target=torch.set_num_threads, args=(3,))  # what threads to come begin with
-        other.start()
-        other.join()
-        assert list(each(lambda _: torch.get_num_threads(), range(6))) == [1] * 6
 
 
 def test_a_failure_gives_the_threads_back(three_threads):

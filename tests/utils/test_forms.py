@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,6 @@ from dinoseg.modes.training_run import _read_split
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils import forms
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.forms import ArrayForm, SchemaError, parse_json, read_arrays
 
@@ -55,12 +55,12 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
     assert open_store(tmp_path, StoreKey("f", None), ["a"]) is None
     assert _read_split(tmp_path / "split.json") is None
     assert caplog.text.count("is damaged (") == 1
-    with pytest.raises(UserError, match=r"holds no readable tracking\.json \(.*leave mode\.restart out"):
-        earlier_run(str(tmp_path), {"data": {}, "given": "none", "tracker": {}})
+    resume = partial(earlier_run, str(tmp_path), {"data": {}, "given": "none", "tracker": {}})
+    assert_refused(resume, "holds no readable tracking.json (", "leave mode.restart out")
     for folder in ("JPEGImages/v", "Annotations/v"):
         (tmp_path / "train" / folder).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"Cannot read .*meta\.json as YouTube-VOS's.*Unpack it again"):
-        YoutubeVos(str(tmp_path)).videos("train")
+    videos = YoutubeVos(str(tmp_path)).videos
+    assert_refused(lambda: videos("train"), "Cannot read ", "meta.json as YouTube-VOS's", "Unpack it again")
     save_file({"a": torch.zeros(1)}, tmp_path / STATE, {"track": text.decode("utf-8", "replace")})
     assert_refused(lambda: read_track_state(tmp_path), "state.safetensors is not readable (", "Leave mode.restart out")
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
@@ -164,16 +164,13 @@ def test_unreadable_array_archives_are_refused(tmp_path, caplog):
         with pytest.raises(SchemaError):
             read_arrays(path, form)
     npz(path, compress=True, a=npy("<f8", (1,), bytes(8)))
-    with pytest.raises(SchemaError, match="a is compressed"):
-        read_arrays(path, form)
+    assert_refused(lambda: read_arrays(path, form), "a is compressed", error=SchemaError)
     for times, sums in (([0.0, np.nan], [1, 2]), ([0.0], [1, 2]), ([], [])):
         np.savez(path, times=np.array(times, np.float64), sums=np.array(sums, np.uint32), fps=25.0)
         assert video_index._load(path) is None and not path.exists()
     assert caplog.text.count("is damaged (") == 3
     with pytest.raises(FileNotFoundError):
         read_arrays(path, form)
-    os.mkfifo(path)
-    assert_refused(lambda: read_arrays(path, form), "is a named pipe")
 
 
 ROWS = forms.record(rows=forms.list_of(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
@@ -214,8 +211,7 @@ def test_a_long_name_is_not_repeated_for_each_entry_below_it():
 @pytest.mark.parametrize("text", [r'"\ud800"', r'{"\uDBFF": 1}', r'[["a\udfff"]]', r'"\ude00\ud83d"', r'"\udd00"'])
 def test_json_with_half_of_a_surrogate_pair_is_refused(text):
     for content in (text, text.encode()):
-        with pytest.raises(SchemaError, match="half of a surrogate pair"):
-            parse_json(content, forms.plain)
+        assert_refused(partial(parse_json, content, forms.plain), "half of a surrogate pair", error=SchemaError)
 
 
 def test_json_keeps_pairs_and_bytes_of_file_names():
@@ -261,25 +257,17 @@ def test_pipe_swapped_in_after_the_check_is_refused(read, tmp_path, monkeypatch)
     assert_refused(lambda: read(tmp_path / "a"), "is a named pipe")
 
 
-def test_file_larger_than_memory_is_refused(tmp_path):
-    (tmp_path / "a").touch()
-    os.truncate(tmp_path / "a", 2**40)
-    with pytest.raises(forms.SchemaError, match="1099511627776 bytes"):
-        forms.read_json(tmp_path / "a", forms.plain)
-
-
 def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
     """A sparse file is read as zeros, which take memory although it takes no space."""
     path, form = tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)}
     npz(path, a=npy("|u1", (2**21,), bytes(2**21)))
-    with pytest.raises(SchemaError, match="bytes; the limit is 1048576"):
-        read_arrays(path, form, most=2**20)
+    limit = "bytes; the limit is 1048576"
+    assert_refused(lambda: read_arrays(path, form, most=2**20), limit, error=SchemaError)
     assert len(read_arrays(path, form)["a"]) == 2**21
     monkeypatch.setattr(forms, "_SMALL", 2**20)
     monkeypatch.setattr(forms, "machine_memory", lambda: 2**22)
     for read in (lambda path: read_arrays(path, form), lambda path: forms.read_json(path, forms.plain)):
-        with pytest.raises(SchemaError, match="bytes; the limit is 1048576"):
-            read(path)
+        assert_refused(partial(read, path), limit, error=SchemaError)
 
 
 def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 from command_line import SMALL, call, write_data
@@ -10,39 +11,28 @@ from signals import signal_in_thread
 
 from dinoseg.cli import own_keys
 from dinoseg.modes import score
-from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt
 from dinoseg.utils.interrupt import Interrupted, block_signals, defer_signals, forward_signals, raise_on_signal
-
-SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-
-
-def strike(monkeypatch, at, number, data_module=ImageDataModule):
-    """Send this process a signal just before batch `at` is drawn."""
-    whole = data_module.train_batches
-
-    def batches(self, start):
-        for index, batch in enumerate(whole(self, start), start=start):
-            if index == at:
-                signal.raise_signal(number)
-            yield batch
-
-    monkeypatch.setattr(data_module, "train_batches", batches)
-
-
-def train(where, *options):
-    return call(where, "mode=train", *SMALL, "mode.metrics_only=true", *options)
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.heavy), (signal.SIGTERM, 143)]
 )
 def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, number, status):
+    whole = ImageDataModule.train_batches
+
+    def batches(self, start):
+        for index, batch in enumerate(whole(self, start), start=start):
+            if index == 2:
+                signal.raise_signal(number)
+            yield batch
+
     write_data(tmp_path / "data")
-    strike(monkeypatch, 2, number)
-    done = train(tmp_path, "trainer.steps=9", "trainer.val_every=3")
+    monkeypatch.setattr(ImageDataModule, "train_batches", batches)
+    lengths = ("trainer.steps=9", "trainer.val_every=3")
+    done = call(tmp_path, "mode=train", *SMALL, "mode.metrics_only=true", *lengths)
     last = next(tmp_path.glob("outputs/base/train_*/checkpoints/last.safetensors"))
     assert done.status == status and "Traceback" not in done.err
     assert f"interrupted: {last} holds step 3. To resume, add resume=auto or resume={last.parents[1]}" in done.err
@@ -52,31 +42,7 @@ def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, num
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "handlers are put back"
 
 
-def test_validation_with_unsaved_images_is_logged_once(tmp_path, monkeypatch):
-    def full(self, step, named):
-        raise OSError(28, "No space left on device", "a.png")
-
-    write_data(tmp_path / "data")
-    with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "images", full)
-        assert train(tmp_path, "hydra.run.dir=run").status == 1
-    path, last = tmp_path / "run/metrics.jsonl", tmp_path / "run/checkpoints/last.safetensors"
-    step = checkpoint.describe(last)["progress"]["step"]
-    with path.open("a") as file:  # as a run leaves it that is killed between its row and its checkpoint
-        file.write(f'{{"step": {step}, "val/miou": 0.5}}\n')
-    assert train(tmp_path, "resume=run").status == 0
-    assert sum("val/miou" in row for row in path.read_text().splitlines()) == 1
-
-
-def test_signal_before_the_first_step_reports_nothing_saved(tmp_path, monkeypatch):
-    write_data(tmp_path / "data")
-    monkeypatch.setattr(ImageDataModule, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
-    done = train(tmp_path)
-    assert done.status == 143
-    assert done.err.endswith("\ninterrupted: this run has saved nothing\n")
-
-
-@SIGNALS
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(("name", "said"), [("none", "\n"), ("some", ": finished results are in ")])
 def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number, status, name, said):
     def stop(cfg, *, out_dir, **_):
@@ -90,10 +56,7 @@ def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number
 
 
 def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(own_keys, "with_checkpoint_keys", stop)
+    monkeypatch.setattr(own_keys, "with_checkpoint_keys", Mock(side_effect=KeyboardInterrupt))
     done = call(tmp_path, "mode=score")
     assert (done.status, done.err) == (130, "\ninterrupted\n")
 

@@ -28,22 +28,15 @@ def test_irregular_lock_file_is_refused_without_waiting(tmp_path, make):
         acquire(tmp_path / "lock", wait=True)
 
 
-def test_locking_a_file_keeps_its_content(tmp_path):
+def test_lock_has_one_holder_and_keeps_the_content(tmp_path):
     """Run folders are locked by their log."""
-    (tmp_path / "run.log").write_text("step 1\n")
-    held = acquire(tmp_path / "run.log")
-    assert held is not None and acquire(tmp_path / "run.log") is None
-    assert (tmp_path / "run.log").read_text() == "step 1\n"
-    release(held)
-    assert (tmp_path / "run.log").read_text() == "step 1\n"
-
-
-def test_lock_has_one_holder_at_a_time(tmp_path):
-    first = acquire(tmp_path / "deep/lock")
-    assert first is not None and acquire(tmp_path / "deep/lock") is None
+    log = tmp_path / "deep/run.log"
+    first = acquire(log)
+    log.write_text("step 1\n")
+    assert first is not None and acquire(log) is None
     release(first)
-    second = acquire(tmp_path / "deep/lock")
-    assert second is not None
+    second = acquire(log)
+    assert second is not None and log.read_text() == "step 1\n"
     release(second)
 
 

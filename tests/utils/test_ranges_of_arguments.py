@@ -1,40 +1,27 @@
-"""Ranges in annotations include or exclude their ends as their rules say."""
+"""The rule of each range, which messages quote, states the numbers that the range allows."""
+
+import math
+import re
+from typing import get_args
 
 import pytest
 
 from dinoseg.utils import ranges
-from dinoseg.utils.errors import UserError
 
-TINY = 1e-9
+RULES = {
+    name: rule
+    for name, annotation in vars(ranges).items()
+    for rule in get_args(annotation)
+    if isinstance(rule, ranges.Range)
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed", "refused"),
-    [
-        ("Count", (1, 10**9), (0,)),
-        ("Few", (1, 16), (0, 17)),
-        ("UpTo255", (1, 255), (0, 256)),
-        ("Natural", (0, 10**9), (-1,)),
-        ("Byte", (0, 255), (-1, 256)),
-        ("Positive", (TINY, 1e9), (0.0,)),
-        ("NotNegative", (0.0, 1e9), (-TINY,)),
-        ("Share", (0.0, 1.0), (-TINY, 1 + TINY)),
-        ("LowShare", (0.0, 1 - TINY), (-TINY, 1.0)),
-        ("HighShare", (TINY, 1.0), (0.0, 1 + TINY)),
-        ("OpenShare", (TINY, 1 - TINY), (0.0, 1.0)),
-        ("HalfShare", (0.0, 0.5), (-TINY, 0.5 + TINY)),
-        ("Scale", (TINY, 16.0), (0.0, 16 + TINY)),
-        ("Temperature", (0.01, 100.0), (0.01 - TINY, 100 + TINY)),
-        ("LearningRate", (TINY, 100.0), (0.0, 100 + TINY)),
-        ("RateFactor", (0.0, 100.0), (-TINY, 100 + TINY)),
-        ("ColourMean", (-1.0, 2.0), (-1 - TINY, 2 + TINY)),
-        ("ColourStd", (0.001, 10.0), (0.001 - TINY, 10 + TINY)),
-    ],
-)
-def test_range_holds_its_ends(name, allowed, refused):
-    annotation = getattr(ranges, name)
-    for value in allowed:
-        ranges.check_value("value", value, annotation)
-    for value in refused:
-        with pytest.raises(UserError, match="is out of range"):
-            ranges.check_value("value", value, annotation)
+@pytest.mark.parametrize("name", RULES)
+def test_rule_states_the_ends_of_its_range(name):
+    rule = RULES[name]
+    words = rule.rule.partition(" (")[0]  # without a remark
+    least, most = rule.least, rule.most
+    stated = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", words)]
+    assert stated == [end for end in (least, most) if math.isfinite(end)]
+    assert (least not in rule) == ("above" in words)
+    assert (most not in rule) == ("below" in words)

@@ -1,7 +1,6 @@
 """Text of strangers: YAML is plain values or one error, in bounded time; CSV cells are no formulas."""
 
 import csv
-import os
 import time
 
 import pytest
@@ -61,21 +60,14 @@ def test_own_yaml_is_read_back():
         "a": {"lr": 1e-5, "none": None, "on": "yes", "day": "2026-01-01", "text": "1e-3", "list": [1, [2.5, True]]},
     }
     assert parse_yaml(OmegaConf.to_yaml(OmegaConf.create({**config, "b": "${a.lr}"}))) == {**config, "b": "${a.lr}"}
-
-
-def test_dates_are_text_as_in_hydra():
-    assert parse_yaml("seed: 2026-01-01") == {"seed": "2026-01-01"}
+    assert parse_yaml("seed: 2026-01-01") == {"seed": "2026-01-01"}, "dates are text, as in Hydra"
 
 
 def test_file_is_checked_before_reading(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * 101)
-    with pytest.raises(SchemaError, match="101 bytes; the limit is 100"):
-        read_yaml(tmp_path / "large.yaml", 100)
-    os.mkfifo(tmp_path / "pipe")
-    assert_refused(lambda: read_yaml(tmp_path / "pipe", 100), "is a named pipe")
+    assert_refused(lambda: read_yaml(tmp_path / "large.yaml", 100), "101 bytes; the limit is 100", error=SchemaError)
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
-    with pytest.raises(SchemaError, match="byte 3 is not valid"):
-        read_yaml(tmp_path / "bytes.yaml", 100)
+    assert_refused(lambda: read_yaml(tmp_path / "bytes.yaml", 100), "byte 3 is not valid", error=SchemaError)
 
 
 @pytest.mark.parametrize(

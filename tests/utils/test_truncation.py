@@ -1,17 +1,17 @@
 """PNG and JPEG files without data for all their pixels are refused, though they end as whole files do."""
 
 import base64
-import io
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
+from image_files import encode_image, png_chunk
 from mistakes import assert_refused
 from PIL import Image
 
 from dinoseg.data.annotation.labelme import _mask
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import as_rgb, read_ids, read_image
 from dinoseg.utils.levels import read_levels
 
@@ -20,16 +20,17 @@ PIXELS = np.random.default_rng(0).integers(1, 256, (*SIZE, 3)).astype(np.uint8)
 READERS = (read_image, lambda path: read_levels(path, None), lambda path: as_rgb(Image.open(path), "The image"))
 
 
-def chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+def png_file(pixels, rows, *, interlaced=0):
+    """Return a PNG file of grey or RGB pixels, with an end mark behind the data of some rows."""
+    kind = 2 if pixels.ndim == 3 else 0
+    header = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 8 * pixels.itemsize, kind, 0, 0, interlaced)
+    data = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + data + png_chunk(b"IEND", b"")
 
 
 def png_of(pixels, rows):
-    """Return a PNG file of grey or RGB with an end mark, and with only so many of its rows."""
-    stored = pixels.astype(pixels.dtype.newbyteorder(">"))
-    header = struct.pack(">IIBBBBB", *SIZE[::-1], 8 * pixels.itemsize, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in stored[:rows]))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    """Return a PNG file with only so many of its rows."""
+    return png_file(pixels, pixels.astype(pixels.dtype.newbyteorder(">"))[:rows])
 
 
 @pytest.mark.parametrize("rows", [11, 42])
@@ -43,8 +44,7 @@ def test_png_files_with_missing_rows_are_refused(pixels, rows, tmp_path):
         path.write_bytes(png_of(pixels, SIZE[0]))
         read(path)
         path.write_bytes(png_of(pixels, rows))
-        with pytest.raises(UserError, match="truncated"):
-            read(path)
+        assert_refused(partial(read, path), "truncated")
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -57,10 +57,8 @@ def test_whole_png_files_with_a_black_last_row_are_read(tmp_path, interlaced):
 def interlaced_png(pixels, passes=7):
     """Return a grey PNG file of Adam7's passes, of which only so many are there."""
     grids = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-    rows = [pixels[top::down, left::across] for left, top, across, down in grids[:passes]]
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for grid in rows for row in grid if row.size))
-    header = struct.pack(">IIBBBBB", *pixels.shape[::-1], 8, 0, 0, 0, 1)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    parts = [pixels[top::down, left::across] for left, top, across, down in grids[:passes]]
+    return png_file(pixels, [row for part in parts for row in part if row.size], interlaced=1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 4), (5, 2)])
@@ -79,36 +77,28 @@ def test_interlaced_png_files_with_missing_passes_are_refused(passes, tmp_path):
 
 def test_masks_in_annotation_files_lack_no_rows():
     text = base64.b64encode(png_of(PIXELS[..., 0], 10)).decode()
-    with pytest.raises(ValueError, match="truncated"):
-        _mask(text, [[0, 0], [SIZE[1] - 1, SIZE[0] - 1]], SIZE)
-
-
-def jpeg_of(pixels, **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", **options)
-    return file.getvalue()
+    corners = [[0, 0], [SIZE[1] - 1, SIZE[0] - 1]]
+    assert_refused(lambda: _mask(text, corners, SIZE), "truncated", error=ValueError)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.85])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize("pixels", [PIXELS, PIXELS[..., 0]])
 def test_cut_jpeg_files_with_an_end_marker_are_refused(pixels, options, share, tmp_path):
-    data = jpeg_of(pixels, quality=95, **options)
+    data = encode_image(pixels, "JPEG", quality=95, **options)
     start = data.rindex(b"\xff\xda")
     (tmp_path / "a.jpg").write_bytes(data[: start + int(share * (len(data) - start))] + b"\xff\xd9")
     for read in READERS:
-        with pytest.raises(UserError, match="truncated"):
-            read(tmp_path / "a.jpg")
+        assert_refused(partial(read, tmp_path / "a.jpg"), "truncated")
 
 
 def test_progressive_jpeg_files_without_all_scans_are_refused(tmp_path):
-    data = jpeg_of(PIXELS, progressive=True)
+    data = encode_image(PIXELS, "JPEG", progressive=True)
     scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
     assert len(scans) == 10
     for end in scans[1:]:
         (tmp_path / "a.jpg").write_bytes(data[:end] + b"\xff\xd9")
-        with pytest.raises(UserError, match="truncated"):
-            read_image(tmp_path / "a.jpg")
+        assert_refused(lambda: read_image(tmp_path / "a.jpg"), "truncated")
 
 
 @pytest.mark.parametrize("progressive", [False, True])

@@ -5,7 +5,6 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,20 +26,14 @@ from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def read(tmp_path):
-    """Return a function that reads a view of one of three images, of which two are the same."""
+def test_a_view_is_known_by_its_image_and_all_that_draws_it(tmp_path):
     data = write_pairs(tmp_path, [(6, 7)] * 3)
     shutil.copy(tmp_path / "0.png", tmp_path / "1.png")
 
-    def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
+    def read(drawing="drawing", seed=5, views=2, epoch=0, index=0):
         drawn = TrainViews(data, Augment((4, 4)), seed, views)
         return cache._read_views(drawn, MemoryStore("float32", 0), drawing, CachedMasks(), epoch, index)
 
-    return view
-
-
-def test_a_view_is_known_by_its_image_and_all_that_draws_it(read):
     first = read()
     others = [{"drawing": "other"}, {"seed": 6}, {"epoch": 1}, {"index": 1}, {"index": 2}, {"views": None, "epoch": 2}]
     assert len({first.key, *(read(**other).key for other in others)}) == 1 + len(others)
@@ -84,24 +77,6 @@ def test_bytes_stay_bytes_and_numbers_become_float32(cache_and_view):
         pixels, features = kept.complete_batch(views, CPU).image.tensors
         assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
         assert features.dtype == torch.float32 and features.tolist() == numbers
-
-
-def test_cached_views_are_loaded_in_the_main_process(cache_and_view, monkeypatch):
-    asked, kept = [], cache_and_view[0]
-    kept.place = "disk"
-
-    def batches(*_, start, workers, **__):
-        asked.append((start, workers))
-        return iter([[]] * 9)
-
-    monkeypatch.setattr(cache, "sample_batches", batches)
-    drawn = TrainViews([0] * 3, None, seed=0)
-    stream = kept.train_batches(drawn, workers=2, batch_size=2, start=1)
-    assert len(list(islice(stream, 5))) == 5
-    assert asked == [(1, 2), (1 + 2 * 2, 0)]  # two views of three images, in batches of two
-    kept.place = "memory"  # another process would see nothing of it
-    assert next(kept.train_batches(drawn, workers=3, batch_size=2, start=1)).views == []
-    assert asked[2:] == [(1, 0)]
 
 
 def test_features_read_by_another_process_are_trusted(cache_and_view):
