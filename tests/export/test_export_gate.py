@@ -12,12 +12,11 @@ from command_line import write_data
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 from onnx import numpy_helper
-from portable_parts import TINY, write_untrained
+from portable_parts import untrained_config
 
 import dinoseg
 from dinoseg.core.task import SEMANTIC
 from dinoseg.experiment import source
-from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_export, onnx_file
 from dinoseg.export.export import REPORT
@@ -27,7 +26,6 @@ from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import pictures
 from dinoseg.export.program import ProgramExport
 from dinoseg.export.runtime import write
-from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
@@ -38,9 +36,7 @@ _traced = {}  # an export takes seconds: what torch makes of the same model is m
 def cfg(compose, tmp_path):
     """Return the config of a tiny model with a linear head, and pictures beside it."""
     write_data(tmp_path / "data")
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear")
-    changes = {"engine.device": "cpu", "data.root": str(tmp_path / "data")}
-    return standalone_config(path, checkpoint.describe(path), changes, unused=())
+    return untrained_config(compose, tmp_path)
 
 
 @pytest.fixture
@@ -195,8 +191,7 @@ def test_large_graph_reads_its_external_weights(cfg, out, monkeypatch):
 @pytest.mark.heavy
 def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     write_data(tmp_path / "data")
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
-    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
+    cfg = untrained_config(compose, tmp_path, "adapter=lora", "adapter.rank=2")
     (tmp_path / "out").mkdir()
     ProgramExport(images=str(tmp_path / "data/val/images"))(ModelSource(cfg), out_dir=tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT).read_text())

@@ -182,7 +182,9 @@ SOURCE = {"name": "a", "hash": "a", "licence": "a", "weights": None, "revision":
     [
         ("facts", 3),
         ("facts", {"backbone": SOURCE}),
-        ("facts", {"scores": []}),
+        ("facts", {"scores": [1]}),
+        ("facts", {"delta": "no"}),
+        ("facts", {"versions": {"torch": 2}}),
         ("facts", {"backbone": {"name": "a"}}),
         *(("classes", []), ("classes", "ab"), ("palette", [[1]])),
     ],
