@@ -1,9 +1,8 @@
 """Trainings logged to an MLflow server of the test: its REST API returns the values of metrics.jsonl."""
 
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from urllib.error import HTTPError
 
 import pytest
@@ -12,6 +11,7 @@ from tracker_servers import MlflowServer, check_same, crash_and_resume, json_lin
 
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers.mlflow import MlflowLogger
+from dinoseg.utils.interrupt import Interrupted
 
 pytestmark = pytest.mark.heavy
 TRAIN = ("mode=train", *SMALL, "trainer.log_every=1", "trainer.val_every=2", "mode.metrics_only=true")
@@ -87,18 +87,14 @@ def test_several_heads_are_one_run(folder, server):
     assert run["info"]["run_name"] == "run" and values_of(server, run) == json_lines(folder / "run")
 
 
-def test_interrupted_run_is_killed_and_finished_after_resuming(folder, server):
-    names = (f"logger.mlflow.tracking_uri={server.url}", "logger.mlflow.experiment=stopped")
-    words = [*TRAIN, "logger=mlflow", *names, "trainer.steps=4000", "trainer.val_every=4000", "hydra.run.dir=run"]
-    training = subprocess.Popen([sys.executable, "-m", "dinoseg", *words], cwd=folder)
-    log = folder / "run/metrics.jsonl"
-    while training.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
-        time.sleep(0.05)
-    training.send_signal(signal.SIGTERM)
-    assert training.wait(600) == 128 + signal.SIGTERM
+def test_interrupted_run_is_killed_and_finished_after_resuming(tmp_path, server):
+    loggers = {"mlflow": partial(MlflowLogger, tracking_uri=server.url, experiment="stopped", timeout=120.0)}
+    with pytest.raises(Interrupted), RunLog(tmp_path, loggers) as log:
+        log.config({"seed": 0})
+        raise Interrupted(signal.SIGTERM)
     assert [run["info"]["status"] for run in server.runs("stopped")] == ["KILLED"]
-    steps = max(step for _, step in json_lines(folder / "run")) + 1
-    train(folder, server, "stopped", "resume=run", f"trainer.steps={steps}")
+    with RunLog(tmp_path, loggers) as log:
+        log.config({"seed": 0})
     assert [run["info"]["status"] for run in server.runs("stopped")] == ["FINISHED"]
 
 
@@ -110,15 +106,11 @@ def received_values(server):
         return []
 
 
-def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, caplog):
-    (tmp_path / "own").mkdir()
-    server = MlflowServer(tmp_path / "own")
-
-    def make(out_dir, *, start_step):
-        return MlflowLogger(out_dir, start_step=start_step, tracking_uri=server.url, timeout=120.0)
-
+def test_a_server_that_is_killed_in_mid_run_costs_one_warning(tmp_path, caplog):
+    server = MlflowServer(tmp_path)
+    loggers = {"mlflow": partial(MlflowLogger, tracking_uri=server.url, timeout=120.0)}
     try:
-        with RunLog(folder / "run", {"mlflow": make}) as log:
+        with RunLog(tmp_path / "run", loggers) as log:
             log.config({"seed": 0})
             for step in range(1, 51):
                 log.scalars(step, {"train/loss": 1 / step})
@@ -133,7 +125,7 @@ def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, 
         server.kill()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "logger.mlflow failed and is dropped" in warnings[0], warnings
-    assert len(json_lines(folder / "run")) == 50
+    assert len(json_lines(tmp_path / "run")) == 50
 
 
 def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):
