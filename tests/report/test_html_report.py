@@ -125,21 +125,16 @@ def make_comparison(name="run"):
     )
 
 
-def take(kind, given):
-    """Return an object of a dataclass whose fields are removed from a dict."""
-    return kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given})
+def call_page(page, kinds, given):
+    """Return a page of the values in a dict: objects of some dataclasses, and the others by their names."""
+    given, parts = dict(given), []
+    for kind in kinds:
+        parts.append(kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given}))
+    return page(*parts, **given)
 
 
-def evaluation_html(given):
-    given = dict(given)
-    parts = [take(kind, given) for kind in (EvaluatedImages, EvaluationScores, ErrorAnalysis)]
-    return evaluation_page(*parts, **given)
-
-
-def comparison_html(given):
-    given = dict(given)
-    parts = [take(kind, given) for kind in (EvaluatedImages, ComparedRun)]
-    return comparison_page(*parts, **given)
+evaluation_html = partial(call_page, evaluation_page, (EvaluatedImages, EvaluationScores, ErrorAnalysis))
+comparison_html = partial(call_page, comparison_page, (EvaluatedImages, ComparedRun))
 
 
 @cache
