@@ -3,10 +3,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from test_rendered_roots import SURGERY
 
 from dinoseg.synthetic.surgery.write import render_clip, render_dataset
-
-SMALL = {"train_videos": 1, "test_videos": 1, "seconds": 2, "size": (48, 80), "workers": 1}
 
 
 def read_video(path: Path) -> tuple[list[np.ndarray], float]:
@@ -24,7 +23,7 @@ def read_masks(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_zips_have_the_download_form(tmp_path: Path) -> None:
-    render_dataset(tmp_path, **{**SMALL, "train_videos": 2})
+    render_dataset(tmp_path, **{**SURGERY, "train_videos": 2})
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert found == ["test/video_41.zip", "train1/video_01.zip", "train1/video_02.zip"]
     with zipfile.ZipFile(tmp_path / "train1/video_02.zip") as archive:
@@ -38,7 +37,7 @@ def test_the_zips_have_the_download_form(tmp_path: Path) -> None:
 
 
 def test_a_mask_belongs_to_its_frame(tmp_path: Path) -> None:
-    render_dataset(tmp_path, **{**SMALL, "size": (96, 160)})
+    render_dataset(tmp_path, **{**SURGERY, "size": (96, 160)})
     with zipfile.ZipFile(tmp_path / "test/video_41.zip") as archive:
         archive.extract("video_left.avi", tmp_path)
     frames, _ = read_video(tmp_path / "video_left.avi")
@@ -86,13 +85,13 @@ def test_the_thread_is_about_three_pixels_thick() -> None:
 
 
 def test_finished_zips_are_reused_and_partial_ones_repeated(tmp_path: Path) -> None:
-    render_dataset(tmp_path, **SMALL)
+    render_dataset(tmp_path, **SURGERY)
     kept, lost = tmp_path / "train1/video_01.zip", tmp_path / "test/video_41.zip"
     before, expected = kept.stat().st_mtime_ns, read_masks(lost)
     lost.unlink()
     (lost.parent / ".video_41.part").mkdir()
     (lost.parent / ".video_41.part/video_left.avi").write_bytes(b"half")
-    render_dataset(tmp_path, **SMALL)
+    render_dataset(tmp_path, **SURGERY)
     assert kept.stat().st_mtime_ns == before
     assert all(np.array_equal(mask, expected[name]) for name, mask in read_masks(lost).items())
     assert not list(tmp_path.rglob("*.part"))
