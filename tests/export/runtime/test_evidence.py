@@ -100,9 +100,9 @@ def test_a_folder_of_a_hub_ids_name_is_a_folder(tmp_path, monkeypatch):
 
 
 def test_exported_config_holds_no_local_path():
-    config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "classes": ["/road"], "c": "/home/me/w"}
-    kept = {"a": "y.pth", "b": ["z", "r", "plain/z"], "classes": ["/road"], "c": "w"}
-    assert write._strip_folders(config) == kept
+    data = {"classes": ["/road"], "group": "/video"}  # names, though they look like paths
+    config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "c": "/home/me/w", "data": data}
+    assert write._strip_folders(config) == {"a": "y.pth", "b": ["z", "r", "plain/z"], "c": "w", "data": data}
 
 
 def test_foreign_head_is_not_exported_by_default():

@@ -25,6 +25,7 @@ import dinoseg
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training import checkpoint
+from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 from dinoseg.utils.tensor_files import write_tensors
@@ -90,6 +91,12 @@ def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_
     assert str(trained).encode() not in file.read_bytes()[: 2**20]
     again = dinoseg.load(export_file(file, tmp_path / "again"), device="cpu").facts
     assert again.scores == facts.scores and again.data == facts.data
+    write_text(tmp_path / "scored/scores.json", json.dumps(scores))
+    write_text(tmp_path / "scored/config/config.yaml", f"{{resume: {file}, mode: {{split: test}}}}")
+    scored = export_file(file, tmp_path / "with", scores=str(tmp_path / "scored"))
+    assert dinoseg.load(scored, device="cpu").facts.scores["split"] == "test"
+    assert checkpoint.describe(scored)["config"]["data"]["root"] == "???"
+    assert_refused(lambda: export_file(trained / "slots/checkpoints/best.safetensors", tmp_path), "is a slot model")
 
 
 def test_loading_leaves_hydra_and_random_state_unchanged(file):
@@ -392,29 +399,7 @@ def test_a_model_is_saved_whole_or_not_at_all(file, trained, tmp_path):
     assert again.facts == model.facts and run.facts.scores is None
 
 
-@pytest.mark.heavy
-def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
-    words = ("mode=export", "export=safetensors", "resume=segmenter", "engine=cpu")
-    done = call(trained, "mode=eval", "resume=segmenter", "data.root=data", "mode.split=train", "engine=cpu",
-                "mode.metrics_only=true", "hydra.run.dir=on_train")  # fmt: skip
-    assert done.status == 0, done.err
-    assert call(trained, *words, "export.scores=on_train", "hydra.run.dir=with").status == 0
-    assert dinoseg.load(trained / "with/model.safetensors").facts.scores["split"] == "train"
-    for folder, message in (("clip", "is not a run folder of mode=eval"), ("slots", "is not a run folder")):
-        refused = call(trained, *words, f"export.scores={folder}")
-        assert refused.status == 1 and message in refused.err, refused.err
-    of_slots = call(trained, "mode=export", "export=safetensors", "resume=slots", "engine=cpu")
-    assert of_slots.status == 1 and "slot model" in of_slots.err
-
-
 def test_run_folder_loads_its_best_checkpoint_despite_a_file(compose, tmp_path):
     write_untrained(compose, tmp_path, *TINY)
     (tmp_path / "run/model.safetensors").touch()
     assert dinoseg.load(tmp_path / "run", device="cpu").file is None
-
-
-def test_class_names_that_look_like_paths_are_unchanged(compose, tmp_path):
-    path = write_untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
-    said = checkpoint.describe(export_file(path, tmp_path / "out"))
-    assert said["classes"] == ["/road", "b"]
-    assert said["config"]["data"]["group"] == "/video" and said["config"]["data"]["root"] == "???"
