@@ -16,13 +16,15 @@ from dinoseg.report.loggers.wandb import WandbLogger
 
 
 class StubClient:
-    """Stand-in for the clients of both trackers: records each call."""
+    """Stand-in for the clients of both trackers: records each call, and answers with a new run."""
+
+    new = SimpleNamespace(info=SimpleNamespace(run_id="new", experiment_id="1"), experiment_id="1")
 
     def __init__(self):
         self.calls = []
 
     def __getattr__(self, name):
-        return lambda *args, **named: self.calls.append((name, args, named)) or SimpleNamespace()
+        return lambda *args, **named: self.calls.append((name, args, named)) or self.new
 
 
 @pytest.fixture(autouse=True)
@@ -63,21 +65,15 @@ def test_trackers_show_how_the_training_ended(mlflow_logger, wandb_logger, statu
 
 def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
     mlflow_logger._tags, mlflow_logger.group = {"a:b": 1, "plain": "x"}, "sweep"
-    info = SimpleNamespace(run_id="new", experiment_id="1")
-    mlflow_logger._client.create_run = lambda *args, tags, **named: tags_sent.append(tags) or SimpleNamespace(info=info)
-    mlflow_logger._client.get_experiment_by_name = lambda name: info
-    tags_sent = []
     assert mlflow_logger.open_run(None, {}) == "new"
-    assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
+    sent = [named["tags"] for name, _, named in mlflow_logger._client.calls if name == "create_run"]
+    assert sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
 
 
 @pytest.mark.parametrize(("stage", "run_id"), [("active", "run1"), ("deleted", "new")])
 def test_mlflow_continues_a_run_unless_it_is_deleted(mlflow_logger, stage, run_id):
     found = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage=stage)
-    made = SimpleNamespace(run_id="new", experiment_id="1")
     mlflow_logger._client.get_run = lambda _: SimpleNamespace(info=found)
-    mlflow_logger._client.get_experiment_by_name = lambda _: made
-    mlflow_logger._client.create_run = lambda *_, **__: SimpleNamespace(info=made)
     mlflow_logger._uri = "sqlite:///runs.db"  # which has no page: the view is a command
     assert mlflow_logger.open_run("run1", {"seed": 0}) == run_id
     continued = ("update_run", ("run1",), {"status": "RUNNING"})

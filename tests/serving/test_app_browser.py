@@ -1,6 +1,5 @@
 """The app in a real browser: what the page shows and downloads is what the model says."""
 
-import os
 import re
 import signal
 import subprocess
@@ -46,9 +45,8 @@ def scene(trained_once, tmp_path_factory):
 def running_app(folder, trained_once):
     words = [f"resume={trained_once}/segmenter", "engine=cpu", "mode.port=0", "tracker.short_side=48"]
     command = [sys.executable, "-m", "dinoseg", "mode=app", *words, "hydra.run.dir=run/app"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with open(folder / "log", "w+", encoding="utf-8") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             yield next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
         finally:

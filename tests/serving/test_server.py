@@ -1,7 +1,6 @@
 """The server binds its port first, warns of the network, and finishes its requests; files are served as they say."""
 
 import itertools
-import os
 import re
 import signal
 import socket
@@ -129,7 +128,6 @@ def server(trained_once, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
         yield process, next(int(found[1]) for line in process.stdout if (found := re.search(r"http://\S+:(\d+)", line)))
