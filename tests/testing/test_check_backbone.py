@@ -37,11 +37,6 @@ class Patches(Backbone):
         return [maps[layer + 1] for layer in self.layers]
 
 
-class NoContract(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-
-
 class TwoGrids(Patches):
     def forward(self, images):
         first, last = super().forward(images)
@@ -121,7 +116,7 @@ def test_a_backbone_that_keeps_its_contract_passes():
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (NoContract, "it must inherit dinoseg.core.contracts.Backbone, .* derive the class"),
+        (nn.Identity, "it must inherit dinoseg.core.contracts.Backbone, .* derive the class"),
         (with_attribute("depth", lambda _: None), "must set its members .* but depth is missing; set it"),
         (with_attribute("layers", list), r"`layers` must be \[0, 1\] .* are \[0, -1\] and 2; use .*resolve_layers"),
         (with_attribute("dim", lambda _: [6, 6]), r"must be a list for a pyramid .* is_pyramid=False and dim=\[6, 6\]"),

@@ -34,11 +34,6 @@ class Pixels(Cells):
         return upsample(outputs, size, valid)
 
 
-class NoContract(nn.Module):
-    def __init__(self, in_dim, num_layers, num_classes):
-        super().__init__()
-
-
 def with_members(base=Cells, **members):
     return type("Changed", (base,), members)
 
@@ -115,7 +110,7 @@ def test_a_head_that_keeps_its_contract_passes(head, sizes):
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (NoContract, "it must inherit dinoseg.core.contracts.Head, .* derive the class"),
+        (nn.Identity, "it must inherit dinoseg.core.contracts.Head, .* derive the class"),
         (with_features(lambda part: part.mul_(2)), "must not change its feature maps"),
         (OneClassMore, r"must return float32 scores of shape \(1, 3, 37, 50\) .* but .*\(1, 4, 37, 50\); resize"),
         (ImageSizeOnly, r"size=\(23, 61\).*scores of shape \(1, 3, 23, 61\) .* but .*\(1, 3, 37, 50\)"),

@@ -47,10 +47,6 @@ class Sampled(Entropy):
         return costs * (torch.rand_like(costs) < 0.5)
 
 
-class NoContract(torch.nn.Module):
-    pass
-
-
 class PlainWeights(Entropy):
     def __init__(self, class_weights):
         super().__init__()
@@ -129,7 +125,7 @@ def test_a_loss_that_keeps_its_contract_passes(loss):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (NoContract, "it must inherit dinoseg.core.contracts.Loss"),
+        (torch.nn.Identity, "it must inherit dinoseg.core.contracts.Loss"),
         (PlainWeights, "but PlainWeights.class_weights would stay; use self.register_buffer"),
         (with_result(lambda _, mean, parts: mean), "a dict of named parts, but it returned a Tensor"),
         (with_forward(pixel_costs), "the mean must be a finite scalar"),

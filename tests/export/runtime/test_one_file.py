@@ -286,7 +286,9 @@ def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
     assert_refused(both, f"head={moved}: ", " holds its own head. Leave it out.")
 
 
-MORE = {  # of those that a fuzzer of the description has found
+# of those that tests/test_hostile_checkpoints.py gives to all modes, one of each kind
+KINDS = ("a hook in the head", "an interpolation", "a list without end", "a huge depth", "remote code", "a null group")
+TAMPERED = {kind: CASES[kind] for kind in KINDS} | {  # and of those that a fuzzer of the description has found
     "no classes": lambda _: {"config/data": {"root": "???"}},
     "a long value": lambda _: {"config/head/pixel_shuffle": ["a"] * 300},
     "no way of use": lambda _: {"config/inference": 3},
@@ -299,11 +301,6 @@ MORE = {  # of those that a fuzzer of the description has found
 @pytest.fixture(scope="module")
 def sound(file):
     return checkpoint.read(file)
-
-
-# of those that tests/test_hostile_checkpoints.py gives to all modes, one of each kind
-KINDS = ("a hook in the head", "an interpolation", "a list without end", "a huge depth", "remote code", "a null group")
-TAMPERED = MORE | {kind: CASES[kind] for kind in KINDS}
 
 
 @pytest.mark.parametrize("case", TAMPERED.values(), ids=TAMPERED)

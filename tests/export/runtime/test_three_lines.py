@@ -15,11 +15,6 @@ import dinoseg
 from dinoseg.utils.images import read_ids
 
 pytestmark = pytest.mark.heavy
-THREE = """
-import dinoseg
-model = dinoseg.load("model.safetensors")
-out = model.predict("picture.png")
-"""
 
 
 def test_three_lines_predict_in_an_empty_environment(trained, tmp_path_factory):
@@ -30,7 +25,8 @@ def test_three_lines_predict_in_an_empty_environment(trained, tmp_path_factory):
     (where / "model.safetensors").write_bytes((trained / "one/model.safetensors").read_bytes())
     (where / "picture.png").write_bytes((trained / "clip/00003.png").read_bytes())
     python = install(folder)
-    said = run(python, f"{THREE}out.save('mask.png'); print(dinoseg.__file__, out.areas)", where)
+    three = 'import dinoseg\nmodel = dinoseg.load("model.safetensors")\nout = model.predict("picture.png")\n'
+    said = run(python, f"{three}out.save('mask.png'); print(dinoseg.__file__, out.areas)", where)
     assert str(folder) in said and "'dark'" in said
     assert (read_ids(where / "mask.png") == read_ids(trained / "seen/masks/00003.png")).all()
     assert dinoseg.load(where / "model.safetensors").predict(np.zeros((9, 9, 3), np.uint8)).mask.shape == (9, 9)
