@@ -25,6 +25,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import fake_tensor_mode
+from dinoseg.models.heads.mask2former import pixel_decoder, predictor
 from dinoseg.models.model import trained_names
 from dinoseg.modes import bench
 from dinoseg.modes.bench import matrix_peak
@@ -71,7 +72,9 @@ def foretold(cfg, loss=None, **given):
     ],
     ids=["checkpointing", "accumulate", "masks", "mixture", "clips"],
 )
-def test_the_peak_is_that_of_a_real_training(compose, words):
+def test_the_peak_is_that_of_a_real_training(compose, monkeypatch, words):
+    monkeypatch.setattr(predictor, "LAYERS", predictor.LEVELS)  # of nine alike
+    monkeypatch.setattr(pixel_decoder, "LAYERS", 2)  # of six
     cfg = compose(*words)
     step, engine = foretold(cfg), instantiate(cfg.engine)
     with PeakBytes() as peak:

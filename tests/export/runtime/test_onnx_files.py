@@ -177,20 +177,21 @@ def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
         assert (model.predict(out.image).mask == out.mask).all()
         assert (out.probabilities.argmax(axis=0) == out.mask).all()
         print(out.mask.sum(), out.areas, out.overlay(0.5)[0, ::20, 0], out.overlay(1)[0, ::20, 0])
-        for act in (lambda: dinoseg.load("mask.png"), lambda: model.push_to_hub("me/mine")):
+        for act, name in (dinoseg.load, "mask.png"), (model.push_to_hub, "me/mine"), (model.from_pretrained, "me/mine"):
             try:
-                act()
+                act(name)
             except dinoseg.utils.errors.UserError as error:
                 print(error)
     """
     where = {"PYTHONPATH": str(Path(dinoseg.__file__).parent.parent), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shown, loading, pushing = done.stdout.splitlines()
+    shown, loading, *with_hub = done.stdout.splitlines()
     assert shown == "320 {'dark': 320, 'bright': 320} [  0 255] [  0 255]"
     assert loading.startswith("mask.png: needs ") and "is not installed: pip install" in loading
     assert "give the ONNX file that mode=export export=onnx writes of the model." in loading
-    assert pushing == "me/mine: a hub needs huggingface_hub, which is not installed: pip install huggingface_hub"
+    without_client = "me/mine: a hub needs huggingface_hub, which is not installed: pip install huggingface_hub"
+    assert with_hub == [without_client] * 2
 
 
 @pytest.mark.parametrize(
