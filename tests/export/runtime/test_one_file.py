@@ -19,13 +19,13 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from portable_parts import TINY, export_file, write_untrained
 from safetensors.torch import load_file
+from test_evidence import write_evaluation
 from test_hostile_checkpoints import CASES, write_tampered
 
 import dinoseg
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training import checkpoint
-from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 from dinoseg.utils.tensor_files import write_tensors
@@ -91,9 +91,7 @@ def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_
     assert str(trained).encode() not in file.read_bytes()[: 2**20]
     again = dinoseg.load(export_file(file, tmp_path / "again"), device="cpu").facts
     assert again.scores == facts.scores and again.data == facts.data
-    write_text(tmp_path / "scored/scores.json", json.dumps(scores))
-    write_text(tmp_path / "scored/config/config.yaml", f"{{resume: {file}, mode: {{split: test}}}}")
-    scored = export_file(file, tmp_path / "with", scores=str(tmp_path / "scored"))
+    scored = export_file(file, tmp_path / "with", scores=write_evaluation(tmp_path / "scored", file))
     assert dinoseg.load(scored, device="cpu").facts.scores["split"] == "test"
     assert checkpoint.describe(scored)["config"]["data"]["root"] == "???"
     assert_refused(lambda: export_file(trained / "slots/checkpoints/best.safetensors", tmp_path), "is a slot model")
