@@ -39,14 +39,6 @@ class PerImage(Entropy):
         return torch.stack(means).mean(), {}
 
 
-class Sampled(Entropy):
-    """Cross-entropy of a random half of the pixels."""
-
-    def costs(self, logits, labels):
-        costs = super().costs(logits, labels)
-        return costs * (torch.rand_like(costs) < 0.5)
-
-
 class PlainWeights(Entropy):
     def __init__(self, class_weights):
         super().__init__()
@@ -113,7 +105,6 @@ class DetachedWeight(Entropy):
     [
         Entropy,
         PerImage,
-        Sampled,
         partial(Entropy, ignore_index=9),
         type("Sums", (NoWeight,), {"sums_over_batch": True}),
     ],
