@@ -96,33 +96,32 @@ def init_options(monkeypatch, logger):
     import wandb
 
     passed = {}
-    run = SimpleNamespace(id="run1", url="http://host/run1", config={}, define_metric=lambda *args, **named: None)
-    run.config = SimpleNamespace(update=lambda *args, **named: None)
+    config = SimpleNamespace(update=lambda *args, **named: None)
+    run = SimpleNamespace(id="run1", url="http://host/run1", config=config, define_metric=lambda *args, **named: None)
     monkeypatch.setattr(wandb, "init", lambda **options: passed.update(options) or run)
     logger.config({})
     return passed
 
 
 @pytest.mark.parametrize(
-    ("variables", "found"),
-    [({}, ("dinoseg", "run")), ({"WANDB_PROJECT": "leaves", "WANDB_NAME": "first"}, ("leaves", "first"))],
+    ("folder", "variables", "found"),
+    [
+        ("run", {}, ("dinoseg", "run", None)),
+        ("run", {"WANDB_PROJECT": "leaves", "WANDB_NAME": "first"}, ("leaves", "first", None)),
+        ("swept/0", {"WANDB_NAME": "first"}, ("dinoseg", "first/0", "swept")),
+        ("swept/a/1", {"WANDB_NAME": "first"}, ("dinoseg", "first/a/1", "swept")),
+    ],
 )
-def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkeypatch, variables, found):
+def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkeypatch, folder, variables, found):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
-    assert (passed["project"], passed["name"], passed["tags"]) == (*found, None)  # None: WANDB_TAGS
-    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline", project="mine", tags=["a", 1]))
-    assert (passed["project"], passed["tags"]) == ("mine", ["a", "1"])
-
-
-@pytest.mark.parametrize(("folder", "name"), [("swept/0", "first/0"), ("swept/a/1", "first/a/1")])
-def test_a_name_in_the_environment_is_that_of_a_whole_sweep(tmp_path, monkeypatch, folder, name):
-    monkeypatch.setenv("WANDB_NAME", "first")
-    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "swept").mkdir()
     (tmp_path / "swept/multirun.yaml").touch()
     passed = init_options(monkeypatch, WandbLogger(tmp_path / folder, mode="offline"))
-    assert (passed["name"], passed["group"]) == (name, "swept")
+    assert (passed["project"], passed["name"], passed["group"]) == found
+    assert passed["tags"] is None  # so that WANDB_TAGS counts
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / folder, mode="offline", project="mine", tags=["a", 1]))
+    assert (passed["project"], passed["tags"]) == ("mine", ["a", "1"])
 
 
 def open_wandb(**options):
