@@ -43,11 +43,6 @@ class TwoGrids(Patches):
         return [first.repeat_interleave(2, 2), last]
 
 
-class OtherSplit(Patches):
-    def forward_frozen(self, images):
-        return super().forward_frozen(images)[::-1]
-
-
 class NoTrain(Patches):
     def train(self, mode=True):
         self.training = mode
@@ -103,6 +98,7 @@ def with_pixels(prepare):
     return with_members(pixels=lambda self, images: prepare(images, self.mean, self.std))
 
 
+OtherSplit = with_members(forward_frozen=lambda self, images: Patches.forward_frozen(self, images)[::-1])
 COLOURS = [torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD)]
 pad = partial(pad_to_multiple, multiple=8)
 
