@@ -130,10 +130,7 @@ test_files_that_cannot_be_read_are_named = refusals(
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    log = RunLog(tmp_path / "run", visible=False)
-    log.scalars(1, {"a": 1.0})
-    log.images(1, {"a": np.zeros((1, 1, 3), np.uint8)})
-    log.close()
+    use_all(RunLog(tmp_path / "run", visible=False))
     assert not (tmp_path / "run").exists()
 
 

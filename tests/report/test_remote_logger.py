@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -43,10 +44,8 @@ class ListLogger(RemoteLogger):
 
 
 def log(folder, sent, steps, **options):
-    def make(out_dir, *, start_step):
-        return ListLogger(out_dir, start_step=start_step, sent=sent, **options)
-
-    with RunLog(folder, {"list": make}, start_step=steps[0] - 1) as run:
+    loggers = {"list": partial(ListLogger, sent=sent, **options)}
+    with RunLog(folder, loggers, start_step=steps[0] - 1) as run:
         run.config({"seed": 0})
         for step in steps:
             run.scalars(step, {"train/loss": step / 10})
