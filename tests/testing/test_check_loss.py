@@ -100,17 +100,9 @@ class DetachedWeight(Entropy):
         return costs * (1 - (-costs.detach()).exp())
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        Entropy,
-        PerImage,
-        partial(Entropy, ignore_index=9),
-        type("Sums", (NoWeight,), {"sums_over_batch": True}),
-    ],
-)
+@pytest.mark.parametrize("loss", [Entropy, PerImage, type("Sums", (NoWeight,), {"sums_over_batch": True})])
 def test_a_loss_that_keeps_its_contract_passes(loss):
-    check_loss(loss, ignore_index=loss.keywords["ignore_index"] if isinstance(loss, partial) else 255)
+    check_loss(loss)
 
 
 @pytest.mark.parametrize(
@@ -146,5 +138,6 @@ def test_a_loss_that_breaks_a_rule_is_refused(loss, message):
 
 
 def test_a_loss_that_ignores_another_id_is_refused():
+    check_loss(partial(Entropy, ignore_index=9), ignore_index=9)
     with pytest.raises(AssertionError, match="ignored pixels must get no gradient"):
         check_loss(partial(Entropy, ignore_index=2), ignore_index=0)
