@@ -116,7 +116,8 @@ def make_comparison(name="run"):
 
 def call_page(page, kinds, given):
     """Return a page of the values in a dict: objects of some dataclasses, and the others by their names."""
-    given, parts = dict(given), []
+    given = dict(given)
+    parts = []
     for kind in kinds:
         parts.append(kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given}))
     return page(*parts, **given)

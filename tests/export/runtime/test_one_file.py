@@ -268,7 +268,8 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
 
 
 def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
-    weights, image = foreign_file(compose, tmp_path), picture()
+    weights = foreign_file(compose, tmp_path)
+    image = picture()
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
     path = write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
     gated = ("DINOv3 License", "export.gated=true")
