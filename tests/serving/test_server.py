@@ -4,18 +4,17 @@ import itertools
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
 from command_line import call
 from portable_parts import export_file, write_untrained
-from serving_stand_ins import encode_image, picture
+from serving_stand_ins import encode_image, picture, start_server
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
@@ -121,20 +120,8 @@ def test_a_stalled_upload_has_no_traceback_at_the_stop(caplog, monkeypatch, serv
 @pytest.fixture
 def server(trained_once, tmp_path):
     """A server in a process of its own, and its port."""
-    words = [f"resume={trained_once}/segmenter", "engine=cpu", "mode.port=0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dinoseg", "mode=serve", *words, f"hydra.run.dir={tmp_path}/run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield process, next(int(found[1]) for line in process.stdout if (found := re.search(r"http://\S+:(\d+)", line)))
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with start_server("serve", trained_once, tmp_path, "hydra.run.dir=run") as (process, address):
+        yield process, urlsplit(address).port
 
 
 def post(port, body):
