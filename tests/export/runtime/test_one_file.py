@@ -47,6 +47,11 @@ def file(trained, tmp_path_factory):
     return shutil.copyfile(trained / "exported/model.safetensors", path)
 
 
+@pytest.fixture(scope="module")
+def sound(file):
+    return checkpoint.read(file)
+
+
 def test_file_predicts_the_same_as_mode_predict(trained, file, tmp_path, monkeypatch):
     words = ("engine=cpu", "input=clip", "hydra.run.dir=predicted")
     assert call(trained, "mode=predict", "resume=segmenter", *words).status == 0
@@ -121,14 +126,11 @@ def test_a_file_is_built_once_with_garbage_collection_paused(file, tmp_path, mon
     assert model.predict(picture()).mask.shape == (30, 41)
 
 
-def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
+def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, sound, tmp_path):
     (tmp_path / "head").mkdir()
     (tmp_path / "head" / "mine.yaml").write_text("_target_: os.system\n")
     (tmp_path / "main.yaml").write_text("x: 1\n")
-    evil = tmp_path / "evil.safetensors"
-    info = checkpoint.describe(file)
-    info["choices"]["head"] = "mine"
-    checkpoint.write(evil, load_file(file), {key: value for key, value in info.items() if key != "format"})
+    evil = write_tampered(tmp_path, sound, {"choices/head": "mine"})
     try:
         with initialize_config_dir(str(tmp_path), version_base="1.3"):
             HydraConfig.instance().set_config(hydra_compose("main", return_hydra_config=True))
@@ -293,11 +295,6 @@ TAMPERED = {kind: CASES[kind] for kind in KINDS} | {  # and of those that a fuzz
     "a shell in its use": lambda _: {"config/inference/_target_": "os.system"},
     "no table of facts": lambda _: {"facts": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def sound(file):
-    return checkpoint.read(file)
 
 
 @pytest.mark.parametrize("case", TAMPERED.values(), ids=TAMPERED)
