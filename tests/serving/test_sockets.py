@@ -94,8 +94,14 @@ def test_web_socket_of_the_own_site_is_accepted(connect, headers):
         assert socket.receive_text() == "a"
 
 
-def test_web_sockets_of_other_sites_and_host_names_are_refused(connect):
-    assert_refused(connect(origin="http://evil.example"))
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost.evil.example", "http://localhost:81"]
+)
+def test_web_sockets_of_other_sites_are_refused(connect, origin):
+    assert_refused(connect(origin=origin))
+
+
+def test_web_sockets_under_other_host_names_are_refused(connect):
     assert_refused(connect(host="evil.example", origin="http://evil.example"))
 
 

@@ -293,7 +293,6 @@ TAMPERED = {kind: CASES[kind] for kind in KINDS} | {  # and of those that a fuzz
     "no way of use": lambda _: {"config/inference": 3},
     "a window without end": lambda _: {"config/inference/size": 10**30},
     "a shell in its use": lambda _: {"config/inference/_target_": "os.system"},
-    "no table of facts": lambda _: {"facts": 3},
 }
 
 
@@ -347,6 +346,15 @@ def test_weights_from_a_trusted_source_are_loaded(tmp_path, sound):
     assert_refused(lambda: dinoseg.load(path, device="cpu"), "trust=", "evil/weights")
     # it is believed that the backbone comes from there
     assert_refused(lambda: dinoseg.load(path, device="cpu", trust=["evil/weights"]), "belongs to another model")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})],
+)
+def test_invalid_facts_are_refused(tmp_path, sound, place, value):
+    path = write_tampered(tmp_path, sound, {place: value})
+    assert_refused(lambda: dinoseg.load(path, device="cpu"), "evil.safetensors: ", "facts")
 
 
 def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound):
