@@ -1,6 +1,8 @@
 """Trainings logged to an MLflow server of the test: its REST API returns the values of metrics.jsonl."""
 
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from urllib.error import HTTPError
@@ -11,7 +13,6 @@ from tracker_servers import MlflowServer, check_same, crash_and_resume, json_lin
 
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers.mlflow import MlflowLogger
-from dinoseg.utils.interrupt import Interrupted
 
 pytestmark = pytest.mark.heavy
 TRAIN = ("mode=train", *SMALL, "trainer.log_every=1", "trainer.val_every=2", "mode.metrics_only=true")
@@ -76,14 +77,18 @@ def test_several_heads_are_one_run(folder, server):
     assert run["info"]["run_name"] == "run" and values_of(server, run) == json_lines(folder / "run")
 
 
-def test_interrupted_run_is_killed_and_finished_after_resuming(tmp_path, server):
-    loggers = {"mlflow": partial(MlflowLogger, tracking_uri=server.url, experiment="stopped", timeout=120.0)}
-    with pytest.raises(Interrupted), RunLog(tmp_path, loggers) as log:
-        log.config({"seed": 0})
-        raise Interrupted(signal.SIGTERM)
+def test_interrupted_run_is_killed_and_finished_after_resuming(folder, server):
+    names = (f"logger.mlflow.tracking_uri={server.url}", "logger.mlflow.experiment=stopped")
+    words = [*TRAIN, "logger=mlflow", *names, "trainer.steps=4000", "trainer.val_every=4000", "hydra.run.dir=run"]
+    training = subprocess.Popen([sys.executable, "-m", "dinoseg", *words], cwd=folder)
+    log = folder / "run/metrics.jsonl"
+    while training.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    training.send_signal(signal.SIGTERM)
+    assert training.wait(600) == 128 + signal.SIGTERM
     assert [run["info"]["status"] for run in server.runs("stopped")] == ["KILLED"]
-    with RunLog(tmp_path, loggers) as log:
-        log.config({"seed": 0})
+    steps = max(step for _, step in json_lines(folder / "run")) + 1
+    train(folder, server, "stopped", "resume=run", f"trainer.steps={steps}")
     assert [run["info"]["status"] for run in server.runs("stopped")] == ["FINISHED"]
 
 
