@@ -29,13 +29,8 @@ def built_wheel():
     return wheel
 
 
-def install(folder, *, only=None):
-    """Install the wheel alone below `folder`, and return that environment's Python.
-
-    Args:
-        folder: empty.
-        only: packages that the environment shall have, by the names of their folders; None: all that are here.
-    """
+def install(folder):
+    """Install the wheel below an empty folder, beside all packages that are here; return that environment's Python."""
     wheel = built_wheel()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
     python = folder / "env/bin/python"
@@ -46,7 +41,7 @@ def install(folder, *, only=None):
     # linked one by one: a whole folder of them would bring packages that are not to be there, and this checkout
     for name in os.listdir(sysconfig.get_path("purelib")):
         package = name.partition("-")[0].partition(".")[0].lower()
-        hidden = package == "dinoseg" or name.endswith(".pth") or not (only is None or package in only)
+        hidden = package == "dinoseg" or name.endswith(".pth")
         if not hidden and not (packages / name).exists():
             (packages / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
     return python

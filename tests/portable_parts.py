@@ -33,6 +33,13 @@ def write_untrained(compose, folder, *words, **info):
     return path
 
 
+def untrained_config(compose, folder, *words, **info):
+    """Return the config that opens a tiny untrained model with a linear head, with the data set of `folder`/data."""
+    path = write_untrained(compose, folder, *TINY, "head=linear", *words, **info)
+    changes = {"engine.device": "cpu", "data.root": str(folder / "data")}
+    return standalone_config(path, checkpoint.describe(path), changes, unused=())
+
+
 def export_file(path, folder, **options):
     """Write the one-file model of a checkpoint and return its path."""
     cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})

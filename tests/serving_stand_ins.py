@@ -1,6 +1,10 @@
 """A stand-in for a trained model that many clients share: class 1 where a pixel is bright."""
 
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import closing, contextmanager, suppress
 
@@ -80,3 +84,17 @@ def client(folder, before=lambda images: None, *, max_mib=1.0, max_pixels=10_000
         application = build_endpoint(shared, folder, hosts=list_hosts("127.0.0.1", []), max_mib=max_mib)
         with TestClient(application, base_url="http://localhost") as asked:
             yield asked
+
+
+@contextmanager
+def start_server(mode, trained, folder, *words):
+    """Run a mode with the trained segmenter in a process, which logs to `folder`/log; yield it and its address."""
+    words = [f"mode={mode}", f"resume={trained}/segmenter", "engine=cpu", "mode.port=0", *words]
+    with open(folder / "log", "w", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "dinoseg", *words]
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            yield process, next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=300)

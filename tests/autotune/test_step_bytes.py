@@ -25,6 +25,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import fake_tensor_mode
+from dinoseg.models.heads.mask2former import pixel_decoder, predictor
 from dinoseg.models.model import trained_names
 from dinoseg.modes import bench
 from dinoseg.modes.bench import matrix_peak
@@ -71,7 +72,9 @@ def foretold(cfg, loss=None, **given):
     ],
     ids=["checkpointing", "accumulate", "masks", "mixture", "clips"],
 )
-def test_the_peak_is_that_of_a_real_training(compose, words):
+def test_the_peak_is_that_of_a_real_training(compose, monkeypatch, words):
+    monkeypatch.setattr(predictor, "LAYERS", predictor.LEVELS)  # of nine alike
+    monkeypatch.setattr(pixel_decoder, "LAYERS", 2)  # of six
     cfg = compose(*words)
     step, engine = foretold(cfg), instantiate(cfg.engine)
     with PeakBytes() as peak:
@@ -106,24 +109,13 @@ def test_step_bytes_equal_memory_of_the_model_and_its_graph(compose):
 
 
 @pytest.mark.heavy
-def test_memory_follows_batch_and_checkpointing(compose):
+def test_memory_follows_batch_and_precision(compose):
     cfg = compose(*BASE, "adapter=full")
     loss = loss_of(cfg)  # the outputs, of which it is, are those of each
     one, four = foretold(cfg, loss, samples=1), foretold(cfg, loss, samples=4)
     assert four.weights == one.weights and 3.8 < four.activations / one.activations < 4.05
-    again = foretold(compose(*BASE, "adapter=full", "backbone.checkpointing=true"), loss, samples=4)
-    assert again.activations < 0.6 * four.activations and again.weights == four.weights
-
-
-@pytest.mark.heavy
-def test_memory_follows_precision_and_trained_parts(compose):
-    cfg = compose(*BASE, "adapter=full")
-    loss = loss_of(cfg)
-    whole = foretold(cfg, loss, samples=4)
-    frozen = foretold(compose(*BASE, "adapter=frozen"), loss, samples=4)
-    assert frozen.activations < 0.2 * whole.activations and frozen.optimizer < 0.2 * whole.optimizer
     half = foretold(cfg, loss, samples=4, bf16=True)
-    assert 0.5 < half.activations / whole.activations < 0.9
+    assert 0.5 < half.activations / four.activations < 0.9
 
 
 def test_quantised_weights_take_their_bits(compose):

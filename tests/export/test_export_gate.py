@@ -12,12 +12,11 @@ from command_line import write_data
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 from onnx import numpy_helper
-from portable_parts import TINY, write_untrained
+from portable_parts import untrained_config
 
 import dinoseg
 from dinoseg.core.task import SEMANTIC
 from dinoseg.experiment import source
-from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_export, onnx_file
 from dinoseg.export.export import REPORT
@@ -27,7 +26,6 @@ from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import pictures
 from dinoseg.export.program import ProgramExport
 from dinoseg.export.runtime import write
-from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
@@ -38,9 +36,7 @@ _traced = {}  # an export takes seconds: what torch makes of the same model is m
 def cfg(compose, tmp_path):
     """Return the config of a tiny model with a linear head, and pictures beside it."""
     write_data(tmp_path / "data")
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear")
-    changes = {"engine.device": "cpu", "data.root": str(tmp_path / "data")}
-    return standalone_config(path, checkpoint.describe(path), changes, unused=())
+    return untrained_config(compose, tmp_path)
 
 
 @pytest.fixture
@@ -70,36 +66,32 @@ def test_an_export_is_proven_and_used_without_torch(cfg, out):
     assert dinoseg.load(out / "model.onnx").predict(out.parent / "data/val/images/0.png").mask.shape == (32, 48)
 
 
-@pytest.mark.heavy
-def test_a_broken_export_is_refused(cfg, out, monkeypatch):
-    finish = onnx_file.finish
+def change_weights(model):
+    """Change half of the head's weights by half of the largest."""
+    tensor = next(entry for entry in model.graph.initializer if "classify.weight" in entry.name)
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[: values.size // 2] += 0.5 * np.abs(values).max()
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
-    def break_and_finish(model, *words):
-        """Change half of the head's weights by half of the largest."""
-        tensor = next(entry for entry in model.graph.initializer if "classify.weight" in entry.name)
-        values = numpy_helper.to_array(tensor).copy()
-        values.flat[: values.size // 2] += 0.5 * np.abs(values).max()
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-        finish(model, *words)
 
-    monkeypatch.setattr(onnx_file, "finish", break_and_finish)
-    refused = partial(OnnxExport(), ModelSource(cfg), out_dir=out)
-    assert_refused(refused, "model.onnx was not saved", "of the pixels have the class of the trained model")
-    assert [path.name for path in out.iterdir()] == [REPORT]
-    assert not json.loads((out / REPORT).read_text())["proven"]
+def remove_weights(model):
+    del model.graph.initializer[:]
 
 
 @pytest.mark.heavy
-def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "reasons", "files"),
+    [
+        (change_weights, ("model.onnx was not saved", "of the pixels have the class of the trained model"), [REPORT]),
+        (remove_weights, ("onnxruntime ", " cannot run it"), []),
+    ],
+)
+def test_a_broken_export_is_refused(cfg, out, monkeypatch, change, reasons, files):
     finish = onnx_file.finish
-
-    def finish_without_weights(model, *words):
-        finish(model, *words)
-        del model.graph.initializer[:]
-
-    monkeypatch.setattr(onnx_file, "finish", finish_without_weights)
-    assert_refused(partial(OnnxExport(), ModelSource(cfg), out_dir=out), "onnxruntime ", " cannot run it")
-    assert not list(out.iterdir())
+    monkeypatch.setattr(onnx_file, "finish", lambda model, *words: finish(model, *words) or change(model))
+    assert_refused(partial(OnnxExport(), ModelSource(cfg), out_dir=out), *reasons)
+    assert [path.name for path in out.iterdir()] == files
+    assert not files or not json.loads((out / REPORT).read_text())["proven"]
 
 
 @pytest.mark.parametrize(
@@ -195,8 +187,7 @@ def test_large_graph_reads_its_external_weights(cfg, out, monkeypatch):
 @pytest.mark.heavy
 def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     write_data(tmp_path / "data")
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
-    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
+    cfg = untrained_config(compose, tmp_path, "adapter=lora", "adapter.rank=2")
     (tmp_path / "out").mkdir()
     ProgramExport(images=str(tmp_path / "data/val/images"))(ModelSource(cfg), out_dir=tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT).read_text())

@@ -15,23 +15,14 @@ from dinoseg.utils.images import read_ids
 SIZE = (32, 48)
 
 
-class Fixed:
-    """A model that gives the same class ids and probabilities for each picture."""
-
-    def __init__(self, ids, probabilities, size=None, predicted=None):
-        self.record = SimpleNamespace(size=size)
-        self._ids = ids
-        self._probabilities = probabilities
-        self._predicted = predicted
-
-    def ids(self, images):
-        return self._ids[None]
-
-    def probabilities(self, images):
-        return self._probabilities[None]
-
-    def predict_ids(self, image):
-        return self._predicted
+def fixed(ids, probabilities, size=None, predicted=None):
+    """Return a model that gives the same class ids and probabilities for each picture."""
+    return SimpleNamespace(
+        record=SimpleNamespace(size=size),
+        ids=lambda images: ids[None],
+        probabilities=lambda images: probabilities[None],
+        predict_ids=lambda image: predicted,
+    )
 
 
 @pytest.fixture
@@ -49,13 +40,13 @@ def test_proof_counts_pixels_points_and_predictions(picture):
     predicted[:8] = 1 - predicted[:8]  # 384 of them
     moved = half + np.float32([0.25, 0])[:, None, None]
 
-    answer = Fixed(given, moved)
-    result = proof.compare(Fixed(ids, half, SIZE, predicted), answer, [picture], 2, 255)
+    answer = fixed(given, moved)
+    result = proof.compare(fixed(ids, half, SIZE, predicted), answer, [picture], 2, 255)
     assert result["agreement"] == 1 - 24 / 1536 and result["agreement_with_predict"] == 0.75
     assert result["miou"]["torch"] == 1 and 0.9 < result["miou"]["exported"] < 1 and result["pixels"] == 1536
     assert result["largest_difference_of_probabilities"] == 0.25 and result["latency_ms"]["exported"] > 0
     assert result["references"] == "masks of the data set"
-    alone = proof.compare(Fixed(given, half), answer, [Picture(picture.path, "0", SIZE)], 2, 255)
+    alone = proof.compare(fixed(given, half), answer, [Picture(picture.path, "0", SIZE)], 2, 255)
     assert "agreement_with_predict" not in alone and alone["references"] == "the trained model's own classes"
     assert alone["agreement"] == alone["miou"]["exported"] == alone["miou"]["torch"] == 1
 
@@ -72,11 +63,11 @@ def test_proof_limits_follow_the_options():
 def test_nan_outputs_fail_the_proof(picture):
     zeros, nan = np.zeros(SIZE, np.uint8), np.full((2, *SIZE), np.nan, np.float32)
     with pytest.raises(UserError, match=r"0.png: the trained model's own probabilities are NaN"):
-        proof.compare(Fixed(zeros, nan), SimpleNamespace(), [picture], 2, 255)
+        proof.compare(fixed(zeros, nan), SimpleNamespace(), [picture], 2, 255)
     fine = np.full((2, *SIZE), 0.5, np.float32)
     given = iter([nan, fine])  # of the first of two pictures alone
     runtime = SimpleNamespace(ids=lambda _: zeros[None], probabilities=lambda _: next(given)[None])
-    result = proof.compare(Fixed(zeros, fine), runtime, [picture] * 2, 2, 255)
+    result = proof.compare(fixed(zeros, fine), runtime, [picture] * 2, 2, 255)
     assert result["agreement"] == 1 and result["largest_difference_of_probabilities"] is None
     assert not proof.passes(result, GraphOptions())
 

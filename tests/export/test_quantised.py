@@ -1,43 +1,23 @@
 """A quantised model is exported with the weights that it was trained with, and compared as it was trained."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import write_data
-from portable_parts import TINY, export_file, write_untrained
+from portable_parts import TINY, export_file, untrained_config, write_untrained
 
 import dinoseg
 from dinoseg.core.channels import PixelFormat
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import load_trained
 from dinoseg.export.export import REPORT, prepare_model, store_if_verified
 from dinoseg.export.options import GraphOptions
 from dinoseg.models.model import quantised_names
-from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
-
-FORMS = {
-    "adapter.bits=4": ("adapter=qlora", "adapter.rank=2"),
-    "backbone.dtype=bfloat16": ("adapter=lora", "adapter.rank=2", "backbone.dtype=bfloat16"),
-}
-
-
-QUICK = "backbone.dtype=bfloat16"
-PARAMS = [pytest.param(form, marks=() if form == QUICK else pytest.mark.heavy) for form in FORMS]
-
-
-@pytest.fixture(params=PARAMS)
-def quantised_checkpoint(request, compose, tmp_path):
-    """Return the key that a tiny model computes with, its checkpoint and the config to use it."""
-    write_data(tmp_path / "data")
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[request.param])
-    changes = {"engine.device": "cpu", "data.root": str(tmp_path / "data")}
-    cfg = standalone_config(path, checkpoint.describe(path), changes, unused=())
-    return request.param, path, cfg
 
 
 @torch.inference_mode()
@@ -45,8 +25,13 @@ def scores_of(model, path):
     return model(torch.from_numpy(PixelFormat(3, order=range(3)).read(path).copy()).permute(2, 0, 1)[None]).scores()
 
 
-def test_file_and_gate_compare_with_the_trained_model(quantised_checkpoint, tmp_path):
-    key, path, cfg = quantised_checkpoint
+@pytest.mark.parametrize(
+    ("key", "adapter"),
+    [pytest.param("adapter.bits=4", "qlora", marks=pytest.mark.heavy), ("backbone.dtype=bfloat16", "lora")],
+)
+def test_file_and_gate_compare_with_the_trained_model(compose, tmp_path, key, adapter):
+    write_data(tmp_path / "data")
+    cfg = untrained_config(compose, tmp_path, f"adapter={adapter}", "adapter.rank=2", key)
     trained = load_trained(Builder(cfg)).model
     with prepare_model(ModelSource(cfg), tmp_path, GraphOptions()) as ready:
         picture = ready.pictures[0].path
@@ -64,31 +49,30 @@ def test_file_and_gate_compare_with_the_trained_model(quantised_checkpoint, tmp_
             store_if_verified(ready, wrong, [tmp_path / "model.onnx"], tmp_path, GraphOptions())
     report = json.loads((tmp_path / REPORT).read_text(encoding="utf-8"))
     assert report["agreement"] == 0 and report["trained_with"] == key and not report["proven"]
-    model = dinoseg.load(export_file(path, tmp_path / "out"), precision="fp32").runtime.predictor.model
+    file = export_file(Path(cfg.resume), tmp_path / "out")
+    model = dinoseg.load(file, precision="fp32").runtime.predictor.model
     image = tmp_path / "data/val/images/0.png"
     expected = scores_of(trained, image)
     assert (scores_of(model, image) - expected).norm() < 5e-3 * expected.norm()
 
 
+@torch.no_grad()
 def test_saving_quantised_weights_states_the_change(compose, tmp_path, caplog):
     """Only the whole file computes in float32; with `delta`, loading quantises again."""
     path = write_untrained(compose, tmp_path, *TINY, "head=linear", "adapter=frozen", "adapter.bits=8")
     model = dinoseg.load(path, device="cpu", precision="fp32")
     images = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = model(images)
+    expected = model(images)
     model.save(tmp_path / "delta.safetensors", delta=True)
     assert not caplog.records
     again = dinoseg.load(tmp_path / "delta.safetensors", device="cpu", precision="fp32")
-    with torch.inference_mode():
-        assert torch.equal(again(images), expected)
+    assert torch.equal(again(images), expected)
     model.save(tmp_path / "whole.safetensors")
     (line,) = [record.getMessage() for record in caplog.records]
     assert "adapter.bits=8: whole.safetensors" in line and "delta=True" in line
     whole = dinoseg.load(tmp_path / "whole.safetensors", device="cpu", precision="fp32")
     assert (whole.facts.dequantised, model.facts.dequantised) == (8, None)
-    with torch.inference_mode():
-        assert 0 < (whole(images) - expected).norm() < 5e-3 * expected.norm()
+    assert 0 < (whole(images) - expected).norm() < 5e-3 * expected.norm()
     caplog.clear()
     whole.save(tmp_path / "again.safetensors")
     assert not caplog.records and dinoseg.load(tmp_path / "again.safetensors").facts.dequantised == 8

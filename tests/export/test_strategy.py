@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from command_line import call, write_data
 from making import save
-from portable_parts import PROGRESS, TINY, write_untrained
+from portable_parts import PROGRESS, untrained_config
 
 from dinoseg.core.sizes import backbone_size
-from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.export import prepare_model
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.windows import Windows
-from dinoseg.training import checkpoint
 
 WINDOWS = ("inference=windows", "inference.size=[16,24]")
 
@@ -27,8 +25,7 @@ def find_missing(compose, tmp_path):
     """Return a function that returns the strategy that a graph of a model with some overrides lacks."""
 
     def find(*words, sizes=((32, 48),), **info):
-        path = write_untrained(compose, tmp_path, *TINY, "head=linear", *words, **info)
-        cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
+        cfg = untrained_config(compose, tmp_path, *words, **info)
         return missing_strategy(ModelSource(cfg).load_on_cpu(), sizes)
 
     return find
@@ -43,16 +40,7 @@ def find_missing(compose, tmp_path):
             "inference=windows inference.size=[16,24] inference.scales=[0.5,1] inference.shortest=64 "
             "inference.multiple=32",
         ),
-        pytest.param(
-            (*WINDOWS, "inference.shortest=40", "inference.average=scores"),
-            "inference=windows inference.size=[16,24] inference.average=scores inference.shortest=40",
-            marks=pytest.mark.heavy,
-        ),
-        pytest.param(
-            ("inference=whole", "inference.flips=horizontal"),
-            "inference=whole inference.flips=horizontal",
-            marks=pytest.mark.heavy,
-        ),
+        (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
@@ -61,10 +49,7 @@ def test_strategy_missing_in_the_graph_is_named_with_its_values(find_missing, wo
     assert " ".join(found.words) == named and found.miou == PROGRESS["best"]
 
 
-WHOLE = pytest.param(("inference=whole",), marks=pytest.mark.heavy)
-
-
-@pytest.mark.parametrize("words", [(), ("inference=windows", "inference.size=[32,48]"), WHOLE])
+@pytest.mark.parametrize("words", [(), ("inference=whole",)])
 def test_whole_image_strategy_is_not_missing_in_a_graph(find_missing, words):
     assert find_missing(*words) is None
 
@@ -86,8 +71,7 @@ def test_windows_are_compared_with_each_size(find_missing):
 
 
 def test_all_images_of_the_verification_are_considered(compose, tmp_path):
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "inference=windows", "inference.size=[32,48]")
-    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
+    cfg = untrained_config(compose, tmp_path, "inference=windows", "inference.size=[32,48]")
     for width, is_whole in ((48, True), (56, False)):
         for number, size in enumerate([(8, 8), (32, width)]):
             save(tmp_path / f"images/{number}.png", np.zeros((*size, 3), np.uint8))
@@ -120,7 +104,7 @@ def test_the_warning_states_scores_and_remedy(caplog):
 def test_exporting_a_windowed_run_warns_once_with_both_scores(compose, tmp_path):
     write_data(tmp_path / "data")
     words = ("inference=windows", "inference.size=[8,8]", "inference.shortest=64")
-    write_untrained(compose, tmp_path, *TINY, "head=linear", *words)
+    untrained_config(compose, tmp_path, *words)
     given = ["resume=run", "engine=cpu", "data.root=data"]
     done = call(tmp_path, "mode=export", "export=program", *given, "hydra.run.dir=out")
     assert done.status == 0, done.err

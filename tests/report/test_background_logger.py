@@ -9,7 +9,6 @@ import pytest
 
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers import background
-from dinoseg.report.loggers.background import BackgroundLogger
 from dinoseg.report.loggers.logger import Logger
 
 
@@ -72,25 +71,16 @@ def use(log, path):
 
 def test_all_calls_arrive_in_order_in_another_thread(tmp_path):
     slow = slow_logger()
-    log = start_log(tmp_path, slow)
-    use(log, tmp_path)
-    log.close()
+    with pytest.raises(KeyboardInterrupt), start_log(tmp_path, slow) as log:
+        use(log, tmp_path)
+        raise KeyboardInterrupt
     assert slow.methods == ["config", "scalars", "images", "scores", "checkpoint", "close"]
-    assert slow.view == "seen by dinoseg RecordingLogger"
+    assert slow.calls[-1] == ("close", "killed") and log.views == ["seen by dinoseg RecordingLogger"]
     assert not [each for each in threading.enumerate() if each.name == "dinoseg RecordingLogger"]
 
 
-@pytest.mark.parametrize("status", ["finished", "failed", "killed"])
-def test_the_end_of_a_training_reaches_the_logger(status):
-    slow = slow_logger()
-    wrapped = BackgroundLogger(slow)
-    wrapped.config({})
-    wrapped.close(status=status)
-    assert slow.calls[-1] == ("close", status) and wrapped.view == "seen by dinoseg RecordingLogger"
-
-
-@pytest.mark.parametrize("where", ["config", "scalars", "close"])
-def test_hanging_logger_is_dropped_in_bounded_time(tmp_path, caplog, where):
+@pytest.mark.parametrize(("where", "status"), [("config", "failed"), ("scalars", "failed"), ("close", "finished")])
+def test_hanging_logger_is_dropped_in_bounded_time(tmp_path, caplog, where, status):
     slow = slow_logger(waits_in=where)
     log = start_log(tmp_path, slow)
     use(log, tmp_path)
@@ -98,6 +88,8 @@ def test_hanging_logger_is_dropped_in_bounded_time(tmp_path, caplog, where):
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "logger.slow failed and is dropped (TimeoutError: " in warning and "The training continues" in warning
     slow.gate.set()
+    wait_for_thread()
+    assert slow.calls[-1] == ("close", status)
 
 
 def test_a_stalled_logger_is_dropped_in_mid_training(tmp_path, caplog):
@@ -140,12 +132,3 @@ def test_an_exception_is_one_warning_without_credentials(tmp_path, caplog, where
     wait_for_thread()
     assert slow.methods[-2:] == ([where, "close"] if where != "close" else ["checkpoint", "close"])
     assert slow.calls[-1] == ("close", "finished" if where == "close" else "failed")
-
-
-def test_a_stalled_logger_is_closed_when_its_call_returns(tmp_path):
-    slow = slow_logger(waits_in="config")
-    with start_log(tmp_path, slow) as log:
-        log.config({})
-    slow.gate.set()
-    wait_for_thread()
-    assert slow.methods == ["config", "close"] and slow.calls[-1] == ("close", "failed")

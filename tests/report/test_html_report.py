@@ -12,10 +12,12 @@ from zipfile import ZipFile
 import cv2
 import numpy as np
 import pytest
+import torch
 from chromium import opened_page
 from installed_wheel import built_wheel
 from jinja2 import UndefinedError
 
+from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.report.html import page as page_module
 from dinoseg.report.html import pictures
 from dinoseg.report.html.charts import MAX, Axes, line_chart, range_around, thin, ticks
@@ -45,25 +47,12 @@ HOSTILE = '<img src=x onerror="window.ran=1">\'"</script><script>window.ran=1</s
 ABOUT = {"command": f"python -m dinoseg {HOSTILE}", "facts": {"model": HOSTILE}, "config": f"key: {HOSTILE}"}
 
 
-def scores_of(counts):
-    rows = []
-    for index, (right, held, predicted) in enumerate(counts.T.tolist()):
-        union = held + predicted - right
-        iou = right / union if union else None
-        shares = dict.fromkeys(("iou", "dice", "recall", "precision"), iou)
-        rows.append({"id": index, **shares, "pixels": held, "predicted_pixels": predicted})
-    present = [row["iou"] for row in rows if row["iou"] is not None]
-    mean = sum(present) / len(present) if present else None
-    means = dict.fromkeys(("miou", "dice", "accuracy"), mean)
-    return {**means, "present_classes": len(present), "pixels": int(counts[1].sum()), "classes": rows}
-
-
 def report(classes=3, images=12, *, labelled=True, groups=None, training=True, name="class"):
     draw = np.random.default_rng(0)
     matrix = draw.integers(1, 1000, (classes, classes)) + 5000 * np.eye(classes, dtype=int)
     matrix[-1 if classes > 1 else 1 :] = 0  # the last class is absent from the reference
-    matrix *= labelled
-    counts = np.stack([matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)])
+    confusion = ConfusionMatrix(classes)
+    confusion.matrix.copy_(torch.from_numpy(labelled * matrix))
     masks = draw.integers(0, classes, (2, 20, 30)).astype(np.uint8)
     shot = Shot(0, 0.5, draw.integers(0, 256, (20, 30, 3)).astype(np.uint8), *masks)
     bins = [[100, 60 + place, 70.0 + place] for place in range(15)]
@@ -76,7 +65,7 @@ def report(classes=3, images=12, *, labelled=True, groups=None, training=True, n
         classes=[f"{name} {index}" for index in range(classes)],
         palette=default_palette(classes),
         ignore_index=255,
-        values={**scores_of(counts), "matrix": matrix.tolist()},
+        values=confusion.compute(),
         intervals=intervals if images > 1 else {},
         unit="video" if groups else "image",
         images=[f"{name} {index}" for index in range(images)],
@@ -125,21 +114,17 @@ def make_comparison(name="run"):
     )
 
 
-def take(kind, given):
-    """Return an object of a dataclass whose fields are removed from a dict."""
-    return kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given})
-
-
-def evaluation_html(given):
+def call_page(page, kinds, given):
+    """Return a page of the values in a dict: objects of some dataclasses, and the others by their names."""
     given = dict(given)
-    parts = [take(kind, given) for kind in (EvaluatedImages, EvaluationScores, ErrorAnalysis)]
-    return evaluation_page(*parts, **given)
+    parts = []
+    for kind in kinds:
+        parts.append(kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given}))
+    return page(*parts, **given)
 
 
-def comparison_html(given):
-    given = dict(given)
-    parts = [take(kind, given) for kind in (EvaluatedImages, ComparedRun)]
-    return comparison_page(*parts, **given)
+evaluation_html = partial(call_page, evaluation_page, (EvaluatedImages, EvaluationScores, ErrorAnalysis))
+comparison_html = partial(call_page, comparison_page, (EvaluatedImages, ComparedRun))
 
 
 @cache

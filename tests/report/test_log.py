@@ -33,14 +33,22 @@ def board_scalars(folder, tag):
 
 def test_rows_are_readable_at_once_and_reach_tensorboard(tmp_path):
     with RunLog(tmp_path, BOARD) as log:
+        log.config({"seed": 0, "head": "mlp", "layers": None})
         log.scalars(1, {"train/loss": np.float32(0.5), "train/lr": 1e-4})
         assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5, "train/lr": 1e-4}]
         log.scalars(2, {"val/miou": 0.25, "val/loss": float("nan"), "val/accuracy": None})
         log.images(2, {"val/prediction": np.zeros((4, 6, 3), np.uint8)})
+        log.scores({"miou": 0.5, "matrix": [[1]], "dice": None})
+        assert not log.views
+    assert log.views == [f"TensorBoard:  tensorboard --logdir {tmp_path / 'tensorboard'}"]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {"step": 2, "val/miou": 0.25, "val/loss": None, "val/accuracy": None}
     assert board_scalars(tmp_path, "train/loss") == [(1, 0.5)]
     assert board_scalars(tmp_path, "val/miou") == [(2, 0.25)]
+    events = read_board(tmp_path)
+    assert events.Scalars("final/miou")[0].value == 0.5
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"seed" in content and b"mlp" in content and b"layers" not in content
     log.close()
 
 
@@ -122,10 +130,7 @@ test_files_that_cannot_be_read_are_named = refusals(
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    log = RunLog(tmp_path / "run", visible=False)
-    log.scalars(1, {"a": 1.0})
-    log.images(1, {"a": np.zeros((1, 1, 3), np.uint8)})
-    log.close()
+    use_all(RunLog(tmp_path / "run", visible=False))
     assert not (tmp_path / "run").exists()
 
 
@@ -210,15 +215,3 @@ def test_images_are_files_by_step_and_resuming_drops_later_ones(tmp_path):
     (tmp_path / "validation/notes").mkdir()
     RunLog(tmp_path, start_step=500).close()
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["notes", "step_00500"]
-
-
-def test_settings_and_final_scores_are_a_row_of_tensorboard(tmp_path):
-    with RunLog(tmp_path, BOARD) as log:
-        log.config({"seed": 0, "head": "mlp", "layers": None})
-        log.scores({"miou": 0.5, "matrix": [[1]], "dice": None})
-        assert not log.views
-    assert log.views == [f"TensorBoard:  tensorboard --logdir {tmp_path / 'tensorboard'}"]
-    events = read_board(tmp_path)
-    assert events.Scalars("final/miou")[0].value == 0.5
-    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"seed" in content and b"mlp" in content and b"layers" not in content

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from urllib.error import HTTPError
 
 import pytest
@@ -46,7 +47,8 @@ def values_of(server, run):
 
 
 def test_mlflow_run_equals_metrics_jsonl_and_is_resumed(folder, server):
-    done = train(folder, server, "trial", "logger.mlflow.tags={who: me}", "trainer.steps=2", "hydra.run.dir=run")
+    words = ("logger.mlflow.tags={who: me}", "logger.mlflow.artifacts=true", "trainer.steps=2", "hydra.run.dir=run")
+    done = train(folder, server, "trial", *words)
     (run,) = server.runs("trial")
     assert f"MLflow:       {server.url}/#/experiments/" in done.out and run["info"]["run_id"] in done.out
     assert values_of(server, run) == json_lines(folder / "run") and len(json_lines(folder / "run")) > 15
@@ -57,27 +59,15 @@ def test_mlflow_run_equals_metrics_jsonl_and_is_resumed(folder, server):
     assert run["info"]["status"] == "FINISHED" and params["choices.head"] == "linear" and final["final/miou"] > 0
     images = server.ask(f"artifacts/list?run_id={run['info']['run_id']}&path=images")["files"]
     assert len([each for each in images if each["path"].endswith(".png")]) == 2
-    files = server.ask(f"artifacts/list?run_id={run['info']['run_id']}")["files"]
-    assert [each["path"] for each in files] == ["images"]
+    (file,) = server.ask(f"artifacts/list?run_id={run['info']['run_id']}&path=checkpoints")["files"]
+    uploaded = folder / "run" / file["path"]
+    assert uploaded.name == "best.safetensors" and int(file["file_size"]) == uploaded.stat().st_size
 
     names = (f"logger.mlflow.tracking_uri={server.url}", "logger.mlflow.experiment=trial")
     crash_and_resume(folder, *TRAIN, "logger=mlflow", *names)
     (run,) = server.runs("trial")
     check_same(values_of(server, run), json_lines(folder / "run"))
     assert run["info"]["status"] == "FINISHED"
-
-
-def test_sweep_jobs_share_a_group_and_upload_checkpoints(folder, server):
-    words = ("-m", "seed=0,1", "trainer.steps=1", "logger.mlflow.artifacts=true", "hydra.sweep.dir=swept")
-    train(folder, server, "sweep", *words)
-    runs = server.runs("sweep")
-    tags = [{each["key"]: each["value"] for each in run["data"]["tags"]} for run in runs]
-    assert [each["group"] for each in tags] == ["swept"] * 2
-    assert {run["info"]["run_name"] for run in runs} == {"swept/0", "swept/1"}
-    for run in runs:
-        (file,) = server.ask(f"artifacts/list?run_id={run['info']['run_id']}&path=checkpoints")["files"]
-        uploaded = folder / run["info"]["run_name"] / file["path"]
-        assert uploaded.name == "best.safetensors" and int(file["file_size"]) == uploaded.stat().st_size
 
 
 def test_several_heads_are_one_run(folder, server):
@@ -110,15 +100,11 @@ def received_values(server):
         return []
 
 
-def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, caplog):
-    (tmp_path / "own").mkdir()
-    server = MlflowServer(tmp_path / "own")
-
-    def make(out_dir, *, start_step):
-        return MlflowLogger(out_dir, start_step=start_step, tracking_uri=server.url, timeout=120.0)
-
+def test_a_server_that_is_killed_in_mid_run_costs_one_warning(tmp_path, caplog):
+    server = MlflowServer(tmp_path)
+    loggers = {"mlflow": partial(MlflowLogger, tracking_uri=server.url, timeout=120.0)}
     try:
-        with RunLog(folder / "run", {"mlflow": make}) as log:
+        with RunLog(tmp_path / "run", loggers) as log:
             log.config({"seed": 0})
             for step in range(1, 51):
                 log.scalars(step, {"train/loss": 1 / step})
@@ -133,7 +119,7 @@ def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, 
         server.kill()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "logger.mlflow failed and is dropped" in warnings[0], warnings
-    assert len(json_lines(folder / "run")) == 50
+    assert len(json_lines(tmp_path / "run")) == 50
 
 
 def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):

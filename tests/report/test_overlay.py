@@ -156,8 +156,5 @@ def test_letters_grow_with_the_frames():
         mask = np.zeros((height, width), np.uint8)
         heights.append(compare(random_frame(height, width), mask, classes=["x"], palette=PALETTE).shape[0] - height)
     assert heights[1] > 3 * heights[0]
-
-
-def test_letters_are_at_most_a_tenth_of_a_wide_frame():
-    frame = np.zeros((20, 5000, 3), np.uint8)
+    frame = np.zeros((20, 5000, 3), np.uint8)  # of whose height letters are at most a tenth
     assert side_by_side([("a", frame), ("b", frame)], [("name", (1, 2, 3))]).shape[0] < 100

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 
@@ -17,7 +18,6 @@ VISIONS = {
         [-0.011820, 0.042940, 0.968881],
     ],
 }
-XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 10, 150, 256])
@@ -34,10 +34,8 @@ def cielab(colours, vision):
     """Return CIELAB values (N, 3) under D65 of sRGB colours (N, 3) in 0..255, as a vision sees them."""
     levels = np.asarray(colours) / 255
     linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
-    xyz = np.clip(linear @ np.array(VISIONS[vision]).T, 0, 1) @ XYZ.T / XYZ.sum(axis=1)
-    roots = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
-    x, y, z = roots.T
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    seen = np.clip(linear @ np.array(VISIONS[vision]).T, 0, 1).astype(np.float32)
+    return cv2.cvtColor(seen[None], cv2.COLOR_LRGB2Lab)[0].astype(float)
 
 
 def ciede2000(first, second):

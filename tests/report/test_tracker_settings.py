@@ -16,13 +16,15 @@ from dinoseg.report.loggers.wandb import WandbLogger
 
 
 class StubClient:
-    """Stand-in for the clients of both trackers: records each call."""
+    """Stand-in for the clients of both trackers: records each call, and answers with a new run."""
+
+    new = SimpleNamespace(info=SimpleNamespace(run_id="new", experiment_id="1"), experiment_id="1")
 
     def __init__(self):
         self.calls = []
 
     def __getattr__(self, name):
-        return lambda *args, **named: self.calls.append((name, args, named)) or SimpleNamespace()
+        return lambda *args, **named: self.calls.append((name, args, named)) or self.new
 
 
 @pytest.fixture(autouse=True)
@@ -46,63 +48,47 @@ def mlflow_logger(tmp_path):
     return logger
 
 
-@pytest.mark.parametrize("status", ["finished", "failed", "killed"])
-def test_mlflow_shows_how_the_training_ended(mlflow_logger, status):
+@pytest.fixture
+def wandb_logger(tmp_path):
+    logger = WandbLogger(tmp_path, mode="offline")
+    logger._run = StubClient()
+    return logger
+
+
+@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("failed", 1), ("killed", 1)])
+def test_trackers_show_how_the_training_ended(mlflow_logger, wandb_logger, status, code):
     mlflow_logger.close(status=status)
     assert mlflow_logger._client.calls == [("set_terminated", ("run1",), {"status": status.upper()})]
+    wandb_logger.close(status=status)
+    assert wandb_logger._run.calls == [("finish", (), {"exit_code": code})]
 
 
 def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
     mlflow_logger._tags, mlflow_logger.group = {"a:b": 1, "plain": "x"}, "sweep"
-    info = SimpleNamespace(run_id="new", experiment_id="1")
-    mlflow_logger._client.create_run = lambda *args, tags, **named: tags_sent.append(tags) or SimpleNamespace(info=info)
-    mlflow_logger._client.get_experiment_by_name = lambda name: info
-    tags_sent = []
     assert mlflow_logger.open_run(None, {}) == "new"
-    assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
+    sent = [named["tags"] for name, _, named in mlflow_logger._client.calls if name == "create_run"]
+    assert sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
 
 
 @pytest.mark.parametrize(("stage", "run_id"), [("active", "run1"), ("deleted", "new")])
 def test_mlflow_continues_a_run_unless_it_is_deleted(mlflow_logger, stage, run_id):
     found = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage=stage)
-    made = SimpleNamespace(run_id="new", experiment_id="1")
     mlflow_logger._client.get_run = lambda _: SimpleNamespace(info=found)
-    mlflow_logger._client.get_experiment_by_name = lambda _: made
-    mlflow_logger._client.create_run = lambda *_, **__: SimpleNamespace(info=made)
+    mlflow_logger._uri = "sqlite:///runs.db"  # which has no page: the view is a command
     assert mlflow_logger.open_run("run1", {"seed": 0}) == run_id
     continued = ("update_run", ("run1",), {"status": "RUNNING"})
     assert (continued in mlflow_logger._client.calls) == (stage == "active")
+    assert "mlflow ui --backend-store-uri sqlite:///runs.db" in mlflow_logger.view and run_id in mlflow_logger.view
 
 
-def test_a_database_is_shown_by_a_command(mlflow_logger):
-    info = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage="active")
-    mlflow_logger._client.get_run = lambda _: SimpleNamespace(info=info)
-    mlflow_logger._uri = "sqlite:///runs.db"
-    mlflow_logger.open_run("run1", {})
-    assert "mlflow ui --backend-store-uri sqlite:///runs.db" in mlflow_logger.view and "run1" in mlflow_logger.view
-
-
-def test_mlflow_receives_the_images_of_a_validation(mlflow_logger):
-    rgb = np.zeros((2, 3, 3), np.uint8)
+def test_trackers_receive_the_images_of_a_validation(mlflow_logger, wandb_logger):
+    rgb = np.full((2, 3, 3), 7, np.uint8)
     mlflow_logger.send_images(4, {"validation/a": rgb})
     named = {"key": "validation/a", "step": 4, "synchronous": True}
     assert mlflow_logger._client.calls == [("log_image", ("run1", rgb), named)]
-
-
-def test_wandb_receives_the_images_of_a_validation(tmp_path):
-    logger, rgb = WandbLogger(tmp_path, mode="offline"), np.full((2, 3, 3), 7, np.uint8)
-    logger._run = StubClient()
-    logger.send_images(4, {"validation/a": rgb})
-    ((_, (row,), _),) = logger._run.calls
+    wandb_logger.send_images(4, {"validation/a": rgb})
+    ((_, (row,), _),) = wandb_logger._run.calls
     assert row["step"] == 4 and (np.asarray(row["validation/a"].image) == rgb).all()
-
-
-@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("failed", 1), ("killed", 1)])
-def test_wandb_shows_whether_the_training_finished(tmp_path, status, code):
-    logger = WandbLogger(tmp_path, mode="offline")
-    logger._run = StubClient()
-    logger.close(status=status)
-    assert logger._run.calls == [("finish", (), {"exit_code": code})]
 
 
 def init_options(monkeypatch, logger):
@@ -110,34 +96,32 @@ def init_options(monkeypatch, logger):
     import wandb
 
     passed = {}
-    run = SimpleNamespace(id="run1", url="http://host/run1", config={}, define_metric=lambda *args, **named: None)
-    run.config = SimpleNamespace(update=lambda *args, **named: None)
+    config = SimpleNamespace(update=lambda *args, **named: None)
+    run = SimpleNamespace(id="run1", url="http://host/run1", config=config, define_metric=lambda *args, **named: None)
     monkeypatch.setattr(wandb, "init", lambda **options: passed.update(options) or run)
     logger.config({})
     return passed
 
 
-def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_PROJECT", "leaves")
-    monkeypatch.setenv("WANDB_NAME", "first")
-    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
-    assert (passed["project"], passed["tags"], passed["name"]) == ("leaves", None, "first")  # None: WANDB_TAGS
-    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline", project="mine", tags=["a", 1]))
-    assert (passed["project"], passed["tags"]) == ("mine", ["a", "1"])
-
-
-@pytest.mark.parametrize(("folder", "name"), [("swept/0", "first/0"), ("swept/a/1", "first/a/1")])
-def test_a_name_in_the_environment_is_that_of_a_whole_sweep(tmp_path, monkeypatch, folder, name):
-    monkeypatch.setenv("WANDB_NAME", "first")
-    (tmp_path / folder).mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("folder", "variables", "found"),
+    [
+        ("run", {}, ("dinoseg", "run", None)),
+        ("run", {"WANDB_PROJECT": "leaves", "WANDB_NAME": "first"}, ("leaves", "first", None)),
+        ("swept/0", {"WANDB_NAME": "first"}, ("dinoseg", "first/0", "swept")),
+        ("swept/a/1", {"WANDB_NAME": "first"}, ("dinoseg", "first/a/1", "swept")),
+    ],
+)
+def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkeypatch, folder, variables, found):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "swept").mkdir()
     (tmp_path / "swept/multirun.yaml").touch()
     passed = init_options(monkeypatch, WandbLogger(tmp_path / folder, mode="offline"))
-    assert (passed["name"], passed["group"]) == (name, "swept")
-
-
-def test_without_environment_the_project_of_wandb_is_dinoseg(tmp_path, monkeypatch):
-    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
-    assert (passed["project"], passed["name"]) == ("dinoseg", "run")
+    assert (passed["project"], passed["name"], passed["group"]) == found
+    assert passed["tags"] is None  # so that WANDB_TAGS counts
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / folder, mode="offline", project="mine", tags=["a", 1]))
+    assert (passed["project"], passed["tags"]) == ("mine", ["a", "1"])
 
 
 def open_wandb(**options):

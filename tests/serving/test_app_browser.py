@@ -1,13 +1,8 @@
 """The app in a real browser: what the page shows and downloads is what the model says."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 import zipfile
-from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,6 +10,7 @@ import pytest
 from chromium import opened_page
 from command_line import call
 from PIL import Image
+from serving_stand_ins import start_server
 
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
@@ -38,25 +34,12 @@ def scene(trained_once, tmp_path_factory):
                 left = 8 + 3 * (number % 8)
                 frame[16:32, left : left + 16] = (250, 200, 60)
                 writer.write(frame)
-    with running_app(folder, trained_once) as address:
+    words = ("tracker.short_side=48", "hydra.run.dir=run/app")
+    with start_server("app", trained_once, folder, *words) as (server, address):
         yield folder, address
-
-
-@contextmanager
-def running_app(folder, trained_once):
-    words = [f"resume={trained_once}/segmenter", "engine=cpu", "mode.port=0", "tracker.short_side=48"]
-    command = [sys.executable, "-m", "dinoseg", "mode=app", *words, "hydra.run.dir=run/app"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with open(folder / "log", "w+", encoding="utf-8") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        try:
-            yield next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.communicate(timeout=300)
-        log.seek(0)
-        expected = (" INFO ", "are larger than those of the training")
-        errors = [line for line in log if not any(text in line for text in expected)]
+    expected = (" INFO ", "are larger than those of the training")
+    lines = (folder / "log").read_text().splitlines()
+    errors = [line for line in lines if not any(text in line for text in expected)]
     assert server.returncode == 0 and not errors, errors
     assert not [path for path in (folder / "run").iterdir() if path.name != "app"]
 

@@ -53,6 +53,8 @@ def list_files(page):
 
 @on_a_page
 async def test_refused_upload_leaves_the_opened_one(page, send):
+    await page._open_upload(SimpleNamespace(args="a\nb"))  # before any upload
+    assert not page.files and "No file" in page._status.text
     await send(encode_image(picture()))
     shown, mask = page.files["image.jpg"], page._predicted
     for content in (b"no image", encode_image(picture())[:50], b"#EXTM3U\nfile:///etc/passwd\n"):
@@ -71,12 +73,6 @@ async def test_video_is_opened_as_the_kind_that_was_checked(page, send):
     page.add_upload(page.folder / "next")  # uploaded, but not opened
     await page._segment_video()
     assert page._status.text.startswith("The file is not a video")
-
-
-@on_a_page
-async def test_event_without_an_upload_changes_nothing(page, send):
-    await page._open_upload(SimpleNamespace(args="a\nb"))
-    assert not page.files and "No file" in page._status.text
 
 
 @on_a_page

@@ -1,22 +1,20 @@
 """The server binds its port first, warns of the network, and finishes its requests; files are served as they say."""
 
 import itertools
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
 from command_line import call
 from portable_parts import export_file, write_untrained
-from serving_stand_ins import encode_image, picture
+from serving_stand_ins import encode_image, picture, start_server
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
@@ -122,21 +120,8 @@ def test_a_stalled_upload_has_no_traceback_at_the_stop(caplog, monkeypatch, serv
 @pytest.fixture
 def server(trained_once, tmp_path):
     """A server in a process of its own, and its port."""
-    words = [f"resume={trained_once}/segmenter", "engine=cpu", "mode.port=0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dinoseg", "mode=serve", *words, f"hydra.run.dir={tmp_path}/run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    try:
-        yield process, next(int(found[1]) for line in process.stdout if (found := re.search(r"http://\S+:(\d+)", line)))
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with start_server("serve", trained_once, tmp_path, "hydra.run.dir=run") as (process, address):
+        yield process, urlsplit(address).port
 
 
 def post(port, body):
@@ -190,23 +175,22 @@ def test_requests_in_progress_are_answered_when_it_is_stopped(server, tmp_path):
         (("mode=serve",), "resume is not set"),
         (("mode=serve", "mode.model=a.onnx", "mode.max_mib=0"), "mode.max_mib=0 is out of range"),
         (("mode=app", "tracker.short_side=0", "mode.hosts=[]"), "short_side=0 is out of range"),
+        (("mode=serve", "mode.model=a.onnx", "engine.precision=bf16"), "engine.precision=bf16: a.onnx is an ONNX file"),
+        (("mode=serve", "mode.model=a.onnx", "backbone.weights=x"), "backbone.weights=x: a.onnx is an ONNX file"),
     ],
 )
 def test_server_reports_missing_and_invalid_keys(tmp_path, words, message):
+    (tmp_path / "a.onnx").touch()  # options are refused before the file is read
     done = call(tmp_path, *words, "engine=cpu", "mode.port=0")
     assert done.status == 1 and message in done.err and not list(tmp_path.glob("outputs/*/*"))
 
 
-@pytest.fixture
-def start_mode(monkeypatch):
-    """Return a function that starts and stops a mode, and says what it wrote."""
-    for mode in ("serve", "app"):
-        monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_, **__: None)
-    return lambda where, mode, *words: call(where, f"mode={mode}", "engine=cpu", "mode.port=0", *words)
-
-
 @pytest.mark.heavy
-def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, start_mode):
+def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, monkeypatch):
+    def start_mode(mode, *words):
+        monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_, **__: None)
+        return call(tmp_path, f"mode={mode}", "engine=cpu", "mode.port=0", *words)
+
     weights, moved = tmp_path / "backbone.safetensors", tmp_path / "moved.safetensors"
     backbone = Builder(compose("backbone=tiny_surgical", "data.classes=[a]")).backbone()
     write_tensors(weights, backbone.export_state(), {})
@@ -214,21 +198,14 @@ def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, 
     delta = export_file(write_untrained(compose, tmp_path, *words), tmp_path / "out", delta=True, gated=True)
     weights.rename(moved)
     for mode in ("serve", "app"):
-        done = start_mode(tmp_path, mode, f"mode.model={delta}")
+        done = start_mode(mode, f"mode.model={delta}")
         assert done.status == 1 and "resume=" not in done.err
         assert f"mode.model={delta}: " in done.err and "Set its current path: backbone.weights=PATH." in done.err
-        done = start_mode(tmp_path, mode, f"mode.model={delta}", f"backbone.weights={moved}")
+        done = start_mode(mode, f"mode.model={delta}", f"backbone.weights={moved}")
         assert done.status == 0, done.err
-    done = start_mode(tmp_path, "serve", f"resume={delta}", f"backbone.weights={moved}")
+    done = start_mode("serve", f"resume={delta}", f"backbone.weights={moved}")
     assert done.status == 0, done.err
-    done = start_mode(tmp_path, "serve", f"mode.model={delta}", f"backbone.weights={moved}", "inference=windows")
+    done = start_mode("serve", f"mode.model={delta}", f"backbone.weights={moved}", "inference=windows")
     assert (
         done.status == 0 and ("No effect here: inference=windows. mode.model uses its stored settings") in done.err
     ), done.err
-
-
-def test_unsupported_option_of_an_onnx_file_is_refused_unread(tmp_path, start_mode):
-    (tmp_path / "model.onnx").touch()
-    for word in ("engine.precision=bf16", "backbone.weights=x"):
-        done = start_mode(tmp_path, "serve", "mode.model=model.onnx", word)
-        assert done.status == 1 and f"{word}: model.onnx is an ONNX file" in done.err, done.err

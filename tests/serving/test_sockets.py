@@ -57,14 +57,11 @@ def test_packets_without_a_name_or_with_attachments_are_refused(text):
         EventPacket(encoded_packet=text)
 
 
-def test_packet_of_a_page_is_parsed():
+def test_packets_of_a_page_are_parsed():
     packet = EventPacket(encoded_packet='27["event",{"id":3}]')
     assert packet.data == ["event", {"id": 3}] and packet.id == 7
-
-
-@pytest.mark.parametrize(("text", "kind"), [("0", CONNECT), ('0{"id":1}', CONNECT), ("1", DISCONNECT), ("35[1]", ACK)])
-def test_packets_that_are_no_events_are_parsed(text, kind):
-    assert EventPacket(encoded_packet=text).packet_type == kind
+    for text, kind in (("0", CONNECT), ('0{"id":1}', CONNECT), ("1", DISCONNECT), ("35[1]", ACK)):
+        assert EventPacket(encoded_packet=text).packet_type == kind
 
 
 async def echo(socket: WebSocket):

@@ -16,12 +16,11 @@ from dinoseg.synthetic.moving import write as moving_objects
 from dinoseg.synthetic.moving.write import OUTLINES, draw_video, render_moving_objects
 from dinoseg.utils.locks import hold_lock
 
-SMALL = MOVING
 SEEDS = [(0, 0, number) for number in range(1, 13)]
 
 
 def test_rendered_videos_are_read_back_exactly(tmp_path: Path) -> None:
-    render_moving_objects(tmp_path, **{**SMALL, "test_videos": 1, "seconds": 2, "seed": 5})
+    render_moving_objects(tmp_path, **{**MOVING, "test_videos": 1, "seconds": 2, "seed": 5})
     for number, (split, folder) in enumerate((("train", "train"), ("val", "validation"), ("test", "test"))):
         clips = open_clips(Movi(str(tmp_path)), split, cut=Cut(length=24))
         assert [clip["name"] for clip in clips] == [f"{folder}_000{k + 1}" for k in range(2 if split == "train" else 1)]
@@ -139,7 +138,7 @@ def test_some_scenes_have_moving_ground_new_light_or_shadows() -> None:
 
 
 def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, monkeypatch, caplog) -> None:
-    render_moving_objects(tmp_path / "whole", **SMALL)
+    render_moving_objects(tmp_path / "whole", **MOVING)
     write, written = moving_objects.write_png, []
 
     def until_full(path: Path, pixels: np.ndarray) -> None:
@@ -150,23 +149,23 @@ def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, mo
 
     monkeypatch.setattr(moving_objects, "write_png", until_full)
     words = ("No space left on device", "running again renders the missing videos")
-    assert_refused(lambda: render_moving_objects(tmp_path / "cut", **SMALL), *words)
+    assert_refused(lambda: render_moving_objects(tmp_path / "cut", **MOVING), *words)
     assert [path.name for path in (tmp_path / "cut/train").iterdir()] == ["train_0001"]
     monkeypatch.setattr(moving_objects, "write_png", write)
     (tmp_path / "cut/train/.train_0002.part/frames").mkdir(parents=True)  # of a run that was killed
     (tmp_path / "cut/train/.train_0002.part/frames/00099.png").write_bytes(b"half")
     kept = (tmp_path / "cut/train/train_0001/frames/00000.png").stat().st_mtime_ns
-    render_moving_objects(tmp_path / "cut", **SMALL)
+    render_moving_objects(tmp_path / "cut", **MOVING)
     assert (tmp_path / "cut/train/train_0001/frames/00000.png").stat().st_mtime_ns == kept
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     (tmp_path / "cut/train/train_0002/segmentations/00003.png").unlink()  # as two renderings at once left it
-    render_moving_objects(tmp_path / "cut", **SMALL)
+    render_moving_objects(tmp_path / "cut", **MOVING)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert "train_0002 lacks images: rendering it again" in caplog.text
 
 
 def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:
-    second = threading.Thread(target=render_moving_objects, args=[tmp_path], kwargs=SMALL)
+    second = threading.Thread(target=render_moving_objects, args=[tmp_path], kwargs=MOVING)
     live = tmp_path / "train/.train_0001.1.part/frames/00000.png"
     with hold_lock(tmp_path / ".render.lock"):
         live.parent.mkdir(parents=True)

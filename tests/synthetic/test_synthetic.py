@@ -3,10 +3,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from test_rendered_roots import SURGERY
 
 from dinoseg.synthetic.surgery.write import render_clip, render_dataset
-
-SMALL = {"train_videos": 1, "test_videos": 1, "seconds": 2, "size": (48, 80), "workers": 1}
 
 
 def read_video(path: Path) -> tuple[list[np.ndarray], float]:
@@ -23,30 +22,21 @@ def read_masks(path: Path) -> dict[str, np.ndarray]:
         return {name: cv2.imdecode(np.frombuffer(archive.read(name), np.uint8), cv2.IMREAD_UNCHANGED) for name in names}
 
 
-def test_the_zips_have_the_download_form(tmp_path: Path) -> None:
-    render_dataset(tmp_path, **{**SMALL, "train_videos": 2})
+def test_zips_have_the_download_form_and_the_masks_of_frames(tmp_path: Path) -> None:
+    render_dataset(tmp_path, **{**SURGERY, "train_videos": 2, "size": (96, 160)})
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert found == ["test/video_41.zip", "train1/video_01.zip", "train1/video_02.zip"]
-    with zipfile.ZipFile(tmp_path / "train1/video_02.zip") as archive:
-        masks = ["segmentation/000000000.png", "segmentation/000000060.png"]
-        assert sorted(archive.namelist()) == [*masks, "video_left.avi"]
+    with zipfile.ZipFile(tmp_path / "test/video_41.zip") as archive:
+        names = ["segmentation/000000000.png", "segmentation/000000060.png"]
+        assert sorted(archive.namelist()) == [*names, "video_left.avi"]
         archive.extract("video_left.avi", tmp_path)
     frames, fps = read_video(tmp_path / "video_left.avi")
-    assert (len(frames), fps) == (120, 60.0) and frames[0].shape == (48, 80, 3)
-    for mask in read_masks(tmp_path / "train1/video_02.zip").values():
-        assert mask.shape == (48, 80) and mask.dtype == np.uint8 and mask.max() <= 9
-
-
-def test_a_mask_belongs_to_its_frame(tmp_path: Path) -> None:
-    render_dataset(tmp_path, **{**SMALL, "size": (96, 160)})
-    with zipfile.ZipFile(tmp_path / "test/video_41.zip") as archive:
-        archive.extract("video_left.avi", tmp_path)
-    frames, _ = read_video(tmp_path / "video_left.avi")
+    assert (len(frames), fps) == (120, 60.0) and frames[0].shape == (96, 160, 3)
     masks = read_masks(tmp_path / "test/video_41.zip")
     clip = list(render_clip((0, 1, 41), 20, (96, 160)))
-    for second in (0, 1):
+    for second, name in enumerate(names):
         rgb, mask = clip[10 * second]
-        assert np.array_equal(masks[f"segmentation/{60 * second:09d}.png"], mask)
+        assert np.array_equal(masks[name], mask) and masks[name].dtype == np.uint8
         own = np.abs(frames[60 * second].astype(int) - rgb).mean()
         other = np.abs(frames[60 * second].astype(int) - clip[10 * second + 5][0]).mean()
         assert own < 8 and other > 1.5 * own
@@ -86,13 +76,13 @@ def test_the_thread_is_about_three_pixels_thick() -> None:
 
 
 def test_finished_zips_are_reused_and_partial_ones_repeated(tmp_path: Path) -> None:
-    render_dataset(tmp_path, **SMALL)
+    render_dataset(tmp_path, **SURGERY)
     kept, lost = tmp_path / "train1/video_01.zip", tmp_path / "test/video_41.zip"
     before, expected = kept.stat().st_mtime_ns, read_masks(lost)
     lost.unlink()
     (lost.parent / ".video_41.part").mkdir()
     (lost.parent / ".video_41.part/video_left.avi").write_bytes(b"half")
-    render_dataset(tmp_path, **SMALL)
+    render_dataset(tmp_path, **SURGERY)
     assert kept.stat().st_mtime_ns == before
     assert all(np.array_equal(mask, expected[name]) for name, mask in read_masks(lost).items())
     assert not list(tmp_path.rglob("*.part"))

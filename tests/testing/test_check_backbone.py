@@ -37,20 +37,10 @@ class Patches(Backbone):
         return [maps[layer + 1] for layer in self.layers]
 
 
-class NoContract(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-
-
 class TwoGrids(Patches):
     def forward(self, images):
         first, last = super().forward(images)
         return [first.repeat_interleave(2, 2), last]
-
-
-class OtherSplit(Patches):
-    def forward_frozen(self, images):
-        return super().forward_frozen(images)[::-1]
 
 
 class NoTrain(Patches):
@@ -108,6 +98,7 @@ def with_pixels(prepare):
     return with_members(pixels=lambda self, images: prepare(images, self.mean, self.std))
 
 
+OtherSplit = with_members(forward_frozen=lambda self, images: Patches.forward_frozen(self, images)[::-1])
 COLOURS = [torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD)]
 pad = partial(pad_to_multiple, multiple=8)
 
@@ -121,7 +112,7 @@ def test_a_backbone_that_keeps_its_contract_passes():
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (NoContract, "it must inherit dinoseg.core.contracts.Backbone, .* derive the class"),
+        (nn.Identity, "it must inherit dinoseg.core.contracts.Backbone, .* derive the class"),
         (with_attribute("depth", lambda _: None), "must set its members .* but depth is missing; set it"),
         (with_attribute("layers", list), r"`layers` must be \[0, 1\] .* are \[0, -1\] and 2; use .*resolve_layers"),
         (with_attribute("dim", lambda _: [6, 6]), r"must be a list for a pyramid .* is_pyramid=False and dim=\[6, 6\]"),

@@ -58,6 +58,8 @@ def test_scores_of_another_checkpoint_are_refused(best, tmp_path, monkeypatch):
     assert official == {"unit": None, "rules": None, "interval": None} | OFFICIAL
     other = write_evaluation(tmp_path / "other", best.with_stem("last"))
     assert_refused(lambda: scores_of(best, (), other), "belong to ", "last.safetensors, not to ", "best.safetensors")
+    OmegaConf.save({"resume": None, "mode": {"name": "train"}}, tmp_path / "other/config/config.yaml")
+    assert_refused(lambda: scores_of(best, (), other), "other is not a run folder of mode=eval")
     os.utime(tmp_path / "scored/scores.json", (0, 0))
     assert_refused(lambda: scores_of(best, (), folder), "scores are older than ", "best.safetensors")
     (tmp_path / "scored/scores.json").write_text("{}")
@@ -100,9 +102,9 @@ def test_a_folder_of_a_hub_ids_name_is_a_folder(tmp_path, monkeypatch):
 
 
 def test_exported_config_holds_no_local_path():
-    config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "classes": ["/road"], "c": "/home/me/w"}
-    kept = {"a": "y.pth", "b": ["z", "r", "plain/z"], "classes": ["/road"], "c": "w"}
-    assert write._strip_folders(config) == kept
+    data = {"classes": ["/road"], "group": "/video"}  # names, though they look like paths
+    config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "c": "/home/me/w", "data": data}
+    assert write._strip_folders(config) == {"a": "y.pth", "b": ["z", "r", "plain/z"], "c": "w", "data": data}
 
 
 def test_foreign_head_is_not_exported_by_default():

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -127,14 +126,6 @@ def test_names_in_the_card_are_spans_of_code(name):
 def upload(path, name="me/mine", **facts):
     facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255, **facts)
     push(path, facts, name, private=None, revision=None, token=None, gated=False)
-
-
-def test_missing_hub_client_names_the_package_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    (tmp_path / "model.safetensors").touch()
-    words = ("me/mine: a hub needs huggingface_hub, ", " pip install huggingface_hub")
-    assert_refused(lambda: Model.from_pretrained("me/mine"), *words)
-    assert_refused(lambda: upload(tmp_path / "model.safetensors"), *words)
 
 
 def test_model_card_omits_invalid_numbers_and_control_codes():

@@ -19,12 +19,12 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from portable_parts import TINY, export_file, write_untrained
 from safetensors.torch import load_file
+from test_evidence import write_evaluation
 from test_hostile_checkpoints import CASES, write_tampered
 
 import dinoseg
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.resume import standalone_config
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
@@ -47,6 +47,11 @@ def file(trained, tmp_path_factory):
     return shutil.copyfile(trained / "exported/model.safetensors", path)
 
 
+@pytest.fixture(scope="module")
+def sound(file):
+    return checkpoint.read(file)
+
+
 def test_file_predicts_the_same_as_mode_predict(trained, file, tmp_path, monkeypatch):
     words = ("engine=cpu", "input=clip", "hydra.run.dir=predicted")
     assert call(trained, "mode=predict", "resume=segmenter", *words).status == 0
@@ -62,13 +67,11 @@ def test_file_predicts_the_same_as_mode_predict(trained, file, tmp_path, monkeyp
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("part", ["file", "folder"])
-def test_a_file_is_evaluated_as_a_checkpoint(trained, file, part):
-    source = file if part == "file" else file.parent
-    words = ("engine=cpu", "data.root=data", f"resume={source}", "mode.metrics_only=true")
-    done = call(trained, "mode=eval", *words, f"hydra.run.dir=scored_{part}")
+def test_a_file_is_evaluated_as_a_checkpoint(trained, file):
+    words = ("engine=cpu", "data.root=data", f"resume={file.parent}", "mode.metrics_only=true")
+    done = call(trained, "mode=eval", *words, "hydra.run.dir=scored")
     assert done.status == 0, done.err
-    ours, theirs = (trained / name / "scores.json" for name in (f"scored_{part}", "segmenter/evaluation"))
+    ours, theirs = (trained / name / "scores.json" for name in ("scored", "segmenter/evaluation"))
     assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
 
 
@@ -91,6 +94,10 @@ def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_
     assert str(trained).encode() not in file.read_bytes()[: 2**20]
     again = dinoseg.load(export_file(file, tmp_path / "again"), device="cpu").facts
     assert again.scores == facts.scores and again.data == facts.data
+    scored = export_file(file, tmp_path / "with", scores=write_evaluation(tmp_path / "scored", file))
+    assert dinoseg.load(scored, device="cpu").facts.scores["split"] == "test"
+    assert checkpoint.describe(scored)["config"]["data"]["root"] == "???"
+    assert_refused(lambda: export_file(trained / "slots/checkpoints/best.safetensors", tmp_path), "is a slot model")
 
 
 def test_loading_leaves_hydra_and_random_state_unchanged(file):
@@ -119,14 +126,11 @@ def test_a_file_is_built_once_with_garbage_collection_paused(file, tmp_path, mon
     assert model.predict(picture()).mask.shape == (30, 41)
 
 
-def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
+def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, sound, tmp_path):
     (tmp_path / "head").mkdir()
     (tmp_path / "head" / "mine.yaml").write_text("_target_: os.system\n")
     (tmp_path / "main.yaml").write_text("x: 1\n")
-    evil = tmp_path / "evil.safetensors"
-    info = checkpoint.describe(file)
-    info["choices"]["head"] = "mine"
-    checkpoint.write(evil, load_file(file), {key: value for key, value in info.items() if key != "format"})
+    evil = write_tampered(tmp_path, sound, {"choices/head": "mine"})
     try:
         with initialize_config_dir(str(tmp_path), version_base="1.3"):
             HydraConfig.instance().set_config(hydra_compose("main", return_hydra_config=True))
@@ -265,25 +269,15 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
     assert_refused(lambda: dinoseg.load(file), "model.safetensors: ", "the hub is unreachable", "backbone=PATH")
 
 
-@pytest.fixture
-def trained_gated(compose, tmp_path):
-    """Return a checkpoint with a trained block of gated weights, and their file."""
+def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
+    image = picture()
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
-    return write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1"), weights
-
-
-def test_delta_with_trained_gated_weights_is_gated(trained_gated, tmp_path):
-    path, _ = trained_gated
+    path = write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
     gated = ("DINOv3 License", "export.gated=true")
     assert_refused(lambda: export_file(path, tmp_path / "out", delta=True), *gated)
     assert not (tmp_path / "out/model.safetensors").exists()
-
-
-@pytest.mark.heavy
-def test_delta_with_trained_gated_weights_is_loaded(trained_gated, tmp_path):
-    path, weights = trained_gated
-    delta, image = export_file(path, tmp_path / "out", delta=True, gated=True), picture()
+    delta = export_file(path, tmp_path / "out", delta=True, gated=True)
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     moved = weights.rename(tmp_path / "moved.safetensors")
     assert (dinoseg.load(delta, device="cpu", backbone=moved).predict(image).probabilities == theirs).all()
@@ -291,23 +285,15 @@ def test_delta_with_trained_gated_weights_is_loaded(trained_gated, tmp_path):
     assert_refused(both, f"head={moved}: ", " holds its own head. Leave it out.")
 
 
-MORE = {  # of those that a fuzzer of the description has found
+# of those that tests/test_hostile_checkpoints.py gives to all modes, one of each kind
+KINDS = ("a hook in the head", "an interpolation", "a list without end", "a huge depth", "remote code", "a null group")
+TAMPERED = {kind: CASES[kind] for kind in KINDS} | {  # and of those that a fuzzer of the description has found
     "no classes": lambda _: {"config/data": {"root": "???"}},
     "a long value": lambda _: {"config/head/pixel_shuffle": ["a"] * 300},
     "no way of use": lambda _: {"config/inference": 3},
     "a window without end": lambda _: {"config/inference/size": 10**30},
     "a shell in its use": lambda _: {"config/inference/_target_": "os.system"},
 }
-
-
-@pytest.fixture(scope="module")
-def sound(file):
-    return checkpoint.read(file)
-
-
-# of those that tests/test_hostile_checkpoints.py gives to all modes, one of each kind
-KINDS = ("a hook in the head", "an interpolation", "a list without end", "a huge depth", "remote code", "a null group")
-TAMPERED = MORE | {kind: CASES[kind] for kind in KINDS}
 
 
 @pytest.mark.parametrize("case", TAMPERED.values(), ids=TAMPERED)
@@ -412,34 +398,7 @@ def test_a_model_is_saved_whole_or_not_at_all(file, trained, tmp_path):
     assert again.facts == model.facts and run.facts.scores is None
 
 
-@pytest.mark.heavy
-def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
-    words = ("mode=export", "export=safetensors", "resume=segmenter", "engine=cpu")
-    done = call(trained, "mode=eval", "resume=segmenter", "data.root=data", "mode.split=train", "engine=cpu",
-                "mode.metrics_only=true", "hydra.run.dir=on_train")  # fmt: skip
-    assert done.status == 0, done.err
-    assert call(trained, *words, "export.scores=on_train", "hydra.run.dir=with").status == 0
-    assert dinoseg.load(trained / "with/model.safetensors").facts.scores["split"] == "train"
-    for folder, message in (("clip", "is not a run folder of mode=eval"), ("slots", "is not a run folder")):
-        refused = call(trained, *words, f"export.scores={folder}")
-        assert refused.status == 1 and message in refused.err, refused.err
-    of_slots = call(trained, "mode=export", "export=safetensors", "resume=slots", "engine=cpu")
-    assert of_slots.status == 1 and "slot model" in of_slots.err
-
-
 def test_run_folder_loads_its_best_checkpoint_despite_a_file(compose, tmp_path):
     write_untrained(compose, tmp_path, *TINY)
     (tmp_path / "run/model.safetensors").touch()
     assert dinoseg.load(tmp_path / "run", device="cpu").file is None
-
-
-def test_class_names_that_look_like_paths_are_unchanged(compose, tmp_path):
-    path = write_untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
-    said = checkpoint.describe(export_file(path, tmp_path / "out"))
-    assert said["classes"] == ["/road", "b"]
-    assert said["config"]["data"]["group"] == "/video" and said["config"]["data"]["root"] == "???"
-
-
-def test_a_config_alone_needs_no_command_line(file):
-    cfg = standalone_config(file, checkpoint.describe(file), {"engine.device": "cpu"})
-    assert cfg.engine.device == "cpu" and cfg.backbone.weights == "random"

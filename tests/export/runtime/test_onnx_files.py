@@ -157,27 +157,41 @@ def test_onnx_file_is_a_usable_model(tmp_path):
 
 
 def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
+    image = np.zeros((20, 32, 3), np.uint8)
+    image[:, 16:] = 255
+    write_png(tmp_path / "images/a.png", image)
     write_model(tmp_path, model())
     code = """if True:
         import sys
-        for name in ("torch", "hydra", "omegaconf", "safetensors", "onnx", "cv2", "matplotlib", "scipy"):
-            sys.modules[name] = None
+
+        class OnlyThese:
+            def find_spec(name, path=None, target=None):
+                if name.partition(".")[0] not in {*sys.stdlib_module_names, "dinoseg", "numpy", "PIL", "onnxruntime"}:
+                    raise ModuleNotFoundError(name, name=name)
+
+        sys.meta_path.insert(0, OnlyThese)
         import dinoseg
-        import numpy as np
-        image = np.zeros((20, 32, 3), np.uint8)
-        image[:, 16:] = 255
-        out = dinoseg.load("model.onnx").predict(image)
+        model = dinoseg.load("model.onnx")
+        (out,) = model.predict("images")
         out.save("mask.png")
+        assert (model.predict(out.image).mask == out.mask).all()
+        assert (out.probabilities.argmax(axis=0) == out.mask).all()
         print(out.mask.sum(), out.areas, out.overlay(0.5)[0, ::20, 0], out.overlay(1)[0, ::20, 0])
-        try:
-            dinoseg.load("mask.png")
-        except dinoseg.utils.errors.UserError as error:
-            print(error)
+        for act, name in (dinoseg.load, "mask.png"), (model.push_to_hub, "me/mine"), (model.from_pretrained, "me/mine"):
+            try:
+                act(name)
+            except dinoseg.utils.errors.UserError as error:
+                print(error)
     """
     where = {"PYTHONPATH": str(Path(dinoseg.__file__).parent.parent), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=where, capture_output=True, text=True)
-    assert done.stdout.startswith("320 {'dark': 320, 'bright': 320} [  0 255] [  0 255]\n"), done.stderr
-    assert "mask.png: needs " in done.stdout and "is not installed: pip install" in done.stdout
+    assert done.returncode == 0, done.stderr
+    shown, loading, *with_hub = done.stdout.splitlines()
+    assert shown == "320 {'dark': 320, 'bright': 320} [  0 255] [  0 255]"
+    assert loading.startswith("mask.png: needs ") and "is not installed: pip install" in loading
+    assert "give the ONNX file that mode=export export=onnx writes of the model." in loading
+    without_client = "me/mine: a hub needs huggingface_hub, which is not installed: pip install huggingface_hub"
+    assert with_hub == [without_client] * 2
 
 
 @pytest.mark.parametrize(

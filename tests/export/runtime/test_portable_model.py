@@ -46,7 +46,7 @@ def picture(height=5, width=7):
     return draw.integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def test_prediction_has_mask_areas_probabilities_and_overlay(model):
+def test_prediction_has_mask_areas_probabilities_and_overlay(model, tmp_path):
     image = picture()
     out = model.predict(image)
     assert out.mask.dtype == np.uint8 and (out.mask == (image[..., 0] > 127)).all()
@@ -57,6 +57,9 @@ def test_prediction_has_mask_areas_probabilities_and_overlay(model):
     assert repr(dark) == "dinoseg.Segmentation(a/b.png, 7 x 5, dark 80.0%, bright 20.0%)"
     assert out.probabilities.shape == (2, 5, 7) and out.probabilities is out.probabilities
     assert (out.overlay(1.0)[out.mask == 1] == (255, 0, 0)).all() and (out.overlay(0.0) == image).all()
+    out.save(tmp_path / "deeper/mask.png")
+    assert (read_ids(tmp_path / "deeper/mask.png") == out.mask).all()
+    assert_refused(lambda: out.save(tmp_path / "deeper/mask.png/x.png"), "Cannot read or write")
 
 
 @pytest.mark.parametrize(
@@ -77,13 +80,6 @@ def test_prediction_has_mask_areas_probabilities_and_overlay(model):
 def test_images_in_all_supported_forms_are_equivalent(model, given):
     rgb = picture()
     assert (model.predict(given(rgb)).image == rgb).all()
-
-
-def test_mask_is_saved_or_the_error_is_reported(model, tmp_path):
-    out = model.predict(picture())
-    out.save(tmp_path / "deeper/mask.png")
-    assert (read_ids(tmp_path / "deeper/mask.png") == out.mask).all()
-    assert_refused(lambda: out.save(tmp_path / "deeper/mask.png/x.png"), "Cannot read or write")
 
 
 def test_grey_and_channels_first_images_are_converted(model):
@@ -182,7 +178,9 @@ SOURCE = {"name": "a", "hash": "a", "licence": "a", "weights": None, "revision":
     [
         ("facts", 3),
         ("facts", {"backbone": SOURCE}),
-        ("facts", {"scores": []}),
+        ("facts", {"scores": [1]}),
+        ("facts", {"delta": "no"}),
+        ("facts", {"versions": {"torch": 2}}),
         ("facts", {"backbone": {"name": "a"}}),
         *(("classes", []), ("classes", "ab"), ("palette", [[1]])),
     ],

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -16,11 +15,6 @@ import dinoseg
 from dinoseg.utils.images import read_ids
 
 pytestmark = pytest.mark.heavy
-THREE = """
-import dinoseg
-model = dinoseg.load("model.safetensors")
-out = model.predict("picture.png")
-"""
 
 
 def test_three_lines_predict_in_an_empty_environment(trained, tmp_path_factory):
@@ -31,56 +25,14 @@ def test_three_lines_predict_in_an_empty_environment(trained, tmp_path_factory):
     (where / "model.safetensors").write_bytes((trained / "one/model.safetensors").read_bytes())
     (where / "picture.png").write_bytes((trained / "clip/00003.png").read_bytes())
     python = install(folder)
-    said = run(python, f"{THREE}out.save('mask.png'); print(dinoseg.__file__, out.areas)", where)
+    three = 'import dinoseg\nmodel = dinoseg.load("model.safetensors")\nout = model.predict("picture.png")\n'
+    said = run(python, f"{three}out.save('mask.png'); print(dinoseg.__file__, out.areas)", where)
     assert str(folder) in said and "'dark'" in said
     assert (read_ids(where / "mask.png") == read_ids(trained / "seen/masks/00003.png")).all()
     assert dinoseg.load(where / "model.safetensors").predict(np.zeros((9, 9, 3), np.uint8)).mask.shape == (9, 9)
     # what computes nothing may be had without torch
     light = "import sys, dinoseg; from dinoseg.export.runtime.inputs import pictures; print('torch' in sys.modules)"
     assert run(python, light, where) == "False\n"
-
-
-ONNX = """
-import sys
-import numpy as np
-import dinoseg
-model = dinoseg.load("model.onnx")
-out = model.predict("clip/00003.png")
-assert not {"torch", "hydra", "omegaconf", "cv2", "scipy", "matplotlib"} & set(sys.modules)
-assert out.probabilities.shape == (2, *out.mask.shape) and (out.probabilities.argmax(axis=0) == out.mask).all()
-assert sum(out.areas.values()) == out.mask.size
-assert (out.overlay(0.0) == out.image).all() and out.overlay().shape == out.image.shape
-for each in model.predict("clip"):
-    each.save(each.source.name)
-for needs in (lambda: dinoseg.load("model.safetensors"), lambda: model.push_to_hub("me/mine")):
-    try:
-        needs()
-    except dinoseg.utils.errors.UserError as error:
-        print(error)
-try:
-    import torch
-except ModuleNotFoundError:
-    print("no torch")
-"""
-
-
-def test_onnx_file_needs_only_numpy_pillow_and_onnxruntime(trained, tmp_path_factory):
-    where, folder = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(trained / "clip", where / "clip")
-    words = ("resume=segmenter", "engine=cpu")
-    proof = ("data.root=data", "export.count=2")
-    assert call(trained, "mode=export", "export=onnx", *words, *proof, "hydra.run.dir=graph").status == 0
-    shutil.copyfile(trained / "graph/model.onnx", where / "model.onnx")
-    (where / "model.safetensors").touch()
-    python = install(folder, only=("numpy", "pil", "pillow", "onnxruntime"))
-    said = run(python, ONNX, where).splitlines()
-    assert "give the ONNX file that mode=export export=onnx writes of the model." in said[0] and said[2] == "no torch"
-    assert said[1] == "me/mine: a hub needs huggingface_hub, which is not installed: pip install huggingface_hub"
-    agreeing = [
-        (read_ids(where / out.source.name) == out.mask).mean()
-        for out in dinoseg.load(trained / "segmenter", device="cpu", precision="fp32").predict(trained / "clip")
-    ]
-    assert len(agreeing) == 7 and np.mean(agreeing) > 0.999
 
 
 HEAVY = (
