@@ -24,26 +24,19 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def of_the_head(model):
-    return model.head.parameters()
+CHANGED = {
+    "frozen backbone": lambda model: model.backbone.requires_grad_(False).parameters(),
+    "head": lambda model: model.head.parameters(),
+    "batch norm": lambda model: [part.running_mean for part in model.modules() if isinstance(part, nn.BatchNorm2d)],
+}
+PARAMS = [pytest.param(part, marks=() if part == "frozen backbone" else pytest.mark.heavy) for part in CHANGED]
 
 
-def of_a_frozen_backbone(model):
-    return model.backbone.requires_grad_(False).parameters()
-
-
-def of_batch_norm(model):
-    return [part.running_mean for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
-
-
-LONG = [pytest.param(changed, marks=pytest.mark.heavy) for changed in (of_the_head, of_batch_norm)]
-
-
-@pytest.mark.parametrize("changed", [of_a_frozen_backbone, *LONG])
-def test_changed_weights_are_scored_as_their_saved_file(trained_once, run, changed, tmp_path):
+@pytest.mark.parametrize("part", PARAMS)
+def test_changed_weights_are_scored_as_their_saved_file(trained_once, run, part, tmp_path):
     model, file = run.load_model(device="cpu"), tmp_path / "changed.safetensors"
     with torch.no_grad():
-        for value in changed(model):
+        for value in CHANGED[part](model):
             value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(3)))
     model.save(file)
     evaluate = partial(dinoseg.evaluate, data={"root": trained_once / "data"}, engine="cpu", mode=QUICK)
