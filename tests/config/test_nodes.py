@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from config_files import GROUPS, options, read_whole
+from config_files import GROUPS, nodes, options, read_whole
 from hydra.utils import get_object
 from mistakes import assert_refused
 from omegaconf import OmegaConf
@@ -203,18 +203,10 @@ def test_numeric_keys_refuse_text():
     count = 0
     for group in GROUPS:
         for option in options(group) if group != "hparam" else ():
-            for node in tables(read_whole(group, option)):
+            for _, node in nodes(read_whole(group, option)):
                 parameters = inspect.signature(get_object(node["_target_"])).parameters
                 for key in parameters.keys() & {key for key, value in node.items() if isinstance(value, int | float)}:
                     count += 1
                     with pytest.raises(UserError, match=f"^{key}=text is of type str"):
                         check_arguments(node["_target_"], {key: "text"})
     assert count > 200
-
-
-def tables(node):
-    """Yield each mapping with a `_target_` at and below a node."""
-    if isinstance(node, dict):
-        yield from [node] if "_target_" in node else []
-        for value in node.values():
-            yield from tables(value)

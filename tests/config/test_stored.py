@@ -313,7 +313,12 @@ def test_foreign_content_of_a_checkpoint_is_refused(sound, place, value, says):
 
 def test_weights_are_given_to_classes_of_any_name(sound):
     names = ["it's", "a.b/c", "~", "k: v", "no", "1e3", "_background_", "h\xf6he", "grass (wet)"]
-    assert load(plant_value(sound, "loss/weights", dict.fromkeys(names, 3.0)))["loss"]["weights"]["a.b/c"] == 3.0
+    weights = dict.fromkeys(names, 3.0)
+    for stored in (
+        plant_value(sound, "loss/weights", weights),
+        describe(compose_job(**{"loss.weights": weights}), KEYS),
+    ):
+        assert load(as_read(stored))["loss"]["weights"] == weights
     for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_", "a\nb"):
         with pytest.raises(UserError, match=r"loss.weights is refused: a checkpoint stores no key"):
             load(plant_value(sound, "loss/weights", {name: 3.0}))

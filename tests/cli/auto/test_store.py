@@ -97,11 +97,6 @@ def test_recipe_has_lower_priority_than_typed_values(compose_recipe):
     assert typed_keys(words) == {"mode", "hparam", "head", "data.batch_size", "data.classes"}
 
 
-def test_a_recipe_without_groups_composes(compose_recipe):
-    cfg = compose_recipe([], recipe_text("x", CHOICES[4:5]))
-    assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"
-
-
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x00", "\ud800", "\ufffe"])
 def test_line_break_in_a_class_name_adds_no_key_to_the_recipe(end):
     name = f"pole{end}engine: {{_target_: os.system}}{end}"

@@ -159,11 +159,6 @@ def test_check_of_a_cell_refuses_wrong_values_without_data(compose, words, reaso
         instantiate(cfg.mode.check)(cfg)
 
 
-def sweep_config(mode, resume=None, head="linear"):
-    hydra = {"runtime": {"choices": {"head": head}, "config_sources": []}, "overrides": {"task": []}}
-    return OmegaConf.create({"mode": mode, "resume": resume, "hydra": hydra})
-
-
 @pytest.mark.parametrize(
     ("keys", "error", "reason"),
     [
@@ -177,18 +172,10 @@ def test_sweep_checks_only_new_trainings(monkeypatch, keys, error, reason):
     def fail(*_):
         raise error
 
-    composed = sweep_config(**keys)
+    hydra = {"runtime": {"choices": {"head": "linear"}, "config_sources": []}, "overrides": {"task": []}}
+    composed = OmegaConf.create({"resume": None, "hydra": hydra, **keys})
     monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", fail)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
-
-
-def test_sweep_cell_is_checked_with_its_own_choices(monkeypatch):
-    def tell(cfg, *_):
-        raise UserError(cfg.choices.head)
-
-    sweep, cell = (sweep_config({"check": {}}, head=head) for head in ("linear", "mlp"))
-    monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", tell)
-    assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
 
 @pytest.mark.heavy
@@ -394,10 +381,3 @@ def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
     assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
     assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * accuracies.std(ddof=1), abs=0.01)
     assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 4
-
-
-def test_folds_are_not_sent_to_be_compared(tmp_path, capsys):
-    scores = {"miou": 0.5, "accuracy": 0.5, "matrix": [[1, 1], [1, 1]]}
-    words = [f"seed={seed} data.fold={fold} head={head}" for seed in "01" for fold in "01" for head in "ab"]
-    rows = end_sweep(tmp_path, [(each, scores) for each in words])
-    assert len(rows) == 2 and "mode=compare" not in capsys.readouterr().out
