@@ -199,10 +199,7 @@ def test_floats_that_round_to_0_to_1_are_levels(dtype):
     assert (model.predict(image.to(dtype)).image[0, :2, 0] == [255, 0]).all()
 
 
-LARGE = pytest.param("linear", (33, 50), marks=pytest.mark.heavy)
-
-
-@pytest.mark.parametrize(("head", "size"), [("linear", (1, 7)), ("eomt", (33, 50)), LARGE])
+@pytest.mark.parametrize(("head", "size"), [("linear", (1, 7)), ("eomt", (33, 50))])
 def test_logits_are_contiguous(head, size):
     model = dinoseg.create_model("tiny_surgical", head=head, num_classes=3).eval()
     logits = model(torch.zeros(2, 3, *size))
@@ -217,12 +214,13 @@ def test_the_text_of_a_model_is_one_line():
     assert text == str(model) and "\n" not in text and "trainable" in text
 
 
-def test_weights_come_from_the_option_unless_they_are_random(tmp_path, monkeypatch):
+@pytest.mark.parametrize("weights", ["random", False, None])
+def test_weights_come_from_the_option_unless_they_are_random(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "random").mkdir()  # which is not read
-    whole = dinoseg.create_model("tiny_surgical", num_classes=2)
-    random = dinoseg.create_model("tiny_surgical", num_classes=2, weights="random")
-    assert not same(whole.backbone, random.backbone)
+    whole = dinoseg.create_model("tiny_surgical", num_classes=2, weights=True)
+    random = dinoseg.create_model("tiny_surgical", num_classes=2, weights=weights)
+    assert not same(whole.backbone, random.backbone) and random.backbone.weights == "random"
 
 
 def test_a_folder_with_a_card_is_read_back(tmp_path):

@@ -208,12 +208,7 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
     assert snapshot() == before and {*here.iterdir()} - left <= {here / "outputs"}
 
 
-GREYS = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 8, 8)
-ARRAYS = pytest.param([*GREYS.movedim(1, -1).numpy()], marks=pytest.mark.heavy, id="arrays")
-
-
-@pytest.mark.parametrize("images", [pytest.param(GREYS, id="tensor"), ARRAYS])
-def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch, images):
+def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch):
     given_to_mode = {}
 
     def record(*_, given):
@@ -226,7 +221,8 @@ def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch, ima
     model = dinoseg.create_model("rgb", num_classes=2)
     nn.init.normal_(model.head.classify.weight)
     monkeypatch.setattr(modes, "run_mode", record)
-    dinoseg.export_onnx(model, images, export={"precision": "int8"})
+    greys = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 8, 8)
+    dinoseg.export_onnx(model, greys, export={"precision": "int8"})
     assert given_to_mode["export.count"] == 17 and given_to_mode["export"] == "onnx" and model.training
 
 
@@ -279,21 +275,15 @@ def test_an_interrupted_training_is_saved_and_resumed(here):
     assert done >= 1 and resumed.step == done + 1 and resumed.folder == run.folder and resumed.scores["pixels"] > 0
 
 
-OTHER_ERROR = pytest.param(ZeroDivisionError(), marks=pytest.mark.heavy, id="ZeroDivisionError")
-
-
-@pytest.mark.parametrize("error", [pytest.param(dinoseg.UserError("of the loop"), id="UserError"), OTHER_ERROR])
-def test_errors_pass_restore_and_hold_no_model(here, monkeypatch, error):
+def test_errors_pass_restore_and_hold_no_model(here, monkeypatch):
     models = []
 
     def fail(experiment):
         models.append(weakref.ref(experiment.model))
-        raise error
+        raise dinoseg.UserError("of the loop")
 
     monkeypatch.setattr(train_mode, "fit", fail)
     before = snapshot()
-    with pytest.raises(type(error)) as raised:
+    with pytest.raises(dinoseg.UserError, match="^of the loop$"):
         dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT})
-    assert snapshot() == before and len(models) == 1
-    if isinstance(error, dinoseg.UserError):
-        assert models[0]() is None and str(raised.value) == "of the loop"
+    assert snapshot() == before and len(models) == 1 and models[0]() is None

@@ -52,12 +52,8 @@ def test_used_folder_is_refused_and_unchanged(here, name):
     assert contents() == before
 
 
-SPELLINGS = [((), {"out_dir": "used"}), pytest.param(("hydra.run.dir=used",), {}, marks=pytest.mark.heavy)]
-
-
-@pytest.mark.parametrize(("words", "named"), SPELLINGS)
-def test_existing_out_dir_is_not_overwritten(here, words, named):
-    assert evaluate(*words, **named, exist_ok=True).folder == here / "used_2" and Path("used/checkpoints").is_dir()
+def test_existing_out_dir_is_not_overwritten(here):
+    assert evaluate(out_dir="used", exist_ok=True).folder == here / "used_2" and Path("used/checkpoints").is_dir()
 
 
 def test_prediction_resumes_in_its_folder(here):

@@ -211,17 +211,6 @@ def test_one_argument_holds_an_option_and_its_keys(given, expected):
     assert words_of(split, find_tables(("mode=train",), split, None)) == expected
 
 
-NO_WEIGHTS = pytest.param(None, "random", marks=pytest.mark.heavy)
-
-
-@pytest.mark.parametrize(("weights", "used"), [(False, "random"), (True, "dinoseg:tiny_surgical"), NO_WEIGHTS])
-def test_no_weights_are_random_ones(weights, used, tmp_path):
-    model = dinoseg.create_model("tiny_surgical", num_classes=2, weights=weights)
-    assert model.backbone.weights == used
-    model.save(tmp_path / "model.safetensors")
-    assert dinoseg.load(tmp_path / "model.safetensors", device=torch.device("cpu")).device.type == "cpu"
-
-
 CLASSES = ["a", "b"]
 RANK_0 = {"name": "lora", "rank": 0}
 CALLS = {  # how a message begins

@@ -271,7 +271,6 @@ def test_reading_the_data_may_use_up_the_time_for_timing(choose_recipe, monkeypa
 @pytest.mark.parametrize(
     ("kind", "words", "ranks"),
     [
-        pytest.param("cpu", (), 1, marks=pytest.mark.heavy),
         ("cpu", ("engine.devices=3",), 1),  # which share the threads that one is timed with
         ("cuda", ("engine.devices=3",), 3),
     ],
@@ -338,11 +337,7 @@ def test_concurrent_starts_share_one_choice(folder, choose_recipe, monkeypatch):
     assert [*(folder / "outputs/.cache").glob("choices_*")] == [path]
 
 
-@pytest.mark.parametrize(
-    ("words", "minutes"),
-    [(("engine.devices=3",), 30), pytest.param(("budget.minutes=9", "engine.devices=3"), 9, marks=pytest.mark.heavy)],
-)
-def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, monkeypatch, words, minutes):
+def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, monkeypatch):
     asked = []
 
     def time_it(work, values, *, timeout):
@@ -350,11 +345,11 @@ def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, mon
         return TIMED
 
     monkeypatch.setattr(choose, "run_in_process", time_it)
-    _, done = choose_recipe(*words)
-    seconds = 15 * minutes  # a quarter of the budget
-    ((given, timeout, images),) = asked
-    assert (given, images) == (minutes, 3) and seconds / 2 < timeout <= seconds
-    told = [f"inspects data and machine: budget.minutes={minutes} starts now"]
+    _, done = choose_recipe("budget.minutes=9", "engine.devices=3")
+    ((minutes, timeout, images),) = asked
+    seconds = 9 * 15  # a quarter of the budget
+    assert (minutes, images) == (9, 3) and seconds / 2 < timeout <= seconds
+    told = ["inspects data and machine: budget.minutes=9 starts now"]
     told += [f"times adapter=frozen head=linear on crops of 32 x 48 (height x width), for at most {seconds} s"]
     assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 
@@ -369,11 +364,10 @@ def test_a_recipe_is_timed_on_its_own_data(choose_recipe, monkeypatch, words):
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
 
 
-@pytest.mark.parametrize(("patch", "head"), [(7, "multiscale"), pytest.param(8, "detail", marks=pytest.mark.heavy)])
-def test_odd_patch_sizes_choose_another_head(choose_recipe, patch, head):
+def test_odd_patch_sizes_choose_another_head(choose_recipe):
     start = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
-    words = (f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1")
-    assert choose_recipe(*words, start=start)[0].choices.head == head
+    words = ("backbone.patch_size=7", "backbone.arch.num_hidden_layers=4", "budget.minutes=1")
+    assert choose_recipe(*words, start=start)[0].choices.head == "multiscale"  # instead of detail
 
 
 def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compose, monkeypatch):
@@ -432,12 +426,5 @@ def test_trained_and_frozen_backbone_are_timed_in_one_process(tmp_path, compose,
     assert min(times.tuned, times.frozen, times.forward, times.val) > 0
     late = choose.time_config(to_container(cfg), trains=True, freezes=True, minutes=9, until=0.0)
     assert late.tuned is None and late.frozen > 0  # the trained backbone is left out
-
-
-def test_a_trained_backbone_alone_is_timed_after_the_deadline(tmp_path, compose, monkeypatch):
-    write_data(tmp_path / "data")
-    monkeypatch.setattr(timing, "try_steps", lambda *_, **__: Trial([3.0]))
-    monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 1.0)
-    cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=full", "data.batch_size=2")
-    late = choose.time_config(to_container(cfg), trains=True, freezes=False, minutes=9, until=0.0)
-    assert late.tuned == 1.5 and late.frozen is None
+    alone = choose.time_config(to_container(cfg), trains=True, freezes=False, minutes=9, until=0.0)
+    assert alone.tuned > 0 and alone.frozen is None
