@@ -207,12 +207,6 @@ print("status", process.exitcode)
 """
 
 
-def test_a_worker_that_imports_the_script_is_refused(monkeypatch):
-    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-    with pytest.raises(UserError, match='`if __name__ == "__main__":`'), preserve_process_state():
-        pass
-
-
 @pytest.mark.heavy
 def test_a_spawned_worker_that_imports_the_script_is_refused(tmp_path):
     (tmp_path / "script.py").write_text(SPAWNS)

@@ -14,7 +14,6 @@ COMMANDS = (
     ("mode=train", "hparam=sarrarp_lora", "trainer.steps=7", "data.root=OTHER"),
     ("mode=train", "head=dpt", "+data.extra=1", "~optim.schedule.warmup"),
     pytest.param(("mode=train", "hparam=dinosavi_control", "hydra.run.dir=HERE"), marks=pytest.mark.heavy),
-    pytest.param(("mode=predict", "backbone=timm", "backbone.name=test_vit"), marks=pytest.mark.heavy),
     ("mode=train", "hydra/job_logging=stdout", "hydra.verbose=true"),
     ("mode=train", "~optim"),
 )

@@ -8,7 +8,6 @@ import torch
 from command_line import SMALL, call, write_data
 from finished_runs import train_run
 from mistakes import assert_refused
-from omegaconf import OmegaConf
 from portable_parts import TINY, export_file, write_untrained
 
 import dinoseg
@@ -38,27 +37,6 @@ def untrained(compose, tmp_path_factory):
     return write
 
 
-@pytest.mark.heavy
-def test_later_uses_of_a_run_keep_its_precision_and_options(tmp_path):
-    write_data(tmp_path / "data")
-    run, last = tmp_path / "run", tmp_path / "run/checkpoints/last.safetensors"
-    train_run(tmp_path, "run", "mode=train", *SMALL, "engine.precision=fp32", *QUICK)
-    scores, first = (run / "evaluation/scores.json").read_bytes(), checkpoint.describe(last)
-    done = call(tmp_path, "mode=eval", "resume=run", "engine.device=cpu", "hydra.run.dir=scored", *QUICK)
-    assert done.status == 0, done.err
-    assert (tmp_path / "scored/scores.json").read_bytes() == scores
-    train_run(tmp_path, "run", "mode=train", "resume=run", "trainer.steps=3", "engine.device=cpu", *QUICK)
-    second = checkpoint.describe(last)
-    assert (
-        second["progress"]["step"] == 3 and second["choices"] == first["choices"] and not (tmp_path / "run_2").exists()
-    )
-    assert first["choices"]["head"] == "linear" and first["choices"]["backbone"] == "tiny"
-    assert "slots" not in first["config"].keys() | first["choices"].keys()  # a run of images has none
-    for folder in ("scored", "run"):
-        assert OmegaConf.load(tmp_path / folder / "config/config.yaml").engine.precision == "fp32", folder
-    assert first["precision"] == second["precision"] == "fp32"
-
-
 @pytest.mark.parametrize(
     ("mode", "stored", "typed", "expected"),
     [
@@ -80,7 +58,7 @@ def test_typed_precision_counts_before_the_stored_one(compose, untrained, mode, 
     assert merge(cfg, words, path, info).engine.precision == expected
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.heavy), "auto"])
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
 def test_loaded_or_exported_model_has_the_precision_of_training(untrained, tmp_path, precision):
     path = untrained(precision)
     expected = "fp32" if precision == "fp32" else "auto"

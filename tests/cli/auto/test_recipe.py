@@ -140,21 +140,14 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
     ("line", "said"),
     [
         ("budget.minutes=0.1", "budget.minutes=0.1 is out of range. Give a number of minutes from 1 to 1000000"),
-        ("budget.minutes=1e308", "budget.minutes=1e+308 is out of range. Give a number of minutes from 1 to 1000000"),
-        ("data.batch_size=some", "data.batch_size=some is of type str"),
         ("data.batch_size=0", "data.batch_size=0 is out of range"),
         ("data.views=some", "data.views=some is of type str"),
         ("trainer.accumulate=0", "trainer.accumulate=0 is out of range"),
         ("resolution.crop=[x,y]", "resolution.crop=['x', 'y'] is of type list of str"),
         ("budget.minutes=null", "budget.minutes=null"),
-        ("budget.minutes=soon", "budget.minutes=soon"),
         ("hparam=base budget.minutes=3", "budget.minutes is a key of hparam=auto"),
         ("trainer=multi_head heads=[linear]", "trainer=multi_head trains several heads"),
-        pytest.param(
-            "trainer=distil teacher=x",
-            "images and their masks, not for trainer=distil. Choose a recipe:",
-            marks=pytest.mark.heavy,
-        ),
+        ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
         ("trainer=slots", "not for trainer=slots"),
         ("data.root=nowhere", "nowhere"),
     ],
@@ -370,40 +363,31 @@ def test_odd_patch_sizes_choose_another_head(choose_recipe):
     assert choose_recipe(*words, start=start)[0].choices.head == "multiscale"  # instead of detail
 
 
-def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compose, monkeypatch):
-    write_data(tmp_path / "data", val=3)
-    clock = [0.0]
-    monkeypatch.setattr(timing, "evaluate", lambda *_, batches, **__: list(batches))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    cfg = compose(*SMALL, f"data.root={tmp_path}/data")
-    parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
-    kind, data_module = type(data), SimpleNamespace(val=data, policy=None)
-    read = kind.__getitem__
-    slow = lambda data, place: clock.__setitem__(0, clock[0] + 5) or read(data, place)  # noqa: E731
-    monkeypatch.setattr(kind, "__getitem__", slow)
-    assert timing._seconds_of_val(parts.loss(), data_module, parts.model(), instantiate(cfg.engine)) == 5
-
-
-def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
+def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, monkeypatch):
     write_data(tmp_path / "data", val=11)
     for number in range(10):  # but for the last one small
-        write_png(tmp_path / f"data/val/images/{number}.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
-        write_png(tmp_path / f"data/val/masks/{number}.png", torch.zeros(4, 4, dtype=torch.uint8).numpy())
-    clock, asked = [0.0], []
-
-    def time_evaluation(model, data, engine, *, policy, loss, batches):
-        asked.append((policy, loss))
-        clock[0] += sum(batch.image.numel() + batch.mask.numel() for batch in batches)
-
-    monkeypatch.setattr(timing, "evaluate", time_evaluation)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+        write_png(tmp_path / f"data/val/images/{number}.png", np.zeros((4, 4, 3), np.uint8))
+        write_png(tmp_path / f"data/val/masks/{number}.png", np.zeros((4, 4), np.uint8))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
-    engine = instantiate(cfg.engine)
     parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
-    large = [index for index, name in enumerate(data.names) if name == "10"]
     data_module = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
-    seconds = timing._seconds_of_val(parts.loss(), data_module, parts.model(), engine)
-    assert large == [2] and seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6)
+    clock, asked, read = [0.0], [], type(data).__getitem__
+
+    def read_slowly(data, index):
+        item = read(data, index)
+        clock[0] += item["image"].numel() + item["mask"].numel()
+        return item
+
+    def evaluate(model, data, engine, *, policy, loss, batches):
+        asked.append((policy, loss))
+        clock[0] += len(list(batches))
+
+    monkeypatch.setattr(type(data), "__getitem__", read_slowly)
+    monkeypatch.setattr(timing, "evaluate", evaluate)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    seconds = timing._seconds_of_val(parts.loss(), data_module, parts.model(), instantiate(cfg.engine))
+    assert [index for index, name in enumerate(data.names) if name == "10"] == [2]
+    assert seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6 + 1)
     ((policy, loss),) = asked
     assert policy == data_module.policy and loss is not None
 

@@ -133,12 +133,6 @@ def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path, words
     assert cell in done.err and "Traceback" not in done.err and not (tmp_path / "outputs").exists()
 
 
-def test_an_unknown_score_is_refused_before_data_and_model(tmp_path):
-    done = call(tmp_path, "mode=train", *SMALL, "data.root=absent", "trainer.score=iou")
-    assert "trainer.score=iou is not a score. Choose one of accuracy, dice, loss" in done.err
-    assert "listing the files" not in done.err
-
-
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
