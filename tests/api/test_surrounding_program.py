@@ -162,10 +162,7 @@ def test_new_and_loaded_models_do_not_depend_on_settings(tmp_path):
     model(BATCH).sum().backward()
 
 
-MORE = [pytest.param(*each, marks=pytest.mark.heavy) for each in (("linear", "whole"), ("mask2former", "windows"))]
-
-
-@pytest.mark.parametrize(("head", "inference"), [("linear", "windows"), ("eomt", "whole"), *MORE])
+@pytest.mark.parametrize(("head", "inference"), [("linear", "windows"), ("eomt", "whole")])
 def test_predictions_do_not_depend_on_settings(head, inference):
     model = make_model(head, inference=inference)
     model._precision = "fp32"

@@ -183,17 +183,26 @@ def test_launcher_ranks_do_not_choose(folder, monkeypatch):
 
 @pytest.fixture
 def choose_by_clock(choose_recipe, monkeypatch):
-    """Return a function that chooses by a fake clock, with a timing that takes so many seconds or its time limit."""
+    """Return a function that chooses by a fake clock, with a timing that takes so many seconds or its time limit.
+
+    The data are read for some seconds before.
+    """
     clock = [0.0]
+    facts_of = choose.facts_of
     monkeypatch.setattr(choose, "monotonic", lambda: clock[0])
 
-    def run(seconds, *words, timed=TIMED):
+    def run(seconds, *words, timed=TIMED, reading=0):
+        def read(*data):
+            clock[0] += reading
+            return facts_of(*data)
+
         def time_it(work, values, *, timeout):
             clock[0] += min(seconds, timeout)
             if seconds > timeout:
                 raise TimeoutError
             return timed
 
+        monkeypatch.setattr(choose, "facts_of", read)
         monkeypatch.setattr(choose, "run_in_process", time_it)
         cfg, done = choose_recipe(*words)
         assert 60 * cfg.trainer.max_minutes + clock[0] <= 60 * cfg.budget.minutes
@@ -246,19 +255,9 @@ def test_any_budget_gives_a_recipe(choose_by_clock, seconds, timed, words, head,
     assert ("solved in closed form" in done.out) == (init is not None) and (cfg.trainer.steps == 1 or not init)
 
 
-def test_reading_the_data_may_use_up_the_time_for_timing(choose_recipe, monkeypatch):
-    clock = [0.0]
-    facts_of = choose.facts_of
-
-    def slow(*given):
-        clock[0] += 30
-        return facts_of(*given)
-
-    monkeypatch.setattr(choose, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(choose, "run_in_process", pytest.fail)
-    monkeypatch.setattr(choose, "facts_of", slow)
-    cfg, _ = choose_recipe("budget.minutes=1")
-    assert 15 < 60 * cfg.trainer.max_minutes <= 30
+def test_reading_the_data_may_use_up_the_time_for_timing(choose_by_clock):
+    cfg, done = choose_by_clock(99, "budget.minutes=1", reading=30)
+    assert 15 < 60 * cfg.trainer.max_minutes <= 30 and "timing took too long" not in done.err  # it did not begin
 
 
 @pytest.mark.parametrize(
@@ -371,7 +370,9 @@ def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, 
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
     data_module = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
-    clock, asked, read = [0.0], [], type(data).__getitem__
+    clock = [0.0]
+    asked = []
+    read = type(data).__getitem__
 
     def read_slowly(data, index):
         item = read(data, index)
