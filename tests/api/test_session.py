@@ -143,24 +143,20 @@ def test_autocast_around_a_mode_caches_no_old_weights():
                 assert torch.nn.functional.linear(torch.ones(1, 1), weight) == value
 
 
-def test_open_log_files_and_disabled_loggers_stay_as_they_are(tmp_path):
+def test_open_log_files_and_disabled_loggers_stay_as_they_are(tmp_path, monkeypatch):
     handler = logging.FileHandler(tmp_path / "log", "w")
     logging.getLogger().addHandler(handler)
     ours = logging.getLogger("dinoseg.training.trainer")
-    ours.disabled = True
-    logging.disable(logging.CRITICAL)
-    try:
-        with preserve_process_state():
-            configure_log(None)
-            assert ours.isEnabledFor(logging.ERROR)
-        assert ours.disabled and logging.root.manager.disable == logging.CRITICAL
-        logging.disable(logging.NOTSET)
-        logging.getLogger("of_a_caller").error("after")
-    finally:
-        ours.disabled = False
-        logging.disable(logging.NOTSET)
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+    monkeypatch.setattr(ours, "disabled", True)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+    with preserve_process_state():
+        configure_log(None)
+        assert ours.isEnabledFor(logging.ERROR)
+    assert ours.disabled and logging.root.manager.disable == logging.CRITICAL
+    logging.disable(logging.NOTSET)
+    logging.getLogger("of_a_caller").error("after")
+    logging.getLogger().removeHandler(handler)
+    handler.close()
     assert "after" in (tmp_path / "log").read_text()
 
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, TINY_KEYS, call, write_data
 from finished_runs import train_run
 from mistakes import assert_refused
 from portable_parts import TINY, export_file, write_untrained
@@ -22,7 +22,6 @@ from dinoseg.models.backbones.normalisation import SATELLITE
 from dinoseg.training import checkpoint
 
 QUICK = ("mode.metrics_only=true", "mode.report=false")
-ARCH = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +88,13 @@ def mean_of(model):
 @pytest.fixture
 def satellite_weights(tmp_path):
     """Write a backbone to a file with a name of satellite weights."""
-    model = dinoseg.create_model("tiny", num_classes=2, **{"backbone.patch_size": 8, "backbone.arch": ARCH})
+    model = dinoseg.create_model("tiny", num_classes=2, **TINY_KEYS)
     torch.save(model.backbone.export_state(), tmp_path / "tiny_sat493m.pth")
     return tmp_path / "tiny_sat493m.pth"
 
 
 def test_a_saved_model_has_the_statistics_of_its_weights(satellite_weights, tmp_path):
-    keys = {"backbone.patch_size": 8, "backbone.arch": ARCH, "backbone.weights": str(satellite_weights)}
-    model = dinoseg.create_model("tiny", num_classes=2, **keys)
+    model = dinoseg.create_model("tiny", num_classes=2, weights=satellite_weights, **TINY_KEYS)
     model.save(tmp_path / "model.safetensors")
     satellite_weights.unlink()
     for each in (model, dinoseg.load(tmp_path / "model.safetensors", device="cpu")):
