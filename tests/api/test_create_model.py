@@ -230,20 +230,6 @@ def test_a_folder_with_a_card_is_read_back(tmp_path):
         assert type(back) is dinoseg.Segmenter and same(back, model)
 
 
-def test_weights_of_a_restricted_licence_need_consent(tmp_path):
-    packaged = dinoseg.create_model("tiny_surgical", num_classes=2, adapter="lora")
-    packaged.save(tmp_path / "delta.safetensors", delta=True)
-    whole = dinoseg.load(tmp_path / "delta.safetensors", device="cpu")
-    assert whole.facts.delta and same(whole, packaged)
-    whole.facts = copy.deepcopy(whole.facts)
-    whole.facts.backbone.update(gated=True, licence="DINOv3 License")
-    with pytest.raises(UserError, match="DINOv3 License.*: delta=True. Or.*: gated=True"):
-        whole.save(tmp_path / "refused.safetensors")
-    assert not (tmp_path / "refused.safetensors").exists()
-    whole.save(tmp_path / "whole.safetensors", gated=True)
-    assert same(dinoseg.load(tmp_path / "whole.safetensors", device="cpu"), packaged)
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("family", BACKBONES)
 def test_each_family_of_backbones_is_created_saved_and_copied(family, tmp_path):
