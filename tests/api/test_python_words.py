@@ -4,7 +4,7 @@ import enum
 import math
 import random
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -163,24 +163,13 @@ def test_options_are_sorted_names_of_files():
 
 def test_concurrent_composing_is_serialised():
     GlobalHydra.instance().clear()
-    inside, end = threading.Event(), threading.Event()
-
-    def hold():
+    with ThreadPoolExecutor(1) as pool:
         with lent_hydra():
-            inside.set()
-            end.wait(20)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert inside.wait(20)
-    composer = threading.Thread(target=compose_words, args=(["data.classes=[a,b]"],))
-    composer.start()
-    composer.join(0.3)
-    assert composer.is_alive()
-    end.set()
-    holder.join(20)
-    composer.join(20)
-    assert not composer.is_alive() and not GlobalHydra.instance().is_initialized()
+            composing = pool.submit(compose_words, ["data.classes=[a,b]"])
+            with pytest.raises(TimeoutError):
+                composing.result(timeout=0.3)
+        composing.result(timeout=20)
+    assert not GlobalHydra.instance().is_initialized()
 
 
 AUGMENT = {"color": {"name": "photometric", "space": "hsv"}}

@@ -165,22 +165,20 @@ class CallersOptimizer:
     speed: int = 1
 
 
-def test_a_hydra_program_can_call_modes():
+def test_a_hydra_program_can_call_modes(monkeypatch):
     store = ConfigStore.instance()
-    options = ["mode=help", "head=cnn", "adapter=lora", "loss=dice"]  # which no other test composes
+    monkeypatch.setattr(store, "repo", dict(store.repo))
     store.store(group="optim", name="adamw", node=CallersOptimizer)
-    try:
-        with initialize_config_dir(CONFIGS, version_base="1.3"):
-            before = GlobalHydra.instance().hydra
-            # a config of that name is not taken for one of that class
-            assert "optimizer" in compose([*options, "trainer=slots", "slots=lock_on"]).optim
-            with preserve_process_state():
-                assert not GlobalHydra.instance().is_initialized()
-            assert GlobalHydra.instance().hydra is before and "optim" in store.repo
-            with pytest.raises(Exception, match="optim/adamw"):
-                hydra_compose("main", [*options, "inference=whole"])
-    finally:
-        store.repo.pop("optim")
+    options = ["mode=help", "head=cnn", "adapter=lora", "loss=dice"]  # which no other test composes
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        before = GlobalHydra.instance().hydra
+        # a config of that name is not taken for one of that class
+        assert "optimizer" in compose([*options, "trainer=slots", "slots=lock_on"]).optim
+        with preserve_process_state():
+            assert not GlobalHydra.instance().is_initialized()
+        assert GlobalHydra.instance().hydra is before and "optim" in store.repo
+        with pytest.raises(Exception, match="optim/adamw"):
+            hydra_compose("main", [*options, "inference=whole"])
 
 
 def test_a_process_group_of_the_caller_is_refused(tmp_path):
