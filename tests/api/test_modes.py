@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +278,17 @@ def test_errors_pass_restore_and_hold_no_model(here, monkeypatch):
     with pytest.raises(dinoseg.UserError, match="^of the loop$"):
         dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT})
     assert snapshot() == before and len(models) == 1 and models[0]() is None
+
+
+@pytest.mark.heavy
+def test_threads_take_turns_and_give_the_same_weights(here):
+    def train(name):
+        return dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT}, out_dir=name)
+
+    before = snapshot()
+    with ThreadPoolExecutor(2) as pool:
+        runs = [*pool.map(train, ("thread_1", "thread_2"))]
+    assert snapshot() == before
+    for run in runs:
+        ours, theirs = tensors(run.folder, "last"), tensors(here / "typed", "last")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
