@@ -316,11 +316,6 @@ def create_named(classes, **arguments):
     return create(num_classes=None, classes=classes, **arguments)
 
 
-def with_weights_of_nothing():
-    torch.save({}, "other.pth")
-    create(weights="other.pth")()
-
-
 test_message_names_value_and_remedy = refusals(
     {
         "no classes": (create_named(None), "has no classes. Give num_classes=2"),
@@ -346,7 +341,6 @@ test_message_names_value_and_remedy = refusals(
         "a backbone": (create(backbone="dinov3_vits61"), "backbone=dinov3_vits61 is unknown. Did you mean"),
         "a layer": (create(**{"head.layers": [99]}), 'head={"layers": [99]}: this backbone has'),
         "no weights": (create(weights="gone.safetensors"), "weights=gone.safetensors: file or folder not found"),
-        "weights of nothing": (with_weights_of_nothing, "weights="),
         "weights of nobody": (create(weights="~nosuchuser/x"), "weights"),
         "a loss": (create(loss="dice"), "loss has no effect"),
         "a schedule": (create(optim={"schedule": {"kind": "poly"}}), "optim.schedule.kind has no effect"),

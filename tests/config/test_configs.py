@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 from copy import deepcopy
+from functools import reduce
 from itertools import zip_longest
+from operator import getitem
 
 import pytest
 from config_files import (
@@ -158,17 +160,11 @@ def written_values(node, path=()):
             yield here, value
 
 
-def composed_value(cfg, path):
-    for key in path:
-        cfg = cfg[key]
-    return cfg
-
-
 def check_written(cfg, own, option):
     """Check that all that an option's file sets is what is composed; return how many values."""
     composed, written = OmegaConf.to_container(cfg), list(written_values(own))
     for path, value in written:
-        assert composed_value(composed, path) == value, f"{option}: {path} is lost"
+        assert reduce(getitem, path, composed) == value, f"{option}: {path} is lost"
     return len(written)
 
 
