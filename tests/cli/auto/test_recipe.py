@@ -373,7 +373,8 @@ def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, 
 
     def evaluate(model, data, engine, *, policy, loss, batches):
         asked.append((policy, loss))
-        clock[0] += len(list(batches))
+        count = len(list(batches))
+        clock[0] += count
 
     monkeypatch.setattr(type(data), "__getitem__", read_slowly)
     monkeypatch.setattr(timing, "evaluate", evaluate)
