@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import dinoseg
 
@@ -23,10 +24,19 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_changed_weights_are_scored_as_their_saved_file(trained_once, run, tmp_path):
+def of_a_frozen_backbone(model):
+    return model.backbone.requires_grad_(False).parameters()
+
+
+def of_batch_norm(model):
+    return [part.running_mean for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("changed", [of_a_frozen_backbone, pytest.param(of_batch_norm, marks=pytest.mark.heavy)])
+def test_changed_weights_are_scored_as_their_saved_file(trained_once, run, changed, tmp_path):
     model, file = run.load_model(device="cpu"), tmp_path / "changed.safetensors"
     with torch.no_grad():
-        for value in model.backbone.requires_grad_(False).parameters():
+        for value in changed(model):
             value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(3)))
     model.save(file)
     evaluate = partial(dinoseg.evaluate, data={"root": trained_once / "data"}, engine="cpu", mode=QUICK)

@@ -230,6 +230,20 @@ def test_a_folder_with_a_card_is_read_back(tmp_path):
         assert type(back) is dinoseg.Segmenter and same(back, model)
 
 
+def test_weights_of_a_restricted_licence_need_consent(tmp_path):
+    packaged = dinoseg.create_model("tiny_surgical", num_classes=2, adapter="lora")
+    packaged.save(tmp_path / "delta.safetensors", delta=True)
+    whole = dinoseg.load(tmp_path / "delta.safetensors", device="cpu")
+    assert whole.facts.delta and same(whole, packaged)
+    whole.facts = copy.deepcopy(whole.facts)
+    whole.facts.backbone.update(gated=True, licence="DINOv3 License")
+    with pytest.raises(UserError, match="DINOv3 License.*: delta=True. Or.*: gated=True"):
+        whole.save(tmp_path / "refused.safetensors")
+    assert not (tmp_path / "refused.safetensors").exists()
+    whole.save(tmp_path / "whole.safetensors", gated=True)
+    assert same(dinoseg.load(tmp_path / "whole.safetensors", device="cpu"), packaged)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("family", BACKBONES)
 def test_each_family_of_backbones_is_created_saved_and_copied(family, tmp_path):
@@ -326,6 +340,7 @@ test_message_names_value_and_remedy = refusals(
         "a text as the names": (create_named("ab"), "is one text"),
         "a name twice": (create_named(["a", "a"]), "classes names a more than once"),
         "names without order": (create_named({"a", "b"}), "classes={", " is not a list"),
+        "names by their ids": (create_named({0: "a", 1: "b"}), "classes={0", " is not a list"),
         "numbers as the names": (create_named([1, 2]), "classes: 1 is of type int"),
         "a reference as a name": (create_named(["${x}", "b"]), "refers to another key of the config. Rename the class"),
         "a name that marks a lack": (create_named(["???", "b"]), "marks a value that a config lacks. Rename the class"),
@@ -342,9 +357,13 @@ test_message_names_value_and_remedy = refusals(
         "a layer": (create(**{"head.layers": [99]}), 'head={"layers": [99]}: this backbone has'),
         "no weights": (create(weights="gone.safetensors"), "weights=gone.safetensors: file or folder not found"),
         "weights of nobody": (create(weights="~nosuchuser/x"), "weights"),
+        "weights of a long name": (create(weights="x" * 5000), "weights"),
+        "weights of no text": (create(weights="a\ud800"), "weights"),
+        "weights of a number": (create(weights=5), "weights"),
         "a loss": (create(loss="dice"), "loss has no effect"),
         "a schedule": (create(optim={"schedule": {"kind": "poly"}}), "optim.schedule.kind has no effect"),
         "betas": (create(optim={"optimizer": {"betas": [0.9, 0.95]}}), "optim.optimizer.betas has no effect"),
+        "a batch size": (create(data={"batch_size": 3}), "data.batch_size has no effect"),
         "an augmentation": (create(data={"augment": {"flip": 0.0}}), "data.augment.flip has no effect"),
     }
 )

@@ -14,6 +14,7 @@ from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
 
 IMAGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 MINE = {
@@ -129,6 +130,24 @@ def test_parts_that_only_train_are_not_needed_to_predict(mine, monkeypatch):
         assert torch.equal(again(IMAGES), model(IMAGES))
     scores = dinoseg.evaluate("again.safetensors", data={"root": "data"}, config_dir=mine, mode={"metrics_only": True})
     assert scores["miou"] == run.scores["miou"]
+
+
+@pytest.mark.parametrize("place", ["trainer/method", "loss/criterion", "data/reader"])
+def test_loading_never_instantiates_targets_from_a_file(place, tmp_path):
+    """Nor of the parts that loading leaves out."""
+    file, ran = tmp_path / "model.safetensors", tmp_path / "ran"
+    dinoseg.create_model("rgb", num_classes=2).save(file)
+    held = checkpoint.read(file)
+    group, key = place.split("/")
+    path = {"_target_": "pathlib.Path", "_args_": [str(ran)]}
+    evil = {"evil": {"_target_": "pathlib.Path.touch", "self": path}}
+    for of_group, of_optimizer in ((evil, [0.9, 0.999]), ({}, f"${{{group}.{key}.evil}}")):
+        held.info["config"][group][key] = of_group
+        held.info["config"]["optim"]["optimizer"]["betas"] = of_optimizer
+        checkpoint.write(file, held.tensors, {name: value for name, value in held.info.items() if name != "format"})
+        with pytest.raises(UserError, match="stores no key _target_|interpolation is refused"):
+            dinoseg.load(file, device="cpu")
+    assert not ran.exists()
 
 
 @pytest.fixture

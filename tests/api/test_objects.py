@@ -14,7 +14,7 @@ from torch import nn
 import dinoseg
 from dinoseg.core.contracts import Backbone, Head, Loss
 from dinoseg.core.geometry import concatenate, widths
-from dinoseg.experiment.objects import OPTION
+from dinoseg.experiment.objects import OPTION, lend_objects, take_module
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.utils.errors import UserError
 
@@ -158,6 +158,15 @@ test_objects_that_do_not_fit_are_refused = refusals(
         "layers": (create(backbone=PatchBackbone(), head={"layers": [0]}), "head.layers has no effect"),
     }
 )
+
+
+def test_lent_object_is_not_moved_by_the_device_of_a_build():
+    part = nn.Linear(2, 2)
+    with lend_objects({"head": part}):
+        assert take_module("head", in_dim=3) is part
+        with torch.device("meta"):
+            assert take_module("head").weight.is_meta
+    assert not part.weight.is_meta
 
 
 @pytest.mark.heavy

@@ -1,4 +1,4 @@
-"""Programs that call the functions: scripts without `if __name__ == "__main__":`, ranks and the README."""
+"""Programs that call the functions: scripts without `if __name__ == "__main__":`, ranks, notebooks and the README."""
 
 import shlex
 import signal
@@ -96,3 +96,48 @@ def test_both_ways_of_the_readme_to_train_have_the_same_config(monkeypatch):
     words = [word for word in shlex.split(typed.removeprefix(OURS)) if word != "hydra.run.dir=RUN"]
     ours, theirs = (to_container(compose(each)) for each in (called[0], words))
     assert ours == theirs and ours["trainer"]["steps"] == 2000
+
+
+CELLS = (
+    f"import dinoseg, random, logging, warnings\nwords = {[*SMALL]}\nrandom.seed(3)\nstate = random.getstate()",
+    "run = dinoseg.train(None, *words, trainer={'steps': 2}, mode={'report': True})\nrun",
+    "scores = dinoseg.evaluate(run, mode={'metrics_only': True})\nscores",
+    "dinoseg.compare([run, scores])",
+    "dinoseg.train('demoo')",
+    """import os, signal, threading, time
+def interrupt():
+    while not os.path.exists("stopped/checkpoints/last.safetensors"):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+dinoseg.train(None, *words, out_dir="stopped", trainer={"steps": 10**6, "val_every": 10**6, "save_every": 1})""",
+    "run = dinoseg.Run('stopped').resume(trainer={'steps': dinoseg.Run('stopped').step + 1})\nprint('step', run.step)",
+    "assert random.getstate() == state and not logging.getLogger().handlers\nrun.plot().savefig('curves.png')",
+)
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_functions_run_in_a_notebook(tmp_path):
+    """Results are HTML, interrupts are named, and state stays."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    write_data(tmp_path / "data")
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    cells[4].metadata.tags = cells[5].metadata.tags = ["raises-exception"]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3").execute(cwd=str(tmp_path))
+    outputs = [cell.outputs for cell in notebook.cells]
+
+    def html(number):
+        return next(each.data["text/html"] for each in outputs[number] if "text/html" in each.get("data", {}))
+
+    def texts(number):
+        return "".join(each.text for each in outputs[number] if each.output_type == "stream")
+
+    assert "mIoU" in html(1) and "data:image/png;base64," in html(1)
+    assert "<td>bright</td>" in html(2) and "no significant difference" in html(3)
+    error, stop = outputs[4][-1], outputs[5][-1]
+    assert error.ename == "UserError" and "Did you mean hparam=demo" in error.evalue
+    assert stop.ename == "KeyboardInterrupt" and "To resume, add resume=auto" in stop.evalue
+    assert "step" in texts(6) and (tmp_path / "curves.png").is_file()
+    assert "step 2 of 2" in texts(1) or "widget" in str(outputs[1])

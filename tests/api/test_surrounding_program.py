@@ -1,5 +1,8 @@
 """Models and predictions neither depend on settings, threads and train mode of a program, nor change them."""
 
+import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -159,3 +162,15 @@ def test_predictions_do_not_depend_on_settings(head, inference):
         found = model.predict(IMAGE)
         assert np.array_equal(found.mask, expected.mask)
         assert np.array_equal(found.probabilities, expected.probabilities)
+
+
+@pytest.mark.heavy
+def test_a_pickled_model_predicts_in_a_new_process(tmp_path):
+    model = make_model()
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps((model, IMAGE, model.predict(IMAGE).mask)))
+    code = (
+        "import pickle; model, image, mask = pickle.load(open('model.pkl', 'rb')); "
+        "assert (model.predict(image).mask == mask).all()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -242,7 +242,8 @@ def test_hidden_options_are_bases_with_missing_values():
     assert hidden
     for path in hidden:
         others = [each for each in path.parent.glob("*.yaml") if each != path]
-        users = [each for each in others if path.stem in each.read_text("utf-8").replace("/", " ").replace(",", " ")]
+        name = re.compile(rf"\b{path.stem}\b")  # and not that of another base, which begins with it
+        users = [each for each in others if name.search(each.read_text("utf-8"))]
         assert users, f"nothing starts from {path}"
 
 

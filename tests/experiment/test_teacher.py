@@ -213,6 +213,7 @@ CROP = r"resolution.crop=.* must be \[height, width\]"
         ("config.resolution.crop", [0, 0], r"resolution.crop=\[0, 0\] with"),
         ("config.resolution.crop", "wide", "resolution.crop=wide"),
         ("config.resolution.crop", None, CROP),
+        ("config.resolution.crop", [16, 16, 16], CROP),
         ("config.resolution.crop", [512.0, 512.0], CROP),
         ("config.inference.size", -5, "inference.size=-5 is out of range"),
     ],

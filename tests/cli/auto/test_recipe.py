@@ -321,6 +321,17 @@ def test_concurrent_starts_share_one_choice(folder, choose_recipe, monkeypatch):
     assert [*(folder / "outputs/.cache").glob("choices_*")] == [path]
 
 
+@pytest.mark.heavy
+def test_choices_are_used_even_if_they_cannot_be_stored(folder, choose_recipe, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(recipe, "write_choices", full)
+    _, done = choose_recipe(FEW, "budget.minutes=1")
+    assert (folder / "R/config/hparam/chosen.yaml").is_file()
+    assert "(No space left on device): the next run chooses again." in done.err
+
+
 def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, monkeypatch):
     asked = []
 

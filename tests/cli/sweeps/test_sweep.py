@@ -153,6 +153,11 @@ def test_check_of_a_cell_refuses_wrong_values_without_data(compose, words, reaso
         instantiate(cfg.mode.check)(cfg)
 
 
+def sweep_config(mode, resume=None, head="linear"):
+    hydra = {"runtime": {"choices": {"head": head}, "config_sources": []}, "overrides": {"task": []}}
+    return OmegaConf.create({"mode": mode, "resume": resume, "hydra": hydra})
+
+
 @pytest.mark.parametrize(
     ("keys", "error", "reason"),
     [
@@ -166,10 +171,18 @@ def test_sweep_checks_only_new_trainings(monkeypatch, keys, error, reason):
     def fail(*_):
         raise error
 
-    hydra = {"runtime": {"choices": {"head": "linear"}, "config_sources": []}, "overrides": {"task": []}}
-    composed = OmegaConf.create({"resume": None, "hydra": hydra, **keys})
+    composed = sweep_config(**keys)
     monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", fail)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
+
+
+def test_sweep_cell_is_checked_with_its_own_choices(monkeypatch):
+    def tell(cfg, *_):
+        raise UserError(cfg.choices.head)
+
+    sweep, cell = (sweep_config({"check": {}}, head=head) for head in ("linear", "mlp"))
+    monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", tell)
+    assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
 
 @pytest.mark.heavy
