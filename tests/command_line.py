@@ -20,6 +20,10 @@ TINY = (  # a transformer of 2 blocks
     *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
     *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48"),
 )
+TINY_KEYS = {  # the same in a call from Python
+    "backbone.patch_size": 8,
+    "backbone.arch": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48},
+}
 SMALL = (  # overrides of a run that takes a second
     *("data=folder", "data.classes=[dark,bright]", "data.root=data", "data.batch_size=2", "resolution.crop=[32,48]"),
     *(*TINY, "adapter=full", "engine=cpu", "engine.workers=0", "trainer.steps=2"),

@@ -17,13 +17,13 @@ def run_daemon(command, log, env):
             daemon.terminate()
 
 
-def wait_until(reached, daemons=()):
+def wait_until(reached, daemons=(), *, seconds=HANG):
     """Wait until `reached()` is true, and return its value.
 
     Raises:
-        AssertionError: a daemon has ended before, or the state is never reached.
+        AssertionError: a daemon has ended before, or the state is not reached in time.
     """
-    deadline = time.monotonic() + HANG
+    deadline = time.monotonic() + seconds
     while not (state := reached()):
         ended = [daemon.args for daemon in daemons if daemon.poll() is not None]
         assert not ended, f"ended: {ended}"

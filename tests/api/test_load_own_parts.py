@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from command_line import SMALL, write_data
+from command_line import SMALL, TINY_KEYS, write_data
 from finished_runs import train_run
 from mistakes import assert_refused
 
@@ -62,11 +62,8 @@ def mine(tmp_path, monkeypatch):
 
 
 def create(config_dir, **options):
-    arch = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
-    own = {"backbone.patch_size": 8, "backbone.arch": arch, "classes": ["dark", "bright"]}
-    return dinoseg.create_model(
-        "tiny", **{"head": "mine", "adapter": "full", "config_dir": config_dir, **own, **options}
-    )
+    own = {"head": "mine", "adapter": "full", "classes": ["dark", "bright"], "config_dir": config_dir}
+    return dinoseg.create_model("tiny", **TINY_KEYS, **{**own, **options})
 
 
 def train(config_dir, **options):

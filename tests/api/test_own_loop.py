@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from command_line import SMALL, write_data
+from command_line import SMALL, TINY_KEYS, write_data
 from finished_runs import rows, train_run
 from making import train_batches
 from torch import distributed, nn
@@ -14,10 +14,6 @@ from dinoseg.experiment.builder import Builder
 
 pytestmark = pytest.mark.slow
 STEPS = 5
-TINY = {
-    "backbone.patch_size": 8,
-    "backbone.arch": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48},
-}
 WORDS = (
     *(*SMALL, "engine.precision=fp32", "loss=ce_dice", "head=mlp", f"trainer.steps={STEPS}", "trainer.log_every=1"),
     *(f"trainer.val_every={STEPS}", "optim.schedule.kind=constant", "optim.schedule.warmup=0", "head.lr=1e-3"),
@@ -25,7 +21,8 @@ WORDS = (
 
 
 def tiny(**overrides):
-    return dinoseg.create_model("tiny", adapter="full", head="mlp", classes=["dark", "bright"], **TINY, **overrides)
+    parts = {"adapter": "full", "head": "mlp", "classes": ["dark", "bright"]}
+    return dinoseg.create_model("tiny", **parts, **TINY_KEYS, **overrides)
 
 
 def test_a_plain_loop_has_the_loss_curve_of_a_training(tmp_path):
@@ -89,7 +86,7 @@ def test_gradients_of_two_processes_equal_the_joint_batch(tmp_path):
 @pytest.mark.parametrize("adapter", ["frozen", "lora"])
 def test_a_compiled_model_has_the_same_logits_and_gradients(adapter):
     options = {"adapter.dropout": 0.0} if adapter == "lora" else {}
-    model = dinoseg.create_model("tiny", adapter=adapter, head="mlp", num_classes=2, **TINY, **options)
+    model = dinoseg.create_model("tiny", adapter=adapter, head="mlp", num_classes=2, **TINY_KEYS, **options)
     images, targets = joint()
     gradients = []
     for each in (model, torch.compile(model, backend="aot_eager")):

@@ -4,7 +4,7 @@ import enum
 import math
 import random
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,31 +66,10 @@ def test_composed_values_equal_the_given_values(count):
     assert len({repr(each) for each in given.values()}) > count // 3
 
 
-def test_values_of_python_reach_the_config_unchanged(tmp_path):
-    words = {
-        "head": "mlp",
-        "data": {"classes": ["a", "b c", "1", "true", "Höhe"], "palette": None},
-        "data.root": tmp_path / 'it\'s a, [1] \\ "Döhe"',
-        "seed": 3,
-        "optim": {"optimizer": {"lr": 1e-7}},
-        "loss": {"weights": {"a": 3, "Höhe": 2.0}},
-        "data.reader": {"masks": {"ids": {11: 255}}, "layout": {"exclude": ()}},
-        "shared_cache": True,
-    }
-    cfg = compose_words(words_of(words))
-    assert list(cfg.data.classes) == ["a", "b c", "1", "true", "Höhe"] and cfg.data.palette is None and cfg.seed == 3
-    assert cfg.data.root == str(words["data.root"]) and cfg.optim.optimizer.lr == 1e-7
-    assert cfg.loss.weights == {"a": 3, "Höhe": 2.0} and cfg.data.reader.masks.ids == {11: 255}
-    assert cfg.data.reader.layout.exclude == [] and cfg.shared_cache is True
-    assert cfg.choices.head == "mlp" and cfg.data.reader.layout.images == "{split}/images"
-
-
 @pytest.mark.parametrize(
     ("given", "composed"),
     [
         (np.float32(0.5), 0.5),
-        (np.int64(3), 3),
-        (np.bool_(True), True),
         (Path("a folder/it's.png"), "a folder/it's.png"),
         ((1, 2), [1, 2]),
         (Split.VAL, "val"),
@@ -136,12 +115,8 @@ def test_the_config_is_that_of_the_command_line(compose):
 
 test_message_names_value_and_remedy = refusals(
     {
-        "option": (lambda: compose_words(words_of({"head": "mlq"})), "head=mlq is unknown"),
         "group": (lambda: compose_words(words_of({"heda": "mlp"})), "heda is not a key of the", "Did you mean head?"),
-        "key": (lambda: compose_words(words_of({"optim": {"optimiser": 3}})), "optim.optimiser is not a key of the"),
-        "no name": (lambda: compose_words(words_of({"trainer": 3})), "trainer=3 is unknown"),
         "name that YAML alone can hold": (lambda: words_of({"labels.ä": 1}), "Set it in a YAML file"),
-        "config folder": (lambda: compose_words([], config_dir="nowhere"), "config_dir=nowhere is not a folder"),
         "resolver, not an override": (
             lambda: compose_words(["data=folder", "data.classes=3", "hydra.run.dir=runs/${len:${data.classes}}"]),
             "data.classes=3 is not a list. Write it in brackets",
@@ -188,24 +163,13 @@ def test_options_are_sorted_names_of_files():
 
 def test_concurrent_composing_is_serialised():
     GlobalHydra.instance().clear()
-    inside, end = threading.Event(), threading.Event()
-
-    def hold():
+    with ThreadPoolExecutor(1) as pool:
         with lent_hydra():
-            inside.set()
-            end.wait(20)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert inside.wait(20)
-    composer = threading.Thread(target=compose_words, args=(["data.classes=[a,b]"],))
-    composer.start()
-    composer.join(0.3)
-    assert composer.is_alive()
-    end.set()
-    holder.join(20)
-    composer.join(20)
-    assert not composer.is_alive() and not GlobalHydra.instance().is_initialized()
+            composing = pool.submit(compose_words, ["data.classes=[a,b]"])
+            with pytest.raises(TimeoutError):
+                composing.result(timeout=0.3)
+        composing.result(timeout=20)
+    assert not GlobalHydra.instance().is_initialized()
 
 
 AUGMENT = {"color": {"name": "photometric", "space": "hsv"}}
@@ -215,7 +179,6 @@ AUGMENT = {"color": {"name": "photometric", "space": "hsv"}}
     ("given", "expected"),
     [
         ({"adapter": {"name": "lora", "rank": 4}}, ["adapter=lora", "adapter.rank=4"]),
-        ({"data": {"name": "camvid", "root": "R"}}, ["data=camvid", "data.root=R"]),
         ({"loss": {"name": "dice"}, "optim": {"optimizer": {"lr": 1.0}}}, ["loss=dice", "optim.optimizer.lr=1.0"]),
         ({"backbone": {"name": "timm"}, "backbone.name": "x"}, ["backbone=timm", "backbone.name=x"]),
         ({"data": {"pixels": "files"}}, ["data/pixels=files"]),
@@ -232,24 +195,6 @@ AUGMENT = {"color": {"name": "photometric", "space": "hsv"}}
 def test_one_argument_holds_an_option_and_its_keys(given, expected):
     split = split_options(given, None)
     assert words_of(split, find_tables(("mode=train",), split, None)) == expected
-
-
-def test_create_model_takes_options_with_keys():
-    lora = {"name": "lora", "rank": 2}
-    model = dinoseg.create_model({"name": "tiny", "patch_size": 8}, adapter=lora, head={"name": "mlp"}, num_classes=2)
-    lora = [parameter for name, parameter in model.named_parameters() if "lora_A" in name]
-    assert model.backbone.patch_size == 8 and {len(each) for each in lora} == {2}
-
-
-NO_WEIGHTS = pytest.param(None, "random", marks=pytest.mark.heavy)
-
-
-@pytest.mark.parametrize(("weights", "used"), [(False, "random"), (True, "dinoseg:tiny_surgical"), NO_WEIGHTS])
-def test_no_weights_are_random_ones(weights, used, tmp_path):
-    model = dinoseg.create_model("tiny_surgical", num_classes=2, weights=weights)
-    assert model.backbone.weights == used
-    model.save(tmp_path / "model.safetensors")
-    assert dinoseg.load(tmp_path / "model.safetensors", device=torch.device("cpu")).device.type == "cpu"
 
 
 CLASSES = ["a", "b"]

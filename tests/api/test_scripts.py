@@ -23,19 +23,6 @@ from dinoseg.utils.workers import run_in_process, in_processes
 print(run_in_process(abs, -3), sum(number for _, number in in_processes(abs, [-1] * 40, 2, remedy="")))
 assert __file__ == "script.py" or __file__.endswith("/script.py")
 """
-OF_HYDRA = f"""
-import logging, hydra, dinoseg
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
-OmegaConf.register_new_resolver("len", lambda values: "of this program")
-@hydra.main(version_base="1.1", config_path=None)
-def main(cfg):
-    folder = HydraConfig.get().runtime.output_dir
-    run = dinoseg.train(None, *{[*SMALL]}, data={{"root": "PLACE"}}, mode={{"report": False, "metrics_only": True}})
-    assert HydraConfig.get().runtime.output_dir == folder and HydraConfig.get().overrides.task == ["+lr=2"]
-    logging.getLogger("of_the_program").info("trained %s, len is %s", run.step, OmegaConf.create("x: ${{len:[1]}}").x)
-main()
-"""
 ON_RANKS = f"""
 import dinoseg
 print("begins", flush=True)
@@ -45,9 +32,9 @@ print("ends", run.step, run.scores["pixels"])
 """
 
 
-def start(folder, script, *words):
+def start(folder, script):
     (folder / "script.py").write_text(script)
-    command = [sys.executable, "script.py", *words]
+    command = [sys.executable, "script.py"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -59,14 +46,6 @@ def finish(process):
 
 def test_processes_do_not_import_the_script(tmp_path):
     assert finish(start(tmp_path, PROCESSES)) == "begins\n3 40\n"
-
-
-@pytest.mark.heavy
-def test_a_program_of_hydra_trains_and_still_logs(tmp_path):
-    write_data(tmp_path / "data")
-    out = finish(start(tmp_path, OF_HYDRA.replace("PLACE", str(tmp_path / "data")), "+lr=2"))
-    logs = [*tmp_path.glob("outputs/20*/*/script.log")]
-    assert len(logs) == 1 and "trained 2, len is of this program" in logs[0].read_text() and "trained 2" in out
 
 
 @pytest.mark.heavy

@@ -17,25 +17,19 @@ from dinoseg.training import checkpoint
 
 MISTAKES = {  # after mode=summary
     "-m hparam=glob(nothing*)": "hparam=glob(nothing*) is unknown. Choose from ade20k_m2f, ",
-    "-m head=glob(/etc/*)": "head=glob(/etc/*) is unknown. Choose from cnn, ",
     "-m head=glob(m*) head.nonsense=1": "head.nonsense is not a key of the config.",
-    "hparam=base -m head=1,2": "head=1 is unknown. Choose from cnn, ",
     "~hydra.run.dir": "~hydra.run.dir leaves hydra.run.dir without a valid value. Leave it out.",
     "hydra.sweep.dir={}": "hydra.sweep.dir={} leaves hydra.sweep.dir without a valid value.",
     "data=\u202etxt": "data=\\u202etxt is unknown. Choose from ",
     "-m head=[1],[2]": "head=[1],[2] is a list, and head takes one option. Choose one of cnn, ",
     "-m mode=train metric=[nsd],[nsdd]": "metric=nsdd is unknown. Did you mean metric=nsd?",
-    "-m mode=train metric=[nsd],[] head.nonsense=1": "head.nonsense is not a key of the config.",
     "-m mode=train metric=[nsd],[] metric.nsd.tolerance=3": "metric.nsd.tolerance is not a key of all",
-    "-m mode=train metric=nsdd,[]": "metric=nsdd is unknown. Did you mean metric=nsd?",
-    "mode=train metric.nsd.size=1": "metric.nsd.size is not a key of the config.",
     "~hparam": "~hparam removes a key that is read. Leave it out",
     "--config-dir own hparam=mine trainer.stpes=3": "trainer.stpes is not a key of the config. Did you mean trainer.st",
     "--config-dir own hparam=mien": "hparam=mien is unknown. Did you mean hparam=mine? Choose from ade20k_m2f, auto, b",
     "--config-dir own hparam=sarrarp/lora": "hparam=sarrarp/lora is unknown. Did you mean hparam=sarrarp_lora?",
     "--config-dir own hparam=mine resolution=3": "resolution=3: resolution is a group of keys.",
     # Hydra runs only the last values
-    "-m seed=1,2 seed=3,4": "seed=1,2 and seed=3,4 set the same key",
     "-m seed=1,2 ++seed=3,4": "seed=1,2 and ++seed=3,4 set the same key",
     "-m seed=1,2 seed=5": "seed=1,2 and seed=5 set the same key",
     # shapes, before the input is searched
@@ -58,12 +52,7 @@ def test_mistake_is_one_message_and_starts_no_sweep(tmp_path, line):
 
 @pytest.mark.parametrize(
     ("line", "option"),
-    [
-        ("metric.nsd.tolerance=1", "nsd"),
-        ("metric=[cldice] metric.nsd.tolerance=1", "nsd"),
-        ("logger.wandb.project=x", "wandb"),
-        pytest.param("logger=[] logger.tensorboard._partial_=x", "tensorboard", marks=pytest.mark.heavy),
-    ],
+    [("metric=[cldice] metric.nsd.tolerance=1", "nsd"), ("logger.wandb.project=x", "wandb")],
 )
 def test_key_of_an_option_that_is_not_listed_names_it(tmp_path, line, option):
     words = line.split()

@@ -46,26 +46,19 @@ def test_an_interval_that_nothing_searches_is_refused(tmp_path, sweep):
     assert "-m hydra/sweeper=optuna" in done.err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("commands", "cause"),
-    [
-        pytest.param((), 'RuntimeError: Could not detect "srun"', marks=pytest.mark.heavy),
-        (("srun", "sbatch"), "sbatch: error: no such partition: gpu"),
-    ],
-)
-def test_a_launcher_that_fails_is_one_message(tmp_path, monkeypatch, commands, cause):
+def test_a_launcher_that_fails_is_one_message(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     (tmp_path / "bin").mkdir()
-    for command in commands:
+    for command in ("srun", "sbatch"):
         script = tmp_path / "bin" / command
         script.write_text("#!/bin/sh\necho 'sbatch: error: no such partition: gpu' >&2; exit 1\n")
         script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin" if commands else f"{tmp_path}/bin")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin")
     write_data(tmp_path / "data")
     done = call(tmp_path, "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=submitit_slurm")
     assert done.status == 1 and "Traceback" not in done.err
     (message,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert "hydra/launcher=submitit_slurm failed" in message and cause in message
+    assert "hydra/launcher=submitit_slurm failed" in message and "sbatch: error: no such partition: gpu" in message
 
 
 @pytest.mark.heavy

@@ -147,13 +147,6 @@ def test_a_sweep_of_slurm_jobs_has_a_complete_table(environment, folder):
     assert rows.keys() == {"linear", "mlp"} and all(float(row["mIoU %"]) > 0 for row in rows.values())
 
 
-def test_a_refused_submission_is_one_message(environment, folder):
-    words = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=nowhere", "hydra.launcher.gpus_per_node=null"]
-    done = run_dinoseg(environment, folder, "-m", "mode=train", *SMALL, "head=linear,mlp", *words)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "error: hydra/launcher=submitit_slurm failed (" in done.stderr and "invalid partition" in done.stderr
-
-
 def test_the_signal_before_the_time_limit_saves_the_run(environment, folder):
     """The limit is set once the run has saved, however long it takes to start."""
     start = time.monotonic()

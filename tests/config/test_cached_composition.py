@@ -14,7 +14,6 @@ COMMANDS = (
     ("mode=train", "hparam=sarrarp_lora", "trainer.steps=7", "data.root=OTHER"),
     ("mode=train", "head=dpt", "+data.extra=1", "~optim.schedule.warmup"),
     pytest.param(("mode=train", "hparam=dinosavi_control", "hydra.run.dir=HERE"), marks=pytest.mark.heavy),
-    pytest.param(("mode=predict", "backbone=timm", "backbone.name=test_vit"), marks=pytest.mark.heavy),
     ("mode=train", "hydra/job_logging=stdout", "hydra.verbose=true"),
     ("mode=train", "~optim"),
 )
@@ -54,32 +53,16 @@ def test_cached_composition_equals_hydra(anew, words):
     assert first == second == anew(words)
 
 
-TEXTS = (
-    "defaults: [linear]\nlr: 0.5\n",
-    "defaults: [linear]\nlr: 0.25\n",
-    "defaults: [mlp]\nlr: 0.25\n",
-    "# @package other\ndefaults: [mlp]\nlr: 0.25\n",
-)
-
-
-@pytest.mark.parametrize("texts", [TEXTS[:2], pytest.param(TEXTS, marks=pytest.mark.heavy)], ids=len)
-def test_changed_options_in_a_folder_are_read_again(anew, tmp_path, texts):
+def test_changed_options_in_a_folder_are_read_again(anew, tmp_path):
     path = tmp_path / "head/mine.yaml"
     path.parent.mkdir()
     words = (f"hydra.searchpath=['file://{tmp_path}']", "mode=train", "head=mine")
     found = []
-    for text in texts:
+    for text in ("defaults: [linear]\nlr: 0.5\n", "# @package other\ndefaults: [mlp]\nlr: 0.25\n"):
         path.write_text(text)
         found.append(compose_with_flags(words))
         assert found[-1] == compose_with_flags(words) == anew(words)
-    assert [cfg["head"].get("lr") for cfg, _ in found[:3]] == [0.5, 0.25, 0.25][: len(texts)]
-    assert len({repr(each) for each in found}) == len(texts)
+    assert found[0] != found[1] and found[0][0]["head"]["lr"] == 0.5
     path.unlink()
     with pytest.raises(ConfigCompositionException, match="mine"):
         compose_with_flags(words)
-
-
-def test_an_unknown_option_is_refused_each_time(anew):
-    for refuse in (compose_with_flags, compose_with_flags, anew):
-        with pytest.raises(ConfigCompositionException, match="nothing"):
-            refuse(["head=nothing"])

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 from copy import deepcopy
+from functools import reduce
 from itertools import zip_longest
+from operator import getitem
 
 import pytest
 from config_files import (
@@ -41,7 +43,6 @@ from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.objects import OPTION
 from dinoseg.experiment.recipe import INITIAL, SAVED, TEACHER, absolute, config_description
-from dinoseg.utils.errors import UserError
 
 TRACKING = {"model", "device", "autocast", "batch_size"}
 # What build, launch and fit hand over; every other argument stands in a config or has a default
@@ -66,10 +67,6 @@ AT_RUN_TIME = {
 }
 # What stands beside the keys of a target for somebody else
 FOR_OTHERS = {"mode": set(LAUNCH_KEYS), "head": {"layers", "lr"}, "adapter": {"lr"}}
-HIDDEN = """
-    _annotated _clips _common _davis _dino _dinov2 _dinov3 _dinov3_convnext _eomt _features _idd _idd_level3
-    _linear_dinov2 _linear_dinov3 _linear_probe _mask2former _model _pixel _recipe _rendered _slots_movi _videos
-""".split()
 
 
 def check_binds(path, node):
@@ -163,17 +160,11 @@ def written_values(node, path=()):
             yield here, value
 
 
-def composed_value(cfg, path):
-    for key in path:
-        cfg = cfg[key]
-    return cfg
-
-
 def check_written(cfg, own, option):
     """Check that all that an option's file sets is what is composed; return how many values."""
     composed, written = OmegaConf.to_container(cfg), list(written_values(own))
     for path, value in written:
-        assert composed_value(composed, path) == value, f"{option}: {path} is lost"
+        assert reduce(getitem, path, composed) == value, f"{option}: {path} is lost"
     return len(written)
 
 
@@ -246,26 +237,13 @@ def test_checkpoint_restores_every_option(rows):
     assert len(given) == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in groups)
 
 
-def test_a_wrong_key_or_a_missing_one_is_found():
-    right = {"_target_": "dinoseg.models.heads.linear.LinearHead", "_partial_": True, "num_classes": 2}
-    check_binds("head", right)
-    for wrong, error in (
-        (right | {"num_clases": 2}, TypeError),
-        ({key: value for key, value in right.items() if key != "num_classes"}, TypeError),
-        (right | {"num_classes": "2"}, UserError),
-        (right | {"in_dim": 3}, AssertionError),
-        (right | {"_partial_": False}, AssertionError),
-    ):
-        with pytest.raises(error):
-            check_binds("head", wrong)
-
-
 def test_hidden_options_are_bases_with_missing_values():
     hidden = sorted(path for path in FOLDER.glob("*/_*.yaml") if path.stem != OPTION)  # which only calls choose
-    assert {path.stem for path in hidden} == {*HIDDEN}
+    assert hidden
     for path in hidden:
         others = [each for each in path.parent.glob("*.yaml") if each != path]
-        users = [each for each in others if path.stem in each.read_text("utf-8").replace("/", " ").replace(",", " ")]
+        name = re.compile(rf"\b{path.stem}\b")  # and not that of another base, which begins with it
+        users = [each for each in others if name.search(each.read_text("utf-8"))]
         assert users, f"nothing starts from {path}"
 
 
@@ -331,18 +309,6 @@ def test_shared_facts_are_set_once(compose):
     assert compose("mode=predict", "input=a.png").mode.input == "a.png"
 
 
-def test_recipes_override_groups_and_command_line_overrides_both(compose):
-    demo = compose("hparam=demo")
-    assert compose().data.augment.scale == [0.75, 1.5] and demo.data.augment.scale == [0.8, 1.25]
-    typed = compose("hparam=demo", "data.augment.scale=[1,1]", "head=linear", "data.batch_size=3")
-    assert typed.data.augment.scale == [1, 1] and typed.data.batch_size == 3
-    assert (demo.choices.head, typed.choices.head) == ("mlp", "linear")
-    lora, full = compose("hparam=sarrarp_lora_lowres"), compose("hparam=sarrarp_full")
-    assert lora.resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
-    assert compose("hparam=sarrarp_frozen").choices.adapter == "frozen"
-    assert full.trainer.steps == lora.trainer.steps
-
-
 @pytest.fixture
 def copy(tmp_path):
     """Return a copy of the config folder, without local files."""
@@ -384,15 +350,8 @@ def test_local_paths_override_only_recipes(copy):
     assert root_and_workers("hparam=demo", "data.root=given", "engine.workers=0") == ("given", 0)
 
 
-def test_files_of_a_defaults_list_come_before_the_option():
-    names = [path.stem for path in option_files([FOLDER], "trainer", "slots")]
-    assert names[-1] == "slots" and "supervised" in names
-
-
-def test_recipes_start_from_others_by_their_whole_path():
-    files = [path.relative_to(FOLDER) for path in option_files([FOLDER], "hparam", "sarrarp_lora_lowres")]
-    assert [path.as_posix() for path in files[-2:]] == ["hparam/sarrarp_lora.yaml", "hparam/sarrarp_lora_lowres.yaml"]
-
-
-def test_an_option_without_a_file_has_no_files(tmp_path):
+def test_files_of_a_defaults_list_come_before_the_option(tmp_path):
+    files = [path.relative_to(FOLDER).as_posix() for path in option_files([FOLDER], "hparam", "sarrarp_lora_lowres")]
+    assert files[-2:] == ["hparam/sarrarp_lora.yaml", "hparam/sarrarp_lora_lowres.yaml"]  # the first by its whole path
+    assert "supervised" in [path.stem for path in option_files([FOLDER], "trainer", "slots")]
     assert [*option_files([tmp_path], "head", "x")] == []

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,7 @@ def test_a_run_does_not_write_into_the_folder_of_a_sweep(tmp_path):
 def test_configs_of_continuations_take_the_next_free_name(tmp_path):
     for _ in range(3):
         write_config({}, tmp_path, [])
-    (tmp_path / "config_2/config.yaml").unlink()
-    (tmp_path / "config_2/overrides.txt").unlink()
-    (tmp_path / "config_2").rmdir()
+    shutil.rmtree(tmp_path / "config_2")
     write_config({}, tmp_path, ["seed=3"])
     assert (tmp_path / "config_2/overrides.txt").read_text() == "seed=3\n"
 

@@ -1,6 +1,5 @@
 """hparam=auto, from a command line to a training by what was chosen; what is timed is made up, but for one test."""
 
-import re
 import shlex
 import time
 from dataclasses import replace
@@ -77,18 +76,6 @@ def test_recorded_recipe_reproduces_the_chosen_run(folder, choose_recipe):
     assert configs[0] == configs[1] and again.head.lr == 0.5
 
 
-@pytest.mark.heavy
-def test_typed_values_override_the_chosen_ones(folder, choose_recipe):
-    words = ("head=mlp", "optim.optimizer.lr=1e-3", "data.batch_size=3", "resolution.crop=[24,24]", "loss=focal")
-    taken = "data.batch_size, head, loss, resolution.crop, trainer.steps"
-    cfg, done = choose_recipe(FEW, *words, "budget.minutes=1")
-    assert (cfg.choices.head, cfg.choices.loss, cfg.data.batch_size) == ("mlp", "focal", 3)
-    assert cfg.optim.optimizer.lr == 1e-3 and cfg.resolution.crop == [24, 24]
-    assert f"; set on the command line: {taken}" in done.out
-    text = re.sub("#.*", "", (folder / "R/config/hparam/chosen.yaml").read_text())
-    assert not re.search("crop|head|loss|batch|trainer", text) and "override /adapter: frozen" in text
-
-
 @pytest.mark.parametrize(
     "typed", ["loss", "loss.criterion", "loss.criterion.factors", "loss.criterion.factors.dice", "loss.weights"]
 )
@@ -107,9 +94,7 @@ def test_same_command_reuses_its_choices_on_any_machine_speed(folder, choose_rec
         patched.setattr(choose, "run_in_process", pytest.fail)
         other, again = choose_recipe(*words, "seed=1", "mode.tflops=1", folder_of_run="S")
     assert "; chosen now:" in first.out and "reused from" in again.out and one.seed != other.seed
-    assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
-        other[key] for key in ("head", "data", "optim", "trainer")
-    ]
+    assert all(one[group] == other[group] for group in ("head", "data", "optim", "trainer"))
     choose_recipe("trainer.epochs=1", "budget.minutes=2", folder_of_run="T")
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
@@ -149,40 +134,18 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["batch_size"] == 2
 
 
-@pytest.mark.heavy
-def test_run_resumes_with_weights_for_unusual_class_names(folder):
-    part = folder / "own/hparam/mine.yaml"
-    part.parent.mkdir(parents=True)
-    classes, weights = "data: {classes: [\"it's, a.b\", '1e3']}", 'loss: {weights: {"it\'s, a.b": 2}}'
-    part.write_text(f"# @package _global_\n{classes}\n{weights}\n")
-    small = [word for word in SMALL if not word.startswith("data.classes")]
-    done = call(folder, "mode=train", *small, "--config-dir=own", "hparam=mine", "hydra.run.dir=R")
-    assert done.status == 0, done.err
-    again = call(folder, "mode=train", "resume=R", "trainer.steps=3", "engine=cpu", "engine.workers=0")
-    assert again.status == 0, again.err
-    saved = checkpoint.describe(folder / "R/checkpoints/last.safetensors")
-    assert saved["progress"]["step"] == 3 and saved["config"]["loss"]["weights"] == {"it's, a.b": 2}
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("budget.minutes=0.1", "budget.minutes=0.1 is out of range. Give a number of minutes from 1 to 1000000"),
-        ("budget.minutes=1e308", "budget.minutes=1e+308 is out of range. Give a number of minutes from 1 to 1000000"),
-        ("data.batch_size=some", "data.batch_size=some is of type str"),
         ("data.batch_size=0", "data.batch_size=0 is out of range"),
         ("data.views=some", "data.views=some is of type str"),
         ("trainer.accumulate=0", "trainer.accumulate=0 is out of range"),
         ("resolution.crop=[x,y]", "resolution.crop=['x', 'y'] is of type list of str"),
         ("budget.minutes=null", "budget.minutes=null"),
-        ("budget.minutes=soon", "budget.minutes=soon"),
         ("hparam=base budget.minutes=3", "budget.minutes is a key of hparam=auto"),
         ("trainer=multi_head heads=[linear]", "trainer=multi_head trains several heads"),
-        pytest.param(
-            "trainer=distil teacher=x",
-            "images and their masks, not for trainer=distil. Choose a recipe:",
-            marks=pytest.mark.heavy,
-        ),
+        ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
         ("trainer=slots", "not for trainer=slots"),
         ("data.root=nowhere", "nowhere"),
     ],
@@ -218,17 +181,26 @@ def test_launcher_ranks_do_not_choose(folder, monkeypatch):
 
 @pytest.fixture
 def choose_by_clock(choose_recipe, monkeypatch):
-    """Return a function that chooses by a fake clock, with a timing that takes so many seconds or its time limit."""
+    """Return a function that chooses by a fake clock, with a timing that takes so many seconds or its time limit.
+
+    The data are read for some seconds before.
+    """
     clock = [0.0]
+    facts_of = choose.facts_of
     monkeypatch.setattr(choose, "monotonic", lambda: clock[0])
 
-    def run(seconds, *words, timed=TIMED):
+    def run(seconds, *words, timed=TIMED, reading=0):
+        def read(*data):
+            clock[0] += reading
+            return facts_of(*data)
+
         def time_it(work, values, *, timeout):
             clock[0] += min(seconds, timeout)
             if seconds > timeout:
                 raise TimeoutError
             return timed
 
+        monkeypatch.setattr(choose, "facts_of", read)
         monkeypatch.setattr(choose, "run_in_process", time_it)
         cfg, done = choose_recipe(*words)
         assert 60 * cfg.trainer.max_minutes + clock[0] <= 60 * cfg.budget.minutes
@@ -242,12 +214,10 @@ def choose_by_clock(choose_recipe, monkeypatch):
     ("words", "adapter", "share"),
     [
         (["head=linear"], "full", 0.0),  # 1,066 images
-        (["head=linear", "budget.minutes=1.5"], "frozen", 0.0),  # 533
         (DETAIL, "full", 0.4),  # 1,454, of which 40 % with a frozen backbone
         ([*DETAIL, "optim.optimizer.freeze_backbone_until=0"], "frozen", 0.0),  # 1,066 with a trained one
         ([*DETAIL, "engine.devices=2"], "frozen", 0.0),  # ranks save no time by freezing
         ([*DETAIL, "adapter=full"], "full", 0.0),  # as typed
-        ([*DETAIL, "budget.minutes=1.75"], "frozen", 0.0),  # 880 with both phases
         ([*DETAIL, "budget.minutes=8"], "full", 0.0),  # 2,843 without freezing
     ],
 )
@@ -269,7 +239,6 @@ SLOW = replace(TIMED, frozen=100.0, val=50.0)
 @pytest.mark.parametrize(
     ("seconds", "timed", "words", "head", "init"),
     [
-        pytest.param(1, TIMED, (), "linear", None, marks=pytest.mark.heavy),
         (1, SLOW, (), "linear", "probe"),
         pytest.param(1, SLOW, ("head=mlp",), "mlp", None, marks=pytest.mark.heavy),
         # timing is stopped: a cautious estimate
@@ -283,30 +252,14 @@ def test_any_budget_gives_a_recipe(choose_by_clock, seconds, timed, words, head,
     assert ("solved in closed form" in done.out) == (init is not None) and (cfg.trainer.steps == 1 or not init)
 
 
-def test_reading_the_data_may_use_up_the_time_for_timing(choose_recipe, monkeypatch):
-    clock = [0.0]
-    facts_of = choose.facts_of
-
-    def slow(*given):
-        clock[0] += 30
-        return facts_of(*given)
-
-    monkeypatch.setattr(choose, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(choose, "run_in_process", pytest.fail)
-    monkeypatch.setattr(choose, "facts_of", slow)
-    cfg, _ = choose_recipe("budget.minutes=1")
-    assert 15 < 60 * cfg.trainer.max_minutes <= 30
+def test_reading_the_data_may_use_up_the_time_for_timing(choose_by_clock):
+    cfg, done = choose_by_clock(99, "budget.minutes=1", reading=30)
+    assert 15 < 60 * cfg.trainer.max_minutes <= 30 and "timing took too long" not in done.err  # it did not begin
 
 
-@pytest.mark.parametrize(
-    ("kind", "words", "ranks"),
-    [
-        pytest.param("cpu", (), 1, marks=pytest.mark.heavy),
-        ("cpu", ("engine.devices=3",), 1),  # which share the threads that one is timed with
-        ("cuda", ("engine.devices=3",), 3),
-    ],
-)
-def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, words, ranks):
+@pytest.mark.parametrize(("kind", "ranks"), [("cpu", 1), ("cuda", 3)])
+def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, ranks):
+    """Those of a CPU share the threads that one is timed with."""
     seen = []
 
     def time_it(work, values, **_):
@@ -322,7 +275,7 @@ def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, words, 
 
     monkeypatch.setattr(choose, "run_in_process", time_it)
     monkeypatch.setattr(recipe, "choose", choose_on_device)
-    done = call(folder, *AUTO, *words, "mode=plan", "hydra.run.dir=R")
+    done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "hydra.run.dir=R")
     assert seen == [ranks], done.err
 
 
@@ -379,11 +332,7 @@ def test_choices_are_used_even_if_they_cannot_be_stored(folder, choose_recipe, m
     assert "(No space left on device): the next run chooses again." in done.err
 
 
-@pytest.mark.parametrize(
-    ("words", "minutes"),
-    [(("engine.devices=3",), 30), pytest.param(("budget.minutes=9", "engine.devices=3"), 9, marks=pytest.mark.heavy)],
-)
-def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, monkeypatch, words, minutes):
+def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, monkeypatch):
     asked = []
 
     def time_it(work, values, *, timeout):
@@ -391,11 +340,11 @@ def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, mon
         return TIMED
 
     monkeypatch.setattr(choose, "run_in_process", time_it)
-    _, done = choose_recipe(*words)
-    seconds = 15 * minutes  # a quarter of the budget
-    ((given, timeout, images),) = asked
-    assert (given, images) == (minutes, 3) and seconds / 2 < timeout <= seconds
-    told = [f"inspects data and machine: budget.minutes={minutes} starts now"]
+    _, done = choose_recipe("budget.minutes=9", "engine.devices=3")
+    ((minutes, timeout, images),) = asked
+    seconds = 9 * 15  # a quarter of the budget
+    assert (minutes, images) == (9, 3) and seconds / 2 < timeout <= seconds
+    told = ["inspects data and machine: budget.minutes=9 starts now"]
     told += [f"times adapter=frozen head=linear on crops of 32 x 48 (height x width), for at most {seconds} s"]
     assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 
@@ -410,47 +359,40 @@ def test_a_recipe_is_timed_on_its_own_data(choose_recipe, monkeypatch, words):
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
 
 
-@pytest.mark.parametrize(("patch", "head"), [(7, "multiscale"), pytest.param(8, "detail", marks=pytest.mark.heavy)])
-def test_odd_patch_sizes_choose_another_head(choose_recipe, patch, head):
+def test_odd_patch_sizes_choose_another_head(choose_recipe):
     start = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
-    words = (f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1")
-    assert choose_recipe(*words, start=start)[0].choices.head == head
+    words = ("backbone.patch_size=7", "backbone.arch.num_hidden_layers=4", "budget.minutes=1")
+    assert choose_recipe(*words, start=start)[0].choices.head == "multiscale"  # instead of detail
 
 
-def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compose, monkeypatch):
-    write_data(tmp_path / "data", val=3)
-    clock = [0.0]
-    monkeypatch.setattr(timing, "evaluate", lambda *_, batches, **__: list(batches))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    cfg = compose(*SMALL, f"data.root={tmp_path}/data")
-    parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
-    kind, data_module = type(data), SimpleNamespace(val=data, policy=None)
-    read = kind.__getitem__
-    slow = lambda data, place: clock.__setitem__(0, clock[0] + 5) or read(data, place)  # noqa: E731
-    monkeypatch.setattr(kind, "__getitem__", slow)
-    assert timing._seconds_of_val(parts.loss(), data_module, parts.model(), instantiate(cfg.engine)) == 5
-
-
-def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
+def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, monkeypatch):
     write_data(tmp_path / "data", val=11)
     for number in range(10):  # but for the last one small
-        write_png(tmp_path / f"data/val/images/{number}.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
-        write_png(tmp_path / f"data/val/masks/{number}.png", torch.zeros(4, 4, dtype=torch.uint8).numpy())
-    clock, asked = [0.0], []
-
-    def time_evaluation(model, data, engine, *, policy, loss, batches):
-        asked.append((policy, loss))
-        clock[0] += sum(batch.image.numel() + batch.mask.numel() for batch in batches)
-
-    monkeypatch.setattr(timing, "evaluate", time_evaluation)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+        write_png(tmp_path / f"data/val/images/{number}.png", np.zeros((4, 4, 3), np.uint8))
+        write_png(tmp_path / f"data/val/masks/{number}.png", np.zeros((4, 4), np.uint8))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
-    engine = instantiate(cfg.engine)
     parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
-    large = [index for index, name in enumerate(data.names) if name == "10"]
     data_module = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
-    seconds = timing._seconds_of_val(parts.loss(), data_module, parts.model(), engine)
-    assert large == [2] and seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6)
+    clock = [0.0]
+    asked = []
+    read = type(data).__getitem__
+
+    def read_slowly(data, index):
+        item = read(data, index)
+        clock[0] += item["image"].numel() + item["mask"].numel()
+        return item
+
+    def evaluate(model, data, engine, *, policy, loss, batches):
+        asked.append((policy, loss))
+        count = len(list(batches))
+        clock[0] += count
+
+    monkeypatch.setattr(type(data), "__getitem__", read_slowly)
+    monkeypatch.setattr(timing, "evaluate", evaluate)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    seconds = timing._seconds_of_val(parts.loss(), data_module, parts.model(), instantiate(cfg.engine))
+    assert [index for index, name in enumerate(data.names) if name == "10"] == [2]
+    assert seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6 + 1)
     ((policy, loss),) = asked
     assert policy == data_module.policy and loss is not None
 
@@ -473,12 +415,5 @@ def test_trained_and_frozen_backbone_are_timed_in_one_process(tmp_path, compose,
     assert min(times.tuned, times.frozen, times.forward, times.val) > 0
     late = choose.time_config(to_container(cfg), trains=True, freezes=True, minutes=9, until=0.0)
     assert late.tuned is None and late.frozen > 0  # the trained backbone is left out
-
-
-def test_a_trained_backbone_alone_is_timed_after_the_deadline(tmp_path, compose, monkeypatch):
-    write_data(tmp_path / "data")
-    monkeypatch.setattr(timing, "try_steps", lambda *_, **__: Trial([3.0]))
-    monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 1.0)
-    cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=full", "data.batch_size=2")
-    late = choose.time_config(to_container(cfg), trains=True, freezes=False, minutes=9, until=0.0)
-    assert late.tuned == 1.5 and late.frozen is None
+    alone = choose.time_config(to_container(cfg), trains=True, freezes=False, minutes=9, until=0.0)
+    assert alone.tuned > 0 and alone.frozen is None

@@ -6,12 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from command_line import SMALL, write_data
+from daemons import wait_until
 
 PLUGINS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher"}
 SWEEP = (sys.executable, "-m", "dinoseg", "-m", "mode=train")
@@ -63,7 +63,7 @@ def test_jobs_save_and_end_when_their_sweep_is_killed(tmp_path, launcher, number
         sweep.send_signal(signal.Signals[number])
     sweep.wait()
     try:
-        wait_until(lambda: not any(map(_is_alive, jobs)), 60)
+        wait_until(lambda: not any(map(_is_alive, jobs)), seconds=60)
     finally:
         for job in filter(_is_alive, jobs):
             job.kill()
@@ -79,10 +79,3 @@ def started_runs(folder):
 
 def _is_alive(process):
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def wait_until(holds, seconds=400):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.2)

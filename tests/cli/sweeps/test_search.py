@@ -132,9 +132,6 @@ def test_a_search_by_finite_images_alone_is_refused(tmp_path, capsys):
     ("options", "said"),
     [
         ({"trials": 0}, "hydra.sweeper.trials=0 is out of range. Give a whole number of at least 1"),
-        ({"trials": True}, "hydra.sweeper.trials=True is of type bool. Give a whole number"),
-        ({"at_once": "2"}, "hydra.sweeper.at_once=2 is of type str. Give a whole number"),
-        ({"seed": None}, "hydra.sweeper.seed=null is of type NoneType. Give a whole number"),
         ({"seed": -1}, "hydra.sweeper.seed=-1 is out of range. Give a whole number from 0 to"),
         ({"score": None}, "hydra.sweeper.score=null is of type NoneType. Give text"),
         ({"words": ["mode=train", "lr=range(5,1)"]}, "holds no value"),
@@ -183,20 +180,10 @@ def test_foreign_file_at_the_search_log_is_unchanged(tmp_path, text):
     assert (tmp_path / "search.log").read_bytes() == text
 
 
-def change(entry):
-    """Return a change of the storage: each line that has all of an entry's keys gets its values."""
-
-    def changed(lines):
-        return [line | entry if entry.keys() <= line.keys() else line for line in lines]
-
-    return changed
-
-
 @pytest.mark.parametrize(
     "damage",
     [
-        change({"op_code": 99}),
-        change({"user_attr": {"words": 5}}),
+        lambda lines: [line | {"op_code": 99} for line in lines],
         lambda lines: [line for line in lines if "user_attr" not in line],
         lambda lines: [*lines, 5],
         lambda lines: [*lines, {}],

@@ -133,12 +133,6 @@ def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path, words
     assert cell in done.err and "Traceback" not in done.err and not (tmp_path / "outputs").exists()
 
 
-def test_an_unknown_score_is_refused_before_data_and_model(tmp_path):
-    done = call(tmp_path, "mode=train", *SMALL, "data.root=absent", "trainer.score=iou")
-    assert "trainer.score=iou is not a score. Choose one of accuracy, dice, loss" in done.err
-    assert "listing the files" not in done.err
-
-
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -343,24 +337,16 @@ def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
 
 
 def test_chosen_metrics_have_a_column_of_the_table(tmp_path, capsys):
-    scores = {"miou": 0.5, "boundary_iou": 0.75, "loss": 0.5}
-    jobs = [(f"seed={seed}", {**scores, "cldice": value}) for seed, value in enumerate((0.25, 0.5))]
-    (row,) = end_sweep(tmp_path, jobs, metric={"cldice": {}, "absent": {}, "miou": {}})
+    shared = {"miou": 0.5, "boundary_iou": 0.75, "loss": 0.5}
+    jobs = [
+        ("seed=0", {**shared, "cldice": 0.25, "x": 2.0, "x_infinite_images": 0.0}),
+        ("seed=1", {**shared, "cldice": 0.5, "x": None, "x_infinite_images": 3.0}),
+    ]
+    (row,) = end_sweep(tmp_path, jobs, metric={"cldice": {}, "absent": {}, "miou": {}, "x": {}})
     assert row["cldice"] == "0.375" and float(row["cldice deviation"]) == pytest.approx(0.125 * 2**0.5)
+    assert row["x"] == row["x deviation"] == "" and row["x_infinite_images"] == "1.5"  # no mean of an infinite value
     assert (tmp_path / "sweep.csv").read_text().count("mIoU %,") == 1
     assert "boundary_iou" not in row and "absent" not in row and "0.3750" in capsys.readouterr().out
-
-
-def test_mean_over_seeds_is_empty_if_one_is_infinite(tmp_path):
-    values = enumerate(((2.0, 0.0), (None, 3.0), (4.0, 0.0)))
-    jobs = [(f"seed={seed}", {"miou": 0.5, "x": x, "x_infinite_images": count}) for seed, (x, count) in values]
-    (row,) = end_sweep(tmp_path, jobs, metric={"x": {}})
-    assert row["x"] == row["x deviation"] == "" and row["x_infinite_images"] == "1.0"
-
-
-def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
-    (row,) = end_sweep(tmp_path, [(f"seed={seed}", {"J&F-Mean": 0.1 * seed, "loss": 1.0}) for seed in range(4)])
-    assert row["seeds"] == "4" and row["J&F %"] == "15.00" and row["val/loss deviation"] == "0.0" and "seed" not in row
 
 
 def test_swept_loss_and_its_value_have_columns(tmp_path):
@@ -373,11 +359,12 @@ def test_swept_loss_and_its_value_have_columns(tmp_path):
         assert len(set(heads)) == len(heads)
 
 
-def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
-    jobs = [(f"seed={seed}", {"miou": 0.9 + 0.09 * seed, "accuracy": 0.01 + 0.1 * seed}) for seed in range(2)]
-    (row,) = end_sweep(tmp_path, jobs)
+def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
+    scores = [{"miou": 0.9 + 0.09 * seed, "accuracy": 0.01 + 0.1 * seed, "loss": 1.0} for seed in range(2)]
+    (row,) = end_sweep(tmp_path, [(f"seed={seed}", each) for seed, each in enumerate(scores)])
+    assert row["seeds"] == "2" and row["val/loss deviation"] == "0.0" and "seed" not in row
     ends = [float(row[f"{key} {end}"]) for key in ("mIoU %", "pixel accuracy %") for end in ("low", "high")]
-    assert ends[0] > 0 and ends[1] == 100 and ends[2] == 0 and ends[3] < 100
+    assert ends[0] > 0 and ends[1] == 100 and ends[2] == 0 and ends[3] < 100  # intervals end at 0 and 100 %
 
 
 def test_row_of_failed_seeds_reports_the_failure(tmp_path, capsys):
@@ -394,10 +381,3 @@ def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
     assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
     assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * accuracies.std(ddof=1), abs=0.01)
     assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 4
-
-
-def test_folds_are_not_sent_to_be_compared(tmp_path, capsys):
-    scores = {"miou": 0.5, "accuracy": 0.5, "matrix": [[1, 1], [1, 1]]}
-    words = [f"seed={seed} data.fold={fold} head={head}" for seed in "01" for fold in "01" for head in "ab"]
-    rows = end_sweep(tmp_path, [(each, scores) for each in words])
-    assert len(rows) == 2 and "mode=compare" not in capsys.readouterr().out
