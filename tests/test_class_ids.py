@@ -130,7 +130,7 @@ def test_class_ids_skip_upsampling_only_where_that_is_cheaper(monkeypatch):
             class_ids(scores, size, (1.0, 1.0))
 
 
-def test_on_an_accelerator_as_many_scores_as_fit_are_upsampled(monkeypatch):
+def test_on_an_accelerator_all_scores_that_fit_are_upsampled(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     scores = torch.cat([smooth(draw, 4, (11, 16)) for _ in range(5)])
     size = (40, 50)

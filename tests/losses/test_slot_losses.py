@@ -135,7 +135,7 @@ def test_similarity_equals_plain_loops(steps, grid, options):
     assert weight == 2 * {0: 3, 1: 3, 2: 2, 3: 1}[max(steps)]
 
 
-def test_cells_like_none_of_the_next_frame_cost_nothing():
+def test_cells_without_a_match_in_the_next_frame_cost_nothing():
     outputs = outputs_of()
     with torch.no_grad():
         outputs.features[:, 1].abs_()

@@ -62,7 +62,7 @@ def test_a_wrapped_metric_is_the_mean_over_images():
     assert score(metric, [one])["error"] is None
 
 
-def test_pixels_are_removed_or_matched_as_the_contract_asks():
+def test_pixels_are_removed_or_matched_by_the_contract():
     check_metric(WrappedMetric("error", MeanError(), "min", ignored="remove"))
     check_metric(hausdorff(), CLASSES)
     with pytest.raises(AssertionError, match="must not count"):

@@ -198,7 +198,7 @@ def test_large_images_are_counted_at_sampled_points():
     assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
 
 
-def test_ignored_pixels_have_no_score_and_unknown_ids_are_refused():
+def test_tally_skips_ignored_pixels_and_refuses_unknown_ids():
     tally, scores = Tally(DATA, ENGINE), torch.zeros(1, 3, 4, 4)
     tally.add(*prediction_and_batch(scores, torch.full((1, 4, 4), 255, dtype=torch.uint8)))
     assert tally.read() == {"train/accuracy": None, "train/miou": None}

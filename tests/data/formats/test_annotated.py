@@ -129,7 +129,7 @@ def test_missing_files_and_archives_are_refused(tmp_path):
     refused("coco", tmp_path / "export.zip", "Archives are not read: unpack it and give the folder")
 
 
-def test_small_shapes_are_seen_on_large_ones_unless_ordered_by_file(tmp_path):
+def test_small_shapes_lie_on_large_ones_unless_ordered_by_file(tmp_path):
     root = coco(tmp_path / "train.json", annotations=[(1, 2, SMALL), (1, 1, [CORNERS])])
     by_area, by_file = open_annotated("coco", root), open_annotated("coco", root, order="file")
     np.testing.assert_array_equal(by_area.mask(0), mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 2, 4)))

@@ -84,7 +84,7 @@ def test_a_file_for_each_class_equals_folders_of_classes(tmp_path):
         ("abcde", {"others": "present"}, 7),
     ],
 )
-def test_layers_of_0_and_another_value_suit_any_number_of_classes(classes, rules, value, tmp_path):
+def test_layers_of_two_values_suit_any_number_of_classes(classes, rules, value, tmp_path):
     expected = np.arange(6 * len(classes)).reshape(-1, 2, 3) % 5 % 2
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
     for name, layer in zip(classes, expected, strict=True):

@@ -332,7 +332,7 @@ def test_products_are_chosen_by_cpu_features(monkeypatch, bf16, amx, faster):
     ("heads", "rows", "tokens", "held", "pieces"),
     [(6, 40, 10, 2400, 1), (6, 40, 10, 1100, 3), (6, 10, 40, 400, 6), (2, 41, 10, 100, 10)],
 )
-def test_pieces_hold_as_many_heads_or_rows_as_fit_and_share_memory(monkeypatch, heads, rows, tokens, held, pieces):
+def test_pieces_fit_the_limit_and_share_memory(monkeypatch, heads, rows, tokens, held, pieces):
     monkeypatch.setattr(attention, "_HELD", held)
     query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
     room = attention._Room(query, key)

@@ -263,7 +263,7 @@ def test_masks_come_from_the_configured_source():
         torch.testing.assert_close(pixels.sum(1), torch.ones_like(pixels[:, 0]))
 
 
-def test_slots_are_random_in_training_and_else_independent_of_the_batch():
+def test_slots_are_random_in_training_only():
     head, features = make_head().train(), clip()
     assert not torch.equal(head.follow(features).slots, head.follow(features).slots)
     first = head.eval().follow(features).slots
