@@ -187,7 +187,8 @@ def test_process_that_cannot_start_is_the_only_error(monkeypatch):
         start(self)
 
     monkeypatch.setattr(multiprocessing.Process, "start", start_first_only)
-    assert_refused(lambda: take(batches_of(2), 1), "no more processes", error=OSError)
+    with pytest.raises(OSError, match="no more processes"):
+        take(batches_of(2), 1)
     assert children_after_a_moment(before) == 0
 
 
@@ -256,6 +257,10 @@ ENDED = SimpleNamespace(is_alive=lambda: False)
 test_message_names_value_and_remedy = refusals(
     {
         "clips": (lambda: clip_batches(Films(), ClipView((8, 8)), batch_size=40, seed=0), "data.batch_size=40 with 31"),
+        "three devices": (
+            lambda: train_batches(Pictures(SIZES), AUGMENT, seed=0, batch_size=4, world_size=3),
+            "data.batch_size=4 cannot be shared by 3 devices",
+        ),
         "no pinning thread": (lambda: wait_for(10**9, pinning=ENDED), "the thread that pins batches has stopped"),
     }
 )

@@ -175,6 +175,7 @@ test_message_names_value_and_remedy = refusals(
         "256 classes": (labels(["a"] * 256), "256 names"),
         "a class twice": (labels(["a", "b", "a"]), "names a more than once"),
         "one colour": (labels(["a", "b"], [[0, 0, 0]]), "1 colours for 2 classes"),
+        "a number as palette": (labels(["a"], 7), "data.palette=7: give [[r, g, b], ...]"),
         "colour of fractions": (labels(["a"], [[0, 0, 0.5]]), "whole numbers"),
         "ignore 256": (labels(["a"], ignore_index=256), "ignore_index=256"),
         "ignore -1": (labels(["a"], ignore_index=-1), "ignore_index=-1"),

@@ -288,17 +288,17 @@ def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
 # of those that tests/test_hostile_checkpoints.py gives to all modes, one of each kind
 KINDS = ("a hook in the head", "an interpolation", "a list without end", "a huge depth", "remote code", "a null group")
 TAMPERED = {kind: CASES[kind] for kind in KINDS} | {  # and of those that a fuzzer of the description has found
-    "no classes": lambda _: {"config/data": {"root": "???"}},
-    "a long value": lambda _: {"config/head/pixel_shuffle": ["a"] * 300},
-    "no way of use": lambda _: {"config/inference": 3},
-    "a window without end": lambda _: {"config/inference/size": 10**30},
-    "a shell in its use": lambda _: {"config/inference/_target_": "os.system"},
+    "no classes": {"config/data": {"root": "???"}},
+    "a long value": {"config/head/pixel_shuffle": ["a"] * 300},
+    "no way of use": {"config/inference": 3},
+    "a window without end": {"config/inference/size": 10**30},
+    "a shell in its use": {"config/inference/_target_": "os.system"},
 }
 
 
 @pytest.mark.parametrize("case", TAMPERED.values(), ids=TAMPERED)
 def test_a_tampered_file_is_refused(tmp_path, sound, case):
-    path = write_tampered(tmp_path, sound, case(tmp_path))
+    path = write_tampered(tmp_path, sound, case)
     with pytest.raises(UserError) as refused:
         dinoseg.load(path, device="cpu")
     assert str(path) in str(refused.value) and len(str(refused.value)) < 1000
