@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 from test_rendered_roots import SURGERY
 
-from dinoseg.synthetic.surgery.write import render_clip, render_dataset
+from dinoseg.synthetic.surgery.write import Scene, render_clip, render_dataset
 
 
 def read_video(path: Path) -> tuple[list[np.ndarray], float]:
@@ -50,6 +50,17 @@ def test_every_class_is_seen_often_and_nothing_stands_still() -> None:
         moved.append(np.mean(masks[0] != masks[1]))
     assert (seen / 9 > 0.5).all(), seen / 9
     assert min(moved) > 0.02
+
+
+def test_a_mirrored_scene_mirrors_image_and_mask() -> None:
+    scene, frames = Scene(3, (48, 80)), {}
+    for scene._mirror in (False, True):
+        image, mask = scene.frame(0.5)
+        frames[scene._mirror] = image.astype(float), mask
+    (image, mask), (mirrored, mirrored_mask) = frames[False], frames[True]
+    np.testing.assert_array_equal(mirrored_mask, mask[:, ::-1])
+    turns = (image[:, ::-1], image, image[::-1], image[::-1, ::-1])  # the lens darkens the corners
+    assert np.argmin([abs(mirrored - turned).mean() for turned in turns]) == 0
 
 
 def test_no_class_is_one_flat_colour() -> None:
