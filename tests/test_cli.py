@@ -244,12 +244,17 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         pytest.param(["mode=train", "+tracker=dinov3"], "+tracker adds a key that nothing", marks=pytest.mark.heavy),
         (["input=x.png"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
         (["hparam=demo", "trainer.steps=3"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
-        pytest.param(["-m", "head=linear,mlp"], "error: No mode is given. Add mode=NAME.", marks=pytest.mark.heavy),
         (["mode=train", "+trainer.stpes=3"], "error: +trainer.stpes adds a key that nothing reads. Check its spelling"),
     ],
 )
 def test_a_command_line_that_cannot_be_composed_is_one_message(site, arguments, message):
     assert message in composition_error(site, *arguments)
+
+
+@pytest.mark.heavy
+def test_each_job_of_a_sweep_without_a_mode_is_refused(site):
+    found = error_message(site, "-m", "head=linear,mlp")
+    assert found.count("error: No mode is given. Add mode=NAME. Modes: app, bench,") == 2
 
 
 NO_FILE = "mine.yaml is not a config file"
