@@ -26,7 +26,8 @@ SHORT = ("trainer.steps=2", "trainer.val_every=2", "resolution.crop=[48,64]", "d
 CPU = ("engine=cpu", "engine.workers=0")
 LEAVES = ("data=folder", "data.root={FOLDER}", "data.classes=[background,leaf]")
 LAYERS = ("data=folder", "data.root={OVERLAPS}", "data.classes=[smoke,tool]", "task=multilabel", "loss=bce_dice")
-SMALL_SLOTS = ("hparam=slots_rendered", "data.root={MOVI}", "head.slot_dim=16", "head.decoder_dim=16")
+SMALL_SLOTS = ("head.slot_dim=16", "head.decoder_dim=16")
+RENDERED_SLOTS = ("hparam=slots_rendered", "data.root={MOVI}", *SMALL_SLOTS)
 VIT_SLOTS = (*VIT, "backbone.final_norm=false", "backbone.layers=[1]", "resolution.scale=2")
 PATHS = {  # what lies in another stand-in
     "PHOTOS": "{FOLDER}/val/images",
@@ -44,8 +45,8 @@ RUNS = {  # run folders, and the words of the commands that write them
     "LAYERS": ("mode=train", *LAYERS, "mode.metrics_only=true", *SMALL, *SHORT),
     "FROZEN": ("mode=train", "hparam=detail_camvid", *VIT, "data.root={DATA}/camvid", *SHORT),
     "SLOTS": (*SLOTS, *SHORT, "data.root={MOVI}"),
-    "FRAME_SLOTS": ("mode=train", *SMALL, *SMALL_SLOTS, *SHORT),
-    "VIT_SLOTS": ("mode=train", *VIT_SLOTS, *SMALL_SLOTS, *SHORT),
+    "FRAME_SLOTS": ("mode=train", *SMALL, *RENDERED_SLOTS, *SHORT),
+    "VIT_SLOTS": ("mode=train", *VIT_SLOTS, *RENDERED_SLOTS, *SHORT),
     "EXPORTED": ("mode=export", "export=safetensors", "resume={RUN}"),
     "EXPORTED_ONNX": ("mode=export", "export=onnx", "resume={RUN}"),
     "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),

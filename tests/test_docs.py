@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import call, in_this_process
 from docs_pages import OURS, PAGES, ROOT, blocks, commands, kind_of
-from docs_stand_ins import CPU, SHORT, SMALL, VIT, StandIns
+from docs_stand_ins import CPU, SHORT, SMALL, SMALL_SLOTS, VIT, StandIns
 from meta_files import RELEASED
 from omegaconf import OmegaConf
 
@@ -30,7 +30,6 @@ from dinoseg.modes import bench as benching
 
 SMALL_RENDER = ("render.train_videos=1", "render.test_videos=1", "render.seconds=1", "render.size=[32,48]")
 SMALL_WINDOWS = ("inference.size=64", "inference.shortest=64")
-SMALL_SLOTS = ("head.slot_dim=16", "head.decoder_dim=16")
 SMALLER = {  # what a mode is given beside the words of its command
     "train": (*SHORT, *CPU, "mode.metrics_only=true"),
     "eval": (*CPU, "mode.metrics_only=true"),
