@@ -23,24 +23,27 @@ def save(path, array, dtype=np.uint8, **options):
     return path
 
 
-def write_video(path, frames, size=(48, 32), kind="XVID", draw=None):
-    """Write a video of frames that a function of their index draws, or of flat ones, frame i of grey i % 200 + 20."""
+def write_frames(path, frames, size, kind, rate):
+    """Write BGR frames of a size (width, height) as a video of a four-character codec, and return its path."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*kind), 60, size)
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*kind), rate, size)
     assert writer.isOpened()
-    for index in range(frames):
-        writer.write(draw(index) if draw else np.full((size[1], size[0], 3), index % 200 + 20, np.uint8))
+    for frame in frames:
+        writer.write(frame)
     writer.release()
     return path
+
+
+def write_video(path, frames, size=(48, 32), kind="XVID", draw=None):
+    """Write a video of frames that a function of their index draws, or of flat ones, frame i of grey i % 200 + 20."""
+    draw = draw or (lambda index: np.full((size[1], size[0], 3), index % 200 + 20, np.uint8))
+    return write_frames(path, map(draw, range(frames)), size, kind, 60)
 
 
 def write_motion_jpeg(path, frames, size):
     """Write RGB frames of a size (height, width) as a Motion JPEG video of 12.5 frames a second."""
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, size[::-1])
-    for frame in frames:
-        writer.write(frame[..., ::-1])
-    writer.release()
-    return path
+    return write_frames(path, (frame[..., ::-1] for frame in frames), size[::-1], "MJPG", 12.5)
 
 
 def train_batches(data, augment, *, seed, views=None, **options):
