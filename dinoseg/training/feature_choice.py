@@ -240,7 +240,7 @@ def _open_store(
     parts = {
         **{name: part for name, part in plan.parts.items() if name != "head" or not maps_alone},
         "weights": weights_hash(frozen_tensors(model)),
-        "code": code_hash([model.backbone, model.head], data_module.augment),
+        "code": code_hash([model.backbone] if maps_alone else [model.backbone, model.head], data_module.augment),
         "sizes": hash_of(model.scale, model.longest),
         "cut": hash_of(model.backbone.first_trained, maps_alone),
         "precision": hash_of(engine.precision, engine.tf32, engine.device.type, plan.dtype, engine.compile),

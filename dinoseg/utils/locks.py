@@ -18,7 +18,7 @@ _LOCK_OFFSET = 2**30  # byte that is locked on Windows, beyond any content that 
 _held: set[IO[str]] = set()
 
 
-def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
+def acquire(path: Path, *, wait: bool = False, poll: float = _POLL, level: int = logging.WARNING) -> IO[str] | None:
     """Lock a file, created if missing; return a handle for `release`, or None where another process holds the lock.
 
     Forked processes do not inherit the lock, so workers that outlive a killed process do not block others. On file
@@ -26,7 +26,9 @@ def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
 
     Args:
         path: of the lock file.
-        wait: wait for the other process, with a logged warning, instead of returning None.
+        wait: wait for the other process, and log it, instead of returning None.
+        poll: seconds between two attempts.
+        level: of the log record about waiting.
 
     Raises:
         OSError: if the file cannot be written.
@@ -36,7 +38,7 @@ def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
         if path.exists() and not path.is_file():  # opening a pipe would block
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         file = open(path, "a", encoding="utf-8", opener=open_no_link)
-        if not _lock(file, path, wait):
+        if not _lock(file, path, poll if wait else None, level):
             file.close()
             return None
         with contextlib.suppress(FileNotFoundError):
@@ -53,13 +55,18 @@ def release(file: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path, *, poll: float = _POLL, level: int = logging.WARNING) -> Iterator[None]:
     """Hold a lock file during the block, waiting for its current holder; the file is removed at the end.
+
+    Args:
+        path: of the lock file.
+        poll: seconds between two attempts.
+        level: of the log record about waiting.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    file = acquire(path, wait=True)
+    file = acquire(path, wait=True, poll=poll, level=level)
     assert file is not None
     try:
         yield
@@ -69,22 +76,22 @@ def hold_lock(path: Path) -> Iterator[None]:
         release(file)
 
 
-def _lock(file: IO[str], path: Path, wait: bool) -> bool:
+def _lock(file: IO[str], path: Path, poll: float | None, level: int) -> bool:
     waited = False
     while True:
         try:
             _lock_at_once(file)
             return True
         except (BlockingIOError, PermissionError):  # of flock and of msvcrt
-            if not wait:
+            if poll is None:
                 return False
         except OSError as error:
             log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
             return True
         if not waited:
-            log.warning("Another process is using the same data (%s is locked): waiting for it.", path)
+            log.log(level, "Another process is using the same data (%s is locked): waiting for it.", path)
         waited = True
-        time.sleep(_POLL)
+        time.sleep(poll)
 
 
 def _lock_at_once(file: IO[str]) -> None:

@@ -23,6 +23,7 @@ from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import read
@@ -266,6 +267,13 @@ def test_concurrent_trainings_share_the_cache(train, counted_images):
         assert torch.equal(ours.to(CPU).image.tensors[0], theirs.to(CPU).image.tensors[0])
     assert sum(counted_images) == 10  # by one of the two
     assert not any(view.features is None for view in next(feeds[0].train_batches(0)).views)
+
+
+def test_heads_of_the_same_maps_share_the_cache(train, counted_images):
+    train("disk")
+    counted_images.clear()
+    train("disk", head=MlpHead(24, 1, 3, 8))
+    assert sum(counted_images) == MEASURED
 
 
 def test_remedy_for_slow_loading_depends_on_the_source(train, data, tmp_path):

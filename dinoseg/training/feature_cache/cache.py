@@ -191,14 +191,15 @@ class FeatureCache:
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         if view.features is not None:
             return view.features
-        # another rank or batch may have stored it since the view was read
-        cached = self.store.get(view.key)
-        if cached is not None:
-            return cached
-        assert view.image is not None
-        with self.autocast():
-            frozen = self.model.frozen(to_device(view.image[None], device))
-        return self.store.put(view.key, [part[0] for part in frozen.tensors])
+        with self.store.claim(view.key):
+            # another run, rank or batch may have stored it since the view was read
+            cached = self.store.get(view.key)
+            if cached is not None:
+                return cached
+            assert view.image is not None
+            with self.autocast():
+                frozen = self.model.frozen(to_device(view.image[None], device))
+            return self.store.put(view.key, [part[0] for part in frozen.tensors])
 
     def _workers(self, workers: int) -> int:
         return 0 if self.place == "memory" else workers  # other processes would not see cached features

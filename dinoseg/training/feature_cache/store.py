@@ -7,7 +7,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_file, re
 from dinoseg.utils.atomic import atomic_file, open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, free_space
 from dinoseg.utils.forms import SchemaError
+from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Positive
 from dinoseg.utils.wording import in_bytes
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 _SUFFIX = ".features"
 _RESERVE = 2**30  # bytes of the disk left free for checkpoints
 _STEP = 2**28  # bytes that are evicted at once, and written between two counts of the folder's size
+_POLL = 0.005  # seconds between two looks at whether another process has computed an image: a tenth of its pass
 _CLOCKS = 10**10  # nanoseconds, maximum difference between the clocks of a file server and of this machine
 
 
@@ -50,6 +52,10 @@ class FeatureStore(Protocol):
         Raises:
             UserError: a number is not finite, or would not be in the stored type.
         """
+        ...
+
+    def claim(self, key: str) -> AbstractContextManager[None]:
+        """Let one process at a time compute a key within the block, so that jobs of a sweep share the work."""
         ...
 
     def trust(self, key: str) -> None:
@@ -99,6 +105,10 @@ class MemoryStore:
                 self._closed = True
                 _log_end(f"The {in_bytes(self.cap)} of memory for features are used up")
         return restore_features(converted)
+
+    def claim(self, key: str) -> AbstractContextManager[None]:
+        """Do nothing: no other process sees this memory."""
+        return nullcontext()
 
     def trust(self, key: str) -> None:
         """Do nothing: entries in memory are not verified."""
@@ -162,6 +172,18 @@ class DiskStore:
                 full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
                 _log_end(f"Cannot write features to {self.folder} ({full})")
         return restore_features(converted)
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[None]:
+        """Let one process at a time compute a key within the block; the others wait, and then find its file.
+
+        Runs that start together with one seed would otherwise all compute the same features.
+        """
+        with ExitStack() as stack:
+            if not self._closed:
+                with suppress(OSError):  # a cache that cannot be written: each run computes for itself
+                    stack.enter_context(hold_lock(self.folder / f"{key}.lock", poll=_POLL, level=logging.DEBUG))
+            yield
 
     def trust(self, key: str) -> None:
         """Mark a key as verified: a worker of this process has read it."""

@@ -3,7 +3,7 @@ import logging
 import os
 import pickle
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -65,6 +65,26 @@ def test_memory_store_copies_only_the_stored_features():
     batch.zero_()
     (found,) = store.get(KEYS[0])
     assert found.any() and found.untyped_storage().nbytes() == found.nbytes
+
+
+def test_runs_that_start_together_compute_a_key_once(tmp_path):
+    computed = []
+
+    def compute(store):
+        with store.claim(KEYS[0]):
+            if store.get(KEYS[0]) is None:
+                time.sleep(0.05)
+                computed.append(store.put(KEYS[0], features()))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(compute, [DiskStore(tmp_path, "a", "float16") for _ in range(3)]))
+    assert len(computed) == 1 and [path.suffix for path in (tmp_path / "a").iterdir()] == [".features"]
+
+
+def test_a_cache_that_cannot_be_written_holds_nobody_up(tmp_path):
+    (tmp_path / "a").write_text("no folder")
+    with DiskStore(tmp_path, "a", "float16").claim(KEYS[0]):
+        pass
 
 
 def test_store_is_that_of_its_origin_in_any_process(tmp_path):
