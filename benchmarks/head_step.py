@@ -10,11 +10,22 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from multi_head import HERE, WORDS, draw_data
+import numpy as np
 from rows import Row, machine, tell
 from step_times import told
 from tabulate import tabulate
 
+from dinoseg.utils.images import write_png
+
+HERE = Path(__file__).parent
+CLASSES, SIZE = 11, (352, 480)
+WORDS = (
+    *("data=folder", "data.root=../data", "data.batch_size=2", "adapter=frozen", "backbone.weights=random"),
+    *(f"data.classes=[{','.join(f'c{number}' for number in range(CLASSES))}]", "data.workers=1"),
+    *("resolution.crop=[352,480]", "engine=cpu", "engine.workers=0", "engine.precision=fp32", "engine.cache=off"),
+    *("trainer.val_every=1000", "loss.weights=none", "mode.metrics_only=true", "mode.report=false", "mode.pictures=0"),
+    "hydra.run.dir=run",
+)
 REFERENCE = "multiscale"
 CACHES = {"off": "backbone live", "memory": "kept features"}
 
@@ -34,7 +45,7 @@ def main() -> None:
             words = [*WORDS, f"engine.precision={given.precision}", *given.backbone, *f"head={head}".split()]
             words += [f"engine.cache={cache}", "loss=ce_dice", "data.views=1"]
             with tempfile.TemporaryDirectory(dir=folder) as where:
-                command = [str(HERE / "step_times.py"), "1", *words, f"trainer.steps={given.steps}"]
+                command = [str(HERE / "step_times.py"), *words, f"trainer.steps={given.steps}"]
                 times = told(command, where, 1, f"{head}, {CACHES[cache]}")
             least[cache, head] = min(least[cache, head], *(busy for busy, _ in times))
     ratios = {(cache, head): least[cache, REFERENCE] / least[cache, head] for cache, head in least if head != REFERENCE}
@@ -47,6 +58,15 @@ def main() -> None:
             for (cache, head), ratio in ratios.items()
         )
     )
+
+
+def draw_data(root: Path) -> None:
+    """Write a folder data set of noise."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 1)):
+        for number in range(count):
+            write_png(root / split / "images" / f"{number}.png", draw.integers(0, 256, (*SIZE, 3)).astype(np.uint8))
+            write_png(root / split / "masks" / f"{number}.png", draw.integers(0, CLASSES, SIZE).astype(np.uint8))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "ids": Benchmark("class_ids.py", "", "--size 64 96 --classes 10 --repeats 1"),
     "masks": Benchmark("mask_class_ids.py", "", "--size 64 96 --repeats 1"),
     "cache": Benchmark("feature_cache.py", "", "--cases vits --images 2 --size 64 --rounds 1"),
-    "heads": Benchmark("multi_head.py", "", "--heads 2 --steps 2 --backbone tiny --repeats 1"),
     "step": Benchmark("head_step.py", "", "--heads detail --steps 4 --backbone backbone=tiny --repeats 1"),
     "optimizer": Benchmark("optimizer_step.py", "", "--width 24 --blocks 2 --repeats 1"),
     "attention": Benchmark("attention.py", "", "--shapes 1x2x130 --channels 8 --repeats 1"),

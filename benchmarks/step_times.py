@@ -1,7 +1,6 @@
 """Processor and wall seconds between the steps of a training that runs in a process of its own.
 
-`python benchmarks/step_times.py OPTIMIZERS KEY=VALUE ...` trains with dinoseg and prints them as JSON, in its last
-line; with several optimizers (`trainer=multi_head`) a step is one of each.
+`python benchmarks/step_times.py KEY=VALUE ...` trains with dinoseg and prints them as JSON, in its last line.
 """
 
 import json
@@ -16,12 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 Times = list[tuple[float, float]]
 
 
-def step_times(train: Callable[[], object], optimizers: int = 1) -> Times:
+def step_times(train: Callable[[], object]) -> Times:
     """Return processor and wall seconds of each step but the first, which waits for imports, of a training."""
     ends: Times = []
     register_optimizer_step_post_hook(lambda *_: ends.append((time.process_time(), time.perf_counter())))
     train()
-    ends = ends[optimizers - 1 :: optimizers]
     return [(later[0] - sooner[0], later[1] - sooner[1]) for sooner, later in zip(ends[:-1], ends[1:], strict=True)]
 
 
@@ -46,4 +44,4 @@ def told(command: Sequence[str], folder: str, threads: int, what: str) -> Times:
 
 
 if __name__ == "__main__":
-    print(json.dumps(step_times(lambda: by_dinoseg(sys.argv[2:]), int(sys.argv[1]))))
+    print(json.dumps(step_times(lambda: by_dinoseg(sys.argv[1:]))))

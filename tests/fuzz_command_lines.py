@@ -42,7 +42,6 @@ RENDER = tuple(f"render.{word}" for word in ("seconds=1", "size=[32,48]", "worke
 RENDER += ("render.val_videos=0", "render.test_videos=0")
 BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
     "train": (*TRAIN, "adapter=full"),
-    "train many": (*TRAIN, "trainer=multi_head", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
     "train kept": (*TRAIN, "head=detail", "head.layers=[-1]", "data.views=2", "adapter=frozen", "engine.cache=disk"),
     "train hard": (*TRAIN, "head=linear", "head.layers=[-1]", "adapter=frozen", "loss.weights=median",
                     "loss.criterion.hard_fraction=0.5"),
@@ -93,7 +92,7 @@ TYPED = (  # keys that are typed most, or are young
     *("trainer.temperature", "trainer.ema", "trainer.score", "trainer.epochs", "trainer.steps"),
     *("labels", "input", "runs", "resume"),
     *("engine.cache", "engine.compile", "engine.sharding", "engine.precision", "engine.workers", "engine.device"),
-    *("features.dtype", "features.gib", "cache_dir", "heads", "lrs", "head.init", "head.layers", "head.blocks"),
+    *("features.dtype", "features.gib", "cache_dir", "head.init", "head.layers", "head.blocks"),
     *("inference.scales", "inference.window", "seed", "trust", "resolution.crop", "resolution.scale", "adapter.rank"),
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name"),
 )

@@ -57,7 +57,7 @@ def segmenter(head=None, adapter=Full, **options):
     return SegmentationModel(adapter()(tiny_vit(**options)), head() if head else LinearHead(24, 1, 3))
 
 
-def train_model(model, data_module, folder, *, start=None, writes=True, log=None, clipping=None, **parts):
+def train_model(model, data_module, folder, *, start=None, writes=True, log=None, **parts):
     """Train a model with the given or the usual parts; whatever is no part is a setting of the loop.
 
     Return the progress, the rows of the log, and the parts of the training.
@@ -68,7 +68,7 @@ def train_model(model, data_module, folder, *, start=None, writes=True, log=None
     shape = parts.pop("schedule", None) or schedule()
     checkpoints = parts.pop("checkpoints", None) or Checkpointer(folder, dict(INFO), start, writes)
     settings = Settings(**{"log_every": 1, **parts})
-    shared = (model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings, clipping)
+    shared = (model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings)
     progress = fit(Experiment(*shared))
     found = {"model": model, "data_module": data_module, "engine": engine, "loss": loss, "checkpoints": checkpoints}
     return SimpleNamespace(progress=progress, rows=log.rows, **found)

@@ -288,21 +288,17 @@ def test_faulty_config_file_is_one_message(site, tmp_path, option, content, mess
     assert message in composition_error(site, *words, f"{option}=mine", "--config-dir", tmp_path / "configs")
 
 
-def test_refused_resume_leaves_no_config(trained):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["resume=segmenter", "data.root=nowhere"],
+        pytest.param(["resume=segmenter/checkpoints/best.safetensors"], marks=pytest.mark.heavy),
+    ],
+)
+def test_refused_resume_leaves_no_config(trained, words):
     before = {*trained.iterdir(), *(trained / "segmenter").rglob("*")}
-    error_message(trained, "mode=train", "resume=segmenter", "data.root=nowhere", "trainer.steps=6")
+    error_message(trained, "mode=train", *words, "trainer.steps=6")
     assert {*trained.iterdir(), *(trained / "segmenter").rglob("*")} == before
-
-
-@pytest.mark.heavy
-def test_refused_resume_of_heads_leaves_no_config(place):
-    words = [word for word in TRAIN if not word.startswith("adapter=")]
-    run = (*words, "trainer=multi_head", "heads=[linear,mlp]", "trainer.steps=1", "hydra.run.dir=run")
-    assert call(place, *run, "mode.metrics_only=true", "mode.report=false").status == 0
-    before = {*place.rglob("*")}
-    for words in (["resume=run/heads/mlp"], ["resume=run", "data.root=nowhere"]):
-        error_message(place, "mode=train", *words, "trainer.steps=4")
-        assert {*place.rglob("*")} == before, words
 
 
 @pytest.mark.parametrize(
@@ -315,9 +311,8 @@ def test_refused_resume_of_heads_leaves_no_config(place):
         (["seed=null"], ["seed=null is of type NoneType. Give a whole number."]),
         (["optim.optimizer.lr=1e20"], ["optim.optimizer.lr=1e+20 is out of range", "at most 100"]),
         pytest.param(["head.lr=1e20"], ["head.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
-        (["trainer=multi_head", "heads=[{head:linear,lr:1e20}]"], ["lr=1e+20 of linear is not", "at most 100"]),
         pytest.param(
-            ["trainer=multi_head", "heads=[{head:cnn,channels:100000}]"],
+            ["head=cnn", "head.channels=100000"],
             ["head.channels=100000 is out of range"],
             marks=pytest.mark.heavy,
         ),

@@ -25,7 +25,6 @@ from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.multi_head import HeadClipping, MultiHead
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.step import MetricsQueue, NonFiniteLoss, StepMetrics
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -180,22 +179,19 @@ def test_ranks_learn_of_a_stop_at_the_same_step(monkeypatch, ranks, stops):
         assert not engine.updates_asynchronously(optimizer)  # never tried with parts of weights
 
 
-@pytest.mark.parametrize(("lost", "found_inf"), [([], 0.0), ([1], 0.0), ([0, 1], 1.0)])
-def test_the_optimizer_steps_as_long_as_a_head_is_finite(lost, found_inf):
+@pytest.mark.parametrize(("gradient", "found_inf"), [(1.0, 0.0), (torch.nan, 1.0)])
+def test_device_skips_the_update_of_a_non_finite_gradient(gradient, found_inf):
     with pretended_cuda() as waits:
         engine, model = pretended_engine(), on_cuda(tiny()[0])
         optimizer = adamw(model, lr=1e-2)
-        for number, group in enumerate(optimizer.param_groups):
-            group["head"] = number % 2
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = torch.full_like(parameter, torch.nan if group["head"] in lost else 1.0)
-        heads = on_cuda(MultiHead([LinearHead(24, 1, 3), LinearHead(24, 1, 3)]))
+                parameter.grad = torch.full_like(parameter, gradient)
         one = Pretended(torch.ones(()))
         waits.take()
-        engine.optimizer_step(optimizer, one, one, clip=HeadClipping(heads, 1.0))
+        engine.optimizer_step(optimizer, one, one, clip=1.0)
         assert not waits.take()
         assert optimizer.found_inf.item() == found_inf
-        assert [number for number, step in enumerate(heads.left_at.tolist()) if step >= 0] == lost
 
 
 def test_costs_of_masks_go_to_the_host_in_one_transfer():

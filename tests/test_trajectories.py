@@ -59,7 +59,6 @@ PLAIN = {
     "bf16": ("engine.precision=bf16",),
     "layer_decay": ("optim.optimizer.layer_decay=0.8",),
     "clipped": ("trainer.clip=0.01",),
-    "several_heads": ("adapter=frozen", "trainer=multi_head", "heads=[linear,mlp]"),
     "two_ranks": ("engine.devices=2",),
 }
 CLIPS = {
@@ -72,7 +71,7 @@ CASES = (*PLAIN, "resumed", "distilled", *CLIPS)
 
 
 def train(folder, run, *words):
-    """Train, and return the losses of the rows up to STEPS, by name; of several heads `train/NAME/loss`."""
+    """Train, and return the losses of the rows up to STEPS, by name."""
     succeed(folder, *words, f"hydra.run.dir={run}")
     losses = {}
     for row in (row for row in rows(folder, run) if row["step"] <= STEPS and "train/loss" in row):

@@ -22,7 +22,6 @@ from dinoseg.api.runs import Run
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.export.runtime.inputs import pictures
 from dinoseg.export.runtime.model import Model
-from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import check_annotations
@@ -66,8 +65,7 @@ def train(
     if recipe is not None:
         words = (recipe if "=" in recipe else f"hparam={recipe}", *words)
     result = run_mode("train", words, overrides, out_dir, exist_ok, config_dir)
-    folder = Path(result["run"])  # of several heads: that of the best one
-    return Run(folder.parents[1] if folder.parent.name == checkpoint.HEADS else folder)
+    return Run(result["run"])
 
 
 def evaluate(

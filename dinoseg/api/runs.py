@@ -18,7 +18,7 @@ from dinoseg.experiment.run_config import BROKEN, config_of, config_text
 from dinoseg.export.runtime.load import load
 from dinoseg.export.runtime.model import Model
 from dinoseg.report.curves import curves_figure
-from dinoseg.report.log import rows_of_run
+from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations
@@ -113,11 +113,6 @@ class Run:
         last = self.last_checkpoint
         return 0 if last is None else int(checkpoint.describe(last)["progress"]["step"])
 
-    @property
-    def heads(self) -> dict[str, "Run"]:
-        """The runs of the heads of a multi-head training, by name; empty for other trainings."""
-        return {path.name: Run(path) for path in sorted((self.folder / checkpoint.HEADS).glob("*")) if path.is_dir()}
-
     def plot(self) -> Figure:
         """Return a matplotlib figure of the curves of loss and scores; a star marks the best checkpoint."""
         best = self.best_checkpoint
@@ -137,12 +132,9 @@ class Run:
         """
         path = {"best": self.best_checkpoint, "last": self.last_checkpoint}.get(which)
         if path is None:
-            remedy = (
-                f"Take one of its heads: run.heads[{[*self.heads][0]!r}]"
-                if self.heads
-                else "Choose best or last, once it is validated"
+            raise UserError(
+                f"which={which!r}: {self.folder} lacks this checkpoint. Choose best or last, once it is validated."
             )
-            raise UserError(f"which={which!r}: {self.folder} lacks this checkpoint. {remedy}.")
         return load(path, **options)
 
     def resume(self, *words: str, config_dir: str | PathLike[str] | None = None, **overrides: Any) -> "Run":
@@ -195,9 +187,9 @@ class Run:
         return f'{table}<img alt="curves" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
     @property
-    def _rows(self) -> list[Mapping[str, Any]]:
-        is_head = self.folder.parent.name == checkpoint.HEADS
-        return [*rows_of_run(self.folder)] if is_head or (self.folder / "metrics.jsonl").is_file() else []
+    def _rows(self) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        return read_rows(path) if path.is_file() else []
 
     @property
     def _shown_scores(self) -> dict[str, str]:

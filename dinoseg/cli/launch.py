@@ -35,7 +35,6 @@ from dinoseg.experiment.folder import (
     drop_bare,
     drop_empty,
     drop_parts,
-    enter,
     has_results,
     lock,
     release_all,
@@ -217,12 +216,6 @@ def _prepare(
             return JobStart(composed, start.folder, read_result(start.folder))
         whole = _take_checkpoint(composed, typed, start)
         new = _below_recipe(out_dir, composed.choices.hparam, whole.choices.hparam)
-    solo_runs: dict[str, Any] = {}
-    if "heads" in whole.get("trainer", ()):
-        from dinoseg.experiment import heads
-
-        solo_runs = heads.solo_runs(whole, overrides, start.folder if start.checkpoint else None)
-        whole = heads.with_solo_runs(whole, solo_runs)
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
         return JobStart(whole, start.folder or new)
     run_folder = start.folder or _claim_folder(whole, new, new_folder)  # both are locked
@@ -235,10 +228,6 @@ def _prepare(
         remember_folder(Path(whole.cache_dir).expanduser(), run_folder)
     if recipe is not None and start.checkpoint is None:
         recipe.write(config_folder)
-    for name, solo in solo_runs.items():
-        folder = run_folder / "heads" / name
-        enter(folder, instead="train the other heads separately")
-        write_config(solo.cfg, folder, solo.words)
     return JobStart(whole, run_folder)
 
 

@@ -19,9 +19,9 @@ LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the
     **{("head", "iterations"): 2**8, ("head", "first_iterations"): 2**8, ("resolution", "longest"): 2**20},
     **dict.fromkeys([("backbone",), ("adapter",), ("head",)], 2**16),
     **{("data",): 2**20, ("data", "workers"): 2**8, ("data", "batch_size"): 2**16, ("loss",): 2**20},
-    **dict.fromkeys([("trainer",), ("optim",), ("heads",), ("lrs",), ("head", "anneal")], _MOST_STEPS),
+    **dict.fromkeys([("trainer",), ("optim",), ("head", "anneal")], _MOST_STEPS),
     **{("inference",): 2**14, ("inference", "scales"): 16, ("inference", "batch_size"): 2**10},
-    **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr"), ("lrs",)], LEARNING_RATES.most),
+    **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr")], LEARNING_RATES.most),
 }
 _LARGEST_ELSEWHERE = 2**20
 _MAX_PIXELS = 2**30  # of all images of a training batch

@@ -14,11 +14,9 @@ from dinoseg.evaluation.further_scores import FurtherScore
 from dinoseg.evaluation.restart import RECORD as TRACKED
 from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.report.html.pictures import EvaluatedImages
-from dinoseg.training.checkpoint import HEADS
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import join_names
 
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, where RUN is the run folder of the training."
@@ -117,9 +115,6 @@ def find_evaluation(folder: Path) -> Path:
                 "two, paired by video, with its interval: python -m dinoseg mode=score protocol=NAME reference=ROOT "
                 f"prediction=[{path}/masks,OTHER/masks], where NAME is the `protocol` in {path / 'scores.json'}."
             )
-    heads = [str(path.parent.parent) for path in sorted((folder / HEADS).glob(f"*/{EVALUATION}/{RECORD}"))]
-    if heads:
-        raise UserError(f"runs: {folder} is a run with several heads. Name one of them: {join_names(heads, 20)}.")
     raise UserError(
         f"runs: {folder} holds no {RECORD}: it is not an evaluation of images, or it was made with mode.report=false. "
         f"{_REMEDY}"

@@ -24,7 +24,7 @@ from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood
 from dinoseg.metrics.miou import count_decisions
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.report.html.evaluation import ErrorAnalysis, EvaluationScores, evaluation_page
-from dinoseg.report.log import rows_of_run
+from dinoseg.report.log import read_rows
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.csv_text import write_csv
@@ -158,7 +158,7 @@ def _training(folder: Path | None) -> list[dict[str, Any]] | None:
     if folder is None:
         return None
     try:
-        return rows_of_run(folder)
+        return read_rows(folder / "metrics.jsonl")
     except UserError:
         return None
 

@@ -143,9 +143,10 @@ def lock_within(folder: Path, seconds: float) -> bool:
 
 
 def release(folder: Path) -> None:
-    """Release the locks of a run folder and of those within it."""
-    for held in [path for path in _run_locks if path.is_relative_to(folder.resolve())]:
-        locks.release(_run_locks.pop(held))
+    """Release the lock of a run folder, if this process holds it."""
+    file = _run_locks.pop(folder.resolve(), None)
+    if file is not None:
+        locks.release(file)
 
 
 def release_all() -> None:

@@ -1,6 +1,6 @@
 """Builder of models from the config."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -223,13 +223,11 @@ class ModelBuilder:
         for part, node in ((outline.backbone, self._cfg.backbone), (outline.head, self._cfg.head)):
             part.weights = node.get("weights", part.weights)
 
-    def _adapted_backbone(self, *, untrained: bool = False, layers: Sequence[int] | None = None) -> Backbone:
-        """Return the backbone with its adapter; `layers` overrides the blocks that it reads."""
+    def _adapted_backbone(self, *, untrained: bool = False) -> Backbone:
+        """Return the backbone with its adapter."""
         adapter = instantiate(self._cfg.adapter, without=("lr",))
         torch.manual_seed(self.seed)
-        instead: dict[str, Any] = {} if layers is None else {"layers": list(layers)}
-        if untrained and "weights" in self._cfg.backbone:
-            instead["weights"] = "random"
+        instead = {"weights": "random"} if untrained and "weights" in self._cfg.backbone else None
         bare = expect_type(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
         if bare.channels != self.value("data.channels", 3):
             raise UserError(
@@ -279,58 +277,3 @@ class ModelBuilder:
             raise UserError(not_set("head.weights"))
         if weights is not None:
             check_file(Path(str(weights)).expanduser(), "head.weights")
-
-
-def build_multi_head(
-    builders: Sequence[ModelBuilder], device: torch.device
-) -> tuple[Backbone, list[SegmentationModel]]:
-    """Return one frozen backbone, and segmenters that share its tensors, for configs that differ only in the head.
-
-    Each segmenter equals `ModelBuilder.model` of its config, random weights included.
-
-    Args:
-        builders: one per head.
-        device: of all parts.
-
-    Raises:
-        UserError: a part of the backbone is trained, or a part does not fit.
-    """
-    for each in builders:
-        each._check_head_file()
-    backbones = [each.outline().backbone for each in builders]
-    trained = next(
-        (each for each, part in zip(builders, backbones, strict=True) if part.first_trained is not None), None
-    )
-    if trained is not None:
-        raise UserError(
-            f"adapter={trained.options['adapter']}: trainer=multi_head trains heads on one frozen backbone. Choose "
-            "adapter=frozen; or train each head with its own backbone, in a sweep: -m trainer=supervised "
-            "head=linear,mlp."
-        )
-    layers = sorted({layer for part in backbones for layer in part.layers})
-    whole = builders[0]._adapted_backbone(layers=layers).to(device).eval()
-    drawn = torch.get_rng_state()  # each head samples its initial weights from this state, as in a run of its own
-    models = []
-    for each, part in zip(builders, backbones, strict=True):
-        if whole.patch_size != part.patch_size:
-            raise UserError(
-                f"head.layers={list(part.layers)}: the coarsest of these maps has a stride of {part.patch_size} px, "
-                f"but the coarsest of all heads together, {list(whole.layers)}, has {whole.patch_size}. Let each head "
-                "read the coarsest stage, or train them separately, in a sweep."
-            )
-        _lend_tensors(whole, part)
-        part.eval()  # heads that run it by themselves would otherwise update its BatchNorm statistics
-        torch.set_rng_state(drawn)
-        models.append(each._segmenter(part).to(device))
-    return whole, models
-
-
-def _lend_tensors(whole: Backbone, part: Backbone) -> None:
-    """Share the tensors of `whole` with `part`, a backbone on the meta device that reads a subset of its blocks."""
-    part.weights = whole.weights
-    modules = dict(whole.named_modules())
-    for name, module in part.named_modules():
-        for key in module._parameters:
-            module._parameters[key] = modules[name]._parameters[key]
-        for key in module._buffers:
-            module._buffers[key] = modules[name]._buffers[key]

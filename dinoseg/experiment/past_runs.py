@@ -46,9 +46,7 @@ def write_end(run: Path, step: int, result: Mapping[str, Any] | None = None) -> 
 
 def read_result(run: Path) -> dict[str, Any]:
     """Return the result of a finished run, with its current folder."""
-    result = _read_end(run)["result"]
-    folder = run / checkpoint.HEADS / result["head"] if "head" in result else run
-    return {**result, "run": str(folder)}
+    return {**_read_end(run)["result"], "run": str(run)}
 
 
 def read_run(folder: Path) -> PastRun | None:

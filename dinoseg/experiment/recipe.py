@@ -20,11 +20,10 @@ from dinoseg.utils.forms import as_read_back
 USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
 FOLLOWING = "slots"  # the same for slot models: how slots are tracked
 USES = (USE, FOLLOWING)
-HEADS, RATES = "heads", "lrs"  # heads and learning rates of a run of several heads
 TEACHER = "teacher"  # the run that teaches a student
 INITIAL = "init"  # the run whose weights initialise a new one
 METRIC = "metric"  # further metrics of validations and evaluations
-OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL, METRIC)  # root keys that a checkpoint omits if they are not set
+OPTIONAL = (*USES, TEACHER, INITIAL, METRIC)  # root keys that a checkpoint omits if they are not set
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
 # keys of `trainer` that may change when a run resumes
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every", "score")

@@ -8,24 +8,20 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.plain import to_container
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored, describe
-from dinoseg.experiment.heads import SOLO
 
-# keys that are shared in another form, or not at all
-_OF_A_RANK = (SOLO, VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")
+_OF_A_RANK = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")  # shared in another form, or not at all
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:
-    """Return the description of a job's config, and of the configs of each head's own run.
+    """Return the description of a job's config.
 
     Raises:
         UserError: see `describe`.
     """
-    solo = {name: describe_job(OmegaConf.create(run)) for name, run in to_container(cfg).get(SOLO, {}).items()}
     keys = [str(key) for key in cfg if key not in _OF_A_RANK]
     held = [*cfg.get(VALUES_ONLY, ())]
-    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, SOLO: solo, VALUES_ONLY: held}
+    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, VALUES_ONLY: held}
 
 
 def compose_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictConfig:
@@ -40,8 +36,8 @@ def compose_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictCon
     """
     source = Source("the config of rank 0", own["config_dirs"], typed=["backbone.weights"])  # which rank 0 has checked
     choices = {**own["choices"], **shared["choices"], "hparam": shared["hparam"]}
-    solo = {name: to_container(compose_shared(run, own)) for name, run in shared[SOLO].items()}
-    more = {"choices": choices, **({SOLO: solo} if solo else {})}
     held = shared[VALUES_ONLY]
-    more |= {VALUES_ONLY: held} if held else {}
-    return OmegaConf.create({**own, **compose_stored(shared, source, unused=held), **more})
+    composed = {**own, **compose_stored(shared, source, unused=held), "choices": choices}
+    if held:
+        composed[VALUES_ONLY] = held
+    return OmegaConf.create(composed)

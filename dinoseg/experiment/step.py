@@ -61,17 +61,13 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
 
 
 def check_trainer(build: Builder) -> None:
-    """Refuse trainers of several heads or with unlabelled images: estimates cover one head and labelled images only.
+    """Refuse trainers with unlabelled images: estimates cover labelled images only.
 
     Raises:
         UserError: naming the overrides to give instead.
     """
-    trainer, option = build.value("trainer"), build.options["trainer"]
-    if "heads" in trainer:
-        raise UserError(
-            f"trainer={option} trains several heads; the estimate is for one. Set head=NAME, without heads and trainer."
-        )
-    if "unlabelled" in trainer:
+    if "unlabelled" in build.value("trainer"):
+        option = build.options["trainer"]
         raise UserError(
             f"trainer={option} is not supported: its step also uses images without masks. Leave trainer out to "
             "estimate the images with masks; a batch of both needs the memory of all its images."

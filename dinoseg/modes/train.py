@@ -7,13 +7,11 @@ import torch
 from omegaconf import DictConfig
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.heads import SOLO, solo_builders
 from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
-from dinoseg.modes.train_heads import train_heads
-from dinoseg.modes.training_run import TrainingRun, check_data_on_rank0
+from dinoseg.modes.training_run import open_run
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
@@ -37,46 +35,48 @@ def train(
         report: write report.html of the final evaluation, and the files that mode=compare reads.
     """
     build = Builder(cfg)
-    for each in (build, *solo_builders(build).values()):
-        each.check_values()
+    build.check_values()
     engine = build.engine()
     announce(f"data={cfg.choices.data}: listing the files")
     task = build.training_task()
     task.open(engine, pictures=pictures)
     length = build.lengths(len(task.data_module.train))
     settings = build.loop_settings(length._asdict())
-    shown = {"metrics_only": metrics_only, "report": report}
-    if SOLO in cfg:
-        scores = train_heads(build, task, engine, out_dir, settings, **shown)
-    else:
-        job = TrainingRun(build, out_dir, task, engine)
-        announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
-        made = build.model()
-        job.check_model(made)
-        announce("Checking the data")
-        sizes = check_data_on_rank0(task, engine)
-        if has_initial(build):
-            load_initial_weights(build, made, list(task.labels.classes), engine.broadcast)
-        model = engine.place(made)
-        loss, optimizer, checkpoints = job.parts(model, sizes)
-        schedule = job.build_schedule(length.steps, optimizer)
-        job.log_start(model, length.steps)
-        epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
-        cached = task.cache_features(model, engine, epochs, before=job.chosen_before)
-        job.note(checkpoints, cached)
-        with job.open_log() as log:
-            parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
-            run = fit(Experiment(*parts, settings))
-            if not run.has_best:
-                raise UserError(
-                    f"trainer.steps={length.steps}: this run has done {run.step}, without a validation by these "
-                    "settings, and its checkpoints are unchanged. Raise trainer.steps, or score it by mode=eval."
-                )
-            if engine.is_main:
-                write_end(out_dir, run.step)
-            scores = job.finish(model, checkpoints, log, **shown)
+    run = open_run(build, out_dir, task, engine)
+    announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
+    model = build.model()
+    run.check_model(model)
+    announce("Checking the data")
+    # one rank is enough: its measurements are cached, and its error ends all ranks
+    sizes = task.check_data() if engine.is_main else None
+    engine.wait()
+    if has_initial(build):
+        load_initial_weights(build, model, list(task.labels.classes), engine.broadcast)
+    model = engine.place(model)
+    loss = task.wrap_loss(build.loss(task.labelled)).to(engine.device)
+    if run.start is None and model.head.init is not None:
+        task.init_head(model, engine)
+    optimizer = build.optimizer(model)
+    checkpoints = run.open_checkpoints(sizes)
+    schedule = run.build_schedule(length.steps, optimizer)
+    run.log_start(model, length.steps)
+    epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
+    cached = task.cache_features(model, engine, epochs, before=run.chosen_before)
+    run.record_choices(checkpoints, cached)
+    with run.open_log() as log:
+        progress = fit(
+            Experiment(model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log, settings)
+        )
+        if not progress.has_best:
+            raise UserError(
+                f"trainer.steps={length.steps}: this run has done {progress.step}, without a validation by these "
+                "settings, and its checkpoints are unchanged. Raise trainer.steps, or score it by mode=eval."
+            )
         if engine.is_main:
-            write_end(out_dir, run.step, scores)
+            write_end(out_dir, progress.step)
+        scores = run.finish(model, checkpoints, log, metrics_only=metrics_only, report=report)
+    if engine.is_main:
+        write_end(out_dir, progress.step, scores)
     engine.close()
     return scores
 

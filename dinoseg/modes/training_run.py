@@ -13,7 +13,6 @@ import torch
 from torch.optim import Optimizer
 
 from dinoseg.config.job import folder_words
-from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
@@ -21,7 +20,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial, has_initial
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.provenance import provenance_of
-from dinoseg.experiment.recipe import HEADS, run_description
+from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.experiment.trained import check_classes
 from dinoseg.experiment.unread import warn_of_unused_channels, warn_unread
@@ -40,7 +39,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import read_finished
-from dinoseg.utils.wording import count_of, format_override, format_value, join_names
+from dinoseg.utils.wording import format_override, format_value, join_names
 
 logger = logging.getLogger(__name__)
 CHOSEN = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
@@ -86,8 +85,8 @@ def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:
 
 
 @dataclass
-class RunContext:
-    """A run folder, and what its training is built from.
+class TrainingRun:
+    """A training in its run folder.
 
     Args:
         build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
@@ -102,6 +101,23 @@ class RunContext:
     task: TrainingTask
     engine: Engine
     start: Checkpoint | None = None
+
+    def check_model(self, model: SegmentationModel) -> None:
+        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device.
+
+        So is a backbone that is trained by an adapter without a learning rate.
+        """
+        if has_initial(self.build):
+            check_initial(self.build, model)
+        self.task.check_parts(model, self.engine.world_size)
+        with torch.device("meta"):
+            optimizer = self.build.optimizer(model)
+        has_rate = "lr" in self.build.config["adapter"] or self.build.value("optim.optimizer.lr") is not None
+        if not has_rate and any(group.get("backbone") for group in optimizer.param_groups):
+            raise UserError(
+                f"adapter={self.build.options['adapter']} trains the backbone and has no learning rate. Add "
+                "`lr: 1.0e-4` to its YAML file, or set optim.optimizer.lr."
+            )
 
     def build_schedule(self, steps: int, optimizer: Optimizer) -> Schedule:
         """Return the learning-rate schedule, and warn of warm-ups that are too long or without effect.
@@ -124,101 +140,18 @@ class RunContext:
             warn_of_long_warmup(steps, build.value("optim.schedule.warmup", 0), backbone_warmup or 0)
         return build.schedule()
 
-    def log_start(self, model: SegmentationModel, steps: int) -> None:
-        """Log where a training starts, its device, model, batch and data, and what the model does not suit.
+    def open_checkpoints(self, sizes: TrainedSizes | None) -> Checkpointer:
+        """Return the checkpoints of the run, and record which images it trains on.
 
         Args:
-            model: that is trained.
-            steps: length of the training.
+            sizes: sizes of the training images, if they are known.
         """
-        build, task, engine = self.build, self.task, self.engine
-        if self.start is not None:
-            _log_resume(self.start, steps)
-        options, counts = build.options, count_numbers(model.parameters())
-        heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
-        ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
-        accumulate = build.value("trainer.accumulate")
-        batches = f", {accumulate} batches per step" if accumulate > 1 else ""
-        samples = build.value("data.batch_size")
-        train, val = len(task.data_module.train), len(task.data_module.val)
-        logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)
-        logger.info("model:       backbone=%s adapter=%s %s", options["backbone"], options["adapter"], heads)
-        logger.info("parameters:  %s trained, %s in total", f"{counts['trainable']:,}", f"{counts['total']:,}")
-        logger.info("training:    %d steps, batch of %d %s%s", steps, samples, task.what, batches)
-        logger.info("data:        %d training and %d validation %s", train, val, task.what)
-        logger.info("run folder:  %s", self.out_dir)
-        if engine.is_main:
-            _warn_of_other_sizes(build)
-            warn_of_unused_channels(model.backbone, build.value("backbone.channel_weights"), options["adapter"])
-            # several heads may share a setting
-            warnings = [part.length_warning(steps) for part in model.modules() if isinstance(part, Head)]
-            for warning in dict.fromkeys(filter(None, warnings)):
-                logger.warning("%s", warning)
-
-    def open_log(self) -> RunLog:
-        """Return the log of the run; the caller must close it."""
-        progress = self.start.info["progress"] if self.start else {}
-        log = RunLog(
-            self.out_dir,
-            logger_factories(self.build),
-            start_step=progress.get("step", 0),
-            validation_pending=progress.get("validation_pending", False),
-            visible=self.engine.is_main,
-        )
-        log.config(settings_of(self.build))
-        return log
-
-    def finish_log(self, log: RunLog, scores: Mapping[str, Any], checkpoints: Checkpointer) -> None:
-        """Log the scores and the best checkpoint of the run, and print the paths of all results."""
-        log.scores(scores)
-        log.checkpoint(checkpoints.best)
-        log.close()
-        for line in log.views:
-            print(line)
-        step = checkpoint.describe(checkpoints.best)["progress"]["step"]
-        print(f"checkpoint:   {checkpoints.best} (step {step})")
-        list_skipped(self.task.skipped, self.out_dir)
-
-
-class TrainingRun(RunContext):
-    """Training of one model in its run folder.
-
-    Args:
-        build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
-        out_dir: the run folder.
-        task: data and checks of the training task.
-        engine: device and ranks.
-
-    Raises:
-        UserError: a part does not fit, or the checkpoint is of another model.
-    """
-
-    def __init__(self, build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
-        super().__init__(build, out_dir, task, engine)
-        if build.resume:
-            self.start, outline = _start(build, task.labels)
-            self.check_model(outline)
-        logger_factories(build)  # refuses unknown options before a model is built
-        if engine.is_main and task.unread:
-            warn_unread(out_dir, task.unread, task.unread_because)
-
-    def check_model(self, model: SegmentationModel) -> None:
-        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device.
-
-        So is a backbone that is trained by an adapter without a learning rate.
-        """
-        if has_initial(self.build):
-            check_initial(self.build, model)
-        # by the task of this config: each of several heads has its own
-        self.build.training_task().check_parts(model, self.engine.world_size)
-        with torch.device("meta"):
-            optimizer = self.build.optimizer(model)
-        has_rate = "lr" in self.build.config["adapter"] or self.build.value("optim.optimizer.lr") is not None
-        if not has_rate and any(group.get("backbone") for group in optimizer.param_groups):
-            raise UserError(
-                f"adapter={self.build.options['adapter']} trains the backbone and has no learning rate. Add "
-                "`lr: 1.0e-4` to its YAML file, or set optim.optimizer.lr."
-            )
+        info = run_description(self.build, self.task.labels) | (sizes.as_info() if sizes else {})
+        writes = self.engine.is_main
+        if writes:
+            write_split(self.out_dir, self.task.split)
+        folder = self.out_dir / checkpoint.FOLDER
+        return Checkpointer(folder, info, self.start, writes, metric=self.build.score_metric)
 
     @property
     def chosen_before(self) -> Mapping[str, str | None]:
@@ -235,14 +168,13 @@ class TrainingRun(RunContext):
             )
         return chosen
 
-    def note(self, checkpoints: Checkpointer, cached: Mapping[str, str], *, tells: bool = True) -> None:
+    def record_choices(self, checkpoints: Checkpointer, cached: Mapping[str, str]) -> None:
         """Store the engine's choices in the run's checkpoints, and warn if a resumed run changes them.
 
         Args:
             checkpoints: of the run.
             cached: where and in which type frozen features are cached, and the teacher of a student, as returned by
                 `TrainingTask.cache_features`.
-            tells: whether to warn.
         """
         then = self.chosen_before
         now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **cached}
@@ -252,56 +184,113 @@ class TrainingRun(RunContext):
             for key in ("engine.precision", "features.dtype", "teacher")  # the cache's location changes no number
             if key in then.keys() & now.keys() and (then[key] or _EXACT) != (now[key] or _EXACT)
         ]
-        if other and tells:
+        if other:
             logger.warning(
                 "This run resumes with other settings: %s. Set the earlier ones for the results of an uninterrupted "
                 "run.",
                 "; ".join(other),
             )
 
-    def parts(self, model: SegmentationModel, sizes: TrainedSizes | None) -> tuple[Loss, Optimizer, Checkpointer]:
-        """Return loss, optimizer and checkpoints, initialise the head, and record which images the run trains on.
+    def log_start(self, model: SegmentationModel, steps: int) -> None:
+        """Log where a training starts, its device, model, batch and data, and what the model does not suit.
 
         Args:
-            model: on the device.
-            sizes: sizes of the training images, if they are known.
+            model: that is trained.
+            steps: length of the training.
         """
-        loss = self.task.wrap_loss(self.build.loss(self.task.labelled)).to(self.engine.device)
-        if self.start is None and model.head.init is not None:
-            self.task.init_head(model, self.engine)
-        optimizer = self.build.optimizer(model)
-        info = run_description(self.build, self.task.labels) | (sizes.as_info() if sizes else {})
-        folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
-        if writes:
-            write_split(self.out_dir, self.task.split)
-        return loss, optimizer, Checkpointer(folder, info, self.start, writes, metric=self.build.score_metric)
+        build, task, engine = self.build, self.task, self.engine
+        if self.start is not None:
+            _log_resume(self.start, steps)
+        options, counts = build.options, count_numbers(model.parameters())
+        parts = " ".join(f"{group}={options[group]}" for group in ("backbone", "adapter", "head"))
+        ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
+        accumulate = build.value("trainer.accumulate")
+        batches = f", {accumulate} batches per step" if accumulate > 1 else ""
+        samples = build.value("data.batch_size")
+        train, val = len(task.data_module.train), len(task.data_module.val)
+        logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)
+        logger.info("model:       %s", parts)
+        logger.info("parameters:  %s trained, %s in total", f"{counts['trainable']:,}", f"{counts['total']:,}")
+        logger.info("training:    %d steps, batch of %d %s%s", steps, samples, task.what, batches)
+        logger.info("data:        %d training and %d validation %s", train, val, task.what)
+        logger.info("run folder:  %s", self.out_dir)
+        if engine.is_main:
+            _warn_of_other_sizes(build)
+            warn_of_unused_channels(model.backbone, build.value("backbone.channel_weights"), options["adapter"])
+            warning = model.head.length_warning(steps)
+            if warning:
+                logger.warning("%s", warning)
 
-    def finish(self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, **shown: bool) -> dict[str, Any]:
-        """Score the best checkpoint, and print the paths of all results; return scores and cost.
+    def open_log(self) -> RunLog:
+        """Return the log of the run; the caller must close it."""
+        progress = self.start.info["progress"] if self.start else {}
+        log = RunLog(
+            self.out_dir,
+            logger_factories(self.build),
+            start_step=progress.get("step", 0),
+            validation_pending=progress.get("validation_pending", False),
+            visible=self.engine.is_main,
+        )
+        log.config(settings_of(self.build))
+        return log
+
+    def finish(
+        self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, *, metrics_only: bool, report: bool
+    ) -> dict[str, Any]:
+        """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
 
         Args:
             model: receives the checkpoint's weights.
             checkpoints: of the finished training; it has a best score.
             log: receives the scores and the checkpoint, and is closed.
-            shown: options of the evaluation, see `TrainingTask.evaluate`.
+            metrics_only: write no figures of the evaluation.
+            report: write its report.html.
         """
-        scores = self.evaluate(model, checkpoints, **shown)
+        checkpoints.load_best(model)
+        provenance = provenance_of(self.build, self.out_dir, checkpoints.best)
+        scores = self.task.evaluate(model, self.engine, provenance, metrics_only=metrics_only, report=report)
+        best_step = checkpoints.progress.best_step
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
+            curves = draw_curves(self.out_dir, self.build.value("trainer.score"), best_step)
+            print(f"curves:       {curves}")
             self.finish_log(log, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
             print("\n".join(next_commands(self.out_dir, self.build.config_dirs, on_clips=self.task.on_clips)))
-        return {**scores, **cost, "best_step": checkpoints.progress.best_step, "run": str(self.out_dir)}
+        return {**scores, **cost, "best_step": best_step, "run": str(self.out_dir)}
 
-    def evaluate(self, model: SegmentationModel, checkpoints: Checkpointer, **shown: bool) -> dict[str, Any]:
-        """Score the best checkpoint, draw the curves, and return the scores. The arguments are those of `finish`."""
-        checkpoints.load_best(model)
-        provenance = provenance_of(self.build, self.out_dir, checkpoints.best)  # each of several heads has its builder
-        scores = self.task.evaluate(model, self.engine, provenance, **shown)
-        if self.engine.is_main:
-            curves = draw_curves(self.out_dir, self.build.value("trainer.score"), checkpoints.progress.best_step)
-            print(f"curves:       {curves}")
-        return scores
+    def finish_log(self, log: RunLog, scores: Mapping[str, Any], checkpoints: Checkpointer) -> None:
+        """Log the scores and the best checkpoint of the run, and print the paths of all results."""
+        log.scores(scores)
+        log.checkpoint(checkpoints.best)
+        log.close()
+        for line in log.views:
+            print(line)
+        step = checkpoint.describe(checkpoints.best)["progress"]["step"]
+        print(f"checkpoint:   {checkpoints.best} (step {step})")
+        list_skipped(self.task.skipped, self.out_dir)
+
+
+def open_run(build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> TrainingRun:
+    """Return the training of a run folder, with the checkpoint that it resumes.
+
+    Args:
+        build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
+        out_dir: the run folder.
+        task: data and checks of the training task.
+        engine: device and ranks.
+
+    Raises:
+        UserError: a part does not fit, or the checkpoint is of another model.
+    """
+    run = TrainingRun(build, out_dir, task, engine)
+    if build.resume:
+        run.start, outline = _read_start(build, task.labels)
+        run.check_model(outline)
+    logger_factories(build)  # refuses unknown options before a model is built
+    if engine.is_main and task.unread:
+        warn_unread(out_dir, task.unread, task.unread_because)
+    return run
 
 
 def _log_resume(start: Checkpoint, steps: int) -> None:
@@ -336,15 +325,7 @@ def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool) -> l
     return lines if on_clips else [*lines, "data advice:  mode=doctor with the same data settings"]
 
 
-def check_data_on_rank0(task: TrainingTask, engine: Engine) -> TrainedSizes | None:
-    """Check the data on rank 0, and return there the sizes of the training images, if they are known."""
-    # one rank is enough: its measurements are cached, and its error ends all ranks
-    sizes = task.check_data() if engine.is_main else None
-    engine.wait()
-    return sizes
-
-
-def _start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, SegmentationModel]:
+def _read_start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, SegmentationModel]:
     """Return the checkpoint that `resume` names, and the outline of the model, after checking that they fit."""
     # tensors last: an untrusted file may describe more than fits in memory
     file = checkpoint.outline(Path(str(build.resume)))

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dinoseg.report.log import rows_of_run
+from dinoseg.report.log import read_rows
 from dinoseg.utils.images import write_png
 
 _BLUE, _VERMILION = "#0072B2", "#D55E00"  # these and the colours below are colour-blind safe
@@ -31,12 +31,12 @@ _PANELS: tuple[Panel, ...] = (
 
 
 def draw_curves(folder: Path, score: str, best_step: int) -> Path:
-    """Write the figure of the log of a run, or of one of its heads, to curves.png in its folder; return that path.
+    """Write the figure of the log of a run to curves.png in its folder; return that path.
 
     `score` and `best_step` are those of `curves_figure`.
     """
     path = folder / "curves.png"
-    write_png(path, _picture(curves_figure(rows_of_run(folder), score, best_step)))
+    write_png(path, _picture(curves_figure(read_rows(folder / "metrics.jsonl"), score, best_step)))
     return path
 
 

@@ -179,26 +179,6 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rows_of_run(folder: Path) -> list[dict[str, Any]]:
-    """Return the log rows of a run folder, or of the folder of one of several heads.
-
-    Heads share the log of their run, two folders above, whose `train/HEAD/loss` becomes `train/loss`.
-
-    Raises:
-        UserError: as in `read_rows`.
-    """
-    path = folder / "metrics.jsonl"
-    shared = folder.parent.parent / "metrics.jsonl"
-    if path.is_file() or not shared.is_file():
-        return read_rows(path)
-    part = f"/{folder.name}/"
-    rows = []
-    for row in read_rows(shared):
-        own = {key.replace(part, "/"): value for key, value in row.items() if part in key}
-        rows.append({"step": row["step"], **own})
-    return rows
-
-
 def _drop_after(path: Path, step: int, *, validation_pending: bool) -> None:
     rows = [row for row in read_rows(path) if row["step"] <= step]
     if validation_pending:

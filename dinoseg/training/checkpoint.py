@@ -43,11 +43,10 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
-from dinoseg.utils.wording import count_of, format_value, join_names, nearest
+from dinoseg.utils.wording import count_of, format_value, nearest
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-HEADS = "heads"  # subfolder of a multi-head run, with one folder per head
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
 _MAX_TENSORS = 50_000  # ten times those of the largest backbone with its training state
@@ -154,8 +153,7 @@ def find(target: str | Path, prefer: str) -> Path:
         prefer: `best` or `last`; the other one is the fallback.
 
     Raises:
-        UserError: there is no checkpoint, the path cannot be read or is a pipe or a device, or the run has several
-            heads and `best` is ambiguous.
+        UserError: there is no checkpoint, or the path cannot be read or is a pipe or a device.
     """
     try:
         path = Path(target).expanduser()
@@ -169,12 +167,6 @@ def find(target: str | Path, prefer: str) -> Path:
         ) from None
     if is_special:
         raise UserError(f"resume={target} is a pipe or a device. Give a run folder or a checkpoint in it.")
-    if prefer == "best" and (path / HEADS).is_dir():
-        names = sorted(folder.parent.name for folder in (path / HEADS).glob(f"*/{FOLDER}"))
-        raise UserError(
-            f"resume={target}: this run has several heads ({join_names(names, 20)}). Give one of them: "
-            f"resume={path / HEADS / (names or ['NAME'])[0]}."
-        )
     other = {"best": "last", "last": "best"}[prefer]
     for name in (prefer, other, ONE_FILE):
         for folder in (path / FOLDER, path):

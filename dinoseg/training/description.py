@@ -61,8 +61,6 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
         raise UserError(f"{where}: its precision is {format_value(info[PRECISION])}; it must be fp32. {_OTHER}")
     if not forms.fits(info.get(IDLE, 0), _COUNT):
         raise UserError(f"{where}: its {IDLE} is {format_value(info[IDLE])}; it must be a whole number. {_OTHER}")
-    if not forms.fits(info.get("heads", {}), HEADS):
-        raise UserError(f"{where}: its heads are {format_value(info['heads'])}, which is not a valid form. {_OTHER}")
     if len(info["palette"]) != len(info["classes"]):
         raise UserError(
             f"{where}: it has {len(info['palette'])} colours for {len(info['classes'])} classes; it must have one for "
@@ -176,9 +174,4 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     ),
     "ignore_index": (forms.whole(0, 255), "a whole number from 0 to 255"),
 }
-HEADS = forms.table(  # of several heads: progress and the part of the config of each
-    forms.object_with(
-        progress=RULES["progress"][0], config=forms.object_with(), choices=_choices, targets=RULES["targets"][0]
-    )
-)
 _OTHER = "Choose another checkpoint."

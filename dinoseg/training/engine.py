@@ -20,7 +20,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
-from dinoseg.training.optim import scale_gradients
+from dinoseg.training.optim import clip_gradients, scale_gradients
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.training.rendezvous import open_store, reach_ranks
 from dinoseg.training.sharding import Lockstep, shard
@@ -272,7 +272,7 @@ class Engine:
         total: Tensor,
         weight: Tensor,
         *,
-        clip: Callable[[Optimizer], Tensor],
+        clip: float | None,
         before: Tensor | None = None,
         loss_scale: LossScale | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ class Engine:
             optimizer: its parameters hold the gradients of `total`, averaged over the ranks.
             total: sum of losses over all ranks, ().
             weight: divisor of the total, (); 0: the step has no labels.
-            clip: clips the gradients of an optimizer's parameters, and returns their norm before, ().
+            clip: maximum gradient norm, or None.
             before: gradient norm () of the previous step, if it may not have been read yet.
             loss_scale: factor of the losses that the gradients are divided by; it is updated.
 
@@ -301,7 +301,8 @@ class Engine:
         if loss_scale is not None:
             factor = factor / loss_scale.value.to(factor.device).to(factor.dtype)
         scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
-        norm = clip(optimizer).to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
+        norm = clip_gradients(optimizer, clip)
+        norm = norm.to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()
         if loss_scale is not None:
             norm = loss_scale.skip_overflow(mean, norm)

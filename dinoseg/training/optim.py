@@ -165,11 +165,7 @@ def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     """Clip the gradients of all trained parameters to a norm of at most `max_norm`; return the norm before, ()."""
-    return clip_norm([parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm)
-
-
-def clip_norm(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
-    """Clip the gradients of some parameters to a norm of at most `max_norm`; return the norm before, ()."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if not trained:
         return torch.zeros((), device=parameters[0].device)

@@ -2,14 +2,13 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
@@ -23,7 +22,7 @@ from dinoseg.training.freeze import BackboneFreeze, build_freeze
 from dinoseg.training.loss_scale import LossScale, widen_predictions
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.optim import MovingAverage, Schedule, build_ema, clip_gradients, set_learning_rates
+from dinoseg.training.optim import MovingAverage, Schedule, build_ema, set_learning_rates
 from dinoseg.training.progress import Progress
 from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss
 from dinoseg.training.time_limit import TimeLimit
@@ -97,7 +96,6 @@ class Experiment:
         checkpoints: progress and checkpoint files of the run.
         log: receives scalars and images.
         settings: length, intervals and options.
-        clip: clips the gradients of an optimizer's parameters, and returns their norm before; None: `clip_gradients`.
     """
 
     model: SegmentationModel
@@ -109,7 +107,6 @@ class Experiment:
     checkpoints: Checkpointer
     log: RunLog
     settings: Settings
-    clip: Callable[[Optimizer], Tensor] | None = None
 
 
 def fit(experiment: Experiment) -> Progress:
@@ -125,7 +122,6 @@ def fit(experiment: Experiment) -> Progress:
     data, engine, settings = experiment.data, experiment.engine, experiment.settings
     check_score(settings.score, data.score_names)
     net = engine.prepare(model)
-    clip = experiment.clip or partial(clip_gradients, max_norm=settings.clip)
     # each of these is None in a training without it
     ema = build_ema(model, settings.ema)
     scale = engine.loss_scale()
@@ -171,8 +167,9 @@ def fit(experiment: Experiment) -> Progress:
             # all ranks see a stop request at the same step; a rank that fails here costs no step
             total, weight, stops = engine.total(output.total, output.weight, stop.signal)
             with emergency.mark_update():
-                before = metrics.newest_norm
-                mean, norm = engine.optimizer_step(optimizer, total, weight, clip=clip, before=before, loss_scale=scale)
+                mean, norm = engine.optimizer_step(
+                    optimizer, total, weight, clip=settings.clip, before=metrics.newest_norm, loss_scale=scale
+                )
                 values = StepMetrics(step + 1, output.names, mean, norm, stops)
                 is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.signal > 0)
                 if ema is not None:

@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -97,7 +96,7 @@ def test_a_training_equals_that_of_the_command_line(place):
 def test_a_run_shows_its_files(place, tmp_path):
     run = dinoseg.Run(place / "called")
     assert run.step == 2 and run.best_checkpoint.is_file() and run.last_checkpoint.name == "last.safetensors"
-    assert run.config["data"]["batch_size"] == 2 and "trainer.steps=2" in run.overrides and not run.heads
+    assert run.config["data"]["batch_size"] == 2 and "trainer.steps=2" in run.overrides
     assert run.metrics["step"].tolist()[-1] == 2 and np.isfinite(run.metrics["val/miou"]).sum() == 2
     assert {each.shape for each in run.metrics.values()} == {run.metrics["step"].shape}
     assert run.scores["miou"] == json.loads((run.folder / "evaluation/scores.json").read_text())["miou"]
@@ -149,23 +148,6 @@ def test_objects_are_tracked(here):
     found = dinoseg.track("tiny", "frames", labels=here / "first.png", **keys)
     assert found["frames"] == 3 and len([*(found.folder / "masks").glob("*.png")]) == 3
     assert "backbone=tiny" in (found.folder / "config/overrides.txt").read_text()
-
-
-def test_heads_of_a_run_are_runs(place, tmp_path):
-    shutil.copytree(place / "called/config", tmp_path / "config")
-    (tmp_path / "heads").mkdir()
-    (tmp_path / "heads/linear").symlink_to(place / "called")
-    run = dinoseg.Run(tmp_path)
-    assert run.scores is None and {*run.heads} == {"linear"} and run.heads["linear"].scores["pixels"] == 2 * 32 * 48
-
-
-@pytest.mark.heavy
-def test_a_run_of_several_heads_lists_them(here):
-    keys = KEYS | {"adapter": "frozen", "mode": SHORT, "trainer.steps": 1}
-    keys |= {"trainer": "multi_head", "heads": ["linear", {"head": "mlp", "name": "small_1"}]}
-    run = dinoseg.train(None, "data=folder", **keys, out_dir="heads_run")
-    assert run.folder == here / "heads_run" and {*run.heads} == {"linear", "small_1"} and run.scores is None
-    assert run.heads["linear"].scores["pixels"] == 2 * 32 * 48 and "step 1" in repr(run)
 
 
 @pytest.mark.parametrize(

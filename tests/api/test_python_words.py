@@ -275,7 +275,7 @@ def test_partial_backbone_names_its_line(tmp_path):
         ("Add adapter=lora adapter.rank=4.", 'Add adapter={"name": "lora", "rank": 4}.'),
         ("Use hparam=demo head.weights=null.", 'Use hparam="demo", head={"weights": None}.'),
         ("Set optim.optimizer.lr=1e-3 (or lower).", 'Set optim={"optimizer": {"lr": 0.001}} (or lower).'),
-        ("Choose heads=[linear,mlp].", 'Choose heads=["linear", "mlp"].'),
+        ("Choose metric=[nsd,cldice].", 'Choose metric=["nsd", "cldice"].'),
         ("head=lin is unknown.", "head=lin is unknown."),
         ("Did you mean data/pixels=files?", 'Did you mean data={"pixels": "files"}?'),
         ("Write data/pixels=files data.pixels.order=[0].", 'Write data={"pixels": {"name": "files", "order": [0]}}.'),

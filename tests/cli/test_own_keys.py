@@ -110,29 +110,15 @@ def test_keys_that_all_named_checkpoints_have_are_theirs(here, line, marked):
     assert with_checkpoint_keys(words) == [f"++{word}" if word in marked else word for word in words]
 
 
-HEADS = ("trainer=multi_head", "heads=[linear,{head: mlp, name: wide}]", "adapter=frozen", "trainer.steps=1")
-
-
 def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(here, compose):
-    build = Builder(compose("mode=train", *(word for word in SMALL if not word.startswith("adapter")), *HEADS))
+    build = Builder(compose("mode=train", *SMALL, "trainer=distil", "teacher=segmenter"))
     progress = {"step": 1, "best": 0.5, "best_step": 1, "stale": 0, "validation_pending": False}
     description = run_description(build, build.labels) | {"progress": progress, "frozen": {}}
-    checkpoint.write(here / "several.safetensors", {}, description)
-    words = ["mode=train", "resume=several.safetensors", "lrs=[1e-3]"]
-    assert with_checkpoint_keys(words) == [*words[:2], "++lrs=[1e-3]"]
-
-
-@pytest.mark.heavy
-def test_root_keys_of_a_trainer_are_refused_if_they_do_not_suit(here):
-    kept = [word for word in SMALL if not word.startswith(("head", "adapter", "trainer"))]
-    run(here, "mode=train", *kept, *HEADS, "trainer.save_every=1", "mode.metrics_only=true", "hydra.run.dir=several")
-    words = ["mode=train", "resume=several", "lrs=[1e-3]"]
-    assert with_checkpoint_keys(words) == [*words[:2], "++lrs=[1e-3]"]
-    run(here, "mode=train", "resume=several", "trainer.steps=2", "mode.metrics_only=true")
-    done = call(here, *words, "engine=cpu")
-    assert done.status == 1 and "this run has heads=" in done.err and "Leave both out" in done.err, done.err
-    done = call(here, "mode=eval", "resume=several/heads/wide", "heads=[linear]", "engine=cpu")
-    assert done.status == 1 and "heads is a key of trainer=multi_head" in done.err, done.err
+    checkpoint.write(here / "student.safetensors", {}, description)
+    words = ["mode=train", "resume=student.safetensors", "teacher=other"]
+    assert with_checkpoint_keys(words) == [*words[:2], "++teacher=other"]
+    done = call(here, "mode=eval", "resume=student.safetensors", "teacher=other", "engine=cpu")
+    assert done.status == 1 and "teacher is a key of trainer=distil" in done.err, done.err
 
 
 def test_job_messages_omit_added_plus_signs():

@@ -39,26 +39,21 @@ def test_a_rank_takes_plain_values_and_options_of_rank_0(receive, compose):
     def resume(shared):
         shared["config"]["resume"] = "outputs/base/train/checkpoints/last.safetensors"
         shared["config"]["optim"]["optimizer"]["lr"] = 0.5
-        shared["solo"] = {"mlp": json.loads(json.dumps(shared))}
 
     further = ("head=mlp", "hparam=demo", "data.batch_size=3", "inference.size=${resolution.crop}")
     found = receive(WORDS, resume, further)
     cfg = compose(*WORDS, *further)
     cfg.optim.optimizer.lr, cfg.resume = 0.5, found["resume"]
     assert found["resume"].endswith("last.safetensors") and found["choices"] == to_container(cfg.choices)
-    assert found["solo"]["mlp"]["head"] == found["head"] and found.pop("solo").keys() == {"mlp"}
     theirs, ours = (resolve({**to_container(cfg), **each}) for each in (found, {}))
     for key in {*cfg} - {"data"}:
         assert theirs[key] == ours[key], key
 
 
-@pytest.mark.parametrize("place", ["loss", "mode", "solo"])
+@pytest.mark.parametrize("place", ["loss", "mode"])
 def test_a_rank_refuses_names_of_classes(receive, place):
     def attack(shared):
-        if place == "solo":
-            shared["solo"] = {"mlp": json.loads(json.dumps(shared))}
-        node = shared["solo"]["mlp"] if place == "solo" else shared
-        node["config"]["loss" if place == "solo" else place] |= {"_target_": "os.system", "command": "true"}
+        shared["config"][place] |= {"_target_": "os.system", "command": "true"}
 
     with pytest.raises(UserError, match="the config of rank 0: .*a checkpoint stores no key _target_"):
         receive(WORDS, attack)

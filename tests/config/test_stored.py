@@ -125,7 +125,7 @@ def test_a_stored_config_is_the_config_of_the_run(sound):
 
 @pytest.mark.parametrize(
     ("trainer", "brought"),
-    [("supervised", set()), ("multi_head", {"heads", "lrs"}), ("distil", {"teacher"}), ("slots", set())],
+    [("supervised", set()), ("distil", {"teacher"}), ("slots", set())],
 )
 def test_options_bring_root_keys_of_their_own_but_no_groups(trainer, brought, caplog):
     stored = as_read(describe(compose_job({**CHOICES, "trainer": trainer}), KEYS))

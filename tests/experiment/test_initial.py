@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +23,8 @@ from dinoseg.experiment.resume import merge
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.modes import train, train_heads
+from dinoseg.modes import train
 from dinoseg.training import checkpoint
-from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 
 QUIET = ("mode.report=false", "mode.pictures=0")
@@ -158,13 +156,6 @@ def test_resumed_run_reads_no_init(folder, initialised_run):
     assert done.status == 0 and "init=" not in done.err, done.err
     info = checkpoint.describe(folder / "resumed/checkpoints/last.safetensors")
     assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
-
-
-def test_init_is_for_one_head_at_a_time(compose):
-    build = Builder(compose(*SHORT, "init=first", "trainer=multi_head", "heads=[linear]"))
-    engine = SimpleNamespace(sharded=False, cache="off", loss_scale=lambda: None)
-    task = SimpleNamespace(data_module=object.__new__(ImageDataModule))
-    assert_refused(lambda: train_heads._check_task(build, task, engine), "init=first is for one head at a time")
 
 
 @pytest.mark.parametrize(

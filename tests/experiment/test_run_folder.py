@@ -11,7 +11,16 @@ from mistakes import assert_refused, command, refusals
 from omegaconf import OmegaConf
 
 from dinoseg.experiment import folder as run_folder
-from dinoseg.experiment.folder import claim, drop_bare, drop_empty, has_results, release, write_config
+from dinoseg.experiment.folder import (
+    claim,
+    command_lines,
+    drop_bare,
+    drop_empty,
+    has_results,
+    last_command_line,
+    release,
+    write_config,
+)
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.modes import score
@@ -63,6 +72,14 @@ def test_dropping_never_fails_and_leaves_files_with_content(tmp_path):
     drop_bare(folder)
     release(folder)
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
+def test_command_lines_are_listed_from_the_start_to_the_last_resume(tmp_path):
+    commands = [["seed=1"], ["resume=auto", "trainer.steps=7"], ["resume=auto", "trainer.steps=8"]]
+    for second, words in enumerate(commands):
+        folder = write_config({}, tmp_path, words)
+        os.utime(folder / "overrides.txt", (second, second))
+    assert command_lines(tmp_path) == commands and last_command_line(tmp_path) == commands[-1]
 
 
 def test_new_run_removes_remains_of_a_killed_export(tmp_path):

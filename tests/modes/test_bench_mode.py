@@ -65,7 +65,7 @@ def test_slots_of_clips_are_timed(tmp_path, here):
         ("engine.devices=2", "engine.devices=2: this mode runs on 1"),
         ("mode.steps=0", "mode.steps=0"),
         ("data.root=nowhere", "nowhere"),
-        ("trainer=multi_head heads=[linear] adapter=frozen", "trainer=multi_head trains several heads"),
+        ("trainer=distil teacher=run", "trainer=distil is not supported: its step also uses images without masks"),
     ],
 )
 def test_invalid_bench_options_are_refused(tmp_path, here, line, message):

@@ -12,7 +12,6 @@ from dinoseg.utils.errors import UserError
 
 LAYERS = (*SMALL, "data.classes=[disc,square]", "task=multilabel", "loss=bce_dice", "backbone.patch_size=4")
 DOCTOR = ("mode=doctor", "data=folder", "data.classes=[dark,bright]", "data.root=data", "mode.workers=1")
-HEADS = "mode=train adapter=frozen trainer=multi_head"
 MOVI = "mode=render data=movi data.root=new"
 
 
@@ -40,14 +39,7 @@ TRAIN = {
     "mode=train trainer.score=nsd": "Add metric=[nsd]",
     "mode=train metric=cldice metric.cldice.classes=[5]": "metric.cldice.classes=[5]: give ids...from 0 to 1",
     "mode=train metric=[../loss/bce]": "is not a metric. Choose options of the group metric",
-    "mode=train heads=[linear]": "heads is a key of trainer=multi_head",
-    HEADS: "heads=None: give a list of at least one head",
-    f"{HEADS} heads=[linaer]": "linaer is unknown. Did you mean linear?",
-    f"{HEADS} heads=[linear] head=cnn": "head=cnn and heads both set the heads to train",
-    f"{HEADS} heads=[{{head:cnn,depth:2}}]": "depth is not a key of head=cnn. It has layers, ",
-    f"{HEADS} heads=[linear] adapter=full": "adapter=full: trainer=multi_head trains heads",
-    f"{HEADS} heads=[linear] trainer.evaluate=last": "one head at a time",
-    f"{HEADS} heads=[linear] lrs=[1{400 * '0'},1]": "give a list of learning rates above 0",
+    "mode=train teacher=run": "teacher is a key of trainer=distil",
 }
 PROBE_AND_PLAN = {
     "mode=probe mode.layers=[5]": "this backbone has 2 blocks",
@@ -95,9 +87,6 @@ RENDERED = {
 FURTHER = {  # of keys and messages like those above
     "mode=train head=mlp +head.init=probe": "does not take init",
     "mode=train metric=nsd trainer.score=nds": "mean_accuracy...metric=[NAME] adds boundary_iou, cldice, ece",
-    "mode=train lrs=[1e-3]": "lrs is a key of trainer=multi_head",
-    f"{HEADS} heads=[linear,slots]": "head=slots is trained on clips",
-    f"{HEADS} heads=[linear,dpt]": "quarters",
     "mode=plan mode.memory=-1GiB": "mode.memory=-1GiB: give an amount",
     "mode=plan loss.weights=invers": "loss.weights=invers is unknown. Choose one of none",
 }

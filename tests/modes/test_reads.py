@@ -11,8 +11,8 @@ from dinoseg.config.plain import texts_of
 
 FOR_ALL = {"mode", "hparam", *OmegaConf.load(FOLDER / "main.yaml")}  # settings of every mode
 WHOLE = ("bench", "doctor", "plan", "probe", "summary", "train")  # whole recipes, also of groups that they do not read
-# with trainer=multi_head, trainer=distil, hparam=auto and metric=[NAME]; a mode without the group task reads class ids
-BY_OPTION = {"heads", "lrs", "teacher", "budget", "metric", "task"}
+# with trainer=distil, hparam=auto and metric=[NAME]; a mode without the group task reads class ids
+BY_OPTION = {"teacher", "budget", "metric", "task"}
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
     "app": {"loss"},  # loss: in saving a model, which the app does not do
     "bench": {"slots", "tracker"},

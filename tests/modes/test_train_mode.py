@@ -42,8 +42,7 @@ def start(where, monkeypatch):
         raise UserError("enough")
 
     def begin(*arguments):
-        for module in ("train", "train_heads"):
-            monkeypatch.setattr(f"dinoseg.modes.{module}.fit", stop)
+        monkeypatch.setattr("dinoseg.modes.train.fit", stop)
         done = call(where, "mode=train", *SMALL, *arguments)
         assert done.status == 1 and "error: enough" in done.err, done.err
         return done.err
@@ -85,16 +84,9 @@ def test_wrong_optimizers_are_refused_before_data_are_checked(where, word):
     assert done.status == 1 and f"error: optim.{word}" in done.err and "Checking the data" not in done.err, done.err
 
 
-@pytest.mark.parametrize(
-    ("adapter", "heads"),
-    [
-        ("frozen", ()),
-        ("full", ()),
-        pytest.param("frozen", ("trainer=multi_head", "heads=[linear,cnn]"), marks=pytest.mark.heavy),
-    ],
-)
-def test_warmup_of_a_frozen_backbone_has_no_effect(start, adapter, heads):
-    output = start(f"adapter={adapter}", *heads, "optim.schedule.backbone_warmup=500")
+@pytest.mark.parametrize("adapter", ["frozen", "full"])
+def test_warmup_of_a_frozen_backbone_has_no_effect(start, adapter):
+    output = start(f"adapter={adapter}", "optim.schedule.backbone_warmup=500")
     line = "optim.schedule.backbone_warmup=500 has no effect: the backbone is not trained. Set it to null, or choose"
     assert output.count("backbone_warmup") == 1 and (line in output) == (adapter == "frozen")
     assert ("The learning rate rises for" in output) == (adapter == "full")
@@ -189,25 +181,25 @@ KEPT = {"engine.cache": "disk", "features.dtype": "float16"}
 
 @pytest.fixture
 def note_settings(caplog):
-    """Return a function that notes what a job is computed by after its checkpoint's, and gives it and what is told."""
+    """Return a function that records the choices of a resumed run, and returns them and the warnings."""
 
-    def note(before, precision="fp32", kept=KEPT, **options):
-        job = object.__new__(TrainingRun)
-        job.build, job.engine = Builder(OmegaConf.create({"resume": "run"})), SimpleNamespace(precision=precision)
-        job.start = before and SimpleNamespace(info=before)
+    def note(before, precision="fp32", kept=KEPT):
+        build = Builder(OmegaConf.create({"resume": "run"}))
+        start = before and SimpleNamespace(info=before)
+        run = TrainingRun(build, Path("run"), None, SimpleNamespace(precision=precision), start)
         checkpoints = SimpleNamespace(info={})
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            job.note(checkpoints, kept, **options)
+            run.record_choices(checkpoints, kept)
         return checkpoints.info, caplog.messages
 
     return note
 
 
-def test_changed_settings_are_reported_once_on_resume(note_settings):
+def test_changed_settings_are_reported_on_resume(note_settings):
     first, told = note_settings(None)
     assert first == {"engine": {"engine.precision": "fp32", **KEPT}} and not told
-    assert note_settings(first)[1] == [] == note_settings({})[1] == note_settings(first, "bf16", tells=False)[1]
+    assert note_settings(first)[1] == [] == note_settings({})[1]
     assert note_settings(first, kept={**KEPT, "engine.cache": "memory"})[1] == []  # the same numbers
     (told,) = note_settings(first, "bf16")[1]
     assert "engine.precision was fp32 and is bf16. Set the earlier" in told and "features" not in told
@@ -233,7 +225,7 @@ def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):
             log.scalars(step, {"val/miou": 0.5})
     build = Builder(compose("mode=train", "logger=[]", "data.root=none", "data.classes=[a,b]"))
     start = SimpleNamespace(info={"progress": {"step": 2, "validation_pending": True}})
-    training_run.RunContext(build, tmp_path, None, SimpleNamespace(is_main=True), start).open_log().close()
+    TrainingRun(build, tmp_path, None, SimpleNamespace(is_main=True), start).open_log().close()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 2, "train/loss": 1.0}]
 
 
@@ -242,5 +234,5 @@ def test_end_of_a_run_is_logged_before_the_log_closes(tmp_path, monkeypatch):
     log = SimpleNamespace(scores=calls.append, checkpoint=calls.append, close=lambda: calls.append("close"), views=[])
     monkeypatch.setattr(training_run.checkpoint, "describe", lambda path: {"progress": {"step": 3}})
     checkpoints, task = SimpleNamespace(best=tmp_path / "best.safetensors"), SimpleNamespace(skipped={})
-    training_run.RunContext(None, tmp_path, task, None).finish_log(log, {"miou": 0.5}, checkpoints)
+    TrainingRun(None, tmp_path, task, None).finish_log(log, {"miou": 0.5}, checkpoints)
     assert calls == [{"miou": 0.5}, checkpoints.best, "close"]

@@ -10,7 +10,7 @@ from mistakes import assert_refused, refusals
 from tensorboard.summary.writer import event_file_writer
 from test_background_logger import RecordingLogger
 
-from dinoseg.report.log import RunLog, read_rows, rows_of_run
+from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.loggers.tensorboard import TensorBoardLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
@@ -81,13 +81,6 @@ def test_a_validation_that_is_made_again_is_logged_once(tmp_path, pending):
     RunLog(tmp_path, start_step=6, validation_pending=pending).close()
     rows = [(row["step"], "val/miou" in row) for row in read_rows(tmp_path / "metrics.jsonl")]
     assert rows == [(3, False), (3, True), (6, False), (6, True)][: 3 if pending else 4]
-
-
-def test_rows_of_a_head_are_named_as_in_its_own_run(tmp_path):
-    with RunLog(tmp_path) as log:
-        log.scalars(2, {"train/loss": 3.0, "train/a/loss": 1.0, "train/ab/loss": 2.0})
-        log.scalars(4, {"train/lr": 0.1})
-    assert rows_of_run(tmp_path / "heads" / "a") == [{"step": 2, "train/loss": 1.0}, {"step": 4}]
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,6 @@ def test_mlflow_run_equals_metrics_jsonl_and_is_resumed(folder, server):
     assert run["info"]["status"] == "FINISHED"
 
 
-def test_several_heads_are_one_run(folder, server):
-    words = ("adapter=frozen", "trainer=multi_head", "heads=[linear,mlp]", "trainer.steps=2", "hydra.run.dir=run")
-    train(folder, server, "heads", *words)
-    (run,) = server.runs("heads")
-    assert run["info"]["run_name"] == "run" and values_of(server, run) == json_lines(folder / "run")
-
-
 def test_interrupted_run_is_killed_and_finished_after_resuming(folder, server):
     names = (f"logger.mlflow.tracking_uri={server.url}", "logger.mlflow.experiment=stopped")
     words = [*TRAIN, "logger=mlflow", *names, "trainer.steps=4000", "trainer.val_every=4000", "hydra.run.dir=run"]

@@ -25,7 +25,6 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
-from dinoseg.training.multi_head import join_optimizers
 from dinoseg.training.optim import adamw, schedule, set_learning_rates
 
 DINOV2_LINEAR = """
@@ -217,19 +216,6 @@ def test_beit_and_matrices_are_the_default():
     plain = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
     named = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5, layer_decay_rule="beit", weight_decay_on="matrices")
     assert plain.param_groups == named.param_groups
-
-
-def test_several_heads_warm_up_each_as_alone():
-    factor = schedule("poly", warmup=3, backbone_warmup=5, warmup_start=0)
-    rates = (1.0, 0.5)
-    optimizers = [adamw(segmenter(adapter=Frozen), lr=rate) for rate in rates]
-    joined = join_optimizers([adamw(segmenter(adapter=Frozen), lr=rate) for rate in rates])
-    for step in (0, 1, 3, 5, 8, 19):
-        alone = [sorted({*rates_at(each, factor, step, 20).values()}) for each in optimizers]
-        set_learning_rates(joined, factor, step, 20)
-        for number, expected in enumerate(alone):
-            groups = [group for group in joined.param_groups if group["head"] == number]
-            assert sorted({(group["lr"], group["weight_decay"]) for group in groups}) == expected
 
 
 def test_resuming_in_the_second_warmup_equals_one_run(tmp_path, monkeypatch):

@@ -356,11 +356,7 @@ def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
         composed = loader.load_sweep_config(config, cell)
         cfg = job_config(composed, composed.hydra)
         if cfg.resume is None and "check" in cfg.mode:
-            from dinoseg.experiment.heads import solo_runs  # imports torch, which mode=score does not need
-
-            alone = [solo.cfg for solo in solo_runs(cfg, cell, None).values()]
-            for job in alone or [cfg]:
-                instantiate(cfg.mode.check)(job)
+            instantiate(cfg.mode.check)(cfg)
     except UserError as error:
         return str(error)
     except Exception:  # noqa: BLE001 - found again: by the job, with its traceback, or by Hydra, before the first job

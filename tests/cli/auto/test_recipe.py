@@ -144,7 +144,6 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
         ("resolution.crop=[x,y]", "resolution.crop=['x', 'y'] is of type list of str"),
         ("budget.minutes=null", "budget.minutes=null"),
         ("hparam=base budget.minutes=3", "budget.minutes is a key of hparam=auto"),
-        ("trainer=multi_head heads=[linear]", "trainer=multi_head trains several heads"),
         ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
         ("trainer=slots", "not for trainer=slots"),
         ("data.root=nowhere", "nowhere"),

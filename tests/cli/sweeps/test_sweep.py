@@ -168,20 +168,20 @@ def sweep_config(mode, resume=None, head="linear"):
     ],
 )
 def test_sweep_checks_only_new_trainings(monkeypatch, keys, error, reason):
-    def fail(*_):
+    def fail(cfg):
         raise error
 
     composed = sweep_config(**keys)
-    monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", fail)
+    monkeypatch.setattr(sweep_table, "instantiate", lambda check: fail)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
 
 
 def test_sweep_cell_is_checked_with_its_own_choices(monkeypatch):
-    def tell(cfg, *_):
+    def tell(cfg):
         raise UserError(cfg.choices.head)
 
     sweep, cell = (sweep_config({"check": {}}, head=head) for head in ("linear", "mlp"))
-    monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", tell)
+    monkeypatch.setattr(sweep_table, "instantiate", lambda check: tell)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
 
