@@ -34,7 +34,7 @@ VALIDATION = {  # at its end
     "metrics/confusion.py _raise_for_outsiders: read": 1,
     "metrics/confusion.py compute: read": 2,
     "metrics/confusion.py update: copy to the device": 1,
-    "training/validation.py scores: read": 2,
+    "training/validation.py evaluate: read": 2,
 }
 LOGGED = {
     "metrics/confusion.py _raise_for_outsiders: read": 1,

@@ -84,10 +84,6 @@ class Batch(StackedSamples):
         """Return masks (B, H, W) as a batch without images of its own, for losses, which do not read these."""
         return cls(masks, masks, [f"image {number}" for number in range(len(masks))])
 
-    def with_features(self, features: FrozenFeatures) -> FeatureBatch:
-        """Return the same samples with frozen features instead of images."""
-        return FeatureBatch(**{**vars(self), "image": features})
-
 
 @dataclass
 class ClipBatch(StackedSamples):

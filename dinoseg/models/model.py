@@ -99,12 +99,10 @@ class SegmentationModel(nn.Module):
             )
 
     @torch.no_grad()
-    def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:
+    def frozen(self, images: Tensor) -> FrozenFeatures:
         """Return the frozen features of images (B, C, H, W).
 
         These are the activations at the deepest cut before any trained parameter.
-
-        `reduce`: as in `forward`.
 
         Raises:
             UserError: the first block is trained, or the model cannot be split at this cut.
@@ -114,7 +112,7 @@ class SegmentationModel(nn.Module):
                 "This backbone has no frozen part before its first trained block. Choose the adapter frozen or "
                 "last_blocks, or LoRA in the last blocks only (blocks=4); or cache no features."
             )
-        pixels = self.pixels(images, reduce=reduce)
+        pixels = self.pixels(images)
         return FrozenFeatures(self.head.forward_frozen(self.backbone, pixels), _size(images), _size(pixels))
 
     def _check_cached(self, features: FrozenFeatures) -> None:

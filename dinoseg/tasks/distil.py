@@ -304,7 +304,8 @@ class DistillationTask(ImageTask):
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = CachedScores(teacher, store, len(train.classes))
         others = self._others()
-        self.data_module = DistillationDataModule(**self.data_module.constructor_kwargs, scores=scores, others=others)
+        given = {part.name: getattr(self.data_module, part.name) for part in fields(ImageDataModule) if part.init}
+        self.data_module = DistillationDataModule(**given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)

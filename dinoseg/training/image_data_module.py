@@ -1,10 +1,9 @@
 """Batches of images and masks, from one dataset for training and one for validation."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
 from dinoseg.training.feature_cache.key import overrides_both
 from dinoseg.training.tally import Tally
-from dinoseg.training.validation import ScoredModel, evaluate_each
+from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count
 
@@ -116,11 +115,6 @@ class ImageDataModule:
             )
 
     @property
-    def constructor_kwargs(self) -> dict[str, Any]:
-        """Return the arguments of the constructor by name."""
-        return {field.name: getattr(self, field.name) for field in fields(ImageDataModule) if field.init}
-
-    @property
     def train_views(self) -> TrainViews:
         """Return the training images as augmented views."""
         return TrainViews(self.train, self.augment, self.seed, self.views)
@@ -156,23 +150,20 @@ class ImageDataModule:
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""
-        return self.validate_each([self.wrap_for_validation(model, loss, engine)], engine)[0]
-
-    def wrap_for_validation(self, model: SegmentationModel, loss: Loss, engine: Engine) -> "ValidationImages":
-        """Return a model in the form that `validate_each` takes."""
-        return ValidationImages(self, model, loss, engine)
-
-    def validate_each(
-        self,
-        models: Sequence["ValidationImages"],
-        engine: Engine,
-        *,
-        inputs: Callable[[Batch], Iterable[Batch]] | None = None,
-    ) -> list[Validation]:
-        """Validate several models in one pass over the data, see `evaluate_each`."""
-        batches = None if self.cache is None else self._cached_batches(self.cache, models[0].model, engine)
-        found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, inputs=inputs)
-        return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
+        shown = ShownImages(self.val, self.pictures, rank=self.rank, world_size=self.world_size)
+        scores = evaluate(
+            model,
+            self.val,
+            engine,
+            policy=self.policy,
+            background=self.background,
+            loss=loss,
+            on_batch=shown.add,
+            rows=MetricRows(self.metrics, self.val, self.rank, self.world_size) if self.metrics else None,
+            batches=None if self.cache is None else self._cached_batches(self.cache, model, engine),
+        )
+        by_class = {f"iou/{self.val.classes[row['id']]}": row["iou"] for row in scores["classes"]}
+        return Validation(scores | by_class, shown.pictures)
 
     def _cached_batches(
         self, cache: FeatureCache, model: SegmentationModel, engine: Engine
@@ -185,36 +176,30 @@ class ImageDataModule:
             yield views if whole else Batch.stack([self.val[index]])
 
 
-class ValidationImages:
-    """A model in validation, with visualised predictions of some images."""
+class ShownImages:
+    """Visualised predictions of some images of a validation.
 
-    def __init__(self, data_module: ImageDataModule, model: SegmentationModel, loss: Loss, engine: Engine) -> None:
-        self.model, data = model, data_module.val
+    Args:
+        data: validation dataset.
+        wanted: maximum number of images.
+        rank: this rank; only rank 0 validates any of them.
+        world_size: number of ranks.
+
+    Attributes:
+        pictures: frame, prediction and reference (H, W, 3) uint8, by the image's name.
+    """
+
+    def __init__(self, data: SegmentationData, wanted: int, *, rank: int, world_size: int) -> None:
         self._data = data
-        metrics = data_module.metrics
-        self.scored = ScoredModel(
-            model,
-            data,
-            engine,
-            policy=data_module.policy,
-            background=data_module.background,
-            loss=loss,
-            on_batch=self._show,
-            rows=MetricRows(metrics, data, data_module.rank, data_module.world_size) if metrics else None,
-        )
-        self._shown = spread(len(data), data_module.pictures, data_module.world_size)
-        self._indices = count(data_module.rank, data_module.world_size)
+        self._shown = spread(len(data), wanted, world_size)
+        self._indices = count(rank, world_size)
         self._draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
-        self._pictures: dict[str, np.ndarray] = {}
+        self.pictures: dict[str, np.ndarray] = {}
 
-    def validation(self, scores: dict[str, Any]) -> Validation:
-        """Return the scores with `iou/CLASS` for each class, and the visualised predictions."""
-        by_class = {f"iou/{self._data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
-        return Validation(scores | by_class, self._pictures)
-
-    def _show(self, batch: Batch, ids: Tensor, _: Tensor) -> None:
+    def add(self, batch: Batch, ids: Tensor, _: Tensor) -> None:
+        """Draw those images of the next batch that are shown."""
         for row, index in enumerate(islice(self._indices, len(ids))):
             if index in self._shown:
                 frame = self._data[index]["image"].permute(1, 2, 0).numpy()
                 masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
-                self._pictures[batch.names[row]] = self._draw(frame, *masks, longest=SHOWN_SIDE)
+                self.pictures[batch.names[row]] = self._draw(frame, *masks, longest=SHOWN_SIDE)

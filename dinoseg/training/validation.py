@@ -1,10 +1,8 @@
 """Scores of a model on a dataset at the masks' own size, with exact counts over all images and ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -57,30 +55,6 @@ def evaluate(
         batches: this rank's images once and in order, if they are not to be read here; cached features are predicted
             without the policy.
     """
-    scored = ScoredModel(
-        model, data, engine, policy=policy, background=background, loss=loss, on_batch=on_batch, rows=rows
-    )
-    return evaluate_each([scored], data, engine, batches=batches)[0]
-
-
-@torch.no_grad()
-def evaluate_each(
-    models: Sequence["ScoredModel"],
-    data: SegmentationData,
-    engine: Engine,
-    *,
-    batches: Iterable[Any] | None = None,
-    inputs: Callable[[Batch], Iterable[Batch]] | None = None,
-) -> list[dict[str, Any]]:
-    """Return the scores of several models, each as `evaluate` would, from one pass over the data.
-
-    Args:
-        models: each with its own counts.
-        data: dataset to score on.
-        engine: device, precision and ranks.
-        batches: see `evaluate`.
-        inputs: returns a batch for each model, such as one with features of its images; None: all get the batch itself.
-    """
     if batches is None:
         batches = eval_batches(
             data,
@@ -89,71 +63,33 @@ def evaluate_each(
             rank=engine.rank,
             world_size=engine.world_size,
         )
-    with ExitStack() as stack:
-        for scored in models:
-            stack.enter_context(scored.in_eval_mode())
-        for drawn in batches:
-            batch = drawn.to(engine.device)
-            for scored, model_batch in zip(models, inputs(batch) if inputs else repeat(batch), strict=False):
-                scored.add(model_batch)
-    return [scored.scores() for scored in models]
-
-
-class ScoredModel:
-    """A model and its counts, accumulated batch by batch.
-
-    The arguments are those of `evaluate`.
-    """
-
-    def __init__(
-        self,
-        model: SegmentationModel,
-        data: SegmentationData,
-        engine: Engine,
-        *,
-        policy: Policy | None = None,
-        background: int | None = None,
-        loss: Loss | None = None,
-        on_batch: OnBatch | None = None,
-        rows: MetricRows | None = None,
-    ) -> None:
-        self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
-        self._rows, self._maps = rows, get_map_kinds(data)
-        self._counts = make_counts(model.task, len(data.classes), data.ignore_index, background)
-        self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
-        self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
-
-    @contextmanager
-    def in_eval_mode(self) -> Iterator[None]:
-        """Put the model in eval mode within the block, and restore its mode afterwards."""
-        training = self._model.training
-        self._model.eval()
-        yield
-        self._model.train(training)
-
-    def add(self, batch: Batch) -> None:
-        """Count the model's predictions for a batch on the device."""
+    maps = get_map_kinds(data)
+    counts = make_counts(model.task, len(data.classes), data.ignore_index, background)
+    predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
+    losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
+    training = model.training
+    model.eval()
+    for drawn in batches:
+        batch = drawn.to(engine.device)
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        ids, logits, added = _predict_batch(self._predictor, batch, self._loss, self._maps, size)
-        self._losses += added
-        self._counts.update(ids, batch.mask)
-        if self._rows is not None:
-            self._rows.add(batch, ids, logits)
-        if self._on_batch is not None:
-            self._on_batch(batch, ids, logits)
-
-    def scores(self) -> dict[str, Any]:
-        """Return the scores over all ranks."""
-        # integers, so that the sum over ranks is exact in any order
-        self._counts.counts = self._engine.sum(self._counts.counts.to(self._engine.device))
-        result = self._counts.compute()
-        if self._rows is not None:
-            self._rows.add_scores(result, self._engine.gather)
-        if self._loss is not None:
-            values = torch.stack(self._losses).tolist() if self._losses else []
-            total, images = self._engine.total(sum(values), len(values)).tolist()
-            result["loss"] = total / max(1.0, images)
-        return result
+        ids, logits, added = _predict_batch(predictor, batch, loss, maps, size)
+        losses += added
+        counts.update(ids, batch.mask)
+        if rows is not None:
+            rows.add(batch, ids, logits)
+        if on_batch is not None:
+            on_batch(batch, ids, logits)
+    model.train(training)
+    # integers, so that the sum over ranks is exact in any order
+    counts.counts = engine.sum(counts.counts.to(engine.device))
+    result = counts.compute()
+    if rows is not None:
+        rows.add_scores(result, engine.gather)
+    if loss is not None:
+        values = torch.stack(losses).tolist() if losses else []
+        total, images = engine.total(sum(values), len(values)).tolist()
+        result["loss"] = total / max(1.0, images)
+    return result
 
 
 def _predict_batch(
