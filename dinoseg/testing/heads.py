@@ -103,7 +103,7 @@ def check_head(
 
 
 def check_features(head: Head[Any], backbone: Backbone) -> None:
-    """Check that the feature maps stay unchanged: other heads and the feature cache read them too."""
+    """Check that the feature maps stay unchanged: the feature cache reads them too."""
     if type(head).run is not Head.run:
         return
     maps = backbone.maps(random_images(1))
