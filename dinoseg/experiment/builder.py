@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -33,10 +34,8 @@ from dinoseg.utils.wording import join_names
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 _NAMED = 40  # maximum number of class weights in the log
-# parts that a training builds once its data are open, with keys beside their own
-_BUILT_LATE = {"adapter": ("lr",), "head": ("layers", "lr")} | dict.fromkeys(
-    ("loss.criterion", "optim.optimizer", "optim.schedule"), ()
-)
+# parts that a training completes once its data are open
+_BUILT_LATE = ("adapter", "head", "loss.criterion", "optim.optimizer", "optim.schedule")
 _LAYER_METRIC = {"_target_": "dinoseg.metrics.layers.LayerMetric", "_partial_": True}
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
@@ -83,7 +82,7 @@ def in_steps(
 
 
 class Builder(ModelBuilder):
-    """Builder of the model and of all other parts of an experiment. Each call returns new objects."""
+    """Builder of the model and of all other parts of an experiment."""
 
     @property
     def cache_dir(self) -> Path:
@@ -141,20 +140,18 @@ class Builder(ModelBuilder):
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
         check_value("seed", self._cfg.seed, Natural)
         self.loop_settings(self.lengths(samples=1)._asdict())
-        for key, others in _BUILT_LATE.items():
-            node = self.value(key)
-            # null for a backbone that states its patch size once it is built, as those of timm do
-            later = ("patch_size",) if node.get("patch_size", 0) is None else ()
-            instantiate(node, without=(*others, *later))
-        task = self.training_task()
+        for key in _BUILT_LATE:
+            self.part(key)
+        task = self.training_task
         folders = [SHIPPED, *map(Path, self.config_dirs)]
         metrics = [] if task.on_clips else options_in(folders, METRIC)
-        chosen = dict(zip(self.value(METRIC) or {}, self.metrics(), strict=True))
+        chosen = dict(zip(self.value(METRIC) or {}, self.metrics, strict=True))
         check_score(self.value("trainer.score"), task.score_names, metrics, chosen)
         config_description(self)  # refuses what a checkpoint could not store
 
+    @cached_property
     def training_task(self) -> Any:
-        """Return the training task of `trainer.method` (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
+        """The training task of `trainer.method` (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
 
         Raises:
             UserError: a teacher is given to a task without distillation, or an option is invalid.
@@ -246,8 +243,7 @@ class Builder(ModelBuilder):
         """
         weights = self._cfg.loss.weights
         if not self.loss_has_classes:
-            if weights != "none":
-                raise UserError(f"loss.weights={weights}: loss={self.options['loss']} uses no classes. Leave it out.")
+            self._refuse_weights()
             return self.criterion()
         if train is None:
             raise UserError(
@@ -263,6 +259,22 @@ class Builder(ModelBuilder):
             logger.info("loss.weights=%s: %s", weights, join_names(shown, _NAMED))
         return self.criterion(class_weights=found)
 
+    @cached_property
+    def loss_outline(self) -> Loss:
+        """The loss on the meta device with equal class weights: what it needs, before labels are counted.
+
+        Raises:
+            UserError: class weights are set for a loss without classes, or an option is invalid.
+        """
+        self._refuse_weights()
+        with torch.device("meta"):
+            return self.unweighted_loss()
+
+    def _refuse_weights(self) -> None:
+        weights = self._cfg.loss.weights
+        if weights != "none" and not self.loss_has_classes:
+            raise UserError(f"loss.weights={weights}: loss={self.options['loss']} uses no classes. Leave it out.")
+
     def unweighted_loss(self) -> Loss:
         """Return the loss with equal class weights, without counting labels."""
         return self.criterion(
@@ -274,8 +286,9 @@ class Builder(ModelBuilder):
         check_partial(self.value("loss.criterion"), "loss.criterion")
         return expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
 
+    @cached_property
     def metrics(self) -> list[Metric]:
-        """Return the metrics of the config group `metric`, in addition to those that every validation counts.
+        """The metrics of the config group `metric`, in addition to those that every validation counts.
 
         Metrics of a task of layers count each layer by itself.
 
@@ -304,7 +317,7 @@ class Builder(ModelBuilder):
     @property
     def score_metric(self) -> str | None:
         """Return the option of `metric` that computes `trainer.score`; None if validations count it anyway."""
-        named = zip(self.value(METRIC) or {}, self.metrics(), strict=True)
+        named = zip(self.value(METRIC) or {}, self.metrics, strict=True)
         return next((name for name, metric in named if self.value("trainer.score") in metric.scores), None)
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
@@ -331,7 +344,7 @@ class Builder(ModelBuilder):
         Args:
             lengths: settings in steps, such as `steps`, which override those of the config.
         """
-        return self.part("trainer.loop", **lengths)()
+        return self.part("trainer.loop")(**lengths)
 
 
 def _expected_files(layout: Mapping[str, Any] | None) -> str:

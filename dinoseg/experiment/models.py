@@ -27,9 +27,11 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
+_READ_ELSEWHERE = {"adapter": ("lr",), "head": ("layers", "lr")}  # keys beside the arguments of a part
+
 
 class ModelBuilder:
-    """Builder of the model that a config describes.
+    """Builder of the model that a config describes. It instantiates each config node once; models are new ones.
 
     Args:
         cfg: the whole config.
@@ -40,6 +42,7 @@ class ModelBuilder:
 
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg
+        self._parts: dict[str, Any] = {}  # by full key
         self.options: Mapping[str, str] = cfg.get("choices") or {}
 
     @classmethod
@@ -110,9 +113,18 @@ class ModelBuilder:
         check_arguments(f"{target.__module__}.{target.__qualname__}", given, keys)
         return given
 
-    def part(self, key: str, **overrides: Any) -> Any:
-        """Return the object of the config node at a full key such as `data.augment`, with overrides of its values."""
-        return instantiate(self.value(key), instead=overrides)
+    def part(self, key: str) -> Any:
+        """Return the object of the config node at a full key such as `data.augment`, the same one each time.
+
+        A `_partial_` node gives a callable that takes the remaining arguments.
+        """
+        if key not in self._parts:
+            node = self.value(key)
+            without = _READ_ELSEWHERE.get(key, ())
+            if node.get("patch_size", 0) is None:  # timm states it once the backbone is built
+                without = (*without, "patch_size")
+            self._parts[key] = instantiate(node, without=without)
+        return self._parts[key]
 
     @property
     def seed(self) -> int:
@@ -124,7 +136,7 @@ class ModelBuilder:
         check_value("seed", self._cfg.seed, Natural)
         return self._cfg.seed
 
-    @property
+    @cached_property
     def labels(self) -> Labels:
         """The classes, palette and ignored ID of the dataset; no file but `classes.yaml` is needed.
 
@@ -139,12 +151,12 @@ class ModelBuilder:
             raise UserError(not_set(f"data.classes{min(unnamed)}"))
         return Labels.of(data.classes, data.palette, data.ignore_index, has_layers=self.task.has_layers)
 
-    @property
+    @cached_property
     def task(self) -> Task:
         """The task, which states what the model predicts for a pixel; one class each if the config has no task."""
         return SEMANTIC if self.value("task") is None else self.part("task")
 
-    @property
+    @cached_property
     def pixels(self) -> PixelFormat:
         """The format of the images of the dataset; RGB if the config has no dataset.
 
@@ -158,7 +170,7 @@ class ModelBuilder:
 
     def engine(self, **overrides: Any) -> Engine:
         """Return the engine of the config, with overrides of its values."""
-        return self.part("engine", **overrides)
+        return instantiate(self._cfg.engine, instead=overrides)
 
     def model(self, *, untrained: bool = False, initialised: bool = True) -> SegmentationModel:
         """Return the segmenter.
@@ -225,7 +237,7 @@ class ModelBuilder:
 
     def _adapted_backbone(self, *, untrained: bool = False) -> Backbone:
         """Return the backbone with its adapter."""
-        adapter = instantiate(self._cfg.adapter, without=("lr",))
+        adapter = self.part("adapter")
         torch.manual_seed(self.seed)
         instead = {"weights": "random"} if untrained and "weights" in self._cfg.backbone else None
         bare = expect_type(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
@@ -242,19 +254,18 @@ class ModelBuilder:
     def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> SegmentationModel:
         """Return a segmenter of a backbone and a new head."""
         keys = to_container(self._cfg.head)
-        runtime_arguments = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
-        # timm backbones: known only once the model is built
+        arguments: dict[str, Any] = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
         if "patch_size" in keys and self._cfg.head.patch_size is None:
-            runtime_arguments["patch_size"] = adapted.patch_size
-        weightless = {"weights": None} if untrained and "weights" in keys else None
+            arguments["patch_size"] = adapted.patch_size
+        if untrained and "weights" in keys:
+            arguments["weights"] = None
         check_partial(self._cfg.head, "head")
         if "num_classes" in keys and self._cfg.head.num_classes != self.value("data.num_classes"):
             raise UserError(
                 f"head.num_classes={self._cfg.head.num_classes}, and data.classes has "
                 f"{self.value('data.num_classes')}. Leave head.num_classes out: it follows from the classes."
             )
-        make = instantiate(self._cfg.head, without=("layers", "lr", *runtime_arguments), instead=weightless)
-        head = expect_type(Head, make(**runtime_arguments), "head")
+        head = expect_type(Head, self.part("head")(**arguments), "head")
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
         num_classes = None if head.slots is not None else self.value("data.num_classes")

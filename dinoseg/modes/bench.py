@@ -106,7 +106,7 @@ def bench(
     build = Builder(cfg)
     check_trainer(build)
     build.engine()  # refuses a missing device before anything is built
-    build.training_task().check_parts(build.outline(), 1)
+    build.training_task.check_parts(build.outline(), 1)
     values = build.config
     training = _run_in_process(partial(time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
     prediction = _run_in_process(partial(time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
@@ -134,7 +134,7 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthet
     if synthetic:
         batches = repeat(random_batch(parts, parts.batch_size))
     else:
-        task = build.training_task()
+        task = build.training_task
         task.open(engine)
         batches = task.data_module.train_batches(start=0)
     trial = try_steps(parts, engine, batches, steps=steps, warmup=warmup)

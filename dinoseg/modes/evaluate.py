@@ -60,7 +60,7 @@ def run(
                 f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
                 "predicts classes of single images: leave it out."
             )
-    metrics = build.metrics()
+    metrics = build.metrics
     check_score_names(metrics)
     data = build.dataset(split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"

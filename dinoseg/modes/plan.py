@@ -56,7 +56,7 @@ def plan(
     check_trainer(build)
     target = _target(build, memory, device)
     build.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
-    build.training_task().check_parts(build.outline(), target.world_size)
+    build.training_task.check_parts(build.outline(), target.world_size)
     if cfg.data.batch_size % target.world_size:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world_size} devices: use a multiple of "

@@ -38,14 +38,15 @@ def train(
     build.check_values()
     engine = build.engine()
     announce(f"data={cfg.choices.data}: listing the files")
-    task = build.training_task()
+    task = build.training_task
     task.open(engine, pictures=pictures)
     length = build.lengths(len(task.data_module.train))
     settings = build.loop_settings(length._asdict())
     run = open_run(build, out_dir, task, engine)
     announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
     model = build.model()
-    run.check_model(model)
+    if run.start is None:  # a resumed run has checked the model's outline
+        run.check_model(model)
     announce("Checking the data")
     # one rank is enough: its measurements are cached, and its error ends all ranks
     sizes = task.check_data() if engine.is_main else None
@@ -85,7 +86,7 @@ def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
     build = Builder(cfg)
     build.check_values()
-    task, model = build.training_task(), build.outline()
+    task, model = build.training_task, build.outline()
     if has_initial(build):
         check_initial(build, model)
     task.check_parts(model, 1)

@@ -271,7 +271,7 @@ class ClipTask(TrainingTask):
                 f"trainer={options['trainer']} trains slots, and head={options['head']} has none. Choose head=slots, "
                 "or trainer=supervised for images and masks."
             )
-        loss = None if parts.loss_has_classes else parts.loss(None)
+        loss = None if parts.loss_has_classes else parts.loss_outline
         if loss is None or not loss.needs_slots:
             raise UserError(
                 f"loss={options['loss']} is not a slot loss. Choose loss=feature_reconstruction, "

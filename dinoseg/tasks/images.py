@@ -4,8 +4,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.doctor.errors import check_for_errors
@@ -50,9 +48,8 @@ class ImageTask(TrainingTask):
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
         super().__init__(parts)
         self._val_images = val_images
-        with torch.device("meta"):
-            self._loss = parts.unweighted_loss()  # for its requirements
-        self._metrics = parts.metrics()
+        self._loss = parts.loss_outline
+        self._metrics = parts.metrics
         check_score_names(self._metrics)
         self.score_names = (*self.score_names, *(name for metric in self._metrics for name in metric.scores))
 

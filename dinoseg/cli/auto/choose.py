@@ -203,7 +203,7 @@ def time_config(
     build = Builder.of(values)
     engine = build.engine(devices=1)
     build = build.with_changes({"data": {"batch_size": max(1, build.value("data.batch_size") // ranks)}})
-    task = build.training_task()
+    task = build.training_task
     task.open(engine)
     return time_recipe(
         training_parts(build) if trains else None,

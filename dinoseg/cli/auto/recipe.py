@@ -144,7 +144,7 @@ def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     build.arguments(Budget, {"minutes": "budget.minutes"})
     refuse_layers(build.task, "hparam=auto", "Choose loss=bce_dice and a head yourself, with hparam=base.")
-    if build.training_task().on_clips or "unlabelled" in build.value("trainer"):
+    if build.training_task.on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
             "recipe: mode=help lists them."
