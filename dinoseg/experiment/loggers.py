@@ -3,10 +3,9 @@
 from functools import partial
 from inspect import isclass, signature
 from pathlib import Path
-from typing import Any
 
 from dinoseg.config.credentials import check_credentials
-from dinoseg.config.nodes import expect_type, instantiate, type_errors_as_user_errors
+from dinoseg.config.nodes import expect_type, type_errors_as_user_errors
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.report.log import LoggerFactory
 from dinoseg.report.loggers.logger import Logger
@@ -24,12 +23,12 @@ def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
             is only known when the function is called.
     """
     check_credentials(build.value("logger"))
-    return {str(name): _factory(f"logger.{name}", node) for name, node in (build.value("logger") or {}).items()}
+    return {str(name): _factory(build, f"logger.{name}") for name in build.value("logger") or ()}
 
 
-def _factory(key: str, node: Any) -> LoggerFactory:
+def _factory(build: ModelBuilder, key: str) -> LoggerFactory:
     with type_errors_as_user_errors(key, _REMEDY):
-        make = instantiate(node)
+        make = build.part(key)
         # here, since a TypeError inside the constructor drops the logger, but one of its arguments ends the run
         signature(make).bind(Path(), start_step=0)
     made = make.func if isinstance(make, partial) else make

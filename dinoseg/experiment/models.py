@@ -121,7 +121,8 @@ class ModelBuilder:
         if key not in self._parts:
             node = self.value(key)
             without = _READ_ELSEWHERE.get(key, ())
-            if node.get("patch_size", 0) is None:  # timm states it once the backbone is built
+            has_no_size = OmegaConf.is_dict(node) and node.get("patch_size", 0) is None
+            if has_no_size:  # timm states it once the backbone is built
                 without = (*without, "patch_size")
             self._parts[key] = instantiate(node, without=without)
         return self._parts[key]
