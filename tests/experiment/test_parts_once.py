@@ -1,7 +1,6 @@
 """Each part of a run is made once: a config node is instantiated once on the device, and once on meta at most."""
 
 from collections import Counter
-from unittest.mock import patch
 
 import pytest
 import torch
