@@ -117,7 +117,7 @@ def second_rank(monkeypatch):
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
     monkeypatch.setattr(launch, "_share_job", lambda cfg, folder, start: start())
     mode = {"_target_": "a.mode", "_partial_": True, "devices": 2, "resume_from": "last"}
-    given = {"resume": None, "shared_cache": True, "choices": {"mode": "a", "hparam": "a"}}
+    given = {"resume": None, "choices": {"mode": "a", "hparam": "a"}}
     return OmegaConf.create({"mode": mode, "trainer": {}, **given})
 
 

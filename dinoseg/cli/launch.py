@@ -47,7 +47,6 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
-from dinoseg.utils.private import check_private
 from dinoseg.utils.ranges import check_value
 from dinoseg.utils.wording import printable
 
@@ -160,8 +159,6 @@ def _join_ranks(cfg: DictConfig) -> int:
     limit_spinning()
     if not isinstance(cfg.get("cache_dir", ""), str):
         raise UserError(f"cache_dir={to_container(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
-    if "data" in cfg and cfg.shared_cache is not True:  # other modes read and write nothing there
-        check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
     if "devices" in cfg.mode:
         join_ranks()
         if "WORLD_SIZE" in os.environ:

@@ -43,8 +43,6 @@ _GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's mess
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # if a rank does not respond: gloo, NCCL and the store
 _KILLED = -9  # exit status of a rank after SIGKILL, which Windows does not have
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit status to signal number
-
-
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # interface on which the ranks of one machine listen
 _PORTS = range(20_000, 40_000)
 _MAX = 10**6  # tasks of a step

@@ -22,7 +22,6 @@ _PAIR, _LOOK, _PIXEL = 25, 5, 0.65
 _SAMPLE = 48  # rows and columns of cells sampled to choose the method
 _ROUNDING = 10  # times epsilon and the largest score: two sums of four cells differ by at most 8; the rest is margin
 
-
 _ROWS = 32  # of a tile
 _CACHED = 2**18  # numbers of a tile
 _MIXED_LAUNCHED = 2**25  # on an accelerator, where kernel launches take time

@@ -40,6 +40,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size
 from dinoseg.utils.levels import to_display
 
+logger = logging.getLogger(__name__)
 SURELY_BETTER, SURELY_WORSE = "significantly better", "significantly worse"
 UNSURE, NO_VERDICT = "no significant difference", "no verdict"
 LEVEL = 0.05  # p-value below which a difference is significant
@@ -48,9 +49,6 @@ _MAX_DETAILED = 3  # other sides whose scores are printed
 MAX_NAME = 26
 _MAX_LABEL = 20
 _MAX_SIDE = 16
-logger = logging.getLogger(__name__)
-
-
 SHOWN, _IN_ALL = 4, 28  # most improved images per side and in all, and most worsened: the page is e-mailed
 _LONGEST = 512  # pixels of an image's longer side
 

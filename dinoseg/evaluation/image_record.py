@@ -146,7 +146,7 @@ def _check_size(path: Path, most: int) -> None:
 
     Raises:
         OSError: the file is missing.
-        Misshapen: the file is too large (names both sizes).
+        SchemaError: the file is too large (names both sizes).
     """
     if (size := path.stat().st_size) > most:
         raise forms.SchemaError(f"{path.name} has {size} bytes; a valid one has at most {most}")
@@ -156,7 +156,7 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
     """Refuse inconsistent numbers.
 
     Raises:
-        Misshapen: naming the inconsistent numbers.
+        SchemaError: naming the inconsistent numbers.
     """
     images, classes = len(content["images"]), len(content["classes"])
     if not 1 <= classes <= _MAX_CLASSES or len(content["palette"]) != classes:

@@ -38,12 +38,10 @@ from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import OnError
 from dinoseg.utils.wording import count_of, join_names
 
+logger = logging.getLogger(__name__)
 BLENDS = "blends"
-
-
 _DEPTH = 2  # batches queued before and after the tracker
 _JPEG_QUALITY = 90
-logger = logging.getLogger(__name__)
 _NO_REFERENCES = (
     "These videos have public masks of first frames only: submit the predicted masks to the benchmark's server."
 )

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.plain import to_container
 from dinoseg.utils import forms, locks
-from dinoseg.utils.atomic import remove_dead, remove_parts, write_json
+from dinoseg.utils.atomic import create_cache_dir, remove_dead, remove_parts, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 
@@ -217,7 +217,7 @@ def remember_folder(cache_dir: Path, folder: Path) -> None:
     """Record a run folder that the user named, so that the same command finds it from this folder without the name."""
     path, line = _folder_list(cache_dir), json.dumps(str(folder.absolute())) + "\n"
     with suppress(OSError):  # a cache that cannot be written to is no reason not to train
-        path.parent.mkdir(parents=True, exist_ok=True)
+        create_cache_dir(cache_dir)
         if not path.exists() or line.encode() not in path.read_bytes():
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"\n{line}")  # a full disk may have cut the line before

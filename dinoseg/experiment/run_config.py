@@ -35,7 +35,7 @@ def config_text(path: Path) -> str:
 
     Raises:
         UserError: the file is not a regular file.
-        Misshapen: the file is too large for a config.
+        SchemaError: the file is too large for a config.
         OSError: the file is missing.
     """
     return read_regular(path, _LARGEST).decode()
@@ -45,7 +45,7 @@ def config_of(text: str) -> dict[str, Any]:
     """Parse the text of a config file, with interpolations unresolved.
 
     Raises:
-        Misshapen: the text is not a config.
+        SchemaError: the text is not a config.
     """
     config = parse_yaml(text)
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):

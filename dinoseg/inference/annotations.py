@@ -27,8 +27,6 @@ from dinoseg.utils.files import visible_files
 from dinoseg.utils.ranges import Count, NotNegative
 
 _PIECES = ".pieces"  # one file per image, merged at the end; needed again when a stopped run resumes
-
-
 _FINE = 3  # upscaling factor: outline corners are then distinct from edge midpoints
 
 

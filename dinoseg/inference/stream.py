@@ -16,18 +16,14 @@ from dinoseg.report.progress import measure_waits
 Read = TypeVar("Read")
 Done = TypeVar("Done")
 T = TypeVar("T")
+STAGES = ("read", "model", "write")
+_POLL = 0.05  # seconds between checks for a failure of another stage
 
 
 class _End(Enum):
     """Sentinel that follows the last item in a queue."""
 
     END = 0
-
-
-_POLL = 0.05  # seconds between checks for a failure of another stage
-
-
-STAGES = ("read", "model", "write")
 
 
 @dataclass

@@ -32,16 +32,6 @@ from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-
-
-_KEYS = {
-    "parameters": forms.whole(),
-    "trainable": forms.whole(),
-    "images_per_s": forms.maybe(forms.number(1e-9, 1e9)),  # bounded so that its inverse is finite
-    "memory_gib": forms.maybe(forms.number(0, 1e9)),
-}
-
-
 COLUMNS = {  # key of a row: heading and format
     "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
     "accuracy": ("pixel accuracy %", lambda value: f"{100 * value:.2f}"),
@@ -49,6 +39,12 @@ COLUMNS = {  # key of a row: heading and format
     "trainable": ("trained", "{:,}".format),
     "seconds": ("s per training image", "{:.3g}".format),
     "memory_gib": ("peak training memory, GiB", "{:.2f}".format),
+}
+_KEYS = {
+    "parameters": forms.whole(),
+    "trainable": forms.whole(),
+    "images_per_s": forms.maybe(forms.number(1e-9, 1e9)),  # bounded so that its inverse is finite
+    "memory_gib": forms.maybe(forms.number(0, 1e9)),
 }
 _MAX_COST_COLUMN = 13  # characters: the table fits a terminal of 120 columns
 

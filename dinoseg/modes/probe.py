@@ -24,13 +24,11 @@ from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
+COLUMNS = ("blocks", "val_miou", "held_out_miou", "val_accuracy", "strength", "balance")
 _FLOOR = (
     "This is a baseline for a trained linear head, and the initialisation of head.init=probe. It does not rank "
     "backbones for fine-tuning."
 )
-
-
-COLUMNS = ("blocks", "val_miou", "held_out_miou", "val_accuracy", "strength", "balance")
 
 
 def probe(

@@ -18,8 +18,6 @@ _BLUE, _VERMILION = "#0072B2", "#D55E00"  # these and the colours below are colo
 _OTHERS = ("#009E73", "#CC79A7")  # colours of curves with their own label
 _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
 _MANY = 40  # points above which a curve becomes a running mean over a pale line
-
-
 Panel = tuple[Mapping[str, str | None], str]  # keys with their names, and the title
 _LOSS: Panel = ({"train/loss": None, "val/loss": None}, "loss")
 _PANELS: tuple[Panel, ...] = (

@@ -41,8 +41,6 @@ from dinoseg.utils.ranges import Count
 from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)
-
-
 SCORES = ("ari", "fg_ari", "mbo")  # of a validation with masks
 _SHOWN = 4  # frames
 

@@ -35,8 +35,6 @@ from dinoseg.utils.ranges import Count, NotNegative, Positive, Temperature
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-
-
 _LONGEST = 2**24  # maximum side in pixels
 Look = Callable[[], TeacherView]
 

@@ -2,8 +2,7 @@
 
 The hidden name identifies the process: `.NAME.PROCESS-MACHINE-RANDOM.part`, or `.old` for a folder that is being
 replaced. The next process that writes to the same folder removes the leftovers of killed processes, but not the files
-of running ones. The random digits and the exclusive creation keep other users of a shared folder from placing a link
-under that name.
+of running ones.
 """
 
 import functools
@@ -24,6 +23,15 @@ _HIDDEN = re.compile(
     r"\.(?P<name>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{6})-[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL
 )
 _checked: set[Path] = set()  # folders that this process has written to
+
+
+def create_cache_dir(cache_dir: Path) -> None:
+    """Create the folder of cached data for its owner alone (mode 700); an existing folder keeps its permissions.
+
+    Raises:
+        OSError: if it cannot be created.
+    """
+    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -85,13 +93,8 @@ def new_part(path: Path) -> Path:
         OSError: if it cannot be created.
     """
     part = _hidden_name(path)
-    with open(part, "xb", opener=open_no_link):
-        return part
-
-
-def open_no_link(path: str, flags: int) -> int:
-    """Open a file for `open(opener=)` without following a symbolic link or blocking on a pipe, where supported."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    part.touch(exist_ok=False)
+    return part
 
 
 def _hidden_name(path: Path) -> Path:

@@ -13,16 +13,13 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` of an OSError where freeing 
 _REMEDIES = {  # for errors of files and disks; others, such as a network's, pass unchanged
     (*DISK_FULL, errno.EFBIG): "Free some space and run it again: complete files are unchanged.",
     (errno.EACCES, errno.EPERM, errno.EROFS): "Give your user read and write permission, or choose another folder.",
-    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ESTALE): "Check that path: another "
-    "program may have removed or "
-    "replaced it, or it is "
-    "another kind of file.",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ESTALE): (
+        "Check that path: another program may have removed or replaced it, or it is another kind of file."
+    ),
     (errno.ENAMETOOLONG,): "Choose a shorter path.",
     (errno.EIO, errno.ENXIO, errno.ENODEV): "Check that disk.",
     (errno.EMFILE, errno.ENFILE): "Raise the limit of open files (`ulimit -n`) or use fewer workers.",
 }
-
-
 _NO_HOME = "Could not determine home directory."  # message of pathlib's expanduser
 
 

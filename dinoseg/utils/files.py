@@ -80,30 +80,21 @@ def check_regular(path: str | Path) -> None:
         UserError: if it is no regular file.
         OSError: if the file is missing or its status cannot be read.
     """
-    _check_kind(path, os.stat(path))
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "special file")
+        raise UserError(f"{path} is a {kind}. Put a file there, or remove it.")
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, and check the opened file again: it may have been replaced in between.
+    """Open a regular file for reading.
 
     Raises:
         UserError: if it is no regular file, but a pipe, for example.
         OSError: if the file is missing or cannot be read.
     """
     check_regular(path)
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-    try:
-        _check_kind(path, os.fstat(file.fileno()))
-    except UserError:
-        file.close()
-        raise
-    return file
-
-
-def _check_kind(path: str | Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
-        raise UserError(f"{path} is a {kind}. Put a file there, or remove it.")
+    return open(path, "rb")
 
 
 def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:

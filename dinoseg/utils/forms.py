@@ -37,7 +37,7 @@ def read_json(path: Path, form: Form, *, most: int = _MAX_BYTES) -> Any:
     Raises:
         OSError: if the file is missing or cannot be read.
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is no JSON, of another form, or larger.
+        SchemaError: if it is no JSON, of another form, or larger.
     """
     return parse_json(read_regular(path, most), form)
 
@@ -47,7 +47,7 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
     Raises:
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is larger, or would take a quarter of this machine's memory.
+        SchemaError: if it is larger, or would take a quarter of this machine's memory.
         OSError: if the file is missing or cannot be read.
     """
     with open_regular(path) as file:
@@ -65,7 +65,7 @@ def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
             caller has to check them.
 
     Raises:
-        Misshapen: if the text is no such JSON, or of another form.
+        SchemaError: if the text is no such JSON, or of another form.
     """
     try:
         value = json.loads(
@@ -120,7 +120,7 @@ def read_arrays(path: Path, forms: Mapping[str, ArrayForm], *, most: int = _MAX_
     Raises:
         OSError: if the file is missing or cannot be read.
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is damaged or too large, or an array is missing or not of its form.
+        SchemaError: if it is damaged or too large, or an array is missing or not of its form.
     """
     with open_regular(path) as file:
         _check_size(file, most)

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from dinoseg.utils.atomic import open_no_link
-
 log = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two attempts to lock a file
 _LOCK_OFFSET = 2**30  # byte that is locked on Windows, beyond any content that others may read
@@ -37,7 +35,7 @@ def acquire(path: Path, *, wait: bool = False, poll: float = _POLL, level: int =
     while True:
         if path.exists() and not path.is_file():  # opening a pipe would block
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        file = open(path, "a", encoding="utf-8", opener=open_no_link)
+        file = open(path, "a", encoding="utf-8")
         if not _lock(file, path, poll if wait else None, level):
             file.close()
             return None

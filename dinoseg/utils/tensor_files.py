@@ -31,8 +31,6 @@ _QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _SERIAL = 2**15  # values in an operation that torch does not distribute over threads (at::internal::GRAIN_SIZE)
 _FEW = 2**22  # values of a tensor that is processed in such pieces
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are read as safetensors
-
-
 _MAX_STEPS = 2_000_000  # of a pickle, 64 to 216 bytes each; a ViT-7B with its optimizer's state takes 200,000
 _PARTS = 5  # pickles that torch's format without a zip archive begins with
 _NAMES = re.compile(  # of what weights are saved with: tensors in dicts, and plain options of the training

@@ -18,7 +18,7 @@ def read_yaml(path: Path, most: int) -> Any:
     Raises:
         OSError: if the file is missing or cannot be read.
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is larger, or as `parse_yaml`.
+        SchemaError: if it is larger, or as `parse_yaml`.
     """
     try:
         return parse_yaml(read_regular(path, most).decode("utf-8-sig"))
@@ -30,7 +30,7 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML text into plain values: no aliases, no tags, unique keys; dates stay text, as in Hydra.
 
     Raises:
-        Misshapen: if it is no YAML, or holds anything else.
+        SchemaError: if it is no YAML, or holds anything else.
     """
     try:
         value = yaml.load(text, _Loader)

@@ -85,7 +85,6 @@ BESIDE = (  # the last word has an effect beside the others
 )
 ELSEWHERE = {  # keys whose effect other tests see
     "trust": "weights of checkpoints",
-    "shared_cache": "folders of other users",
     "backbone.checkpointing": "memory",
     "data.workers": "number of threads",
     "engine.eval_batch_size": "number of images in a pass",

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from dinoseg.utils import locks
 from dinoseg.utils.atomic import _machine, atomic_file, atomic_folder, remove_parts, write_json, write_text
 
 
@@ -36,13 +35,6 @@ def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, monkeypat
         with pytest.raises(FileExistsError), write:
             pass
     assert mine.read_text() == "of value" and not (tmp_path / "new").exists()
-
-
-def test_a_link_at_the_place_of_a_lock_is_refused(tmp_path):
-    (tmp_path / ".lock").symlink_to(tmp_path / "new")
-    with pytest.raises(OSError, match="symbolic link"):
-        locks.acquire(tmp_path / ".lock")
-    assert not (tmp_path / "new").exists()
 
 
 def test_invalid_json_is_refused_and_preserves_the_old_file(tmp_path):

@@ -244,19 +244,6 @@ def test_tensors_of_a_state_have_their_form(change, message):
         check_state({**state, **change}, forms)
 
 
-@pytest.mark.parametrize(
-    "read", [lambda path: forms.read_json(path, forms.plain), lambda path: forms.read_arrays(path, {})]
-)
-def test_pipe_swapped_in_after_the_check_is_refused(read, tmp_path, monkeypatch):
-    def check_then_swap(path):
-        path.unlink()
-        os.mkfifo(path)
-
-    (tmp_path / "a").write_text("{}")
-    monkeypatch.setattr("dinoseg.utils.files.check_regular", check_then_swap)
-    assert_refused(lambda: read(tmp_path / "a"), "is a named pipe")
-
-
 def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
     """A sparse file is read as zeros, which take memory although it takes no space."""
     path, form = tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)}

@@ -32,7 +32,7 @@ from dinoseg.experiment.step import check_trainer
 from dinoseg.tasks.images import SAMPLING
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import write_text
+from dinoseg.utils.atomic import create_cache_dir, write_text
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import hold_lock
@@ -105,6 +105,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     train, val = build.dataset("train", reduced=True), build.dataset("val")
     path = _path(build, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
+    create_cache_dir(path.parent)
     # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
     with hold_lock(path.with_suffix(".lock")):
         stored = read_choices(path)

@@ -50,8 +50,6 @@ _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
 _LONGEST_NUMBER = 10  # characters
 _SHOWN = 10  # maximum number of invalid cells in a message
-
-
 FOLD, SEED = "data.fold", "seed"
 DEVIATION, LOW, HIGH = "deviation", "low", "high"  # the last two: ends of the 95 % interval
 Row = dict[str, Any]

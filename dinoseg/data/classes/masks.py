@@ -19,11 +19,9 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import has_one_bit, read_ids, read_image
 from dinoseg.utils.wording import join_names
 
+MaskFormat = Literal["ids", "palette", "binary"]
 LAYER_VALUES = ("absent", "present")  # meanings of 0 and 1 in a mask of one class
 _PROPORTIONS = 0.05  # largest relative difference in aspect ratio for which a mask is resized
-
-
-MaskFormat = Literal["ids", "palette", "binary"]
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,6 @@ _REMEDY = (
     "Add the missing files or remove the others; an image and its mask have the same name except for the suffixes in "
     "data.reader.layout."
 )
-
-
 _FLAT = " For masks NAME_CLASS.png in one folder, set 'data.reader.layout.mask_suffix=\"_{class}\"'."
 _CONVERT = "Convert such files to PNG, or move them away."
 _MASK_FOLDER = re.compile("mask|label|annot|seg|gt|truth", re.IGNORECASE)  # in the name of a mask folder

@@ -18,7 +18,7 @@ from dinoseg.data.packed.store import PIXELS, Extent, Store, StoreKey, open_stor
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.video.access import ImageSource
 from dinoseg.report.progress import Bar
-from dinoseg.utils.atomic import atomic_folder
+from dinoseg.utils.atomic import atomic_folder, create_cache_dir
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
 from dinoseg.utils.locks import hold_lock
@@ -117,6 +117,7 @@ def pack(
     store = open_store(folder, key, dataset.names)
     if store is None:
         try:
+            create_cache_dir(folder.parent)
             with hold_lock(folder.with_name(f".{folder.name}.lock")):
                 # another process may have built it while this one waited for the lock
                 if open_store(folder, key, dataset.names) is None:

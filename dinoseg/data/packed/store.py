@@ -16,8 +16,6 @@ from dinoseg.utils.units import read_finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 3  # format version: a store of another version is packed again
-
-
 _EXTENT_FORM = forms.row(  # the fields of `Extent`, in order
     *(forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1)),
     *(forms.whole(1, 1024), forms.whole(1, 2)),

@@ -18,7 +18,7 @@ from dinoseg.data.scan.measure import Record, measure
 from dinoseg.data.video.access import reading_rule
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import write_text
+from dinoseg.utils.atomic import create_cache_dir, write_text
 from dinoseg.utils.files import stamp
 from dinoseg.utils.units import read_finished
 
@@ -77,7 +77,7 @@ def scan(
         workers: number of reading threads.
         cache_dir: folder of the stored records, so that only changed files are read again; None: all files are read.
     """
-    path = None if cache_dir is None else _find_file(Path(cache_dir), pairs, reader)
+    path = None if cache_dir is None else _find_file(Path(cache_dir).expanduser(), pairs, reader)
     stored = {} if path is None else _read_records(path)
     keys = [_key(pair) for pair in pairs]
     stamps = [_stamps(pair) for pair in pairs]  # before reading: a file that changes meanwhile is read again
@@ -142,6 +142,7 @@ def _write_records(path: Path, records: StoredRecords) -> None:
     """Write the records atomically; if that fails, the next run only has to scan again."""
     rows = {key: {"stamps": stamps, "record": _to_json(record)} for key, (stamps, record) in records.items()}
     try:
+        create_cache_dir(path.parent)
         write_text(path, json.dumps(rows))
     except OSError as error:
         log.warning("Cannot store the scan in %s (%s): the next run scans again.", path, error)

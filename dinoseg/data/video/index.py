@@ -15,7 +15,7 @@ import numpy as np
 
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import atomic_file
+from dinoseg.utils.atomic import atomic_file, create_cache_dir
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
@@ -159,7 +159,7 @@ def _file_of(key: tuple[Path, int, int], cache_dir: Path | None) -> Path | None:
 
     path, *rest = key
     digest = hashlib.sha256(repr((str(path.resolve()), *rest, VERSION)).encode()).hexdigest()
-    return cache_dir / "videos" / f"{path.stem}_{digest[:16]}.npz"
+    return cache_dir.expanduser() / "videos" / f"{path.stem}_{digest[:16]}.npz"
 
 
 def _load(index_path: Path | None) -> VideoIndex | None:
@@ -195,5 +195,6 @@ def _index_lock(index_path: Path | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if index_path is not None:
             with contextlib.suppress(OSError):
+                create_cache_dir(index_path.parents[1])
                 stack.enter_context(hold_lock(index_path.with_suffix(".lock")))
         yield

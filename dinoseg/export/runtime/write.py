@@ -41,8 +41,6 @@ _UNCHANGED = (  # keys whose names or regular expressions may look like paths, a
     "config_dirs",
 )
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
-
-
 COUNTED = "every pixel of the split counted once, ignored pixels excluded"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _SHARE = forms.maybe(forms.number(0, 1))

@@ -133,8 +133,8 @@ def match(
         raise UserError(
             f"reference={folders[0]} holds {count_of(reference, 'file')}, but prediction={folders[1]} has no "
             f"prediction for any of them: the first would be {missing(next(iter(reference)))}, but there is "
-            f"{next(iter(prediction.values()))}. Check that split and names "
-            f"match.{pictures_hint(folders[1], prediction)}"
+            f"{next(iter(prediction.values()))}. Check that split and names match."
+            f"{pictures_hint(folders[1], prediction)}"
         )
     problems = [
         (missing(name), f"is missing: {file} has no prediction. Add it.")

@@ -232,8 +232,7 @@ def _check_layout(layout: VitLayout, state: Mapping[str, Tensor], config: Any, s
             size = round(stored**0.5) * config.patch_size
             raise UserError(
                 f"weights={source}: the file holds {stored} position embeddings, but "
-                f"arch.image_size={config.image_size} means {side * side}. Set "
-                f"arch.image_size={size}."
+                f"arch.image_size={config.image_size} means {side * side}. Set arch.image_size={size}."
             )
     if "rope_embed.periods" in state:
         heads = layout.width // (4 * len(state["rope_embed.periods"]))

@@ -25,8 +25,6 @@ from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model has one of these options or none
 _UNUSED = "mask_token"  # left over from masked pre-training in some files
-
-
 _WRAPPERS = ("state_dict", "model")  # keys under which training scripts store the tensors
 _CALLED = 3  # names per kind in an error message
 

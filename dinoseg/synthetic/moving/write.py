@@ -21,13 +21,10 @@ from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import Count, Natural
 from dinoseg.utils.wording import join_names
 
+log = logging.getLogger(__name__)
 FOLDERS = ("train", "validation", "test")
 PICTURES = ("frames", "segmentations")  # subfolders of each video
 DESCRIPTION = "rendering.json"  # inside each finished video
-log = logging.getLogger(__name__)
-_SMALLEST = 32  # pixels: smaller frames could leave objects without pixels
-
-
 RATE = 12  # frames per second
 FEWEST, MAX = 3, 5  # number of objects in a video
 SIZES = (0.28, 0.45)  # diameter of an object, as a share of the frame's shorter side
@@ -36,6 +33,7 @@ CALM = (0.3, 1.0)  # the same for the ground, whose colours are dull, so that ob
 SPEEDS = (0.3, 0.9)  # shorter sides per second
 SPIN = 1.5  # maximum angular speed, radians per second
 SHOWN = 0.4  # minimum visible share of each object in the first frame
+_SMALLEST = 32  # pixels: smaller frames could leave objects without pixels
 _DETAIL = 2  # sprite pixels per frame pixel
 _FINE = 4  # supersampling of outlines, per sprite pixel
 _SHADOW = 0.45  # opacity of shadows: below 0.5, so that a shadow never enters the mask

@@ -23,13 +23,11 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural
 
 FPS = 60
+RATE = 10  # unique frames per second
 SPLITS = ("train1", "test")
 FIRST_TEST_VIDEO = 41  # as in SAR-RARP50
-
-
 # the thread runs from the needle through these zones of the frame, (x, y) as shares of its sides
 KNOT_ZONES = (((0.5, 0.1), (0.9, 0.3)), ((0.15, 0.15), (0.5, 0.4)), ((0.2, 0.6), (0.6, 0.85)))
-RATE = 10  # unique frames per second
 Seed = int | Sequence[int]
 NOISES = 7  # number of noise images, used in rotation
 

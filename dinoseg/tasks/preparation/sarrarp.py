@@ -41,8 +41,6 @@ from dinoseg.utils.wording import count_of, join_names
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
 _LOCK = ".prepare.lock"  # in the root: one run at a time
-
-
 _MAX_RATIO = 100  # video and PNG hardly compress: a file that grows a hundredfold is no recording
 _RATIO_MATTERS = 100 * 2**20  # bytes below which a high ratio is harmless
 

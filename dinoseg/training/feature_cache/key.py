@@ -20,7 +20,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.training.feature_cache.form import KEY_LENGTH
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import write_json
+from dinoseg.utils.atomic import create_cache_dir, write_json
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import join_names
@@ -41,7 +41,7 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
     """Return the folder name for features computed in one way; log the difference if `root` has only others.
 
     Args:
-        root: folder of all features.
+        root: folder of all features, in `cache_dir`.
         parts: everything that the features of every image depend on, by its name for users.
     """
     name = hash_of(*sorted(parts.items()))
@@ -56,6 +56,7 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
                 join_names(min(differing, key=len)),
             )
         with suppress(OSError):  # logged when the first features cannot be written
+            create_cache_dir(root.parent)
             write_json(root / name / _NOTE, dict(parts))
     return name
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_file, restore_features, round_features, to_bytes
-from dinoseg.utils.atomic import atomic_file, open_no_link, write_all
+from dinoseg.utils.atomic import atomic_file, write_all
 from dinoseg.utils.errors import DISK_FULL, free_space
 from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.locks import hold_lock
@@ -261,14 +261,10 @@ def _read(path: Path, key: str, *, is_first: bool) -> list[Tensor]:
 
     The first time, the file is verified and marked as used.
     """
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise SchemaError("it is not a regular file")
-    if status.st_size > MAX_BYTES:
-        raise SchemaError(f"it has {status.st_size} bytes")
-    with open(path, "rb", opener=open_no_link) as file:
-        if not os.path.samestat(status, os.fstat(file.fileno())):
-            raise SchemaError("it was replaced while it was opened")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise SchemaError(f"it has {size} bytes")
         tensors = from_file(key, file, verify=is_first)
     if is_first:
         with suppress(OSError):  # a read-only cache

@@ -21,14 +21,12 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare, check_annotations
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
+logger = logging.getLogger(__name__)
 MAPS = 4
-
-
 ADAPTER = "segmentation_model.0."
 HEAD = "segmentation_model.1."
 BACKBONE = f"{ADAPTER}backbone."
 CLASS_LAYER = f"{HEAD}predictor.class_embed."
-logger = logging.getLogger(__name__)
 # how tensor shapes identify the segmentor of a file: value, tensor, axis, divisor and remedy
 TELLING = (
     ("the backbone's width", f"{ADAPTER}level_embed", 1, 1, "choose the backbone of the file"),
@@ -211,8 +209,7 @@ def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
     if len(set(map_widths)) > 1:
         raise UserError(
             f"The backbone returns maps of the widths {map_widths}, but this Mask2Former head builds its own pyramid "
-            "from four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as "
-            "linear."
+            "from four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as linear."
         )
     return map_widths[0]
 
