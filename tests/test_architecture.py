@@ -62,7 +62,7 @@ DOORS = {  # dependency -> the packages and files that may import it
     "starlette": ("serving",),
     "uvicorn": ("serving",),
     "optuna": ("cli/sweeps/search",),
-    "jinja2": ("report/html/page",),
+    "jinja2": ("report/html/page", "export/runtime/hub"),
     "pyvips": ("inference/large",),
     "av": ("data/video/decoder", "inference/video_writer"),
 }

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from dinoseg.export.graph import cannot
 from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord
+from dinoseg.export.runtime.runtime import ONNX_WEIGHTS
 from dinoseg.utils.errors import UserError
 
 LARGEST = 2**31 - 2**20  # bytes in one protobuf message; larger models store their weights in a second file
@@ -77,7 +78,7 @@ def write(model: onnx.ModelProto, path: Path) -> list[Path]:
     if model.ByteSize() < LARGEST:
         path.write_bytes(model.SerializeToString())
         return [path]
-    data = path.with_name(f"{path.name}.data")
+    data = path.with_name(ONNX_WEIGHTS)
     onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
     return [data, path]
 

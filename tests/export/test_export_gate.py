@@ -83,7 +83,7 @@ def remove_weights(model):
     ("change", "reasons", "files"),
     [
         (change_weights, ("model.onnx was not saved", "of the pixels have the class of the trained model"), [REPORT]),
-        (remove_weights, ("onnxruntime ", " cannot run it"), []),
+        (remove_weights, ("onnxruntime ", " cannot load it"), []),
     ],
 )
 def test_a_broken_export_is_refused(cfg, out, monkeypatch, change, reasons, files):

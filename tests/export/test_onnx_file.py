@@ -12,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dinoseg.export import onnx_file
 from dinoseg.export.onnx_file import MIN, shorten
-from dinoseg.export.runtime.onnx_check import read_metadata
 from dinoseg.export.runtime.onnx_model import open_session
 from dinoseg.export.runtime.onnx_record import KEY, GraphRecord
 
@@ -52,6 +51,10 @@ def run_onnx(made, given):
         file.write(made.SerializeToString())
         file.flush()
         return open_session(Path(file.name), device="cpu").run(None, {"x": given})[0]
+
+
+def read_description(path):
+    return json.loads(open_session(path, device="cpu").get_modelmeta().custom_metadata_map[KEY])
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -102,12 +105,12 @@ def test_onnx_file_has_metadata_but_no_local_path(tmp_path, monkeypatch):
     onnx_file.finish(made, record, LABELS)
     (path,) = onnx_file.write(made, tmp_path / "model.onnx")
     assert b"/home/me" not in path.read_bytes() and b"w.int8" in path.read_bytes()
-    assert json.loads(read_metadata(path, KEY)) == {"graph": {**record.plain(), "fill": [0.5] * 3}, **LABELS}
+    assert read_description(path) == {"graph": {**record.plain(), "fill": [0.5] * 3}, **LABELS}
     assert made.ir_version == 8  # the least that its operators need, so that runtimes of 2022 take it
     monkeypatch.setattr(onnx_file, "LARGEST", 100)
     files = onnx_file.write(made, tmp_path / "large.onnx")
-    assert [file.name for file in files] == ["large.onnx.data", "large.onnx"] and files[0].stat().st_size > MIN
-    assert json.loads(read_metadata(files[1], KEY))["graph"]["precision"] == "int8"
+    assert [file.name for file in files] == ["model.onnx.data", "large.onnx"] and files[0].stat().st_size > MIN
+    assert read_description(files[1])["graph"]["precision"] == "int8"
 
 
 def test_full_precision_weights_are_unchanged():

@@ -1,21 +1,20 @@
 """One-file models on a hub: download by name and revision, upload with a model card."""
 
-import json
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
-from dinoseg.export.runtime.onnx_model import parts_of
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.runtime import FILES, file_in
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.wording import printable
+
+_CARD = Path(__file__).with_name("model_card.md.jinja")
+# characters that end a code span or a table cell, or begin HTML
+_UNSAFE = {ord(letter): f"\\x{ord(letter):02x}" for letter in "`|<>"}
 
 
 def fetch_model_file(
@@ -26,13 +25,11 @@ def fetch_model_file(
     Where the hub does not answer, an earlier download is used.
 
     Raises:
-        UserError: if the source is a file or holds no model, or the hub does not answer and nothing is cached.
+        UserError: if the source holds no model, or the hub does not answer and nothing is cached.
     """
-    folder = Path(source).expanduser()
     names = [FILES[runtime]] if runtime in FILES else list(FILES.values())
+    folder = Path(source).expanduser()
     if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"{source} is a file: dinoseg.load reads it. Here, give a folder, or ORG/NAME of a hub.")
         with _client_errors_as_user_errors(str(source), token):
             from huggingface_hub import snapshot_download
 
@@ -48,7 +45,7 @@ def fetch_model_file(
 
 
 def push(
-    file: Path,
+    folder: Path,
     facts: ModelFacts,
     repo_id: str,
     *,
@@ -57,30 +54,31 @@ def push(
     token: str | None,
     gated: bool,
 ) -> str:
-    """Upload a model's file and its model card to a repository, created if missing; return the commit's address.
+    """Upload a folder with a model's file, and a model card, to a repository; return the commit's address.
+
+    Args:
+        folder: receives the card, too.
+        facts: of the model.
+        repo_id: created if missing.
+        private: as of `Model.push_to_hub`, like the other arguments.
+        revision: see there.
+        token: see there.
+        gated: see there.
 
     Raises:
-        UserError: if the file holds weights of restricted licence without `gated`, or the hub refuses the upload. Also
-            if the name of its weight file does not match the model's name on the hub.
+        UserError: if the file holds weights of restricted licence without `gated`, or the hub refuses the upload.
     """
     source = facts.backbone
     if source.get("gated") and source.get("in_file", True) and not gated:
         raise UserError(
-            f"{file.name} holds weights of {source.get('weights')} ({source.get('licence')}), whose licence restricts "
-            "redistribution. Export with export.delta=true, or comply with the licence and pass gated=True."
+            f"{repo_id}: the model holds weights of {source.get('weights')} ({source.get('licence')}), whose licence "
+            "restricts redistribution. Export with export=safetensors export.delta=true, or comply with the licence "
+            "and pass gated=True."
         )
-    runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
-    parts = parts_of(file, FILES[runtime])  # a large ONNX file refers to its weight file by name
-    with TemporaryDirectory() as folder, _client_errors_as_user_errors(repo_id, token):
+    write_card(facts, repo_id, folder)
+    with _client_errors_as_user_errors(repo_id, token):
         from huggingface_hub import HfApi
 
-        for part in parts:
-            target = Path(folder) / (FILES[runtime] if part == file else part.name)
-            try:
-                target.symlink_to(part)  # a link: the file may be larger than the temporary disk
-            except OSError:
-                shutil.copyfile(part, target)
-        write_card(facts, repo_id, Path(folder))
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(
@@ -94,19 +92,16 @@ def _client_errors_as_user_errors(repo: str, token: str | None) -> Iterator[None
     """Turn every exception of a hub's client into one message that does not contain the token."""
     try:
         yield
-    except UserError:
-        raise
     except ModuleNotFoundError as error:
         raise UserError(
             f"{repo}: a hub needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
     except Exception as error:  # the client's libraries raise their own types
-        kind = type(error).__name__
-        reason = (str(error).strip().splitlines() or [kind])[0][:300]
-        hidden = reason.replace(token, "...") if token else reason
+        reason = str(error).replace(token, "...") if token else str(error)
+        first_line = reason.strip().partition("\n")[0][:300]
         raise UserError(
-            f"{repo}: the hub request failed ({kind}: {hidden}). Check the name and the network, and log in with `hf "
-            "auth login`; read a local file with dinoseg.load."
+            f"{repo}: the hub request failed ({type(error).__name__}: {first_line}). Check the name and the network, "
+            "and log in with `hf auth login`; read a local file with dinoseg.load."
         ) from None
 
 
@@ -120,133 +115,26 @@ def write_card(facts: ModelFacts, name: str, folder: Path) -> None:
         write_text(folder / "README.md", model_card(facts, name))
 
 
-_HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # SPDX names to the hub's; all others are "other"
-_UNSAFE = re.compile("[`|<>]")  # end a code span or a table cell, or begin HTML
+def model_card(facts: ModelFacts, name: str) -> str:
+    """Return the text of a model card; text from the file is escaped, so that it renders as text alone.
+
+    Raises:
+        UserError: if jinja2 is missing, which predictions do not need.
+    """
+    try:
+        from jinja2 import Environment
+    except ModuleNotFoundError as error:
+        raise UserError("Model cards need jinja2: pip install jinja2.") from error
+    templates = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    templates.filters |= {"code": _code, "percent": _percent}
+    return templates.from_string(_CARD.read_text(encoding="utf-8")).render(facts=facts, name=name)
 
 
-def model_card(facts: ModelFacts, repo_id: str) -> str:
-    """Return the text of a model card; text from the file is escaped, so that it renders as text alone."""
-    return (
-        "\n".join([*_header(facts), *_use(facts, repo_id), *_classes(facts), *_scores(facts), *_origin(facts)]) + "\n"
-    )
-
-
-def _header(facts: ModelFacts) -> Iterator[str]:
-    licence = str(facts.backbone.get("licence", UNKNOWN))
-    yield "---"
-    yield f"license: {_HUB_LICENCES.get(licence, 'other')}"
-    if licence not in _HUB_LICENCES:
-        yield f"license_name: {json.dumps(licence)}"  # a JSON string is valid YAML
-    yield "library_name: dinoseg"
-    yield "pipeline_tag: image-segmentation"
-    yield "---"
-    yield ""
-
-
-def _use(facts: ModelFacts, repo_id: str) -> Iterator[str]:
-    backbone = _text(facts.backbone.get("name", UNKNOWN))
-    yield f"# {repo_id}"
-    yield ""
-    yield f"Semantic segmentation, {len(facts.classes)} classes, on the backbone {backbone}; made with dinoseg."
-    yield ""
-    yield "```python"
-    yield "from dinoseg import Model"
-    yield ""
-    yield f"model = Model.from_pretrained({repo_id!r})"
-    yield f"out = model.predict({_escape(json.dumps(facts.example))})"
-    yield "out.mask, out.areas, out.overlay()"
-    yield "```"
-    yield ""
-    if facts.delta:
-        yield (
-            "The file holds only the trained weights. The backbone is loaded from "
-            f"{_text(facts.backbone.get('weights'))}, revision {_text(facts.backbone.get('revision') or UNKNOWN)}, "
-            "when the file is opened."
-        )
-        yield ""
-
-
-def _classes(facts: ModelFacts) -> Iterator[str]:
-    yield "## Classes"
-    yield ""
-    yield "| id | name | colour | IoU |"
-    yield "|---|---|---|---|"
-    per_class = (facts.scores or {}).get("per_class")
-    for number, (name, colour) in enumerate(zip(facts.classes, facts.palette, strict=True)):
-        yield f"| {number} | {_text(name)} | {tuple(colour)} | {_percent(_at(per_class, name))} |"
-    yield ""
-
-
-def _scores(facts: ModelFacts) -> Iterator[str]:
-    yield "## Scores"
-    yield ""
-    if facts.scores is None:
-        yield "The file holds no scores."
-        yield ""
-        return
-    data, split = facts.data.get("name", UNKNOWN), facts.scores.get("split")
-    yield f"On the split {_text(split)} of {_text(data)}: {_text(facts.scores.get('protocol'))}."
-    yield ""
-    yield from _table(facts.scores.get("values"), facts.scores.get("ci95"))
-    official = facts.scores.get("official")
-    if isinstance(official, Mapping):
-        count, unit = _text(official.get("n")), _text(official.get("unit"))
-        yield f"By the protocol {_text(official.get('protocol'))}, 95 % intervals over {count} units ({unit}):"
-        yield ""
-        yield from _table(official.get("scores"), official.get("ci95"))
-
-
-def _origin(facts: ModelFacts) -> Iterator[str]:
-    yield "## Where it comes from"
-    yield ""
-    for key in ("name", "weights", "revision", "hash", "licence"):
-        yield f"- backbone {key}: {_text(facts.backbone.get(key) or UNKNOWN)}"
-    for side, what in facts.data.items():
-        if isinstance(what, Mapping):
-            count, digest = _text(what.get("count")), _text(what.get("names_sha256"))
-            yield f"- data {_text(side)}: {count} images, SHA-256 of their names {digest}"
-    yield f"- made with: {', '.join(f'{_text(name)} {_text(number)}' for name, number in facts.versions.items())}"
-    yield ""
-    yield "## Limits"
-    yield ""
-    largest = facts.sizes.get("largest")
-    if largest:
-        yield (
-            f"Its training images had about {_text(facts.sizes.get('typical'))} pixels on the longer side, enlarged at "
-            f"most to {_text(largest)}. Larger images are reduced to that scale first."
-        )
-    yield (
-        "Scores are for one dataset: on other cameras, places or tissues the model may perform worse, without warning."
-    )
-
-
-def _table(values: Any, intervals: Any) -> Iterator[str]:
-    if not isinstance(values, Mapping):
-        return
-    yield "| score | % | 95 % interval |"
-    yield "|---|---|---|"
-    for key, value in values.items():
-        limits = _at(intervals, key)
-        interval = " .. ".join(map(_percent, limits)) if isinstance(limits, list) else "-"
-        yield f"| {_text(key)} | {_percent(value)} | {interval} |"
-    yield ""
-
-
-def _at(values: Any, key: str) -> Any:
-    return values.get(key) if isinstance(values, Mapping) else None
+def _code(value: Any) -> str:
+    """Return a value as one code span, in which no link, emphasis or HTML is rendered."""
+    text = printable(" ".join(str(value).split()))
+    return f"`{text.translate(_UNSAFE) or ' '}`"
 
 
 def _percent(value: Any) -> str:
     return f"{100 * value:.2f}" if type(value) in (int, float) and 0 <= value <= 1 else "-"
-
-
-def _text(value: Any) -> str:
-    """Return a value as a number or one code span, in which no link, emphasis or HTML is rendered."""
-    if type(value) in (int, float):
-        return str(value)
-    text = _escape(printable(" ".join(str(value).split())))
-    return f"`{text or ' '}`"
-
-
-def _escape(text: str) -> str:
-    return _UNSAFE.sub(lambda letter: f"\\x{ord(letter[0]):02x}", text)

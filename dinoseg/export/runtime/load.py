@@ -35,10 +35,10 @@ def load(
     trust: Sequence[str] = (),
     config_dir: str | PathLike[str] | None = None,
 ) -> Model:
-    """Load a trained model; nothing in the file is executed.
+    """Load a trained model.
 
-    A file of torch gives a `Segmenter`, a `torch.nn.Module` in eval mode. An ONNX file gives its base class `Model`,
-    which predicts without torch.
+    A file of torch gives a `Segmenter`, a `torch.nn.Module` in eval mode; nothing in the file is executed. An ONNX file
+    gives its base class `Model`, which predicts without torch; onnxruntime loads it unchecked.
 
     Args:
         path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint.

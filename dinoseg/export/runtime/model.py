@@ -9,13 +9,14 @@ from functools import cached_property
 from itertools import islice
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import Picture, is_many_files, is_one, pictures
-from dinoseg.export.runtime.onnx_model import parts_of
+from dinoseg.export.runtime.onnx_model import list_model_files
 from dinoseg.export.runtime.runtime import FILES, Options, Runtime
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
@@ -198,9 +199,8 @@ class Model:
         if self.file is None:
             raise UserError(_NO_FILE)
         target = Path(path).expanduser()
-        parts = parts_of(self.file, target.name)  # a large ONNX file refers to its weight file by name
         with file_errors_as_user_errors(target.parent):
-            for source in parts:
+            for source in list_model_files(self.file, target.name):
                 with atomic_file(target if source == self.file else target.with_name(source.name)) as part:
                     shutil.copyfile(source, part)
 
@@ -271,9 +271,10 @@ class Model:
         """
         from dinoseg.export.runtime.hub import push
 
-        if self.file is None:
-            raise UserError(_NO_FILE)
-        return push(self.file, self.facts, repo_id, private=private, revision=revision, token=token, gated=gated)
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save(folder / FILES[self.runtime.name])
+            return push(folder, self.facts, repo_id, private=private, revision=revision, token=token, gated=gated)
 
     def _predict_batches(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
         runtime = self.runtime  # once: that of a model in training takes milliseconds

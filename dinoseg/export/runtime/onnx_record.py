@@ -10,7 +10,6 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
 KEY = "dinoseg"  # metadata key: JSON of `graph` and of `ModelFacts.description`
-LARGEST_TEXT = 2**20  # bytes of that JSON
 OUTPUTS = {  # kind of graph to the names of its outputs
     "scores": ("scores",),
     "masks": ("class_logits", "mask_logits"),
@@ -141,11 +140,9 @@ def parse(text: str, where: str) -> Mapping[str, Any]:
     """Parse the description in a file's metadata: `graph`, and the entries that `ModelFacts.of` reads.
 
     Raises:
-        UserError: if it is too long, or no such JSON.
+        UserError: if it is no such JSON.
     """
     try:
-        if len(text) > LARGEST_TEXT:
-            raise forms.SchemaError(f"it has {len(text)} characters; the limit is {LARGEST_TEXT}")
         return forms.parse_json(text, forms.object_with(graph=forms.plain, classes=forms.plain))
     except forms.SchemaError as error:
         raise UserError(f"{where}: its description is damaged ({error}). Export the model again.") from None

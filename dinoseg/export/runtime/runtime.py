@@ -11,6 +11,7 @@ import numpy as np
 from dinoseg.export.runtime.facts import ModelFacts
 
 FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime: name of its file
+ONNX_WEIGHTS = "model.onnx.data"  # weights of an ONNX file that would exceed the 2 GiB of a protobuf message
 
 
 class Runtime(Protocol):

@@ -244,10 +244,10 @@ class Segmenter(GuardedModule, Model):
         from dinoseg.export.runtime.hub import push
 
         self._refuse_objects()
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / FILES["torch"]
-            facts = self._write(file, delta=delta, gated=gated)
-            return push(file, facts, repo_id, private=private, revision=revision, token=token, gated=gated)
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            facts = self._write(folder / FILES["torch"], delta=delta, gated=gated)
+            return push(folder, facts, repo_id, private=private, revision=revision, token=token, gated=gated)
 
     def save_adapter(self, folder: str | PathLike[str]) -> None:
         """Write the LoRA updates and the head to a folder of peft.

@@ -15,7 +15,8 @@ from portable_parts import TINY, export_file, graph_with_weights, write_untraine
 import dinoseg
 from dinoseg import Model
 from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.hub import fetch_model_file, model_card, push
+from dinoseg.export.runtime.hub import fetch_model_file, model_card
+from dinoseg.export.runtime.runtime import ONNX_WEIGHTS
 from dinoseg.utils.errors import UserError
 
 TOKEN = "hf_nobody_may_read_this"
@@ -95,20 +96,21 @@ def test_hub_failure_is_one_message_without_the_token(file, monkeypatch):
 
 def test_a_place_without_a_model_is_refused(tmp_path, file):
     assert_refused(lambda: Model.from_pretrained(tmp_path), "holds no model.safetensors")
-    assert_refused(lambda: Model.from_pretrained(file), "dinoseg.load reads it")
+    assert_refused(lambda: Model.from_pretrained(file), "read a local file with dinoseg.load")
 
 
 def test_model_card_has_scores_and_licence_and_escapes_markup():
     official = {"protocol": "IDD", "scores": {"miou": 0.5}, "ci95": {"miou": [0.4, 0.6]}, "n": 12, "unit": "image"}
     scores = {"split": "val", "protocol": "counted", "values": {"miou": 0.25}, "per_class": {"a|b": 0.125}}
     evil = "x</script><b>|y\n# head"
-    backbone = {"name": "dinov3_vits16", "licence": "DINOv3 License\nmodel: evil", "weights": evil}
+    backbone = {"name": "dinov3_vits16", "licence": "DINOv3 License\nmodel: evil", "weights": evil, "gated": True}
     scores |= {"official": official}
     facts = ModelFacts(("a|b", evil), ((1, 2, 3), (4, 5, 6)), 255, scores=scores, backbone=backbone, delta=True)
     card = model_card(facts, "me/mine")
     assert "| `miou` | 25.00 | - |" in card and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card
-    assert "over 12 units (`image`)" in card
-    assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "only the trained weights" in card
+    assert "over `12` units (`image`)" in card
+    assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card
+    assert "only the trained weights" in card and "restricts redistribution: `DINOv3 License" in card
     assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
     assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
     assert "The file holds no scores" in model_card(ModelFacts(("a",), ((0, 0, 0),), 255), "me/mine")
@@ -123,9 +125,9 @@ def test_names_in_the_card_are_spans_of_code(name):
     assert re.fullmatch(r"\| 0 \| `[^`|]+` \| \(0, 0, 0\) \| - \|", line)
 
 
-def upload(path, name="me/mine", **facts):
+def upload_onnx(path, name="me/mine", **facts):
     facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255, **facts)
-    push(path, facts, name, private=None, revision=None, token=None, gated=False)
+    Model(SimpleNamespace(name="onnx"), facts, path).push_to_hub(name)
 
 
 def test_model_card_omits_invalid_numbers_and_control_codes():
@@ -137,22 +139,13 @@ def test_model_card_omits_invalid_numbers_and_control_codes():
 
 
 def test_external_weights_are_uploaded_with_their_graph(hub, tmp_path):
-    graph_with_weights(tmp_path, "mine.onnx.data").rename(tmp_path / "mine.onnx")
-    graph_with_weights(tmp_path, "model.onnx.data")
-    for file, source in (("bare.onnx", None), ("renamed.onnx", "model.onnx.data")):
-        graph_with_weights(tmp_path, source, name=file)
-    (tmp_path / "model.onnx.txt").touch()
-    assert_refused(lambda: upload(tmp_path / "mine.onnx"), "refers to its weights as mine.onnx.data")
-    assert not hub.asked
-    for file, there in (
-        ("model.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
-        ("renamed.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
-        ("bare.onnx", {"model.onnx", "README.md"}),
-    ):
-        upload(tmp_path / file, f"me/{file}")
-        assert {path.name for path in (hub.folder / "me" / file).iterdir()} == there
+    for file, weights in (("model.onnx", ONNX_WEIGHTS), ("renamed.onnx", ONNX_WEIGHTS), ("bare.onnx", None)):
+        graph_with_weights(tmp_path, weights, name=file)
+        upload_onnx(tmp_path / file, f"me/{file}")
+        expected = {"model.onnx", "README.md"} | ({weights} if weights else set())
+        assert {path.name for path in (hub.folder / "me" / file).iterdir()} == expected
         assert (hub.folder / "me" / file / "model.onnx").read_bytes() == (tmp_path / file).read_bytes()
     assert fetch_model_file("me/model.onnx", runtime="onnx").name == "model.onnx"
     assert hub.asked[-1]["patterns"] == ["model.onnx*"]
-    assert_refused(lambda: upload(tmp_path / "bare.onnx", backbone={"gated": True}), "gated=True")
-    upload(tmp_path / "bare.onnx", backbone={"gated": True, "in_file": False})
+    assert_refused(lambda: upload_onnx(tmp_path / "bare.onnx", backbone={"gated": True}), "gated=True")
+    upload_onnx(tmp_path / "bare.onnx", backbone={"gated": True, "in_file": False})
