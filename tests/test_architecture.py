@@ -63,7 +63,6 @@ DOORS = {  # dependency -> the packages and files that may import it
     "uvicorn": ("serving",),
     "optuna": ("cli/sweeps/search",),
     "jinja2": ("report/html/page", "export/runtime/hub"),
-    "pyvips": ("inference/large",),
     "av": ("data/video/decoder", "inference/video_writer"),
 }
 EXCEPTIONS = {

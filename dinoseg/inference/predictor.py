@@ -1,6 +1,5 @@
 """Inference on arrays and image files of any size: class IDs or probabilities at the input's size."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Prediction
 from dinoseg.core.task import refuse_layers
-from dinoseg.inference.large import open_rows, write_id_png
+from dinoseg.inference.large import read_rows
 from dinoseg.inference.memory import OutOfMemory, telling_shortage
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import MemoryRows
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import SegmentationModel, Size
-from dinoseg.utils.atomic import atomic_file
+from dinoseg.utils.images import write_png
 from dinoseg.utils.transfer import to_device
 
 T = TypeVar("T")
@@ -74,24 +73,23 @@ class Predictor:
     def write_ids(self, source: str | Path, target: str | Path) -> None:
         """Write the class IDs of an image file of any size to a PNG file, which appears only when complete.
 
-        With a policy of windows, or `auto`, which uses windows for large images, memory is bounded by the image's
-        width: window height x image width x classes float32 numbers.
+        The image is decoded as a whole. Beside it, a policy of windows, or `auto`, which uses windows for large images,
+        needs window height x image width x classes float32 numbers.
 
         Raises:
             UserError: the source cannot be read, or memory does not suffice.
             OSError: the target cannot be written.
         """
         refuse_layers(self.model.task, f"a mask of {source}, which is written by rows,", "Split or reduce the image.")
-        rows = open_rows(source, self.device)
-        with atomic_file(Path(target)) as part, tempfile.TemporaryFile(dir=part.parent) as file:
-            ids = np.memmap(file, np.uint8, "w+", shape=rows.size)
-            top = 0
-            with telling_shortage(rows):
-                for band in self.policy.bands(self.model, rows, self.autocast):
-                    band_ids = band.class_ids()[0].cpu().numpy()
-                    ids[top : top + len(band_ids)] = band_ids
-                    top += len(band_ids)
-            write_id_png(part, ids)
+        rows = read_rows(source, self.device)
+        top = 0
+        with telling_shortage(rows):
+            ids = np.empty(rows.size, np.uint8)
+            for band in self.policy.bands(self.model, rows, self.autocast):
+                band_ids = band.class_ids()[0].cpu().numpy()
+                ids[top : top + len(band_ids)] = band_ids
+                top += len(band_ids)
+        write_png(target, ids)
 
     def run_bands(
         self,

@@ -26,15 +26,21 @@ class Rows(Protocol):
 
 
 class MemoryRows(Rows):
-    """Rows of images (B, C, H, W) in memory; 16-bit levels become floats, which torch can flip and resize anywhere."""
+    """Rows of images (B, C, H, W) in memory; 16-bit levels become floats, which torch can flip and resize anywhere.
 
-    def __init__(self, images: Tensor) -> None:
+    Args:
+        images: in the memory of any device.
+        device: of the rows that are read; None: that of the images.
+    """
+
+    def __init__(self, images: Tensor, device: torch.device | None = None) -> None:
         self.images = images if images.dtype == torch.uint8 else to_unit_range(images)
         self.count, self.size = len(images), (images.shape[-2], images.shape[-1])
+        self.device = images.device if device is None else device
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Return the rows (B, C, bottom - top, W)."""
-        return self.images[:, :, top:bottom]
+        return self.images[:, :, top:bottom].to(self.device)
 
 
 class ResizedRows(Rows):

@@ -42,6 +42,10 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
+class Unfit(Exception):
+    """Error for an image that cannot be used; the text continues a sentence that begins with its name."""
+
+
 def reword(error: UserError, terms: Mapping[str, str]) -> UserError:
     """Return an error in other terms, such as the arguments of a call instead of those of a command line."""
     words = str(error)

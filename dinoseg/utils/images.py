@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -16,9 +16,8 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.utils.atomic import atomic_file
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import Unfit, UserError
 from dinoseg.utils.files import open_regular
-from dinoseg.utils.image_cost import MAX_TAGS, Unfit, check_cost, check_header, count_tags
 from dinoseg.utils.tiff import BLACK_IS_ZERO, PALETTE, RGB, WHITE_IS_ZERO, TiffFile, TiffPage, is_tiff
 from dinoseg.utils.truncation import check_jpeg, check_png
 
@@ -45,9 +44,7 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF, _RAW_EXIF = "exif", "Raw profile type exif"  # info keys
-_EXIF_START = b"Exif\0\0"  # before the tags, once or twice
 _BAND = 2**22  # numbers that are converted at once: 100 MiB in float64
-_MAX_RAW_EXIF = 2**20  # characters of EXIF as hexadecimal text
 _METADATA = {_EXIF, _RAW_EXIF, "xmp", "XML:com.adobe.xmp"}  # info keys with a possible orientation
 _RAW_MODES = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
 _RAW_MODES_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
@@ -177,17 +174,14 @@ def varies_in_alpha(path: str | Path) -> bool:
 def read_orientation(image: Image.Image) -> int:
     """Return the orientation (1 to 8, as in EXIF) in the header of an image that is not loaded yet.
 
-    It is read from EXIF or TIFF tags, else from XMP; damaged or far too many tags mean 1 (upright). PNG metadata behind
-    the pixels is not read: a reader of the header does not see it.
+    It is read from EXIF or TIFF tags, else from XMP; damaged tags mean 1 (upright). PNG metadata behind the pixels is
+    not read: a reader of the header does not see it.
     """
     if not _METADATA & image.info.keys():
         return 1
     exif = image.info.get(_EXIF, b"")
-    if not isinstance(exif, bytes) or len(image.info.get(_RAW_EXIF, "")) > _MAX_RAW_EXIF:
-        return 1  # text of a PNG chunk that is named exif, or too much of it
-    tags = exif.removeprefix(_EXIF_START).removeprefix(_EXIF_START)
-    if tags.startswith(b"MM\0+") or count_tags(io.BytesIO(tags)) > MAX_TAGS:  # Pillow reads the former otherwise
-        return 1
+    if not isinstance(exif, bytes):
+        return 1  # text of a PNG chunk that is named exif
     try:
         # not `PngImageFile.getexif`, which decodes all pixels to read the chunks behind them
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
@@ -260,12 +254,11 @@ def load_upright(image: Image.Image) -> Image.Image:
 
 
 def load_whole(image: Image.Image) -> None:
-    """Decode an opened image; refuse it if its file costs far more than its pixels, or lacks some of them.
+    """Decode an opened image; refuse it if its file lacks some of its pixels.
 
     Raises:
         Unfit: if it does.
     """
-    check_cost(image)
     data = b""
     if isinstance(image, JpegImageFile | PngImageFile) and image.tile and image.fp is not None:
         position = image.fp.tell()
@@ -390,7 +383,6 @@ def _page_has_several_alphas(file: TiffFile) -> bool:
 def _has_several_alphas(image: Image.Image) -> bool:
     if image.mode not in ("LA", "RGBA"):  # from the header: other files are not decoded
         return False
-    check_cost(image)
     low, high = image.getchannel("A").getextrema()
     return low != high
 
@@ -423,19 +415,14 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 @contextmanager
-def open_bounded(path: str | Path) -> Iterator[BinaryIO]:
-    """Open an image file as bytes, unless its header alone would cost far more to read than it warrants.
-
-    Raises:
-        UserError: if its header has too many parts, or it is no regular file.
-        OSError: if the file is missing or cannot be read.
-    """
-    with open_regular(path) as file:
-        try:
-            check_header(file)
-        except Unfit as error:
-            raise UserError(f"{path} {error}.") from None
-        yield file
+def lift_pixel_limit() -> Iterator[None]:
+    """Let Pillow open images of any number of pixels; its limit applies to the whole process, and is restored."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def decode(path: str | Path, take: Callable[[Image.Image], T], take_tiff: Callable[[TiffFile], T]) -> T:
@@ -446,7 +433,7 @@ def decode(path: str | Path, take: Callable[[Image.Image], T], take_tiff: Callab
             a reader or `Unfit`.
     """
     try:
-        with open_bounded(path) as file:
+        with open_regular(path) as file:
             if is_tiff(file):
                 opened = TiffFile(file)
                 _check_size(opened.pages[0])
@@ -476,10 +463,7 @@ def _explain(path: Path, error: Exception) -> UserError:
     if isinstance(error, MemoryError):
         return UserError(f"Not enough memory to read {path} as an image. Free some, or reduce or split the image.")
     if isinstance(error, Image.DecompressionBombError):
-        return ImageTooLarge(
-            f"{unreadable}: it is too large ({error}). Reduce or split it; mode=predict reads it with libvips: "
-            "pip install 'dinoseg[large]'."
-        )
+        return ImageTooLarge(f"{unreadable}: it is too large ({error}). Reduce or split it.")
     if isinstance(error, Unfit):
         return UserError(f"{path} {error}.")
     if isinstance(error, UnidentifiedImageError):

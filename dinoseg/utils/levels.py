@@ -9,9 +9,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import Unfit, UserError
 from dinoseg.utils.files import open_regular
-from dinoseg.utils.image_cost import Unfit, check_cost
 from dinoseg.utils.images import (
     ARRAY_SUFFIX,
     decode,
@@ -21,10 +20,11 @@ from dinoseg.utils.images import (
     read_size,
     scale,
 )
-from dinoseg.utils.tiff import MAX_NUMBERS, TiffFile, turn
+from dinoseg.utils.tiff import TiffFile, turn
 
 WHITE = 65535  # highest level of 16 bits
 EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
+MAX_NUMBERS = 2**29  # numbers of a file that are read: as many as Pillow opens as RGB
 _MAX_HEADER = 2**14  # bytes of a .npy file's header: more than numpy parses
 # whose arrays are the stored values
 _PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "I;16", "I;16L", "I;16B", "I", "F")
@@ -155,7 +155,6 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     orientation = read_orientation(image)
     # OpenCV returns blue, green, red and alpha, also of the grey and alpha of a PNG
     channels = [0, 3] if find_packing(image).startswith("LA") else [2, 1, 0, 3][: len(image.getbands())]
-    check_cost(image)
     _check_numbers(image.height * image.width * len(channels))
     file = image.fp  # type: ignore[attr-defined]
     file.seek(0)

@@ -5,13 +5,14 @@ The only door to tifffile, which is imported when the first TIFF file is read. I
 
 import math
 import re
+import struct
 from functools import cached_property
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from dinoseg.utils.image_cost import Unfit, check_pages, check_scans, read_tags
+from dinoseg.utils.errors import Unfit
 from dinoseg.utils.truncation import check_jpeg, find_jpeg_size
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of TIFF and BigTIFF files of both byte orders
@@ -25,13 +26,15 @@ _COMPRESSIONS = {
 }
 _WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 322, 323  # TIFF tags
 _OFFSETS, _LENGTHS = (273, 324), (279, 325)  # TIFF tags: of strips, of tiles
-_LAYOUT = (_WIDTH, _HEIGHT, 258, 259, _SAMPLES, _ROWS, 284, 317, _TILE_WIDTH, _TILE_HEIGHT, 339, *_OFFSETS, *_LENGTHS)
-_ORIENTATION, _COLORS, _XMP = 274, 320, 700  # TIFF tags
+_PHOTOMETRIC, _FILL_ORDER, _ORIENTATION, _COLORS, _EXTRA_SAMPLES, _XMP = 262, 266, 274, 320, 338, 700  # TIFF tags
+# tags that decide what the pixels are
+_LAYOUT = (
+    *(_WIDTH, _HEIGHT, 258, 259, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION, _SAMPLES, _ROWS, 284, 317),
+    *(_TILE_WIDTH, _TILE_HEIGHT, _EXTRA_SAMPLES, 339, *_OFFSETS, *_LENGTHS),
+)
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
-MAX_NUMBERS = 2**29  # numbers of a file that are read: as many as Pillow opens as RGB
 _ALPHA = (1, 2)  # values of ExtraSamples
-_MAX_BLOCK_PIXELS = 2**22  # always allowed in a tile, whatever the size of its image
-_MAX_TILE_RATIO = 4  # largest ratio of a larger tile's pixels to its image's
+_BIG = 43  # version number of BigTIFF
 
 
 class TiffPage:
@@ -86,12 +89,10 @@ class TiffPage:
         """Return the stored values (H, W, C), upright; JPEG's YCbCr as RGB, and bits as 0 and 1.
 
         Raises:
-            Unfit: the page lacks blocks or bytes, costs far more than its pixels, or is of an unsupported kind.
+            Unfit: the page lacks blocks or bytes, or is of an unsupported kind.
         """
         rows, columns = self._check_layout()
         page = self._page
-        if self.height * self.width * self.samples > MAX_NUMBERS:
-            raise Unfit(f"has more than {MAX_NUMBERS} numbers. Split it")
         is_contiguous = page.planarconfig == 1
         depth, inner = (1, self.samples) if is_contiguous else (self.samples, 1)
         values = np.empty((depth, self.height, self.width, inner), page.dtype.newbyteorder("="))
@@ -147,7 +148,6 @@ class TiffPage:
         try:
             if not self.is_lossy:
                 return self._page.decode(data, index)
-            check_scans(data)
             height, width = find_jpeg_size(data)
             if not (0 < height <= rows and 0 < width <= columns):  # tifffile would read the first pixels
                 raise Unfit(f"is damaged: its TIFF block {index} is a JPEG file of {width} x {height}. Replace it")
@@ -161,7 +161,7 @@ class TiffPage:
     def _check_layout(self) -> tuple[int, int]:
         """Return rows and columns of a block; refuse kinds that cannot be read, or whose blocks do not fit."""
         page = self._page
-        tags = [number for number, _ in read_tags(self._file, page.offset)]
+        tags = _read_tag_numbers(self._file, page.offset)
         for number in _LAYOUT:
             if tags.count(number) > 1:  # readers differ in which one they use
                 raise Unfit(f"has the TIFF tag {number} twice. Save it again")
@@ -188,12 +188,6 @@ class TiffPage:
         columns, rows = (page.tilewidth, page.tilelength) if is_tiled else (self.width, page.rowsperstrip)
         if min(columns, rows, self.width, self.height) < 1:
             raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it again")
-        allowed = max(_MAX_BLOCK_PIXELS, _MAX_TILE_RATIO * (self.width + 15) * (self.height + 15))
-        if is_tiled and columns * rows > allowed:
-            raise Unfit(
-                f"has {self.width} x {self.height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller "
-                "tiles"
-            )
         needed = math.ceil(self.width / columns) * math.ceil(self.height / rows)
         needed *= 1 if page.planarconfig == 1 else self.samples
         offsets = page.tags.get(_OFFSETS[is_tiled])
@@ -213,13 +207,12 @@ class TiffFile:
         file: the file, which stays open.
 
     Raises:
-        Unfit: it is damaged, or has too many pages, tags or blocks.
+        Unfit: it is damaged.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         import tifffile
 
-        check_pages(file)
         file.seek(0)
         try:
             # its guesses for formats of microscopes would change offsets
@@ -270,3 +263,17 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def _read_tag_numbers(file: IO[bytes], offset: int) -> list[int]:
+    """Return the number of each tag of the directory at an offset, as the file stores them."""
+    file.seek(0)
+    start = file.read(4)
+    order = "<" if start.startswith(b"II") else ">"
+    is_big = struct.unpack(f"{order}2xH", start)[0] == _BIG
+    count_format = f"{order}Q" if is_big else f"{order}H"
+    tag_format = f"{order}H18x" if is_big else f"{order}H10x"
+    file.seek(offset)
+    (count,) = struct.unpack(count_format, file.read(struct.calcsize(count_format)))
+    tags = file.read(count * struct.calcsize(tag_format))
+    return [number for (number,) in struct.iter_unpack(tag_format, tags)]

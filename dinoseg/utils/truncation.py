@@ -1,5 +1,6 @@
 """Checks that a PNG or JPEG file holds data for all its pixels: decoders fill what is missing without an error."""
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -7,9 +8,10 @@ from typing import IO
 
 import numpy as np
 
-from dinoseg.utils.image_cost import MARKER, Unfit
+from dinoseg.utils.errors import Unfit
 
 _SCAN, _END = 0xDA, 0xD9  # JPEG markers
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
 _FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG markers of a header with sizes: baseline, extended, progressive
 _COEFFICIENTS = 64  # of a JPEG block
 _GREY, _SLACK = 128, 2  # level of a JPEG block without data, and how far upsampled colours move it
@@ -102,7 +104,7 @@ def _count_inflated(file: IO[bytes], most: int) -> int:
 def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Yield marker, position and content of each segment of the first image of a JPEG file, up to its end."""
     position = 2
-    while match := MARKER.search(data, position):
+    while match := _MARKER.search(data, position):
         start = match.end()
         length = int.from_bytes(data[start : start + 2], "big")
         yield match[1][0], match.start(), data[start + 2 : start + length]

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import zipfile
+import zlib
 from contextlib import closing
 from functools import partial
 
@@ -11,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from child_functions import stuck
+from image_files import tiff_file
 from mistakes import assert_refused
 from PIL import Image
 from serving_stand_ins import FACTS, InThread, encode_image, picture
@@ -71,10 +73,20 @@ def test_killed_decoder_does_not_affect_the_next_image(image, tmp_path, monkeypa
         assert (decoder.decode(other) == picture(8, 9)).all()
 
 
+def tiff_in_one_tile(width, height):
+    """Return a grey TIFF file of 16 x 16 pixels in a deflated tile of these sides."""
+    block = zlib.compress(bytes(256))
+    values = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: width, 323: height, 324: 8, 325: len(block)}
+    return tiff_file([(tag, 4, 1, value) for tag, value in values.items()], block)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not bound memory")
-def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "data", [encode_image(Image.new("RGB", (2000, 2000))), tiff_in_one_tile(26_000, 20_000)], ids=["pixels", "tile"]
+)
+def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch, data):
     monkeypatch.setattr(decoding, "_IMAGE_MEMORY", (0, 2**23))
-    (tmp_path / "a").write_bytes(encode_image(Image.new("RGB", (2000, 2000))))
+    (tmp_path / "a").write_bytes(data)
     with closing(ImageDecoder(2**22)) as decoder, pytest.raises(UserError, match="Not enough memory"):
         decoder.decode(tmp_path / "a")
 

@@ -92,6 +92,15 @@ def test_cut_jpeg_files_with_an_end_marker_are_refused(pixels, options, share, t
         assert_refused(partial(read, tmp_path / "a.jpg"), "truncated")
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_cut_png_files_are_refused(dtype, share, tmp_path):
+    data = png_of(PIXELS.astype(dtype), SIZE[0])
+    (tmp_path / "a.png").write_bytes(data[: int(share * len(data))])
+    for read in READERS[:2]:
+        assert_refused(partial(read, tmp_path / "a.png"), "truncated")
+
+
 def test_progressive_jpeg_files_without_all_scans_are_refused(tmp_path):
     data = encode_image(PIXELS, "JPEG", progressive=True)
     scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]

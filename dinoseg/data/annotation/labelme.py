@@ -15,7 +15,7 @@ from dinoseg.data.annotation.drawing import Box, Figure, Form, check_mask_size
 from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, points_of, size_of, text
 from dinoseg.data.annotation.polygon import FARTHEST, MAX_RADIUS, check_polygon
 from dinoseg.utils import forms
-from dinoseg.utils.image_cost import Unfit, check_header
+from dinoseg.utils.errors import Unfit
 from dinoseg.utils.images import load_whole
 from dinoseg.utils.wording import format_value
 
@@ -95,7 +95,6 @@ def _mask(mask: Any, points: list[list[float]], size: tuple[int, int] | None) ->
     width, height = right - left + 1, bottom - top + 1
     try:
         file = io.BytesIO(base64.b64decode(mask, validate=True))
-        check_header(file)
         with Image.open(file, formats=("PNG",)) as picture:
             if (corners != np.trunc(corners)).any():
                 width, height = picture.size
