@@ -59,7 +59,7 @@ def _command(arguments: list[str]) -> None:
     from dinoseg.cli.extras import hush_schemas
     from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.typos import check_words, explain_errors
-    from dinoseg.cli.words import as_text, flags_last, is_sweep
+    from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
     from dinoseg.utils.errors import UserError, file_errors_as_user_errors
@@ -73,8 +73,7 @@ def _command(arguments: list[str]) -> None:
     try:
         with explain_errors(arguments, folders), file_errors_as_user_errors(Path.cwd()):
             typed = as_text(flags_last(arguments))
-            if is_sweep(typed):  # a search would compose a wrong option only in its last trial
-                check_words(typed, folders)
+            check_words(typed, folders)
             words = with_checkpoint_keys(typed, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from dinoseg.api.options import CONFIGS, config_folders
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
-from dinoseg.cli.typos import explain_errors
+from dinoseg.cli.typos import check_words, explain_errors
 from dinoseg.cli.words import as_text, parse_word
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
@@ -73,6 +73,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     hush_schemas()
     words = with_checkpoint_keys(as_text(words), folders)
     with explain_errors(words, folders):
+        check_words(words, folders)
         setbase("1.3")
         search_path = create_config_search_path(str(CONFIGS))
         for folder in folders[1:]:

@@ -19,7 +19,7 @@ from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import preserve_global_state
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import NoMode, UnknownKey, UserError
 from dinoseg.utils.ranges import Range, whole_number
 from dinoseg.utils.wording import format_value, nearest
 
@@ -108,12 +108,11 @@ def create_model(
                     load_initial_weights(build, model, list(labels.classes))
                 if objects and model.head.slots is None:
                     check_fit(model, len(labels.classes))
-        except UserError as error:
-            message = no_effect if no_effect and str(error).startswith("No mode is given") else str(error)
-            unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
-            if unknown and (meant := nearest(unknown, _ARGUMENTS)):
-                message = f"{unknown} is not an argument.{meant}"
-            raise UserError(message) from error
+        except NoMode as error:
+            raise UserError(no_effect or str(error)) from None
+        except UnknownKey as error:
+            meant = nearest(error.key, _ARGUMENTS) if error.key in overrides else ""
+            raise (UserError(f"{error.key} is not an argument.{meant}") if meant else error) from None
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=build.pixels.as_dict())

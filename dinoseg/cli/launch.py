@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_ranks, run_mode, run_ranks, shortages_as_user_errors
-from dinoseg.cli.typos import mode_needed
+from dinoseg.cli.typos import no_mode
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
 from dinoseg.config.job import keys_with_values
@@ -362,7 +362,7 @@ def _check_mode(cfg: DictConfig, typed: Sequence[Override]) -> None:
     keys = {override.get_key_element().partition("@")[0] for override in typed}
     if not keys or "mode" in keys or cfg.choices.mode != "help":
         return
-    raise UserError(mode_needed([_CONFIGS]))
+    raise no_mode([_CONFIGS])
 
 
 def _is_taken(cfg: DictConfig, name: str) -> bool:

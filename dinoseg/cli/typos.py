@@ -1,10 +1,10 @@
-"""Error messages for command lines that Hydra cannot compose: the mistake, and the nearest keys or options."""
+"""Checks of a command line: the words alone, then its keys in the config that its options compose."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.words import FILES, assignments, is_sweep, lists_of, parse_word, values_of
+from dinoseg.config.job import SEARCH_PATH, search_path_override
 from dinoseg.config.options import (
     list_groups,
     modes_with,
@@ -26,42 +27,41 @@ from dinoseg.config.options import (
     nested_keys,
     options_in,
     options_with,
+    overridden_groups,
 )
-from dinoseg.config.plain import keys_of, to_container
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value, join_names, nearest
+from dinoseg.config.plain import at, has_key, keys_of, to_container
+from dinoseg.utils.errors import NoMode, UnknownKey, UnknownOption, UserError
+from dinoseg.utils.wording import join_names, nearest
 
-_HELP = "dinoseg.modes.help.show"  # default mode
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
+# errors of composing; the last three are those of reading a file
+_OF_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError)
 
 
 @contextmanager
 def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
-    """Turn errors of composing and running a command line into a `UserError` that names the mistake and its fix.
+    """Refuse words that cannot be composed, once composing or running them has failed.
+
+    The checks run in this order: config files of the user, groups that the mode reads, keys, kinds of values.
 
     Args:
         arguments: the command line, without the program's name.
         folders: of config groups, the shipped one first.
 
     Raises:
-        UserError: instead of an error of Hydra and its plug-ins, of a YAML file, or of a value that an override gives.
+        UserError: instead of an error of Hydra and its plug-ins, of a config file, or of a value that a word gives.
     """
     try:
-        _check_lists(arguments, folders)
         yield
     except UserError:  # some are also errors of OmegaConf
         raise
-    except YAMLError as error:  # in a user's config file
-        text = " ".join(str(error).split())
-        raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # also of an option that is too long for the name of a file
-            check_words(arguments, folders)
+        if isinstance(error, OSError) and error.errno:  # of a disk, not of composing
             raise
-        if isinstance(error, HydraException | OmegaConfBaseException | ValueError | TypeError):  # of composing
-            check_words(arguments, folders)
-        configs = checkpoint_configs(arguments, folders)
-        message = find_mistake(arguments, folders, error, configs) or find_plugin_failure(arguments, error)
+        if isinstance(error, _OF_COMPOSING):
+            _check_files(folders[1:])
+        _check_keys(arguments, folders)
+        message = find_plugin_failure(arguments, error) or _explain(error, arguments)
         if not message:
             raise
         raise UserError(message) from error
@@ -80,60 +80,29 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     several = is_sweep(arguments)
     words = [word for _, word in assignments(arguments)]
     searches = several and any(word.startswith("hydra/sweeper=") for word in words)
+    has_more_folders = any(word.startswith(f"{SEARCH_PATH}=") for word in words)  # whose options only Hydra finds
     swept: dict[str, str] = {}  # words with several values, by key
-    has_more_folders = any(word.startswith("hydra.searchpath=") for word in words)  # whose options only Hydra finds
     for position, word in enumerate(words):
-        if "=" not in word and not word.startswith("~"):
-            before = words[position - 1] if position else ""
-            if before.endswith("="):
-                raise UserError(f"{before} {word} has a space next to the equals sign. Write {before}{word}.")
-            raise UserError(f"{word} is not KEY=VALUE.{nearest(word, options_in(folders, 'mode'), 'mode=')}")
         override = parse_word(word)
         if override is None:
-            raise UserError(f"{word} cannot be parsed: {_unparsed_reason(word, words[position + 1 :])}")
-        text = word.partition("=")[2]
+            raise UserError(_explain_unparsed(word, words[position + 1 :], folders))
+        key = override.get_key_element().lstrip("+")
         if isinstance(override.value(), IntervalSweep) and not searches:
             raise UserError(f"{word} is an interval: add -m hydra/sweeper=optuna to search it, or list values.")
         if override.is_sweep_override() and not several:
             raise UserError(
-                f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{text}]'. For a run "
+                f"{word} gives several values. For a list use brackets: '{key}=[{word.partition('=')[2]}]'. For a run "
                 "with each of them, add -m."
             )
-        key = override.get_key_element().lstrip("+")
         if key in swept:
             raise UserError(f"{swept[key]} and {word} set the same key, and a sweep runs only the last. Give one.")
         if override.is_sweep_override():
             swept[key] = word
+        for source in chain(*lists_of(override)) if key == SEARCH_PATH else ():
+            if not _is_source(str(source)):
+                raise UserError(f"{word}: {source} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
         if _is_group(override, folders) and not (override.is_delete() or has_more_folders):
             _check_options(override, folders)
-
-
-def _check_options(override: Override, folders: Sequence[Path]) -> None:
-    group = _group_of(override)
-    options = options_in(folders, group)
-    bases = {path.stem for folder in folders for path in (folder / group).glob("_*.yaml")}
-    for option in _named_options(override, options):
-        if option not in bases.union(options):
-            question = nearest(option, options, f"{group}=")
-            paths = [f" For a path, set {key}={option}." for key in FILES if key.startswith(f"{group}.")]
-            remedy = paths[0] if paths and os.path.exists(option) else ""
-            raise UserError(f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.{remedy}")
-
-
-def _check_lists(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse a list of options for a group that takes one, whose keys Hydra would merge, and missing folders."""
-    for _, word in assignments(arguments):
-        override = parse_word(word) if "[" in word else None
-        if not override or not (lists := lists_of(override)):
-            continue
-        group = _group_of(override)
-        if _is_group(override, folders) and group not in list_groups(folders):
-            options = ", ".join(options_in(folders, group))
-            raise UserError(f"{word} is a list, and {group} takes one option. Choose one of {options}.")
-        items = [item for each in lists for item in each]
-        absent = [item for item in items if group == "hydra.searchpath" and not _is_source(str(item))]
-        if absent:
-            raise UserError(f"{word}: {absent[0]} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
 
 
 def _is_source(source: str) -> bool:
@@ -145,294 +114,207 @@ def _is_source(source: str) -> bool:
     return schema in ("", "file") and Path(name).is_dir()
 
 
+def _explain_unparsed(word: str, following: Sequence[str], folders: Sequence[Path]) -> str:
+    """Return why Hydra cannot parse a word, and how to write it; the shell may have split it from the `following`."""
+    key, equals, text = word.partition("=")
+    if not equals:
+        question = nearest(word, options_in(folders, "mode"), "mode=")
+        return f"{word} is not KEY=VALUE. Write key and value as one word, without spaces.{question}"
+    split = [" ".join((word, *following[:count])) for count in range(1, len(following) + 1)]
+    fixes = dict.fromkeys(split, "the shell has split it at a space. Quote the whole word:")
+    fixes |= {f"{word}{end}": "a bracket or brace is not closed. Write" for end in ("]", "}", "]]", "]}", "}]", "}}")}
+    fixes[f"{key.replace('/', '.')}={text}"] = "only groups have slashes, and their keys have dots. Write"
+    for fixed, reason in fixes.items():
+        if parse_word(fixed) is not None:
+            return f"{word} cannot be parsed: {reason} '{fixed}'."
+    form = '["a value"]' if text.startswith("[") or '"' in text else f'"{text}"'
+    return f"{word} cannot be parsed. Quote the whole word, and the text inside it: '{key}={form}'."
+
+
 def _is_group(override: Override, folders: Sequence[Path]) -> bool:
     """Return whether an override chooses options of a group, and sets no keys; Hydra's own groups do not count."""
-    group = _group_of(override)
-    is_option = not group.startswith("hydra") and not isinstance(override.value(), dict)
-    return is_option and any((folder / group).is_dir() for folder in folders)
+    is_option = not override.key_or_group.startswith("hydra") and not isinstance(override.value(), dict)
+    return is_option and any(os.path.isdir(folder / override.key_or_group) for folder in folders)
 
 
-def _group_of(override: Override) -> str:
-    return override.get_key_element().lstrip("+~").split("@")[0]
-
-
-def _input_line(override: Override) -> str:
-    """Return the word of an override, as it was typed."""
-    return override.input_line or ""
-
-
-def _named_options(override: Override, options: Sequence[str]) -> list[str]:
+def _options_of(override: Override, known: Sequence[str]) -> list[str]:
     """Return the options that an override names; a glob without matches is returned as it was typed."""
     value = override.value()
-    if lists := lists_of(override):
-        return [str(option) for each in lists for option in each]
-    return (value.filter(options) if isinstance(value, Glob) else []) or values_of(override)
+    matches = value.filter(list(known)) if isinstance(value, Glob) else []
+    return matches or [str(option) for each in lists_of(override) or [values_of(override)] for option in each]
 
 
-def _unparsed_reason(word: str, following: Sequence[str]) -> str:
-    """Return why Hydra cannot parse a word, and how to write it.
-
-    Args:
-        word: such as `resolution.crop=[64,96`.
-        following: the words after it, which the shell has split off where a list or table holds a space.
-    """
-    for count in range(1, len(following) + 1):
-        whole = " ".join((word, *following[:count]))
-        if parse_word(whole) is not None:
-            return f"the shell has split it at a space. Quote the whole word: '{whole}'."
-    closed = _close_brackets(word)
-    if closed != word and parse_word(closed) is not None:
-        return f"a bracket or brace is not closed. Write '{closed}'."
-    key, _, text = word.partition("=")
-    dotted = f"{key.replace('/', '.')}={text}"
-    if dotted != word and parse_word(dotted) is not None:
-        return f"only groups have slashes, and their keys have dots. Write '{dotted}'."
-    form = f'"{text}"' if _is_text(text) else '["a value"]'
-    return (
-        "brackets, braces or quotes are not closed, or the text inside them holds special characters. Quote the whole "
-        f"word, and the text inside it: '{key}={form}'."
-    )
+def _check_options(override: Override, folders: Sequence[Path]) -> None:
+    """Refuse options without a file, and a list for a group that takes one option, whose keys Hydra would merge."""
+    group = override.key_or_group
+    options = options_in(folders, group)
+    if lists_of(override) and group not in list_groups(folders):
+        raise UserError(
+            f"{override.input_line} is a list, and {group} takes one option. Choose one of {', '.join(options)}."
+        )
+    for option in _options_of(override, options):
+        if not any(os.path.isfile(folder / group / f"{option}.yaml") for folder in folders):
+            paths = [f" For a path, set {key}={option}." for key in FILES if key.startswith(f"{group}.")]
+            remedy = "".join(paths) if os.path.exists(option) else ""
+            question = nearest(option, options, f"{group}=")
+            raise UnknownOption(
+                f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.{remedy}",
+                group=group,
+                option=option,
+            )
 
 
-def _close_brackets(word: str) -> str:
-    """Return a word with the brackets and braces closed that it only opens."""
-    missing = ""
-    for character in word:
-        if character in "[{":
-            missing = {"[": "]", "{": "}"}[character] + missing
-        elif missing.startswith(character):
-            missing = missing[1:]
-    return word + missing
+def _check_files(folders: Sequence[Path]) -> None:
+    """Refuse config files of the user that Hydra cannot read; its own errors may name no file."""
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()):
+        try:
+            OmegaConf.load(path)
+        except _OF_COMPOSING as error:
+            text = str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else str(error)
+            reason = " ".join(text.split()) or type(error).__name__
+            raise UserError(
+                f"{path} is not a config file ({reason}). Write keys and values into it, as UTF-8."
+            ) from None
 
 
-def _is_text(value: str) -> bool:
-    """Return whether a value with braces or brackets, such as {split}/pictures, is text: neither a list nor a table."""
-    closed = all(value.count(first) == value.count(last) for first, last in ("[]", "{}"))
-    return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
+def _check_keys(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse words whose group, key or kind of value does not fit the config of the chosen options alone.
 
-
-def find_mistake(
-    arguments: Sequence[str],
-    folders: Sequence[Path],
-    error: Exception,
-    configs: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """Return which override caused an error, and its fix; "" if none did.
-
-    Overrides are compared with the config of the chosen options alone. If all fit, an error of Hydra or OmegaConf is
-    returned in short.
-
-    Args:
-        arguments: the command line, without the program's name.
-        folders: of config groups, the shipped one first.
-        error: raised by Hydra, or by a job.
-        configs: of checkpoints, whose keys may be set too.
+    Of a sweep, the options of the first job are composed. Keys of checkpoints in `resume` may be set, too.
     """
     found = [override for _, word in assignments(arguments) if (override := parse_word(word))]
     overrides = [override for override in found if not override.key_or_group.startswith("hydra")]
     groups = [override for override in overrides if _is_group(override, folders)]
-    deleted = [override for override in overrides if override.is_delete()]
-    options = []
-    for override in groups:
-        chosen = _named_options(override, options_in(folders, _group_of(override)))
-        lists = lists_of(override)
-        if (chosen or lists) and override not in deleted:
-            option = f"[{','.join(map(str, lists[0]))}]" if lists else chosen[0]
-            options.append(f"{override.get_key_element()}={option}")
-    mode = next((option for option in options if option.startswith("mode=")), None)
+    options = {each.get_key_element(): _first_option(each, folders) for each in groups if not each.is_delete()}
     try:
         cfg, choices = _compose(options, folders)
-    except HydraException as composing:
-        if mode is None:
-            return mode_needed(folders)
-        absent = re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing))
-        if absent and mode.removeprefix("mode=") not in modes_with(folders, absent[2]):
-            typed = next((_input_line(each) for each in groups if _group_of(each) == absent[2]), absent[2])
-            return _absent_group(typed, absent[2], absent[1], mode, folders)
-        if not isinstance(error, HydraException):
-            return ""
-        return _shorten(error) or _unreadable_file(error, folders)
-    except (OSError, ValueError, RecursionError) as composing:
-        return _unreadable_file(composing, folders)
-    for config in configs:
+    except _OF_COMPOSING as error:
+        if "mode" not in options:
+            raise no_mode(folders) from None
+        words = {group: f"{group}={option}" for group, option in options.items()}
+        recipe = options.get("hparam", "")
+        words |= dict.fromkeys(overridden_groups(folders, recipe), f"hparam={recipe}")
+        _check_groups(words, options["mode"], folders)
+        raise UserError(
+            _explain(error, arguments)
+            or f"A config file cannot be composed ({' '.join(str(error).split())}). Correct its keys and its defaults "
+            "list, which must not include the file itself."
+        ) from None
+    for config in checkpoint_configs(arguments, folders):
         cfg |= config
         choices = {group: option for group, option in choices.items() if group not in config}
     for override in overrides:
-        if override not in groups and override not in deleted:
-            misfit = _find_misfit(override, cfg, choices, folders)
-            if misfit:
-                return misfit
-    keys = [*keys_of(cfg)]
-    for override in deleted:
         key = override.key_or_group
-        if override in groups or key in keys:
-            return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
-    if isinstance(error, HydraException):
-        absent = re.match(r"Could not override '([\w.]+)'", str(error))
-        if absent and is_sweep(arguments):  # the options of the first job have it
-            return (
-                f"{absent[1]} is not a key of all options that this sweep chooses. Leave it out, or sweep over the "
-                "options that have it."
-            )
-        return _shorten(error)
-    if not isinstance(error, OmegaConfBaseException):
-        return ""
-    for override in overrides:
-        if "${" in str(override.value()):
-            typed = _input_line(override).removeprefix("++")  # which `with_checkpoint_keys` adds
-            return (
-                f"{typed} refers to a key that does not exist, or is not a valid value. Give a value, or the full name "
-                "of another key, such as '${seed}'."
-            )
-    cause = (str(error).strip().splitlines() or ["no details"])[0]
-    typed = " ".join(word.removeprefix("++") for word in arguments)
-    return f"{error.full_key or 'A key'} has no usable value after {typed} ({cause}). Undo these overrides."
+        if override.is_delete() and (override in groups or has_key(cfg, key)):
+            raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
+        if override not in groups:
+            _check_key(override, cfg, choices, folders)
 
 
-def mode_needed(folders: Sequence[Path]) -> str:
-    """Return the message on a command line without a mode."""
+def _first_option(override: Override, folders: Sequence[Path]) -> str:
+    """Return the option of a group, or its list of options, in the first job."""
+    lists = [f"[{','.join(map(str, options))}]" for options in lists_of(override)]
+    return (lists or _options_of(override, options_in(folders, override.key_or_group)))[0]
+
+
+def _compose(options: Mapping[str, str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the config composed from these options alone, and the option of each of its groups."""
+    further = search_path_override([f"file://{folder.absolute()}" for folder in folders[1:]])
+    words = [f"{group}={option}" for group, option in options.items()]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        cfg = to_container(compose("main", [further, *words], return_hydra_config=True))
+    return cfg, cfg.pop("hydra")["runtime"]["choices"]
+
+
+def no_mode(folders: Sequence[Path]) -> NoMode:
+    """Return the error of a command line without a mode."""
     modes = ", ".join(options_in(folders, "mode"))
-    return f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands."
+    return NoMode(f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands.")
 
 
-def _absent_group(word: str, group: str, recipe: str | None, mode: str, folders: Sequence[Path]) -> str:
-    """Return the message on a word that sets a group which a mode does not compose; `recipe` sets it, or None."""
-    if recipe is not None:
-        return (
-            f"hparam={recipe} sets {group}, which {mode} does not read. Leave hparam out: resume=RUN brings the "
-            "settings of its training, and data=DATASET those of a dataset."
-        )
-    if mode == "mode=compare" and word.startswith("data.group="):
-        return (
-            f"{word}: {mode} uses the groups of the evaluations. Evaluate each run again: mode=eval resume=RUN {word}."
-        )
-    modes = ", ".join(modes_with(folders, group))
-    return f"{word}: {mode} does not read the group {group}. Leave it out, or choose a mode that reads it: {modes}."
+def _check_groups(words: Mapping[str, str], mode: str, folders: Sequence[Path]) -> None:
+    """Refuse words, by the group that they set, whose group the mode does not compose."""
+    for group, word in words.items():
+        modes = modes_with(folders, group)
+        if modes and mode not in modes:
+            raise UserError(
+                f"{word}: mode={mode} does not read the group {group}. Leave it out, or choose a mode that reads it: "
+                f"{', '.join(modes)}."
+            )
 
 
-def _unreadable_file(error: Exception, folders: Sequence[Path]) -> str:
-    """Return the message on a config file that Hydra cannot read; "" if there is none.
+def _check_key(override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]) -> None:
+    """Refuse an override whose key a config lacks, or whose value is no table where the config has one.
 
     Args:
-        error: raised by composing; it names no file if that is no text or no mapping.
-        folders: of config groups, the shipped one first.
-    """
-    for path in (path for folder in folders[1:] for path in sorted(folder.rglob("*.yaml")) if path.is_file()):
-        try:
-            OmegaConf.load(path)
-        except (OSError, ValueError, RecursionError, OmegaConfBaseException) as reason:
-            text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-            return f"{path} is not a config file ({text}). Write keys and values into it, as UTF-8."
-    if isinstance(error, RecursionError):
-        return "The defaults list of a config file includes that file again. Remove the entry."
-    return f"{error}. Correct that file." if str(error) else ""
-
-
-def _unknown_key(
-    key: str, word: str, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
-) -> str:
-    """Return the message on a key that the config lacks: the modes and options that have it, else a near key.
-
-    Args:
-        key: the full key.
-        word: that sets it.
+        override: of a key.
         cfg: config of the chosen options alone.
         choices: option of each group.
         folders: of config groups, the shipped one first.
     """
-    root, _, below = key.partition(".")
-    if root not in cfg:
-        modes, options = modes_with(folders, root), options_with(folders, root)
-        if cfg["mode"]["_target_"] == _HELP and (modes or options):
-            return mode_needed(folders)
-        if modes and choices["mode"] not in modes:
-            return _absent_group(word, root, None, f"mode={choices['mode']}", folders)
-        if options and not modes:
-            return f"{key} is a key of {' or '.join(options)}. Add it, or leave the key out."
-    if options := options_with(folders, key):
-        if root in list_groups(folders):
-            remedy = f"Add one to the list, such as {root}=[{options[0].partition('=')[2]}], or leave the key out."
-            return f"{word}: no chosen option has this key. Options that have it: {join_names(options, 8)}. {remedy}"
-        chosen = f"{root}={choices[root]}" if root in choices else f"the {root} of the checkpoint"
-        remedy = "Choose one of them, or leave the key out." if root in choices else "Leave the key out."
-        if len(options) == 1 and "/" in options[0]:  # a nested group, whose option stands beside those of the groups
-            remedy = f"Write {options[0]} {word}, or leave the key out."
-        return f"{word}: {chosen} has no key {below}. Options that have it: {join_names(options, 8)}. {remedy}"
-    known = [*keys_of(cfg)]
-    nested = nested_keys(folders)
-    alike = [each for each in (*known, *nested) if each.rpartition(".")[2] == key.rpartition(".")[2]]
-    found = nearest(key, known)
-    if alike and not {*alike} & {*known}:
-        found = "".join(f" {each} is one, with {nested[each]}." for each in alike)
-    return f"{key} is not a key of the config.{found} {_ALL_KEYS}"
-
-
-def _nested_options(key: str, folders: Sequence[Path]) -> list[str]:
-    """Return the options of the nested group at a key such as `data.pixels`; none for another key."""
-    group = key.replace(".", "/")
-    return options_in(folders, group) if group in nested_groups(folders) else []
-
-
-def _compose(options: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the config composed from these options alone, and the option of each of its groups."""
-    sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        cfg = to_container(compose("main", [f"hydra.searchpath=[{sources}]", *options], return_hydra_config=True))
-    return cfg, cfg.pop("hydra")["runtime"]["choices"]
-
-
-def _find_misfit(
-    override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
-) -> str:
-    """Return why the key of an override, or its value, does not fit a config; "" if both fit."""
     key = override.key_or_group
     value = override.value()
+    word = str(override.input_line)
     adds = override.is_add() or override.is_force_add()
-    node: Any = cfg
-    above: list[str] = []
-    for part in key.split("."):
-        named = {str(name): each for name, each in node.items()} if isinstance(node, Mapping) else {}
-        if isinstance(node, list):
-            if not part.isdecimal():
-                where = ".".join(above)
-                return f"{key}: a list has no key {part}. Its items are numbered from 0, as in {where}.0=VALUE."
-            named = {str(index): each for index, each in enumerate(node)}
-        if isinstance(node, str) and "${" in node or (node is None and len(above) > 1):  # may stand for a table
-            return ""
-        if not isinstance(node, Mapping | list):
-            where = ".".join(above)
-            return f"{key}: {where} is a single value and has no keys below it. Set it as {where}=VALUE."
-        if part not in named:
-            return "" if adds else _unknown_key(key, _input_line(override), cfg, choices, folders)
-        node = named[part]
-        above.append(part)
-    if isinstance(node, list) and isinstance(value, Mapping):
-        return f"{key} is a list. Write it in brackets: {key}=[...]."
-    if not isinstance(node, Mapping):
-        return ""
-    word = _input_line(override)
-    nested = _nested_options(key, folders)
-    if nested and (not isinstance(value, Mapping) or "name" in value):
-        options = ", ".join(f"{key.replace('.', '/')}={each}" for each in nested)
-        return f"{word}: {key} has options, which are words of their own. Choose one: {options}."
-    if not isinstance(value, Mapping):
-        names = "|".join(str(name) for name in node if not str(name).startswith("_"))
-        text = "null" if value is None else value
-        return f"{key}={text}: {key} is a group of keys. Set one of them: {key}.{names}=VALUE."
-    new = [str(name) for name in value if name not in node]
-    if adds or not new:
-        return ""
-    if nested:
-        return _unknown_key(f"{key}.{new[0]}", f"'{word}'", cfg, choices, folders)
-    return f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
+    node = at(cfg, key.split("."))
+    if not has_key(cfg, key):
+        if not adds and node is None:  # an interpolation above the key may stand for a table
+            raise _unknown_key(key, word, cfg, choices, folders)
+    elif override.is_add() and node is not None and not isinstance(value, dict | list):
+        raise UserError(f"{word}: {key} is a key of the config already. Write {word[1:]}, without +.")
+    elif isinstance(node, list) and isinstance(value, Mapping):
+        raise UserError(f"{key} is a list. Write it in brackets: {key}=[...].")
+    elif isinstance(node, Mapping):
+        group = key.replace(".", "/")  # of a nested group, such as data/pixels
+        options = [f"{group}={each}" for each in options_in(folders, group)] if group in nested_groups(folders) else []
+        keys = [f"{key}.{name}=VALUE" for name in node if not str(name).startswith("_")]
+        if not isinstance(value, Mapping) or (options and "name" in value):
+            raise UserError(f"{word}: {key} is a group of keys. Set one of them: {join_names(options or keys, 8)}.")
+        new = [str(name) for name in value if name not in node]
+        if new and options:
+            raise _unknown_key(f"{key}.{new[0]}", f"'{word}'", cfg, choices, folders)
+        if new and not adds:
+            message = f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
+            raise UnknownKey(message, key=f"{key}.{new[0]}")
 
 
-def _shorten(error: Exception) -> str:
-    """Return Hydra's message without its hints and its search path."""
-    text = str(error).partition("Config search path:")[0]
-    if merged := re.match(r"Error merging override (.*)", text):
-        word = merged[1]
-        return f"{format_value(word)} leaves {word.lstrip('~+').partition('=')[0]} without a valid value. Leave it out."
-    lines = [line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line]
-    return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()
+def _unknown_key(
+    key: str, word: str, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
+) -> UserError:
+    """Return the error of a key that the config lacks: the options that have it, else a near key; see `_check_key`."""
+    root = key.partition(".")[0]
+    options = options_with(folders, key)
+    if root not in cfg:
+        options = options or options_with(folders, root)
+        if choices["mode"] == "help" and (options or modes_with(folders, root)):
+            return no_mode(folders)
+        _check_groups({root: word}, choices["mode"], folders)
+    if not options:
+        known = dict.fromkeys([*keys_of(cfg), *nested_keys(folders)])
+        return UnknownKey(f"{key} is not a key of the config.{nearest(key, list(known))} {_ALL_KEYS}", key=key)
+    if root in list_groups(folders):
+        options = [f"{root}=[{option.partition('=')[2]}]" for option in options]
+    chosen = f"{root}={choices[root]}" if root in choices else "the config"
+    message = f"{word}: {chosen} lacks this key. Options that have it: {join_names(options, 8)}. Choose one, or leave "
+    return UnknownKey(f"{message}the key out.", key=key)
+
+
+def _explain(error: Exception, arguments: Sequence[str]) -> str:
+    """Return the message on an error of Hydra or OmegaConf that no check of words explains; "" for other errors."""
+    cause = error.__cause__ if isinstance(error, HydraException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        names = {word: f"{word.lstrip('+~').partition('=')[0]}." for word in arguments}
+        typed = [word for word, name in names.items() if "${" in word or name.startswith(f"{cause.full_key}.")]
+        words = " ".join(word.removeprefix("++") for word in typed or arguments)
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return f"{words}: {cause.full_key} is not a key of all chosen options. Leave it out, or choose others."
+        return (
+            f"{words} is not a valid value, or refers to a key that does not exist. Leave it out, or give a value or "
+            "the full name of another key, such as '${seed}'."
+        )
+    if isinstance(error, HydraException):
+        options = [each for each in getattr(error, "options", None) or () if not each.startswith("_")]
+        remedy = f"Choose from {', '.join(options)}" if options else "Correct that word or config file"
+        return f"{str(error).strip().splitlines()[0].rstrip('.')}. {remedy}."
+    return ""

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.plain import Steps, below, texts_of
-from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
 from dinoseg.utils.wording import format_value
 
 Part = TypeVar("Part")
@@ -35,11 +35,13 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     """
     try:
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except UserError as error:
+        raise _plain_error(error) from None
     except OmegaConfBaseException as error:
-        absent = re.search(r"Missing mandatory value: (\S+)", str(error))
-        if absent or isinstance(error, UserError):
-            raise UserError(_explain_unset(node, absent[1]) if absent else str(error)) from None
-        raise
+        key = _missing_key(error)
+        if key is None:
+            raise
+        raise _unset_error(node, key) from None
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     if not isinstance(values, Mapping):
         raise UserError(f"{where or format_value(str(node))} has no `_target_`, which this config node needs. Set it.")
@@ -47,7 +49,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     unset = next((steps for steps, value in below(values, ()) if value == "???"), None)
     if unset:
-        raise UserError(not_set(_full_key(node, unset)))
+        raise not_set(_full_key(node, unset))
     # hydra would resolve the text again, and so run it
     pointer = next((text for text in texts_of(values) if "${" in text), None)
     if pointer is not None:
@@ -165,18 +167,29 @@ def type_errors_as_user_errors(name: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be instantiated ({error}). {remedy}") from error
 
 
-def _explain_unset(node: Any, key: str) -> str:
-    """Return the error message for a key without a value: that of a resolver in the node that needs it, if any."""
+def _missing_key(error: OmegaConfBaseException) -> str | None:
+    """Return the key without a value to which an interpolation refers; OmegaConf has it only in the text."""
+    found = re.search(r"Missing mandatory value: (\S+)", str(error))
+    return found and found[1]
+
+
+def _unset_error(node: Any, key: str) -> UserError:
+    """Return the error of a key without a value: that of a resolver in the node that needs it, if any."""
     for name in node if OmegaConf.is_dict(node) else ():
         try:
             node[name]
         except UserError as error:
-            return str(error)
+            return _plain_error(error)
         except OmegaConfBaseException:
             continue
     return not_set(key)
 
 
-def not_set(key: str) -> str:
-    """Return the error message for a key without a value."""
-    return f"{key} is not set. Set it on the command line: {key}=VALUE."
+def _plain_error(error: UserError) -> UserError:
+    """Return an error of a resolver, which is one of OmegaConf as well, as one of ours alone."""
+    return KeyNotSet(str(error), key=error.key) if isinstance(error, KeyNotSet) else UserError(str(error))
+
+
+def not_set(key: str) -> KeyNotSet:
+    """Return the error of a key without a value."""
+    return KeyNotSet(f"{key} is not set. Set it on the command line: {key}=VALUE.", key=key)

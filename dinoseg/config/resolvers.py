@@ -13,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.core.sizes import backbone_size
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import KeyNotSet, UserError
 from dinoseg.utils.wording import join_names
 
 CLASS_FILE, CELLS = "class_file", "cells"
@@ -25,6 +25,10 @@ class _Unmet(UserError, InterpolationResolutionError):
     """User error in a resolver, of a type that OmegaConf passes on without wrapping it."""
 
     _initialized = True
+
+
+class _RootNotSet(KeyNotSet, _Unmet):
+    """The same of a dataset without a folder."""
 
 
 def register_resolvers() -> None:
@@ -116,7 +120,9 @@ def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
         return _classes_of_labels(data, Path(str(root)).expanduser()) if key == "classes" else _ground(data)
     if key in NOT_DESCRIBED:
         return NOT_DESCRIBED[key]
-    raise _Unmet(not_set("data.root") if shapes else _missing_classes_message(data, None if root is None else path))
+    if shapes:
+        raise _RootNotSet(str(not_set("data.root")), key="data.root")
+    raise _Unmet(_missing_classes_message(data, None if root is None else path))
 
 
 def _missing_classes_message(data: DictConfig, path: Path | None) -> str:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate, not_set
+from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate
 from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
@@ -27,7 +27,7 @@ from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, check_score
 from dinoseg.utils.cores import count_cores
-from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
 from dinoseg.utils.ranges import Count, Natural, Positive, check_value
 from dinoseg.utils.wording import join_names
 
@@ -180,10 +180,10 @@ class Builder(ModelBuilder):
             )
         try:
             find = self.part("data.reader")
-        except UserError as error:
-            if str(error) != not_set("data.root"):
+        except KeyNotSet as error:
+            if error.key != "data.root":
                 raise
-            raise UserError(f"{error}{_expected_files(node.get('layout'))}") from None
+            raise KeyNotSet(f"{error}{_expected_files(node.get('layout'))}", key=error.key) from None
         check_custom_dataset = instantiate(_CUSTOM_CHECK)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
         task = self.task

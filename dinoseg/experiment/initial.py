@@ -90,13 +90,10 @@ def check_initial(build: ModelBuilder, model: SegmentationModel) -> None:
     _check_head(build, model, offered, fitting)
 
 
-def _of(init: Any, read: Callable[[Path], Checkpoint]) -> Checkpoint:
+def _of(init: Any, read: Callable[..., Checkpoint]) -> Checkpoint:
     if not isinstance(init, str):
         raise UserError(f"init={init} names no run. Give a run folder or a checkpoint, or leave init out.")
-    try:
-        return read(checkpoint.find(init, "best"))
-    except UserError as error:
-        raise UserError(str(error).replace("resume=", "init=")) from None
+    return read(checkpoint.find(init, "best", key="init"), key="init")
 
 
 def _checkpoint_tensors(model: SegmentationModel, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:

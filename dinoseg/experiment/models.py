@@ -147,9 +147,9 @@ class ModelBuilder:
         data = self.value("data")
         absent = {"classes", "palette", "ignore_index"} - data.keys()
         if absent:
-            raise UserError(not_set(f"data.{min(absent)}"))
+            raise not_set(f"data.{min(absent)}")
         if OmegaConf.is_list(data.classes) and (unnamed := OmegaConf.missing_keys(data.classes)):
-            raise UserError(not_set(f"data.classes{min(unnamed)}"))
+            raise not_set(f"data.classes{min(unnamed)}")
         return Labels.of(data.classes, data.palette, data.ignore_index, has_layers=self.task.has_layers)
 
     @cached_property
@@ -211,11 +211,11 @@ class ModelBuilder:
         stored, given = data.get("channels", 3), self.value("data.channels", 3)
         if stored != given:
             raise UserError(
-                f"resume={file.path}: its model takes images of {stored} channels, and data.channels={given}. Give "
+                f"{file.where}: its model takes images of {stored} channels, and data.channels={given}. Give "
                 f"data.channels={stored} and such images, or choose another checkpoint."
             )
         try:
-            with loading.limit_model_size(f"resume={file.path}"):
+            with loading.limit_model_size(file.where):
                 empty = self.outline()
         except UserError:
             raise
@@ -223,12 +223,12 @@ class ModelBuilder:
             lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no usable value"
             message = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no details'])[0][:200]}"
             raise UserError(
-                f"resume={file.path}: its config builds no model ({message}). Correct the overrides, or choose another "
+                f"{file.where}: its config builds no model ({message}). Correct the overrides, or choose another "
                 "checkpoint."
             ) from error
         self.name_weights(empty)
         loading.check_fits(empty, file)
-        loading.check_size(empty, f"resume={file.path}")
+        loading.check_size(empty, file.where)
         return empty
 
     def name_weights(self, outline: SegmentationModel) -> None:
@@ -286,6 +286,6 @@ class ModelBuilder:
         """Refuse an unset or missing file of head weights, before the backbone's weights are downloaded."""
         weights = to_container(self._cfg.head).get("weights")
         if weights == "???":
-            raise UserError(not_set("head.weights"))
+            raise not_set("head.weights")
         if weights is not None:
             check_file(Path(str(weights)).expanduser(), "head.weights")

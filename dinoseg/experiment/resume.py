@@ -100,6 +100,7 @@ def standalone_config(
     job: Mapping[str, Any] | None = None,
     config_dir: Path | None = None,
     unused: Sequence[str] = _UNBUILT,
+    key: str = "resume",
 ) -> DictConfig:
     """Return the config for using the model of a checkpoint without a command line.
 
@@ -114,6 +115,7 @@ def standalone_config(
         job: config of the job that uses the checkpoint, whose folders of config groups and `trust` count as well.
         config_dir: folder of further config groups, without a job.
         unused: groups whose options are not composed, since they build nothing of a model.
+        key: of the config, which names the file in messages.
 
     Raises:
         UserError: the checkpoint's config is refused.
@@ -129,14 +131,14 @@ def standalone_config(
             raise UserError(f"inference={inference} is unknown. Choose one of {', '.join(known)}.")
         chosen[USE] = inference
         stored.pop(USE, None)
-    source = Source(f"resume={path}", folders, trust, [*changes])
+    source = Source(f"{key}={path}", folders, trust, [*changes])
     saved = compose_stored({**info, "config": stored}, source, unused=unused)
     facts = {"resume": str(path), "choices": {**info["choices"], **chosen}, "config_dirs": folders}
     facts[VALUES_ONLY] = [*unused]
     merged = OmegaConf.create({**to_container(compose_options(chosen, folders)), **facts, **saved})
     _keep_precision(merged, info, [*changes])
-    for key, value in changes.items():
-        OmegaConf.update(merged, key, value)
+    for changed, value in changes.items():
+        OmegaConf.update(merged, changed, value)
     return expand_typed(merged, ())
 
 

@@ -26,6 +26,7 @@ from dinoseg.utils.files import open_regular
 from dinoseg.utils.transfer import to_device
 from dinoseg.utils.wording import format_override, format_value, join_names
 
+_KEY = "teacher"  # of the config, which names the checkpoint in messages
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
 _CROP = forms.list_of(forms.whole(1), length=2)
 _PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
@@ -48,10 +49,9 @@ class Teacher:
         self._given = build.value("trainer.teacher")
         self._engine = engine
         check_named(self._given)
-        with self._rewrite_errors():
-            self._path = checkpoint.find(self._given, "best")
-            self._info = checkpoint.describe(self._path)
-            self._build = ModelBuilder(standalone_config(self._path, self._info, {}, job=build.config))
+        self._path = checkpoint.find(self._given, "best", key=_KEY)
+        self._info = checkpoint.describe(self._path, key=_KEY)
+        self._build = ModelBuilder(standalone_config(self._path, self._info, {}, job=build.config, key=_KEY))
         self._check_classes(labels)
         mine, theirs = build.pixels.channels, self._build.pixels.channels
         if mine != theirs:
@@ -59,8 +59,9 @@ class Teacher:
                 f"teacher={self._given} takes images of {theirs} channels, and data.channels={mine}. Choose a teacher "
                 f"of {mine} channels, or data.channels={theirs}."
             )
-        with self._rewrite_errors():
-            self._outline = self._build.check_fits(checkpoint.outline(self._path))
+        outline = checkpoint.outline(self._path, key=_KEY)
+        with self._name_teacher():
+            self._outline = self._build.check_fits(outline)
             crop = self._build.settings("resolution")["crop"]
             if not forms.fits(crop, _CROP):
                 raise UserError(
@@ -103,7 +104,7 @@ class Teacher:
         seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
         pixels = to_device(image[None], predictor.device)
-        with self._rewrite_errors():
+        with self._name_teacher():
             bands = predictor.run_bands(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
         valid = bands[0][1]
         scores = torch.cat([scores for scores, _ in bands], dim=1)
@@ -118,10 +119,10 @@ class Teacher:
         """Return the model as a predictor of images, and its number of cells per pixel along both axes."""
         devices = [self._engine.device] if self._engine.device.type == "cuda" else []
         # the random state is restored: cached scores must not change the student's random numbers
-        with self._rewrite_errors(), torch.random.fork_rng(devices):
+        with self._name_teacher(), torch.random.fork_rng(devices):
             if self._hash_file() != self._digest:
-                raise UserError(f"resume={self._path} has changed since this run started. Start it again.")
-            model, _ = restore(self._build, self._path)
+                raise UserError(f"{self._path} has changed since this run started. Start it again.")
+            model, _ = restore(self._build, self._path, key=_KEY)
             policy = self._build.part("inference")
             limit_to_trained_size(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
             model = model.to(self._engine.device).requires_grad_(False)
@@ -164,13 +165,12 @@ class Teacher:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     @contextmanager
-    def _rewrite_errors(self) -> Iterator[None]:
-        """Rewrite errors to name the checkpoint as typed by the user (`teacher=`); an OSError becomes a UserError."""
+    def _name_teacher(self) -> Iterator[None]:
+        """Put the checkpoint in front of errors, as the user typed it; an OSError becomes a UserError."""
         try:
             yield
         except UserError as error:
-            message = str(error).replace("resume=", "teacher=")
-            raise UserError(message if "teacher=" in message else f"teacher={self._given}: {message}") from None
+            raise UserError(f"{_KEY}={self._given}: {error}") from None
         except OSError as error:
             raise UserError(f"teacher={self._given}: {error.strerror}. Check that file.") from error
 

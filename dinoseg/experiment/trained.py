@@ -110,22 +110,23 @@ def longest_is_typed(out_dir: Path) -> bool:
     return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
 
 
-def restore(build: ModelBuilder, path: Path) -> tuple[SegmentationModel, Mapping[str, Any]]:
+def restore(build: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[SegmentationModel, Mapping[str, Any]]:
     """Return the model of a checkpoint in eval mode on the CPU, and the description in the file.
 
     Args:
         build: of the config, already merged with the checkpoint's.
         path: the checkpoint file.
+        key: of the config, which names the file in messages.
 
     Raises:
         UserError: the checkpoint does not fit.
     """
     # checks without tensors come first: reading tensors may take minutes
-    outline = checkpoint.outline(path)
-    check_classes(build.labels, outline.info, f"resume={path}")
+    outline = checkpoint.outline(path, key=key)
+    check_classes(build.labels, outline.info, outline.where)
     empty = build.check_fits(outline)
-    announce(f"resume={path}: reading weights and building the model")
-    saved = checkpoint.read(path)
+    announce(f"{outline.where}: reading weights and building the model")
+    saved = checkpoint.read(path, key=key)
     whole = build.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
     is_allocated = whole and non_persistent_buffers(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
     model = empty if is_allocated else build.model(initialised=not whole)

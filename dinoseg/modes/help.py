@@ -1,11 +1,13 @@
 """mode=help and --help: every group, every option, and the commands to start with."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
+
+import yaml
 
 from dinoseg.config.options import config_folders, groups_of, option_files, options_in
 
@@ -50,12 +52,17 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
 Groups and their options (choose with GROUP=OPTION):
 """
 _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
-    "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),
-    "data/_common": ("batch_size",),
+    "trainer/supervised": (
+        *("trainer.steps", "trainer.epochs", "trainer.val_every", "trainer.save_every", "trainer.max_minutes"),
+        *("trainer.accumulate", "trainer.ema"),
+    ),
+    "data/_common": ("data.batch_size",),
     "main": ("resolution.crop", "resolution.scale", "seed"),
-    "head/linear": ("lr",),
-    "adapter/full": ("lr",),
-    "optim/adamw": ("optimizer.lr", "optimizer.weight_decay", "schedule.kind", "schedule.warmup"),
+    "head/linear": ("head.lr",),
+    "adapter/full": ("adapter.lr",),
+    "optim/adamw": (
+        *("optim.optimizer.lr", "optim.optimizer.weight_decay", "optim.schedule.kind", "optim.schedule.warmup"),
+    ),
 }
 _COLUMN = 11  # width of a group's name with colon and space
 # keys in config files that users do not set
@@ -69,47 +76,43 @@ def overview(further: Sequence[Path] = ()) -> str:
     Args:
         further: further folders of config groups, in addition to the shipped one.
     """
-    folders = {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/**/*.yaml")}
-    names = sorted(name for name in folders if name.partition("/")[0] not in ("hydra", "local"))
-    groups = {name: options_in((CONFIGS, *further), name) for name in names}
     lines = []
     indent = " " * (_COLUMN + 2)
-    for name, options in groups.items():
-        start = f"  {name + ':':{_COLUMN - 1}} "
-        lines += wrap(" ".join(options), 110, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+    for name in sorted({path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/**/*.yaml")}):
+        if name.partition("/")[0] not in ("hydra", "local"):
+            start = f"  {name + ':':{_COLUMN - 1}} "
+            options = " ".join(options_in((CONFIGS, *further), name))
+            lines += wrap(options, 110, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
     return COMMANDS + "\n".join(lines)
 
 
 def help_for(arguments: Sequence[str]) -> str:
     """Return the help text of the mode that a command line names, else of its options, else the overview."""
     folders = config_folders(arguments, CONFIGS)
-    modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
-    if modes and modes[-1] in options_in(folders, "mode"):
-        return of_mode(modes[-1], folders)
-    places = [folder for folder in folders if folder.is_dir()]
-    groups = {path.name for folder in places for path in folder.iterdir() if path.is_dir()} - {"mode", "local"}
-    words = [word.partition("=")[::2] for word in arguments]
-    chosen = [(group, option) for group, options in words for option in options.strip("[]").split(",")]
-    texts = [text for group, option in chosen if group in groups and (text := of_option(group, option, folders))]
+    chosen = [
+        (group, option)
+        for group, _, options in (word.partition("=") for word in arguments)
+        for option in options.strip("[]").split(",")
+        if option in options_in(folders, group) and (group, option) != ("mode", "help")
+    ]
+    mode = dict(chosen).get("mode")
+    if mode is not None:
+        return of_mode(mode, folders)
+    texts = [of_option(group, option, folders) for group, option in chosen]
     return "\n\n".join((*texts, _FURTHER)) if texts else overview(folders[1:])
 
 
 def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
-    """Return the description and the keys of a group's option; "" if there is none.
+    """Return the description and the keys of a group's option.
 
     Args:
         group: of the config.
         option: name of a file.
         folders: of config groups, the shipped one first.
     """
-    if option not in options_in(folders, group):
-        return ""
-    texts = [path.read_text("utf-8") for path in option_files(folders, group, option)]
-    comments = [line for line in texts[-1].splitlines() if line.startswith("#") and "@package" not in line]
-    lines = _key_lines(option_files(folders, group, option), group) or ["  none"]
-    return "\n".join(
-        (*(line.removeprefix("# ") for line in comments), f"Keys of {group}={option} and their defaults:", *lines)
-    )
+    files = list(option_files(folders, group, option))
+    found = re.findall(r"^#(?!.*@package) ?(.*)", files[-1].read_text("utf-8"), re.MULTILINE)
+    return "\n".join((*found, f"Keys of {group}={option} and their defaults:", *_key_lines(files, group)))
 
 
 def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
@@ -119,37 +122,20 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
         mode: option of the group mode.
         folders: of config groups.
     """
-    lines = COMMANDS.splitlines()
-    described = zip(lines, [*lines[1:], ""], strict=True)  # the description of a long command is on the next line
-    commands = [
-        part
-        for line, below in described
-        if f"mode={mode} " in line
-        for part in ([line, below] if below.startswith(15 * " ") else [line])
-    ]
-    files = [*option_files(folders, "mode", mode)]
-    keys = _key_lines([path for path in files if not path.stem.startswith("_")], "mode") or ["  none"]
-    title = f"Keys of mode={mode} and their defaults:"
-    groups = ", ".join(groups_of(folders, mode))
-    first, also = [*commands, ""] if commands else [], [f"Its groups: {groups}", ""] if groups else []
+    commands = re.findall(rf"^ .*mode={mode} .*(?:\n {{15}}.*)?$", COMMANDS, re.MULTILINE)  # some take two lines
+    files = [path for path in option_files(folders, "mode", mode) if not path.stem.startswith("_")]
+    lines = ["\n".join(commands), "", f"Keys of mode={mode} and their defaults:", *_key_lines(files, "mode")]
     # options of a group with the mode's name, such as the formats of mode=export
-    formats = [f"\n{of_option(mode, option, folders)}" for option in options_in(folders, mode)]
-    return "\n".join((*first, title, *keys, *formats, *_of_training(mode), "", *also, _FURTHER))
-
-
-def _of_training(mode: str) -> list[str]:
-    """Return the most common keys of other groups for mode=train, and nothing for other modes."""
-    if mode != "train":
-        return []
-    lines = ["", "Keys of other groups that are set most often (options and recipes may set others):"]
-    for file, keys in _TRAINING_KEYS.items():
-        group = f"{file.partition('/')[0]}." if "/" in file else ""
-        found = {line.partition(":")[0]: line for line in _settable_keys((CONFIGS / f"{file}.yaml").read_text("utf-8"))}
-        for key in keys:
-            setting, _, comment = found[key].replace(": ", "=", 1).partition("#")
-            line = f"  {group + setting.strip().replace(', ', ','):34}"
-            lines.append(f"{line} # {comment.strip()}" if comment else line.rstrip())
-    return lines
+    lines += [f"\n{of_option(mode, option, folders)}" for option in options_in(folders, mode)]
+    if mode == "train":
+        lines += ["", "Keys of other groups that are set most often (options and recipes may set others):"]
+        for file, keys in _TRAINING_KEYS.items():
+            group = file.partition("/")[0] if "/" in file else ""
+            settable = _key_lines([CONFIGS / f"{file}.yaml"], group)
+            lines += [line for line in settable if line.split("=")[0].strip() in keys]
+    groups = ", ".join(groups_of(folders, mode))
+    lines += ["", f"Its groups: {groups}"] if groups else []
+    return "\n".join((*lines, "", _FURTHER)).lstrip("\n")
 
 
 def _key_lines(files: Iterable[Path], group: str) -> list[str]:
@@ -157,31 +143,29 @@ def _key_lines(files: Iterable[Path], group: str) -> list[str]:
     lines: dict[str, str] = {}
     for path in files:
         text = path.read_text("utf-8")
-        prefix = "" if "@package _global_" in text else f"{group}."
-        for line in _settable_keys(text):
-            key = f"{prefix}{line.partition(':')[0]}"
-            if key.removeprefix("mode.") not in _NO_KEYS:
-                lines[key] = f"  {prefix}{line.replace(': ', '=', 1)}"
-    return list(lines.values())
+        above = [] if "@package _global_" in text or not group else group.split("/")
+        lines |= dict(_settable_keys(yaml.compose(text, yaml.SafeLoader), above, text.splitlines()))
+    return list(lines.values()) or ["  none"]
 
 
-def _settable_keys(text: str) -> list[str]:
-    """Return a line `key: value  # comment` for each key that users may set, with the names of the tables around it."""
-    lines: list[str] = []
-    tables: list[tuple[int, str]] = []  # indentation and name of the tables around a line
-    for line in text.splitlines():
-        found = re.match(r"( *)(\w+):(?: +(.*))?$", line)
-        if not found:
+def _settable_keys(table: Any, above: Sequence[str], lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield key and line, as `_key_lines` returns it, of each key below a table of a YAML file that users may set.
+
+    Args:
+        table: node of a block of the file.
+        above: names of the tables around it.
+        lines: of the file.
+    """
+    for name, value in table.value if isinstance(table, yaml.MappingNode) else ():
+        setting = lines[name.start_mark.line].partition(":")[2].strip()
+        plain, _, comment = setting.partition("#")
+        if name.value.startswith("_") or name.value in _NO_KEYS:
             continue
-        depth, key, value = len(found[1]), found[2], found[3] or ""
-        tables = [(indent, name) for indent, name in tables if indent < depth]
-        names = [*(name for _, name in tables), key]
-        plain, _, comment = (part.strip() for part in value.partition("#"))
-        if not plain:
-            tables.append((depth, key))
-        elif names[0] not in _NO_KEYS and not key.startswith("_") and (comment or not plain.startswith("${")):
-            lines.append(f"{'.'.join(names)}: {value}")
-    return lines
+        if isinstance(value, yaml.MappingNode) and not value.flow_style:
+            yield from _settable_keys(value, [*above, name.value], lines)
+        elif plain and (comment or not plain.startswith("${")):
+            key = ".".join((*above, name.value))
+            yield key, f"  {key}={setting}"
 
 
 def show(cfg: Any, *, out_dir: Path) -> None:

@@ -27,7 +27,7 @@ def render(cfg: DictConfig, *, out_dir: Path) -> None:
             f"data={data} cannot be rendered. Choose data=sarrarp for operations, or data=movi for moving objects."
         )
     if OmegaConf.is_missing(cfg.data, "root"):
-        raise UserError(not_set("data.root"))
+        raise not_set("data.root")
     if not cfg.data.root:
         raise UserError("mode=render needs a folder to write to: give data.root=<folder>.")
     settings = to_container(cfg.render, resolve=True)

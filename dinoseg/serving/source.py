@@ -72,10 +72,7 @@ def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
     warn_unread(out_dir, unread, f"mode.model uses its stored settings; {remedy}")
     engine = source.settings("engine")
     machine = {"device": engine["device"], "precision": engine["precision"], "trust": list(source.config["trust"])}
-    try:
-        return open_file(Path(file).expanduser(), Options(**machine, **weights))
-    except UserError as error:
-        raise UserError(str(error).replace("resume=", "mode.model=")) from error
+    return open_file(Path(file).expanduser(), Options(**machine, **weights), key="mode.model")
 
 
 def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:

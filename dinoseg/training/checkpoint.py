@@ -61,18 +61,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
     write_tensors(path, tensors, {"dinoseg": json.dumps({"format": FORMAT, **info})})
 
 
-def read(path: Path, *, only: Container[str] | None = None) -> Checkpoint:
+def read(path: Path, *, only: Container[str] | None = None, key: str = "resume") -> Checkpoint:
     """Read a checkpoint file; nothing in it is executed.
 
     Args:
         path: the file.
         only: names of the tensors to read; None: all.
+        key: of the config, which names the file in messages.
 
     Raises:
         UserError: the file is missing, truncated, not finite, of another format, or not a checkpoint of dinoseg.
     """
-    file = _read(path, _tensor, only)
-    check_finite(file.tensors, f"resume={path}")
+    file = _read(path, key, _tensor, only)
+    check_finite(file.tensors, file.where)
     return file
 
 
@@ -99,40 +100,43 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def outline(path: Path) -> Checkpoint:
+def outline(path: Path, *, key: str = "resume") -> Checkpoint:
     """Read a checkpoint's description, and the names, shapes and dtypes of its tensors (on the meta device).
 
     Raises:
-        UserError: see `read`.
+        UserError: see `read`; `key` names the file there.
     """
-    return _read(path, meta_tensor)
+    return _read(path, key, meta_tensor)
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, *, key: str = "resume") -> dict[str, Any]:
     """Read a checkpoint's description without its tensors.
 
     Raises:
-        UserError: see `read`.
+        UserError: see `read`; `key` names the file there.
     """
-    return _read(path, None).info
+    return _read(path, key, None).info
 
 
-def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Container[str] | None = None) -> Checkpoint:
+def _read(
+    path: Path, key: str, value_of: Callable[[Any, str], Tensor] | None, only: Container[str] | None = None
+) -> Checkpoint:
+    where = f"{key}={path}"
     try:
         check_regular(path)
         with safe_open(path, framework="pt") as file:
-            info = read_description((file.metadata() or {}).get("dinoseg"), path)
+            info = read_description((file.metadata() or {}).get("dinoseg"), where)
             info["config"] = locate_weights(info["config"], path.parent / info["folder"])
-            names = _check_names(file.keys(), path) if value_of else ()
-            wanted = [key for key in names if only is None or key in only]
-            return Checkpoint(path, {key: value_of(file, key) for key in wanted if value_of}, info)
+            names = _check_names(file.keys(), where) if value_of else ()
+            wanted = [name for name in names if only is None or name in only]
+            return Checkpoint(path, {name: value_of(file, name) for name in wanted if value_of}, info, key)
     except FileNotFoundError:
-        raise UserError(f"resume={path}: file not found. Give a run folder or a checkpoint in it.") from None
+        raise UserError(f"{where}: file not found. Give a run folder or a checkpoint in it.") from None
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # TypeError: a dimension exceeds 64 bits
-        raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
+        raise UserError(f"{where}: not a readable checkpoint ({error}). Choose another one.") from error
 
 
-def _check_names(names: Sequence[str], path: Path) -> Sequence[str]:
+def _check_names(names: Sequence[str], where: str) -> Sequence[str]:
     """Return the names of a checkpoint's tensors if they are not too many and each has a known prefix."""
     odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
     if odd is not None or len(names) > _MAX_TENSORS:
@@ -141,16 +145,17 @@ def _check_names(names: Sequence[str], path: Path) -> Sequence[str]:
             if odd is None
             else f"a tensor {format_value(odd)}"
         )
-        raise UserError(f"resume={path}: it holds {wrong}, which dinoseg does not write. Choose another checkpoint.")
+        raise UserError(f"{where}: it holds {wrong}, which dinoseg does not write. Choose another checkpoint.")
     return names
 
 
-def find(target: str | Path, prefer: str) -> Path:
+def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
     """Return the checkpoint file of a run folder or of an export folder, or the given file itself.
 
     Args:
         target: the folder or file.
         prefer: `best` or `last`; the other one is the fallback.
+        key: of the config, which names the file in messages.
 
     Raises:
         UserError: there is no checkpoint, or the path cannot be read or is a pipe or a device.
@@ -163,10 +168,10 @@ def find(target: str | Path, prefer: str) -> Path:
     except (OSError, RuntimeError) as error:  # too long, not allowed, or of an unknown user
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise UserError(
-            f"resume={format_value(str(target))}: {reason}. Give a run folder or a checkpoint in it."
+            f"{key}={format_value(str(target))}: {reason}. Give a run folder or a checkpoint in it."
         ) from None
     if is_special:
-        raise UserError(f"resume={target} is a pipe or a device. Give a run folder or a checkpoint in it.")
+        raise UserError(f"{key}={target} is a pipe or a device. Give a run folder or a checkpoint in it.")
     other = {"best": "last", "last": "best"}[prefer]
     for name in (prefer, other, ONE_FILE):
         for folder in (path / FOLDER, path):
@@ -174,10 +179,10 @@ def find(target: str | Path, prefer: str) -> Path:
                 return folder / f"{name}.safetensors"
     if path.exists():
         reason = f"it holds neither {FOLDER}/best.safetensors nor {FOLDER}/last.safetensors nor {ONE_FILE}.safetensors"
-        raise UserError(f"resume={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
+        raise UserError(f"{key}={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
     there = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(
-        f"resume={target}: file or folder not found.{nearest(str(path), there, 'resume=')} Give a run folder or a "
+        f"{key}={target}: file or folder not found.{nearest(str(path), there, f'{key}=')} Give a run folder or a "
         "checkpoint file; your runs are below outputs/."
     )
 
@@ -216,7 +221,7 @@ class Checkpointer:
             load_average(ema, self.start)
             if scale is not None:
                 device = next(model.parameters()).device
-                scale.restore(self.start.part("loss_scale"), device, f"resume={self.start.path}")
+                scale.restore(self.start.part("loss_scale"), device, self.start.where)
             self.progress = comparable(Progress(**self.start.info["progress"]), self.start.info, self.info, self.metric)
         return self.progress
 

@@ -24,13 +24,12 @@ _COUNT = forms.whole()
 _COUNTS = ("step", "best_step", "best_infinite", "stale")  # in the progress
 
 
-def read_description(text: str | None, path: Path) -> dict[str, Any]:
-    """Return the description in a safetensors file's header.
+def read_description(text: str | None, where: str) -> dict[str, Any]:
+    """Return the description in a safetensors file's header; `where` starts messages.
 
     Raises:
         UserError: there is none, it has another format, or it has an entry that dinoseg does not write.
     """
-    where = f"resume={path}"
     if text is not None and len(text) > _LARGEST:
         raise UserError(f"{where}: its description has {len(text)} characters, above the limit of {_LARGEST}. {_OTHER}")
     try:

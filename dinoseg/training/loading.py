@@ -36,6 +36,12 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     info: dict[str, Any]
+    key: str = "resume"  # of the config, which names the file in messages
+
+    @property
+    def where(self) -> str:
+        """The file as it starts a message."""
+        return f"{self.key}={self.path}"
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Return the tensors below `name/`, without that prefix."""
@@ -101,7 +107,7 @@ def load_weights(model: SegmentationModel, checkpoint: Checkpoint) -> None:
     other = [part for part in now if now[part] != then.get(part)]
     if other:
         raise UserError(
-            f"resume={checkpoint.path}: it was trained on other frozen {other[0]} weights than "
+            f"{checkpoint.where}: it was trained on other frozen {other[0]} weights than "
             f"{other[0]}.weights{' (or in another backbone.dtype)' if other[0] == 'backbone' else ''}. Set the weights "
             "of its training."
         )
@@ -133,7 +139,7 @@ def check_fits(model: SegmentationModel, checkpoint: Checkpoint) -> None:
     parts = parts or misfits({name: expected[name] for name in expected if held}, held)
     if parts:
         raise UserError(
-            f"resume={checkpoint.path}: it belongs to another model: {parts}. Use the backbone, adapter, head and "
+            f"{checkpoint.where}: it belongs to another model: {parts}. Use the backbone, adapter, head and "
             "classes it was trained with (they are in its config), or start a new run."
         )
 
@@ -174,7 +180,7 @@ def check_resumable(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint without an optimizer state, as `best` is: training could not continue exactly."""
     if not checkpoint.part("optimizer"):
         raise UserError(
-            f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot resume from it "
+            f"{checkpoint.where}: this checkpoint holds no optimizer state, so training cannot resume from it "
             "exactly. Resume from last.safetensors in the same folder; if there is none, train again."
         )
 
@@ -190,10 +196,10 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     absent = parameters_without_state(optimizer, saved)
     if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(
-            f"resume={checkpoint.path}: its optimizer state lacks parameters that it had when this run was saved, such "
+            f"{checkpoint.where}: its optimizer state lacks parameters that it had when this run was saved, such "
             f"as {format_value(absent[0])}. Resume from another checkpoint."
         )
-    _check_state(optimizer, saved, f"resume={checkpoint.path}")
+    _check_state(optimizer, saved, checkpoint.where)
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
@@ -251,11 +257,11 @@ def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
     saved = checkpoint.part("ema")
     if (ema is None) == bool(saved):
         raise UserError(
-            f"resume={checkpoint.path}: trainer.ema is {'off' if ema is None else 'on'} now and was "
+            f"{checkpoint.where}: trainer.ema is {'off' if ema is None else 'on'} now and was "
             f"{'on' if saved else 'off'} when this run was saved. Set it to the saved value."
         )
     if ema is not None:
         if parts := misfits(ema.average, saved):
-            raise UserError(f"resume={checkpoint.path}: of its moving average {parts}. Resume from another checkpoint.")
+            raise UserError(f"{checkpoint.where}: of its moving average {parts}. Resume from another checkpoint.")
         for name, value in ema.average.items():
             value.copy_(shard_like(saved[name], value))

@@ -46,6 +46,48 @@ class Unfit(Exception):
     """Error for an image that cannot be used; the text continues a sentence that begins with its name."""
 
 
+class NoMode(UserError):
+    """A command line without a mode."""
+
+
+class UnknownOption(UserError):
+    """An option that a config group lacks.
+
+    Attributes:
+        group: the config group.
+        option: as given.
+    """
+
+    def __init__(self, message: str, *, group: str = "", option: str = "") -> None:
+        super().__init__(message)  # alone, since an error that is sent to another process is made of it
+        self.group = group
+        self.option = option
+
+
+class UnknownKey(UserError):
+    """A key that the composed config lacks.
+
+    Attributes:
+        key: its full name.
+    """
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class KeyNotSet(UserError):
+    """A key without a value that the job needs.
+
+    Attributes:
+        key: its full name.
+    """
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def reword(error: UserError, terms: Mapping[str, str]) -> UserError:
     """Return an error in other terms, such as the arguments of a call instead of those of a command line."""
     words = str(error)

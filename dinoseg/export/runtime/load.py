@@ -82,9 +82,7 @@ def load(
         with collection_paused():
             model = open_file(where, options)
     except UserError as error:
-        message = str(reword(error, OF_A_CALL))
-        names_argument = getattr(options, message.partition("=")[0], None) is not None
-        raise UserError(message if names_argument or str(where) in message else f"{where}: {message}") from error
+        raise reword(error, OF_A_CALL) from error
     model.source = where.absolute()
     return model
 
@@ -101,8 +99,8 @@ def collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def open_file(path: Path, options: Options) -> Model:
-    """Open a trained model as `load` does, with errors in the terms of a command line with it as `resume`."""
+def open_file(path: Path, options: Options, *, key: str = "resume") -> Model:
+    """Open a trained model as `load` does, with errors in the terms of a command line with it as `key`."""
     if path.is_dir() and not (path / "checkpoints").is_dir():  # a folder of mode=export or push_to_hub
         path = file_in(path, options.runtime) or path
     runtime = options.runtime or ("onnx" if path.suffix == ".onnx" else "torch")
@@ -129,7 +127,7 @@ def open_file(path: Path, options: Options) -> Model:
             f"{path}: needs {error.name}, which is not installed: pip install . in a clone of dinoseg, or "
             "give the ONNX file that mode=export export=onnx writes of the model."
         ) from error
-    return load_torch(path, options)
+    return load_torch(path, options, key=key)
 
 
 def _check_onnx(path: Path, options: Options) -> None:

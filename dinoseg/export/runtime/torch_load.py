@@ -25,26 +25,27 @@ from dinoseg.utils.precision import compute_dtype
 _HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 
 
-def load_torch(path: Path, options: Options) -> Segmenter:
+def load_torch(path: Path, options: Options, *, key: str = "resume") -> Segmenter:
     """Load the model of an existing file, checkpoint or run folder, in eval mode.
 
     Raises:
-        UserError: in the terms of a command line with the file as `resume`.
+        UserError: in the terms of a command line with the file as `key`.
     """
     device = choose_device(options.device)
     compute_dtype(options.precision, device)  # refuse a wrong precision before weights are read
-    file = checkpoint.find(path, "best")
+    file = checkpoint.find(path, "best", key=key)
     origin = (file.absolute(), stamp(file))  # before it is read
     with preserve_global_state():
-        info = checkpoint.describe(file)
+        info = checkpoint.describe(file, key=key)
         facts = ModelFacts.of(info, str(file))
         changes = {"engine.device": options.device, **_weights(file, info, options)}
         own = _config_folder(options)
-        cfg = standalone_config(file, info, changes, inference=options.inference, trust=options.trust, config_dir=own)
+        trust, use = options.trust, options.inference
+        cfg = standalone_config(file, info, changes, inference=use, trust=trust, config_dir=own, key=key)
         policy: Policy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
         build = ModelBuilder(cfg)
-        model = restore(build, file)[0].to(device)
+        model = restore(build, file, key=key)[0].to(device)
         facts = replace(facts, pixels=build.pixels.as_dict())
     if model.head.slots is not None:
         raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")

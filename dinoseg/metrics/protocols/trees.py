@@ -166,7 +166,7 @@ def read_labels(path: Path) -> np.ndarray:
     try:
         ids = read_ids(path)
     except UserError as error:
-        raise BadFile(path, str(error).replace(f"{path} ", "it ")) from None
+        raise BadFile(path, str(error)) from None
     if ids.ndim != 2:
         raise BadFile(path, f"has {ids.shape[2]} channels. Label files have one: write ids as a grey or palette PNG.")
     return ids
@@ -219,7 +219,7 @@ def read_encoded(
     try:
         return references(file, predicted, (prediction.shape[0], prediction.shape[1])), prediction
     except UserError as error:
-        raise BadFile(file, str(error).replace(f"{file} ", "it ")) from None
+        raise BadFile(file, str(error)) from None
 
 
 def refuse_ids(ids: np.ndarray, wrong: np.ndarray, path: Path, rule: str) -> None:

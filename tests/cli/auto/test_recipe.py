@@ -143,7 +143,7 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
         ("trainer.accumulate=0", "trainer.accumulate=0 is out of range"),
         ("resolution.crop=[x,y]", "resolution.crop=['x', 'y'] is of type list of str"),
         ("budget.minutes=null", "budget.minutes=null"),
-        ("hparam=base budget.minutes=3", "budget.minutes is a key of hparam=auto"),
+        ("hparam=base budget.minutes=3", "Options that have it: hparam=auto."),
         ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
         ("trainer=slots", "not for trainer=slots"),
         ("data.root=nowhere", "nowhere"),
@@ -402,7 +402,7 @@ def test_recipe_edited_to_invalid_yaml_is_named(folder, text):
     path.parent.mkdir(parents=True)
     path.write_text(text)
     done = call(folder, "mode=train", *SMALL, "hparam=chosen", "--config-dir", str(folder / "config"))
-    assert done.status == 1 and done.err.startswith("error: A config file is not valid YAML: "), done.err
+    assert done.status == 1 and f"{path} is not a config file (" in done.err, done.err
     assert str(path) in done.err and len(done.err.splitlines()) == 1
 
 
