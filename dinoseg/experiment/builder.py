@@ -140,6 +140,7 @@ class Builder(ModelBuilder):
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
         check_value("seed", self._cfg.seed, Natural)
         self.loop_settings(self.lengths(samples=1)._asdict())
+        self._check_head_file()
         for key in _BUILT_LATE:
             self.part(key)
         task = self.training_task

@@ -120,10 +120,11 @@ class ModelBuilder:
         """
         if key not in self._parts:
             node = self.value(key)
-            without = _READ_ELSEWHERE.get(key, ())
-            has_no_size = OmegaConf.is_dict(node) and node.get("patch_size", 0) is None
-            if has_no_size:  # timm states it once the backbone is built
-                without = (*without, "patch_size")
+            without = [*_READ_ELSEWHERE.get(key, ())]
+            if key == "head" and OmegaConf.is_missing(node, "weights"):  # which an outline does not read
+                without.append("weights")
+            if key == "head" and node.get("patch_size", 0) is None:  # timm states it once the backbone is built
+                without.append("patch_size")
             self._parts[key] = instantiate(node, without=without)
         return self._parts[key]
 
