@@ -243,6 +243,8 @@ def test_an_unknown_option_lists_those_there_are(site, group):
             ([f"hydra.searchpath=[{source}]"], f"{source} is not found")
             for source in ("http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no")
         ),
+        (["mode=train", "+seed=3"], "+seed=3: seed is a key of the config already. Write seed=3, without +."),
+        (["mode=train", "hydra/launcher=slurm"], "'hydra/launcher/slurm'. Choose from basic, joblib, "),
         (["mode=train", "+head@extra=mlp"], "error: +head@extra adds a key that nothing reads"),
         pytest.param(["mode=train", "+tracker=dinov3"], "+tracker adds a key that nothing", marks=pytest.mark.heavy),
         (["input=x.png"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),

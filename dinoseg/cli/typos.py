@@ -140,7 +140,7 @@ def _is_group(override: Override, folders: Sequence[Path]) -> bool:
 def _options_of(override: Override, known: Sequence[str]) -> list[str]:
     """Return the options that an override names; a glob without matches is returned as it was typed."""
     value = override.value()
-    matches = value.filter(list(known)) if isinstance(value, Glob) else []
+    matches: list[str] = value.filter(list(known)) if isinstance(value, Glob) else []
     return matches or [str(option) for each in lists_of(override) or [values_of(override)] for option in each]
 
 
