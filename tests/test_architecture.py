@@ -367,7 +367,7 @@ def test_config_ends_at_the_edge():
     assert len(files) > 300
     assert not {file: names for file, source in files.items() if (names := functions_of_configs(source))}
     # each mode is one more, so modes do not count
-    assert sum(len(functions_of_configs(source)) for file, source in FILES.items() if top_level(file) != "modes") <= 68
+    assert sum(len(functions_of_configs(source)) for file, source in FILES.items() if top_level(file) != "modes") <= 70
     planted = "def a(cfg): ...\nclass B:\n    def b(self, *, data: DictConfig | None = None): ...\ndef c(config): ..."
     assert functions_of_configs(planted) == ["a", "b"]
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.api import modes, runs
-from dinoseg.api.compose import words_of
+from dinoseg.api.compose import read_call, words_of
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.objects import split_datasets
 from dinoseg.cli.own_keys import with_checkpoint_keys
@@ -229,7 +229,8 @@ def run_small(mode, words, overrides, *options, **named):
     """Run a mode as a function does, with what `SMALLER` gives to a command beside its words."""
     _, datasets = split_datasets(overrides)
     given = {"data": overrides["data"]} if datasets else {}
-    words = [*words, *words_of({key: value for key, value in overrides.items() if key not in given})]
+    plain = {key: value for key, value in overrides.items() if key not in given}
+    words = [*words, *words_of(*read_call((), plain)[:2])]
     small = (*SMALLER.get(mode, ()), *(small_model(words) if mode in ("train", "track") else ()))
     if datasets:  # half of the few images of the stand-in
         small = (*small, "data.batch_size=1")

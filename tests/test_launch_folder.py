@@ -158,9 +158,9 @@ def test_only_the_first_rank_reports_saved_results(second_rank, tmp_path, monkey
 
 
 def test_worker_process_can_resolve_the_config_of_a_job():
-    OmegaConf.clear_resolver("len")  # as in a process that joblib or Slurm has started
+    OmegaConf.clear_resolver("dinoseg.len")  # as in a process that joblib or Slurm has started
     importlib.reload(launch)
-    cfg = OmegaConf.create({"num_classes": "${len:${classes}}", "classes": ["background", "leaf"]})
+    cfg = OmegaConf.create({"num_classes": "${dinoseg.len:${classes}}", "classes": ["background", "leaf"]})
     assert cfg.num_classes == 2
 
 

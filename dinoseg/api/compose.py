@@ -1,49 +1,53 @@
-"""Configs composed from Python, with the options, keys and messages of the command line."""
+"""Configs composed from Python: options and values of a call, and the words that a command line would have for them."""
 
 import os
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hydra import compose as hydra_compose
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
-from hydra.core.utils import JobRuntime
-from hydra.version import VersionBase, setbase
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.api.options import CONFIGS, config_folders
-from dinoseg.cli.extras import hush_schemas
-from dinoseg.cli.own_keys import with_checkpoint_keys
-from dinoseg.cli.typos import check_words, explain_errors
+from dinoseg.api.options import config_folders
+from dinoseg.cli.own_keys import checkpoint_configs
+from dinoseg.cli.typos import check_words
 from dinoseg.cli.words import as_text, parse_word
+from dinoseg.config.composition import Value
+from dinoseg.config.composition import compose as compose_config
 from dinoseg.config.grammar import decode_keys, write_value
-from dinoseg.config.job import job_config
+from dinoseg.config.job import read_words
+from dinoseg.config.mistakes import unknown_option
 from dinoseg.config.options import nested_groups, options_in
-from dinoseg.config.plain import at, to_container
-from dinoseg.config.resolvers import lent_resolvers
+from dinoseg.config.plain import to_container
+from dinoseg.config.resolvers import NOW, register_resolvers
 from dinoseg.experiment.folder import RunLocation, locate_runs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
-_OF_A_PROGRAM = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra's state, which a caller may use itself
-_ONE_AT_A_TIME = threading.RLock()  # taken before the lock of resolvers
-_OF_HYDRA = ("hydra", "_dummy_empty_config_.yaml")  # entries of its store of configs
+_SIGNS = ("++", "+", "~")
+register_resolvers()
+
+
+class Job(NamedTuple):
+    """A composed job: the whole config, where it runs, and the words of a command line that composes it."""
+
+    cfg: DictConfig
+    location: RunLocation
+    words: list[str]
+
+
+class Given(NamedTuple):
+    """What a call gives: options of groups, values of keys, and folders of config groups, the shipped one first."""
+
+    options: dict[str, Any]
+    values: list[Value]
+    folders: Sequence[Path]
 
 
 def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = None) -> DictConfig:
-    """Return the whole config of a job, as the command line composes it; Hydra's global state does not change.
+    """Return the whole config of a job, as the command line composes it.
 
     Args:
         words: overrides as typed on the command line, such as `head=mlp` or `trainer.steps=100`.
@@ -52,123 +56,123 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
     Raises:
         UserError: an unknown option or key, or a value that cannot be parsed.
     """
-    with lent_hydra(), lent_resolvers(), warnings.catch_warnings():
-        return compose_job(words, config_dir=config_dir).cfg
+    return compose_job(read_call(words, {}, config_dir)).cfg
 
 
-class Job(NamedTuple):
-    """A composed command line: the whole config, where it runs, and the words without those of Hydra itself."""
-
-    cfg: DictConfig
-    location: RunLocation
-    words: list[str]
+def compose_call(overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None) -> DictConfig:
+    """Return the whole config of a call that starts no job; see `read_call`."""
+    options, values, folders = read_call((), overrides, config_dir)
+    return compose_config(options, values, folders[1:]).cfg
 
 
-def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None = None) -> Job:
-    """Return the job of a command line, see `compose`; Hydra stays initialised, as modes expect it.
-
-    Call it within `lent_hydra` and with registered resolvers.
-    """
-    folders = config_folders(config_dir)
-    hush_schemas()
-    words = with_checkpoint_keys(as_text(words), folders)
-    with explain_errors(words, folders):
-        check_words(words, folders)
-        setbase("1.3")
-        search_path = create_config_search_path(str(CONFIGS))
-        for folder in folders[1:]:
-            search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
-        Hydra.create_main_hydra2("dinoseg", search_path)
-        cfg = hydra_compose("main", list(words), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        out_dir = os.path.abspath(cfg.hydra.run.dir)  # resolved once, as it may hold the time
-        with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
-            cfg.hydra.runtime.output_dir = out_dir
-    location = locate_runs(cfg.hydra, Path(out_dir))
-    return Job(job_config(cfg, cfg.hydra), location, to_container(cfg.hydra.overrides)["task"])
-
-
-def find_tables(
-    words: Sequence[str], overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None
-) -> Callable[[str], bool] | None:
-    """Return the function that states whether the config has a table at a key, with the options of the overrides.
-
-    Without a mapping in `overrides` nothing has to be composed, and it is None.
-    """
-    if not any(isinstance(value, Mapping) for value in overrides.values()):
-        return None
-    options = {key: value for key, value in overrides.items() if not isinstance(value, Mapping)}
-    cfg = to_container(compose([*words, *words_of(options)], config_dir=config_dir))
-    return lambda key: isinstance(at(cfg, key.split(".")), Mapping)
-
-
-def split_options(overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None) -> dict[str, Any]:
-    """Return overrides in which `data={"name": "camvid", "root": R}` is `data="camvid"` and `data.root=R`.
-
-    The option of a nested group is found at any depth, with dots or slashes: `data={"pixels": "files"}` is
-    `data/pixels=files`. A `name` that is no option of the group is a key, such as the name of a model of timm.
-    """
-    folders = config_folders(config_dir)
-    nested = nested_groups(folders)
-    split: dict[str, Any] = {}
-    for key, value in overrides.items():
-        split |= _split_option(key, value, folders, nested)
-    return split
-
-
-def _split_option(key: str, value: Any, folders: Sequence[Path], nested: set[str]) -> dict[str, Any]:
-    group = key.lstrip("+").replace(".", "/")
-    if group in nested:
-        if isinstance(value, str):
-            return {group: value}
-        key = group.replace("/", ".")
-    if not isinstance(value, Mapping):
-        return {key: value}
-    given = dict(value)
-    options = {group: given.pop("name")} if value.get("name") in options_in(folders, group) else {}
-    if options or any(each.startswith(f"{group}/") for each in nested):
-        parts: dict[str, Any] = {}
-        for name, each in given.items():
-            parts |= _split_option(f"{key}.{name}", each, folders, nested)
-        if options or not nested.isdisjoint(parts):
-            return options | parts
-    return {key: value}
-
-
-def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | None = None) -> list[str]:
-    """Return overrides as words of a command line: `{"head": "mlp", "trainer": {"steps": 9}}` as `head=mlp`, ...
-
-    Args:
-        overrides: values by key. A key may be dotted, and a mapping sets the keys below a table of the config. None,
-            True and False become null, true and false; NumPy scalars, paths, devices, dtypes and tuples become numbers,
-            text and lists. As on the command line, `${...}` in text refers to another key.
-        is_table: whether the config has a table at a full key; None: at every key without a dot.
+def compose_job(given: Given) -> Job:
+    """Return the job of a call.
 
     Raises:
-        UserError: a value that no config holds, such as an array.
+        UserError: an option or a key does not exist.
     """
-    has_keys = is_table or (lambda key: "." not in key)
-    words: list[str] = []
+    options, values, folders = given
+    known = checkpoint_configs(words_of(options, values), folders)
+    composed = compose_config(options, values, folders[1:], known)
+    text = str(to_container(composed.hydra.run)["dir"])
+    # the resolver `now` is Hydra's; resolved once, as it holds the time
+    OmegaConf.update(composed.hydra, "run.folder", text.replace("${now:", f"${{{NOW}:"), force_add=True)
+    folder = Path(os.path.abspath(composed.hydra.run.folder))
+    words = [word for word in words_of(options, composed.values) if not word.startswith(("hydra.", "hydra/"))]
+    return Job(composed.cfg, locate_runs(composed.hydra, folder), words)
+
+
+def read_call(
+    words: Sequence[str], overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None = None
+) -> Given:
+    """Return what a call gives by words of the command line, and then by Python values.
+
+    An option may stand with keys below it: `data={"name": "camvid", "root": R}`. The option of a nested group is found
+    at any depth, with dots or slashes: `data={"pixels": "files"}`. A `name` that is no option of the group is a key,
+    such as the name of a model of timm. A mapping sets the keys below a mapping of the config. NumPy scalars, paths,
+    devices, dtypes and tuples become numbers, text and lists. As on the command line, `${...}` in text refers to
+    another key.
+
+    Raises:
+        UserError: a word cannot be parsed, or a value is of a type that no config holds, such as an array.
+    """
+    folders = config_folders(config_dir)
+    words = as_text(words)
+    _check_single(words)
+    check_words(words, folders)
+    options, values, more = read_words(words, folders)
+    given = Given(options, values, [*folders, *more])
+    nested = nested_groups(folders)
     for key, value in overrides.items():
-        if isinstance(value, Mapping) and value and has_keys(key):
-            words += words_of({f"{key}.{name}": each for name, each in value.items()}, has_keys)
-        else:
-            words.append(_as_word(key, _plain_value(value, key)))
-    return words
+        sign = next((sign for sign in _SIGNS if key.startswith(sign)), "")
+        _read_override(key.removeprefix(sign), value, sign, given, nested)
+    return given
 
 
-def _as_word(key: str, value: Any) -> str:
-    """Return a plain value as the word that Hydra parses back to the same value."""
-    texts = [value] if isinstance(value, str) else []  # as typed, if Hydra does not read it as anything else
-    for text in (*texts, write_value(value)):
+def _check_single(words: Sequence[str]) -> None:
+    """Refuse a word with several values."""
+    for word in words:
+        override = parse_word(word)
+        if override is not None and override.is_sweep_override():
+            key, _, text = word.partition("=")
+            raise UserError(
+                f"{word} gives several values, and a call runs one job. For a list use brackets: '{key}=[{text}]'. "
+                "For a run with each of them, write a loop."
+            )
+
+
+def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[str]) -> None:
+    """Add an override of a call to what it gives."""
+    path = key.partition("@")[0].replace(".", "/")
+    group = path if path in nested else key.partition("@")[0]
+    is_group = group in nested or any((folder / group).is_dir() for folder in given.folders)
+    if is_group and not isinstance(value, Mapping):
+        option = _plain_value(value, key)
+        if not isinstance(option, str | list):
+            raise unknown_option(group, write_value(option), given.folders)
+        given.options[sign + (group if path in nested else key)] = option
+        return
+    if not isinstance(value, Mapping):
+        given.values.append(Value(key, _plain_value(value, key), sign))
+        return
+    keys = dict(value)
+    if is_group and keys.get("name") in options_in(given.folders, group):
+        given.options[sign + group] = keys.pop("name")
+    if any(each.startswith(f"{path}/") for each in nested):
+        for name, each in keys.items():
+            _read_override(f"{path.replace('/', '.')}.{name}", each, sign, given, nested)
+    elif keys or not is_group:
+        given.values.append(Value(path.replace("/", "."), _plain_value(keys, key), sign))
+
+
+def words_of(options: Mapping[str, Any], values: Sequence[Value]) -> list[str]:
+    """Return the words of a command line that gives the same, for records: Hydra parses them back to these values.
+
+    Raises:
+        UserError: the name of a key has letters that Hydra's grammar lacks.
+    """
+    words = [key if option is None else f"{key}={write_value(option)}" for key, option in options.items()]
+    return [*words, *map(_word_of, values)]
+
+
+def _word_of(value: Value) -> str:
+    if value.word:
+        return value.sign + value.word.lstrip("+~")
+    key = value.sign + value.key
+    if value.sign == "~":
+        return key
+    texts = [value.value] if isinstance(value.value, str) else []  # as given, if Hydra reads it as that text
+    for text in (*texts, write_value(value.value)):
         override = parse_word(f"{key}={text}")
         if override is None or override.is_sweep_override():
             continue
-        if repr(decode_keys(override.value())) == repr(value):
+        if repr(decode_keys(override.value())) == repr(value.value):
             return f"{key}={text}"
-    if set(key) & set("/+~"):
+    if set(value.key) & set("/+~"):
         raise UserError(f"{key} is not the name of a key. Write its words with dots, such as head.layers.")
-    raise UserError(f"{key}={format_value(value)} cannot be written as an override. Set it in a YAML file of your own.")
+    raise UserError(
+        f"{key}={format_value(value.value)} cannot be written as an override. Set it in a YAML file of your own."
+    )
 
 
 def _plain_value(value: Any, key: str) -> Any:
@@ -191,25 +195,3 @@ def _plain_value(value: Any, key: str) -> Any:
         return int(value) if isinstance(value, int) else float(value)
     kind = type(value).__name__
     raise UserError(f"{key} is of type {kind}. Give text, a number, true or false, null, or a list or dict of these.")
-
-
-@contextmanager
-def lent_hydra() -> Iterator[None]:
-    """Hide the state of the surrounding program's Hydra within the block, and restore it afterwards.
-
-    Configs that the program has stored for groups of its own, such as `optim`, would be taken for schemas of ours.
-    Blocks of several threads run one after another, since this state is the process's.
-    """
-    with _ONE_AT_A_TIME:
-        instances = Singleton._instances
-        store = ConfigStore.instance()
-        before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
-        stored = store.repo
-        store.repo = {name: node for name, node in stored.items() if name in _OF_HYDRA}
-        try:
-            yield
-        finally:
-            for kind in _OF_A_PROGRAM:
-                instances.pop(kind, None)
-            instances.update(before)
-            store.repo = stored

@@ -5,10 +5,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import compose, find_tables, split_options, words_of
+from dinoseg.api.compose import compose_call
 from dinoseg.api.dataset import TRAINING_KEYS
 from dinoseg.api.objects import check_fit, split_modules
-from dinoseg.api.wording import python_terms
 from dinoseg.config.plain import keys_of
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.data.classes.labels import Labels
@@ -35,7 +34,6 @@ _NOT_READ = (  # of these groups: what the caller's own loop does
 _RULE = "2 to 255. For one kind of object, give two: the background and the object"
 _CLASSES = Range(_RULE, 2, 255)
 _LAYERS = Range(_RULE, 1, 255)  # task=multilabel
-_OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # command-line terms to arguments
 
 
 def create_model(
@@ -88,31 +86,30 @@ def create_model(
     weights = "random" if weights is None or weights is False else weights
     given["backbone.weights"] = None if weights is True or weights == "pretrained" else _whole_path(weights)
     values = {key: value for key, value in given.items() if value is not None} | overrides
-    values, objects = split_modules(split_options(values, config_dir), "backbone", "head")
+    values, objects = split_modules(values, "backbone", "head")
     no_effect = _no_effect(overrides)
-    with python_terms(_OF_A_CALL), collection_paused():
+    with collection_paused():
         try:
-            cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
-            if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
-                raise UserError(
-                    'The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].'
-                )
-            if no_effect:
-                raise UserError(no_effect)
-            with preserve_global_state(), lend_objects(objects):
-                build = ModelBuilder(cfg)
-                labels = _read_labels(build, num_classes)
-                model, policy = build.model().to("cpu"), build.part("inference")
-                if init is not None:
-                    check_initial(build, model)
-                    load_initial_weights(build, model, list(labels.classes))
-                if objects and model.head.slots is None:
-                    check_fit(model, len(labels.classes))
+            cfg = compose_call(values, config_dir)
         except NoMode as error:
             raise UserError(no_effect or str(error)) from None
         except UnknownKey as error:
-            meant = nearest(error.key, _ARGUMENTS) if error.key in overrides else ""
-            raise (UserError(f"{error.key} is not an argument.{meant}") if meant else error) from None
+            name = error.key.partition(".")[0]
+            meant = nearest(name, _ARGUMENTS) if name in overrides else ""
+            raise UserError(f"{name} is not an argument.{meant}" if meant else str(error)) from None
+        if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
+            raise UserError('The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].')
+        if no_effect:
+            raise UserError(no_effect)
+        with preserve_global_state(), lend_objects(objects):
+            build = ModelBuilder(cfg)
+            labels = _read_labels(build, num_classes)
+            model, policy = build.model().to("cpu"), build.part("inference")
+            if init is not None:
+                check_initial(build, model)
+                load_initial_weights(build, model, list(labels.classes))
+            if objects and model.head.slots is None:
+                check_fit(model, len(labels.classes))
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=build.pixels.as_dict())
@@ -144,7 +141,11 @@ def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
         return path.absolute() if path.exists() else weights
     except RuntimeError as error:  # the home folder of an unknown user
         raise UserError(f"weights={format_value(weights)}: {error} Give a hub id, a folder or a file.") from None
-    except (OSError, ValueError):  # too long or no valid path, which the loader reports
+    except OSError as error:  # too long
+        raise UserError(
+            f"weights={format_value(weights)}: {error.strerror}. Give a hub id, a folder or a file."
+        ) from None
+    except ValueError:  # no valid path, which the loader reports
         return weights
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from dinoseg.api.compose import compose, find_tables, split_options, words_of
-from dinoseg.api.wording import python_terms
-from dinoseg.config.plain import keys_of
-from dinoseg.config.resolvers import lent_resolvers
+from dinoseg.api.compose import read_call
+from dinoseg.config.composition import compose
+from dinoseg.config.plain import flatten
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
@@ -65,8 +64,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} items")
-        with python_terms():
-            item = dict(self.data[index % len(self)])
+        item = dict(self.data[index % len(self)])
         return item if self.transform is None else self.transform(item)
 
     def __repr__(self) -> str:
@@ -121,17 +119,15 @@ def open_dataset(
     table = keys.pop("data", {})
     keys |= table if isinstance(table, Mapping) else {"name": table}
     name = keys.pop("name", name)
-    values = split_options({_whole_key(key): value for key, value in keys.items()}, config_dir)
+    call = read_call((), {"data": name, **{_whole_key(key): value for key, value in keys.items()}}, config_dir)
+    names = [*call.options, *(key for value in call.values for key, _ in flatten({value.key: value.value}))]
     for key in TRAINING_KEYS:
-        if any(f"{each.replace('/', '.')}.".startswith(f"data.{key}.") for each in keys_of(values)):
+        if any(f"{each.replace('/', '.')}.".startswith(f"data.{key}.") for each in names):
             raise UserError(
                 f"{key} has no effect on a dataset of your own loop. Leave it out, or train by dinoseg.train."
             )
-    values = {"data": name, **values}
-    with python_terms({"data.root": "root", "data.classes": "classes"}):
-        cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
-        with lent_resolvers():
-            return SegmentationDataset(Builder(cfg).dataset(split), transform)
+    cfg = compose(call.options, call.values, call.folders[1:]).cfg
+    return SegmentationDataset(Builder(cfg).dataset(split), transform)
 
 
 def _whole_key(key: str) -> str:

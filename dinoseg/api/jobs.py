@@ -3,17 +3,20 @@
 import gc
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import Job, compose_job, find_tables, split_options, words_of
+from hydra.core.global_hydra import GlobalHydra
+
+from dinoseg.api.compose import Given, Job, compose_job, read_call
 from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
-from dinoseg.api.options import config_folders
 from dinoseg.api.session import preserve_process_state
-from dinoseg.api.wording import python_terms
 from dinoseg.cli.typos import explain_errors
+from dinoseg.config.composition import Value
+from dinoseg.config.plain import flatten
 from dinoseg.experiment.folder import will_make
 from dinoseg.experiment.objects import lend_objects
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
@@ -39,7 +42,7 @@ def run_mode(
     Args:
         mode: option of the group `mode`.
         words: overrides as typed on the command line.
-        overrides: values by key, see `words_of`.
+        overrides: values by key, see `read_call`.
         out_dir: the run folder; None: as on the command line, below the current folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it.
         config_dir: folder of further config groups, as `--config-dir` names it.
@@ -55,29 +58,23 @@ def run_mode(
             raise UserError(f"{word} is of type {kind}, not a word such as trainer.steps=20. Give a dict as **DICT.")
         if word.startswith("-"):
             raise UserError(f"{word} is for the command line. Python runs one job per call: write a loop for several.")
-    try:
-        folder = {} if out_dir is None else {"hydra.run.dir": Path(out_dir).expanduser()}
-    except RuntimeError as error:  # the home folder of an unknown user
-        raise UserError(f"out_dir={format_value(out_dir)}: {error} Choose another folder.") from None
     stopped: Interrupted | None = None
     try:
-        with python_terms(), preserve_process_state():
+        with preserve_process_state():
             try:
                 refuse_modules(overrides, "backbone", "head")
-                fixed = {"mode": mode, **split_options(given or {}, config_dir)}
-                overrides = split_options(overrides, config_dir)
-                _check_fixed(fixed, words, overrides)
-                # an option here, since keys below it replace it in `overrides`: export={"precision": "int8"}
-                first = [key for key in fixed if key in ("mode", *overrides)]
-                typed = [*words_of({key: fixed.pop(key) for key in first}), *words]
-                overrides, modules = split_modules({**fixed, **overrides}, "loss")
-                overrides, datasets = split_datasets(overrides)
-                typed += words_of({**overrides, **folder}, find_tables(typed, overrides, config_dir))
-                job = compose_job(typed, config_dir=config_dir)
+                given, datasets = split_datasets(given or {})
+                overrides, more = split_datasets(overrides)
+                overrides, modules = split_modules(overrides, "loss")
+                fixed = read_call((), {"mode": mode, **given}, config_dir)
+                call = read_call(words, overrides, config_dir)
+                _check_fixed(fixed, call)
+                values = [*fixed.values, *call.values, *_run_folder(out_dir)]
+                job = compose_job(Given({**fixed.options, **call.options}, values, call.folders))
                 if job.location.is_given and not exist_ok:
                     _check_unused(job)
-                with lend_objects({**modules, **datasets}):
-                    return _launch(job, config_dir, new_folder=exist_ok)
+                with lend_objects({**modules, **datasets, **more}):
+                    return _launch(job, call.folders, new_folder=exist_ok)
             finally:
                 gc.collect()  # models are in reference cycles
     except UserError as error:
@@ -94,14 +91,25 @@ def run_mode(
     raise KeyboardInterrupt(stopped.note)
 
 
-def _check_fixed(fixed: Mapping[str, Any], words: Sequence[str], overrides: Mapping[str, Any]) -> None:
+def _run_folder(out_dir: Folder | None) -> list[Value]:
+    """Return the key of the run folder."""
+    try:
+        return [] if out_dir is None else [Value("hydra.run.dir", str(Path(out_dir).expanduser()))]
+    except RuntimeError as error:  # the home folder of an unknown user
+        raise UserError(f"out_dir={format_value(out_dir)}: {error} Choose another folder.") from None
+
+
+def _check_fixed(fixed: Given, call: Given) -> None:
     """Refuse a key, or an option of a group, that the function or its arguments set already."""
-    typed = {word.partition("=")[0] for word in words}
-    typed |= {key for key, value in overrides.items() if not isinstance(value, Mapping)}
-    for key, value in fixed.items():
-        if key in typed:
+    given = _keys_of(call)
+    for key, value in _keys_of(fixed).items():
+        if key in given:
             remedy = "Call the function of the other mode." if key == "mode" else "Leave it out."
             raise UserError(f"{key} is set to {format_value(str(value))} by this function and its arguments. {remedy}")
+
+
+def _keys_of(call: Given) -> dict[str, Any]:
+    return {**call.options, **dict(flatten({value.key: value.value for value in call.values}))}
 
 
 def _check_unused(job: Job) -> None:
@@ -118,10 +126,21 @@ def _check_unused(job: Job) -> None:
     )
 
 
-def _launch(job: Job, config_dir: Folder | None, *, new_folder: bool) -> dict[str, Any]:
+def _launch(job: Job, folders: Sequence[Path], *, new_folder: bool) -> dict[str, Any]:
     from dinoseg.cli.launch import launch  # its import registers resolvers, which `preserve_process_state` removes
 
     out_dir = job.location.folder
     will_make(out_dir)
-    with raise_on_signal(), explain_errors(job.words, config_folders(config_dir)), file_errors_as_user_errors(out_dir):
+    with raise_on_signal(), _explained(job.words, folders), file_errors_as_user_errors(out_dir):
         return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)
+
+
+@contextmanager
+def _explained(words: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
+    """Explain errors as the command line does, which composes options by Hydra, and keep the caller's Hydra."""
+    hydra = GlobalHydra.instance().hydra
+    try:
+        with explain_errors(words, folders):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = hydra

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.api.compose import lent_hydra
-from dinoseg.config.resolvers import added_resolvers
 from dinoseg.experiment.log_file import NOISY
 from dinoseg.utils.cores import limit_spinning
 from dinoseg.utils.errors import UserError
@@ -43,11 +41,14 @@ with _environment():  # torch and its OpenMP read these variables when they are 
     from dinoseg.utils.torch_defaults import default_settings
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def preserve_process_state() -> Iterator[None]:
     """Restore after the block, whatever ends it, the state of the process that modes change.
 
-    These are Hydra and OmegaConf, the log, standard streams, random states, settings of torch, NumPy and accelerate,
+    These are the log, standard streams, random states, settings of torch, NumPy and accelerate,
     multiprocessing's start method, environment variables, the current folder, `sys.argv` and warning filters. Calls
     from several threads run one after another.
 
@@ -59,9 +60,8 @@ def preserve_process_state() -> Iterator[None]:
             "A worker process imports this script and runs it again. Put the calls of dinoseg below "
             '`if __name__ == "__main__":`.'
         )
-    with ExitStack() as stack:
-        # Hydra first: its lock lets one thread at a time change the process
-        for preserve in (lent_hydra, added_resolvers, _environment, _interpreter, _log, _torch):
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        for preserve in (_environment, _interpreter, _log, _torch):
             stack.enter_context(preserve())
         yield
 

@@ -231,7 +231,7 @@ def _prepare(
 def _claim_folder(cfg: DictConfig, folder: Path, new_folder: bool) -> Path:
     """Create a new run folder, or return an existing one in which the mode resumes; report another name than typed."""
     if not new_folder and resumes_in_folder(cfg, folder):
-        lock(folder, instead="choose another hydra.run.dir")
+        lock(folder, instead="choose another run folder")
         return folder
     run_folder = claim(folder)
     if run_folder != folder and not _DEFAULT_NAME.fullmatch(folder.name):  # a typed name; default names may collide

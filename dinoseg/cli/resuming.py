@@ -53,7 +53,7 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
     request = Request(plan, typed_length, scheduler_job(os.environ), location.in_sweep, words)
     if location.is_given and not location.in_sweep:
         folder = location.folder
-        enter(folder, seconds=PATIENCE, instead="choose another hydra.run.dir")
+        enter(folder, seconds=PATIENCE, instead="choose another run folder")
         decision = decide_in_folder(request, folder, read_run(folder))
     else:
         decision = _decide_among_runs(request, location, Path(cfg.cache_dir).expanduser())

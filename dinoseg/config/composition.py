@@ -1,138 +1,203 @@
-"""Config options composed from files, in Hydra's order and at its places, without Hydra's global state."""
+"""Configs composed from files of config groups, in Hydra's order and at its places, without Hydra's global state.
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
-from functools import lru_cache
+`compose` returns the config of a job, `compose_options` the keys of some options, such as those of a checkpoint.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dinoseg.config.plain import to_container
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import Stamp, stamp
+from dinoseg.config import mistakes
+from dinoseg.config.expansion import ConfigFile, Expansion, merge, read_config
+from dinoseg.config.options import list_groups
+from dinoseg.config.plain import at, flatten, has_key, to_container
 
 SHIPPED = Path(__file__).parents[1] / "cfg"
 _SHARED = ("main", "mode/_model", "mode/_recipe")  # files with root keys that need no choice
-_PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
 
 
-class _Config(NamedTuple):
-    """A config file of a defaults list, and where its keys go.
+class Value(NamedTuple):
+    """A value that a caller sets in a composed config.
 
     Attributes:
-        name: path below the folders of config groups, such as `head/mlp`.
-        package: place relative to `parent`, as the defaults list gives it; None: that of the file's header.
-        usual: group below that of the parent, which is the place if neither gives one.
-        parent: place of the file whose defaults list contains it.
+        key: dotted name of the key.
+        value: plain; its mappings are merged into those of the config.
+        sign: `+` adds a key, `++` adds or sets one, `~` removes one, and "" sets a key that exists.
+        word: as typed on a command line; "": given in Python.
     """
 
-    name: str
-    package: str | None
-    usual: str
-    parent: str = ""
-
-    def place(self, header: str | None) -> str:
-        """Return the dotted place of the file's keys; that of a header, and after `_global_`, is from the root."""
-        if self.package is None and header not in (None, "_group_"):
-            return str(header).removeprefix("_global_").lstrip(".")
-        package = self.package or self.usual.replace("/", ".")
-        names = [self.parent, "" if package == "_here_" else package]
-        return ".".join(filter(None, names)).rpartition("_global_")[2].strip(".")
+    key: str
+    value: Any
+    sign: str = ""
+    word: str = ""
 
 
-def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -> DictConfig:
-    """Return the keys of `main.yaml` and of the chosen options, with interpolations unresolved.
+class Composed(NamedTuple):
+    """A composed config, and what it was composed from.
 
-    Recipes and `local` are not composed. Without a mode, groups without a choice are not composed either.
+    Attributes:
+        cfg: the whole config of a job, with the option of each group as `choices`, the folders beside the shipped one
+            as `config_dirs`, and without Hydra's keys.
+        hydra: Hydra's keys: those that the files set, and the choices as `runtime.choices`.
+        options: as given.
+        values: as they were set, without mappings whose keys the config has.
+    """
+
+    cfg: DictConfig
+    hydra: DictConfig
+    options: Mapping[str, Any]
+    values: Sequence[Value]
+
+
+def compose(
+    options: Mapping[str, Any],
+    values: Sequence[Value] = (),
+    folders: Sequence[str | Path] = (),
+    known: Sequence[Mapping[str, Any]] = (),
+) -> Composed:
+    """Return the config of a job: that of `main.yaml`, of the options of all groups, and of values over it.
 
     Args:
-        choices: option of each group; with one of `mode`, all of its groups are composed. A nested group has the name
-            of Hydra's override: `protocol@data.official`.
-        folders: further folders of config groups.
+        options: option of each chosen group, or a list for groups that take one. The names are those of Hydra's
+            overrides: `head`, `data/pixels`, `protocol@data.official`, `+GROUP` for a group of the user's own, and
+            `~GROUP` to leave a group out.
+        values: set in this order. Interpolations in them refer to keys of the config.
+        folders: further folders of config groups, searched after the shipped one.
+        known: plain configs of checkpoints: keys that all of them have may be set, too.
+
+    Raises:
+        UserError: an option, a group or a key does not exist, or a file is no config file.
+    """
+    searched = [SHIPPED, *map(Path, folders)]
+    lists = list_groups(searched)
+    for key, option in options.items():
+        if isinstance(option, list) and key.lstrip("+~").partition("@")[0] not in lists:
+            raise mistakes.not_a_list_group(key, option, searched)
+    expansion = Expansion(options, searched)
+    whole = merge(expansion.expand(ConfigFile("", "main", package="_global_"), chosen=_additions(options)))
+    expansion.check_used()
+    single = {key: option for key, option in expansion.choices.items() if not isinstance(option, list)}
+    whole["hydra"]["runtime"] = {"choices": single, "cwd": os.getcwd()}
+    choices = {key: option for key, option in expansion.choices.items() if key not in lists}
+    for group in sorted(lists):
+        option = expansion.choices.get(group) or []
+        choices[group] = [option] if isinstance(option, str) else option
+    cfg = OmegaConf.create(whole)
+    done = _set_values(cfg, values, whole, choices, searched, known)
+    keys = {key: value for key, value in to_container(cfg).items() if key != "hydra"}
+    job = OmegaConf.create({**keys, "choices": choices, "config_dirs": [str(folder) for folder in folders]})
+    given = {value.key for value in done if value.value is not None}
+    return Composed(expand_short_forms(job, given), cfg.hydra, options, done)
+
+
+def compose_options(options: Mapping[str, Any], folders: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Return the keys of `main.yaml` and of some options as plain values, with interpolations unresolved.
+
+    Recipes and `local` are not composed. Without a mode, groups without an option are not composed either.
+
+    Args:
+        options: see `compose`; with one of `mode`, all of its groups are composed.
+        folders: see `compose`.
 
     Raises:
         UserError: an option does not exist; the message names it.
     """
-    searched = [SHIPPED, *map(Path, folders)]
-    shared = []
-    for name in _SHARED:
-        content = _read_config(SHIPPED / f"{name}.yaml")[0]
-        del content["defaults"]
-        shared.append(content)
+    expansion = Expansion(options, [SHIPPED, *map(Path, folders)], is_part=True)
     # a nested group is composed by the option whose defaults list names it
-    groups = [group for group in choices if not {"@", "/"} & {*group}]
+    groups = [group for group in options if not {"@", "/"} & {*group}]
     groups.sort(key=lambda group: group != "mode")  # a checkpoint adds groups to those of a mode
-    configs = [config for group in groups for config in _configs_of({group: None}, "", "", choices)]
-    parts = [part for config in configs for part in _parts(config, choices, searched)]
-    return OmegaConf.merge(*shared, *parts)  # type: ignore[return-value]
+    shared = [_without_defaults(SHIPPED / f"{name}.yaml") for name in _SHARED]
+    return merge([*shared, *(part for group in groups for part in expansion.expand_entry({group: None}, "", ""))])
 
 
-def _parts(config: _Config, choices: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[DictConfig]:
-    """Yield the keys of the files in a config's defaults list and its own, each at its place; later ones override."""
-    path = next((path for folder in folders if (path := folder / f"{config.name}.yaml").is_file()), None)
-    if path is None:
-        group, _, option = config.name.rpartition("/")
-        raise UserError(
-            f"{group}={option} is not an option on this machine. Add the folder of config groups that has it: "
-            "--config-dir FOLDER, or config_dir=FOLDER in Python."
-        )
-    content, header = _read_config(path)
-    place = config.place(header)
-    entries = content.pop("defaults", [])
-    for entry in entries if "_self_" in entries else [*entries, "_self_"]:
-        if entry == "_self_":
-            keys: dict[str, Any] = content
-            for name in reversed(place.split(".") if place else []):
-                keys = {name: keys}
-            yield OmegaConf.create(keys)
-        else:
-            for inner in _configs_of(entry, config.name.rpartition("/")[0], place, choices):
-                yield from _parts(inner, choices, folders)
-
-
-def _configs_of(
-    entry: str | Mapping[str, Any], group: str, place: str, choices: Mapping[str, Any]
-) -> Iterator[_Config]:
-    """Yield the configs of an entry of a defaults list: `option`, `/group/option@package`, or `group: option`.
+def expand_short_forms(cfg: DictConfig, given: Collection[str]) -> DictConfig:
+    """Return a config with a crop n as [n, n], and without the epochs of a recipe or checkpoint if steps are given.
 
     Args:
-        entry: of the list.
-        group: of the file with the list.
-        place: of that file.
-        choices: see `compose_options`; they replace the file's own, so that `override` entries need no attention.
+        cfg: of a job.
+        given: keys that the caller sets to another value than null.
     """
-    if isinstance(entry, str):
-        path, _, package = entry.partition("@")
-        yield _Config(_absolute(path, group), package or None, path.strip("/").rpartition("/")[0], place)
+    changes: dict[str, Any] = {}
+    crop = OmegaConf.select(cfg, "resolution.crop")
+    if type(crop) is int:
+        changes["resolution"] = {"crop": [crop, crop]}
+    if "trainer.steps" in given:
+        changes["trainer"] = {"epochs": None}
+    return OmegaConf.merge(cfg, changes)  # type: ignore[return-value]
+
+
+def _additions(options: Mapping[str, Any]) -> list[Any]:
+    """Return the groups of the user's own, `+GROUP`, as entries of the defaults list of `main.yaml`."""
+    return [{key[1:]: option} for key, option in options.items() if key[0] == "+"]
+
+
+def _without_defaults(path: Path) -> dict[str, Any]:
+    content, _ = read_config(path)
+    return {key: value for key, value in content.items() if key != "defaults"}
+
+
+def _set_values(
+    cfg: DictConfig,
+    values: Sequence[Value],
+    plain: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    folders: Sequence[Path],
+    known: Sequence[Mapping[str, Any]],
+) -> list[Value]:
+    """Set values in a config, in place, and return them as they were set.
+
+    Args:
+        cfg: the config.
+        values: see `compose`.
+        plain: the config as plain values.
+        choices: option of each group.
+        folders: of config groups, the shipped one first.
+        known: see `compose`.
+
+    Raises:
+        UserError: a key does not exist, or cannot take the value.
+    """
+    OmegaConf.set_struct(cfg, True)
+    leaves = [leaf for value in values for leaf in _leaves(value, at(plain, value.key.split(".")))]
+    of_files = {leaf.key for leaf in leaves if known and all(has_key(config, leaf.key) for config in known)}
+    done = [leaf._replace(sign="++") if leaf.sign == "" and leaf.key in of_files else leaf for leaf in leaves]
+    for key, value, sign, _ in done:
+        before = at(plain, key.split("."))
+        try:
+            _set_value(cfg, key, value, sign, before)
+        except (ConfigAttributeError, ConfigKeyError):
+            unknown = ((name, each) for name, each in flatten({key: value}) if not has_key(plain, name))
+            raise mistakes.unknown_key(*next(unknown, (key, value)), plain, choices, folders) from None
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise mistakes.invalid_value(key, value, error) from None
+    return done
+
+
+def _leaves(value: Value, node: Any) -> Iterator[Value]:
+    """Yield a value, or in place of a mapping given in Python those of its keys, where the config has a mapping."""
+    has_names = isinstance(value.value, Mapping) and value.value and all(isinstance(name, str) for name in value.value)
+    if value.word or not (has_names and isinstance(node, Mapping)):
+        yield value
         return
-    for words, option in entry.items():
-        *keywords, key = str(words).split()
-        if "override" in keywords:
-            continue
-        path, _, package = key.partition("@")
-        nested = _Config(_absolute(path, group), package or None, path.strip("/"), place)
-        full = nested.place(None)
-        is_usual = full == nested.name.replace("/", ".")
-        chosen = choices.get(nested.name if is_usual else f"{nested.name}@{full}", option)
-        for name in chosen if isinstance(chosen, list) else [chosen]:
-            if name is not None:
-                yield nested._replace(name=f"{nested.name}/{name}")
+    for name, each in value.value.items():
+        yield from _leaves(value._replace(key=f"{value.key}.{name}", value=each), node.get(name))
 
 
-def _absolute(path: str, group: str) -> str:
-    return path.strip("/") if path.startswith("/") or not group else f"{group}/{path}"
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the content of a config file, and the package in its header."""
-    content, header = _parse(path, stamp(path))
-    return deepcopy(content), header
-
-
-@lru_cache(maxsize=256)  # parsing is most of the time of composing
-def _parse(path: Path, _: Stamp | None) -> tuple[dict[str, Any], str | None]:
-    text = path.read_text(encoding="utf-8")
-    header = _PACKAGE.search(text)
-    return to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create()), header and header[1]
+def _set_value(cfg: DictConfig, key: str, value: Any, sign: str, before: Any) -> None:
+    if sign == "~":
+        if before is None:
+            raise ConfigKeyError(key)
+        if value not in (None, before):
+            raise ValueError(f"it is {before}")
+        above, _, last = key.rpartition(".")
+        node: Any = OmegaConf.select(cfg, above) if above else cfg
+        with open_dict(node):
+            del node[last]
+    elif sign == "+" and before is not None and not isinstance(value, Mapping | list):
+        raise ValueError("it exists already; leave + out")
+    else:
+        OmegaConf.update(cfg, key, value, merge=True, force_add=sign != "")

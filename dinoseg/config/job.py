@@ -1,4 +1,4 @@
-"""The config of a job: composed by Hydra, with the option of each group added and short forms expanded."""
+"""The config of a job that Hydra has composed, and the options and values in words of a command line."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.composition import SHIPPED
-from dinoseg.config.grammar import decode_keys
+from dinoseg.config.composition import SHIPPED, Value, expand_short_forms
+from dinoseg.config.grammar import decode_keys, write_value
+from dinoseg.config.mistakes import unknown_option
 from dinoseg.config.options import list_groups
 from dinoseg.config.plain import to_container
 
 SEARCH_PATH = "hydra.searchpath"
+_SIGNS = {OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
 
 
 def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
@@ -32,11 +34,51 @@ def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     folders = [_folder(source["schema"], source["path"]) for source in hydra.runtime["config_sources"]]
     own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
     # Hydra does not record lists of options; each file of these groups has a key of its own name
-    listed = {group: [*(job.get(group) or ())] for group in list_groups([SHIPPED, *map(Path, filter(None, own))])}
+    lists = sorted(list_groups([SHIPPED, *map(Path, filter(None, own))]))
+    listed = {group: [*(job.get(group) or ())] for group in lists}
     chosen = {group: option for group, option in hydra.runtime["choices"].items() if not group.startswith("hydra/")}
     choices = {**chosen, **listed}
     whole = {**decode_keys(job), "choices": choices, "config_dirs": own}
-    return expand_typed(OmegaConf.create(whole), typed)
+    return expand_short_forms(OmegaConf.create(whole), keys_with_values(typed))
+
+
+def read_words(words: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], list[Value], list[Path]]:
+    """Return what words of a command line choose and set: options of groups, values of keys, and further folders.
+
+    Args:
+        words: overrides that Hydra can parse.
+        folders: of config groups, the shipped one first.
+
+    Raises:
+        UserError: a group has a value that is no name of an option.
+    """
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    sources: list[Any] = []
+    for override in overrides:
+        if override.key_or_group == SEARCH_PATH and isinstance(listed := override.value(), list):
+            sources += listed
+    more = [Path(folder) for folder in map(_folder_of, sources) if folder is not None]
+    options: dict[str, Any] = {}
+    values = []
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        if key == SEARCH_PATH:
+            continue
+        is_group = any((folder / key).is_dir() for folder in (*folders, *more))
+        if not is_group or isinstance(value, dict):
+            sign = _SIGNS.get(override.type, "")
+            values.append(Value(key, decode_keys(value), sign, override.input_line or ""))
+        elif not isinstance(value, str | list) and not override.is_delete():
+            raise unknown_option(key, write_value(value), folders)
+        else:
+            options[override.get_key_element()] = value
+    return options, values, more
+
+
+def _folder_of(source: str) -> str | None:
+    """Return the folder of an entry of Hydra's search path, such as `file://FOLDER`; see `_folder`."""
+    schema, _, path = source.rpartition("://")
+    return _folder(schema or "file", path)
 
 
 def _folder(schema: str, path: str) -> str | None:
@@ -44,17 +86,6 @@ def _folder(schema: str, path: str) -> str | None:
     if schema == "file":
         return path
     return str(files(path.replace("/", "."))) if schema == "pkg" and not path.startswith("hydra") else None
-
-
-def expand_typed(cfg: DictConfig, typed: Sequence[Override]) -> DictConfig:
-    """Return `cfg` with a crop n as [n, n], and without the epochs of a recipe or checkpoint if steps are typed."""
-    changes: dict[str, Any] = {}
-    crop = OmegaConf.select(cfg, "resolution.crop")
-    if type(crop) is int:
-        changes["resolution"] = {"crop": [crop, crop]}
-    if "trainer.steps" in keys_with_values(typed):
-        changes["trainer"] = {"epochs": None}
-    return OmegaConf.merge(cfg, changes)  # type: ignore[return-value]
 
 
 def search_path_override(folders: Sequence[str]) -> str:

@@ -1,14 +1,12 @@
 """OmegaConf resolvers for config files, and configs with the run-specific ones already resolved."""
 
 import math
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationResolutionError
 
 from dinoseg.config.nodes import instantiate, not_set
@@ -16,9 +14,10 @@ from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import KeyNotSet, UserError
 from dinoseg.utils.wording import join_names
 
-CLASS_FILE, CELLS = "class_file", "cells"
+CLASS_FILE = "dinoseg.class_file"
+CELLS = "dinoseg.cells"
+NOW = "dinoseg.now"
 _OF_FILE = "of_class_file"  # flag of lists and mappings from `classes.yaml`
-_ONE_AT_A_TIME = threading.RLock()  # OmegaConf has one table of resolvers for all threads
 
 
 class _Unmet(UserError, InterpolationResolutionError):
@@ -32,41 +31,23 @@ class _RootNotSet(KeyNotSet, _Unmet):
 
 
 def register_resolvers() -> None:
-    """Register the resolvers that config files may use.
+    """Register the resolvers that config files may use; a program may have others, such as `len`.
 
-    - `${len:${.classes}}` is the length of a list.
-    - `${class_file:KEY}` is the value of a key in `classes.yaml`. With `${class_file:KEY,shapes}`, the annotation files
-      replace an absent `classes.yaml`.
-    - `${cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training crop;
-      null if the patch size is null.
+    - `${dinoseg.len:${.classes}}` is the length of a list.
+    - `${dinoseg.class_file:KEY}` is the value of a key in `classes.yaml`. With `${dinoseg.class_file:KEY,shapes}`, the
+      annotation files replace an absent `classes.yaml`.
+    - `${dinoseg.cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training
+      crop; null if the patch size is null.
+    - `${dinoseg.now:%H-%M}` is the time, as that of `now` in Hydra.
     """
-    OmegaConf.register_new_resolver("len", _length, replace=True)
+    OmegaConf.register_new_resolver("dinoseg.len", _length, replace=True)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _resolve_class_file, replace=True)
+    OmegaConf.register_new_resolver(NOW, _time, replace=True, use_cache=True)
 
 
-@contextmanager
-def lent_resolvers() -> Iterator[None]:
-    """Register our resolvers for the block, and restore those of the surrounding program after it.
-
-    Blocks of several threads run one after another.
-    """
-    with _ONE_AT_A_TIME, added_resolvers():
-        yield
-
-
-@contextmanager
-def added_resolvers() -> Iterator[None]:
-    """Do the same for a long block: other threads wait only while it begins and ends."""
-    with _ONE_AT_A_TIME:
-        before = dict(BaseContainer._resolvers)
-        register_resolvers()
-    try:
-        yield
-    finally:
-        with _ONE_AT_A_TIME:
-            BaseContainer._resolvers.clear()
-            BaseContainer._resolvers.update(before)
+def _time(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
 
 
 def _length(values: Any) -> int:

@@ -53,7 +53,7 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
     config = to_container(cfg)
     choices = choices_of(config["choices"], keys)
     given = {key: config[key] for key in keys if key not in config.get(VALUES_ONLY, ())}
-    options = to_container(compose_options(choices_of(choices, given), config.get("config_dirs", ())))
+    options = compose_options(choices_of(choices, given), config.get("config_dirs", ()))
     targets: dict[str, str] = {}
     values = _values_of(cfg, given, options, (), targets, is_argument=False)
     values |= {key: config[key] for key in keys if key not in given}
@@ -205,7 +205,7 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
                 f"{source.where}: {format_value(f'{group}={option}')} is not the name of an option. {REMEDY}."
             )
     try:
-        composed = to_container(compose_options(chosen, source.folders))
+        composed = compose_options(chosen, source.folders)
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from None
     groups = {path.name for folder in (SHIPPED, *source.folders) for path in Path(folder).glob("*/")}

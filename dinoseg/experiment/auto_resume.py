@@ -158,7 +158,7 @@ def decide_in_folder(request: Request, folder: Path, run: PastRun | None) -> Dec
     if differences := [*_setting_differences(run.plan, request.plan)]:
         raise UserError(
             f"resume=auto: {folder} holds a run of another recipe: {'; '.join(differences)}. Set these keys as in that "
-            f"run, or choose another hydra.run.dir. To change the run, set {shlex.quote(f'resume={folder}')}."
+            f"run, or choose another run folder. To change the run, set {shlex.quote(f'resume={folder}')}."
         )
     action = _next_action(run)
     return Decision(Action.RESUME if action != Action.RESUME and _is_extended(run, request) else action, run)

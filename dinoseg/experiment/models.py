@@ -41,6 +41,7 @@ class ModelBuilder:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        register_resolvers()
         self._cfg = cfg
         self._parts: dict[str, Any] = {}  # by full key
         self.options: Mapping[str, str] = cfg.get("choices") or {}
@@ -48,7 +49,6 @@ class ModelBuilder:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Return the builder of a plain config, in any process."""
-        register_resolvers()
         return cls(OmegaConf.create(dict(config)))
 
     def with_changes(self, changes: Mapping[str, Any]) -> Self:

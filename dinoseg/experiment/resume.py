@@ -11,9 +11,9 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.composition import SHIPPED, compose_options
+from dinoseg.config.composition import SHIPPED, compose_options, expand_short_forms
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.job import expand_typed
+from dinoseg.config.job import keys_with_values
 from dinoseg.config.options import groups_of, options_in
 from dinoseg.config.plain import has_key, keys_of, to_container
 from dinoseg.config.stored import VALUES_ONLY, Source, choices_of, compose_stored
@@ -81,7 +81,7 @@ def merge(
     for value in (override for override in overrides if override.key_or_group not in cfg.choices):
         _take_value(value, cfg, merged, path)
     is_lifted = _lift_time_limit(cfg, merged, keys)
-    merged = expand_typed(merged, overrides)
+    merged = expand_short_forms(merged, keys_with_values(overrides))
     changed = _changes(before, merged, overrides) if tell else []
     if tell and is_lifted:
         changed.append(f"trainer.max_minutes=null instead of {before.trainer.max_minutes:g}, since a length is given")
@@ -135,11 +135,11 @@ def standalone_config(
     saved = compose_stored({**info, "config": stored}, source, unused=unused)
     facts = {"resume": str(path), "choices": {**info["choices"], **chosen}, "config_dirs": folders}
     facts[VALUES_ONLY] = [*unused]
-    merged = OmegaConf.create({**to_container(compose_options(chosen, folders)), **facts, **saved})
+    merged = OmegaConf.create({**compose_options(chosen, folders), **facts, **saved})
     _keep_precision(merged, info, [*changes])
     for changed, value in changes.items():
         OmegaConf.update(merged, changed, value)
-    return expand_typed(merged, ())
+    return expand_short_forms(merged, ())
 
 
 def _keep_precision(merged: DictConfig, info: Mapping[str, Any], keys: Sequence[str]) -> None:

@@ -153,7 +153,4 @@ class VideoWriter:
             return 0
 
     def _unwritable(self, reason: str) -> UserError:
-        return UserError(
-            f"Cannot write {self.path}: {reason}. Free some disk space, or choose another output folder with "
-            "hydra.run.dir."
-        )
+        return UserError(f"Cannot write {self.path}: {reason}. Free some disk space, or choose another run folder.")

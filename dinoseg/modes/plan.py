@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.autotune.fitting import Fit, FitSearch, Words
 from dinoseg.autotune.step_bytes import step_flops
 from dinoseg.autotune.target import KINDS, Target, memory_of
+from dinoseg.config.job import folder_words
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.step import check_trainer, training_parts
@@ -67,7 +67,7 @@ def plan(
     whole = search.as_it_is
     _print_step(whole, target)
     found = _require_fit(search)
-    command = _command(out_dir, found.words)
+    command = _command(cfg, out_dir, found.words)
     _print_changes(found, target, command)
     duration = None if tflops is None else _duration(build, found, target, tflops)
     result = {
@@ -164,14 +164,12 @@ def _duration(build: Builder, found: Fit, target: Target, tflops: float) -> dict
     return {"flops": flops, "hours": hours}
 
 
-def _command(out_dir: Path, words: Words) -> str:
+def _command(cfg: DictConfig, out_dir: Path, words: Words) -> str:
     """Return the command that trains with the typed words, of which `words` replaces those that change."""
     gone = ("mode", "hydra.run.dir", *words)
     remaining = [word for word in last_command_line(out_dir) if not is_below(word.lstrip("+~").partition("=")[0], gone)]
     new = [f"{key}={format_override(value)}" for key, value in words.items()]
-    sources = HydraConfig.get().runtime.config_sources
-    flags = [flag for source in sources if source.provider == "command-line" for flag in ("--config-dir", source.path)]
-    return shlex.join(["python", "-m", "dinoseg", "mode=train", *remaining, *new, *flags])
+    return shlex.join(["python", "-m", "dinoseg", "mode=train", *remaining, *new, *folder_words(cfg.config_dirs)])
 
 
 def _as_gib(amount: float) -> str:

@@ -120,7 +120,7 @@ def predict(
                 write_class_record(written, *facts, keys, has_layers=bool(layers), groups=groups)
     except OSError as error:
         raise UserError(
-            f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."
+            f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another run folder."
         ) from error
     _check_failures(run, len(images) + len(videos))
     reference = None if split is None else folder / REFERENCES
@@ -211,13 +211,13 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
     except FileNotFoundError:
         return
     except forms.SchemaError as error:
-        raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another hydra.run.dir.") from None
+        raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another run folder.") from None
     if before.get("stamp") != settings["stamp"]:  # one file may have several paths
         was, now = before.get("resume"), settings["resume"]
         change = f"{now} has changed" if was == now else f"it was {was}, and is {now}"
         raise UserError(
-            f"hydra.run.dir={folder} holds predictions of another model: {change}. Use that model again to resume "
-            "there, or another hydra.run.dir for this one."
+            f"{folder} holds predictions of another model: {change}. Use that model again to resume "
+            "there, or another run folder for this one."
         )
     check_same_settings(
         folder, *({key: value for key, value in each.items() if key not in _MODEL} for each in (before, settings)),

@@ -137,16 +137,16 @@ test_message_names_value_and_remedy = refusals(
         "nested augmentation": (open_with(data={"augment": {"color": "photometric"}}), "augment has no effect"),
         "place of a key": (
             open_with(value_range=[0, 1]),
-            'data.pixels.value_range is one, with data={"pixels": "files"}',
+            "data.pixels.value_range is one, with data/pixels=files",
         ),
         "option": (
             open_with(pixels="file"),
-            'data={"pixels": "file"} is unknown. Did you mean data={"pixels": "files"}',
+            "data/pixels=file is unknown. Did you mean data/pixels=files",
         ),
         "missing option": (
             open_with(pixels={"value_range": [0, 4095]}),
-            'Write data={"pixels": {"name": "files", "value_range": [0, 4095]}}, or',
+            "Write data/pixels=files data.pixels.value_range=[0,4095], or",
         ),
-        "slash": (open_with(**{"a/b": 1}), "data.a/b is not the name of a key"),
+        "slash": (open_with(**{"a/b": 1}), "data.a/b is not a key"),
     }
 )

@@ -18,7 +18,7 @@ from docs_stand_ins import CPU, SHORT, SMALL
 
 import dinoseg
 from dinoseg.api import modes, runs
-from dinoseg.api.compose import words_of
+from dinoseg.api.compose import read_call, words_of
 from dinoseg.api.jobs import run_mode
 from dinoseg.synthetic.surgery.write import render_dataset
 from dinoseg.tasks.preparation import sarrarp
@@ -72,7 +72,7 @@ def test_each_name_has_a_docstring_and_is_once_on_the_api_page():
 def run_small(mode, words, overrides, *options, **named):
     """Run a mode with a small model on a CPU, without its output."""
     small = {"train": (*SMALL, *SHORT, *CPU, "mode.metrics_only=true"), "score": (), "compare": ()}
-    words = [*words, *words_of(overrides), *small.get(mode, CPU)]
+    words = [*words, *words_of(*read_call((), overrides)[:2]), *small.get(mode, CPU)]
     with redirect_stdout(StringIO()):
         return run_mode(mode, words, {}, *options, **named)
 

@@ -20,11 +20,10 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.api.compose import compose
+from dinoseg.api.modes import train
 from dinoseg.api.session import preserve_process_state
 from dinoseg.experiment.log_file import configure_log
 from dinoseg.utils.errors import UserError
@@ -73,17 +72,6 @@ def torch_settings():
     return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype(), *flags
 
 
-def change_hydra():
-    HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"job": {}}})
-    ConfigStore.instance().store("of_a_mode", {})
-    OmegaConf.register_new_resolver("of_a_mode", str)
-
-
-def hydra():
-    names = [name for name in ("of_a_mode", "len", "class_file") if OmegaConf.has_resolver(name)]
-    return HydraConfig.instance().cfg, GlobalHydra.instance().hydra, [*ConfigStore.instance().repo], names
-
-
 def change_accelerate():
     AcceleratorState._shared_state["x"] = PartialState._shared_state["x"] = 1
 
@@ -101,7 +89,6 @@ PARTS = {  # how a mode changes a part of the state, and what reads that
         lambda: multiprocessing.set_start_method("spawn", force=True),
         lambda: multiprocessing.get_start_method(allow_none=True),
     ),
-    "hydra": (change_hydra, hydra),
     "accelerate": (
         change_accelerate,
         lambda: (dict(AcceleratorState._shared_state), dict(PartialState._shared_state)),
@@ -165,7 +152,7 @@ class CallersOptimizer:
     speed: int = 1
 
 
-def test_a_hydra_program_can_call_modes(monkeypatch):
+def test_a_hydra_program_can_compose(monkeypatch):
     store = ConfigStore.instance()
     monkeypatch.setattr(store, "repo", dict(store.repo))
     store.store(group="optim", name="adamw", node=CallersOptimizer)
@@ -174,11 +161,18 @@ def test_a_hydra_program_can_call_modes(monkeypatch):
         before = GlobalHydra.instance().hydra
         # a config of that name is not taken for one of that class
         assert "optimizer" in compose([*options, "trainer=slots", "slots=lock_on"]).optim
-        with preserve_process_state():
-            assert not GlobalHydra.instance().is_initialized()
         assert GlobalHydra.instance().hydra is before and "optim" in store.repo
         with pytest.raises(Exception, match="optim/adamw"):
             hydra_compose("main", [*options, "inference=whole"])
+
+
+def test_explained_error_keeps_the_hydra_of_a_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        before = GlobalHydra.instance().hydra
+        with pytest.raises(UserError, match="seed=.{nowhere} refers to a key that does not exist"):
+            train("demo", seed="${nowhere}", data={"root": "."})
+        assert GlobalHydra.instance().hydra is before
 
 
 def test_a_process_group_of_the_caller_is_refused(tmp_path):

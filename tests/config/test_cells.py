@@ -15,7 +15,7 @@ from dinoseg.experiment.recipe import config_description
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import backbone_size
 
-GRID = "${cells:${resolution},${backbone.patch_size}}"
+GRID = "${dinoseg.cells:${resolution},${backbone.patch_size}}"
 
 
 def cells(crop, patch_size, scale=1.0, longest=None):

@@ -34,6 +34,8 @@ from transformers import AutoConfig
 
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config import checks
+from dinoseg.config.composition import compose as compose_config
+from dinoseg.config.job import read_words
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.options import option_files
 from dinoseg.config.plain import resolve_node, to_container
@@ -99,15 +101,43 @@ def check(node, path=""):
     return len(found)
 
 
+def compose_recipe(compose, hparam):
+    """Return the options that a recipe chooses, its words, and its config."""
+    mode = mode_for(hparam)
+    choice = main_choices(mode) | written_choices(hparam)
+    words = (f"mode={mode}", f"hparam={hparam}", *required_overrides(choice))
+    return choice, words, compose(*words)
+
+
 @pytest.fixture(scope="module")
 def recipes(compose):
-    """Return the options that each recipe chooses, and its config."""
-    found = {}
-    for hparam in options("hparam"):
-        mode = mode_for(hparam)
-        choice = main_choices(mode) | written_choices(hparam)
-        found[hparam] = choice, compose(f"mode={mode}", f"hparam={hparam}", *required_overrides(choice))
-    return found
+    return {hparam: compose_recipe(compose, hparam) for hparam in options("hparam")}
+
+
+def check_composed(words, cfg):
+    """Compare the config that Hydra has composed with our own composition of the same words."""
+    chosen, values, _ = read_words(words, [FOLDER])
+    assert to_container(compose_config(chosen, values).cfg) == to_container(cfg), words
+
+
+def test_some_recipes_and_options_compose_as_by_hydra(compose):
+    """The next two tests compare all."""
+    for hparam in options("hparam")[::16]:
+        check_composed(*compose_recipe(compose, hparam)[1:])
+    for each in choices()[8::16]:
+        check_composed(*row(compose, *each)[2:])
+
+
+@pytest.mark.heavy
+def test_every_recipe_composes_as_by_hydra(recipes):
+    for _, words, cfg in recipes.values():
+        check_composed(words, cfg)
+
+
+@pytest.mark.heavy
+def test_every_option_composes_as_by_hydra(rows):
+    for _, _, words, cfg in rows:
+        check_composed(words, cfg)
 
 
 def check_restored(cfg):
@@ -125,7 +155,7 @@ def check_restored(cfg):
 def test_every_recipe_composes_resolves_and_is_restored(recipes):
     checked, given = 0, 0
     targets, saved = 0, 0
-    for hparam, (choice, cfg) in recipes.items():
+    for hparam, (choice, _, cfg) in recipes.items():
         assert "mode" not in read("hparam", hparam), f"hparam={hparam} writes keys of a mode: compose it with each"
         check_written(cfg, read("hparam", hparam), f"hparam={hparam}")
         checked += check(cfg)
@@ -156,7 +186,11 @@ def written_values(node, path=()):
         here = (*path, key)
         if isinstance(value, dict) and value:
             yield from written_values(value, here)
-        elif here[-1] != "defaults" and value not in ("???", "${class_file:classes}") and here != ("data", "root"):
+        elif (
+            here[-1] != "defaults"
+            and value not in ("???", "${dinoseg.class_file:classes}")
+            and here != ("data", "root")
+        ):
             yield here, value
 
 
@@ -182,14 +216,15 @@ def choices():
 
 
 def row(compose, mode, chosen):
-    """Return the choices of a config, and the config; None leaves a group at its default."""
+    """Return the choices of a config, its words, and the config; None leaves a group at its default."""
     chosen = {"mode": mode, **{group: option for group, option in chosen.items() if option is not None}}
-    words = [f"{group}={option}" for group, option in chosen.items()]
     whole = main_choices(mode) | chosen
-    return chosen, whole, compose(*words, *(required_overrides(whole) if "data" in whole else []))
+    words = [f"{group}={option}" for group, option in chosen.items()]
+    words += required_overrides(whole) if "data" in whole else []
+    return chosen, whole, words, compose(*words)
 
 
-def check_row(chosen, whole, cfg):
+def check_row(chosen, whole, _, cfg):
     """Check that a config has all that its options write; return how many `_target_`s and values."""
     found = check(cfg)
     assert found == sum(written_targets(*pair) for pair in whole.items()), chosen
@@ -204,8 +239,8 @@ def rows(compose):
 def test_some_options_compose_and_are_restored(compose):
     """The next three tests look at all."""
     for each in choices()[::16]:
-        chosen, whole, cfg = row(compose, *each)
-        check_row(chosen, whole, cfg)
+        chosen, whole, words, cfg = row(compose, *each)
+        check_row(chosen, whole, words, cfg)
         if whole["mode"] == "train":
             check_restored(cfg)
             check_backbone(chosen["backbone"], cfg.backbone)
@@ -214,7 +249,7 @@ def test_some_options_compose_and_are_restored(compose):
 @pytest.mark.heavy
 def test_every_option_of_every_other_group_composes(rows):
     checked, values = map(sum, zip(*(check_row(*each) for each in rows), strict=True))
-    tried = {pair for chosen, _, _ in rows for pair in chosen.items()}
+    tried = {pair for chosen, *_ in rows for pair in chosen.items()}
     files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("hydra", "local", "hparam")]
     assert len(tried) == len([path for path in files if path.stem[0] != "_"]) >= 40
     assert checked >= 10 * len(rows) and values > 4 * len(tried)
@@ -229,7 +264,7 @@ def in_place(group, option):
 @pytest.mark.heavy
 def test_checkpoint_restores_every_option(rows):
     given = set()
-    for chosen, whole, cfg in rows:
+    for chosen, whole, _, cfg in rows:
         if whole["mode"] == "train":
             check_restored(cfg)
             given |= {pair for pair in chosen.items() if pair[0] in SAVED}
@@ -259,7 +294,7 @@ def check_backbone(option, node):
 
 @pytest.mark.heavy
 def test_backbone_options_set_only_keys_of_their_family(rows):
-    found = {chosen["backbone"]: cfg.backbone for chosen, _, cfg in rows if "backbone" in chosen}
+    found = {chosen["backbone"]: cfg.backbone for chosen, _, _, cfg in rows if "backbone" in chosen}
     for option, node in found.items():
         check_backbone(option, node)
     assert len(found) == len(list((FOLDER / "backbone").glob("[!_]*.yaml")))

@@ -263,7 +263,7 @@ ODD = {  # place, value, what the refusal says
     "within a text": ("data/root", "a ${oc.env:HOME} b", "interpolation is refused"),
     "a pointer": ("head/num_classes", "${data.num_classes}", "interpolation is refused"),
     "in a list": ("data/classes", ["a", "${seed}"], "interpolation is refused"),
-    "a class file": ("data/root", "${class_file:classes}", "interpolation is refused"),
+    "a class file": ("data/root", "${dinoseg.class_file:classes}", "interpolation is refused"),
     "escaped": ("data/root", "\\${oc.env:HOME}", "interpolation is refused"),
     "put together by a sign": ("data/root", "$${data.on_error}", "interpolation is refused"),
     "places for files": ("data/opened/cache_dir", "elsewhere", "must not choose where files are written"),
@@ -378,7 +378,7 @@ def test_resolved_values_are_not_resolved_again(tmp_path, monkeypatch):
 def test_keys_of_options_follow_the_order_of_hydra(tmp_path, name, text, key, value):
     (tmp_path / "head").mkdir()
     (tmp_path / f"head/{name}.yaml").write_text(f"{text}\n")
-    assert compose_options({"head": name}, [tmp_path]).head[key] == value
+    assert compose_options({"head": name}, [tmp_path])["head"][key] == value
     assert by_hydra(tmp_path, f"head={name}").head[key] == value
 
 
@@ -396,7 +396,7 @@ def test_options_are_found_where_hydra_finds_them(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{name}.yaml").write_text(text)
     chosen = {"data": "mine", "head": "mine", "parts@data.parts": "b", "data/deep/part@data.y.deep.part": "large"}
-    found = to_container(compose_options(chosen, [tmp_path]))
+    found = compose_options(chosen, [tmp_path])
     head = {"lr": 1e-3, "_target_": "my.Head", "norm": {"_target_": "my.Norm"}, "last": {"_target_": "my.Last"}}
     assert found["head"] == head
     assert found["data"] == {

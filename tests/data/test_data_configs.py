@@ -19,7 +19,7 @@ NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))
 )
 def test_every_config_is_whole(tmp_path, name):
     text = (CONFIGS / f"data/{name}.yaml").read_text()
-    described = "${class_file:classes" in text or "[_annotated," in text  # by files of the data's own
+    described = "${dinoseg.class_file:classes" in text or "[_annotated," in text  # by files of the data's own
     data = load(name, tmp_path, *(["data.classes=[a,b]"] if described else []))
     labels = Labels.of(list(data.classes), data.palette, data.ignore_index)
     assert data.num_classes == len(labels.classes) and data.batch_size == 8

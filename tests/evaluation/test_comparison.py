@@ -411,7 +411,7 @@ def test_groups_that_only_train_do_not_separate_recipes(tmp_path):
 
 
 def test_class_file_values_do_not_separate_recipes(tmp_path):
-    left = {"background": "${class_file:background}", "reader": {"ids": "${class_file:ids,shapes}"}}
+    left = {"background": "${dinoseg.class_file:background}", "reader": {"ids": "${dinoseg.class_file:ids,shapes}"}}
     trained = with_config(tmp_path / "trained", **left)
     evaluated = with_config(tmp_path / "evaluated", 1, background=None, reader={"ids": {11: 255, 12: 0}})
     other = with_config(tmp_path / "other", 2, background=None, reader={"ids": {11: 255}, "idsof": 1})

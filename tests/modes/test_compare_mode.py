@@ -339,7 +339,7 @@ def test_config_with_a_class_file_still_shows_images(runs, compare_sides):
     config = (runs / "segmenter/config/config.yaml").read_text()
     (runs / "typed/config/config.yaml").write_text(config)
     _, (other,), said = compare_sides("typed", "second")
-    assert "${class_file:palette}" in config and other.shots and "has no images" not in said
-    hidden = config.replace("${class_file:palette}", "${class_file:${oc.env:HOME}}")
+    assert "${dinoseg.class_file:palette}" in config and other.shots and "has no images" not in said
+    hidden = config.replace("${dinoseg.class_file:palette}", "${dinoseg.class_file:${oc.env:HOME}}")
     (runs / "typed/config/config.yaml").write_text(hidden)
     assert "this interpolation is refused" in compare_sides("typed", "second")[-1]

@@ -4,11 +4,11 @@ import json
 import math
 import shlex
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from command_line import SMALL, call, succeed, write_data
 from mistakes import assert_refused
+from omegaconf import OmegaConf
 
 from dinoseg.autotune import fitting
 from dinoseg.autotune.step_bytes import StepBytes
@@ -131,9 +131,7 @@ def test_cpu_ranks_share_free_memory_but_not_a_given_amount(compose, monkeypatch
 def test_planned_command_preserves_unchanged_overrides(monkeypatch, tmp_path):
     typed = ["mode=plan", "+mode.memory=1GiB", "adapter=full", "++adapter.rank=2", "adapters=x", "data.root=a b"]
     monkeypatch.setattr(planning, "last_command_line", lambda folder: [*typed, "hydra.run.dir=run"])
-    sources = [SimpleNamespace(provider=name, path=name) for name in ("main", "command-line")]
-    hydra = SimpleNamespace(runtime=SimpleNamespace(config_sources=sources))
-    monkeypatch.setattr(planning, "HydraConfig", SimpleNamespace(get=lambda: hydra))
-    command = planning._command(tmp_path, {"adapter": "lora", "data.batch_size": 2})
+    cfg = OmegaConf.create({"config_dirs": ["own"]})
+    command = planning._command(cfg, tmp_path, {"adapter": "lora", "data.batch_size": 2})
     kept = ["mode=train", "adapters=x", "data.root=a b", "adapter=lora", "data.batch_size=2"]
-    assert shlex.split(command) == ["python", "-m", "dinoseg", *kept, "--config-dir", "command-line"]
+    assert shlex.split(command) == ["python", "-m", "dinoseg", *kept, "--config-dir", "own"]

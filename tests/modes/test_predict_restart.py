@@ -33,7 +33,7 @@ def test_repeated_command_resumes_in_its_folder(trained_once, tmp_path):
         fcntl.flock(log, fcntl.LOCK_EX)
         busy = call(tmp_path, *words)
     assert busy.status == 1 and "Another process is writing to" in busy.err
-    assert "Wait for it, or choose another hydra.run.dir." in busy.err and not (tmp_path / "out_2").exists()
+    assert "Wait for it, or choose another run folder." in busy.err and not (tmp_path / "out_2").exists()
 
 
 @pytest.mark.heavy

@@ -12,15 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
 from dinoseg.autotune.rules import RecipeChoice
 from dinoseg.cli.auto.choose import Budget, choose
-from dinoseg.config.job import SEARCH_PATH, job_config, search_path_override
+from dinoseg.config.composition import SHIPPED, compose
+from dinoseg.config.job import read_words, search_path_override
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.task import refuse_layers
@@ -81,7 +80,7 @@ class ChosenRecipe:
         path = folder / "hparam" / f"{NAME}.yaml"
         if not path.exists():
             write_text(path, self.text)
-        folders = [f"file://{Path(each).absolute()}" for each in user_folders()]
+        folders = [f"file://{Path(each).absolute()}" for each in self.cfg.config_dirs]
         search_path = [search_path_override(folders)] if folders else []
         # Hydra reads the last --config-dir
         words = [*self.words, *search_path, f"hparam={NAME}", "--config-dir", str(folder)]
@@ -106,13 +105,14 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     path = _path(build, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
     create_cache_dir(path.parent)
+    others = [*_without(words, "budget"), f"+budget.minutes={cfg.budget.minutes}"]  # which the chosen recipe lacks
     # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
     with hold_lock(path.with_suffix(".lock")):
         stored = read_choices(path)
         if stored is None:
 
             def compose_with(choices: Sequence[RecipeChoice]) -> DictConfig:
-                return _compose_choices(words, cfg.budget.minutes, "trying", drop_typed(choices, given)[0])
+                return compose_recipe(others, cfg.config_dirs, recipe_text("trying", drop_typed(choices, given)[0]))
 
             data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
             stored = choose(compose_with, data, build.engine(devices=1), given, Budget(cfg.budget.minutes))
@@ -126,14 +126,10 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
     print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
-    chosen = _compose_choices(words, cfg.budget.minutes, about, choices)
-    return ChosenRecipe(chosen, recipe_text(about, choices), _without(words, "budget", "hparam", "resume"))
-
-
-def _compose_choices(words: Sequence[str], minutes: float, about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
-    """Return the config of the command line with the chosen recipe, which lacks the key of the budget."""
-    others = _without(words, "budget")
-    return composed_with([*others, f"+budget.minutes={minutes}"], NAME, recipe_text(about, choices), known_as=AUTO)
+    text = recipe_text(about, choices)
+    return ChosenRecipe(
+        compose_recipe(others, cfg.config_dirs, text), text, _without(words, "budget", "hparam", "resume")
+    )
 
 
 def _without(words: Sequence[str], *roots: str) -> list[str]:
@@ -285,31 +281,22 @@ def typed_keys(words: Sequence[str]) -> frozenset[str]:
     return frozenset(each.key_or_group for each in OverridesParser.create().parse_overrides(list(words)))
 
 
-def user_folders() -> list[str]:
-    """Return the folder that `--config-dir` names, as a list; empty if it is not given."""
-    return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
-
-
-def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
+def compose_recipe(words: Sequence[str], folders: Sequence[str], text: str) -> DictConfig:
     """Return the config of a command line with a recipe of the given text instead of its own.
 
-    Precedence is unchanged: typed values and `local` override the recipe.
+    Precedence is unchanged: typed values and `local` override the recipe. Its name in `choices` is `auto`, under which
+    its runs are listed.
 
     Args:
         words: the command line.
-        name: name of the recipe.
+        folders: further folders of config groups.
         text: content of the recipe's file.
-        known_as: the recipe's name in `choices`, under which its runs are listed.
     """
-    overrides = OverridesParser.create().parse_overrides(list(words))
-    remaining = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", SEARCH_PATH)]
-    folders = [folder for each in overrides if each.key_or_group == SEARCH_PATH for folder in each.value() or ()]  # type: ignore[union-attr]
+    options, values, more = read_words(words, [SHIPPED, *map(Path, folders)])
+    own = [*folders, *map(str, more)]
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "hparam" / f"{name}.yaml"
+        path = Path(folder) / "hparam" / f"{NAME}.yaml"
         path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
-        searched = search_path_override([*map(str, folders), f"file://{folder}"])
-        composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
-        cfg = job_config(composed, composed.hydra)
-    own = [each for each in cfg.config_dirs if each != folder]
-    return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}, "config_dirs": own})  # type: ignore[return-value]
+        cfg = compose({**options, "hparam": NAME}, values, [*own, folder]).cfg
+    return OmegaConf.merge(cfg, {"choices": {"hparam": AUTO}, "config_dirs": own})  # type: ignore[return-value]

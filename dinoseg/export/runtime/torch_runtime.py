@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.inference.predictor import Predictor
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.torch_defaults import default_precision_and_device, default_settings
@@ -102,7 +101,7 @@ def _replace_modules(value: Any, replicas: dict[int, Any]) -> Any:
 
 @contextmanager
 def preserve_global_state() -> Iterator[None]:
-    """Restore OmegaConf's resolvers, torch's random state and settings after the block, which has default settings."""
+    """Restore torch's random state and settings after the block, which has default settings."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with lent_resolvers(), torch.random.fork_rng(devices), default_settings():
+    with torch.random.fork_rng(devices), default_settings():
         yield

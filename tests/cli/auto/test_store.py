@@ -5,15 +5,11 @@ import os
 
 import pytest
 import yaml
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from dinoseg.__main__ import CONFIGS
 from dinoseg.autotune.rules import RecipeChoice
-from dinoseg.cli.auto import recipe
-from dinoseg.cli.auto.recipe import choice_lines, read_choices, recipe_text, typed_keys, write_choices
+from dinoseg.cli.auto.recipe import choice_lines, compose_recipe, read_choices, recipe_text, typed_keys, write_choices
 from dinoseg.config.job import search_path_override
-from dinoseg.config.resolvers import register_resolvers
 from dinoseg.utils.forms import SchemaError
 
 CHOICES = [
@@ -75,18 +71,11 @@ def test_each_choice_is_a_line_with_its_reason():
     ]
 
 
-@pytest.fixture
-def compose_recipe():
-    register_resolvers()
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        yield lambda words, text: recipe.composed_with(words, recipe.NAME, text, known_as="auto")
-
-
-def test_recipe_has_lower_priority_than_typed_values(compose_recipe):
+def test_recipe_has_lower_priority_than_typed_values():
     text = recipe_text("few images", CHOICES)
     assert text.startswith("# @package _global_\n") and "# head: poles are thin\n" in text
     words = ["mode=train", "hparam=auto", "head=mlp", "data.batch_size=3", "data.classes=[a,b]"]
-    cfg = compose_recipe(words, text)
+    cfg = compose_recipe(words, [], text)
     choices = (cfg.choices.head, cfg.choices.adapter, cfg.choices.loss, cfg.choices.hparam)
     assert choices == ("mlp", "full", "ce_dice", "auto")
     assert cfg.data.batch_size == 3 and cfg.resolution.crop == [352, 480] and cfg.data.labelled == 1e-5
@@ -102,22 +91,22 @@ def test_line_break_in_a_class_name_adds_no_key_to_the_recipe(end):
 
 
 @pytest.mark.parametrize("name", ["more", "more of them", "a,b", "it's", "a=b", "[x]"])
-def test_config_folder_with_any_name_is_searched(compose_recipe, tmp_path, name):
+def test_config_folder_with_any_name_is_searched(tmp_path, name):
     part = tmp_path / name / "head" / "mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
     words = [search_path_override([f"file://{tmp_path / name}"]), "head=mine"]
-    assert compose_recipe(words, recipe_text("x", CHOICES[4:5])).head.lr == 0.5
+    assert compose_recipe(words, [], recipe_text("x", CHOICES[4:5])).head.lr == 0.5
 
 
-def test_classes_have_their_names_in_a_recipe(compose_recipe, tmp_path):
+def test_classes_have_their_names_in_a_recipe(tmp_path):
     names = ["höhe", "\U0001f6b2", 'a"b: {', "no", "1e3", "null", "~", "_background_", "it's, a.b", "lead "]
     names += ["2024-01-01"]
     words = {"loss": "ce_dice", "loss.weights": dict.fromkeys(names, 3.0), "loss.criterion.factors.dice": 2.0}
     choices = [RecipeChoice(words, "")]
     write_choices(tmp_path / "choices.json", "x", choices)
     assert read_choices(tmp_path / "choices.json") == ("x", choices)
-    cfg = compose_recipe([], recipe_text("x", choices))
+    cfg = compose_recipe([], [], recipe_text("x", choices))
     saved = OmegaConf.create(OmegaConf.to_yaml(cfg.loss))
     assert cfg.loss.weights == saved.weights == dict.fromkeys(names, 3.0)
     assert cfg.loss.criterion.factors.dice == 2.0

@@ -208,7 +208,7 @@ def test_checkpoint_stores_the_values_of_the_class_file(load, tmp_path):
         assert (first.labels, first.masks) == (second.labels, second.masks)
     text = json.dumps(kept["config"])
     assert "class_file" not in text and "${" not in text
-    kept["config"]["data"]["classes"] = "${class_file:classes}"
+    kept["config"]["data"]["classes"] = "${dinoseg.class_file:classes}"
     assert_refused(lambda: compose_stored(kept, Source("resume=file")), "interpolation is refused")
 
 

@@ -1,0 +1,149 @@
+"""Errors of composing a config: each names the key or option, the rule that it breaks, and the remedy."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinoseg.config.options import (
+    list_groups,
+    modes_with,
+    nested_groups,
+    nested_keys,
+    options_in,
+    options_with,
+)
+from dinoseg.config.plain import keys_of
+from dinoseg.utils.errors import NoMode, UnknownKey, UnknownOption, UserError
+from dinoseg.utils.wording import format_override, join_names, nearest
+
+_FOLDER = "Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in Python."
+_NOT_READ = "{}: mode={} does not read the group {}. Leave it out, or choose a mode that reads it: {}."
+_DEFAULT_MODE = "help"
+_PATHS = {"data": "data.root", "backbone": "backbone.weights", "head": "head.weights"}  # keys of paths by group
+
+
+def unknown_option(group: str, option: str, folders: Sequence[Path]) -> UserError:
+    """Return the error on an option that no folder has."""
+    options = options_in(folders, group)
+    question = nearest(option, options, f"{group}=")
+    remedy = f" For a path, set {_PATHS[group]}={option}." if group in _PATHS and os.path.exists(option) else ""
+    message = f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.{remedy}"
+    return UnknownOption(message, group=group, option=option)
+
+
+def not_a_list_group(group: str, options: Sequence[str], folders: Sequence[Path]) -> UserError:
+    """Return the error on a list of options for a group that takes one."""
+    known = ", ".join(options_in(folders, group))
+    return UserError(
+        f"{group}={format_override(options)} is a list, and {group} takes one option. Choose one of {known}."
+    )
+
+
+def missing_option(group: str, option: str) -> UserError:
+    """Return the error on an option that a file names, and that no folder has."""
+    return UserError(f"{group}={option} is not an option on this machine. {_FOLDER}")
+
+
+def group_not_read(
+    key: str, option: Any, origin: str | None, choices: Mapping[str, Any], folders: Sequence[Path]
+) -> UserError:
+    """Return the error on an option of a group that the mode does not compose.
+
+    Args:
+        key: name of the group in Hydra's overrides.
+        option: of the group.
+        origin: file whose defaults list chooses it; None: a caller's choice.
+        choices: option of each group that is composed.
+        folders: of config groups, the shipped one first.
+    """
+    group, mode = key.partition("@")[0], choices.get("mode")
+    if origin is not None and origin.startswith("hparam/"):
+        return UserError(
+            f"hparam={origin.partition('/')[2]} sets {key}, which mode={mode} does not read. Leave hparam out: "
+            "resume=RUN brings the settings of its training, and data=DATASET those of a dataset."
+        )
+    if origin is not None:
+        return UserError(f"{origin}.yaml sets {key}, which mode={mode} does not read. Remove the entry.")
+    if "/" in group and group in nested_groups(folders):
+        return UserError(f"{key}={option}: no chosen option of {group.partition('/')[0]} has it. Leave it out.")
+    modes = modes_with(folders, group)
+    if mode == _DEFAULT_MODE and modes:
+        return no_mode(folders)
+    return UserError(_NOT_READ.format(f"{key}={option}", mode, group, ", ".join(modes) or "none here"))
+
+
+def no_mode(folders: Sequence[Path]) -> NoMode:
+    """Return the error on words of a job without a mode."""
+    modes = ", ".join(options_in(folders, "mode"))
+    return NoMode(f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands.")
+
+
+def repeated_group(key: str, name: str) -> UserError:
+    """Return the error on a group that two defaults lists compose at one place."""
+    return UserError(f"{name}.yaml composes the group {key}, which another file composes, too. Use override {key}.")
+
+
+def circular_defaults(path: Path) -> UserError:
+    """Return the error on a config file whose defaults list leads to itself."""
+    return UserError(f"The defaults list of {path} includes that file again. Remove the entry.")
+
+
+def unreadable_file(path: Path, reason: Any) -> UserError:
+    """Return the error on a file that is no config file."""
+    text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    return UserError(f"{path} is not a config file ({text}). Write keys and values into it, as UTF-8.")
+
+
+def invalid_value(key: str, value: Any, reason: Any) -> UserError:
+    """Return the error on a value that a key of the config cannot take."""
+    text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    return UserError(f"{key}={format_override(value)} is not a value of this key ({text}). Correct it.")
+
+
+def unknown_key(
+    key: str, value: Any, config: Mapping[str, Any], choices: Mapping[str, Any], folders: Sequence[Path]
+) -> UserError:
+    """Return the error on a key that a config lacks, with the modes and options that have it, else a near key.
+
+    Args:
+        key: the full key.
+        value: that it would have.
+        config: that of the chosen options, as plain values.
+        choices: option of each group.
+        folders: of config groups, the shipped one first.
+    """
+    root, _, below = key.partition(".")
+    word = f"{key}={format_override(value)}"
+    mode = choices.get("mode")
+    options = options_with(folders, key)
+    if root not in config:
+        modes = modes_with(folders, root)
+        if mode == _DEFAULT_MODE and (modes or options_with(folders, root)):
+            return no_mode(folders)
+        if modes and mode not in modes:
+            return UserError(_NOT_READ.format(word, mode, root, ", ".join(modes)))
+        if brought := [] if modes else options_with(folders, root):
+            return UnknownKey(f"{key} is a key of {' or '.join(brought)}. Add it, or leave the key out.", key=key)
+    if not options:
+        return _misspelt(key, config, folders)
+    if root in list_groups(folders):
+        first = options[0].partition("=")[2]
+        chosen, remedy = "no chosen option", f"Add one to the list, such as {root}=[{first}], or leave the key out."
+        message = f"{word}: {chosen} has this key. Options that have it: {join_names(options, 8)}. {remedy}"
+        return UnknownKey(message, key=key)
+    chosen = f"{root}={choices[root]}" if root in choices else f"the {root} of the checkpoint"
+    remedy = "Choose one of them, or leave the key out." if root in choices else "Leave the key out."
+    if len(options) == 1 and "/" in options[0]:  # a nested group, whose option stands beside those of the groups
+        remedy = f"Write {options[0]} {word}, or leave the key out."
+    message = f"{word}: {chosen} has no key {below}. Options that have it: {join_names(options, 8)}. {remedy}"
+    return UnknownKey(message, key=key)
+
+
+def _misspelt(key: str, config: Mapping[str, Any], folders: Sequence[Path]) -> UnknownKey:
+    known, nested = [*keys_of(config)], nested_keys(folders)
+    same_name = [each for each in (*known, *nested) if each.rpartition(".")[2] == key.rpartition(".")[2]]
+    found = nearest(key, known)
+    if same_name and not {*same_name} & {*known}:
+        found = "".join(f" {each} is one, with {nested[each]}." for each in same_name)
+    return UnknownKey(f"{key} is not a key of the config.{found} docs/config.md lists the keys.", key=key)
