@@ -20,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_ranks, run_mode, run_ranks, shortages_as_user_errors
-from dinoseg.cli.typos import no_mode
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
 from dinoseg.config.job import keys_with_values
+from dinoseg.config.mistakes import no_mode
 from dinoseg.config.nodes import check_partial
 from dinoseg.config.plain import BUILDS, below, to_container
 from dinoseg.config.resolvers import register_resolvers

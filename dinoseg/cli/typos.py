@@ -8,41 +8,26 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
 
 from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
-from dinoseg.cli.words import FILES, assignments, is_sweep, lists_of, parse_word, values_of
-from dinoseg.config.job import SEARCH_PATH, search_path_override
-from dinoseg.config.options import (
-    list_groups,
-    modes_with,
-    nested_groups,
-    nested_keys,
-    options_in,
-    options_with,
-    overridden_groups,
-)
-from dinoseg.config.plain import at, has_key, keys_of, to_container
-from dinoseg.utils.errors import NoMode, UnknownKey, UnknownOption, UserError
+from dinoseg.cli.words import assignments, is_sweep, lists_of, parse_word, values_of
+from dinoseg.config.composition import Value, compose
+from dinoseg.config.grammar import write_value
+from dinoseg.config.job import SEARCH_PATH, read_words
+from dinoseg.config.mistakes import not_a_list_group, unknown_option
+from dinoseg.config.options import list_groups, nested_groups, options_in
+from dinoseg.config.plain import at, has_key, to_container
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names, nearest
-
-_ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
-# errors of composing; the last three are those of reading a file
-_OF_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError)
 
 
 @contextmanager
 def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
     """Refuse words that cannot be composed, once composing or running them has failed.
-
-    The checks run in this order: config files of the user, groups that the mode reads, keys, kinds of values.
 
     Args:
         arguments: the command line, without the program's name.
@@ -58,9 +43,7 @@ def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterato
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # of a disk, not of composing
             raise
-        if isinstance(error, _OF_COMPOSING):
-            _check_files(folders[1:])
-        _check_keys(arguments, folders)
+        _compose_again(arguments, folders)
         message = find_plugin_failure(arguments, error) or _explain(error, arguments)
         if not message:
             raise
@@ -147,157 +130,52 @@ def _options_of(override: Override, known: Sequence[str]) -> list[str]:
 def _check_options(override: Override, folders: Sequence[Path]) -> None:
     """Refuse options without a file, and a list for a group that takes one option, whose keys Hydra would merge."""
     group = override.key_or_group
-    options = options_in(folders, group)
-    if lists_of(override) and group not in list_groups(folders):
-        raise UserError(
-            f"{override.input_line} is a list, and {group} takes one option. Choose one of {', '.join(options)}."
-        )
-    for option in _options_of(override, options):
+    lists = lists_of(override)
+    if lists and group not in list_groups(folders):
+        raise not_a_list_group(group, lists[0], folders)
+    for option in _options_of(override, options_in(folders, group)):
         if not any(os.path.isfile(folder / group / f"{option}.yaml") for folder in folders):
-            paths = [f" For a path, set {key}={option}." for key in FILES if key.startswith(f"{group}.")]
-            remedy = "".join(paths) if os.path.exists(option) else ""
-            question = nearest(option, options, f"{group}=")
-            raise UnknownOption(
-                f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.{remedy}",
-                group=group,
-                option=option,
-            )
+            raise unknown_option(group, option, folders)
 
 
-def _check_files(folders: Sequence[Path]) -> None:
-    """Refuse config files of the user that Hydra cannot read; its own errors may name no file."""
-    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()):
-        try:
-            OmegaConf.load(path)
-        except _OF_COMPOSING as error:
-            text = str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else str(error)
-            reason = " ".join(text.split()) or type(error).__name__
-            raise UserError(
-                f"{path} is not a config file ({reason}). Write keys and values into it, as UTF-8."
-            ) from None
+def _compose_again(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse words whose group, key or kind of value does not fit the config of the chosen options.
 
-
-def _check_keys(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse words whose group, key or kind of value does not fit the config of the chosen options alone.
-
-    Of a sweep, the options of the first job are composed. Keys of checkpoints in `resume` may be set, too.
+    Of a sweep, the first job is composed. Keys of checkpoints in `resume` may be set, too.
     """
-    found = [override for _, word in assignments(arguments) if (override := parse_word(word))]
-    overrides = [override for override in found if not override.key_or_group.startswith("hydra")]
-    groups = [override for override in overrides if _is_group(override, folders)]
-    options = {each.get_key_element(): _first_option(each, folders) for each in groups if not each.is_delete()}
-    try:
-        cfg, choices = _compose(options, folders)
-    except _OF_COMPOSING as error:
-        if "mode" not in options:
-            raise no_mode(folders) from None
-        words = {group: f"{group}={option}" for group, option in options.items()}
-        recipe = options.get("hparam", "")
-        words |= dict.fromkeys(overridden_groups(folders, recipe), f"hparam={recipe}")
-        _check_groups(words, options["mode"], folders)
-        raise UserError(
-            _explain(error, arguments)
-            or f"A config file cannot be composed ({' '.join(str(error).split())}). Correct its keys and its defaults "
-            "list, which must not include the file itself."
-        ) from None
-    for config in checkpoint_configs(arguments, folders):
-        cfg |= config
-        choices = {group: option for group, option in choices.items() if group not in config}
-    for override in overrides:
-        key = override.key_or_group
-        if override.is_delete() and (override in groups or has_key(cfg, key)):
-            raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
-        if override not in groups:
-            _check_key(override, cfg, choices, folders)
+    words = [_first_job(word, folders) for _, word in assignments(arguments)]
+    ours = [word for word in words if not word.lstrip("+~").startswith(("hydra/", "hydra.")) or SEARCH_PATH in word]
+    options, values, more = read_words([word for word in ours if parse_word(word)], folders)
+    further = [*folders[1:], *more]
+    config = to_container(compose(options, (), further).cfg)
+    for value in values:
+        _check_kind(value, config, folders)
+    compose(options, values, further, checkpoint_configs(arguments, folders))
 
 
-def _first_option(override: Override, folders: Sequence[Path]) -> str:
-    """Return the option of a group, or its list of options, in the first job."""
-    lists = [f"[{','.join(map(str, options))}]" for options in lists_of(override)]
-    return (lists or _options_of(override, options_in(folders, override.key_or_group)))[0]
+def _first_job(word: str, folders: Sequence[Path]) -> str:
+    """Return a word of a sweep as its first job has it; others unchanged."""
+    override = parse_word(word)
+    if override is None or not (override.is_sweep_override() or isinstance(override.value(), Glob)):
+        return word
+    first = next(iter(lists_of(override)), None)
+    known = options_in(folders, override.key_or_group)
+    return f"{override.get_key_element()}={write_value(first or _options_of(override, known)[0])}"
 
 
-def _compose(options: Mapping[str, str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the config composed from these options alone, and the option of each of its groups."""
-    further = search_path_override([f"file://{folder.absolute()}" for folder in folders[1:]])
-    words = [f"{group}={option}" for group, option in options.items()]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        cfg = to_container(compose("main", [further, *words], return_hydra_config=True))
-    return cfg, cfg.pop("hydra")["runtime"]["choices"]
-
-
-def no_mode(folders: Sequence[Path]) -> NoMode:
-    """Return the error of a command line without a mode."""
-    modes = ", ".join(options_in(folders, "mode"))
-    return NoMode(f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands.")
-
-
-def _check_groups(words: Mapping[str, str], mode: str, folders: Sequence[Path]) -> None:
-    """Refuse words, by the group that they set, whose group the mode does not compose."""
-    for group, word in words.items():
-        modes = modes_with(folders, group)
-        if modes and mode not in modes:
-            raise UserError(
-                f"{word}: mode={mode} does not read the group {group}. Leave it out, or choose a mode that reads it: "
-                f"{', '.join(modes)}."
-            )
-
-
-def _check_key(override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]) -> None:
-    """Refuse an override whose key a config lacks, or whose value is no table where the config has one.
-
-    Args:
-        override: of a key.
-        cfg: config of the chosen options alone.
-        choices: option of each group.
-        folders: of config groups, the shipped one first.
-    """
-    key = override.key_or_group
-    value = override.value()
-    word = str(override.input_line)
-    adds = override.is_add() or override.is_force_add()
-    node = at(cfg, key.split("."))
-    if not has_key(cfg, key):
-        if not adds and node is None:  # an interpolation above the key may stand for a table
-            raise _unknown_key(key, word, cfg, choices, folders)
-    elif override.is_add() and node is not None and not isinstance(value, dict | list):
-        raise UserError(f"{word}: {key} is a key of the config already. Write {word[1:]}, without +.")
-    elif isinstance(node, list) and isinstance(value, Mapping):
+def _check_kind(value: Value, config: Mapping[str, Any], folders: Sequence[Path]) -> None:
+    """Refuse a value that is no table or list where the config of the chosen options has one, and a removed key."""
+    key, word = value.key, value.word
+    node = at(config, key.split("."))
+    if value.sign == "~" and has_key(config, key):
+        raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
+    if isinstance(node, list) and isinstance(value.value, Mapping):
         raise UserError(f"{key} is a list. Write it in brackets: {key}=[...].")
-    elif isinstance(node, Mapping):
+    if isinstance(node, Mapping) and not isinstance(value.value, Mapping):
         group = key.replace(".", "/")  # of a nested group, such as data/pixels
         options = [f"{group}={each}" for each in options_in(folders, group)] if group in nested_groups(folders) else []
         keys = [f"{key}.{name}=VALUE" for name in node if not str(name).startswith("_")]
-        if not isinstance(value, Mapping) or (options and "name" in value):
-            raise UserError(f"{word}: {key} is a group of keys. Set one of them: {join_names(options or keys, 8)}.")
-        new = [str(name) for name in value if name not in node]
-        if new and options:
-            raise _unknown_key(f"{key}.{new[0]}", f"'{word}'", cfg, choices, folders)
-        if new and not adds:
-            message = f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
-            raise UnknownKey(message, key=f"{key}.{new[0]}")
-
-
-def _unknown_key(
-    key: str, word: str, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
-) -> UserError:
-    """Return the error of a key that the config lacks: the options that have it, else a near key; see `_check_key`."""
-    root = key.partition(".")[0]
-    options = options_with(folders, key)
-    if root not in cfg:
-        options = options or options_with(folders, root)
-        if choices["mode"] == "help" and (options or modes_with(folders, root)):
-            return no_mode(folders)
-        _check_groups({root: word}, choices["mode"], folders)
-    if not options:
-        known = dict.fromkeys([*keys_of(cfg), *nested_keys(folders)])
-        return UnknownKey(f"{key} is not a key of the config.{nearest(key, list(known))} {_ALL_KEYS}", key=key)
-    if root in list_groups(folders):
-        options = [f"{root}=[{option.partition('=')[2]}]" for option in options]
-    chosen = f"{root}={choices[root]}" if root in choices else "the config"
-    message = f"{word}: {chosen} lacks this key. Options that have it: {join_names(options, 8)}. Choose one, or leave "
-    return UnknownKey(f"{message}the key out.", key=key)
+        raise UserError(f"{word}: {key} is a group of keys. Set one of them: {join_names(options or keys, 8)}.")
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> str:

@@ -72,18 +72,6 @@ def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
     ]
 
 
-def overridden_groups(folders: Sequence[Path], recipe: str) -> list[str]:
-    """Return the groups whose option a recipe overrides; none for a recipe without a file."""
-    return [
-        name.removeprefix("override ").strip("/").partition("@")[0]
-        for path in option_files(folders, "hparam", recipe)
-        for entry in _defaults_of(path)
-        if isinstance(entry, Mapping)
-        for name in entry
-        if name.startswith("override ")
-    ]
-
-
 def list_groups(folders: Sequence[Path]) -> set[str]:
     """Return the groups that take a list of options: their entry in a mode's defaults list is a list."""
     return {
