@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
+from omegaconf.basecontainer import BaseContainer
 
 from dinoseg.api.compose import Given, Job, compose_job, read_call
 from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
@@ -138,9 +140,14 @@ def _launch(job: Job, folders: Sequence[Path], *, new_folder: bool) -> dict[str,
 @contextmanager
 def _explained(words: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
     """Explain errors as the command line does, which composes options by Hydra, and keep the caller's Hydra."""
-    hydra = GlobalHydra.instance().hydra
+    hydra, version = GlobalHydra.instance(), VersionBase.instance()
+    before = hydra.hydra, version.version_base
+    resolvers = dict(BaseContainer._resolvers)
     try:
         with explain_errors(words, folders):
             yield
     finally:
-        GlobalHydra.instance().hydra = hydra
+        GlobalHydra.set_instance(hydra)
+        hydra.hydra, version.version_base = before
+        BaseContainer._resolvers.clear()
+        BaseContainer._resolvers.update(resolvers)

@@ -14,6 +14,7 @@ from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import KeyNotSet, UserError
 from dinoseg.utils.wording import join_names
 
+LENGTH = "dinoseg.len"
 CLASS_FILE = "dinoseg.class_file"
 CELLS = "dinoseg.cells"
 NOW = "dinoseg.now"
@@ -31,7 +32,7 @@ class _RootNotSet(KeyNotSet, _Unmet):
 
 
 def register_resolvers() -> None:
-    """Register the resolvers that config files may use; a program may have others, such as `len`.
+    """Register the resolvers that config files may use, once; a program may have others, such as `len`.
 
     - `${dinoseg.len:${.classes}}` is the length of a list.
     - `${dinoseg.class_file:KEY}` is the value of a key in `classes.yaml`. With `${dinoseg.class_file:KEY,shapes}`, the
@@ -40,7 +41,9 @@ def register_resolvers() -> None:
       crop; null if the patch size is null.
     - `${dinoseg.now:%H-%M}` is the time, as that of `now` in Hydra.
     """
-    OmegaConf.register_new_resolver("dinoseg.len", _length, replace=True)
+    if OmegaConf.has_resolver(LENGTH):
+        return
+    OmegaConf.register_new_resolver(LENGTH, _length)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _resolve_class_file, replace=True)
     OmegaConf.register_new_resolver(NOW, _time, replace=True, use_cache=True)
