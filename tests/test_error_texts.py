@@ -11,13 +11,13 @@ from dinoseg.utils.errors import KeyNotSet, UnknownKey, UnknownOption
 
 PACKAGE = Path(dinoseg.__file__).parent
 READERS = {  # functions that compare, replace or parse the text of an error, and whose it is
-    "api/wording.py python_terms": "ours: keys become arguments of a call",
     "cli/extras.py _failed_launcher": "of a launcher, without its colours",
     "cli/extras.py missing_extra": "of Hydra, on a plug-in that is not installed",
     "config/nodes.py _call_target": "of Hydra, on a target and its arguments",
     "config/nodes.py _missing_key": "of OmegaConf",
     "data/loader.py wait_for_item": "of torch, on processes of a loader",
     "export/runtime/segmenter.py forward": "of torch, on BatchNorm",
+    "export/runtime/hub.py _client_errors_as_user_errors": "of huggingface_hub and the network",
     "inference/memory.py is_shortage": "of torch and CUDA, on memory",
     "models/backbones/arch.py _of_another_type": "of transformers, on a field of a config",
     "serving/decoding.py _send_error": "of any library: the path of an upload is removed",

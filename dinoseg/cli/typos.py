@@ -148,6 +148,9 @@ def _compose_again(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     options, values, more = read_words([word for word in ours if parse_word(word)], folders)
     further = [*folders[1:], *more]
     config = to_container(compose(options, (), further).cfg)
+    removed = [group for group in options if group.startswith("~")]
+    if removed:
+        raise UserError(f"{removed[0]} leaves out a group that is read. Choose another of its options.")
     for value in values:
         _check_kind(value, config, folders)
     compose(options, values, further, checkpoint_configs(arguments, folders))
@@ -171,9 +174,10 @@ def _check_kind(value: Value, config: Mapping[str, Any], folders: Sequence[Path]
         raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
     if isinstance(node, list) and isinstance(value.value, Mapping):
         raise UserError(f"{key} is a list. Write it in brackets: {key}=[...].")
-    if isinstance(node, Mapping) and not isinstance(value.value, Mapping):
-        group = key.replace(".", "/")  # of a nested group, such as data/pixels
-        options = [f"{group}={each}" for each in options_in(folders, group)] if group in nested_groups(folders) else []
+    group = key.replace(".", "/")  # of a nested group, such as data/pixels
+    options = [f"{group}={each}" for each in options_in(folders, group)] if group in nested_groups(folders) else []
+    is_table = isinstance(value.value, Mapping) and not (options and "name" in value.value)
+    if isinstance(node, Mapping) and not is_table:
         keys = [f"{key}.{name}=VALUE" for name in node if not str(name).startswith("_")]
         raise UserError(f"{word}: {key} is a group of keys. Set one of them: {join_names(options or keys, 8)}.")
 

@@ -167,11 +167,15 @@ def _set_values(
     done = [leaf._replace(sign="++") if leaf.sign == "" and leaf.key in of_files else leaf for leaf in leaves]
     for key, value, sign, _ in done:
         before = at(plain, key.split("."))
+        if sign == "+" and before is not None and not isinstance(value, Mapping | list):
+            raise mistakes.existing_key(key, value)
         try:
             _set_value(cfg, key, value, sign, before)
         except (ConfigAttributeError, ConfigKeyError):
-            unknown = ((name, each) for name, each in flatten({key: value}) if not has_key(plain, name))
-            raise mistakes.unknown_key(*next(unknown, (key, value)), plain, choices, folders) from None
+            config = {**plain, **{name: node for each in known for name, node in each.items()}}
+            ours = {group: option for group, option in choices.items() if config.get(group) is plain.get(group)}
+            unknown = ((name, each) for name, each in flatten({key: value}) if not has_key(config, name))
+            raise mistakes.unknown_key(*next(unknown, (key, value)), config, ours, folders) from None
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise mistakes.invalid_value(key, value, error) from None
     return done
@@ -197,7 +201,5 @@ def _set_value(cfg: DictConfig, key: str, value: Any, sign: str, before: Any) ->
         node: Any = OmegaConf.select(cfg, above) if above else cfg
         with open_dict(node):
             del node[last]
-    elif sign == "+" and before is not None and not isinstance(value, Mapping | list):
-        raise ValueError("it exists already; leave + out")
     else:
         OmegaConf.update(cfg, key, value, merge=True, force_add=sign != "")

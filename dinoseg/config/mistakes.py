@@ -70,6 +70,8 @@ def group_not_read(
     modes = modes_with(folders, group)
     if mode == _DEFAULT_MODE and modes:
         return no_mode(folders)
+    if group != key and group in choices:
+        return UserError(f"{key}={option}: no file composes {group} at this place. Write {group}={option}.")
     return UserError(_NOT_READ.format(f"{key}={option}", mode, group, ", ".join(modes) or "none here"))
 
 
@@ -93,6 +95,12 @@ def unreadable_file(path: Path, reason: Any) -> UserError:
     """Return the error on a file that is no config file."""
     text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     return UserError(f"{path} is not a config file ({text}). Write keys and values into it, as UTF-8.")
+
+
+def existing_key(key: str, value: Any) -> UserError:
+    """Return the error on a key that `+` adds and the config has."""
+    word = f"{key}={format_override(value)}"
+    return UserError(f"+{word}: {key} is a key of the config already. Write {word}, without +.")
 
 
 def invalid_value(key: str, value: Any, reason: Any) -> UserError:
@@ -141,7 +149,8 @@ def unknown_key(
 
 
 def _misspelt(key: str, config: Mapping[str, Any], folders: Sequence[Path]) -> UnknownKey:
-    known, nested = [*keys_of(config)], nested_keys(folders)
+    known = [*keys_of(config)]
+    nested = {name: option for name, option in nested_keys(folders).items() if not name.startswith("hydra.")}
     same_name = [each for each in (*known, *nested) if each.rpartition(".")[2] == key.rpartition(".")[2]]
     found = nearest(key, known)
     if same_name and not {*same_name} & {*known}:

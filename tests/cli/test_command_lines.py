@@ -21,10 +21,10 @@ MISTAKES = {  # after mode=summary
     "~hydra.run.dir": "~hydra.run.dir is not a valid value, or refers to a key that does not exist. Leave it out",
     "hydra.sweep.dir={}": "hydra.sweep.dir={} is not a valid value",
     "data=\u202etxt": "data=\\u202etxt is unknown. Choose from ",
-    "-m head=[1],[2]": "head=[1],[2] is a list, and head takes one option. Choose one of cnn, ",
+    "-m head=[1],[2]": "head=[1] is a list, and head takes one option. Choose one of cnn, ",
     "-m mode=train metric=[nsd],[nsdd]": "metric=nsdd is unknown. Did you mean metric=nsd?",
     "-m mode=train metric=[nsd],[] metric.nsd.tolerance=3": "metric is not a key of all",
-    "~hparam": "~hparam removes a key that is read. Leave it out",
+    "~hparam": "~hparam leaves out a group that is read.",
     "--config-dir own hparam=mine trainer.stpes=3": "trainer.stpes is not a key of the config. Did you mean trainer.st",
     "--config-dir own hparam=mien": "hparam=mien is unknown. Did you mean hparam=mine? Choose from ade20k_m2f, auto, b",
     "--config-dir own hparam=sarrarp/lora": "hparam=sarrarp/lora is unknown. Did you mean hparam=sarrarp_lora?",
@@ -57,7 +57,7 @@ def test_mistake_is_one_message_and_starts_no_sweep(tmp_path, line):
 def test_key_of_an_option_that_is_not_listed_names_it(tmp_path, line, option):
     words = line.split()
     found, group = call(tmp_path, "mode=train", *words).err, words[-1].partition(".")[0]
-    explained = f"the config lacks this key. Options that have it: {group}=[{option}]. Choose one"
+    explained = f"no chosen option has this key. Options that have it: {group}={option}. Add one to the list"
     assert found.startswith(f"error: {words[-1]}: {explained}"), found
 
 
