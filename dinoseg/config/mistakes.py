@@ -23,7 +23,7 @@ _DEFAULT_MODE = "help"
 _PATHS = {"data": "data.root", "backbone": "backbone.weights", "head": "head.weights"}  # keys of paths by group
 
 
-def unknown_option(group: str, option: str, folders: Sequence[Path]) -> UserError:
+def unknown_option(group: str, option: str, folders: Sequence[Path]) -> UnknownOption:
     """Return the error on an option that no folder has."""
     options = options_in(folders, group)
     question = nearest(option, options, f"{group}=")

@@ -244,7 +244,7 @@ def test_image_out_of_memory_is_named_and_others_are_predicted(trained_model, tm
 def test_a_full_disk_is_one_message(trained_model, tmp_path, monkeypatch):
     random_image(tmp_path / "a.png")
     fail_after(monkeypatch, image_run, "write_image_results", 0, OSError(28, "No space left on device"))
-    with pytest.raises(UserError, match=r"Cannot write below .*No space left.*hydra\.run\.dir"):
+    with pytest.raises(UserError, match=r"Cannot write below .*No space left.*another run folder"):
         predict(tmp_path / "a.png", tmp_path / "out")
 
 
