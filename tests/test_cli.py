@@ -199,7 +199,10 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["data.reader.masks.ids={3: 255"], "not closed. Write 'data.reader.masks.ids={3: 255}'."),
         (['data.classes=[a "b,c]'], "Quote the whole word, and the text inside it"),
         (["data.reader.layout.images={split}/b"], "the text inside it: 'data.reader.layout.images=\"{split}/b\"'."),
-        (["data=folder", "data.reader.layout.splits={val: b}"], "data=folder has no key reader.layout.splits.val"),
+        (
+            ["data=folder", "data.reader.layout.splits={val: b}"],
+            "data.reader.layout.splits.val=b: data=folder lacks",
+        ),
         (["loss=null"], "loss=null is unknown. Choose from bce"),
         (["hparam=sarrap"], "hparam=sarrap is unknown. Did you mean hparam=sarrarp_frozen or hparam=sarrarp_full or"),
         (["head=[linear,mlp]"], "error: head=[linear,mlp] is a list, and head takes one option."),
@@ -214,21 +217,21 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["resolution.crop=[64,", "96]"], "split it at a space. Quote the whole word: 'resolution.crop=[64, 96]'."),
         (
             ["adapter=frozen", "adapter.rank=8"],
-            "adapter.rank=8: adapter=frozen has no key rank. Options that have it: adapter=lora, adapter=lora_8bit, "
-            "adapter=lora_all, adapter=qlora. Choose one of them, or leave the key out.",
+            "adapter.rank=8: adapter=frozen lacks this key. Options that have it: adapter=lora, adapter=lora_8bit, "
+            "adapter=lora_all, adapter=qlora. Choose one, or leave the key out.",
         ),
         (
             ["data.pixels.order=[2,1,0]"],
-            "data=folder has no key pixels.order. Options that have it: data/pixels=files. Write data/pixels=files",
+            "data.pixels.order=[2,1,0]: data=folder lacks this key. Options that have it: data/pixels=files. Choose",
         ),
         (
             ["data.pixels={order:[2,1,0]}"],
-            "data.pixels.order=[2,1,0]: data=folder has no key pixels.order. Options that have it: data/pixels=files.",
+            "data.pixels.order=[2,1,0]: data=folder lacks this key. Options that have it: data/pixels=files.",
         ),
         (["data.pixels={name:files}"], "data.pixels is a group of keys. Set one of them: data/pixels="),
         (
             ["data.order=[0]"],
-            "data.order is not a key of the config. data.pixels.order is one, with data/pixels=files.",
+            "data.order is not a key of the config. Did you mean data.pixels.order?",
         ),
         (["data/pixels.order=[0]"], "only groups have slashes, and their keys have dots. Write 'data."),
         (["mode=train", "tracker.short_side=9"], "mode=train does not read the group tracker. Leave it out, or"),
@@ -312,7 +315,7 @@ def test_refused_resume_leaves_no_config(trained, words):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["head@x=mlp"], ["head@x=mlp: no file composes head at this place. Write head=mlp."]),
+        (["head@x=mlp"], ["head@x=mlp: no defaults list has the group head at x. Leave out @x."]),
         (["+mode.lgo_every=3"], ["does not take lgo_every", "metrics_only"]),
         (["+data.reader.masks.formt=ids"], ["does not take formt", "format, ids"]),
         (["+backbone.arch.hiden_size=3"], ["no hiden_size", "spelling"]),

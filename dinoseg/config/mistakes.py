@@ -57,7 +57,8 @@ def group_not_read(
         choices: option of each group that is composed.
         folders: of config groups, the shipped one first.
     """
-    group, mode = key.partition("@")[0], choices.get("mode")
+    group, _, place = key.partition("@")
+    mode = choices.get("mode")
     if origin is not None and origin.startswith("hparam/"):
         return UserError(
             f"hparam={origin.partition('/')[2]} sets {key}, which mode={mode} does not read. Leave hparam out: "
@@ -70,8 +71,8 @@ def group_not_read(
     modes = modes_with(folders, group)
     if mode == _DEFAULT_MODE and modes:
         return no_mode(folders)
-    if group != key and group in choices:
-        return UserError(f"{key}={option}: no file composes {group} at this place. Write {group}={option}.")
+    if mode in modes:
+        return UserError(f"{key}={option}: no defaults list has the group {group} at {place}. Leave out @{place}.")
     return UserError(_NOT_READ.format(f"{key}={option}", mode, group, ", ".join(modes) or "none here"))
 
 
@@ -112,7 +113,7 @@ def invalid_value(key: str, value: Any, reason: Any) -> UserError:
 def unknown_key(
     key: str, value: Any, config: Mapping[str, Any], choices: Mapping[str, Any], folders: Sequence[Path]
 ) -> UserError:
-    """Return the error on a key that a config lacks, with the modes and options that have it, else a near key.
+    """Return the error on a key that a config lacks, with the modes or options that have it, else a near key.
 
     Args:
         key: the full key.
@@ -121,38 +122,25 @@ def unknown_key(
         choices: option of each group.
         folders: of config groups, the shipped one first.
     """
-    root, _, below = key.partition(".")
+    root = key.partition(".")[0]
     word = f"{key}={format_override(value)}"
-    mode = choices.get("mode")
+    mode = choices["mode"]
     options = options_with(folders, key)
     if root not in config:
+        options = options or options_with(folders, root)
         modes = modes_with(folders, root)
-        if mode == _DEFAULT_MODE and (modes or options_with(folders, root)):
+        if mode == _DEFAULT_MODE and (options or modes):
             return no_mode(folders)
         if modes and mode not in modes:
             return UserError(_NOT_READ.format(word, mode, root, ", ".join(modes)))
-        if brought := [] if modes else options_with(folders, root):
-            return UnknownKey(f"{key} is a key of {' or '.join(brought)}. Add it, or leave the key out.", key=key)
     if not options:
-        return _misspelt(key, config, folders)
-    if root in list_groups(folders):
-        first = options[0].partition("=")[2]
-        chosen, remedy = "no chosen option", f"Add one to the list, such as {root}=[{first}], or leave the key out."
-        message = f"{word}: {chosen} has this key. Options that have it: {join_names(options, 8)}. {remedy}"
+        nested = [name for name in nested_keys(folders) if not name.startswith("hydra.")]
+        known = dict.fromkeys([*keys_of(config), *nested])
+        message = f"{key} is not a key of the config.{nearest(key, list(known))} docs/config.md lists the keys."
         return UnknownKey(message, key=key)
-    chosen = f"{root}={choices[root]}" if root in choices else f"the {root} of the checkpoint"
-    remedy = "Choose one of them, or leave the key out." if root in choices else "Leave the key out."
-    if len(options) == 1 and "/" in options[0]:  # a nested group, whose option stands beside those of the groups
-        remedy = f"Write {options[0]} {word}, or leave the key out."
-    message = f"{word}: {chosen} has no key {below}. Options that have it: {join_names(options, 8)}. {remedy}"
-    return UnknownKey(message, key=key)
-
-
-def _misspelt(key: str, config: Mapping[str, Any], folders: Sequence[Path]) -> UnknownKey:
-    known = [*keys_of(config)]
-    nested = {name: option for name, option in nested_keys(folders).items() if not name.startswith("hydra.")}
-    same_name = [each for each in (*known, *nested) if each.rpartition(".")[2] == key.rpartition(".")[2]]
-    found = nearest(key, known)
-    if same_name and not {*same_name} & {*known}:
-        found = "".join(f" {each} is one, with {nested[each]}." for each in same_name)
-    return UnknownKey(f"{key} is not a key of the config.{found} docs/config.md lists the keys.", key=key)
+    is_list = root in list_groups(folders)
+    if is_list:
+        options = [f"{root}=[{option.partition('=')[2]}]" for option in options]
+    chosen = f"{root}={choices[root]}" if root in choices and not is_list else "the config"
+    message = f"{word}: {chosen} lacks this key. Options that have it: {join_names(options, 8)}. Choose one, or leave "
+    return UnknownKey(f"{message}the key out.", key=key)

@@ -166,7 +166,7 @@ def test_objects_are_tracked(here):
         (["demo", "-m"], {}, "-m is for the command line"),
         ([], {"data.reader._target_": "os.system"}, "can be set in config files only"),
         ([], {"resume": "missing"}, "resume=missing"),
-        ([None, "trainer.clip=${nowhere}"], KEYS, "trainer.clip=${nowhere} refers to a key"),
+        ([None, "trainer.clip=${nowhere}"], KEYS, "refers to a key that does not exist"),
         ([None, "~trainer.clip"], KEYS, "~trainer.clip removes a key that is read. Leave it out"),
         ([], {"head": ["linear", "mlp"]}, "head=[linear,mlp] is a list, and head takes one option"),
         ([], {"mode": "eval"}, "mode is set to train by this function and its arguments. Call the function of"),

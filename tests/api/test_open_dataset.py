@@ -137,7 +137,7 @@ test_message_names_value_and_remedy = refusals(
         "nested augmentation": (open_with(data={"augment": {"color": "photometric"}}), "augment has no effect"),
         "place of a key": (
             open_with(value_range=[0, 1]),
-            "data.pixels.value_range is one, with data/pixels=files",
+            "data.value_range is not a key of the config. Did you mean data.pixels.value_range",
         ),
         "option": (
             open_with(pixels="file"),
@@ -145,7 +145,7 @@ test_message_names_value_and_remedy = refusals(
         ),
         "missing option": (
             open_with(pixels={"value_range": [0, 4095]}),
-            "Write data/pixels=files data.pixels.value_range=[0,4095], or",
+            "data.pixels.value_range=[0,4095]: data=folder lacks this key. Options that have it: data/pixels=files",
         ),
         "slash": (open_with(**{"a/b": 1}), "data.a/b is not a key"),
     }

@@ -39,7 +39,7 @@ TRAIN = {
     "mode=train trainer.score=nsd": "Add metric=[nsd]",
     "mode=train metric=cldice metric.cldice.classes=[5]": "metric.cldice.classes=[5]: give ids...from 0 to 1",
     "mode=train metric=[../loss/bce]": "is not a metric. Choose options of the group metric",
-    "mode=train teacher=run": "teacher is a key of trainer=distil",
+    "mode=train teacher=run": "Options that have it: trainer=distil.",
 }
 PROBE_AND_PLAN = {
     "mode=probe mode.layers=[5]": "this backbone has 2 blocks",
@@ -81,7 +81,7 @@ RENDERED = {
     f"{MOVI} render.size=[16,48]": "size=[16, 48] cannot be a frame's [height, width]: both must be at least 32",
     f"{MOVI} render.train_videos=half": "train_videos=half is of type str",
     "mode=render data=sarrarp data.root=new render.size=[47,80]": "both must be even",
-    "mode=render data=sarrarp data.root=new render.val_videos=3": "has no key val_videos...have it: render=movi.",
+    "mode=render data=sarrarp data.root=new render.val_videos=3": "lacks this key...have it: render=movi.",
     " ".join((*SLOTS, "metric=[nsd]")): "metric=[nsd] scores images with masks",
 }
 FURTHER = {  # of keys and messages like those above
