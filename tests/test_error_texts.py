@@ -18,6 +18,7 @@ READERS = {  # functions that compare, replace or parse the text of an error, an
     "data/loader.py wait_for_item": "of torch, on processes of a loader",
     "export/runtime/segmenter.py forward": "of torch, on BatchNorm",
     "export/runtime/hub.py _client_errors_as_user_errors": "of huggingface_hub and the network",
+    "export/runtime/load.py load": "ours: whether it names the file",
     "inference/memory.py is_shortage": "of torch and CUDA, on memory",
     "models/backbones/arch.py _of_another_type": "of transformers, on a field of a config",
     "serving/decoding.py _send_error": "of any library: the path of an upload is removed",

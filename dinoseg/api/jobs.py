@@ -3,15 +3,10 @@
 import gc
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
-
-from hydra.core.global_hydra import GlobalHydra
-from hydra.version import VersionBase
-from omegaconf.basecontainer import BaseContainer
 
 from dinoseg.api.compose import Given, Job, compose_job, read_call
 from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
@@ -133,21 +128,5 @@ def _launch(job: Job, folders: Sequence[Path], *, new_folder: bool) -> dict[str,
 
     out_dir = job.location.folder
     will_make(out_dir)
-    with raise_on_signal(), _explained(job.words, folders), file_errors_as_user_errors(out_dir):
+    with raise_on_signal(), explain_errors(job.words, folders), file_errors_as_user_errors(out_dir):
         return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)
-
-
-@contextmanager
-def _explained(words: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
-    """Explain errors as the command line does, which composes options by Hydra, and keep the caller's Hydra."""
-    hydra, version = GlobalHydra.instance(), VersionBase.instance()
-    before = hydra.hydra, version.version_base
-    resolvers = dict(BaseContainer._resolvers)
-    try:
-        with explain_errors(words, folders):
-            yield
-    finally:
-        GlobalHydra.set_instance(hydra)
-        hydra.hydra, version.version_base = before
-        BaseContainer._resolvers.clear()
-        BaseContainer._resolvers.update(resolvers)

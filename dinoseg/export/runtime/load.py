@@ -82,7 +82,8 @@ def load(
         with collection_paused():
             model = open_file(where, options)
     except UserError as error:
-        raise reword(error, OF_A_CALL) from error
+        message = str(reword(error, OF_A_CALL))
+        raise UserError(message if str(where) in message else f"{where}: {message}") from error
     model.source = where.absolute()
     return model
 
