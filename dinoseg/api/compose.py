@@ -27,7 +27,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
 _SIGNS = ("++", "+", "~")
-register_resolvers()
 
 
 class Job(NamedTuple):
@@ -62,6 +61,7 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
 def compose_call(overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None) -> DictConfig:
     """Return the whole config of a call that starts no job; see `read_call`."""
     options, values, folders = read_call((), overrides, config_dir)
+    register_resolvers()
     return compose_config(options, values, folders[1:]).cfg
 
 
@@ -72,6 +72,7 @@ def compose_job(given: Given) -> Job:
         UserError: an option or a key does not exist.
     """
     options, values, folders = given
+    register_resolvers()
     known = checkpoint_configs(words_of(options, values), folders)
     composed = compose_config(options, values, folders[1:], known)
     text = str(to_container(composed.hydra.run)["dir"])

@@ -43,7 +43,9 @@ def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterato
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # of a disk, not of composing
             raise
-        _compose_again(arguments, folders)
+        of_torch = isinstance(error, RuntimeError | MemoryError) and not isinstance(error, RecursionError)
+        if not of_torch:
+            _compose_again(arguments, folders)
         message = find_plugin_failure(arguments, error) or _explain(error, arguments)
         if not message:
             raise
@@ -177,7 +179,7 @@ def _check_kind(value: Value, config: Mapping[str, Any], folders: Sequence[Path]
     group = key.replace(".", "/")  # of a nested group, such as data/pixels
     options = [f"{group}={each}" for each in options_in(folders, group)] if group in nested_groups(folders) else []
     is_table = isinstance(value.value, Mapping) and not (options and "name" in value.value)
-    if isinstance(node, Mapping) and not is_table:
+    if isinstance(node, Mapping) and not is_table and value.value is not None:
         keys = [f"{key}.{name}=VALUE" for name in node if not str(name).startswith("_")]
         raise UserError(f"{word}: {key} is a group of keys. Set one of them: {join_names(options or keys, 8)}.")
 

@@ -141,8 +141,9 @@ class Builder(ModelBuilder):
         check_value("seed", self._cfg.seed, Natural)
         self.loop_settings(self.lengths(samples=1)._asdict())
         self._check_head_file()
-        for key in _BUILT_LATE:
-            self.part(key)
+        with torch.device("meta"):
+            for key in _BUILT_LATE:
+                self.part(key)
         task = self.training_task
         folders = [SHIPPED, *map(Path, self.config_dirs)]
         metrics = [] if task.on_clips else options_in(folders, METRIC)

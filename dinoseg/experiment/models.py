@@ -28,6 +28,7 @@ from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
 _READ_ELSEWHERE = {"adapter": ("lr",), "head": ("layers", "lr")}  # keys beside the arguments of a part
+_WITH_WEIGHTS = ("adapter", "head", "loss.criterion")
 
 
 class ModelBuilder:
@@ -43,7 +44,7 @@ class ModelBuilder:
     def __init__(self, cfg: DictConfig) -> None:
         register_resolvers()
         self._cfg = cfg
-        self._parts: dict[str, Any] = {}  # by full key
+        self._parts: dict[tuple[str, bool], Any] = {}  # by full key, and whether on the meta device
         self.options: Mapping[str, str] = cfg.get("choices") or {}
 
     @classmethod
@@ -116,17 +117,24 @@ class ModelBuilder:
     def part(self, key: str) -> Any:
         """Return the object of the config node at a full key such as `data.augment`, the same one each time.
 
-        A `_partial_` node gives a callable that takes the remaining arguments.
+        A `_partial_` node gives a callable that takes the remaining arguments. The meta device has objects of its own,
+        and what may hold weights is a new object each time, initialised by the seed that its user has set.
         """
-        if key not in self._parts:
-            node = self.value(key)
-            without = [*_READ_ELSEWHERE.get(key, ())]
-            if key == "head" and OmegaConf.is_missing(node, "weights"):  # which an outline does not read
-                without.append("weights")
-            if key == "head" and node.get("patch_size", 0) is None:  # timm states it once the backbone is built
-                without.append("patch_size")
-            self._parts[key] = instantiate(node, without=without)
-        return self._parts[key]
+        is_meta = torch.get_default_device().type == "meta"
+        if key in _WITH_WEIGHTS and not is_meta:
+            return self._instantiate(key)
+        if (key, is_meta) not in self._parts:
+            self._parts[key, is_meta] = self._instantiate(key)
+        return self._parts[key, is_meta]
+
+    def _instantiate(self, key: str) -> Any:
+        node = self.value(key)
+        without = [*_READ_ELSEWHERE.get(key, ())]
+        if key == "head" and OmegaConf.is_missing(node, "weights"):  # which an outline does not read
+            without.append("weights")
+        if key == "head" and node.get("patch_size", 0) is None:  # timm states it once the backbone is built
+            without.append("patch_size")
+        return instantiate(node, without=without)
 
     @property
     def seed(self) -> int:

@@ -84,7 +84,7 @@ def _lock(file: IO[str], path: Path, poll: float | None, level: int) -> bool:
             if poll is None:
                 return False
         except OSError as error:
-            log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
+            log.log(level, "%s cannot be locked (%s): start one process at a time.", path, error.strerror)
             return True
         if not waited:
             log.log(level, "Another process is using the same data (%s is locked): waiting for it.", path)

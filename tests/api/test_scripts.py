@@ -138,7 +138,7 @@ def test_functions_run_in_a_notebook(tmp_path):
     assert "mIoU" in html(1) and "data:image/png;base64," in html(1)
     assert "<td>bright</td>" in html(2) and "no significant difference" in html(3)
     error, stop = outputs[4][-1], outputs[5][-1]
-    assert error.ename == "UserError" and "Did you mean hparam=demo" in error.evalue
+    assert error.ename == "UnknownOption" and "Did you mean hparam=demo" in error.evalue
     assert stop.ename == "KeyboardInterrupt" and "To resume, add resume=auto" in stop.evalue
     assert "step" in texts(6) and (tmp_path / "curves.png").is_file()
     assert "step 2 of 2" in texts(1) or "widget" in str(outputs[1])

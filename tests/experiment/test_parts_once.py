@@ -6,11 +6,26 @@ import pytest
 import torch
 from command_line import SMALL, succeed, write_data
 
+from dinoseg.api.compose import compose
 from dinoseg.config import nodes
 from dinoseg.data import custom
 from dinoseg.experiment.builder import Builder
+from dinoseg.models.heads.linear import LinearHead
 
 WORDS = ("mode=train", *SMALL, "metric=[boundary_iou]", "loss.weights=median", "mode.report=false", "mode.pictures=0")
+INNER = """
+defaults: [linear]
+_target_: test_parts_once.InnerHead
+inner: {_target_: torch.nn.Linear, in_features: 3, out_features: 3}
+"""
+
+
+class InnerHead(LinearHead):
+    """Head with a part that its config instantiates."""
+
+    def __init__(self, in_dim, num_layers, num_classes, inner, dropout=0.0, init=None):
+        super().__init__(in_dim, num_layers, num_classes, dropout, init)
+        self.inner = inner
 
 
 @pytest.fixture
@@ -43,3 +58,13 @@ def test_each_part_of_a_run_is_made_once(made, tmp_path, words):
         succeed(tmp_path, *run, "engine=cpu", f"hydra.run.dir={folder}")
         twice = [key for key, count in made.items() if count > 1 and key[0]]
         assert twice == [] and len(made) > 8
+
+
+def test_a_model_has_parts_of_its_own_initialised_by_the_seed(tmp_path):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/inner.yaml").write_text(INNER)
+    build = Builder(compose(["mode=train", *SMALL, "head=inner"], config_dir=tmp_path))
+    build.check_values()
+    assert build.outline().head.inner.weight.is_meta
+    first, second = build.model().head.inner, build.model().head.inner
+    assert first is not second and torch.equal(first.weight, second.weight)
