@@ -19,7 +19,7 @@ from dinoseg.config.composition import compose as compose_config
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import read_words
 from dinoseg.config.mistakes import unknown_option
-from dinoseg.config.options import nested_groups, options_in
+from dinoseg.config.options import is_group, nested_groups, options_in
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import NOW, register_resolvers
 from dinoseg.experiment.folder import RunLocation, locate_runs
@@ -126,8 +126,8 @@ def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[st
     """Add an override of a call to what it gives."""
     path = key.partition("@")[0].replace(".", "/")
     group = path if path in nested else key.partition("@")[0]
-    is_group = group in nested or any((folder / group).is_dir() for folder in given.folders)
-    if is_group and not isinstance(value, Mapping):
+    chooses = group in nested or is_group(given.folders, group)
+    if chooses and not isinstance(value, Mapping):
         option = _plain_value(value, key)
         if not isinstance(option, str | list):
             raise unknown_option(group, write_value(option), given.folders)
@@ -137,12 +137,12 @@ def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[st
         given.values.append(Value(key, _plain_value(value, key), sign))
         return
     keys = dict(value)
-    if is_group and keys.get("name") in options_in(given.folders, group):
+    if chooses and keys.get("name") in options_in(given.folders, group):
         given.options[sign + group] = keys.pop("name")
     if any(each.startswith(f"{path}/") for each in nested):
         for name, each in keys.items():
             _read_override(f"{path.replace('/', '.')}.{name}", each, sign, given, nested)
-    elif keys or not is_group:
+    elif keys or not chooses:
         given.values.append(Value(path.replace("/", "."), _plain_value(keys, key), sign))
 
 

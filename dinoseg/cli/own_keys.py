@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override, OverrideType
 
 from dinoseg.cli.words import assignments, parse_word, values_of
-from dinoseg.config.options import groups_of
+from dinoseg.config.options import groups_of, is_group
 from dinoseg.config.plain import has_key
 from dinoseg.config.stored import Source, all_keys
 from dinoseg.utils.errors import UserError
@@ -32,8 +32,11 @@ def with_checkpoint_keys(arguments: Sequence[str], folders: Sequence[Path]) -> l
     words = list(arguments)
     for position, override in _overrides(arguments) if configs else ():
         key = override.key_or_group
-        is_group = any((folder / key).is_dir() for folder in folders)
-        if override.type is OverrideType.CHANGE and not is_group and all(has_key(config, key) for config in configs):
+        if (
+            override.type is OverrideType.CHANGE
+            and not is_group(folders, key)
+            and all(has_key(config, key) for config in configs)
+        ):
             words[position] = f"++{words[position]}"
     return words
 

@@ -19,7 +19,7 @@ from dinoseg.config.composition import Value, compose
 from dinoseg.config.grammar import write_value
 from dinoseg.config.job import SEARCH_PATH, read_words
 from dinoseg.config.mistakes import not_a_list_group, unknown_option
-from dinoseg.config.options import list_groups, nested_groups, options_in
+from dinoseg.config.options import is_group, list_groups, nested_groups, options_in
 from dinoseg.config.plain import at, has_key, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names, nearest
@@ -119,7 +119,7 @@ def _explain_unparsed(word: str, following: Sequence[str], folders: Sequence[Pat
 def _is_group(override: Override, folders: Sequence[Path]) -> bool:
     """Return whether an override chooses options of a group, and sets no keys; Hydra's own groups do not count."""
     is_option = not override.key_or_group.startswith("hydra") and not isinstance(override.value(), dict)
-    return is_option and any(os.path.isdir(folder / override.key_or_group) for folder in folders)
+    return is_option and is_group(folders, override.key_or_group)
 
 
 def _options_of(override: Override, known: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.composition import SHIPPED, Value, expand_short_forms
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.mistakes import unknown_option
-from dinoseg.config.options import list_groups
+from dinoseg.config.options import is_group, list_groups
 from dinoseg.config.plain import to_container
 
 SEARCH_PATH = "hydra.searchpath"
@@ -64,8 +64,7 @@ def read_words(words: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str,
         key, value = override.key_or_group, override.value()
         if key == SEARCH_PATH:
             continue
-        is_group = any((folder / key).is_dir() for folder in (*folders, *more))
-        if not is_group or isinstance(value, dict):
+        if not is_group((*folders, *more), key) or isinstance(value, dict):
             sign = _SIGNS.get(override.type, "")
             values.append(Value(key, decode_keys(value), sign, override.input_line or ""))
         elif not isinstance(value, str | list) and not override.is_delete():

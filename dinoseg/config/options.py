@@ -72,6 +72,11 @@ def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
     ]
 
 
+def is_group(folders: Iterable[Path], name: str) -> bool:
+    """Return whether one of the folders has a config group, such as `head` or `data/pixels`."""
+    return any(os.path.isdir(folder / name) for folder in folders)  # False for a name that no folder can have
+
+
 def list_groups(folders: Sequence[Path]) -> set[str]:
     """Return the groups that take a list of options: their entry in a mode's defaults list is a list."""
     return {
