@@ -13,8 +13,8 @@ from dinoseg.core.channels import check_rgb
 from dinoseg.core.task import Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.sources import VideoFrame, first_file
 from dinoseg.data.splits import find_groups
-from dinoseg.data.video.access import VideoFrame, first_file
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.folder import find_typed_keys
 from dinoseg.experiment.score_classes import FOLDER, GROUP, mask_keys

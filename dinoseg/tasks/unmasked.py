@@ -11,8 +11,8 @@ from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.sources import ImageSource, VideoFrame, source_origin
 from dinoseg.data.unlabelled import fault
-from dinoseg.data.video.access import ImageSource, VideoFrame, source_origin
 from dinoseg.data.video.index import VideoIndex, find_index
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.inputs import is_video, list_inputs

@@ -9,8 +9,8 @@ import numpy as np
 
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.square import square_frame, square_mask
+from dinoseg.data.sources import VideoFrame, read_source, source_origin
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.video.access import VideoFrame, read_source, source_origin
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids, read_size

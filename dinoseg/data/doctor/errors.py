@@ -22,8 +22,8 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
+from dinoseg.data.sources import read_peaks, read_source
 from dinoseg.data.splits import regex_group
-from dinoseg.data.video.access import ImageSource, read_peaks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names, one_line, printable
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _BINARY = "data.reader.masks.format=binary"
 _IDD_CLASSES = 26  # of level 3
-_OF_IDD = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
+_CLASSES_OF_IDD_ALONE = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
 _NEARLY_ALL = 0.9  # share of the smaller split above which two splits count as the same
 _FULL = "mode=doctor with the same data= shows the full report."
 _SHOWN = 20  # most files listed per error, each with its reason
@@ -55,8 +55,8 @@ def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | 
         data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
     """
-    findings = [*check_files(splits), *check_range(splits), *check_labels(splits, data_name)]
-    return by_severity([*findings, *check_same_files(splits), *check_groups(splits, group)])
+    labels = check_labels(splits, data_name)
+    return by_severity([*check_files(splits), *labels, *check_same_files(splits), *check_groups(splits, group)])
 
 
 def check_for_errors(
@@ -77,35 +77,42 @@ def check_for_errors(
         UserError: a problem would stop the run later, or leaves no labels to train on; or the first image of a split
             has another number of channels.
     """
-    splits: list[Scanned] = []
-    for split, data in (("train", train), ("val", val)):
-        if not isinstance(data, PairDataset):
-            return []
-        records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
-        if records:  # the scan reads headers, which do not tell the range
-            records[0] = replace(records[0], peaks=_read_peaks(data.pairs[0].image))
-        splits.append(describe_split(split, data, records))
-    errors = []
-    for finding in find_errors(splits, data_name=data_name, group=group):
-        if finding.severity == "error" and finding.stops:
-            errors.append(finding)
-            continue
-        files = f" ({join_names(finding.files, 3)})" if finding.files else ""
-        log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
+    if not (isinstance(train, PairDataset) and isinstance(val, PairDataset)):
+        return []
+    sides = {"train": train, "val": val}
+    options = {"images": False, "workers": workers, "cache_dir": cache_dir}
+    splits = [describe_split(split, data, scan(data.pairs, data.reader, **options)) for split, data in sides.items()]
+    findings = find_errors(splits, data_name=data_name, group=group)
+    errors = [finding for finding in findings if finding.severity == "error" and finding.stops]
+    for finding in findings:
+        if finding not in errors:
+            _warn(finding)
     if errors:
         messages = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
         raise UserError(printable(f"The dataset has errors that stop a training:{messages}\n{_FULL}"))
-    for data in (train, val):
-        if isinstance(data, PairDataset) and data.pairs and isinstance(data.pairs[0].image, ChannelFiles):
-            data.pairs[0].image.read()  # the scan reads headers, which do not tell the number of channels
+    if all(data.pairs and isinstance(data.pairs[0].image, ChannelFiles) for data in sides.values()):
+        _check_first_images(list(sides.values()), splits)
     return splits
 
 
-def _read_peaks(image: ImageSource) -> tuple[int, ...]:
-    try:
-        return read_peaks(image)
-    except UserError:  # raised again when the image is read
-        return ()
+def _warn(finding: Finding) -> None:
+    files = f" ({join_names(finding.files, 3)})" if finding.files else ""
+    log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
+
+
+def _check_first_images(datasets: Sequence[PairDataset], splits: Sequence[Scanned]) -> None:
+    """Refuse images of another number of channels, and warn of dark ones: the scan reads headers, which tell neither.
+
+    Images that are read as RGB need no such check: reading them refuses or converts their channels, and warns of 16
+    bits.
+    """
+    samples = []
+    for data, part in zip(datasets, splits, strict=True):
+        image = data.pairs[0].image
+        first = replace(part.records[0], peaks=read_peaks(image, read_source(image)))
+        samples.append(replace(part, records=[first]))
+    for finding in check_range(samples):
+        _warn(finding)
 
 
 def _each(finding: Finding) -> str:
@@ -118,7 +125,8 @@ def check_labels(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Fin
     """Yield findings about labels that teach nothing or something else; `data_name` is the option of `data=`."""
     yield from _one_class(splits)
     yield from _binary_as_ids(splits)
-    yield from _home_made_idd(splits, data_name)
+    if data_name.startswith("idd") or set(splits[0].classes) >= _CLASSES_OF_IDD_ALONE:
+        yield from _home_made_idd(splits, data_name)
     for part in splits:
         yield from _no_labels(part)
 
@@ -161,8 +169,7 @@ def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 def _home_made_idd(splits: Sequence[Scanned], data_name: str) -> Iterator[Finding]:
     part = splits[0]
-    of_idd = data_name.startswith("idd") or set(part.classes) >= _OF_IDD
-    if not of_idd or len(part.classes) != _IDD_CLASSES or part.masks.format != "ids":
+    if len(part.classes) != _IDD_CLASSES or part.masks.format != "ids":
         return
     values = set().union(*map(_values, splits))
     if values and not values & {"0", "3"}:
@@ -247,7 +254,8 @@ def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
         suspect = suspects.get(_copy_key(record))
         if twin is None and suspect is not None and _have_same_content(suspect, record):
             twin = suspect
-        both += [] if twin is None else [(twin, record)]
+        if twin is not None:
+            both.append((twin, record))
     return both
 
 

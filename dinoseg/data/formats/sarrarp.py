@@ -19,8 +19,8 @@ from dinoseg.data.formats.sarrarp_files import (
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, collect_pairs
+from dinoseg.data.sources import ImageSource, VideoFrame
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.data.video.index import index_videos
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.channels import ChannelFiles, PixelFormat, check_rgb
+from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
 from dinoseg.data.annotation.drawing import drawn_size
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, ignore_invalid, image_hash
-from dinoseg.data.video.access import VideoFrame, first_file, read_source
+from dinoseg.data.sources import VideoFrame, first_file, read_source
 
 ComputeMaps = Callable[[Sample], dict[str, Tensor]]
 
@@ -110,11 +110,9 @@ class PairDataset:
 
     def keep(self, names: Collection[str]) -> "PairDataset":
         """Return the dataset restricted to these names, in the same order; incomplete pairs are still reported."""
-        pairs = [pair for pair in self.pairs if pair.name in names]
-        rules = self.reader.labels, self.reader.masks
-        subset = PairDataset(pairs, *rules, self.lacking, self.remedy, has_layers=self.has_layers)
-        subset.skipped, subset.split_local_names = self.skipped, self.split_local_names
-        subset.maps, subset.compute_maps = self.maps, self.compute_maps
+        subset = copy(self)
+        subset.pairs = [pair for pair in self.pairs if pair.name in names]
+        subset.names = [pair.name for pair in subset.pairs]
         return subset
 
     def read_as(self, pixels: PixelFormat) -> "PairDataset":
@@ -123,15 +121,15 @@ class PairDataset:
         Raises:
             UserError: an image is a frame of a video, and the format is not RGB.
         """
-        if pixels.is_rgb and not any(isinstance(pair.image, ChannelFiles) for pair in self.pairs):
-            return self
-        dataset, dataset.pairs = copy(self), []
+        pairs = []
         for pair in self.pairs:
             if isinstance(pair.image, VideoFrame):
                 check_rgb(pixels, str(pair.image))
+                pairs.append(pair)
             else:
-                pair = replace(pair, image=pixels.source(first_file(pair.image)))
-            dataset.pairs.append(pair)
+                pairs.append(replace(pair, image=pixels.source(first_file(pair.image))))
+        dataset = copy(self)
+        dataset.pairs = pairs
         return dataset
 
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dinoseg.data.annotation.drawing import MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader, check_fit
-from dinoseg.data.video.access import ImageSource, read_valid_pixels, reading_rule, source_files, source_origin
+from dinoseg.data.sources import ImageSource, read_valid_pixels, reading_rule, source_files, source_origin
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, check_regular, stamp
 

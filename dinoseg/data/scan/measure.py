@@ -15,7 +15,7 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.annotation.drawing import Layers, MaskPage, MaskSource, drawn_size
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, ignore_invalid
-from dinoseg.data.video.access import ImageSource, VideoFrame, read_peaks, read_source
+from dinoseg.data.sources import ImageSource, VideoFrame, read_peaks, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
@@ -126,9 +126,8 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]],
         return record.with_problem("unreadable_image", reason)
     ids = np.ascontiguousarray(sample["mask"].numpy())
     record = _with_pixels(record, sample["image"].permute(1, 2, 0).numpy())
-    pixels = {} if ids.ndim > 2 else dict(_count_values(ids))
-    record = replace(record, mask_size=(ids.shape[-2], ids.shape[-1]), pixels=pixels)
-    return _with_mask(record, ids, ignore_index, raw={str(value): count for value, count in pixels.items()})
+    record = _with_mask(replace(record, mask_size=(ids.shape[-2], ids.shape[-1])), ids, ignore_index)
+    return record if ids.ndim > 2 else replace(record, raw=_as_raw(record.pixels))
 
 
 def _with_pixels(record: Record, image: np.ndarray) -> Record:
@@ -165,14 +164,11 @@ def _is_jpeg(path: Path) -> bool:
 
 
 def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader) -> Record:
-    rule, drawn = reader.masks.on_size_mismatch, drawn_size(mask)
-    if drawn is not None:
+    rule = reader.masks.on_size_mismatch
+    if (drawn := drawn_size(mask)) is not None:
+        record = _with_drawn_size(record, drawn, rule, image=image, mask=mask)
         if record.problems:  # of the image: nothing bounds the size of the mask
-            return replace(record, mask_size=drawn)
-        try:
-            check_fit(drawn, record.image_size or drawn, rule, image=image, path=mask)
-        except UserError as error:
-            return replace(record, mask_size=drawn).with_problem("size_mismatch", str(error))
+            return record
     try:
         ids = reader.read(mask)
     except UserError as error:
@@ -184,27 +180,34 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
         ids = fit_mask(ids, record.image_size or ids.shape, rule, image=image, path=mask)
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
+    record = replace(record, raw=_layer_values(ids, mask) if isinstance(mask, Layers) else _raw_of(mask, reader, ids))
     ignored = reader.labels.ignore_index
-    if isinstance(mask, Layers):
-        raw = _layer_values(ids, mask)
-    else:
-        raw = _raw_of(mask, reader, dict(_count_values(ids)))
     if not record.problems:
         ids = ignore_invalid(ids, image, ignored, rule=rule, path=mask)
-    if ids.ndim == 2:
-        record = replace(record, pixels=dict(_count_values(ids)))
-    return _with_mask(record, ids, ignored, raw=raw)
+    return _with_mask(record, ids, ignored)
 
 
-def _with_mask(record: Record, mask: np.ndarray, ignore_index: int, raw: Mapping[str, int]) -> Record:
-    """Return a record with the measurements of ids (H, W), whose pixels are counted, or of layers (K, H, W)."""
-    outline = mask
+def _with_drawn_size(
+    record: Record, size: tuple[int, int], rule: str, *, image: ImageSource, mask: MaskSource
+) -> Record:
+    """Return a record with the size (H, W) that an annotation file states, before its mask is drawn."""
+    record = replace(record, mask_size=size)
+    try:
+        check_fit(size, record.image_size or size, rule, image=image, path=mask)
+    except UserError as error:
+        return record if record.problems else record.with_problem("size_mismatch", str(error))
+    return record
+
+
+def _with_mask(record: Record, mask: np.ndarray, ignore_index: int) -> Record:
+    """Return a record with the measurements of ids (H, W) or of layers (K, H, W)."""
     if mask.ndim > 2:
-        outline = mask.max(axis=0)
         several = (mask == 1).sum(axis=0) > 1
         record = replace(record, pixels=_layer_counts(mask, ignore_index), overlap=int(several.sum()))
-    small = borders(outline).tobytes() if record.decoded else b""
-    return replace(record, raw=raw, mask_digest=digest(mask), borders=small)
+    else:
+        record = replace(record, pixels=dict(_count_values(mask)))
+    small = borders(mask.max(axis=0) if mask.ndim > 2 else mask).tobytes() if record.decoded else b""
+    return replace(record, mask_digest=digest(mask), borders=small)
 
 
 def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
@@ -220,15 +223,18 @@ def _layer_values(layers: np.ndarray, mask: Layers) -> dict[str, int]:
     return {f"{index}: {value}": count for index in files for value, count in _count_values(layers[index])}
 
 
-def _raw_of(mask: MaskSource, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
-    """Return the value counts of the mask file, which is read again only if they differ from those of the class ids."""
+def _raw_of(mask: MaskSource, reader: MaskReader, ids: np.ndarray) -> dict[str, int]:
+    """Return the value counts of a mask file, which is read again only if its values differ from the class ids."""
     masks = reader.masks
-    if not isinstance(mask, Path):
-        return {str(value): count for value, count in pixels.items()}
-    if masks.format == "palette" or (masks.format == "ids" and (masks.ids or masks.others or masks.reduce_zero_label)):
+    is_mapped = masks.format == "ids" and (masks.ids or masks.others or masks.reduce_zero_label)
+    if isinstance(mask, Path) and (is_mapped or masks.format == "palette"):
         return _raw(mask, reader)
-    scale = 255 if masks.format == "binary" else 1
-    return {str(value * scale): count for value, count in pixels.items()}
+    scale = 255 if isinstance(mask, Path) and masks.format == "binary" else 1
+    return _as_raw({value * scale: count for value, count in _count_values(ids)})
+
+
+def _as_raw(pixels: Mapping[int, int]) -> dict[str, int]:
+    return {str(value): count for value, count in pixels.items()}
 
 
 def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
@@ -236,7 +242,7 @@ def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
     if numbers.ndim == 3 and reader.masks.format != "palette" and (numbers == numbers[..., :1]).all():
         numbers = numbers[..., 0]
     if numbers.ndim == 2:
-        return {str(value): count for value, count in _count_values(numbers)[:_MAX_RAW]}
+        return _as_raw(dict(_count_values(numbers)[:_MAX_RAW]))
     codes = numbers[..., 0].astype(np.int32) << 16 | numbers[..., 1].astype(np.int32) << 8 | numbers[..., 2]
     common = sorted(_count_values(codes), key=lambda pair: -pair[1])[:_MAX_RAW]
     return {f"({code >> 16}, {code >> 8 & 255}, {code & 255})": count for code, count in common}

@@ -15,12 +15,10 @@ from dinoseg.data.annotation.drawing import mask_file, mask_key
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.measure import Record, measure
-from dinoseg.data.video.access import reading_rule
+from dinoseg.data.sources import reading_rule
 from dinoseg.report.progress import Bar
-from dinoseg.utils import forms
 from dinoseg.utils.atomic import create_cache_dir, write_text
 from dinoseg.utils.files import stamp
-from dinoseg.utils.units import read_finished
 
 log = logging.getLogger(__name__)
 
@@ -29,35 +27,6 @@ _CHUNK = 16  # successive pairs that a thread measures: frames of a video are de
 _VERSION = 9  # version of the record format
 _UNREADABLE = {"unreadable_image", "unreadable_mask"}
 _SMALL_COPIES, _SIZES = ("edges", "borders"), ("image_size", "mask_size")
-
-
-def _check_base64(value: Any, where: str) -> None:
-    """Check that a value is base64 text."""
-    forms.text(value, where)
-    try:
-        b64decode(value, validate=True)
-    except ValueError:
-        raise forms.SchemaError(f"{where} is not base64 text") from None
-
-
-_SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
-_FORM = forms.table(
-    forms.record(
-        stamps=forms.list_of(forms.whole(-(2**63))),
-        record=forms.record(
-            **dict.fromkeys(("name", "image", "mask", "mask_digest", "image_digest"), forms.text),
-            **dict.fromkeys(_SMALL_COPIES, _check_base64),
-            **dict.fromkeys(_SIZES, _SIZE_FORM),
-            decoded=forms.flag,
-            pixels=forms.table(forms.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
-            raw=forms.table(forms.whole(), r"([0-9]{1,3}: )?-?[0-9]{1,20}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
-            overlap=forms.whole(),
-            peaks=forms.list_of(forms.whole()),
-            problems=forms.table(forms.text),
-            look=forms.maybe(forms.whole(0, 2**64 - 1)),
-        ),
-    )
-)
 
 
 def scan(
@@ -130,12 +99,14 @@ def _find_file(folder: Path, pairs: Sequence[Pair], reader: MaskReader) -> Path:
 
 
 def _read_records(path: Path) -> StoredRecords:
-    rows = read_finished(
-        path,
-        lambda path: forms.read_json(path, _FORM),
-        damaged="The stored scan in %s is damaged (%s): scanning again.",
-    )
-    return {key: (row["stamps"], _from_json(row["record"])) for key, row in (rows or {}).items()}
+    try:
+        rows = json.loads(path.read_bytes())
+        return {key: (row["stamps"], _from_json(row["record"])) for key, row in rows.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the records are measured again
+        log.warning("The stored scan in %s is damaged (%s): scanning again.", path, error)
+        return {}
 
 
 def _write_records(path: Path, records: StoredRecords) -> None:
