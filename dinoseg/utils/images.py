@@ -212,15 +212,6 @@ def is_deep(path: str | Path) -> bool:
     )
 
 
-def has_colors(path: str | Path) -> bool:
-    """Return whether an image has several channels by its header.
-
-    Raises:
-        UserError: if the file is missing or no image.
-    """
-    return decode(path, lambda image: len(image.getbands()) > 1, lambda file: file.pages[0].samples > 1)
-
-
 def lossy_format(path: str | Path) -> str | None:
     """Return the name of an image's format if it changes values: JPEG, WebP, or TIFF with JPEG; else None.
 

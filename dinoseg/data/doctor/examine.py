@@ -7,7 +7,7 @@ from typing import Any
 
 from dinoseg.data.doctor.checks.classes import check_coverage
 from dinoseg.data.doctor.checks.duplicates import check_duplicates
-from dinoseg.data.doctor.checks.files import check_orientation, check_resized
+from dinoseg.data.doctor.checks.files import check_orientation, check_range, check_resized
 from dinoseg.data.doctor.checks.layers import check_layers
 from dinoseg.data.doctor.checks.pairing import check_pairing
 from dinoseg.data.doctor.errors import find_errors
@@ -41,8 +41,8 @@ def examine(
         near_distance: maximum number of differing bits, of 64, for two images to be nearly equal.
     """
     findings = find_errors(splits, data_name=data_name, group=group)
-    findings += [*check_resized(splits), *check_orientation(splits), *check_coverage(splits), *check_videos(splits)]
-    findings += check_duplicates(splits, near_distance)
+    findings += [*check_range(splits), *check_resized(splits), *check_orientation(splits), *check_coverage(splits)]
+    findings += [*check_videos(splits), *check_duplicates(splits, near_distance)]
     for part in splits:
         findings += [*check_layers(part), *check_pairing(part)]
     return by_severity([*findings, *suggest(splits)])

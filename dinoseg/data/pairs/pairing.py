@@ -5,17 +5,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import has_colors, read_image
 from dinoseg.utils.wording import count_of, reasons
 
-_MASK_COLORS = 32  # a mask has more colours only if objects have ids
 _FEW = 3  # reasons listed where no pair is complete, since all will be alike
 
 
@@ -95,48 +91,7 @@ def collect_pairs(
     dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies), has_layers=has_layers)
     if not whole:
         raise incomplete_pairs_error(dataset, split)
-    _refuse_swapped(dataset, split)
     return dataset
-
-
-def _refuse_swapped(dataset: PairDataset, split: str) -> None:
-    """Raise a UserError if images and masks are swapped, judged by the first pair.
-
-    They are swapped if the image is a valid mask, while the mask is not and has more colours than the image.
-    """
-    image, mask = dataset.pairs[0].image, dataset.pairs[0].mask
-    if not isinstance(image, Path) or not isinstance(mask, Path) or not _has_colors(mask) or _is_mask(dataset, mask):
-        return
-    if _is_mask(dataset, image) and _count_colors(mask) > max(_count_colors(image), _MASK_COLORS):
-        raise UserError(
-            f"Split {split}: {image} can be read as a mask, and {mask} cannot: images and masks are swapped. Swap the "
-            "folders, such as those of data.reader.layout.images and .masks."
-        )
-
-
-def _is_mask(dataset: PairDataset, path: Path) -> bool:
-    try:
-        dataset.reader.read(path)
-    except Exception:  # a decoder may raise anything on a damaged file
-        return False
-    return True
-
-
-def _has_colors(path: Path) -> bool:
-    """Return whether an image file has several channels by its header; single-channel masks are not decoded here."""
-    try:
-        return has_colors(path)
-    except Exception:  # a decoder may raise anything on a damaged file
-        return False
-
-
-def _count_colors(path: Path) -> int:
-    """Return the number of colours of an image, or 0 if it cannot be read."""
-    try:
-        pixels = read_image(path).astype(np.int32)  # (H, W, 3)
-    except Exception:  # a decoder may raise anything on a damaged file
-        return 0
-    return len(np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]))
 
 
 def incomplete_pairs_error(dataset: PairDataset, split: str) -> UserError:

@@ -167,22 +167,6 @@ def test_unsplit_folder_error_suggests_a_partition(fill):
         folder_dataset(root, "val", classes=CLASSES)
 
 
-@pytest.mark.parametrize("masks", [Masks(), Masks("palette")])
-def test_swapped_folders_are_named(fill, masks):
-    root = fill(size=(9, 8))
-    for name in "xyz":
-        save(root / f"train/images/{name}.png", np.random.default_rng(0).integers(0, 256, (9, 8, 3)))
-        if masks.format == "palette":
-            save(root / f"train/masks/{name}.png", np.zeros((9, 8, 3)))
-    layout = FolderLayout("{split}/masks", "{split}/images")
-    words = ("masks/x.png can be read as a mask, and ", "images/x.png cannot: ", " are swapped")
-    refused(root, "train", *words, layout=layout, masks=masks)
-    folder_dataset(root, "train", classes=CLASSES, masks=masks)
-    save(root / "train/images/x.png", np.zeros((4, 6, 3)))
-    save(root / "train/masks/x.png", np.full((4, 6), 7))  # only an id without class
-    assert len(folder_dataset(root, "train", classes=CLASSES, masks=masks)) == 3
-
-
 @pytest.mark.parametrize("ending", ["gif", "HEIC", "jp2", "avif"])
 def test_images_of_unsupported_formats_are_reported(fill, ending):
     root = fill()

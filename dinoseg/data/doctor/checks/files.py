@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
+
+from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_advice import (
     HIGHEST_ID,
     MAX_IDS,
@@ -14,14 +17,16 @@ from dinoseg.data.classes.mask_advice import (
     for_ids,
     for_instances,
 )
+from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan.measure import Record
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned, varies_in_alpha
+from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned, read_image, varies_in_alpha
 from dinoseg.utils.levels import WHITE
 from dinoseg.utils.wording import join_names
 
 _FEWER_BITS = (8, 10, 12, 14)  # depths of sensors whose values are stored in 16 bits
+_MASK_COLORS = 32  # a mask has more colours only if objects have ids
 _SKIP = "Or leave the pairs out: data.on_error=skip."
 
 
@@ -31,8 +36,9 @@ def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
     yield from _ids_in_alpha(records)
     if not any(record.problems for record in records):
         return
+    yield from _swapped_folders(splits)  # first: it explains foreign ids, as the next but one does
     yield from _unreadable(records)
-    yield from _saved_with_loss(records, splits)  # first: it explains foreign ids
+    yield from _saved_with_loss(records, splits)
     yield from _foreign_ids(splits)
     yield from _sizes(records, splits)
 
@@ -135,6 +141,40 @@ def _varies_in_alpha(mask: str) -> bool:
         return varies_in_alpha(mask)
     except UserError:  # masks of an annotation file are no images
         return False
+
+
+def _swapped_folders(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield a finding of splits whose images and masks are swapped, judged by the first pair.
+
+    They are swapped if the image is a valid mask, while the mask is not and has more colours than the image.
+    """
+    for part in splits:
+        first = part.records[0] if part.records else None
+        if first is None or "foreign_ids" not in first.problems or not _is_mask(part, Path(first.image)):
+            continue
+        if _count_colors(first.mask) > max(_count_colors(first.image), _MASK_COLORS):
+            yield Finding(
+                "error",
+                "swapped_folders",
+                f"Split {part.split}: {first.image} can be read as a mask, and {first.mask} cannot: images and masks "
+                "are swapped.",
+                remedy="Swap the folders, such as those of data.reader.layout.images and .masks.",
+            )
+
+
+def _is_mask(part: Scanned, path: Path) -> bool:
+    reader = MaskReader(Labels(tuple(part.classes), tuple(part.palette), part.ignore_index), part.masks)
+    try:
+        reader.read(path)
+    except Exception:  # a decoder may raise anything on a damaged file
+        return False
+    return True
+
+
+def _count_colors(path: str) -> int:
+    """Return the number of colours of an image that was read before."""
+    pixels = read_image(path).astype(np.int32)  # (H, W, 3)
+    return len(np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]))
 
 
 def _unreadable(records: Sequence[Record]) -> Iterator[Finding]:
