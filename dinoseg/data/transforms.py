@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import cv2
@@ -87,6 +87,7 @@ class _View(NamedTuple):
     colors: np.ndarray  # (4,) or (4 + SWITCHES,)
 
 
+@dataclass(eq=False)
 class Augment:
     """Random view of size `crop` from an image and mask of any size.
 
@@ -117,50 +118,37 @@ class Augment:
         ignore_index: id of mask pixels outside the image.
     """
 
-    def __init__(
-        self,
-        crop: tuple[Count, Count],
-        *,
-        scale: tuple[Positive, Positive] = (1.0, 1.0),
-        relative_to: Literal["image", "short", "long", "fit"] = "image",
-        base: Count | None = None,
-        distribution: Literal["log_uniform", "uniform"] = "log_uniform",
-        resample: Literal["area", "antialias", "bilinear"] = "area",
-        longest: Count | None = None,
-        cat_max_ratio: HighShare | None = None,
-        affine: Affine = Affine(),  # noqa: B008 (frozen)
-        flip: Share = 0.0,
-        padding: Literal["spread", "end"] = "spread",
-        fill: tuple[Byte, Byte, Byte] = (128, 128, 128),
-        color: ColorTransform = ColorJitter(),  # noqa: B008 (frozen)
-        ignore_index: int = 255,
-    ) -> None:
-        if scale[0] > scale[1]:
-            raise UserError(f"scale={list(scale)}: give [least, largest] with least <= largest.")
-        if relative_to == "image" and longest is not None and max(crop) > longest:
+    crop: tuple[Count, Count]
+    _: KW_ONLY
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    relative_to: Literal["image", "short", "long", "fit"] = "image"
+    base: Count | None = None
+    distribution: Literal["log_uniform", "uniform"] = "log_uniform"
+    resample: Literal["area", "antialias", "bilinear"] = "area"
+    longest: Count | None = None
+    cat_max_ratio: HighShare | None = None
+    affine: Affine = Affine()
+    flip: Share = 0.0
+    padding: Literal["spread", "end"] = "spread"
+    fill: tuple[Byte, Byte, Byte] = (128, 128, 128)
+    color: ColorTransform = ColorJitter()
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        """Refuse values that contradict each other."""
+        self.crop = (self.crop[0], self.crop[1])  # a config gives a list
+        if self.scale[0] > self.scale[1]:
+            raise UserError(f"scale={list(self.scale)}: give [least, largest] with least <= largest.")
+        if self.relative_to == "image" and self.longest is not None and max(self.crop) > self.longest:
             raise UserError(
-                f"crop={list(crop)} is larger than longest={longest}, to which images are reduced: choose a crop of at "
-                f"most {longest} pixels a side."
+                f"crop={list(self.crop)} is larger than longest={self.longest}, to which images are reduced: choose a "
+                f"crop of at most {self.longest} pixels a side."
             )
-        if base is not None and relative_to not in ("short", "long"):
+        if self.base is not None and self.relative_to not in ("short", "long"):
             raise UserError(
-                f"base={base} has no effect with relative_to={relative_to}: set relative_to=short or long, or leave "
-                "base out."
+                f"base={self.base} has no effect with relative_to={self.relative_to}: set relative_to=short or long, "
+                "or leave base out."
             )
-        self.crop = (crop[0], crop[1])
-        self.scale = (scale[0], scale[1])
-        self.relative_to = relative_to
-        self.base = base or (max if relative_to == "long" else min)(self.crop)
-        self.distribution = distribution
-        self.resample = resample
-        self.longest = longest
-        self.cat_max_ratio = cat_max_ratio
-        self.affine = affine
-        self.flip = flip
-        self.padding = padding
-        self.fill = tuple(fill)
-        self.color = color
-        self.ignore_index = ignore_index
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return a view of image (H, W, C), uint8 or uint16, and mask (H, W) or (K, H, W) uint8.
@@ -241,8 +229,9 @@ class Augment:
         if self.relative_to == "fit":  # whole products first, so that factor 1 gives the crop's side exactly
             crop, side = min((self.crop[0], height), (self.crop[1], width), key=lambda pair: pair[0] / pair[1])
             return max(1, int(factor * (crop * height) / side)), max(1, int(factor * (crop * width) / side))
-        side = (max if self.relative_to == "long" else min)(height, width)
-        given = max(1, int(self.base * factor))
+        choose = max if self.relative_to == "long" else min
+        side = choose(height, width)
+        given = max(1, int((self.base or choose(self.crop)) * factor))
         return max(1, int(given * height / side + 0.5)), max(1, int(given * width / side + 0.5))
 
     def _geometry(self, mask: np.ndarray, rng: np.random.Generator) -> _View:
@@ -254,17 +243,28 @@ class Augment:
         scaled = self.scaled_size((height, width), factor)
         zoom = (scaled[0] / height, scaled[1] / width)
         colors, numbers = uniforms[8:], uniforms[1:8]
-        matrix = self._matrix((height, width), zoom, numbers)
+        view = _View(self._matrix((height, width), zoom, numbers), zoom, colors)
         if self.cat_max_ratio is None and not self.color.has_switches:
-            return _View(matrix, zoom, colors)
-        more = rng.random(SWITCHES + 2 * _CHECKS)  # last, so that the numbers above do not depend on these settings
-        colors = np.concatenate([colors, more[:SWITCHES]])
+            return view
+        # last, so that the numbers above do not depend on these settings
+        return self._try_positions(mask, view, numbers, rng.random(SWITCHES + 2 * _CHECKS))
+
+    def _try_positions(self, mask: np.ndarray, view: _View, numbers: np.ndarray, more: np.ndarray) -> _View:
+        """Return a view with the switches of its colours, at the first position of its crop that is balanced.
+
+        Args:
+            mask: class ids.
+            view: at the first position.
+            numbers: random numbers of its matrix.
+            more: further ones, of the switches and of new positions.
+        """
+        size, matrix = (mask.shape[-2], mask.shape[-1]), view.matrix
         for position in more[SWITCHES:].reshape(_CHECKS, 2):
             if self._is_balanced(mask, matrix):
                 break
             numbers[4:6] = position
-            matrix = self._matrix((height, width), zoom, numbers)
-        return _View(matrix, zoom, colors)
+            matrix = self._matrix(size, view.zoom, numbers)
+        return _View(matrix, view.zoom, np.concatenate([view.colors, more[:SWITCHES]]))
 
     def _is_balanced(self, mask: np.ndarray, matrix: np.ndarray) -> bool:
         """Return whether a view shows several classes, the largest with a share below `cat_max_ratio`, if it is set."""
@@ -311,6 +311,16 @@ class Augment:
                 lambda part, _: cv2.resize(part, size, interpolation=cv2.INTER_AREA), image, self.fill
             )
             return resized, matrix
+        return self._reduce_antialiased(image, size, matrix)
+
+    def _reduce_antialiased(
+        self, image: np.ndarray, size: tuple[int, int], matrix: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the part of an image, reduced to `size` (W, H), that a view shows, and the matrix from there.
+
+        `matrix` maps the whole reduced image to the view.
+        """
+        height, width = image.shape[:2]
         left, top, right, bottom = self._visible(matrix, size)
         box = (left * width / size[0], top * height / size[1], right * width / size[0], bottom * height / size[1])
         planes = [image] if image.shape[2] == 3 and image.dtype == np.uint8 else np.moveaxis(image, 2, 0)
