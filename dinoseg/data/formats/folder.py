@@ -139,18 +139,21 @@ def _match_masks(
             "that task, or remove {class}."
         )
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
-    images, unread, _ = _find(folders[0], layout.image_suffix, layout, suffixes)
-    masks, unread_masks, _ = _find(folders[1], layout.mask_suffix, layout)
+    images, unread = _find(folders[0], layout.image_suffix, layout, suffixes)
+    masks, unread_masks = _find(folders[1], layout.mask_suffix, layout)
     of_classes = sorted({name.partition("/")[0] for name in masks if "/" in name})
     if images and of_classes and set(of_classes) <= set(labels.classes) and not masks.keys() & images.keys():
         raise UserError(
             f"{folders[1]} has the masks of each class in a folder: {join_names(of_classes, 10)}. Set task=multilabel, "
             "or put one mask of all classes for each image there."
         )
-    unread = {name: path for name, path in {**unread_masks, **unread}.items() if not (name in images and name in masks)}
     by_name = pair_by_name(images, masks, folders, _REMEDY)
-    by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
-    return by_name
+    unread = {**unread_masks, **unread}
+    return by_name | _report_unread({name: path for name, path in unread.items() if name not in images.keys() & masks})
+
+
+def _report_unread(files: Mapping[str, Path]) -> dict[str, Lacking]:
+    return {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in files.items()}
 
 
 def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLayout]:
@@ -188,7 +191,7 @@ def _match_layers(
     An image does not show a class that has no mask of its name, or no folder; it needs a mask of at least one class.
     """
     folder = _folder(root, split, layout.images, layout)
-    images, unread, _ = _find(folder, layout.image_suffix, layout, suffixes)
+    images, unread = _find(folder, layout.image_suffix, layout, suffixes)
     by_class: list[dict[str, Path | MaskPage]] = []
     by_name: dict[str, Pair | Lacking] = {}
     layouts = class_layouts(layout, labels.classes)
@@ -204,10 +207,12 @@ def _match_layers(
             others = sorted(path.name for path in place.parent.glob("*/") if path.name not in labels.classes)
             unused = f" Folders of no class: {join_names(others, 10)}." if others else ""
             log.warning("%s is missing: no image of split %s shows this class.%s", place, split, unused)
-        masks, unread_masks, mask_folders = _find(place, each.mask_suffix, each) if place.is_dir() else ({}, {}, {})
+            by_class.append({})
+            continue
+        masks, unread_masks = _find(place, each.mask_suffix, each)
         by_class.append({**masks})
         unread |= unread_masks
-        for name, path in mask_folders.items():
+        for name, path in _find_folders(place, each.mask_suffix).items():
             if name in images and name not in masks:
                 by_name[name] = Lacking(name, f"{path} is a folder, not a mask.", "Replace each folder by the mask.")
     files = {mask_file(path) for masks in by_class for path in masks.values()}
@@ -225,8 +230,7 @@ def _match_layers(
     for name, mask in (entry for masks in by_class for entry in masks.items()):
         if mask not in used:
             by_name[name] = Lacking(name, f"{mask_file(mask)} has no image in {folder}.", _REMEDY)
-    by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
-    return by_name
+    return by_name | _report_unread(unread)
 
 
 def _find_pages(
@@ -236,42 +240,43 @@ def _find_pages(
     folder = _path(root, split, layout.masks, layout)
     if "{class}" in layout.masks + layout.mask_suffix or not folder.is_dir():
         return [], {}
-    masks, unread, _ = _find(folder, layout.mask_suffix, layout)
+    masks, unread = _find(folder, layout.mask_suffix, layout)
     tiffs = {name: path for name, path in masks.items() if path.suffix.lower() in TIFF_SUFFIXES}
     return [{name: MaskPage(path, index, count) for name, path in tiffs.items()} for index in range(count)], unread
 
 
 def _find(
     folder: Path, suffix: str, layout: FolderLayout, suffixes: Sequence[str] | None = None
-) -> tuple[dict[str, Path], dict[str, Path], dict[str, Path]]:
-    """Return name to path below a folder whose stem ends with `suffix`: readable files, unreadable ones, folders.
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return name to path of the files below a folder whose stem ends with `suffix`: readable ones, unreadable ones.
 
     `suffixes` are those of images; without them, the files are masks.
     """
+    kinds = (*(suffixes or IMAGE_SUFFIXES), *UNREAD_SUFFIXES)
+    has_masks = suffixes is not None and layout.mask_suffix != "" and layout.images == layout.masks
     paths: dict[str, Path] = {}
     unread: dict[str, Path] = {}
-    folders: dict[str, Path] = {}  # named as files
-    both_here = suffixes is not None and layout.mask_suffix and layout.images == layout.masks
-    for parent, files in visible_files(folder):
-        if parent.suffix.lower() in IMAGE_SUFFIXES and parent.stem.endswith(suffix) and parent != folder:
-            folders[(parent.parent / parent.stem.removesuffix(suffix)).relative_to(folder).as_posix()] = parent
-        for file in files:
-            path = parent / file
-            excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
-            kind = path.suffix.lower()
-            kinds = (*(suffixes or IMAGE_SUFFIXES), *UNREAD_SUFFIXES)
-            other_kind = kind not in kinds or not path.stem.endswith(suffix)
-            if excluded or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
-                continue
-            stem = path.stem.removesuffix(suffix) if suffix else path.stem
-            name = (path.parent / stem).relative_to(folder).as_posix()
-            if kind in UNREAD_SUFFIXES:
-                unread[name] = path
-                continue
-            if name in paths:
-                raise UserError(f"{paths[name]} and {path} have the same name ({name}): keep one of them.")
-            paths[name] = path
-    return paths, unread, folders
+    for path in (parent / file for parent, files in visible_files(folder) for file in files):
+        kind = path.suffix.lower()
+        excluded = any(fnmatch(path.name, pattern) for pattern in layout.exclude)
+        is_mask = has_masks and path.stem.endswith(layout.mask_suffix)
+        if excluded or is_mask or kind not in kinds or not path.stem.endswith(suffix):
+            continue
+        name = (path.parent / path.stem.removesuffix(suffix)).relative_to(folder).as_posix()
+        if kind in UNREAD_SUFFIXES:
+            unread[name] = path
+            continue
+        if name in paths:
+            raise UserError(f"{paths[name]} and {path} have the same name ({name}): keep one of them.")
+        paths[name] = path
+    return paths, unread
+
+
+def _find_folders(top: Path, suffix: str) -> dict[str, Path]:
+    """Return name to path of the folders below another one that are named as mask files."""
+    folders = [parent for parent, _ in visible_files(top) if parent != top]
+    named = [folder for folder in folders if folder.suffix.lower() in IMAGE_SUFFIXES and folder.stem.endswith(suffix)]
+    return {(folder.parent / folder.stem.removesuffix(suffix)).relative_to(top).as_posix(): folder for folder in named}
 
 
 def _path(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
