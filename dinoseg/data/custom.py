@@ -170,23 +170,32 @@ def check_custom_dataset(
             with a layer cannot be that of a file, as predictions need.
     """
     if has_layers:
-        check_layer_names(list(map(str, classes)))
-    if has_layers and ignore_index < max(2, len(classes)):
+        _check_layers(data, list(map(str, classes)), ignore_index)
+    if isinstance(data, PairDataset):
+        return data if pixels.is_rgb else data.read_as(pixels)
+    given = (data.samples, data.rows, data.where) if isinstance(data, CustomDataset) else (data,)
+    dataset = CustomDataset(*given, channels=pixels.channels, has_layers=has_layers)
+    _compare_with_config(dataset, list(map(str, classes)), ignore_index)
+    return dataset
+
+
+def _check_layers(data: Any, classes: Sequence[str], ignore_index: int) -> None:
+    check_layer_names(classes)
+    if ignore_index < max(2, len(classes)):
         raise UserError(
             f"data.ignore_index={ignore_index}: layers hold 0 and 1, and classes have the ids 0 to {len(classes) - 1}. "
             "Give another value, such as 255."
         )
-    if isinstance(data, PairDataset):
-        if has_layers and not data.has_layers:
-            raise UserError(
-                "task=multilabel needs masks with a layer for each class, and this dataset has one class per pixel. "
-                "Choose data=folder, data=coco or data=labelme."
-            )
-        return data.read_as(pixels)
-    given = (data.samples, data.rows, data.where) if isinstance(data, CustomDataset) else (data,)
-    dataset = CustomDataset(*given, channels=pixels.channels, has_layers=has_layers)
+    if isinstance(data, PairDataset) and not data.has_layers:
+        raise UserError(
+            "task=multilabel needs masks with a layer for each class, and this dataset has one class per pixel. "
+            "Choose data=folder, data=coco or data=labelme."
+        )
+
+
+def _compare_with_config(dataset: CustomDataset, classes: Sequence[str], ignore_index: int) -> None:
     for key, value, configured in (
-        ("classes", dataset.classes, list(map(str, classes))),
+        ("classes", dataset.classes, classes),
         ("ignore_index", dataset.ignore_index, ignore_index),
     ):
         if value != configured:
@@ -194,7 +203,6 @@ def check_custom_dataset(
                 f"data.{key}={configured}, but the data set of data.reader has {value}. Pass it on in the YAML file: "
                 f"{key}: ${{..{key}}} in `reader`, or correct data.{key}."
             )
-    return dataset
 
 
 def _colors(palette: Any) -> list[tuple[int, int, int]]:

@@ -61,12 +61,7 @@ def prepare_dataset(
         dataset = dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
         logger.info("%d of %d images of split %s with their masks (labelled=%s)", len(dataset), whole, split, labelled)
     if not isinstance(dataset, PairDataset):
-        for key, value in (("on_error", on_error), ("cache", cache)):
-            if value in ("skip", "packed"):
-                raise UserError(
-                    f"{key}={value} needs a reader that returns a dinoseg.data.pairs.dataset.PairDataset, and this one "
-                    f"gives a {type(dataset.samples).__name__}. Leave it out."
-                )
+        _refuse_options_of_files(dataset, on_error=on_error, cache=cache)
         return dataset
     if on_error == "skip":
         dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
@@ -77,6 +72,15 @@ def prepare_dataset(
             raise UserError("cache=packed stores one class per pixel, and these masks have layers. Leave it out.")
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset
+
+
+def _refuse_options_of_files(dataset: CustomDataset, **options: str | None) -> None:
+    for key, value in options.items():
+        if value in ("skip", "packed"):
+            raise UserError(
+                f"{key}={value} needs a reader that returns a dinoseg.data.pairs.dataset.PairDataset, and this one "
+                f"gives a {type(dataset.samples).__name__}. Leave it out."
+            )
 
 
 def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> PairDataset:
