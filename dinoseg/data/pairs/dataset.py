@@ -145,7 +145,9 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     """
     image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
-    check_fit(drawn_size(pair.mask) or size, size, rule, image=pair.image, path=pair.mask)
+    drawn = drawn_size(pair.mask)
+    if drawn is not None:  # before it is drawn: a wrong size in an annotation file could fill the memory
+        check_fit(drawn, size, rule, image=pair.image, path=pair.mask)
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
     mask = ignore_invalid(mask, pair.image, reader.labels.ignore_index, rule=rule, path=pair.mask)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
