@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.core.geometry import LATTICE, lattice
-from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score
+from dinoseg.core.metric import LabelledImage, plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.boundary_errors import boundary_errors
-from dinoseg.metrics.miou import MeanIoU
+from dinoseg.metrics.miou import MeanIoU, count_classes
 from dinoseg.report.html.pictures import Shot
 from dinoseg.report.overlay import downscale, downscale_mask
 from dinoseg.utils.levels import to_display
@@ -66,7 +66,7 @@ class Collector:
         places = lattice((masks.shape[-2], masks.shape[-1]))
         for row, (mask, prediction) in enumerate(zip(masks, predictions, strict=True)):
             sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index)
-            counts = MeanIoU().count(PredictedImage(prediction), sample)["classes"]
+            counts = count_classes(prediction, sample)  # `evaluate` has checked the ids
             ignored = self._data.ignore_index
             if mask.ndim == 2:
                 boundary = boundary_errors(mask, prediction, ignored)

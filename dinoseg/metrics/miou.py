@@ -23,23 +23,9 @@ class MeanIoU(Metric):
     scores = dict.fromkeys(("miou", "dice", "accuracy", "mean_accuracy"), "max")
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
-        """Return correct, reference and predicted pixels of each class among the labelled pixels: (3, K) int64.
-
-        Layers have a fourth row: the labelled pixels of each class.
-
-        If `ignore_index` is one of the classes, its predictions are not counted: it can never be correct, so it is
-        absent. Predicted ids of K or more are errors of the reference's class.
-        """
+        """Return the counts of `count_classes` as `classes`."""
         check_image(prediction, sample)
-        labelled = sample.mask != sample.ignore_index
-        if sample.mask.ndim > 2:  # layers
-            reference, predicted = sample.mask == 1, (prediction.ids == 1) & labelled
-            layers = np.stack([predicted & reference, reference, predicted, labelled])  # (4, K, H, W)
-            return {"classes": layers.sum(axis=(2, 3), dtype=np.int64)}
-        reference, predicted = sample.mask[labelled], prediction.ids[labelled]
-        within = predicted[(predicted != sample.ignore_index) & (predicted < sample.num_classes)]
-        parts = (reference[reference == predicted], reference, within)
-        return {"classes": np.stack([np.bincount(ids, minlength=sample.num_classes) for ids in parts])}
+        return {"classes": count_classes(prediction.ids, sample)}
 
     def compute(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return the means over classes, and the share of correct pixels; of layers, of all decisions about a class."""
@@ -59,6 +45,29 @@ class MeanIoU(Metric):
             "dice": ratio(2 * right, reference + predicted),
             "accuracy": ratio(right, reference),
         }
+
+
+def count_classes(prediction: np.ndarray, sample: LabelledImage) -> np.ndarray:
+    """Return correct, reference and predicted pixels of each class among the labelled pixels: (3, K) int64.
+
+    Layers have a fourth row: the labelled pixels of each class.
+
+    If `ignore_index` is one of the classes, its predictions are not counted: it can never be correct, so it is absent.
+    Predicted ids of K or more are errors of the reference's class.
+
+    Args:
+        prediction: class ids (H, W), or layers (K, H, W) of 0 and 1, that `check_image` accepts.
+        sample: labels of the image.
+    """
+    labelled = sample.mask != sample.ignore_index
+    if sample.mask.ndim > 2:  # layers
+        reference, predicted = sample.mask == 1, (prediction == 1) & labelled
+        layers = np.stack([predicted & reference, reference, predicted, labelled])  # (4, K, H, W)
+        return layers.sum(axis=(2, 3), dtype=np.int64)
+    reference, predicted = sample.mask[labelled], prediction[labelled]
+    within = predicted[(predicted != sample.ignore_index) & (predicted < sample.num_classes)]
+    parts = (reference[reference == predicted], reference, within)
+    return np.stack([np.bincount(ids, minlength=sample.num_classes) for ids in parts])
 
 
 def count_decisions(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -58,8 +58,6 @@ class MetricRows:
 
     def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
         """Count a batch, in the form that `evaluate` passes to `on_batch`."""
-        if not self.metrics:
-            return
         masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
         places = lattice((masks.shape[-2], masks.shape[-1]))
         needs_logits = any(metric.needs_logits for metric in self.metrics)

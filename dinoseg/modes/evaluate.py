@@ -86,7 +86,7 @@ def run(
         group=provenance.group,
         on_error=on_error,
         collector=collector,
-        rows=rows,
+        rows=rows if metrics else None,
     )
     if collector is not None:
         report_images(provenance, collector, scores, rows, data, engine, out_dir, split=split, background=background)

@@ -216,7 +216,7 @@ class ImageTask(TrainingTask):
             policy=self.data_module.policy,
             background=self.data_module.background,
             collector=collector,
-            rows=rows,
+            rows=rows if self._metrics else None,
         )
         if collector is not None:
             background = self.data_module.background
