@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -79,10 +80,14 @@ class TrainViews:
         image, mask = self.augment(pixels, ids, self.make_rng(epoch, sample))
         view = Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
         if "maps" in whole:
-            maps = {name: values.numpy() for name, values in whole["maps"].items()}
-            moved = self.augment.maps(maps, get_map_kinds(self.data), ids, self.make_rng(epoch, sample))  # type: ignore[attr-defined]
-            view["maps"] = {name: torch.from_numpy(values) for name, values in moved.items()}
+            view["maps"] = self._view_maps(whole["maps"], ids, self.make_rng(epoch, sample))
         return view
+
+    def _view_maps(self, maps: Mapping[str, Tensor], ids: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Return the views of a sample's maps, which show the same pixels as the view of its mask `ids`."""
+        arrays = {name: values.numpy() for name, values in maps.items()}
+        moved = self.augment.maps(arrays, get_map_kinds(self.data), ids, rng)  # type: ignore[attr-defined]
+        return {name: torch.from_numpy(values) for name, values in moved.items()}
 
 
 def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:

@@ -98,9 +98,8 @@ class MaskReader:
         self.masks = masks
         self.has_layers = has_layers
         values = Labels.of(LAYER_VALUES, None, labels.ignore_index) if has_layers else labels
-        given = {"format=palette": masks.format == "palette", "reduce_zero_label": masks.reduce_zero_label}
-        if has_layers and (wrong := next((name for name, is_set in given.items() if is_set), None)):
-            raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
+        if has_layers:
+            _refuse_options_of_ids(masks)
         if masks.format == "ids":
             rest = -1 if masks.others is None else _position(masks.others, values, has_layers)
             self._table = _id_table(values, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
@@ -212,6 +211,12 @@ def check_fit(found: tuple[int, int], size: tuple[int, int], rule: str, *, image
         )
     if rule == "error":
         raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
+
+
+def _refuse_options_of_ids(masks: Masks) -> None:
+    given = {"format=palette": masks.format == "palette", "reduce_zero_label": masks.reduce_zero_label}
+    if wrong := next((name for name, is_set in given.items() if is_set), None):
+        raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
 
 
 def _from_binary(numbers: np.ndarray, path: Path | MaskPage, *, described: bool) -> np.ndarray:

@@ -288,11 +288,8 @@ def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Findi
         UserError: it is no regular expression, or does not match a name.
     """
     group_of = regex_group(group, "data.group") if group else _first_folder
-    sides = {part.split: _by_group(part, group_of) for part in splits}
-    local = {part.split for part in splits if part.split_local_names}
+    sides = {part.split: _by_group(part, group_of) for part in splits if not part.split_local_names}
     for (first, ours), (second, theirs) in combinations(sides.items(), 2):
-        if {first, second} & local:
-            continue
         if both := sorted(ours.keys() & theirs.keys()):
             rule = f"by data.group={group}" if group else "by the first folder of the name"
             yield Finding(

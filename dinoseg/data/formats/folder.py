@@ -117,8 +117,13 @@ def find_pairs(
 def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition, match: Match) -> list[Pair | Lacking]:
     """Return the pairs that a split's folders or its file list name."""
     by_name = match(root, split, layout)
-    if partition.by != "lists":
-        return [by_name[name] for name in sorted(by_name)]
+    names = sorted(by_name) if partition.by != "lists" else _read_listed_names(root, split, layout, partition, by_name)
+    return [by_name[name] for name in names]
+
+
+def _read_listed_names(
+    root: Path, split: str, layout: FolderLayout, partition: Partition, by_name: Mapping[str, Pair | Lacking]
+) -> list[str]:
     names = read_name_list(root / file_list(split, partition), "partition.lists")
     if absent := [name for name in names if name not in by_name]:
         raise UserError(
@@ -126,7 +131,7 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
             f"{_folder(root, split, layout.images, layout)}: "
             f"{join_names(absent)}. A name is the path below that folder, without suffix."
         )
-    return [by_name[name] for name in names]
+    return names
 
 
 def _match_masks(

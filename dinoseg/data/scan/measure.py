@@ -15,7 +15,7 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.annotation.drawing import Layers, MaskPage, MaskSource, drawn_size
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, ignore_invalid
-from dinoseg.data.sources import ImageSource, VideoFrame, read_peaks, read_source
+from dinoseg.data.sources import ImageSource, read_peaks, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
@@ -148,10 +148,8 @@ def _header_size(image: ImageSource) -> tuple[int, int] | None:
     Raises:
         UserError: the file is not an image, or ends too early and cannot be decoded either.
     """
-    if isinstance(image, VideoFrame):
-        return None
-    if isinstance(image, ChannelFiles):
-        return image.size()
+    if not isinstance(image, Path):
+        return image.size() if isinstance(image, ChannelFiles) else None
     check_regular(image)
     if ends_early(image):
         read_image(image)  # some writers omit the end mark: an image that decodes completely is valid
