@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def check_for_errors(
     if not (isinstance(train, PairDataset) and isinstance(val, PairDataset)):
         return []
     sides = {"train": train, "val": val}
-    options = {"images": False, "workers": workers, "cache_dir": cache_dir}
-    splits = [describe_split(split, data, scan(data.pairs, data.reader, **options)) for split, data in sides.items()]
+    read_masks = partial(scan, images=False, workers=workers, cache_dir=cache_dir)
+    splits = [describe_split(split, data, read_masks(data.pairs, data.reader)) for split, data in sides.items()]
     findings = find_errors(splits, data_name=data_name, group=group)
     errors = [finding for finding in findings if finding.severity == "error" and finding.stops]
     for finding in findings:
