@@ -81,8 +81,8 @@ def measured(args: argparse.Namespace) -> tuple[int, float, str]:
     torch.manual_seed(0)
     backbone = TransformersVit("dinov3_vit", ARCH, "random", 16, (-1,))
     model = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, args.classes)).eval()
-    policy = Windows(args.window, overlap=args.overlap, weights="uniform", average="scores", batch_size=1)
-    predictor = Predictor(model, torch.device("cpu"), nullcontext, policy)
+    strategy = Windows(args.window, overlap=args.overlap, weights="uniform", average="scores", batch_size=1)
+    predictor = Predictor(model, torch.device("cpu"), nullcontext, strategy)
     image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)
     predictor.ids([image[: args.window, : args.window]])
     before, start = peak(), time.perf_counter()
@@ -108,7 +108,7 @@ def strips(args: argparse.Namespace) -> int:
     """Segment a large file in strips and print what it took."""
     torch.manual_seed(0)
     model = SegmentationModel(RgbBackbone(patch_size=16), LinearHead(3, 1, args.classes)).eval()
-    policy = Windows(args.window, overlap=args.overlap)
+    strategy = Windows(args.window, overlap=args.overlap)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / f"large.{args.kind}", Path(folder) / "ids.png"
         # in a process of its own: a peak is not forgotten
@@ -116,7 +116,7 @@ def strips(args: argparse.Namespace) -> int:
         writer.start()
         writer.join()
         before, start = peak(), time.perf_counter()
-        Predictor(model, torch.device("cpu"), nullcontext, policy).write_ids(source, target)
+        Predictor(model, torch.device("cpu"), nullcontext, strategy).write_ids(source, target)
         seconds, after = time.perf_counter() - start, peak()
         print(f"{args.strips} x {args.strips}, {args.classes} classes, windows of {args.window} px: {seconds:.0f} s")
         print(f"peak memory {after / MIB:.0f} MiB, of which {before / MIB:.0f} before the first row")

@@ -113,7 +113,7 @@ def test_scores_of_all_pixels_are_never_in_memory(monkeypatch):
     assert max(held) <= rooms._AT_ONCE and sum(held) < size[0] * size[1] * 50 / 10
     held.clear()
     monkeypatch.setattr(rooms, "upsample", record_sizes(upsample))
-    monkeypatch.setattr(rooms, "_LOOK", 1e9)
+    monkeypatch.setattr(rooms, "_CELL_COST", 1e9)
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
     assert len(held) == 50 and max(held) == size[0] * size[1]
 

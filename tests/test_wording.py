@@ -12,7 +12,7 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import format_value, join_names, nearest, printable
+from dinoseg.utils.wording import format_value, join_names, printable, suggest_nearest
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
@@ -83,4 +83,4 @@ def test_lists_show_line_breaks_and_long_values_are_cut():
 )
 def test_a_suggested_key_has_the_same_parent_if_one_is_similar(word, found):
     known = ["data.augment.flip", "data.augment.scale", "data.batch_size", "inference.flips"]
-    assert nearest(word, known) == f" Did you mean {found}?"
+    assert suggest_nearest(word, known) == f" Did you mean {found}?"

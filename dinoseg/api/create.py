@@ -20,7 +20,7 @@ from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import preserve_global_state
 from dinoseg.utils.errors import NoMode, UnknownKey, UserError
 from dinoseg.utils.ranges import Range, whole_number
-from dinoseg.utils.wording import format_value, nearest
+from dinoseg.utils.wording import format_value, suggest_nearest
 
 _ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "init", "config_dir")
 _READ = (  # groups and keys that change a model, its parameter groups or its file
@@ -95,7 +95,7 @@ def create_model(
             raise UserError(no_effect or str(error)) from None
         except UnknownKey as error:
             name = error.key.partition(".")[0]
-            meant = nearest(name, _ARGUMENTS) if name in overrides else ""
+            meant = suggest_nearest(name, _ARGUMENTS) if name in overrides else ""
             raise UserError(f"{name} is not an argument.{meant}" if meant else str(error)) from None
         if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
             raise UserError('The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].')
@@ -104,7 +104,7 @@ def create_model(
         with preserve_global_state(), lend_objects(objects):
             build = ModelBuilder(cfg)
             labels = _read_labels(build, num_classes)
-            model, policy = build.model().to("cpu"), build.part("inference")
+            model, strategy = build.model().to("cpu"), build.part("inference")
             if init is not None:
                 check_initial(build, model)
                 load_initial_weights(build, model, list(labels.classes))
@@ -113,7 +113,7 @@ def create_model(
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=build.pixels.as_dict())
-        return Segmenter(model, facts, build.config, info={}, policy=policy).train()
+        return Segmenter(model, facts, build.config, info={}, strategy=strategy).train()
 
 
 def _no_effect(overrides: Mapping[str, Any]) -> str:

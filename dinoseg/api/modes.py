@@ -25,7 +25,7 @@ from dinoseg.export.runtime.model import Model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import check_annotations
-from dinoseg.utils.wording import nearest
+from dinoseg.utils.wording import suggest_nearest
 
 Source = Run | Model | str | PathLike[str]
 
@@ -215,7 +215,9 @@ def track(
     backbones = list_backbones(config_dir=config_dir)
     is_backbone = isinstance(model, str) and not exists(expanduser(model))
     if is_backbone and model not in backbones:
-        raise UserError(f"model={model} is neither a file, a folder nor a backbone.{nearest(str(model), backbones)}")
+        raise UserError(
+            f"model={model} is neither a file, a folder nor a backbone.{suggest_nearest(str(model), backbones)}"
+        )
     with _model_override(None if is_backbone else model) as override:
         given = {**override, **({"backbone": model} if is_backbone else {}), "input": input}
         return Results.of(run_mode("track", words, overrides, out_dir, exist_ok, config_dir, given=given))

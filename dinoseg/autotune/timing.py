@@ -146,5 +146,5 @@ def _seconds_of_val(
             yield Batch.stack([data[index]])
 
     began = time.perf_counter()
-    evaluate(model, data, engine, policy=data_module.policy, loss=loss.to(engine.device), batches=batches())
+    evaluate(model, data, engine, strategy=data_module.strategy, loss=loss.to(engine.device), batches=batches())
     return (time.perf_counter() - began) / count

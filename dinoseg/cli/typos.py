@@ -22,7 +22,7 @@ from dinoseg.config.mistakes import not_a_list_group, unknown_option
 from dinoseg.config.options import is_group, list_groups, nested_groups, options_in
 from dinoseg.config.plain import at, has_key, to_container
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import join_names, nearest
+from dinoseg.utils.wording import join_names, suggest_nearest
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def _explain_unparsed(word: str, following: Sequence[str], folders: Sequence[Pat
     """Return why Hydra cannot parse a word, and how to write it; the shell may have split it from the `following`."""
     key, equals, text = word.partition("=")
     if not equals:
-        question = nearest(word, options_in(folders, "mode"), "mode=")
+        question = suggest_nearest(word, options_in(folders, "mode"), "mode=")
         return f"{word} is not KEY=VALUE. Write key and value as one word, without spaces.{question}"
     split = [" ".join((word, *following[:count])) for count in range(1, len(following) + 1)]
     fixes = dict.fromkeys(split, "the shell has split it at a space. Quote the whole word:")

@@ -15,7 +15,7 @@ from dinoseg.config.options import (
 )
 from dinoseg.config.plain import keys_of
 from dinoseg.utils.errors import NoMode, UnknownKey, UnknownOption, UserError
-from dinoseg.utils.wording import format_override, join_names, nearest
+from dinoseg.utils.wording import format_override, join_names, suggest_nearest
 
 _FOLDER = "Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in Python."
 _NOT_READ = "{}: mode={} does not read the group {}. Leave it out, or choose a mode that reads it: {}."
@@ -26,7 +26,7 @@ _PATHS = {"data": "data.root", "backbone": "backbone.weights", "head": "head.wei
 def unknown_option(group: str, option: str, folders: Sequence[Path]) -> UnknownOption:
     """Return the error on an option that no folder has."""
     options = options_in(folders, group)
-    question = nearest(option, options, f"{group}=")
+    question = suggest_nearest(option, options, f"{group}=")
     remedy = f" For a path, set {_PATHS[group]}={option}." if group in _PATHS and os.path.exists(option) else ""
     message = f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.{remedy}"
     return UnknownOption(message, group=group, option=option)
@@ -136,7 +136,7 @@ def unknown_key(
     if not options:
         nested = [name for name in nested_keys(folders) if not name.startswith("hydra.")]
         known = dict.fromkeys([*keys_of(config), *nested])
-        message = f"{key} is not a key of the config.{nearest(key, list(known))} docs/config.md lists the keys."
+        message = f"{key} is not a key of the config.{suggest_nearest(key, list(known))} docs/config.md lists the keys."
         return UnknownKey(message, key=key)
     is_list = root in list_groups(folders)
     if is_list:

@@ -85,14 +85,14 @@ def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
 
     Without the file, and with masks drawn from `shapes`, the labels of the shapes are the classes.
     """
-    from dinoseg.data.classes.file import LABELS, NAME, NOT_DESCRIBED
+    from dinoseg.data.classes.file import CLASS_FILE, LABELS, NOT_DESCRIBED
 
     data = _root_.get("data")
     root = None if data is None or OmegaConf.is_missing(data, "root") else data.get("root")
     if data is None or not (OmegaConf.is_interpolation(data, "classes") or _is_of_file(data.get("classes"))):
         given = data is not None and shapes and key == "background" and data.unlabelled in data.classes
         return data.unlabelled if data is not None and given else NOT_DESCRIBED.get(key)
-    path = Path(str(root or "")).expanduser() / NAME
+    path = Path(str(root or "")).expanduser() / CLASS_FILE
     if root is not None and (described := _read_class_file(path, data.ignore_index)) is not None:
         if shapes and described["format"] != LABELS:
             raise _Unmet(

@@ -16,9 +16,10 @@ _BAND = 2**17  # scores of a grid processed at once
 _AT_ONCE = 2**17  # upsampled numbers held at a time, to stay in a core's cache
 _SMALL = 2**19  # upsampled numbers of an image, below which upsampling all is fastest
 _LAUNCHED = 2**26  # upsampled numbers at once on an accelerator (256 MiB), where kernel launches take time
-# measured costs, relative to one upsampled number in the method by cells: a class that can win in a cell, any class in
-# a cell, and one upsampled number if all pixels are upsampled class by class
-_PAIR, _LOOK, _PIXEL = 25, 5, 0.65
+# measured costs, relative to one upsampled number in the method by cells
+_PAIR_COST = 25  # of a class that can win in a cell
+_CELL_COST = 5  # of any class in a cell
+_PIXEL_COST = 0.65  # of one upsampled number if all pixels are upsampled class by class
 _SAMPLE = 48  # rows and columns of cells sampled to choose the method
 _ROUNDING = 10  # times epsilon and the largest score: two sums of four cells differ by at most 8; the rest is margin
 
@@ -105,14 +106,14 @@ def _cells(length: int, cells: int, share: float, dtype: torch.dtype) -> _Cells:
 def _pays(grid: Tensor, rows: _Cells, columns: _Cells, slack: float) -> bool:
     """Return whether checking cells, estimated from a sample of them, is faster than upsampling all classes."""
     cells, pixels = len(rows.low) * len(columns.low), len(rows.owner) * len(columns.owner)
-    if _LOOK * cells >= _PIXEL * pixels:
+    if _CELL_COST * cells >= _PIXEL_COST * pixels:
         return False
     down, along = ([end[:: -(-len(axis.low) // _SAMPLE)] for end in (axis.low, axis.high)] for axis in (rows, columns))
     able = _able(grid, down, along, slack)[0]
     counts = able.sum(1)
     pairs = float(counts[counts > 1].sum()) / len(able)  # mean per cell
     side = rows.pixels.shape[1] * columns.pixels.shape[1]
-    return cells * (pairs * (_PAIR + side) + len(grid) * _LOOK) < _PIXEL * len(grid) * pixels
+    return cells * (pairs * (_PAIR_COST + side) + len(grid) * _CELL_COST) < _PIXEL_COST * len(grid) * pixels
 
 
 def _able(grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: float) -> tuple[Tensor, Tensor]:

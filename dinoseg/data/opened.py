@@ -14,7 +14,7 @@ from dinoseg.data.splits import labelled_names
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, HighShare, Natural, OnError
-from dinoseg.utils.wording import reasons
+from dinoseg.utils.wording import list_reasons
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
     """Return the pairs whose two files are both usable, and log the others."""
     bad = unreadable(scan(dataset.pairs, dataset.reader, workers=workers, cache_dir=cache_dir))
     if len(bad) == len(dataset):
-        raise UserError(f"No image of split {split} has a usable mask:{reasons(bad, 3)}")
+        raise UserError(f"No image of split {split} has a usable mask:{list_reasons(bad, 3)}")
     bad = {**dataset.lacking, **bad}
     if not bad:
         return dataset

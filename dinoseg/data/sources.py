@@ -38,10 +38,10 @@ class VideoFrame:
         return self.path.stat()
 
     def read(self) -> np.ndarray:
-        """Return the pixels (H, W, 3), see `read_frame`."""
+        """Return the pixels (H, W, 3), see `video.access.read_frame`."""
         from dinoseg.data.video.access import read_frame  # images need no video index
 
-        return read_frame(self)
+        return read_frame(self.path, self.index, self.cache_dir)
 
 
 ImageSource = Path | VideoFrame | ChannelFiles  # an RGB file, a frame of a video, or files of any channels

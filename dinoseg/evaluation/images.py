@@ -10,7 +10,7 @@ from torch import Tensor
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.official import FOLDER, official_scores
-from dinoseg.inference.policy import Policy
+from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel
@@ -32,7 +32,7 @@ def evaluate_images(
     out_dir: Path,
     *,
     metrics_only: bool,
-    policy: Policy | None = None,
+    strategy: InferenceStrategy | None = None,
     background: int | None = None,
     protocol: DatasetProtocol | None = None,
     group: str | None = None,
@@ -62,7 +62,7 @@ def evaluate_images(
 
     # skip the device-to-host copy if nothing uses the predictions
     on_batch = None if metrics_only and protocol is None and collector is None else write
-    scores = evaluate(model, data, engine, policy=policy, background=background, on_batch=on_batch, rows=rows)
+    scores = evaluate(model, data, engine, strategy=strategy, background=background, on_batch=on_batch, rows=rows)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_scores_csv(out_dir / "scores.csv", scores, data.classes)

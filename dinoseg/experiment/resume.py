@@ -29,7 +29,7 @@ from dinoseg.experiment.recipe import (
 )
 from dinoseg.training.description import PRECISION
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_override, format_value, nearest, printable
+from dinoseg.utils.wording import format_override, format_value, printable, suggest_nearest
 
 logger = logging.getLogger(__name__)
 _UNBUILT = ("data", "loss", "trainer")  # groups that build nothing of a trained model
@@ -246,6 +246,6 @@ def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> No
     if not newer and not has_key(known, name):
         alike = [key for key in keys_of(known) if key.split(".")[0] in SAVED]
         raise UserError(
-            f"{name} is not a key of the config of resume={path}.{nearest(name, alike)} To add it anyway, give "
+            f"{name} is not a key of the config of resume={path}.{suggest_nearest(name, alike)} To add it anyway, give "
             f"++{name}=VALUE."
         )

@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.data.classes.file import NAME as CLASS_FILE
+from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.splits import find_groups, group_names
 from dinoseg.experiment.folder import find_typed_keys
-from dinoseg.inference.class_record import NAME, read_class_record, references
+from dinoseg.inference.class_record import CLASS_RECORD, read_class_record, references
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
 from dinoseg.utils.errors import UserError
@@ -47,7 +47,7 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
     if cfg.protocol.classes is not None:
         return make()
     data, rules = cfg.data, cfg.protocol
-    known = {str(folder / NAME): record.labels for folder, record in records.items()}
+    known = {str(folder / CLASS_RECORD): record.labels for folder, record in records.items()}
     if _has_classes(data):
         labels, masks = Labels.of(data.classes, data.palette, data.ignore_index), mask_keys(data)
         _refuse_others({f"data={cfg.choices.data}": labels, **known})
@@ -141,7 +141,7 @@ def _stored_groups(predictions: Sequence[Path], *, has_layers: bool) -> dict[str
             logger.warning(
                 "The predictions group images differently (%s): intervals use the groups of the first. Set %s to "
                 "choose others.",
-                NAME,
+                CLASS_RECORD,
                 GROUP,
             )
         merged = {**groups, **merged}

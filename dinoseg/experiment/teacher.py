@@ -123,10 +123,10 @@ class Teacher:
             if self._hash_file() != self._digest:
                 raise UserError(f"{self._path} has changed since this run started. Start it again.")
             model, _ = restore(self._build, self._path, key=_KEY)
-            policy = self._build.part("inference")
+            strategy = self._build.part("inference")
             limit_to_trained_size(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
             model = model.to(self._engine.device).requires_grad_(False)
-            predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)
+            predictor = Predictor(model, self._engine.device, self._engine.autocast, strategy)
             return predictor, self._cells(model)
 
     @torch.no_grad()

@@ -14,8 +14,8 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers
@@ -36,7 +36,7 @@ class Trained:
     palette: Palette
     ignore_index: int
     info: Mapping[str, Any]  # description in the checkpoint
-    policy: Policy = field(default_factory=Whole)  # inference strategy
+    strategy: InferenceStrategy = field(default_factory=Whole)  # inference strategy
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +50,7 @@ class Trained:
     @property
     def predictor(self) -> Predictor:
         """Return a predictor of images with this model."""
-        return Predictor(self.model, self.device, self.autocast, self.policy)
+        return Predictor(self.model, self.device, self.autocast, self.strategy)
 
 
 def load_trained(build: ModelBuilder) -> Trained:
@@ -67,7 +67,7 @@ def load_trained(build: ModelBuilder) -> Trained:
             "released head weights, as hparam=ade20k_m2f head.weights=FILE does."
         )
     labels = build.labels if build.resume is None else None
-    engine, policy = build.engine(), build.part("inference")
+    engine, strategy = build.engine(), build.part("inference")
     if labels is None:
         model, info = restore(build, Path(str(build.resume)))
         labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])
@@ -77,7 +77,7 @@ def load_trained(build: ModelBuilder) -> Trained:
         # the class entries of a checkpoint's description
         info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
     model = engine.place(model).eval()
-    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, policy)
+    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, strategy)
 
 
 def is_trained(build: ModelBuilder) -> bool:

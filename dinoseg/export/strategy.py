@@ -47,10 +47,10 @@ def missing_strategy(trained: Trained, sizes: Sequence[Size], folders: Sequence[
         return None
     description = {**trained.info, "config": {key: stored[key] for key in (USE, "resolution")}}
     build = ModelBuilder.of(compose_stored(description, Source("resume", folders)))
-    policy, values = build.part(USE), build.settings(USE)
-    if all(policy.equals_single_pass(trained.model, size, trained.autocast) for size in sizes):
+    strategy, values = build.part(USE), build.settings(USE)
+    if all(strategy.equals_single_pass(trained.model, size, trained.autocast) for size in sizes):
         return None
-    defaults = {name: each.default for name, each in inspect.signature(type(policy)).parameters.items()}
+    defaults = {name: each.default for name, each in inspect.signature(type(strategy)).parameters.items()}
     words = [f"{USE}={trained.info['choices'][USE]}"]
     for key, value in values.items():
         if not key.startswith("_") and not _is_default(value, defaults.get(key)):

@@ -18,7 +18,7 @@ from PIL import Image
 
 import dinoseg
 from dinoseg.data.annotation.rle import to_text
-from dinoseg.data.classes.file import NAME
+from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.outputs import ImagePrediction
 from dinoseg.utils.atomic import atomic_file, write_text
@@ -179,7 +179,7 @@ class _Annotations:
         classes = json.dumps({name: {"color": list(color)} for name, color in colors}, ensure_ascii=False)
         ground = None if self.background is None else self.labels.classes[self.background]
         text = f"classes: {classes}\nbackground: {json.dumps(ground, ensure_ascii=False)}\nmasks: labels\n"
-        write_text(self.folder / NAME, text)
+        write_text(self.folder / CLASS_FILE, text)
 
 
 class CocoAnnotations(_Annotations):

@@ -8,8 +8,8 @@ import torch
 
 from dinoseg.core.shapes import Prediction
 from dinoseg.inference.memory import PassCost, describe_images, free_bytes, measure
-from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import MemoryRows, Rows
+from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Flips, Overlap, Placement, Weights, Windows
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _AMPLE = 2**14  # bytes per input pixel, over twice what any model here needs; if this fits, no measurement is made
 
 
-class Auto(Policy):
+class Auto(InferenceStrategy):
     """Whole-image inference, with sliding windows as fallback for images that need too much of the free memory.
 
     Both use the same image scale, so windows change predictions as little as possible. The memory of a pass is
@@ -64,7 +64,7 @@ class Auto(Policy):
             scales=scales,
         )
         self.memory = memory
-        self._cost: PassCost | None = None  # of the model; a policy serves one model
+        self._cost: PassCost | None = None  # of the model; a strategy serves one model
         self._feasible, self._too_many = 0.0, math.inf  # pixels of a batch, input plus output
 
     def bands(
@@ -74,13 +74,13 @@ class Auto(Policy):
         autocast: Autocast,
         *,
         size: Size | None = None,
-        seen: Seen | None = None,
+        on_pass: OnPass | None = None,
     ) -> Iterator[Prediction]:
         """Yield the predictions of whole images, or of windows if whole images need too much memory."""
         grid = model.reduced_size(rows.size)
         if self._is_whole_feasible(model, rows, autocast, size or rows.size):
-            return self.whole.bands(model, rows, autocast, size=size, seen=seen)
-        return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
+            return self.whole.bands(model, rows, autocast, size=size, on_pass=on_pass)
+        return self.windows.over(model, rows, autocast, grid, size=size, on_pass=on_pass)
 
     def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
@@ -91,7 +91,7 @@ class Auto(Policy):
         """Return whether an image of `size` gets the classes of one pass, if memory suffices for it."""
         return self.whole.equals_single_pass(model, size, autocast)
 
-    def spare(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
+    def reduce_memory(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Use windows for images of this size and larger from now on; return False if that is already the case."""
         pixels = self._pixels(model, rows, size or rows.size)
         if pixels > self._feasible:

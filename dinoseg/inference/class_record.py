@@ -14,7 +14,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 
-NAME = "classes.json"
+CLASS_RECORD = "classes.json"
 _FORM = forms.record(
     classes=forms.list_of(forms.text),
     palette=forms.list_of(forms.list_of(forms.whole(0, 255), 3)),
@@ -94,7 +94,7 @@ def write_class_record(
         "has_layers": has_layers,
         "groups": {name: group for name, group in merged.items() if group is not None},
     }
-    write_json(folder / NAME, record)
+    write_json(folder / CLASS_RECORD, record)
 
 
 def read_class_record(folder: Path, *, has_layers: bool = False) -> ClassRecord | None:
@@ -103,7 +103,7 @@ def read_class_record(folder: Path, *, has_layers: bool = False) -> ClassRecord 
     Raises:
         UserError: the file exists but is not a valid record, or its masks are of another task.
     """
-    path = folder / NAME
+    path = folder / CLASS_RECORD
     if not path.is_file():
         return None
     try:

@@ -11,7 +11,7 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.files import stamp
 from dinoseg.utils.units import read_finished
 
-FOLDER = "predicted"  # in the run folder: NAME.json for each input with complete results
+NOTE_FOLDER = "predicted"  # in the run folder: NAME.json for each input with complete results
 _STAMP = forms.list_of(forms.whole(), 4)
 _FORM = forms.record(input=forms.text, stamp=_STAMP)
 
@@ -20,7 +20,7 @@ class DoneInputs:
     """Inputs whose results in a run folder are complete, identified by the stamps of their files."""
 
     def __init__(self, run_folder: Path) -> None:
-        self._folder = run_folder / FOLDER
+        self._folder = run_folder / NOTE_FOLDER
         self._found: dict[str, dict[str, Any]] = {}  # inputs with their stamps from before they were read
 
     def holds(self, name: str, source: Path | ChannelFiles, results: Sequence[Path]) -> bool:

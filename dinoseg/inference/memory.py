@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinoseg.inference.policy import Autocast
 from dinoseg.inference.rows import Rows
+from dinoseg.inference.strategy import Autocast
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.cores import PROC, group_folders, read_text
 from dinoseg.utils.errors import UserError

@@ -13,8 +13,8 @@ from dinoseg.core.shapes import Prediction
 from dinoseg.core.task import refuse_layers
 from dinoseg.inference.large import read_rows
 from dinoseg.inference.memory import OutOfMemory, telling_shortage
-from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import MemoryRows
+from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.utils.images import write_png
@@ -30,7 +30,7 @@ class Predictor:
     model: SegmentationModel
     device: torch.device
     autocast: Autocast
-    policy: Policy = field(default_factory=Whole)
+    strategy: InferenceStrategy = field(default_factory=Whole)
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -73,8 +73,8 @@ class Predictor:
     def write_ids(self, source: str | Path, target: str | Path) -> None:
         """Write the class IDs of an image file of any size to a PNG file, which appears only when complete.
 
-        The image is decoded as a whole. Beside it, a policy of windows, or `auto`, which uses windows for large images,
-        needs window height x image width x classes float32 numbers.
+        The image is decoded as a whole. Beside it, windows, or `auto`, which uses windows for large images, need window
+        height x image width x classes float32 numbers.
 
         Raises:
             UserError: the source cannot be read, or memory does not suffice.
@@ -85,7 +85,7 @@ class Predictor:
         top = 0
         with telling_shortage(rows):
             ids = np.empty(rows.size, np.uint8)
-            for band in self.policy.bands(self.model, rows, self.autocast):
+            for band in self.strategy.bands(self.model, rows, self.autocast):
                 band_ids = band.class_ids()[0].cpu().numpy()
                 ids[top : top + len(band_ids)] = band_ids
                 top += len(band_ids)
@@ -97,17 +97,17 @@ class Predictor:
         take: Callable[[Iterator[Prediction]], T],
         *,
         size: Size | None = None,
-        seen: Seen | None = None,
+        on_pass: OnPass | None = None,
     ) -> T:
         """Return `take(bands)` for the predictions of bands of rows, each valid until the next is requested.
 
-        If memory does not suffice and the policy has a fallback that uses less, `take` is called again.
+        If memory does not suffice and the strategy has a fallback that uses less, `take` is called again.
 
         Args:
             images: (B, 3, H, W) on the device, of one size.
             take: function of the iterator of bands, from the top down.
             size: (H, W) to predict at; None: the images' own size.
-            seen: callback for each pass of the model, see `Policy`.
+            on_pass: callback for each pass of the model, see `InferenceStrategy`.
 
         Raises:
             OutOfMemory: the images need more memory than is available.
@@ -116,9 +116,9 @@ class Predictor:
         while True:
             try:
                 with telling_shortage(rows):
-                    return take(self.policy.bands(self.model, rows, self.autocast, size=size, seen=seen))
+                    return take(self.strategy.bands(self.model, rows, self.autocast, size=size, on_pass=on_pass))
             except OutOfMemory:
-                if not self.policy.spare(self.model, rows, size=size):
+                if not self.strategy.reduce_memory(self.model, rows, size=size):
                     raise
 
     def _stack_images(self, images: Sequence[np.ndarray]) -> Tensor:

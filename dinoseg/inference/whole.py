@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dinoseg.core.shapes import Prediction
-from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import Rows
+from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass, Place
 from dinoseg.inference.windows import Flips, Windows
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.utils.ranges import Scale
 
 
-class Whole(Policy):
+class Whole(InferenceStrategy):
     """Whole-image inference strategy; averages class probabilities over `flips` and `scales`, see `Windows`."""
 
     def __init__(self, *, flips: Flips = "none", scales: Sequence[Scale] = (1.0,)) -> None:
@@ -25,18 +25,18 @@ class Whole(Policy):
         autocast: Autocast,
         *,
         size: Size | None = None,
-        seen: Seen | None = None,
+        on_pass: OnPass | None = None,
     ) -> Iterator[Prediction]:
         """Yield the model's prediction as one band, or several bands if it is averaged over flips or scales."""
         if not self.is_single_pass(model, rows.size, autocast):
             grid = model.reduced_size(rows.size)
-            yield from self.passes.over(model, rows, autocast, grid, size=size, seen=seen)
+            yield from self.passes.over(model, rows, autocast, grid, size=size, on_pass=on_pass)
             return
         images = rows.read(0, rows.size[0])
         with autocast():
             prediction = model(images)
-        if seen is not None:
-            seen(prediction, images, [Place(image, 0, 0) for image in range(rows.count)], rows.size)
+        if on_pass is not None:
+            on_pass(prediction, images, [Place(image, 0, 0) for image in range(rows.count)], rows.size)
         yield replace(prediction, size=size or prediction.size)
 
     def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:

@@ -14,8 +14,8 @@ from torch import Tensor
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
 from dinoseg.core.sizes import with_shorter_side
-from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import ResizedRows, Rows, at_size, mean
+from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass, Place
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Range, Scale, check_annotations
@@ -38,7 +38,7 @@ TURNS: dict[Flips, Sequence[Turn]] = {
 _MAX_PIXELS = 2**26  # limit of an image enlarged by `shortest`
 
 
-class Windows(Policy):
+class Windows(InferenceStrategy):
     """Overlapping windows, batched across images, with averaged predictions.
 
     A window that would leave the image is shifted back into it, as in mmsegmentation. Memory is bounded by the image's
@@ -122,12 +122,12 @@ class Windows(Policy):
         autocast: Autocast,
         *,
         size: Size | None = None,
-        seen: Seen | None = None,
+        on_pass: OnPass | None = None,
     ) -> Iterator[Prediction]:
         """Yield predictions of bands of rows, each as soon as no later window overlaps it."""
         # windows serve small objects, so the image is reduced only if resolution.longest is set
         grid = backbone_size(rows.size, 1.0, model.longest)
-        return self.over(model, rows, autocast, grid, size=size, seen=seen)
+        return self.over(model, rows, autocast, grid, size=size, on_pass=on_pass)
 
     def over(
         self,
@@ -137,7 +137,7 @@ class Windows(Policy):
         grid: Size,
         *,
         size: Size | None = None,
-        seen: Seen | None = None,
+        on_pass: OnPass | None = None,
     ) -> Iterator[Prediction]:
         """Yield predictions as `bands` does, after resizing the images to `grid` (H, W)."""
         size = size or rows.size
@@ -146,10 +146,10 @@ class Windows(Policy):
         streams: list[Iterator[Tensor]] = []
         for scale, turns in itertools.product(self.scales, views):
             scaled = self._size_at_scale(grid, scale)
-            look = _Pass(self, model, autocast, turns, seen if not passes else None)
+            scale_pass = _Pass(self, model, autocast, turns, on_pass if not passes else None)
             at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled, antialias=self.antialias)
-            passes.append(look)
-            streams.append(at_size(look.averages(at_scale), scaled, size))
+            passes.append(scale_pass)
+            streams.append(at_size(scale_pass.averages(at_scale), scaled, size))
         of_views = self.average == "scores" and len(streams) > 1
         if of_views:
             streams = [(model.task.probabilities(band) for band in stream) for stream in streams]
@@ -194,7 +194,7 @@ class _Pass:
     model: SegmentationModel
     autocast: Autocast
     turns: Sequence[Turn]
-    seen: Seen | None
+    on_pass: OnPass | None
     mixture: bool = True  # whether the averaged values are probabilities
 
     def averages(self, rows: Rows) -> Iterator[Tensor]:
@@ -238,8 +238,8 @@ class _Pass:
         for turn in self.turns:
             with self.autocast():
                 prediction = self.model(apply_turn(crops, turn), reduce=False)
-            if self.seen is not None and turn == _AS_IT_IS:
-                self.seen(prediction, crops, places, size)
+            if self.on_pass is not None and turn == _AS_IT_IS:
+                self.on_pass(prediction, crops, places, size)
             self.mixture = self.windows.average == "probabilities" or prediction.mixture
             scores = prediction.scores() if self.windows.average == "scores" else _probabilities(prediction)
             scores = undo_turn(scores, turn)

@@ -80,7 +80,7 @@ def run(
         engine,
         out_dir,
         metrics_only=metrics_only,
-        policy=trained.policy,
+        strategy=trained.strategy,
         background=background,
         protocol=protocol,
         group=provenance.group,

@@ -43,7 +43,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
-from dinoseg.utils.wording import count_of, format_value, nearest
+from dinoseg.utils.wording import count_of, format_value, suggest_nearest
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -182,7 +182,7 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
         raise UserError(f"{key}={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
     there = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(
-        f"{key}={target}: file or folder not found.{nearest(str(path), there, f'{key}=')} Give a run folder or a "
+        f"{key}={target}: file or folder not found.{suggest_nearest(str(path), there, f'{key}=')} Give a run folder or a "
         "checkpoint file; your runs are below outputs/."
     )
 

@@ -18,7 +18,7 @@ from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_siz
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.photometric import ColorTransform
 from dinoseg.data.transforms import Augment
-from dinoseg.inference.policy import Policy
+from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import SCORES
 from dinoseg.metrics.rows import MetricRows
@@ -49,7 +49,7 @@ class ImageDataModule:
         seed: determines order and augmentation, together with epoch and sample.
         workers: data-loading processes.
         background: ID of the background class; None: there is none.
-        policy: inference strategy of validations; None: whole images.
+        strategy: inference strategy of validations; None: whole images.
         rank: this rank.
         world: number of ranks.
         pictures: number of validation images that each validation visualises, the same ones every time.
@@ -66,7 +66,7 @@ class ImageDataModule:
     seed: int
     workers: int
     background: int | None = None
-    policy: Policy | None = None
+    strategy: InferenceStrategy | None = None
     rank: int = 0
     world_size: int = 1
     pictures: int = 0
@@ -155,7 +155,7 @@ class ImageDataModule:
             model,
             self.val,
             engine,
-            policy=self.policy,
+            strategy=self.strategy,
             background=self.background,
             loss=loss,
             on_batch=shown.add,
@@ -168,11 +168,11 @@ class ImageDataModule:
     def _cached_batches(
         self, cache: FeatureCache, model: SegmentationModel, engine: Engine
     ) -> Iterator[Batch | LazyFeatureBatch]:
-        """Yield cached features of the validation images, or the image itself if the policy does not see it whole."""
-        policy = self.policy or Whole()
+        """Yield cached features of the validation images, or the image itself if the strategy does not see it whole."""
+        strategy = self.strategy or Whole()
         samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world_size=self.world_size)
         for index, views in zip(count(self.rank, self.world_size), samples, strict=False):
-            whole = policy.is_single_pass(model, views.size, engine.autocast)
+            whole = strategy.is_single_pass(model, views.size, engine.autocast)
             yield views if whole else Batch.stack([self.val[index]])
 
 

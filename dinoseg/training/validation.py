@@ -13,8 +13,8 @@ from dinoseg.core.geometry import lattice
 from dinoseg.core.sample_maps import MapKind, get_map_kinds, resize_map, resize_nearest
 from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData, tree_map
 from dinoseg.data.loader import eval_samples, stack_equal
-from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.strategy import InferenceStrategy, Place
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.layer_counts import make_counts
 from dinoseg.metrics.rows import MetricRows
@@ -30,7 +30,7 @@ def evaluate(
     data: SegmentationData,
     engine: Engine,
     *,
-    policy: Policy | None = None,
+    strategy: InferenceStrategy | None = None,
     background: int | None = None,
     loss: Loss | None = None,
     on_batch: OnBatch | None = None,
@@ -46,14 +46,14 @@ def evaluate(
         model: a segmenter, unwrapped; its train or eval mode is restored at the end.
         data: dataset, scored at each mask's own size.
         engine: device, precision and ranks.
-        policy: inference strategy; None: whole images.
+        strategy: inference strategy; None: whole images.
         background: ID of the background class; None: there is none.
         loss: averaged over images, or over the windows in which they are predicted.
         on_batch: called with each batch on the device, its class IDs (B, H, W) uint8, and its logits. These are
             (B, K, h, w) float32 at the pixels of `geometry.lattice`.
         rows: further metrics, whose counts it receives.
         batches: this rank's images once and in order, if they are not to be read here; cached features are predicted
-            without the policy.
+            without the strategy.
     """
     if batches is None:
         batches = eval_batches(
@@ -65,7 +65,7 @@ def evaluate(
         )
     maps = get_map_kinds(data)
     counts = make_counts(model.task, len(data.classes), data.ignore_index, background)
-    predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
+    predictor = Predictor(model, engine.device, engine.autocast, strategy or Whole())
     losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
     training = model.training
     model.eval()
@@ -103,13 +103,13 @@ def _predict_batch(
         if loss is not None:
             losses += _of_images(loss, prediction, batch)
         return *_read([prediction], size), losses
-    seen = partial(_add_loss, loss, losses, kinds, batch) if loss is not None else None
+    on_pass = partial(_add_loss, loss, losses, kinds, batch) if loss is not None else None
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
         losses.clear()  # of an attempt that ran out of memory
         return _read(bands, size)
 
-    return *predictor.run_bands(batch.image, take, size=size, seen=seen), losses
+    return *predictor.run_bands(batch.image, take, size=size, on_pass=on_pass), losses
 
 
 def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:

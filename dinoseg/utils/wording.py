@@ -23,7 +23,7 @@ def join_names(names: Sequence[str], limit: int = 5) -> str:
     return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
-def reasons(bad: Mapping[str, str], limit: int = 20) -> str:
+def list_reasons(bad: Mapping[str, str], limit: int = 20) -> str:
     """Return one line with the reason for each of the first names, then a list of further names."""
     lines = "".join(f"\n- {one_line(f'{name}: {reason}')}" for name, reason in islice(bad.items(), limit))
     rest = list(bad)[limit:]
@@ -41,7 +41,7 @@ def in_bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def nearest(word: str, known: Sequence[str], before: str = "") -> str:
+def suggest_nearest(word: str, known: Sequence[str], before: str = "") -> str:
     """Return a question that suggests up to three known words; "" for none.
 
     Similar keys below the same parent come first, then keys with the same last part, longer words with this beginning,

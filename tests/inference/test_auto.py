@@ -45,8 +45,8 @@ def watch(model):
     return seen
 
 
-def make_predictor(model, policy=None):
-    return Predictor(model, CPU, nullcontext, *([] if policy is None else [policy]))
+def make_predictor(model, strategy=None):
+    return Predictor(model, CPU, nullcontext, *([] if strategy is None else [strategy]))
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}])
@@ -124,8 +124,8 @@ def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatc
     free(2**40)
     for options in ({}, {"flips": "horizontal", "scales": (1.0, 2.0)}):
         found, expected = (
-            make_predictor(make_model(), policy).probabilities([picture(100, 90)])
-            for policy in (Auto((32, 32), **options), Whole(**options))
+            make_predictor(make_model(), strategy).probabilities([picture(100, 90)])
+            for strategy in (Auto((32, 32), **options), Whole(**options))
         )
         assert torch.equal(found, expected) and not caplog.messages
     assert not torch.equal(found, make_predictor(make_model()).probabilities([picture(100, 90)]))
@@ -186,9 +186,9 @@ def small_memory(model, pixels):
 
 def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
     free(2**40)
-    policy = Auto((32, 48))
-    predictor = make_predictor(small_memory(make_model(), 4 * 32 * 48), policy)
-    windows, whole = make_predictor(make_model(), policy.windows), make_predictor(make_model())
+    strategy = Auto((32, 48))
+    predictor = make_predictor(small_memory(make_model(), 4 * 32 * 48), strategy)
+    windows, whole = make_predictor(make_model(), strategy.windows), make_predictor(make_model())
     assert (predictor.ids([picture(100, 90)]) == windows.ids([picture(100, 90)])).all()
     (message,) = caplog.messages
     words = "inference=auto: not enough memory for an image of 90 x 100 (width x height) in one pass: "
@@ -203,8 +203,8 @@ def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
 def test_insufficient_memory_is_one_message(free):
     free(2**40)
     words = ("predict 2 images of 90 x 100 ", "can't alloc", "inference=windows")
-    for policy in (Auto((32, 48)), Whole(), Auto((32, 48)).windows):
-        predictor = make_predictor(small_memory(make_model(), 10), policy)
+    for strategy in (Auto((32, 48)), Whole(), Auto((32, 48)).windows):
+        predictor = make_predictor(small_memory(make_model(), 10), strategy)
         for ask in (predictor.ids, predictor.probabilities):
             assert_refused(lambda ask=ask: ask([picture(100, 90)] * 2), *words, error=memory.OutOfMemory)
     broken = make_model()

@@ -47,7 +47,7 @@ def check_data(monkeypatch, splits, scale, augment=None):
     data = {"group": None, "workers": 1, "augment": {"scale": scale}}
     groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
     parts = Builder(OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}}))
-    module = SimpleNamespace(train=None, val=None, policy=None, augment=augment)
+    module = SimpleNamespace(train=None, val=None, strategy=None, augment=augment)
     return images_task.ImageTask.check_data(SimpleNamespace(parts=parts, data_module=module))
 
 

@@ -11,7 +11,6 @@ from films import write_film, write_plain
 from mistakes import assert_refused
 
 from dinoseg.data.sources import VideoFrame
-from dinoseg.data.video.access import read_frame
 from dinoseg.inference import video_file, video_writer
 from dinoseg.inference.video_file import VideoReader, VideoTraits
 from dinoseg.inference.video_writer import VideoWriter
@@ -62,7 +61,7 @@ def test_frames_are_to_the_bit_those_that_data_sets_read(tmp_path, layout, matri
     path = encode(tmp_path / "v.mkv", [noise((50, 66))] * 3, codec="ffv1", layout=layout, matrix=matrix)
     with VideoReader(path) as reader:
         for index, frame in enumerate(reader):
-            assert np.array_equal(frame, read_frame(VideoFrame(path, index)))
+            assert np.array_equal(frame, VideoFrame(path, index).read())
     assert reader.frames_read == 3
 
 

@@ -56,10 +56,10 @@ def pictures(height, width, count=2, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).random((count, 3, height, width)))
 
 
-def run_bands(model, images, policy, **options):
-    """Return what is averaged (B, K, H, W), in as few numbers as the policy holds at a time."""
+def run_bands(model, images, strategy, **options):
+    """Return what is averaged (B, K, H, W), in as few numbers as the strategy holds at a time."""
     with torch.no_grad():
-        bands = policy.bands(model, MemoryRows(images), nullcontext, **options)
+        bands = strategy.bands(model, MemoryRows(images), nullcontext, **options)
         return torch.cat([band.scores().clone() for band in bands], dim=2)
 
 
@@ -86,9 +86,9 @@ def slid(model, image, crop, stride):
 def test_published_windows_are_those_of_mmsegmentation(size, windows):
     model, images = make_model(kernel=3), pictures(*size)
     crop, overlap, stride = windows
-    policy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
+    strategy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
     expected = np.stack([slid(model, image, crop, stride) for image in images])
-    np.testing.assert_allclose(run_bands(model, images, policy).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(run_bands(model, images, strategy).numpy(), expected, atol=1e-12)
 
 
 def official_linear(model, image, side, stride, *, antialias=True):
@@ -130,9 +130,9 @@ ODD = [(37, 61), (61, 37), (33, 33), (17, 90), (31, 24)]
 @pytest.mark.parametrize(("resample", "antialias"), [({}, True), ({"resample": "bilinear"}, False)])
 def test_a_linear_head_is_evaluated_as_by_dinov3_or_dinov2(size, resample, antialias):
     model, images = make_model(kernel=3), pictures(*size, count=1)
-    policy = Windows(24, shortest=24, stride=16, weights="uniform", average="scores", batch_size=3, **resample)
+    strategy = Windows(24, shortest=24, stride=16, weights="uniform", average="scores", batch_size=3, **resample)
     expected = official_linear(model, images[0], 24, 16, antialias=antialias)
-    torch.testing.assert_close(run_bands(model, images, policy)[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run_bands(model, images, strategy)[0], expected, rtol=0, atol=1e-6)
     other = official_linear(model, images[0], 24, 16, antialias=not antialias)
     assert ((expected - other).abs().max() > 1e-3) == (min(size) > 24)
 
@@ -140,9 +140,9 @@ def test_a_linear_head_is_evaluated_as_by_dinov3_or_dinov2(size, resample, antia
 @pytest.mark.parametrize("size", ODD)
 def test_eomt_is_evaluated_as_in_its_code(size):
     model, images = make_model(kernel=3, mixture=True), pictures(*size, count=1)
-    policy = Windows(24, shortest=24, placement="even", weights="uniform", average="scores", batch_size=3)
+    strategy = Windows(24, shortest=24, placement="even", weights="uniform", average="scores", batch_size=3)
     expected = official_eomt(model, images[0], 24)
-    torch.testing.assert_close(run_bands(model, images, policy)[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run_bands(model, images, strategy)[0], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 7, 24, 1024])
@@ -168,8 +168,8 @@ def test_the_shorter_side_is_reduced_and_rounded_as_published():
 
 
 def test_sides_of_scales_are_those_of_the_released_segmentor():
-    policy = Windows(896, shortest=896, scales=[0.9, 0.95, 1.0, 1.05, 1.1], multiple=32)
-    sizes = [policy._size_at_scale((480, 640), scale) for scale in policy.scales]
+    strategy = Windows(896, shortest=896, scales=[0.9, 0.95, 1.0, 1.05, 1.1], multiple=32)
+    sizes = [strategy._size_at_scale((480, 640), scale) for scale in strategy.scales]
     assert [size[0] for size in sizes] == [832, 864, 896, 940, 985]
     assert sizes[0] == (832, int(832 * 640 / 480 + 0.5))
     assert Windows(896, shortest=896)._size_at_scale((480, 640), 0.9)[0] == 806
@@ -179,23 +179,23 @@ def test_sides_of_scales_are_those_of_the_released_segmentor():
 @pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
 def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
     model, images = make_model(kernel=3, mixture=mixture), pictures(37, 29, count=1)
-    policy = Windows((13, 10), stride=(9, 7), weights="uniform", average="scores", flips=flips, scales=scales)
+    strategy = Windows((13, 10), stride=(9, 7), weights="uniform", average="scores", flips=flips, scales=scales)
     views = []
     for scale, turn in itertools.product(scales, TURNS[flips]):
         size = [max(1, round(side * scale)) for side in (37, 29)]
         scaled = images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
         scores = torch.from_numpy(slid(model, apply_turn(scaled, turn)[0], (13, 10), (9, 7)))[None]
         views.append(F.interpolate(undo_turn(scores, turn), (37, 29), mode="bilinear").softmax(dim=1))
-    averaged = run_bands(model, images, policy)
+    averaged = run_bands(model, images, strategy)
     torch.testing.assert_close(averaged, torch.stack(views).mean(dim=0), rtol=0, atol=1e-12)
-    (band,) = islice(policy.bands(model, MemoryRows(images), nullcontext), 1)
+    (band,) = islice(strategy.bands(model, MemoryRows(images), nullcontext), 1)
     assert band.mixture  # sums of probabilities, which is what a softmax of logits is of
 
 
 def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
-    policy, model, sizes = Windows(8, shortest=16384), make_model(), []
+    strategy, model, sizes = Windows(8, shortest=16384), make_model(), []
     for size, scaled in (((1, 2), (5793, 11585)), ((8192, 3 * 8192), (8192, 3 * 8192)), ((2048, 1024), (11585, 5793))):
-        assert policy._size_at_scale(size, 1.0) == scaled
+        assert strategy._size_at_scale(size, 1.0) == scaled
 
     def stop(module, inputs):
         sizes.append(inputs[0].shape)
@@ -203,7 +203,7 @@ def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
 
     model.backbone.register_forward_pre_hook(stop)
     with pytest.raises(InterruptedError):
-        run_bands(model, pictures(1, 2, count=1), policy)
+        run_bands(model, pictures(1, 2, count=1), strategy)
     assert len(sizes) == 1
 
 
@@ -298,8 +298,8 @@ def test_streams_of_other_bands_are_averaged_row_by_row():
     torch.testing.assert_close(torch.cat(list(mean(streams)), dim=2), (first + second) / 2)
 
 
-@pytest.mark.parametrize("policy", [Whole, partial(Windows, 500)])
-def test_scales_average_probabilities_brought_to_the_same_size(policy):
+@pytest.mark.parametrize("strategy", [Whole, partial(Windows, 500)])
+def test_scales_average_probabilities_brought_to_the_same_size(strategy):
     model, images = make_model(kernel=3, longest=30), pictures(17, 40)
     sizes, parts = {1.0: (13, 30), 0.5: (6, 15), 1.7: (22, 51)}, []
     for target in sizes.values():
@@ -307,7 +307,7 @@ def test_scales_average_probabilities_brought_to_the_same_size(policy):
         with torch.no_grad():
             probabilities = model(seen, reduce=False).logits().softmax(dim=1)
         parts.append(F.interpolate(probabilities, (17, 40), mode="bilinear"))
-    averaged = run_bands(model, images, policy(scales=tuple(sizes)))
+    averaged = run_bands(model, images, strategy(scales=tuple(sizes)))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0), rtol=0, atol=1e-12)
 
 
@@ -335,8 +335,8 @@ def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average)
     model = make_model(mixture=mixture).float()
     images = list(np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), dtype=np.uint8))
     whole, tiled = (
-        Predictor(model, torch.device("cpu"), nullcontext, policy)
-        for policy in (Whole(), Windows(16, average=average, batch_size=5))
+        Predictor(model, torch.device("cpu"), nullcontext, strategy)
+        for strategy in (Whole(), Windows(16, average=average, batch_size=5))
     )
     probabilities, ids = tiled.probabilities(images), tiled.ids(images)
     torch.testing.assert_close(probabilities, whole.probabilities(images), rtol=0, atol=1e-5)

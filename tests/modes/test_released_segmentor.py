@@ -82,9 +82,14 @@ def test_predictions_equal_the_released_segmentor(files, expected_scores, tmp_pa
 
 
 def test_the_recipe_has_the_published_windows(compose):
-    policy = instantiate(compose("hparam=ade20k_m2f").inference)
-    assert (policy.size, policy.shortest, policy.average, policy.weights) == ((896, 896), 896, "scores", "uniform")
-    assert policy.starts(0, 1500) == [0, 596, 604]
+    strategy = instantiate(compose("hparam=ade20k_m2f").inference)
+    assert (strategy.size, strategy.shortest, strategy.average, strategy.weights) == (
+        (896, 896),
+        896,
+        "scores",
+        "uniform",
+    )
+    assert strategy.starts(0, 1500) == [0, 596, 604]
 
 
 @pytest.mark.heavy

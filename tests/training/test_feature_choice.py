@@ -69,7 +69,7 @@ def train(data, tmp_path):
             nn.init.normal_(next(model.backbone.parameters()))
         engine = Engine("cpu", "fp32", workers=0, cache=cache)
         share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "pictures": 1}
-        share |= {"views": options.pop("views", 2), "policy": options.pop("policy", None)}
+        share |= {"views": options.pop("views", 2), "strategy": options.pop("strategy", None)}
         data_set, augment = options.pop("data", data), options.pop("augment", AUGMENT)
         data_module = ImageDataModule(data_set, data_set, augment, **share)
         options = {"dtype": "float32", **options}
@@ -237,8 +237,8 @@ def test_measuring_features_keeps_the_mode_of_the_model(train, training):
 
 
 def test_image_predicted_in_windows_is_read_by_its_own_index(data):
-    policy = SimpleNamespace(is_single_pass=lambda model, size, autocast: size != (1, 9))
-    share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world_size": 2}
+    strategy = SimpleNamespace(is_single_pass=lambda model, size, autocast: size != (1, 9))
+    share = {"batch_size": 2, "seed": 0, "workers": 0, "strategy": strategy, "rank": 1, "world_size": 2}
     views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
     cache = SimpleNamespace(eval_batches=lambda *_, **__: iter(views))
     data_module = ImageDataModule(data, data, AUGMENT, **share)
@@ -311,7 +311,7 @@ def test_rounded_features_train_nearly_the_same(train):
 
 
 def test_images_in_windows_are_not_validated_by_features(train, counted_images):
-    windows = {"policy": Windows(16)}
+    windows = {"strategy": Windows(16)}
     live = train(**windows)[0]
     counted_images.clear()
     assert train("memory", **windows)[0] == live

@@ -75,9 +75,9 @@ def test_cached_features_come_with_the_maps_of_their_views(tmp_path, place):
 
 
 def test_windows_of_a_validation_have_their_part_of_the_maps():
-    for policy in (Windows((16, 24), overlap=0.5), Windows((16, 24), overlap=0.5, shortest=30)):
+    for strategy in (Windows((16, 24), overlap=0.5), Windows((16, 24), overlap=0.5, shortest=30)):
         loss, engine = MappedLoss(), Engine("cpu", "fp32", workers=0, eval_batch_size=2)
-        evaluate(segmenter(MLP).eval(), pictures(3), engine, policy=policy, loss=loss)
+        evaluate(segmenter(MLP).eval(), pictures(3), engine, strategy=strategy, loss=loss)
         assert loss.batches > 6
 
 
@@ -85,7 +85,9 @@ def test_distances_in_windows_grow_with_the_resized_image():
     loss, engine = MappedLoss(), Engine("cpu", "fp32", workers=0)
     seen = []
     loss.register_forward_pre_hook(lambda _, given: seen.append(given[1].maps["distance"]))
-    evaluate(segmenter(MLP).eval(), pictures(1), engine, policy=Windows((32, 48), shortest=48, overlap=0.5), loss=loss)
+    evaluate(
+        segmenter(MLP).eval(), pictures(1), engine, strategy=Windows((32, 48), shortest=48, overlap=0.5), loss=loss
+    )
     rows = torch.arange(16.0, 48.0)  # of the last window
     assert len(seen) == 4 and seen[-1].shape == (1, 32, 48)
     torch.testing.assert_close(seen[-1][0, :-1, 5], (2 * ((rows + 0.5) / 2 - 0.5 - 7.5))[:-1])

@@ -23,10 +23,10 @@ SIZE = (24, 40)
 UNIFORM = Windows((16, 24), overlap=0.5, weights="uniform")
 
 
-def evaluate_all(model, policy):
+def evaluate_all(model, strategy):
     seen = []
     engine = Engine("cpu", precision="fp32", workers=0, eval_batch_size=2)
-    parts = {"policy": policy, "loss": CrossEntropy(torch.ones(3))}
+    parts = {"strategy": strategy, "loss": CrossEntropy(torch.ones(3))}
     scores = evaluate(model, Pictures([SIZE] * 2), engine, **parts, on_batch=lambda *given: seen.append(given))
     return scores, seen
 
@@ -56,10 +56,12 @@ class Unlike(Pictures):
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(torch.tensor([1.0, 0.1, 3.0])), Dice(torch.ones(3))], ids=["", "dice"])
-@pytest.mark.parametrize("policy", [None, UNIFORM], ids=["", "windows"])
-def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, policy):
+@pytest.mark.parametrize("strategy", [None, UNIFORM], ids=["", "windows"])
+def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, strategy):
     engines = [Engine("cpu", "fp32", workers=0, eval_batch_size=count) for count in (1, 2)]
-    found = [evaluate(segmenter().eval(), Unlike([SIZE] * 2), engine, policy=policy, loss=loss) for engine in engines]
+    found = [
+        evaluate(segmenter().eval(), Unlike([SIZE] * 2), engine, strategy=strategy, loss=loss) for engine in engines
+    ]
     assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
     assert found[0] == found[1]
 
@@ -87,15 +89,15 @@ def test_mirrored_and_scaled_images_have_no_loss():
 
 def test_attempt_out_of_memory_leaves_no_trace_in_scores(monkeypatch):
     monkeypatch.setattr(auto, "free_bytes", lambda device: 2**40)
-    policy, model, tried = Auto((16, 24)), segmenter().eval(), []
+    strategy, model, tried = Auto((16, 24)), segmenter().eval(), []
 
     def whole(grid, size, valid):
         tried.append(size)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(shapes, "class_ids", whole)
-    scores, [(_, ids, _)] = evaluate_all(model, policy)
+    scores, [(_, ids, _)] = evaluate_all(model, strategy)
     assert tried == [SIZE]
     monkeypatch.undo()
-    expected, [(_, wanted, _)] = evaluate_all(segmenter().eval(), policy.windows)
+    expected, [(_, wanted, _)] = evaluate_all(segmenter().eval(), strategy.windows)
     assert scores["loss"] == expected["loss"] and torch.equal(ids, wanted)

@@ -34,7 +34,7 @@ from dinoseg.utils.files import Stamp, check_regular, stamp
 from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.yaml_text import read_yaml
 
-NAME = "classes.yaml"
+CLASS_FILE = "classes.yaml"
 NOT_DESCRIBED: dict[str, Any] = {
     **{
         "palette": None,

@@ -23,7 +23,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
 from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Count, check_annotations
-from dinoseg.utils.wording import in_bytes, reasons
+from dinoseg.utils.wording import in_bytes, list_reasons
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _write_pixels(path: Path, dataset: PairDataset, longest: int | None, workers
         os.fsync(file.fileno())
     if failures:
         raise UserError(
-            f"{len(failures)} of {len(dataset)} images cannot be packed:{reasons(failures)}\nFix these files "
+            f"{len(failures)} of {len(dataset)} images cannot be packed:{list_reasons(failures)}\nFix these files "
             "or leave them out (on_error=skip), and run again."
         )
     return extents

@@ -10,7 +10,7 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, reasons
+from dinoseg.utils.wording import count_of, list_reasons
 
 _FEW = 3  # reasons listed where no pair is complete, since all will be alike
 
@@ -98,10 +98,10 @@ def incomplete_pairs_error(dataset: PairDataset, split: str) -> UserError:
     """Return the error that lists the incomplete pairs."""
     lacking = dataset.lacking
     if not len(dataset):
-        return UserError(f"Split {split} has no image with its mask:{reasons(lacking, _FEW)}\n{dataset.remedy}")
+        return UserError(f"Split {split} has no image with its mask:{list_reasons(lacking, _FEW)}\n{dataset.remedy}")
     return UserError(
         f"Split {split} has {count_of(dataset.pairs, 'image')} with a mask, and {len(lacking)} incomplete "
-        f"pairs:{reasons(lacking)}\n{dataset.remedy}\nTo leave them out: on_error=skip."
+        f"pairs:{list_reasons(lacking)}\n{dataset.remedy}\nTo leave them out: on_error=skip."
     )
 
 

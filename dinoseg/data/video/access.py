@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.sources import VideoFrame
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.utils.errors import UserError
 
@@ -20,22 +19,27 @@ _NEAR = 96  # frames up to which decoding is cheaper than seeking, which decodes
 _BACK = (0, 32, 256)  # offsets before the wanted frame to seek to, in turn, until a key frame is found
 
 
-def read_frame(frame: VideoFrame) -> np.ndarray:
-    """Return a frame as (H, W, 3) uint8 RGB.
+def read_frame(path: Path, number: int, cache_dir: Path | None = None) -> np.ndarray:
+    """Return a frame of a video as (H, W, 3) uint8 RGB.
 
     Seeking goes by time, and misses frames if some were dropped or the rate varies. Each frame is therefore checked
     against the video's index, which is built by decoding the whole file once. The result is the exact frame, or an
     error.
 
+    Args:
+        path: the video.
+        number: of the frame, from 0 in decoding order.
+        cache_dir: folder of the video's frame index; None: each process builds it in memory.
+
     Raises:
         UserError: the video is missing, damaged or truncated, or the frame does not exist.
     """
-    index = find_index(frame.path, frame.cache_dir)
-    if not 0 <= frame.index < len(index):
-        raise UserError(f"{frame.path} has no frame {frame.index}: it has {len(index)} frames, 0 to {len(index) - 1}.")
+    index = find_index(path, cache_dir)
+    if not 0 <= number < len(index):
+        raise UserError(f"{path} has no frame {number}: it has {len(index)} frames, 0 to {len(index) - 1}.")
     from dinoseg.data.video.decoder import rgb
 
-    return rgb(_reader(frame.path, index).read(frame.index))
+    return rgb(_reader(path, index).read(number))
 
 
 class _Reader:

@@ -22,8 +22,8 @@ from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.export.runtime.torch_runtime import TorchRuntime, preserve_global_state, replicate_in_eval_mode
-from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models import adapters
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names, stateless_modules
@@ -51,7 +51,7 @@ class Segmenter(GuardedModule, Model):
         facts: classes, palette, sizes, scores and sources.
         config: the whole config as plain values.
         info: description of the checkpoint that it was loaded from; empty for a new model.
-        policy: inference strategy of `predict`.
+        strategy: inference strategy of `predict`.
         precision: precision of `predict`: auto, bf16, fp16 or fp32. `forward` computes as the surrounding autocast.
         file: the file that it was loaded from, if that is a one-file model.
         checkpoint: the file of any kind that it was loaded from, with its stamp before it was read.
@@ -74,7 +74,7 @@ class Segmenter(GuardedModule, Model):
         config: Mapping[str, Any],
         *,
         info: Mapping[str, Any],
-        policy: Policy,
+        strategy: InferenceStrategy,
         precision: str = "auto",
         file: Path | None = None,
         checkpoint: tuple[Path, Stamp | None] | None = None,
@@ -84,7 +84,7 @@ class Segmenter(GuardedModule, Model):
         self.facts = facts
         self.file = None if file is None else file.absolute()
         self._config, self._info = config, info
-        self._policy, self._precision = policy, precision
+        self._strategy, self._precision = strategy, precision
         self._checkpoint = checkpoint
         self._has_checked_levels = False
         self._scored = self._checksums()  # the weights that the scores in `facts` belong to
@@ -167,7 +167,7 @@ class Segmenter(GuardedModule, Model):
         device = self.device
         dtype = compute_dtype(self._precision, device)
         context = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
-        return TorchRuntime(Predictor(replicate_in_eval_mode(self.model), device, context, self._policy))
+        return TorchRuntime(Predictor(replicate_in_eval_mode(self.model), device, context, self._strategy))
 
     def trainable_parameters(self) -> list[dict[str, Any]]:
         """Return parameter groups for any torch optimizer, with the learning rates and weight decay of the config.

@@ -14,7 +14,7 @@ from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.runtime import Options
 from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import preserve_global_state
-from dinoseg.inference.policy import Policy
+from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import choose_device
@@ -42,7 +42,7 @@ def load_torch(path: Path, options: Options, *, key: str = "resume") -> Segmente
         own = _config_folder(options)
         trust, use = options.trust, options.inference
         cfg = standalone_config(file, info, changes, inference=use, trust=trust, config_dir=own, key=key)
-        policy: Policy = instantiate(cfg.inference)
+        strategy: InferenceStrategy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
         build = ModelBuilder(cfg)
         model = restore(build, file, key=key)[0].to(device)
@@ -56,7 +56,7 @@ def load_torch(path: Path, options: Options, *, key: str = "resume") -> Segmente
         facts,
         to_container(cfg),
         info=info,
-        policy=policy,
+        strategy=strategy,
         precision=cfg.engine.precision if options.precision == "auto" else options.precision,
         file=file if is_whole else None,
         checkpoint=origin,

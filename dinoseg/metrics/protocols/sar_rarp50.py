@@ -27,7 +27,7 @@ CLASSES = (  # ids 1 to 9; 0, the background, is not scored
     "Catheter",
 )
 NUM_IDS = len(CLASSES) + 1
-FOLDER = "segmentation"
+MASK_FOLDER = "segmentation"
 OFFICIAL_TOLERANCE = 10.0
 
 
@@ -50,7 +50,7 @@ class VideoFrames(DatasetProtocol):
         video, _, stem = name.rpartition("/")
         if not video or not stem:
             raise UserError(f"{name} is not a frame name of SAR-RARP50: names are <video>/<stem>.")
-        return f"{video}/{FOLDER}/{stem}.png"
+        return f"{video}/{MASK_FOLDER}/{stem}.png"
 
     def case(self, name: str, reference: Path, prediction: Path) -> ScoringCase:
         """Return the case of a frame from its mask files; the prediction may be missing."""
@@ -132,38 +132,40 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
     """
     for role, folder in (("reference", reference), ("prediction", prediction)):
         if not folder.is_dir():
-            raise UserError(f"{role}={folder} is not a folder. Give the folder that holds <video>/{FOLDER}/.")
+            raise UserError(f"{role}={folder} is not a folder. Give the folder that holds <video>/{MASK_FOLDER}/.")
     refuse_inside(reference, prediction)
     videos = _folders_in(reference)
-    masks = {video: _masks_in(reference / video / FOLDER) for video in videos}
+    masks = {video: _masks_in(reference / video / MASK_FOLDER) for video in videos}
     if not any(masks.values()):
         raise UserError(
-            f"reference={reference} holds no <video>/{FOLDER}/<stem>.png. Give the folder that holds the videos, "
+            f"reference={reference} holds no <video>/{MASK_FOLDER}/<stem>.png. Give the folder that holds the videos, "
             f"such as test/ of the data set{f'; it holds {join_names(videos)}' if videos else ''}."
         )
     listing = Cases([])
     labelled = [video for video in videos if masks[video]]
-    if not any((prediction / video / FOLDER).is_dir() for video in labelled):
+    if not any((prediction / video / MASK_FOLDER).is_dir() for video in labelled):
         held = _folders_in(prediction)
         there = f"; it holds {join_names(held)}" if held else ""
         raise UserError(
-            f"prediction={prediction} holds no folder {FOLDER}/ for the videos in reference={reference}, "
+            f"prediction={prediction} holds no folder {MASK_FOLDER}/ for the videos in reference={reference}, "
             f"{join_names(labelled)}{there}. Check that split and names match."
             + pictures_hint(prediction, (path.name for path in prediction.rglob("*_pred.png")))
         )
     for video in videos:
         if not masks[video]:
-            listing.problems.append((reference / video, f"holds no {FOLDER}/<stem>.png: add its masks or remove it"))
-        elif not (prediction / video / FOLDER).is_dir():
+            listing.problems.append(
+                (reference / video, f"holds no {MASK_FOLDER}/<stem>.png: add its masks or remove it")
+            )
+        elif not (prediction / video / MASK_FOLDER).is_dir():
             listing.problems.append(
                 (
-                    prediction / video / FOLDER,
+                    prediction / video / MASK_FOLDER,
                     f"folder missing, for {len(masks[video])} reference frames: put the predictions there, or leave it "
                     "empty to score the video as 0",
                 )
             )
         else:
-            _add_video(listing, video, masks[video], prediction / video / FOLDER)
+            _add_video(listing, video, masks[video], prediction / video / MASK_FOLDER)
     if extra := [name for name in _folders_in(prediction) if name not in masks]:
         listing.notes.append(f"{prediction}: folders without reference are not scored: {join_names(extra)}")
     return listing

@@ -20,7 +20,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.measure import digest
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
-from dinoseg.inference.policy import Autocast
+from dinoseg.inference.strategy import Autocast
 from dinoseg.models.model import SegmentationModel, describe_tensors
 from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
 from dinoseg.training.feature_cache.store import FeatureStore

@@ -371,7 +371,7 @@ def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, 
         write_png(tmp_path / f"data/val/masks/{number}.png", np.zeros((4, 4), np.uint8))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
-    data_module = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
+    data_module = SimpleNamespace(val=data, strategy=instantiate(cfg.inference))
     clock = [0.0]
     asked = []
     read = type(data).__getitem__
@@ -381,8 +381,8 @@ def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, 
         clock[0] += item["image"].numel() + item["mask"].numel()
         return item
 
-    def evaluate(model, data, engine, *, policy, loss, batches):
-        asked.append((policy, loss))
+    def evaluate(model, data, engine, *, strategy, loss, batches):
+        asked.append((strategy, loss))
         count = len(list(batches))
         clock[0] += count
 
@@ -392,8 +392,8 @@ def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, 
     seconds = timing._seconds_of_val(parts.loss(), data_module, parts.model(), instantiate(cfg.engine))
     assert [index for index, name in enumerate(data.names) if name == "10"] == [2]
     assert seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6 + 1)
-    ((policy, loss),) = asked
-    assert policy == data_module.policy and loss is not None
+    ((strategy, loss),) = asked
+    assert strategy == data_module.strategy and loss is not None
 
 
 @pytest.mark.parametrize("text", ["}{", "data: [1\n", "\ta: 1\n", "a: \x00\n"])

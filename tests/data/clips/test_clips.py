@@ -25,7 +25,6 @@ from dinoseg.data.formats.video_folder import VideoFolder
 from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.sources import VideoFrame
 from dinoseg.data.splits import Partition
-from dinoseg.data.video.access import read_frame
 from dinoseg.utils.natural_order import natural_order
 
 SIDES = ("train", "val")
@@ -369,7 +368,7 @@ def test_videos_and_folders_of_frames_are_read(folder):
     clip = clips[3]
     assert clip["name"] == "x/one" and clip["frame_names"] == [f"{index:09d}" for index in (8, 10, 12, 14)]
     for number, index in enumerate((8, 10, 12, 14)):
-        shown = read_frame(VideoFrame(folder / "x/one.avi", index))
+        shown = VideoFrame(folder / "x/one.avi", index).read()
         np.testing.assert_array_equal(clip["frames"][number].permute(1, 2, 0), shown)
     assert not clip["annotated"].any() and (clip["masks"] == 255).all() and clip["masks"].shape == (4, 32, 48)
     assert clips[1]["frame_names"] == ["img000", "img002", "img004", "img006"]

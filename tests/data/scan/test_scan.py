@@ -24,7 +24,7 @@ from dinoseg.data.scan.measure import perceptual_hash
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
-from dinoseg.utils.wording import reasons
+from dinoseg.utils.wording import list_reasons
 
 CLASSES = ("a", "b", "c")
 
@@ -133,8 +133,8 @@ def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
 
 
 def test_reasons_list_twenty_and_count_all():
-    text = reasons({f"n{index}": "It is empty." for index in range(23)})
-    assert text.count("\n- ") == 20 and text.endswith("\nand 3 more: n20, n21, n22") and reasons({}) == ""
+    text = list_reasons({f"n{index}": "It is empty." for index in range(23)})
+    assert text.count("\n- ") == 20 and text.endswith("\nand 3 more: n20, n21, n22") and list_reasons({}) == ""
 
 
 @pytest.mark.parametrize("side", ["images", "masks"])

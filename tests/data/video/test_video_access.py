@@ -13,7 +13,6 @@ from mistakes import assert_refused
 from dinoseg.data.sources import VideoFrame
 from dinoseg.data.video import access as video_access
 from dinoseg.data.video import index as video_index
-from dinoseg.data.video.access import read_frame
 from dinoseg.data.video.index import find_index, index_videos
 
 SIZE = (64, 48)
@@ -76,7 +75,7 @@ def same(paths, cache_dir=None):
     jobs = [(path, index) for path in paths for index in [*range(len(truth[path])), *range(0, len(truth[path]), 5)]]
     for number in rng.permutation(len(jobs))[:60]:
         path, index = jobs[number]
-        found = read_frame(VideoFrame(path, index, cache_dir))
+        found = VideoFrame(path, index, cache_dir).read()
         np.testing.assert_array_equal(found, truth[path][index], err_msg=f"{path} {index}")
     return truth
 
@@ -130,15 +129,15 @@ def test_stored_video_index_avoids_another_scan(avi, tmp_path, monkeypatch, capl
 
 
 def test_a_replaced_video_is_noticed(avi):
-    before = read_frame(VideoFrame(avi, 20))
+    before = VideoFrame(avi, 20).read()
     write(avi, "XVID", 40, lambda index: picture(index + 100))
     os.utime(avi, ns=(1, 1))
     assert not np.array_equal(same([avi])[avi][20], before)
-    assert_refused(lambda: read_frame(VideoFrame(avi, 40)), "no frame 40")
+    assert_refused(lambda: VideoFrame(avi, 40).read(), "no frame 40")
     index = video_index._known[video_index.file_key(avi)]
     index.sums[30] ^= 1  # pixels that changed under the same stamp
-    assert_refused(lambda: read_frame(VideoFrame(avi, 30)), "Frame 30 of ", "a.avi has changed since")
-    assert read_frame(VideoFrame(avi, 31)).shape == (48, 64, 3)
+    assert_refused(lambda: VideoFrame(avi, 30).read(), "Frame 30 of ", "a.avi has changed since")
+    assert VideoFrame(avi, 31).read().shape == (48, 64, 3)
 
 
 class Lying:
@@ -171,12 +170,12 @@ def test_inexact_seeks_are_corrected(tmp_path, monkeypatch, honest):
     monkeypatch.setattr(video_access, "open_decoder", open_lying)
     truth = sequential(path)
     for index in (250, 3, 299, 120):
-        np.testing.assert_array_equal(read_frame(VideoFrame(path, index)), truth[index])
+        np.testing.assert_array_equal(VideoFrame(path, index).read(), truth[index])
     assert len(opened) > 1
 
 
 def checksums(path, indices):
-    return [zlib.crc32(np.ascontiguousarray(read_frame(VideoFrame(path, index)))) for index in indices]
+    return [zlib.crc32(np.ascontiguousarray(VideoFrame(path, index).read())) for index in indices]
 
 
 @pytest.mark.filterwarnings("ignore:.* use of fork:DeprecationWarning")
@@ -196,7 +195,7 @@ def test_processes_and_threads_do_not_disturb_one_another(avi, method):
 
 def test_missing_frames_and_videos_are_refused(avi, tmp_path):
     def refused(name, *words, index=0):
-        assert_refused(lambda: read_frame(VideoFrame(tmp_path / name, index)), *words)
+        assert_refused(lambda: VideoFrame(tmp_path / name, index).read(), *words)
 
     for index in (61, 10_000, -1):
         refused("a.avi", f"a.avi has no frame {index}: it has 61 frames, 0 to 60", index=index)

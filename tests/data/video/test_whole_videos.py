@@ -11,7 +11,6 @@ from films import append_empty_slots, write_edits, write_plain
 from mistakes import assert_refused
 
 from dinoseg.data.sources import VideoFrame
-from dinoseg.data.video.access import read_frame
 from dinoseg.data.video.decoder import Decoder, count_slots
 from dinoseg.data.video.index import find_index
 from dinoseg.data.video.length import count_frames, promised_frames
@@ -71,7 +70,7 @@ def test_frames_of_a_cut_video_are_read_in_any_order(tmp_path):
     with VideoReader(path) as reader:
         shown = list(reader)
     for index in np.random.default_rng(0).permutation(len(shown)):
-        np.testing.assert_array_equal(read_frame(VideoFrame(path, int(index))), shown[index])
+        np.testing.assert_array_equal(VideoFrame(path, int(index)).read(), shown[index])
 
 
 def refuse_everywhere(path, tmp_path):

@@ -22,10 +22,10 @@ class Place(NamedTuple):
 
 
 # called after each pass with (prediction, its input (n, 3, h, w), places of the inputs, (H, W) of the images)
-Seen = Callable[[Prediction, Tensor, Sequence[Place], Size], None]
+OnPass = Callable[[Prediction, Tensor, Sequence[Place], Size], None]
 
 
-class Policy(Protocol):
+class InferenceStrategy(Protocol):
     """Inference strategy: splits images into parts for the model and merges the predictions."""
 
     def bands(
@@ -35,7 +35,7 @@ class Policy(Protocol):
         autocast: Autocast,
         *,
         size: Size | None = None,
-        seen: Seen | None = None,
+        on_pass: OnPass | None = None,
     ) -> Iterator[Prediction]:
         """Yield predictions of bands of rows, from the top down, that together cover images of one size.
 
@@ -46,7 +46,7 @@ class Policy(Protocol):
             rows: the images, on the model's device.
             autocast: context manager factory of the precision.
             size: (H, W) to predict at; None: the images' own size.
-            seen: callback for unmirrored passes that together cover each pixel of the images.
+            on_pass: callback for unmirrored passes that together cover each pixel of the images.
         """
         ...
 
@@ -58,6 +58,6 @@ class Policy(Protocol):
         """Return whether an image of `size` gets the classes of one pass over the whole image, however computed."""
         return self.is_single_pass(model, size, autocast)
 
-    def spare(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
+    def reduce_memory(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Handle an out-of-memory error of `bands` for such images; return whether a retry would use less memory."""
         return False
