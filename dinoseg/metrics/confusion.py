@@ -68,17 +68,12 @@ class ConfusionMatrix:
         prediction, mask = as_tensor(prediction, "prediction"), as_tensor(mask, "mask")
         _check_class_ids(prediction, mask)
         if mask.device.type == "cpu" and prediction.dtype == mask.dtype == torch.uint8:
-            pairs = _pairs(prediction.reshape(-1), mask.reshape(-1))
-            added = self._count_pairs(pairs)
-            references = pairs.sum(1).nonzero()
+            added = self._count_pairs(_pairs(prediction.reshape(-1), mask.reshape(-1)))
         else:
-            references = mask.reshape(-1).long()
-            bins = self._bins(prediction.reshape(-1).long(), references)
+            bins = self._bins(prediction.reshape(-1).long(), mask.reshape(-1).long())
             added = _histogram(bins, len(self.counts))
         if mask.device.type == "cpu":  # before these pixels are counted
-            unknown = ((references < 0) | (references >= self.num_classes)) & (references != self.ignore_index)
-            wrong = references[unknown].unique().tolist()
-            self._raise_for_outsiders(added, f" (found: {wrong})" if wrong else "")
+            self._raise_for_outsiders(added, mask)
         self.counts = self.counts.to(added.device) + added
 
     def _bins(self, prediction: Tensor, mask: Tensor) -> Tensor:
@@ -138,7 +133,7 @@ class ConfusionMatrix:
         Raises:
             UserError: a mask held an id that is neither a class nor the ignore index.
         """
-        self._raise_for_outsiders(self.counts, "")
+        self._raise_for_outsiders(self.counts)
         matrix = self.matrix.tolist()
         classes = [_class_scores(matrix, index) for index in range(self.num_classes)]
         hits = sum(matrix[index][index] for index in range(self.num_classes))
@@ -153,11 +148,13 @@ class ConfusionMatrix:
             "classes": classes,
         }
 
-    def _raise_for_outsiders(self, counts: Tensor, examples: str) -> None:
+    def _raise_for_outsiders(self, counts: Tensor, mask: Tensor | None = None) -> None:
+        """Refuse counts of ids outside the classes; `mask`: the reference ids, for the message."""
         references, predictions = counts[-2:].tolist()
         if references:
+            found = "" if mask is None else f" (found: {self._find_outsiders(mask)})"
             raise UserError(
-                f"{references} mask pixels hold ids outside 0..{self.num_classes - 1}{examples} that are not "
+                f"{references} mask pixels hold ids outside 0..{self.num_classes - 1}{found} that are not "
                 f"the ignore index {self.ignore_index}. Correct the masks, the classes or the ignore index."
             )
         if predictions:
@@ -165,6 +162,10 @@ class ConfusionMatrix:
                 f"{predictions} predicted ids lie outside 0..{self.num_classes - 1}. Give class ids, such as 0 and 1 "
                 "instead of 0 and 255."
             )
+
+    def _find_outsiders(self, mask: Tensor) -> list[int]:
+        ids = mask.long().unique()
+        return ids[((ids < 0) | (ids >= self.num_classes)) & (ids != self.ignore_index)].tolist()
 
 
 def mean_scores(classes: list[dict[str, Any]], hits: int, background: int | None) -> dict[str, Any]:

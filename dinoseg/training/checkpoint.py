@@ -182,8 +182,8 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
         raise UserError(f"{key}={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
     there = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(
-        f"{key}={target}: file or folder not found.{suggest_nearest(str(path), there, f'{key}=')} Give a run folder or a "
-        "checkpoint file; your runs are below outputs/."
+        f"{key}={target}: file or folder not found.{suggest_nearest(str(path), there, f'{key}=')} Give a run folder or "
+        "a checkpoint file; your runs are below outputs/."
     )
 
 

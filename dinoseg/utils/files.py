@@ -106,25 +106,18 @@ def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:
         UserError: if a folder may not be read.
     """
     real_top = top.resolve()
-    above = {str(top): frozenset(_identity(folder) for folder in (real_top, *real_top.parents))}
+    above = {str(top): frozenset([real_top, *real_top.parents])}
     for parent, folders, files in os.walk(top, onerror=_refuse, followlinks=True):
         trail = above.pop(parent)
         followed = []
         for name in sorted(folders):
             path = os.path.join(parent, name)
-            if not name.startswith(".") and (identity := _identity(path)) not in trail:
-                above[path] = trail | {identity}
+            real_path = Path(path).resolve()
+            if not name.startswith(".") and real_path not in trail:
+                above[path] = trail | {real_path}
                 followed.append(name)
         folders[:] = followed  # the folders that os.walk enters
         yield Path(parent), sorted(name for name in files if not name.startswith("."))
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        _refuse(error)
-    return status.st_dev, status.st_ino
 
 
 def _refuse(error: OSError) -> NoReturn:
