@@ -68,8 +68,6 @@ def prepare_dataset(
     elif dataset.lacking:
         raise incomplete_pairs_error(dataset, split)
     if cache == "packed":
-        if dataset.has_layers:
-            raise UserError("cache=packed stores one class per pixel, and these masks have layers. Leave it out.")
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +55,6 @@ class FolderLayout:
     splits: Mapping[str, str] = field(default_factory=dict)
 
 
-Match = Callable[[Path, str, FolderLayout], dict[str, Pair | Lacking]]  # pairs of a split by name
-
-
 def folder_dataset(
     root: str | Path,
     split: str,
@@ -91,34 +87,29 @@ def folder_dataset(
             read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
-    match_files = partial(_match_masks, labels)
-    if layers:
-        match_files = partial(_match_layers, labels, MaskReader(labels, masks, has_layers=True).read)
-    match = partial(match_files, suffixes)
-    pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
-    return collect_pairs(pairs, split, labels, masks, has_layers=layers)
+    top = Path(root).expanduser()
+    _check_source(top, layout, partition)
 
+    def find(side: str) -> list[Pair | Lacking]:
+        """Return the pairs that the folders or the file list of a split name."""
+        if layers:
+            read_layer = MaskReader(labels, masks, has_layers=True).read
+            by_name = _match_layers(labels, read_layer, suffixes, top, side, layout)
+        else:
+            by_name = _match_masks(labels, suffixes, top, side, layout)
+        names = (
+            _read_listed_names(top, side, layout, partition, by_name) if partition.by == "lists" else sorted(by_name)
+        )
+        return [by_name[name] for name in names]
 
-def find_pairs(
-    root: Path, split: str, layout: FolderLayout, partition: Partition, match: Match
-) -> list[Pair | Lacking]:
-    """Return the pairs of a split, in the order of the names or of the split's file list."""
-    _check_source(root, layout, partition)
-    pairs = divide(split, lambda side: _pairs_of(root, side, layout, partition, match), partition)
+    pairs = divide(split, find, partition)
     if not pairs:
-        images = _path(root, split, layout.images, layout)
+        images = _path(top, split, layout.images, layout)
         raise UserError(
             f"Split {split} is empty: {images} holds no image named *{layout.image_suffix}.* "
             f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.reader.layout."
         )
-    return pairs
-
-
-def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition, match: Match) -> list[Pair | Lacking]:
-    """Return the pairs that a split's folders or its file list name."""
-    by_name = match(root, split, layout)
-    names = sorted(by_name) if partition.by != "lists" else _read_listed_names(root, split, layout, partition, by_name)
-    return [by_name[name] for name in names]
+    return collect_pairs(pairs, split, labels, masks, has_layers=layers)
 
 
 def _read_listed_names(

@@ -110,8 +110,10 @@ def pack(
 
     Raises:
         UserError: the folder cannot be written to or has too little space, or files cannot be read or change while
-            they are packed; when an item is read: a damaged store.
+            they are packed, or the masks have layers; when an item is read: a damaged store.
     """
+    if dataset.has_layers:
+        raise UserError("cache=packed stores one class per pixel, and these masks have layers. Leave it out.")
     key = StoreKey(dataset.fingerprint(), longest)
     folder = Path(cache_dir).expanduser() / key.folder
     store = open_store(folder, key, dataset.names)

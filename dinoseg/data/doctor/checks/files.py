@@ -33,7 +33,8 @@ _SKIP = "Or leave the pairs out: data.on_error=skip."
 def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
     """Yield findings about files that stop a run, over all splits together."""
     records = [record for part in splits for record in part.records]
-    yield from _ids_in_alpha(records)
+    if not any(len(record.pixels) > 1 for record in records):
+        yield from _ids_in_alpha(records)
     if not any(record.problems for record in records):
         return
     yield from _swapped_folders(splits)  # first: it explains foreign ids, as the next but one does
@@ -122,9 +123,7 @@ def _is_turned(image: str) -> bool:
 
 
 def _ids_in_alpha(records: Sequence[Record]) -> Iterator[Finding]:
-    """Yield a finding of masks whose values differ in the alpha channel alone, if no mask holds two ids."""
-    if any(len(record.pixels) > 1 for record in records):
-        return
+    """Yield a finding of masks of one id each whose values differ in the alpha channel."""
     hidden = [record.mask for record in records if record.pixels and _varies_in_alpha(record.mask)]
     if hidden:
         yield Finding(
