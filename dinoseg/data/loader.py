@@ -97,11 +97,17 @@ def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Gene
 
 
 def train_batches(
-    drawn: TrainViews, *, batch_size: int, start: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1
+    views: TrainViews, *, batch_size: int, start: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Yield this rank's share of each training batch from number `start` on, indefinitely; see `sample_batches`."""
-    options = {"batch_size": batch_size, "seed": drawn.seed, "start": start, "rank": rank, "world_size": world_size}
-    return sample_batches(drawn.read, Batch.stack, len(drawn.data), workers=workers, **options)
+    options = {
+        "batch_size": batch_size,
+        "seed": views.seed,
+        "start": start,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    return sample_batches(views.read, Batch.stack, len(views.data), workers=workers, **options)
 
 
 def sample_batches(

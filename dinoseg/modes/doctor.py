@@ -13,7 +13,7 @@ from tabulate import tabulate
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.errors import describe_split, home_made
 from dinoseg.data.doctor.examine import examine, summary
-from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.doctor.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.measure import Record, measure_sample
@@ -179,7 +179,7 @@ def _same_files(data: DoctorData, others: Mapping[str, DoctorData]) -> str | Non
     return None
 
 
-def _report(splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:
+def _report(splits: Sequence[ScannedSplit], findings: Sequence[Finding]) -> dict[str, Any]:
     rows = []
     for finding in findings:
         row = {key: value for key, value in asdict(finding).items() if key not in ("look", "stops")}
@@ -223,7 +223,7 @@ def _size(size: Mapping[str, int] | None) -> str:
 
 
 def _example_cards(
-    datasets: Mapping[str, DoctorData], splits: Sequence[Scanned], findings: Sequence[Finding], samples: int
+    datasets: Mapping[str, DoctorData], splits: Sequence[ScannedSplit], findings: Sequence[Finding], samples: int
 ) -> Iterator[dict[str, Any]]:
     """Yield cards of pairs: first those with findings, then examples of each class and each split."""
     wanted: dict[tuple[str, str], str] = {}
@@ -242,7 +242,7 @@ def _example_cards(
         yield {"title": f"{key[0]}/{key[1]}", "summary": caption, **_draw_pair(frame, sample["mask"].numpy(), data)}
 
 
-def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], str]]:
+def _of_classes(splits: Sequence[ScannedSplit]) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield the pair with most pixels of each class, rarest class first, then evenly spaced pairs of each split."""
     total = sum((part.counts for part in splits), np.zeros(len(splits[0].classes) if splits else 0, dtype=np.int64))
     for index in sorted(np.flatnonzero(total).tolist(), key=lambda index: total[index]):

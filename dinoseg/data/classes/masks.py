@@ -101,10 +101,10 @@ class MaskReader:
         if has_layers:
             _refuse_options_of_ids(masks)
         if masks.format == "ids":
-            rest = -1 if masks.others is None else _position(masks.others, values, has_layers)
-            self._table = _id_table(values, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
+            rest = -1 if masks.others is None else _find_class(masks.others, values, has_layers)
+            self._table = _make_id_table(values, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
         elif masks.format == "palette":
-            self._codes, self._values = _color_table(labels, masks.colors or {}, masks.ignore_colors)
+            self._codes, self._values = _make_color_table(labels, masks.colors or {}, masks.ignore_colors)
         elif len(values.classes) != 2:
             raise UserError(
                 f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}. Name the "
@@ -121,7 +121,7 @@ class MaskReader:
             return path.read()
         if self.masks.format == "palette" and isinstance(path, Path):
             return self._from_colors(read_image(path), path)
-        numbers = _one_channel(read_ids(path) if isinstance(path, Path) else path.read(), path)
+        numbers = _take_one_channel(read_ids(path) if isinstance(path, Path) else path.read(), path)
         if self.masks.format == "binary":
             return _from_binary(numbers, path, described=self.masks.described is not None)
         return self._from_ids(numbers, path)
@@ -148,20 +148,20 @@ class MaskReader:
         ignore = self.labels.ignore_index
         foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
         known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
-        stand = "" if known.size == last + 1 == known[-1] + 1 else f", stored in files as {_some(known)}"
+        stand = "" if known.size == last + 1 == known[-1] + 1 else f", stored in files as {_join_some(known)}"
         described = self.masks.described is not None
         if self.has_layers:
             return UserError(
-                f"{path} holds the ids {_some(foreign)}. A mask of one class has the id 0 where it is absent, 1 where "
-                f"it is present, and {ignore} is ignored{stand}. {for_ids(foreign, ignore, described=described)}"
+                f"{path} holds the ids {_join_some(foreign)}. A mask of one class has the id 0 where it is absent, 1 "
+                f"where it is present, and {ignore} is ignored{stand}. {for_ids(foreign, ignore, described=described)}"
             )
         return UserError(
-            f"{path} holds the ids {_some(foreign)}, which are not classes: data.classes has ids 0 to "
+            f"{path} holds the ids {_join_some(foreign)}, which are not classes: data.classes has ids 0 to "
             f"{last}{stand}, and {ignore} is ignored. {for_ids(foreign, ignore, described=described)}"
         )
 
     def _from_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:
-        codes = _color_code(pixels.astype(np.int32))  # (H, W)
+        codes = _encode_colors(pixels.astype(np.int32))  # (H, W)
         nearest = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
         unknown = self._codes[nearest] != codes
         if unknown.any():
@@ -170,7 +170,7 @@ class MaskReader:
             described = self.masks.described is not None
             raise UserError(
                 f"{path} holds colours that are not in {'classes.yaml' if described else 'data.palette'}: "
-                f"{_some(colors)}, on {int(unknown.sum())} pixels. {for_colors(colors, described=described)}"
+                f"{_join_some(colors)}, on {int(unknown.sum())} pixels. {for_colors(colors, described=described)}"
             )
         return self._values[nearest]
 
@@ -226,11 +226,13 @@ def _from_binary(numbers: np.ndarray, path: Path | MaskPage, *, described: bool)
         return numbers.astype(np.uint8)
     if other.size:
         advice = for_binary(np.unique(numbers).tolist(), described=described)
-        raise UserError(f"{path} is not a binary mask: besides 0 and 255 it holds {_some(np.unique(other))}. {advice}")
+        raise UserError(
+            f"{path} is not a binary mask: besides 0 and 255 it holds {_join_some(np.unique(other))}. {advice}"
+        )
     return ids
 
 
-def _one_channel(numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
+def _take_one_channel(numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
     if numbers.ndim == 2:
         return numbers
     first = numbers[..., 0]
@@ -242,7 +244,7 @@ def _one_channel(numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
     return first
 
 
-def _position(name: str, labels: Labels, has_layers: bool) -> int:
+def _find_class(name: str, labels: Labels, has_layers: bool) -> int:
     if name not in labels.classes:
         named = "the meanings of a mask of one class" if has_layers else "data.classes"
         raise UserError(
@@ -251,7 +253,7 @@ def _position(name: str, labels: Labels, has_layers: bool) -> int:
     return labels.classes.index(name)
 
 
-def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> np.ndarray:
+def _make_id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> np.ndarray:
     """Return a table (65536,) int16 from file id to class id or ignore_index, or -1 for a rejected id.
 
     The first class has the file id `first`; lower ids are ignored, and ids without class map to `rest`.
@@ -267,7 +269,7 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
 
 
 def _map_ids(table: np.ndarray, labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> None:
-    """Write `data.reader.masks.ids` into the table of `_id_table`."""
+    """Write `data.reader.masks.ids` into the table of `_make_id_table`."""
     count, ignore = len(labels.classes), labels.ignore_index
     for source, target in ids.items():
         if not isinstance(source, int) or not 0 <= source <= HIGHEST_ID:
@@ -284,7 +286,7 @@ def _map_ids(table: np.ndarray, labels: Labels, ids: Mapping[int, int], first: i
     table[list(ids)] = list(ids.values())
 
 
-def _color_table(
+def _make_color_table(
     labels: Labels, further: Mapping[int, Sequence[Sequence[int]]], ignored: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted colour codes and the class id or ignore_index of each."""
@@ -296,7 +298,7 @@ def _color_table(
     merged = [(as_color(color), key) for key, class_colors in further.items() for color in class_colors]
     colors = [*labels.palette, *(color for color, _ in merged), *map(as_color, ignored)]
     values = [*range(len(labels.palette)), *(key for _, key in merged), *[labels.ignore_index] * len(ignored)]
-    codes = _color_code(np.array(colors, dtype=np.int32))
+    codes = _encode_colors(np.array(colors, dtype=np.int32))
     order = np.argsort(codes, kind="stable")
     same = codes[order][1:] == codes[order][:-1]
     if same.any():
@@ -308,9 +310,9 @@ def _color_table(
     return codes[order], np.array(values, dtype=np.uint8)[order]
 
 
-def _color_code(rgb: np.ndarray) -> np.ndarray:
+def _encode_colors(rgb: np.ndarray) -> np.ndarray:
     return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
 
 
-def _some(values: Sequence | np.ndarray) -> str:
+def _join_some(values: Sequence | np.ndarray) -> str:
     return join_names([str(value) for value in values], 10)

@@ -18,7 +18,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.checks.files import check_files, check_range
-from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.doctor.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.scan.measure import Record
@@ -38,17 +38,17 @@ _FULL = "mode=doctor with the same data= shows the full report."
 _SHOWN = 20  # most files listed per error, each with its reason
 
 
-def describe_split(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
+def describe_split(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> ScannedSplit:
     """Return a split's records together with the classes and mask rules of its reader."""
     masks = dataset.reader.masks if isinstance(dataset, PairDataset) else Masks()
-    return Scanned(
+    return ScannedSplit(
         *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
         split_local_names=dataset.split_local_names,
         has_layers=dataset.has_layers,
     )
 
 
-def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | None = None) -> list[Finding]:
+def find_errors(splits: Sequence[ScannedSplit], *, data_name: str = "", group: str | None = None) -> list[Finding]:
     """Return what stops a training or makes its scores worthless, errors first.
 
     Args:
@@ -68,7 +68,7 @@ def check_for_errors(
     workers: int = 2,
     group: str | None = None,
     data_name: str = "",
-) -> list[Scanned]:
+) -> list[ScannedSplit]:
     """Refuse data with errors; return the records of both splits' masks, which are cached in `cache_dir`.
 
     Errors that only the user can judge, such as a video in both splits, are logged as warnings. Datasets other than
@@ -89,7 +89,7 @@ def check_for_errors(
         if finding not in errors:
             _warn(finding)
     if errors:
-        messages = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
+        messages = "".join(f"\n- {error.message}{_format_files(error)}\n  {error.remedy}".rstrip() for error in errors)
         raise UserError(printable(f"The dataset has errors that stop a training:{messages}\n{_FULL}"))
     if all(data.pairs and isinstance(data.pairs[0].image, ChannelFiles) for data in sides.values()):
         _check_first_images(list(sides.values()), splits)
@@ -101,7 +101,7 @@ def _warn(finding: Finding) -> None:
     log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
 
 
-def _check_first_images(datasets: Sequence[PairDataset], splits: Sequence[Scanned]) -> None:
+def _check_first_images(datasets: Sequence[PairDataset], splits: Sequence[ScannedSplit]) -> None:
     """Refuse images of another number of channels, and warn of dark ones: the scan reads headers, which tell neither.
 
     Images that are read as RGB need no such check: reading them refuses or converts their channels, and warns of 16
@@ -116,23 +116,23 @@ def _check_first_images(datasets: Sequence[PairDataset], splits: Sequence[Scanne
         _warn(finding)
 
 
-def _each(finding: Finding) -> str:
+def _format_files(finding: Finding) -> str:
     lines = "".join(f"\n    {one_line(line)}" for line in finding.lines[:_SHOWN])
     more = len(finding.lines) - _SHOWN
     return lines + (f"\n    and {more} more" if more > 0 else "")
 
 
-def check_labels(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Finding]:
+def check_labels(splits: Sequence[ScannedSplit], data_name: str = "") -> Iterator[Finding]:
     """Yield findings about labels that teach nothing or something else; `data_name` is the option of `data=`."""
-    yield from _one_class(splits)
-    yield from _binary_as_ids(splits)
+    yield from _check_number_of_classes(splits)
+    yield from _check_binary_as_ids(splits)
     if data_name.startswith("idd") or set(splits[0].classes) >= _CLASSES_OF_IDD_ALONE:
-        yield from _home_made_idd(splits, data_name)
+        yield from _check_home_made_idd(splits, data_name)
     for part in splits:
-        yield from _no_labels(part)
+        yield from _check_labelled_pixels(part)
 
 
-def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _check_number_of_classes(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     part = splits[0]
     if len(part.classes) == 1 and not part.has_layers:
         yield Finding(
@@ -144,13 +144,13 @@ def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
         )
 
 
-def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _check_binary_as_ids(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     for part in splits:
         is_class = (part.masks.ids or {}).get(255, part.ignore_index) not in (part.ignore_index, -1)
         is_single = len(part.classes) < 2 and not part.has_layers
         if part.masks.format != "ids" or is_single or is_class:
             continue
-        for where, values in _mask_values(part).items():
+        for where, values in _collect_mask_values(part).items():
             if values == {"0", "255"}:
                 meaning = (
                     "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is not a class"
@@ -168,11 +168,11 @@ def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
                 )
 
 
-def _home_made_idd(splits: Sequence[Scanned], data_name: str) -> Iterator[Finding]:
+def _check_home_made_idd(splits: Sequence[ScannedSplit], data_name: str) -> Iterator[Finding]:
     part = splits[0]
     if len(part.classes) != _IDD_CLASSES or part.masks.format != "ids":
         return
-    values = set().union(*map(_values, splits))
+    values = set().union(*map(_collect_values, splits))
     if values and not values & {"0", "3"}:
         yield home_made([record.mask for part in splits for record in part.records], data_name)
 
@@ -194,9 +194,9 @@ def home_made(files: Sequence[str], data_name: str) -> Finding:
     )
 
 
-def _mask_values(part: Scanned) -> dict[str, set[str]]:
+def _collect_mask_values(part: ScannedSplit) -> dict[str, set[str]]:
     """Return the values in a split's masks, of layers those of each class, by what they are the masks of."""
-    values = _values(part)
+    values = _collect_values(part)
     if not part.has_layers:
         return {part.split: values}
     return {
@@ -205,11 +205,11 @@ def _mask_values(part: Scanned) -> dict[str, set[str]]:
     }
 
 
-def _values(part: Scanned) -> set[str]:
+def _collect_values(part: ScannedSplit) -> set[str]:
     return set().union(*(record.raw for record in part.records))
 
 
-def _no_labels(part: Scanned) -> Iterator[Finding]:
+def _check_labelled_pixels(part: ScannedSplit) -> Iterator[Finding]:
     if part.void and not part.num_labelled:
         yield Finding(
             "warning" if part.split == "test" else "error",
@@ -219,7 +219,7 @@ def _no_labels(part: Scanned) -> Iterator[Finding]:
         )
 
 
-def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def check_same_files(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield a finding of the images of two splits that are one file, or a copy of it.
 
     A copy has the same name, the same mask of several classes and the same content. Training stops if nearly all of a
@@ -244,7 +244,7 @@ def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
         )
 
 
-def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
+def same_files(first: ScannedSplit, second: ScannedSplit) -> list[tuple[Record, Record]]:
     """Return the pairs of the second split that are also in the first, each preceded by its twin there."""
     files = {os.path.realpath(record.image): record for record in reversed(first.records)}
     suspects = {_copy_key(record): record for record in reversed(first.records)}
@@ -278,7 +278,7 @@ def _have_same_content(first: Record, second: Record) -> bool:
     return image_hash(Path(first.image)) == image_hash(Path(second.image))
 
 
-def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Finding]:
+def check_groups(splits: Sequence[ScannedSplit], group: str | None) -> Iterator[Finding]:
     """Yield findings about groups whose images are on two sides of the split.
 
     Args:
@@ -289,7 +289,7 @@ def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Findi
         UserError: it is no regular expression, or does not match a name.
     """
     group_of = regex_group(group, "data.group") if group else _first_folder
-    sides = {part.split: _by_group(part, group_of) for part in splits if not part.split_local_names}
+    sides = {part.split: _group_files(part, group_of) for part in splits if not part.split_local_names}
     for (first, ours), (second, theirs) in combinations(sides.items(), 2):
         if both := sorted(ours.keys() & theirs.keys()):
             rule = f"by data.group={group}" if group else "by the first folder of the name"
@@ -306,7 +306,7 @@ def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Findi
             )
 
 
-def _by_group(part: Scanned, group: Callable[[str], str]) -> dict[str, list[str]]:
+def _group_files(part: ScannedSplit, group: Callable[[str], str]) -> dict[str, list[str]]:
     files = defaultdict(list)
     for record in part.records:
         if name := group(record.name):

@@ -11,7 +11,7 @@ from dinoseg.data.doctor.checks.files import check_orientation, check_range, che
 from dinoseg.data.doctor.checks.layers import check_layers
 from dinoseg.data.doctor.checks.pairing import check_pairing
 from dinoseg.data.doctor.errors import find_errors
-from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.doctor.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.doctor.suggestions import constant_class, suggest
 from dinoseg.data.formats.sarrarp_files import (
     MASK_FOLDER,
@@ -26,7 +26,7 @@ from dinoseg.utils.wording import count_of, join_names
 
 
 def examine(
-    splits: Sequence[Scanned],
+    splits: Sequence[ScannedSplit],
     *,
     data_name: str = "",
     group: str | None = None,
@@ -48,7 +48,7 @@ def examine(
     return by_severity([*findings, *suggest(splits)])
 
 
-def summary(part: Scanned) -> dict[str, Any]:
+def summary(part: ScannedSplit) -> dict[str, Any]:
     """Return the contents of a split in numbers: images, sizes, void share, constant-class scores and class counts."""
     sizes = sorted(
         {record.image_size for record in part.records if record.image_size}, key=lambda size: (math.prod(size), size)
@@ -68,7 +68,7 @@ def _size(size: tuple[int, int]) -> dict[str, int]:
     return {"width": size[1], "height": size[0]}
 
 
-def _class_row(part: Scanned, index: int, labelled: int) -> Mapping[str, Any]:
+def _class_row(part: ScannedSplit, index: int, labelled: int) -> Mapping[str, Any]:
     pixels = int(part.counts[index])
     return {
         "id": index,
@@ -79,7 +79,7 @@ def _class_row(part: Scanned, index: int, labelled: int) -> Mapping[str, Any]:
     }
 
 
-def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def check_videos(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield findings about videos whose masks are not one per 60th frame: floor((N - 1) / 60) + 1 of N frames."""
     mask_folders = {Path(record.mask).parent for part in splits for record in part.records}
     for folder in sorted(mask_folder.parent for mask_folder in mask_folders if mask_folder.name == MASK_FOLDER):

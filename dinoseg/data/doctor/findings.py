@@ -47,7 +47,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Scanned:
+class ScannedSplit:
     """Records of a split, with the classes and mask rules of its reader."""
 
     split: str

@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dinoseg.data.doctor.findings import Finding, Scanned, share
+from dinoseg.data.doctor.findings import Finding, ScannedSplit, share
 
 
-def suggest(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def suggest(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield notes on baselines and settings."""
     for part in splits:
         yield from _baseline(part)
     yield from _imbalance(splits)
 
 
-def constant_class(part: Scanned) -> dict[str, Any] | None:
+def constant_class(part: ScannedSplit) -> dict[str, Any] | None:
     """Return the most common class of a split, and the scores of predicting it everywhere; None for layers.
 
     Its IoU is its share of the labelled pixels; the IoU of every other class present is 0.
@@ -26,7 +26,7 @@ def constant_class(part: Scanned) -> dict[str, Any] | None:
     return {"class": commonest, "accuracy": accuracy, "miou": accuracy / int((part.counts > 0).sum())}
 
 
-def _baseline(part: Scanned) -> Iterator[Finding]:
+def _baseline(part: ScannedSplit) -> Iterator[Finding]:
     constant = constant_class(part)
     if constant is not None:
         yield Finding(
@@ -38,7 +38,7 @@ def _baseline(part: Scanned) -> Iterator[Finding]:
         )
 
 
-def _imbalance(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _imbalance(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     part = next((candidate for candidate in splits if candidate.split == "train"), splits[0])
     there = part.counts[part.counts > 0]
     if there.size:

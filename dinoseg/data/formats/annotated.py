@@ -20,7 +20,7 @@ from dinoseg.data.formats.annotation_files import (
 )
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, collect_pairs
+from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs
 from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
@@ -219,7 +219,7 @@ class _Maker:
         }
         self.values = {name: index for index, name in enumerate(self.labels.classes)} | given
 
-    def pairs(self, split: str, partition: Partition) -> list[Pair | Lacking]:
+    def pairs(self, split: str, partition: Partition) -> list[Pair | IncompletePair]:
         """Return the pairs of a split's annotation file, or of its list of names, ordered by name."""
         by_split = partition.by == "folder"
         path = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
@@ -285,22 +285,24 @@ class _Maker:
                 path, bare, len(entries), self.shapes.unlabelled or "no class",
             )  # fmt: skip
 
-    def _pair(self, entry: Entry, folder: Path) -> Pair | Lacking:
+    def _pair(self, entry: Entry, folder: Path) -> Pair | IncompletePair:
         name = name_of(entry)
         try:
             image = find_image(entry, folder)
             if entry.wrong:
                 reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
-                return Lacking(name, reason, "Correct the shapes in the annotation tool, and export again.")
+                return IncompletePair(name, reason, "Correct the shapes in the annotation tool, and export again.")
             size = size_of_image(entry, image)
             if len(entry.shapes) > MAX_SHAPES:
-                return Lacking(
+                return IncompletePair(
                     name,
                     f"{entry.path}: {entry.image} has {len(entry.shapes)} shapes, over {MAX_SHAPES}.",
                     "Split the image, or draw its shapes into a mask file for data=folder.",
                 )
         except NotThere as error:
-            return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
+            return IncompletePair(
+                name, str(error), "Put the images there, or set their folder: data.reader.layout.images."
+            )
         if self.layers:
             # None saves memory and time with many classes; the first drawing states the size
             shown = [

@@ -15,7 +15,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, collect_pairs, pair_by_name
+from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs, pair_by_name
 from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
@@ -90,7 +90,7 @@ def folder_dataset(
     top = Path(root).expanduser()
     _check_source(top, layout, partition)
 
-    def find(side: str) -> list[Pair | Lacking]:
+    def find(side: str) -> list[Pair | IncompletePair]:
         """Return the pairs that the folders or the file list of a split name."""
         if layers:
             read_layer = MaskReader(labels, masks, has_layers=True).read
@@ -104,7 +104,7 @@ def folder_dataset(
 
     pairs = divide(split, find, partition)
     if not pairs:
-        images = _path(top, split, layout.images, layout)
+        images = _fill_pattern(top, split, layout.images, layout)
         raise UserError(
             f"Split {split} is empty: {images} holds no image named *{layout.image_suffix}.* "
             f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.reader.layout."
@@ -113,13 +113,13 @@ def folder_dataset(
 
 
 def _read_listed_names(
-    root: Path, split: str, layout: FolderLayout, partition: Partition, by_name: Mapping[str, Pair | Lacking]
+    root: Path, split: str, layout: FolderLayout, partition: Partition, by_name: Mapping[str, Pair | IncompletePair]
 ) -> list[str]:
     names = read_name_list(root / file_list(split, partition), "partition.lists")
     if absent := [name for name in names if name not in by_name]:
         raise UserError(
             f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under "
-            f"{_folder(root, split, layout.images, layout)}: "
+            f"{_find_folder(root, split, layout.images, layout)}: "
             f"{join_names(absent)}. A name is the path below that folder, without suffix."
         )
     return names
@@ -127,16 +127,16 @@ def _read_listed_names(
 
 def _match_masks(
     labels: Labels, suffixes: Sequence[str], root: Path, split: str, layout: FolderLayout
-) -> dict[str, Pair | Lacking]:
+) -> dict[str, Pair | IncompletePair]:
     """Return the pairs of images and masks of all classes, and what lacks a counterpart, by name."""
     if "{class}" in layout.mask_suffix:
         raise UserError(
             f"data.reader.layout.mask_suffix={layout.mask_suffix}: {{class}} is read only with task=multilabel. Set "
             "that task, or remove {class}."
         )
-    folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
-    images, unread = _find(folders[0], layout.image_suffix, layout, suffixes)
-    masks, unread_masks = _find(folders[1], layout.mask_suffix, layout)
+    folders = _find_folder(root, split, layout.images, layout), _find_folder(root, split, layout.masks, layout)
+    images, unread = _find_files(folders[0], layout.image_suffix, layout, suffixes)
+    masks, unread_masks = _find_files(folders[1], layout.mask_suffix, layout)
     of_classes = sorted({name.partition("/")[0] for name in masks if "/" in name})
     if images and of_classes and set(of_classes) <= set(labels.classes) and not masks.keys() & images.keys():
         raise UserError(
@@ -148,8 +148,8 @@ def _match_masks(
     return by_name | _report_unread({name: path for name, path in unread.items() if name not in images.keys() & masks})
 
 
-def _report_unread(files: Mapping[str, Path]) -> dict[str, Lacking]:
-    return {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in files.items()}
+def _report_unread(files: Mapping[str, Path]) -> dict[str, IncompletePair]:
+    return {name: IncompletePair(name, f"{path} has an unsupported format.", _CONVERT) for name, path in files.items()}
 
 
 def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLayout]:
@@ -181,23 +181,23 @@ def _match_layers(
     root: Path,
     split: str,
     layout: FolderLayout,
-) -> dict[str, Pair | Lacking]:
+) -> dict[str, Pair | IncompletePair]:
     """Return the pairs of images and the masks of each class, and what lacks a counterpart, by name.
 
     An image does not show a class that has no mask of its name, or no folder; it needs a mask of at least one class.
     """
-    folder = _folder(root, split, layout.images, layout)
-    images, unread = _find(folder, layout.image_suffix, layout, suffixes)
+    folder = _find_folder(root, split, layout.images, layout)
+    images, unread = _find_files(folder, layout.image_suffix, layout, suffixes)
     by_class: list[dict[str, Path | MaskPage]] = []
-    by_name: dict[str, Pair | Lacking] = {}
+    by_name: dict[str, Pair | IncompletePair] = {}
     layouts = class_layouts(layout, labels.classes)
-    folders = [_path(root, split, each.masks, each) for each in layouts]
+    folders = [_fill_pattern(root, split, each.masks, each) for each in layouts]
     if not any(place.is_dir() for place in folders):
         by_class, unread_masks = _find_pages(root, split, layout, len(labels.classes))
         unread |= unread_masks
         folders = []
     if not folders and not any(by_class):  # raises an error
-        _folder(root, split, layouts[0].masks, layouts[0], "" if layout.mask_suffix else _FLAT)
+        _find_folder(root, split, layouts[0].masks, layouts[0], "" if layout.mask_suffix else _FLAT)
     for place, each in zip(folders, layouts, strict=False):
         if not place.is_dir():
             others = sorted(path.name for path in place.parent.glob("*/") if path.name not in labels.classes)
@@ -205,12 +205,14 @@ def _match_layers(
             log.warning("%s is missing: no image of split %s shows this class.%s", place, split, unused)
             by_class.append({})
             continue
-        masks, unread_masks = _find(place, each.mask_suffix, each)
+        masks, unread_masks = _find_files(place, each.mask_suffix, each)
         by_class.append({**masks})
         unread |= unread_masks
         for name, path in _find_folders(place, each.mask_suffix).items():
             if name in images and name not in masks:
-                by_name[name] = Lacking(name, f"{path} is a folder, not a mask.", "Replace each folder by the mask.")
+                by_name[name] = IncompletePair(
+                    name, f"{path} is a folder, not a mask.", "Replace each folder by the mask."
+                )
     files = {mask_file(path) for masks in by_class for path in masks.values()}
     images = {name: path for name, path in images.items() if path not in files}
     shown = {name: [masks.get(name) for masks in by_class] for name in images}
@@ -222,10 +224,10 @@ def _match_layers(
             continue
         reason = f"{path} has no mask of any class. If it shows none, add an empty mask."
         pair = Pair(name, path, Layers(tuple(shown[name]), read_layer))
-        by_name[name] = pair if any(shown[name]) else Lacking(name, reason, _REMEDY)
+        by_name[name] = pair if any(shown[name]) else IncompletePair(name, reason, _REMEDY)
     for name, mask in (entry for masks in by_class for entry in masks.items()):
         if mask not in used:
-            by_name[name] = Lacking(name, f"{mask_file(mask)} has no image in {folder}.", _REMEDY)
+            by_name[name] = IncompletePair(name, f"{mask_file(mask)} has no image in {folder}.", _REMEDY)
     return by_name | _report_unread(unread)
 
 
@@ -233,15 +235,15 @@ def _find_pages(
     root: Path, split: str, layout: FolderLayout, count: int
 ) -> tuple[list[dict[str, Path | MaskPage]], dict[str, Path]]:
     """Return name to page of each class, of TIFF masks with a page for each class, and name to unreadable file."""
-    folder = _path(root, split, layout.masks, layout)
+    folder = _fill_pattern(root, split, layout.masks, layout)
     if "{class}" in layout.masks + layout.mask_suffix or not folder.is_dir():
         return [], {}
-    masks, unread = _find(folder, layout.mask_suffix, layout)
+    masks, unread = _find_files(folder, layout.mask_suffix, layout)
     tiffs = {name: path for name, path in masks.items() if path.suffix.lower() in TIFF_SUFFIXES}
     return [{name: MaskPage(path, index, count) for name, path in tiffs.items()} for index in range(count)], unread
 
 
-def _find(
+def _find_files(
     folder: Path, suffix: str, layout: FolderLayout, suffixes: Sequence[str] | None = None
 ) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return name to path of the files below a folder whose stem ends with `suffix`: readable ones, unreadable ones.
@@ -275,24 +277,24 @@ def _find_folders(top: Path, suffix: str) -> dict[str, Path]:
     return {(folder.parent / folder.stem.removesuffix(suffix)).relative_to(top).as_posix(): folder for folder in named}
 
 
-def _path(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
+def _fill_pattern(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
     return root / pattern.replace("{split}", layout.splits.get(split, split))
 
 
-def _folder(root: Path, split: str, pattern: str, layout: FolderLayout, remedy: str = "") -> Path:
-    folder = _path(root, split, pattern, layout)
+def _find_folder(root: Path, split: str, pattern: str, layout: FolderLayout, remedy: str = "") -> Path:
+    folder = _fill_pattern(root, split, pattern, layout)
     if not folder.is_dir():
         there = next(parent for parent in folder.parents if parent.is_dir())
         folders = sorted(path.name for path in there.iterdir() if path.is_dir())
         raise UserError(
             f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
             f"{join_names(folders, 10) or 'none'}. Check data.root and data.reader.layout.{remedy}"
-            f"{_without_splits(root, folders) if there == root else ''}"
+            f"{_advise_on_splits(root, folders) if there == root else ''}"
         )
     return folder
 
 
-def _without_splits(root: Path, folders: Sequence[str]) -> str:
+def _advise_on_splits(root: Path, folders: Sequence[str]) -> str:
     """Return advice on splitting one image folder, or "" unless the root has one folder each of images and masks."""
     holding = [name for name in folders if _has_images(root / name)]
     masks = [name for name in holding if _MASK_FOLDER.search(name)]
@@ -314,7 +316,7 @@ def find_problem(root: Path, layout: FolderLayout, partition: Partition) -> str:
     try:
         _check_source(root, layout, partition)
         for pattern in (layout.images, layout.masks):
-            _folder(root, "train", pattern, layout)
+            _find_folder(root, "train", pattern, layout)
     except UserError as error:
         return str(error)
     return ""

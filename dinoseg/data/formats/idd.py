@@ -22,7 +22,7 @@ from dinoseg.data.formats.idd_files import (
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, collect_pairs
+from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs
 from dinoseg.data.splits import Partition, divide
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
@@ -84,7 +84,7 @@ def idd(
     return collect_pairs(pairs, split, labels, masks)
 
 
-def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
+def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | IncompletePair]:
     """Return the pairs in a split's folders, part by part, ordered by name.
 
     Raises:
@@ -108,7 +108,7 @@ def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
     return pairs
 
 
-def _pairs_of(root: Path, part: Path, split: str, encoding: str, prefix: str) -> Iterator[Pair | Lacking]:
+def _pairs_of(root: Path, part: Path, split: str, encoding: str, prefix: str) -> Iterator[Pair | IncompletePair]:
     folder, suffix = part / LABELS / split, label_suffix(encoding)
     images = files_of(part / IMAGES / split, IMAGE, (".png", ".jpg", ".jpeg"))
     masks = files_of(folder, suffix, (".png",))
@@ -123,13 +123,13 @@ def _pairs_of(root: Path, part: Path, split: str, encoding: str, prefix: str) ->
             yield Pair(prefix + name, image, masks[name])
         elif name in polygons:
             reason = f"{image} has no {suffix[1:]}.png in {folder}, but it has polygons."
-            yield Lacking(prefix + name, reason, _to_draw(root, encoding))
+            yield IncompletePair(prefix + name, reason, _to_draw(root, encoding))
         else:
             reason = f"{image} has no {suffix[1:]}.png in {folder}, and no polygons to create it from."
-            yield Lacking(prefix + name, reason, "Unpack the archive again, or remove the images.")
+            yield IncompletePair(prefix + name, reason, "Unpack the archive again, or remove the images.")
     for name in (name for name in masks if name not in images):
         reason = f"{masks[name]} has no image in {part / IMAGES / split}."
-        yield Lacking(prefix + name, reason, "Unpack the archive again, or remove the label maps.")
+        yield IncompletePair(prefix + name, reason, "Unpack the archive again, or remove the label maps.")
 
 
 def _to_draw(root: Path, encoding: str) -> str:

@@ -18,7 +18,7 @@ from dinoseg.data.formats.sarrarp_files import (
 )
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, collect_pairs
+from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs
 from dinoseg.data.sources import ImageSource, VideoFrame
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.index import index_videos
@@ -68,14 +68,14 @@ def sar_rarp50(
         frames, unusable = _decodable(video_folders, Path(cache_dir))
     else:
         frames, unusable = _find_frames(root, video_folders)
-    pairs: list[Pair | Lacking] = [*packed, *unusable]
+    pairs: list[Pair | IncompletePair] = [*packed, *unusable]
     for name in frames:
         pairs += _video_pairs(root, video_folders[name], frames[name], source)
     chosen = pairs if split == "test" else divide(split, lambda _: pairs, partition)
     return collect_pairs(chosen, split, labels, Masks())
 
 
-def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]:
+def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[IncompletePair]]:
     """Return video name to folder, in order, for the folders of a split, and the videos that are still zipped.
 
     Raises:
@@ -116,12 +116,12 @@ def _to_prepare(root: Path) -> str:
     return f"Prepare the data set first: {prepare_command(root)}"
 
 
-def _video_lacking(video: str, reason: str, remedy: str) -> Lacking:
-    """Return the `Lacking` of an unusable video; the split treats it like the video's first frame."""
-    return Lacking(f"{video}/{0:09d}", reason, remedy, title=video)
+def _video_lacking(video: str, reason: str, remedy: str) -> IncompletePair:
+    """Return the `IncompletePair` of an unusable video; the split treats it like the video's first frame."""
+    return IncompletePair(f"{video}/{0:09d}", reason, remedy, title=video)
 
 
-def _find_frames(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
+def _find_frames(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[str, Frames], list[IncompletePair]]:
     """Return each video's extracted frames, and the videos without any."""
     frames: dict[str, Frames] = {name: dict(frame_files(folder)) for name, folder in video_folders.items()}
     bare = [name for name in video_folders if not frames[name]]
@@ -131,7 +131,7 @@ def _find_frames(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[st
     return {name: files for name, files in frames.items() if files}, lacking
 
 
-def _decodable(video_folders: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[Lacking]]:
+def _decodable(video_folders: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[IncompletePair]]:
     """Return the frames of each video that have or should have a mask, and the videos that cannot be read."""
     videos = {name: folder / VIDEO for name, folder in video_folders.items()}
     indexes, wrong = index_videos([video for video in videos.values() if video.is_file()], cache_dir)
@@ -150,10 +150,10 @@ def _decodable(video_folders: Mapping[str, Path], cache_dir: Path) -> tuple[dict
     return frames, lacking
 
 
-def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterator[Pair | Lacking]:
+def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterator[Pair | IncompletePair]:
     masks = png_files(video / MASK_FOLDER)
     for stem in (stem for stem in frames if stem not in masks and _is_due(stem)):
-        yield Lacking(f"{video.name}/{stem}", f"{frames[stem]} has no mask in {video / MASK_FOLDER}.", _UNPACK)
+        yield IncompletePair(f"{video.name}/{stem}", f"{frames[stem]} has no mask in {video / MASK_FOLDER}.", _UNPACK)
     for stem, mask in masks.items():
         name = f"{video.name}/{stem}"
         if stem in frames:
@@ -163,9 +163,9 @@ def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterat
                 f"{mask} has no frame in {VIDEO}: the video is shorter than its masks, or the masks belong to "
                 "another video."
             )
-            yield Lacking(name, reason, _UNPACK)
+            yield IncompletePair(name, reason, _UNPACK)
         else:
-            yield Lacking(name, f"{mask} has no extracted frame.", f"Extract them: {prepare_command(root)}")
+            yield IncompletePair(name, f"{mask} has no extracted frame.", f"Extract them: {prepare_command(root)}")
 
 
 def _is_due(stem: str) -> bool:

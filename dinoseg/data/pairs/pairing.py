@@ -16,7 +16,7 @@ _FEW = 3  # reasons listed where no pair is complete, since all will be alike
 
 
 @dataclass(frozen=True)
-class Lacking:
+class IncompletePair:
     """Incomplete pair, or all incomplete pairs of a video.
 
     Args:
@@ -40,7 +40,7 @@ class Lacking:
 
 def pair_by_name(
     images: Mapping[str, Path], masks: Mapping[str, Path], folders: tuple[Path, Path], remedy: str
-) -> dict[str, Pair | Lacking]:
+) -> dict[str, Pair | IncompletePair]:
     """Return the pairs, and the images and masks without counterpart, by name.
 
     Args:
@@ -49,13 +49,15 @@ def pair_by_name(
         folders: folders of the images and of the masks.
         remedy: how to fix images or masks without counterpart.
     """
-    by_name: dict[str, Pair | Lacking] = {name: Pair(name, images[name], masks[name]) for name in images.keys() & masks}
+    by_name: dict[str, Pair | IncompletePair] = {
+        name: Pair(name, images[name], masks[name]) for name in images.keys() & masks
+    }
     if images.keys() != masks.keys():
         reasons = {
             **_explain_lacking(images, masks, "mask", folders[1]),
             **_explain_lacking(masks, images, "image", folders[0]),
         }
-        by_name |= {name: Lacking(name, reason, remedy) for name, reason in reasons.items()}
+        by_name |= {name: IncompletePair(name, reason, remedy) for name, reason in reasons.items()}
     return by_name
 
 
@@ -72,7 +74,7 @@ def _explain_lacking(files: Mapping[str, Path], others: Mapping[str, Path], kind
 
 
 def collect_pairs(
-    candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks, *, has_layers: bool = False
+    candidates: Iterable[Pair | IncompletePair], split: str, labels: Labels, masks: Masks, *, has_layers: bool = False
 ) -> PairDataset:
     """Return the dataset of the complete pairs; it records the incomplete ones.
 

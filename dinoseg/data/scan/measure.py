@@ -91,7 +91,8 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
         reader: reader of the masks.
         images: decode the image too; otherwise read only its header and its end, which detects most truncated files.
     """
-    record, image, mask = Record(pair.name, str(pair.image), str(pair.mask), decoded=images), pair.image, pair.mask
+    record = Record(pair.name, str(pair.image), str(pair.mask), decoded=images)
+    image, mask = pair.image, pair.mask
     try:
         if images:
             pixels = read_source(image)
@@ -99,14 +100,14 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
         else:
             record = replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file
-        record = record.with_problem("unreadable_image", _reason(image, error))
+        record = record.with_problem("unreadable_image", _explain(image, error))
     try:
         if isinstance(mask, Path) and _is_jpeg(mask):
             reason = f"{mask} is a JPEG file, which changes the ids near borders. Save it as PNG."
             record = record.with_problem("mask_is_jpeg", reason)
         return _with_ids(record, mask, image, reader)
     except Exception as error:
-        return record.with_problem("unreadable_mask", _reason(mask, error))
+        return record.with_problem("unreadable_mask", _explain(mask, error))
 
 
 def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]], ignore_index: int) -> Record:
@@ -127,7 +128,7 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]],
     ids = np.ascontiguousarray(sample["mask"].numpy())
     record = _with_pixels(record, sample["image"].permute(1, 2, 0).numpy())
     record = _with_mask(replace(record, mask_size=(ids.shape[-2], ids.shape[-1])), ids, ignore_index)
-    return record if ids.ndim > 2 else replace(record, raw=_as_raw(record.pixels))
+    return record if ids.ndim > 2 else replace(record, raw=_name_counts(record.pixels))
 
 
 def _with_pixels(record: Record, image: np.ndarray) -> Record:
@@ -172,13 +173,15 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     except UserError as error:
         if not isinstance(mask, Path):
             raise
-        return replace(record, raw=_raw(mask, reader)).with_problem("foreign_ids", str(error))
+        return replace(record, raw=_read_raw(mask, reader)).with_problem("foreign_ids", str(error))
     record = replace(record, mask_size=(ids.shape[-2], ids.shape[-1]))
     try:
         ids = fit_mask(ids, record.image_size or ids.shape, rule, image=image, path=mask)
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
-    record = replace(record, raw=_layer_values(ids, mask) if isinstance(mask, Layers) else _raw_of(mask, reader, ids))
+    record = replace(
+        record, raw=_layer_values(ids, mask) if isinstance(mask, Layers) else _count_raw(mask, reader, ids)
+    )
     ignored = reader.labels.ignore_index
     if not record.problems:
         ids = ignore_invalid(ids, image, ignored, rule=rule, path=mask)
@@ -221,26 +224,26 @@ def _layer_values(layers: np.ndarray, mask: Layers) -> dict[str, int]:
     return {f"{index}: {value}": count for index in files for value, count in _count_values(layers[index])}
 
 
-def _raw_of(mask: MaskSource, reader: MaskReader, ids: np.ndarray) -> dict[str, int]:
+def _count_raw(mask: MaskSource, reader: MaskReader, ids: np.ndarray) -> dict[str, int]:
     """Return the value counts of a mask file, which is read again only if its values differ from the class ids."""
     masks = reader.masks
     is_mapped = masks.format == "ids" and (masks.ids or masks.others or masks.reduce_zero_label)
     if isinstance(mask, Path) and (is_mapped or masks.format == "palette"):
-        return _raw(mask, reader)
+        return _read_raw(mask, reader)
     scale = 255 if isinstance(mask, Path) and masks.format == "binary" else 1
-    return _as_raw({value * scale: count for value, count in _count_values(ids)})
+    return _name_counts({value * scale: count for value, count in _count_values(ids)})
 
 
-def _as_raw(pixels: Mapping[int, int]) -> dict[str, int]:
+def _name_counts(pixels: Mapping[int, int]) -> dict[str, int]:
     return {str(value): count for value, count in pixels.items()}
 
 
-def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
+def _read_raw(path: Path, reader: MaskReader) -> dict[str, int]:
     numbers = read_image(path) if reader.masks.format == "palette" else read_ids(path)
     if numbers.ndim == 3 and reader.masks.format != "palette" and (numbers == numbers[..., :1]).all():
         numbers = numbers[..., 0]
     if numbers.ndim == 2:
-        return _as_raw(dict(_count_values(numbers)[:_MAX_RAW]))
+        return _name_counts(dict(_count_values(numbers)[:_MAX_RAW]))
     codes = numbers[..., 0].astype(np.int32) << 16 | numbers[..., 1].astype(np.int32) << 8 | numbers[..., 2]
     common = sorted(_count_values(codes), key=lambda pair: -pair[1])[:_MAX_RAW]
     return {f"({code >> 16}, {code >> 8 & 255}, {code & 255})": count for code, count in common}
@@ -252,7 +255,7 @@ def _count_values(values: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True))
 
 
-def _reason(file: object, error: Exception) -> str:
+def _explain(file: object, error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:

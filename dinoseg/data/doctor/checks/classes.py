@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dinoseg.data.doctor.findings import Finding, Scanned, share
+from dinoseg.data.doctor.findings import Finding, ScannedSplit, share
 from dinoseg.utils.wording import count_of, join_names
 
 _MUCH_VOID = 0.3  # share of ignored pixels above which a split gets a warning
 
 
-def check_coverage(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def check_coverage(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield findings about similar names, ignored pixels, and classes that some split lacks."""
     yield from _similar_names(splits)
     for part in splits:
@@ -19,7 +19,7 @@ def check_coverage(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield from _unseen(splits)
 
 
-def _similar_names(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _similar_names(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     by_name: dict[str, list[str]] = {}
     for name in map(str, splits[0].classes):
         by_name.setdefault(" ".join(name.split()).casefold(), []).append(name)
@@ -32,7 +32,7 @@ def _similar_names(splits: Sequence[Scanned]) -> Iterator[Finding]:
         )
 
 
-def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _unseen(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     seen = {part.split: part.counts > 0 for part in splits}
     anywhere = np.any(list(seen.values()), axis=0)
     never = _class_names(~anywhere, splits[0])
@@ -64,12 +64,12 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
             )
 
 
-def _class_names(chosen: np.ndarray, part: Scanned) -> list[str]:
+def _class_names(chosen: np.ndarray, part: ScannedSplit) -> list[str]:
     indices = [int(index) for index in np.flatnonzero(chosen) if index != part.ignore_index]
     return [f"{index} {part.classes[index]}" for index in indices]
 
 
-def _much_void(part: Scanned) -> Iterator[Finding]:
+def _much_void(part: ScannedSplit) -> Iterator[Finding]:
     labelled = part.num_labelled
     if not labelled:  # an error of `check_labels`
         return

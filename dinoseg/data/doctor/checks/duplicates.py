@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from dinoseg.data.doctor.errors import same_files
-from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.doctor.findings import Finding, ScannedSplit
 from dinoseg.data.scan.measure import Record
 from dinoseg.utils.wording import count_of
 
@@ -18,7 +18,7 @@ _MAX = 1000  # most pairs that are stored and listed
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
 
 
-def check_duplicates(splits: Sequence[Scanned], distance: int) -> Iterator[Finding]:
+def check_duplicates(splits: Sequence[ScannedSplit], distance: int) -> Iterator[Finding]:
     """Yield findings about equal and nearly equal images across splits, and equal ones within a split.
 
     Args:
@@ -73,7 +73,7 @@ def near_pairs(first: np.ndarray, second: np.ndarray, distance: int, *, same: tu
     return Near(closest, int(is_near.sum()))
 
 
-def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]:
+def _across(first: ScannedSplit, second: ScannedSplit, distance: int) -> Iterator[Finding]:
     ours, theirs = _by_digest(first), _by_digest(second)
     reported = {two.name for _, two in same_files(first, second)}
     same = [(ours[key][0], two) for key in theirs if key in ours for two in theirs[key] if two.name not in reported]
@@ -100,7 +100,7 @@ def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]
         )
 
 
-def _report_repeats(part: Scanned) -> Iterator[Finding]:
+def _report_repeats(part: ScannedSplit) -> Iterator[Finding]:
     twice = {key: records for key, records in _by_digest(part).items() if len(records) > 1}
     if twice:
         repeated = sum(len(records) - 1 for records in twice.values())
@@ -113,7 +113,7 @@ def _report_repeats(part: Scanned) -> Iterator[Finding]:
         )
 
 
-def _contradictory(part: Scanned) -> Iterator[Finding]:
+def _contradictory(part: ScannedSplit) -> Iterator[Finding]:
     """Yield findings about equal images whose masks differ."""
     for_image = [records for records in _by_digest(part).values() if len({r.mask_digest for r in records}) > 1]
     if for_image:
@@ -126,7 +126,7 @@ def _contradictory(part: Scanned) -> Iterator[Finding]:
         )
 
 
-def _near(first: Scanned, second: Scanned, distance: int) -> tuple[Near, list[tuple[Record, Record, int]]]:
+def _near(first: ScannedSplit, second: ScannedSplit, distance: int) -> tuple[Near, list[tuple[Record, Record, int]]]:
     ours, theirs = ([r for r in part.records if r.look is not None] for part in (first, second))
     hashes = [np.array([record.look for record in records], dtype=np.uint64) for records in (ours, theirs)]
     number: dict[str, int] = {}
@@ -138,7 +138,7 @@ def _near(first: Scanned, second: Scanned, distance: int) -> tuple[Near, list[tu
     return near, [(ours[one], theirs[two], bits) for one, two, bits in near.closest]
 
 
-def _by_digest(part: Scanned) -> dict[str, list[Record]]:
+def _by_digest(part: ScannedSplit) -> dict[str, list[Record]]:
     by_digest = defaultdict(list)
     for record in part.records:
         if record.image_digest:

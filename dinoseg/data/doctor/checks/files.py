@@ -18,7 +18,7 @@ from dinoseg.data.classes.mask_advice import (
     for_instances,
 )
 from dinoseg.data.classes.masks import MaskReader
-from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.doctor.findings import Finding, ScannedSplit
 from dinoseg.data.scan.measure import Record
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned, read_image, varies_in_alpha
@@ -30,21 +30,21 @@ _MASK_COLORS = 32  # a mask has more colours only if objects have ids
 _SKIP = "Or leave the pairs out: data.on_error=skip."
 
 
-def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def check_files(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield findings about files that stop a run, over all splits together."""
     records = [record for part in splits for record in part.records]
     if not any(len(record.pixels) > 1 for record in records):
-        yield from _ids_in_alpha(records)
+        yield from _check_alpha(records)
     if not any(record.problems for record in records):
         return
-    yield from _swapped_folders(splits)  # first: it explains foreign ids, as the next but one does
-    yield from _unreadable(records)
-    yield from _saved_with_loss(records, splits)
-    yield from _foreign_ids(splits)
-    yield from _sizes(records, splits)
+    yield from _check_swapped_folders(splits)  # first: it explains foreign ids, as the next but one does
+    yield from _check_unreadable(records)
+    yield from _check_lossy_masks(records, splits)
+    yield from _check_ids(splits)
+    yield from _check_sizes(records, splits)
 
 
-def check_range(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def check_range(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield a finding of channels of 16 bits whose highest level is that of fewer bits: they would be nearly black."""
     deep = [record for part in splits for record in part.records if any(record.peaks)]
     peaks = [max(levels) for levels in zip_longest(*(record.peaks for record in deep), fillvalue=0)]
@@ -79,10 +79,10 @@ def _find_white(peak: int) -> int:
     return next((2**bits - 1 for bits in _FEWER_BITS if peak < 2**bits), WHITE)
 
 
-def check_resized(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def check_resized(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield a finding of the masks that are resized to their images when they are read."""
     records = [record for part in splits for record in part.records]
-    resized = [record for record in records if _differs(record) and "size_mismatch" not in record.problems]
+    resized = [record for record in records if _has_other_size(record) and "size_mismatch" not in record.problems]
     if resized:
         yield Finding(
             "warning",
@@ -92,11 +92,11 @@ def check_resized(splits: Sequence[Scanned]) -> Iterator[Finding]:
             tuple(record.mask for record in resized),
             "Create them again from their source at the image's size; until then borders are as coarse as in the "
             "smaller masks.",
-            reasons=tuple(map(_sizes_of, resized)),
+            reasons=tuple(map(_format_sizes, resized)),
         )
 
 
-def check_orientation(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def check_orientation(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield a finding of the images that are rotated on reading while their masks are not."""
     turned = [(part, record) for part in splits for record in part.records if _is_turned(record.image)]
     if turned:
@@ -122,7 +122,7 @@ def _is_turned(image: str) -> bool:
         return False
 
 
-def _ids_in_alpha(records: Sequence[Record]) -> Iterator[Finding]:
+def _check_alpha(records: Sequence[Record]) -> Iterator[Finding]:
     """Yield a finding of masks of one id each whose values differ in the alpha channel."""
     hidden = [record.mask for record in records if record.pixels and _varies_in_alpha(record.mask)]
     if hidden:
@@ -142,7 +142,7 @@ def _varies_in_alpha(mask: str) -> bool:
         return False
 
 
-def _swapped_folders(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _check_swapped_folders(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     """Yield a finding of splits whose images and masks are swapped, judged by the first pair.
 
     They are swapped if the image is a valid mask, while the mask is not and has more colours than the image.
@@ -161,7 +161,7 @@ def _swapped_folders(splits: Sequence[Scanned]) -> Iterator[Finding]:
             )
 
 
-def _is_mask(part: Scanned, path: Path) -> bool:
+def _is_mask(part: ScannedSplit, path: Path) -> bool:
     reader = MaskReader(Labels(tuple(part.classes), tuple(part.palette), part.ignore_index), part.masks)
     try:
         reader.read(path)
@@ -176,7 +176,7 @@ def _count_colors(path: str) -> int:
     return len(np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]))
 
 
-def _unreadable(records: Sequence[Record]) -> Iterator[Finding]:
+def _check_unreadable(records: Sequence[Record]) -> Iterator[Finding]:
     for code, kind in (("unreadable_image", "image"), ("unreadable_mask", "mask")):
         bad = [record for record in records if code in record.problems]
         if bad:
@@ -190,7 +190,7 @@ def _unreadable(records: Sequence[Record]) -> Iterator[Finding]:
             )
 
 
-def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _check_ids(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     bad = [(record, part) for part in splits for record in part.records if "foreign_ids" in record.problems]
     if not bad:
         return
@@ -204,7 +204,7 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         f"{len(bad)} of {total} masks with values that are not classes: "
         f"{join_names([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_describe_ids(part)}",
         tuple(record.mask for record, _ in bad),
-        f"{_advice(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
+        f"{_advise_on_ids(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
         reasons=tuple(
             f"{record.mask}: {join_names(values, 10) or record.problems['foreign_ids']}"
             for (record, _), values in zip(bad, foreign_values, strict=True)
@@ -212,7 +212,7 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
     )
 
 
-def _describe_ids(part: Scanned) -> str:
+def _describe_ids(part: ScannedSplit) -> str:
     if part.masks.format == "palette":
         return f"{len(part.classes)} classes have colours."
     if part.masks.format == "binary":
@@ -220,15 +220,17 @@ def _describe_ids(part: Scanned) -> str:
     return f"The classes are 0 to {len(part.classes) - 1}, and {part.ignore_index} is ignored."
 
 
-def _advice(part: Scanned, foreign: Sequence[str], records: Sequence[Record]) -> str:
+def _advise_on_ids(part: ScannedSplit, foreign: Sequence[str], records: Sequence[Record]) -> str:
     described = part.masks.described is not None
     if part.masks.format == "palette":
-        return for_colors([_color(value) for value in foreign if value.startswith("(")], described=described)
+        return for_colors([_parse_color(value) for value in foreign if value.startswith("(")], described=described)
     numbers = [int(value) for value in foreign if value.lstrip("-").isdecimal()]
     if not numbers:
         counts: Counter[tuple[int, ...]] = Counter()
         for record in records:
-            counts.update({tuple(_color(value)): pixels for value, pixels in record.raw.items() if value[:1] == "("})
+            counts.update(
+                {tuple(_parse_color(value)): pixels for value, pixels in record.raw.items() if value[:1] == "("}
+            )
         return for_coloured(counts, part.classes, described=described)
     if part.masks.format == "binary":
         every = {int(value) for record in records for value in record.raw if value.isdecimal()}
@@ -241,18 +243,18 @@ def _advice(part: Scanned, foreign: Sequence[str], records: Sequence[Record]) ->
     return f"{advice} {for_instances(part.classes[-1], described=described, likely=False)}"
 
 
-def _count_objects(records: Sequence[Record], part: Scanned) -> bool:
+def _count_objects(records: Sequence[Record], part: ScannedSplit) -> bool:
     """Return whether the ids in each mask are 1, 2, ... up to a number of its own, as instance IDs are."""
     ids = [{int(value) for value in record.raw if value.isdecimal()} - {0, part.ignore_index} for record in records]
     counted = all(numbers == set(range(1, len(numbers) + 1)) for numbers in ids)
     return counted and (len(part.classes) == 2 or len({len(numbers) for numbers in ids}) > 1)
 
 
-def _color(value: str) -> list[int]:
+def _parse_color(value: str) -> list[int]:
     return [int(number) for number in value.strip("()").split(",")]
 
 
-def _is_known(value: str, part: Scanned) -> bool:
+def _is_known(value: str, part: ScannedSplit) -> bool:
     masks = part.masks
     if masks.format == "palette":
         further = [color for colors in (masks.colors or {}).values() for color in colors]
@@ -266,7 +268,7 @@ def _is_known(value: str, part: Scanned) -> bool:
     return number <= (last if masks.others is None else HIGHEST_ID) or number == part.ignore_index
 
 
-def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _check_sizes(records: Sequence[Record], splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     other = [record for record in records if "size_mismatch" in record.problems]
     if not other:
         return
@@ -285,26 +287,26 @@ def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Fin
         message,
         tuple(record.mask for record in other),
         f"{remedy}. {_SKIP}",
-        reasons=tuple(map(_sizes_of, other)),
+        reasons=tuple(map(_format_sizes, other)),
     )
 
 
-def _differs(record: Record) -> bool:
+def _has_other_size(record: Record) -> bool:
     """Return whether image and mask have known and different sizes."""
     if record.image_size is None or record.mask_size is None:
         return False
     return tuple(record.image_size) != tuple(record.mask_size)
 
 
-def _sizes_of(record: Record) -> str:
-    return f"{record.mask}: {_size(record.mask_size)}, its image {_size(record.image_size)}"
+def _format_sizes(record: Record) -> str:
+    return f"{record.mask}: {_format_size(record.mask_size)}, its image {_format_size(record.image_size)}"
 
 
-def _size(size: Sequence[int] | None) -> str:
+def _format_size(size: Sequence[int] | None) -> str:
     return f"{size[1]} x {size[0]}" if size else "unknown"
 
 
-def _saved_with_loss(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Finding]:
+def _check_lossy_masks(records: Sequence[Record], splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     lossy = [record for record in records if "mask_is_jpeg" in record.problems]
     if not lossy:
         return

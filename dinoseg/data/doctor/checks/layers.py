@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 
-from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.doctor.findings import Finding, ScannedSplit
 from dinoseg.utils.wording import count_of, join_names
 
 
-def check_layers(part: Scanned) -> Iterator[Finding]:
+def check_layers(part: ScannedSplit) -> Iterator[Finding]:
     """Yield findings about masks with layers; none for class ids."""
     if part.has_layers:
         yield from _missing_files(part)
         yield from _overlaps(part)
 
 
-def _missing_files(part: Scanned) -> Iterator[Finding]:
+def _missing_files(part: ScannedSplit) -> Iterator[Finding]:
     """Yield a finding of the images without a mask file of a class; shapes of annotation files need none."""
     of_files = [record for record in part.records if record.raw]
     missing = {
@@ -32,7 +32,7 @@ def _missing_files(part: Scanned) -> Iterator[Finding]:
         )
 
 
-def _overlaps(part: Scanned) -> Iterator[Finding]:
+def _overlaps(part: ScannedSplit) -> Iterator[Finding]:
     shown = [record for record in part.records if record.overlap]
     if len(part.classes) > 1 and part.num_labelled:
         yield Finding(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.doctor.findings import Finding, ScannedSplit
 from dinoseg.data.scan.measure import SMALL, Record
 from dinoseg.utils.wording import count_of
 
@@ -19,7 +19,7 @@ _STEPS = (1, -1, 2, -2, 3, -3)  # shifts of the masks against the images that ar
 _CLEARLY, _MOSTLY, _FEWEST = 0.02, 0.4, 8
 
 
-def check_pairing(part: Scanned) -> Iterator[Finding]:
+def check_pairing(part: ScannedSplit) -> Iterator[Finding]:
     """Yield findings about swapped masks, masks shifted against the images, and a mask shared by several images."""
     records = [record for record in part.records if record.edges and record.borders]
     if len(records) > 1:
@@ -99,7 +99,7 @@ def _shift(edges: np.ndarray, borders: np.ndarray) -> int:
     return 0
 
 
-def _report_shift(part: Scanned, shift: int) -> Finding:
+def _report_shift(part: ScannedSplit, shift: int) -> Finding:
     side = "later" if shift > 0 else "earlier"
     return Finding(
         "error",
@@ -114,7 +114,7 @@ def _report_shift(part: Scanned, shift: int) -> Finding:
 
 
 def _report_swaps(
-    part: Scanned, records: Sequence[Record], edges: np.ndarray, borders: np.ndarray
+    part: ScannedSplit, records: Sequence[Record], edges: np.ndarray, borders: np.ndarray
 ) -> Iterator[Finding]:
     pairs = swapped_pairs(edges, borders)
     if pairs:
@@ -129,7 +129,7 @@ def _report_swaps(
         )
 
 
-def _report_shared_masks(part: Scanned) -> Iterator[Finding]:
+def _report_shared_masks(part: ScannedSplit) -> Iterator[Finding]:
     """Yield a finding about multi-class masks that are paired with different images."""
     groups = defaultdict(list)
     for record in part.records:
