@@ -22,7 +22,7 @@ from dinoseg.config.job import job_config
 from dinoseg.config.options import options_of
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.step import training_parts
+from dinoseg.experiment.training_parts import training_parts
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB

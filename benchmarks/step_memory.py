@@ -30,7 +30,7 @@ from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.step import training_parts
+from dinoseg.experiment.training_parts import training_parts
 
 MAX = 0.1  # share
 SLACK = 16 * 2**20  # bytes that Python and its libraries take by chance, of which tiny models have no more

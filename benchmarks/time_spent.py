@@ -39,7 +39,7 @@ PHASES = {  # the parts of a command, by the doors that lead there and back
     STEP: "training.trainer:fit",
     VALIDATION: "training.image_data_module:ImageDataModule.validate tasks.clips:ClipDataModule.validate "
     "report.log:RunLog.images training.checkpoint:Checkpoints.save_if_best",
-    EVALUATION: "tasks.images:ImageTask.evaluate tasks.clips:ClipTask.evaluate modes.evaluate:evaluate_images",
+    EVALUATION: "tasks.images:ImageTraining.evaluate tasks.clips:ClipTraining.evaluate modes.evaluate:evaluate_images",
     TRACK: "modes.track:track_video",
 }
 ROOMS = {  # by the doors, of functions and of generators, whose every item is a visit
@@ -50,7 +50,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "model and weights": "build:model build:backbone",
     "loss made": "build:loss",
     "optimizer made": "build:optimizer",
-    "short doctor": "tasks.images:ImageTask.check_data",
+    "short doctor": "tasks.images:ImageTraining.check_data",
     "class counts": "data.scan.class_counts:class_counts",
     "reading, augmenting": "training.image_data_module:train_batches tasks.clips:clip_batches "
     "training.validation:eval_batches data.clips.cut:Clips.__getitem__",

@@ -1,12 +1,12 @@
 """What the least of checkpoints says of itself."""
 
-from dinoseg.training.description import CHOSEN, GROUPS
+from dinoseg.training.description import DESCRIBED_GROUPS, GROUPS
 
 INFO = {
     "progress": {},
     "frozen": {},
     "config": {"seed": 0, **{group: {} for group in GROUPS}},
-    "choices": dict.fromkeys(CHOSEN, "x"),
+    "choices": dict.fromkeys(DESCRIBED_GROUPS, "x"),
     "targets": {},
     "folder": "x",
     "classes": ["a", "b"],

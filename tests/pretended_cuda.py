@@ -308,7 +308,7 @@ def pretended_engine(*, precision: str = "fp32", eval_batch_size: int | str = 1)
     engine.dtype = compute_dtype(precision, _place.device)
     engine.accelerator = _Accelerator(engine.dtype)
     engine.tf32, engine.workers, engine.eval_batch_size = False, 0, eval_batch_size
-    engine.sharded, engine.compile, engine._lockstep = False, False, None
+    engine.sharded, engine.compile, engine._forward_sync = False, False, None
     return engine
 
 

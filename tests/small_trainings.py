@@ -20,7 +20,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.trainer import Experiment, Settings, fit
+from dinoseg.training.trainer import Settings, TrainingSetup, fit
 
 SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
@@ -69,7 +69,7 @@ def train_model(model, data_module, folder, *, start=None, writes=True, log=None
     checkpoints = parts.pop("checkpoints", None) or Checkpointer(folder, dict(INFO), start, writes)
     settings = Settings(**{"log_every": 1, **parts})
     shared = (model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings)
-    progress = fit(Experiment(*shared))
+    progress = fit(TrainingSetup(*shared))
     found = {"model": model, "data_module": data_module, "engine": engine, "loss": loss, "checkpoints": checkpoints}
     return SimpleNamespace(progress=progress, rows=log.rows, **found)
 

@@ -27,7 +27,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.step import MetricsQueue, NonFiniteLoss, StepMetrics
-from dinoseg.training.trainer import Experiment, Settings, fit
+from dinoseg.training.trainer import Settings, TrainingSetup, fit
 from dinoseg.utils.errors import UserError
 
 VALIDATION = {  # at its end
@@ -96,7 +96,7 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
         checkpoints = Checkpointer(folder, dict(INFO), start)
         try:
             shape = schedule("constant")
-            fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
+            fit(TrainingSetup(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
         except UserError as caught:
             error = caught
     state = {name: getattr(value, "memory", value) for name, value in model.state_dict().items()}

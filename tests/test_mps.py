@@ -18,7 +18,7 @@ from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.points import sample_maps
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.training.engine import meet
+from dinoseg.training.engine import join_process_group
 from dinoseg.training.meter import peak_memory, used_memory
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.step import StepOutput
@@ -75,7 +75,7 @@ def test_clocks_and_memory_are_those_of_mps():
         assert mps.calls["synchronize"] == 1
         batch, output = make_batch(), StepOutput(torch.device("cpu"), None)
         micro = MicroBatches(pretended_engine(), CrossEntropy(torch.ones(3)), 1, 1, undo=lambda: None)
-        for part in micro.of_step(iter([batch]), output):
+        for part in micro.split_step(iter([batch]), output):
             with micro.retry_batch():
                 if len(part.names) > 1:
                     raise MemoryError
@@ -87,7 +87,7 @@ def test_clocks_and_memory_are_those_of_mps():
 def test_several_ranks_on_mps_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     remedy = "Set engine.devices=1, or engine.device=cpu"
-    assert_refused(lambda: meet(MPS, 1.0, 1.0), "engine.devices=2: ", " a single process only", remedy)
+    assert_refused(lambda: join_process_group(MPS, 1.0, 1.0), "engine.devices=2: ", " a single process only", remedy)
 
 
 def test_the_pretended_device_refuses():

@@ -18,11 +18,11 @@ from dinoseg.autotune.target import Target, memory_of
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.step import training_parts
+from dinoseg.experiment.training_parts import training_parts
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.trainer import Experiment, Settings, fit
+from dinoseg.training.trainer import Settings, TrainingSetup, fit
 from dinoseg.utils.workers import run_in_process
 
 pytestmark = [
@@ -70,7 +70,7 @@ def train(
         data_module.begin(Waits(caught))
         torch.cuda.set_sync_debug_mode("warn" if watch else "default")
         shape = schedule("constant")
-        fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
+        fit(TrainingSetup(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
         torch.cuda.set_sync_debug_mode("default")
     moved = torch.cat([(part.detach().cpu() - before[name]).flatten().double() for name, part in trained.items()])
     return SimpleNamespace(rows=log.rows, moved=moved, data_module=data_module)

@@ -197,5 +197,5 @@ class Run:
         return {name: shown_value(name, scores[name]) for name in _SHOWN if name in scores}
 
     def _checkpoint(self, name: str) -> Path | None:
-        path = self.folder / checkpoint.FOLDER / f"{name}.safetensors"
+        path = self.folder / checkpoint.CHECKPOINT_FOLDER / f"{name}.safetensors"
         return path if path.is_file() else None

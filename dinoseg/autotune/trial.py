@@ -18,7 +18,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
 from dinoseg.training.tally import Tally
-from dinoseg.training.trainer import Experiment, fit
+from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.devices import synchronize
 
 _MAX = 100  # steps at most if they go by seconds (`lasting`), however short they are
@@ -141,13 +141,15 @@ def try_steps(
     )
     for group in optimizer.param_groups:
         if group["backbone"]:  # a backbone that the recipe freezes at first is timed as it is trained later
-            group["start"] = 0.0
+            group["frozen_until"] = 0.0
     # the feed raises before the last step, after which `fit` would validate
     settings = parts.settings(data_module.most + 1)
     checkpoints = Checkpointer(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:
-            fit(Experiment(model, loss, data_module, optimizer, parts.schedule(), engine, checkpoints, log, settings))
+            fit(
+                TrainingSetup(model, loss, data_module, optimizer, parts.schedule(), engine, checkpoints, log, settings)
+            )
     except _TrialDone:
         pass
     trial.peak = peak_memory(engine.device) - trial.before

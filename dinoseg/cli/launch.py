@@ -279,7 +279,7 @@ def _find_start(cfg: DictConfig, typed: Sequence[Override], location: RunLocatio
     prefer = cfg.mode.resume_from
     if cfg.resume != AUTO:
         path = checkpoint.find(cfg.resume, prefer)
-        in_place = prefer == "last" and path.parent.name == checkpoint.FOLDER
+        in_place = prefer == "last" and path.parent.name == checkpoint.CHECKPOINT_FOLDER
         return Start(Action.RESUME, path.parent.parent if in_place else None, path)
     if prefer == "best":
         raise UserError(f"resume=auto resumes trainings. For mode={cfg.choices.mode}, name the run: resume=RUN.")

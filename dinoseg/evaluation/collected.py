@@ -110,9 +110,9 @@ def join(parts: Iterable[tuple[list, list[tuple]]]) -> Collected:
     best = sorted(shots, key=lambda shot: (-shot.score, shot.index))[:SHOWN]
     worst = sorted(shots, key=lambda shot: (shot.score, shot.index))[:SHOWN]
     # with few distinct images, show each once: the better half as best
-    shown = {shot.index: shot for shot in (*best, *worst)}
-    if len(shown) < 2 * SHOWN:
-        order, half = sorted(shown.values(), key=lambda shot: (-shot.score, shot.index)), (len(shown) + 1) // 2
+    distinct = {shot.index: shot for shot in (*best, *worst)}
+    if len(distinct) < 2 * SHOWN:
+        order, half = sorted(distinct.values(), key=lambda shot: (-shot.score, shot.index)), (len(distinct) + 1) // 2
         best, worst = order[:half], sorted(order[half:], key=lambda shot: (shot.score, shot.index))
     return Collected(
         classes=np.stack([row[1] for row in rows]),

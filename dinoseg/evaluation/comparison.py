@@ -384,8 +384,8 @@ def largest_differences(
     pairs.sort()
     lost = [pair for pair in pairs if pair[0] < 0]
     gained = [pair for pair in pairs if pair[0] > 0]
-    shown = max(1, min(SHOWN, _IN_ALL // sides))
-    chosen = {index: gap for gap, index in (*lost[:shown], *gained[-shown:])}
+    per_side = max(1, min(SHOWN, _IN_ALL // sides))
+    chosen = {index: gap for gap, index in (*lost[:per_side], *gained[-per_side:])}
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))
     if not order:
         return [], "No image has different scores in the two runs."

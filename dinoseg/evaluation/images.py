@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.evaluation.collected import Collector
-from dinoseg.evaluation.official import FOLDER, official_scores
+from dinoseg.evaluation.official import OFFICIAL_FOLDER, official_scores
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.metrics.rows import MetricRows
@@ -56,7 +56,7 @@ def evaluate_images(
         for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
             if protocol is not None:
                 pixels = protocol.file_ids(prediction.cpu().numpy())
-                write_png(out_dir / FOLDER / protocol.target(name), pixels)
+                write_png(out_dir / OFFICIAL_FOLDER / protocol.target(name), pixels)
             if not metrics_only:
                 _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
@@ -80,8 +80,8 @@ def list_skipped(skipped: Mapping[str, Mapping[str, str]], out_dir: Path) -> Non
     lines = [f"{split}: {name}: {reason}" for split, reasons in skipped.items() for name, reason in reasons.items()]
     if lines:
         write_json(out_dir / "skipped.json", {split: dict(reasons) for split, reasons in skipped.items()})
-        shown = "".join(f"\n  {one_line(line)}" for line in lines[:20])
-        print(f"left out:     {count_of(lines, 'image')}, all in {out_dir}/skipped.json{shown}")
+        examples = "".join(f"\n  {one_line(line)}" for line in lines[:20])
+        print(f"left out:     {count_of(lines, 'image')}, all in {out_dir}/skipped.json{examples}")
 
 
 def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Tensor, ids: Tensor) -> None:

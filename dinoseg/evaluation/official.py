@@ -18,7 +18,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
 from dinoseg.utils.ranges import OnError
 
-FOLDER = "official"  # in the run folder: predictions in the benchmark's layout
+OFFICIAL_FOLDER = "official"  # in the run folder: predictions in the benchmark's layout
 SCORES = "official_scores.json"  # in the run folder: their scores
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,9 @@ def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, 
         tells: whether this process warns and writes `problems.json`.
     """
     try:
-        problems = _problems(protocol, _of_files(data), out_dir / FOLDER)
+        problems = _problems(protocol, _of_files(data), out_dir / OFFICIAL_FOLDER)
     except UserError as error:
-        problems, enough = [(out_dir / FOLDER, str(error))], False
+        problems, enough = [(out_dir / OFFICIAL_FOLDER, str(error))], False
     else:
         enough = len(problems) < len(data) if on_error == "skip" else not problems
     if tells and not enough:
@@ -53,7 +53,7 @@ def official_scores(
     `group` is the regular expression of `data.group`, whose groups are the units of the intervals.
     If that fails, log the reason and return None, so that the scores computed so far are not lost.
     """
-    folder = out_dir / FOLDER
+    folder = out_dir / OFFICIAL_FOLDER
     words = f"mode=score {shlex.quote(f'prediction={folder}')} mode.workers=1"
     remedy = f"Score these predictions separately: {words}, with their reference."
     listing = Cases([])
@@ -124,6 +124,6 @@ def _check_size(data: PairDataset, pair: Pair) -> None:
 
 
 def _log_error(error: UserError, out_dir: Path) -> None:
-    problems = error.problems if isinstance(error, Unscorable) else [(out_dir / FOLDER, str(error))]
-    path = write_problems(out_dir, {out_dir / FOLDER: problems})
+    problems = error.problems if isinstance(error, Unscorable) else [(out_dir / OFFICIAL_FOLDER, str(error))]
+    path = write_problems(out_dir, {out_dir / OFFICIAL_FOLDER: problems})
     logger.warning("No official scores (all reasons in %s; mode.official=false skips them): %s", path, error)

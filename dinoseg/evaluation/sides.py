@@ -257,8 +257,8 @@ def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
     for name in ("task", "classes", "ignore_index", "background", "split"):
         ours, theirs = getattr(first, name), getattr(other, name)
         if ours != theirs:
-            shown = [join_names(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
-            lines.append(f"{name}: {shown[0]} in the first; {shown[1]} in the second")
+            texts = [join_names(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
+            lines.append(f"{name}: {texts[0]} in the first; {texts[1]} in the second")
     missing = [
         sorted({*ours} - {*theirs}) for ours, theirs in ((first.images, other.images), (other.images, first.images))
     ]

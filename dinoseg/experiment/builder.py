@@ -25,7 +25,7 @@ from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
-from dinoseg.training.trainer import Settings, check_score
+from dinoseg.training.trainer import Settings, explain_score, selects_checkpoints
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
 from dinoseg.utils.ranges import Count, Natural, Positive, check_value
@@ -139,21 +139,25 @@ class Builder(ModelBuilder):
     def check_values(self) -> None:
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
         check_value("seed", self._cfg.seed, Natural)
-        self.loop_settings(self.lengths(samples=1)._asdict())
+        self.loop_settings(samples=1)
         self._check_head_file()
         with torch.device("meta"):
             for key in _BUILT_LATE:
                 self.part(key)
-        task = self.training_task
-        folders = [SHIPPED, *map(Path, self.config_dirs)]
-        metrics = [] if task.on_clips else options_in(folders, METRIC)
-        chosen = dict(zip(self.value(METRIC) or {}, self.metrics, strict=True))
-        check_score(self.value("trainer.score"), task.score_names, metrics, chosen)
+        if not selects_checkpoints(self.value("trainer.score"), self.training_method.score_names):
+            raise self._explain_score()
         config_description(self)  # refuses what a checkpoint could not store
 
+    def _explain_score(self) -> UserError:
+        """Return the error of a `trainer.score` that selects no checkpoint."""
+        method = self.training_method
+        metrics = [] if method.on_clips else options_in([SHIPPED, *map(Path, self.config_dirs)], METRIC)
+        chosen = dict(zip(self.value(METRIC) or {}, self.metrics, strict=True))
+        return explain_score(self.value("trainer.score"), method.score_names, metrics, chosen)
+
     @cached_property
-    def training_task(self) -> Any:
-        """The training task of `trainer.method` (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
+    def training_method(self) -> Any:
+        """The training method of `trainer.method` (`dinoseg.tasks.method.TrainingMethod`); it reads no data yet.
 
         Raises:
             UserError: a teacher is given to a task without distillation, or an option is invalid.
@@ -164,7 +168,7 @@ class Builder(ModelBuilder):
         except TypeError as error:
             raise UserError(
                 f"trainer.method={node.get('_target_')} cannot be built ({error}). Name a class that inherits from "
-                "dinoseg.tasks.task.TrainingTask, and set `_partial_: true`."
+                "dinoseg.tasks.method.TrainingMethod, and set `_partial_: true`."
             ) from error
 
     def reader(self) -> Callable[[str], SegmentationData]:
@@ -239,26 +243,18 @@ class Builder(ModelBuilder):
         return self._cfg.loss.class_weights is not None
 
     def loss(self, train: SegmentationData | None) -> Loss:
-        """Return the loss, with class weights from the pixels of the training masks.
+        """Return the loss; unless `loss.weights` is none, its class weights follow from the training masks.
 
-        `train` may be None for losses that need no masks.
+        `train` may be None for a loss without classes.
         """
         weights = self._cfg.loss.weights
-        if not self.loss_has_classes:
-            self._refuse_weights()
-            return self.criterion()
-        if train is None:
-            raise UserError(
-                f"loss={self.options['loss']} needs labels, which clips do not have. Choose "
-                "loss=feature_reconstruction or loss=video_similarity, or trainer=supervised for images and masks."
-            )
-        weigh = self.part("loss.class_weights")
-        counted = isinstance(weights, str) and weights != "none"
-        counts = self.part("loss.counts")(train) if counted else [1] * len(train.classes)
-        found = weigh(counts, train.classes)
-        if weights != "none":
-            shown = [f"{name} {weight:.3f}" for name, weight in zip(train.classes, found.tolist(), strict=True)]
-            logger.info("loss.weights=%s: %s", weights, join_names(shown, _NAMED))
+        if weights == "none":
+            return self.unweighted_loss()
+        assert train is not None  # `loss_outline` refuses weights of a loss without classes
+        counts = self.part("loss.counts")(train) if isinstance(weights, str) else [1] * len(train.classes)
+        found = self.part("loss.class_weights")(counts, train.classes)
+        named = [f"{name} {weight:.3f}" for name, weight in zip(train.classes, found.tolist(), strict=True)]
+        logger.info("loss.weights=%s: %s", weights, join_names(named, _NAMED))
         return self.criterion(class_weights=found)
 
     @cached_property
@@ -268,20 +264,17 @@ class Builder(ModelBuilder):
         Raises:
             UserError: class weights are set for a loss without classes, or an option is invalid.
         """
-        self._refuse_weights()
-        with torch.device("meta"):
-            return self.unweighted_loss()
-
-    def _refuse_weights(self) -> None:
         weights = self._cfg.loss.weights
         if weights != "none" and not self.loss_has_classes:
             raise UserError(f"loss.weights={weights}: loss={self.options['loss']} uses no classes. Leave it out.")
+        with torch.device("meta"):
+            return self.unweighted_loss()
 
     def unweighted_loss(self) -> Loss:
         """Return the loss with equal class weights, without counting labels."""
-        return self.criterion(
-            **({"class_weights": torch.ones(len(self._cfg.data.classes))} if self.loss_has_classes else {})
-        )
+        if not self.loss_has_classes:
+            return self.criterion()
+        return self.criterion(class_weights=torch.ones(len(self._cfg.data.classes)))
 
     def criterion(self, **weights: Tensor) -> Loss:
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
@@ -340,13 +333,13 @@ class Builder(ModelBuilder):
         names["batch_size"] = "data.batch_size"
         return in_steps(samples, **self.arguments(in_steps, names))
 
-    def loop_settings(self, lengths: Mapping[str, Any]) -> Settings:
-        """Return the settings of the training loop.
+    def loop_settings(self, samples: int) -> Settings:
+        """Return the settings of the training loop, for `samples` training samples.
 
-        Args:
-            lengths: settings in steps, such as `steps`, which override those of the config.
+        Raises:
+            UserError: as `lengths`, or a setting is invalid.
         """
-        return self.part("trainer.loop")(**lengths)
+        return self.part("trainer.loop")(**self.lengths(samples)._asdict())
 
 
 def _expected_files(layout: Mapping[str, Any] | None) -> str:

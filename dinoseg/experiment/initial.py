@@ -39,12 +39,12 @@ def load_initial_weights(
             ranks read different checkpoints of it.
     """
     init = build.value("init")
-    offered = _of(init, checkpoint.outline)
+    offered = _read_init_run(init, checkpoint.outline)
     fitting, left = _select_tensors(init, model, offered)
     _check_head(build, model, offered, fitting)
     # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _checkpoint_tensors(model, offered) if name not in left}
-    saved = _of(init, partial(checkpoint.read, only=room))
+    saved = _read_init_run(init, partial(checkpoint.read, only=room))
     progress = saved.info["progress"]
     if share(progress) != progress:
         raise UserError(
@@ -85,12 +85,12 @@ def check_initial(build: ModelBuilder, model: SegmentationModel) -> None:
         raise UserError(
             f"init={init} and head.init={model.head.init} both set the initial weights of the head. Leave one out."
         )
-    offered = _of(init, checkpoint.outline)
+    offered = _read_init_run(init, checkpoint.outline)
     fitting, _ = _select_tensors(init, model, offered)
     _check_head(build, model, offered, fitting)
 
 
-def _of(init: Any, read: Callable[..., Checkpoint]) -> Checkpoint:
+def _read_init_run(init: Any, read: Callable[..., Checkpoint]) -> Checkpoint:
     if not isinstance(init, str):
         raise UserError(f"init={init} names no run. Give a run folder or a checkpoint, or leave init out.")
     return read(checkpoint.find(init, "best", key="init"), key="init")
@@ -120,7 +120,7 @@ def _select_tensors(init: str, model: SegmentationModel, saved: Checkpoint) -> t
     check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={init}", state)  # checks dtypes
     taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
     # a file may also hold frozen tensors, which the model already has
-    left = [name for name, value in have.items() if name not in taken and not _is_so(value, state.get(name))]
+    left = [name for name, value in have.items() if name not in taken and not _already_holds(value, state.get(name))]
     lost = [name for name in left if name.startswith("backbone.")]
     if lost:
         raise UserError(
@@ -150,7 +150,7 @@ def _check_head(
         )
 
 
-def _is_so(value: Tensor, now: Tensor | None) -> bool:
+def _already_holds(value: Tensor, now: Tensor | None) -> bool:
     """Return whether a model already has this value, as for frozen tensors that a file also holds.
 
     For a meta tensor, equal shapes suffice.

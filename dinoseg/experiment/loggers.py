@@ -28,14 +28,14 @@ def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
 
 def _factory(build: ModelBuilder, key: str) -> LoggerFactory:
     with type_errors_as_user_errors(key, _REMEDY):
-        make = build.part(key)
+        factory = build.part(key)
         # here, since a TypeError inside the constructor drops the logger, but one of its arguments ends the run
-        signature(make).bind(Path(), start_step=0)
-    made = make.func if isinstance(make, partial) else make
-    if isclass(made) and issubclass(made, Logger):
-        made.check_installed()
+        signature(factory).bind(Path(), start_step=0)
+    target = factory.func if isinstance(factory, partial) else factory
+    if isclass(target) and issubclass(target, Logger):
+        target.check_installed()
 
     def open_logger(out_dir: Path, *, start_step: int) -> Logger:
-        return expect_type(Logger, make(out_dir, start_step=start_step), key)
+        return expect_type(Logger, factory(out_dir, start_step=start_step), key)
 
     return open_logger

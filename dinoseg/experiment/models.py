@@ -87,12 +87,7 @@ class ModelBuilder:
 
     def value(self, key: str, default: Any = None) -> Any:
         """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
-        node: Any = self._cfg
-        for name in key.split("."):
-            if name not in node.keys():
-                return default
-            node = node[name]
-        return node
+        return OmegaConf.select(self._cfg, key, default=default, throw_on_missing=True)
 
     def arguments(self, target: Callable[..., Any], keys: Mapping[str, str]) -> dict[str, Any]:
         """Return config values as keyword arguments of a class or function, validated against its signature.
@@ -129,12 +124,12 @@ class ModelBuilder:
 
     def _instantiate(self, key: str) -> Any:
         node = self.value(key)
-        without = [*_READ_ELSEWHERE.get(key, ())]
+        exclude = [*_READ_ELSEWHERE.get(key, ())]
         if key == "head" and OmegaConf.is_missing(node, "weights"):  # which an outline does not read
-            without.append("weights")
+            exclude.append("weights")
         if key == "head" and node.get("patch_size", 0) is None:  # timm states it once the backbone is built
-            without.append("patch_size")
-        return instantiate(node, without=without)
+            exclude.append("patch_size")
+        return instantiate(node, without=exclude)
 
     @property
     def seed(self) -> int:

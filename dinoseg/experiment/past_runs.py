@@ -12,7 +12,7 @@ from dinoseg.experiment.auto_resume import LENGTH, PastRun, Plan
 from dinoseg.experiment.folder import LOG, ORIGIN, command_line
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.training import checkpoint
-from dinoseg.training.description import CHOSEN
+from dinoseg.training.description import DESCRIBED_GROUPS
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -22,7 +22,7 @@ from dinoseg.utils.wording import printable
 
 END = "training.json"  # in the run folder: step at which the training ended, and the result of the final evaluation
 _MAX_DEPTH = 5  # folders below the searched one: outputs/RECIPE/SWEEP/JOB, and one more
-_OPTIONS = tuple(group for group in CHOSEN if group != "hparam")  # a recipe of another name may be the same
+_OPTIONS = tuple(group for group in DESCRIBED_GROUPS if group != "hparam")  # a recipe of another name may be the same
 _ANY = forms.max_depth(32)
 _PLAN = forms.record(settings=forms.table(_ANY), length=forms.table(_ANY), options=forms.table(forms.text))
 _ORIGIN = forms.record(job=forms.maybe(forms.text), sweep=forms.flag, plan=forms.maybe(_PLAN))
@@ -97,7 +97,7 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
         entries = list(os.scandir(folder))
     except OSError:
         return
-    if {LOG, checkpoint.FOLDER} & {entry.name for entry in entries}:
+    if {LOG, checkpoint.CHECKPOINT_FOLDER} & {entry.name for entry in entries}:
         yield folder
     elif depth:
         for entry in entries:
@@ -107,7 +107,7 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 def last_checkpoint(folder: Path) -> Path:
     """Return the path of the checkpoint from which the run in a folder resumes."""
-    return folder / checkpoint.FOLDER / "last.safetensors"
+    return folder / checkpoint.CHECKPOINT_FOLDER / "last.safetensors"
 
 
 def _read_end(folder: Path) -> dict[str, Any]:

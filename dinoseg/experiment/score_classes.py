@@ -20,7 +20,7 @@ from dinoseg.metrics.protocols.davis_layout import tracked_sequence
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names
 
-FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
+MASK_FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
 GROUP, _MASKS = "data.group", "data.reader.masks."
 _READ = (GROUP, "data.on_error")
 _CLASS_KEYS = ("data.classes", "data.palette", "data.ignore_index", "data.root", "data.reader.masks")
@@ -87,8 +87,8 @@ def warn_of_unread_data(out_dir: Path, *, reads_classes: bool) -> None:
     typed = sorted(key for key in find_typed_keys(out_dir) if key.startswith(("data.", "data/")))
     unread = [key for key in typed if key not in read and not key.startswith(below)]
     if unread:
-        shown, others = join_names(unread, len(unread)), join_names(read, len(read))
-        logger.warning("No effect here: %s. Of data, this command reads only %s.", shown, others)
+        unused, others = join_names(unread, len(unread)), join_names(read, len(read))
+        logger.warning("No effect here: %s. Of data, this command reads only %s.", unused, others)
 
 
 def find_score_groups(

@@ -6,7 +6,7 @@ from typing import Any
 
 from dinoseg.config.plain import flatten
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.training.description import CHOSEN, MODEL
+from dinoseg.training.description import DESCRIBED_GROUPS, MODEL
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.wording import format_override
@@ -18,7 +18,7 @@ def settings_of(build: ModelBuilder) -> dict[str, Any]:
     They are the seed, the chosen options, the batch size, and the values of `resolution` and of the groups in `MODEL`.
     """
     groups = {group: build.settings(group) for group in ("resolution", *MODEL)}
-    choices = {group: build.options[group] for group in CHOSEN}
+    choices = {group: build.options[group] for group in DESCRIBED_GROUPS}
     batch = {"batch_size": build.value("data.batch_size")}
     nested = {"seed": build.seed, "choices": choices, "data": batch, **groups}
     return {

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored, describe
 
-_OF_A_RANK = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")  # shared in another form, or not at all
+_NOT_SHARED = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")  # shared in another form, or not at all
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def describe_job(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: see `describe`.
     """
-    keys = [str(key) for key in cfg if key not in _OF_A_RANK]
+    keys = [str(key) for key in cfg if key not in _NOT_SHARED]
     held = [*cfg.get(VALUES_ONLY, ())]
     return {**describe(cfg, keys), "hparam": cfg.choices.hparam, VALUES_ONLY: held}
 

@@ -90,8 +90,8 @@ def divergence(
         return temperature**2 * (costs * counted).sum()[None], pull
 
     inside = torch.stack([each.inside(size) for each in seen])
-    shown = inside.sum((1, 2), keepdim=True).clamp(min=1)  # (B, 1, 1)
-    weights = (1 / (len(seen) * shown.to(seen[0].place.dtype))).expand(inside.shape)
+    num_inside = inside.sum((1, 2), keepdim=True).clamp(min=1)  # (B, 1, 1)
+    weights = (1 / (len(seen) * num_inside.to(seen[0].place.dtype))).expand(inside.shape)
     masks = torch.where(inside, _INSIDE, _OUTSIDE).to(torch.uint8)
     return pixel_sums(
         prediction,

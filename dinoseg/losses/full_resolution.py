@@ -64,11 +64,11 @@ def pixel_sums(
     """
     parts, valid = _parts(prediction, batch)
     tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
-    way: PixelSums = _Tiled(replace(tiles, extra=extra), term)
+    implementation: PixelSums = _Tiled(replace(tiles, extra=extra), term)
     if form is not None and prediction.grid is not None and weights is None:
         fused = Fused(batch.mask, valid, ignore_index, form)
-        way = choose_faster(fused, way, parts[0]) if fused.takes(parts[0]) else way
-    return _Sums.apply(way, first_alone, *parts)
+        implementation = choose_faster(fused, implementation, parts[0]) if fused.takes(parts[0]) else implementation
+    return _Sums.apply(implementation, first_alone, *parts)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ class _Tiles:
         cells = parts[0][image, :, rows.cells]
         pixels = upsample_tile(cells[..., columns.cells], rows, columns)
         scores = pixels.flatten(1)
-        back: Callable[[Tensor], tuple[Tensor, ...]] = _as_it_is
+        back: Callable[[Tensor], tuple[Tensor, ...]] = _pass_through
         if len(parts) > 1:
             scores, back = _mix_masks(scores, *(part[image] for part in parts[1:]), fixed=self.fixed)
         if self.extra is not None:
@@ -218,10 +218,10 @@ class _Sums(torch.autograd.Function):
     """Autograd function of the sums over pixels, for any implementation of `PixelSums`."""
 
     @staticmethod
-    def forward(ctx: Any, way: PixelSums, first_alone: bool, *parts: Tensor) -> Tensor:
-        ctx.first_alone, ctx.way = first_alone, way
+    def forward(ctx: Any, implementation: PixelSums, first_alone: bool, *parts: Tensor) -> Tensor:
+        ctx.first_alone, ctx.implementation = first_alone, implementation
         one = parts[0].new_ones(1) if first_alone and any(ctx.needs_input_grad) else None
-        sums, gradients = way.sums(parts, one)
+        sums, gradients = implementation.sums(parts, one)
         ctx.save_for_backward(*(gradients or parts))
         return sums
 
@@ -232,10 +232,10 @@ class _Sums(torch.autograd.Function):
         saved = ctx.saved_tensors
         if ctx.first_alone:
             return None, None, *(gradient * upstream[0] for gradient in saved)
-        return None, None, *ctx.way.sums(saved, upstream)[1]
+        return None, None, *ctx.implementation.sums(saved, upstream)[1]
 
 
-def _as_it_is(pulled: Tensor) -> tuple[Tensor, ...]:
+def _pass_through(pulled: Tensor) -> tuple[Tensor, ...]:
     return (pulled,)
 
 

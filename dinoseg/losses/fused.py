@@ -169,11 +169,11 @@ class _Trial(NamedTuple):
     seconds: float
 
     @classmethod
-    def of(cls, way: PixelSums, grid: Tensor) -> "_Trial":
-        count = len(way.sums([grid], None)[0])
+    def of(cls, implementation: PixelSums, grid: Tensor) -> "_Trial":
+        count = len(implementation.sums([grid], None)[0])
         _wait(grid.device)
         start = time.perf_counter()
-        sums, (gradient,) = way.sums([grid], grid.new_ones(count))
+        sums, (gradient,) = implementation.sums([grid], grid.new_ones(count))
         _wait(grid.device)
         return cls(sums, gradient, time.perf_counter() - start)
 

@@ -36,7 +36,8 @@ class Frozen:
     """
 
     def __init__(self, bits: int | None = None, device: str = "auto") -> None:
-        check_bits(bits, device)
+        if bits is not None:
+            check_bits(bits, device)
         self.bits = bits
 
     def __call__(self, backbone: Backbone) -> Backbone:
@@ -138,7 +139,8 @@ class Lora:
                 f"dora=true with bits={bits}: DoRA starts from the norms of unquantised weights. "
                 "Choose dora=false, or leave bits out."
             )
-        check_bits(bits, device)
+        if bits is not None:
+            check_bits(bits, device)
         self.bits, self.blocks, self.targets = bits, blocks, targets
         self.rank, self.alpha, self.dropout, self.rslora, self.dora = rank, alpha, dropout, rslora, dora
 
@@ -312,14 +314,12 @@ def dequantised_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def check_bits(bits: int | None, device: str) -> None:
+def check_bits(bits: int, device: str) -> None:
     """Raise an error if the model cannot be quantised to this number of bits.
 
     Raises:
         UserError: `bits` is neither 4 nor 8, bitsandbytes is not installed, or it does not support this device.
     """
-    if bits is None:
-        return
     if bits not in (4, 8):
         raise UserError(f"bits={bits}: give 4, 8, or null for none.")
     if find_spec("bitsandbytes") is None:

@@ -68,11 +68,7 @@ class SegmentationModel(nn.Module):
         head = self.head
         if isinstance(images, FrozenFeatures):
             size, seen = images.size, images.seen
-            try:
-                outputs = head.forward_trainable(self.backbone, images.tensors, seen)
-            except (RuntimeError, ValueError, IndexError):
-                self._check_cached(images)
-                raise
+            outputs = self._forward_cached(images)
         else:
             pixels = self.pixels(images, reduce=reduce)
             size, seen = _size(images), _size(pixels)
@@ -115,14 +111,25 @@ class SegmentationModel(nn.Module):
         pixels = self.pixels(images)
         return FrozenFeatures(self.head.forward_frozen(self.backbone, pixels), _size(images), _size(pixels))
 
-    def _check_cached(self, features: FrozenFeatures) -> None:
-        """Compare features from files with those of a black image of the same size; called after an error only.
+    def _forward_cached(self, features: FrozenFeatures) -> Any:
+        """Return the head's outputs for features.
 
         Raises:
-            UserError: their shapes or kinds of numbers differ: a file was changed.
+            UserError: features from a file have other shapes or kinds of numbers than those of this model.
         """
-        if features.folder is None:
-            return
+        try:
+            return self.head.forward_trainable(self.backbone, features.tensors, features.seen)
+        except (RuntimeError, ValueError, IndexError):
+            if features.folder is not None:
+                self._check_cached(features)
+            raise
+
+    def _check_cached(self, features: FrozenFeatures) -> None:
+        """Refuse features from files whose shapes or kinds of numbers differ from those of a black image.
+
+        Raises:
+            UserError: a file was changed.
+        """
         black = torch.zeros(
             1, self.backbone.channels, *features.size, dtype=torch.uint8, device=features.tensors[0].device
         )

@@ -23,14 +23,14 @@ def allocate(empty: SegmentationModel) -> bool:
         type(part).__module__.partition(".")[0] not in _PACKAGES or _has_unregistered_tensors(part) for part in modules
     ):
         return False
-    made: dict[int, Any] = {}  # modules may share a tensor
+    replaced: dict[int, Any] = {}  # modules may share a tensor
     for held in (held for part in modules for held in (part._parameters, part._buffers)):
         for name, value in held.items():
-            if value is not None and id(value) not in made:
+            if value is not None and id(value) not in replaced:
                 fresh = torch.empty_like(value, device="cpu")
                 is_parameter = isinstance(value, torch.nn.Parameter)
-                made[id(value)] = torch.nn.Parameter(fresh, value.requires_grad) if is_parameter else fresh
-            held[name] = None if value is None else made[id(value)]
+                replaced[id(value)] = torch.nn.Parameter(fresh, value.requires_grad) if is_parameter else fresh
+            held[name] = None if value is None else replaced[id(value)]
     return True
 
 

@@ -20,7 +20,7 @@ from dinoseg.autotune.step_bytes import step_flops
 from dinoseg.autotune.trial import try_steps
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.step import check_trainer, training_parts
+from dinoseg.experiment.training_parts import check_trainer, training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.predictor import Predictor
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
@@ -106,7 +106,7 @@ def bench(
     build = Builder(cfg)
     check_trainer(build)
     build.engine()  # refuses a missing device before anything is built
-    build.training_task.check_parts(build.outline(), 1)
+    build.training_method.check_parts(build.outline(), 1)
     values = build.config
     training = _run_in_process(partial(time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
     prediction = _run_in_process(partial(time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
@@ -134,9 +134,9 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthet
     if synthetic:
         batches = repeat(random_batch(parts, parts.batch_size))
     else:
-        task = build.training_task
-        task.open(engine)
-        batches = task.data_module.train_batches(start=0)
+        method = build.training_method
+        method.open(engine)
+        batches = method.data_module.train_batches(start=0)
     trial = try_steps(parts, engine, batches, steps=steps, warmup=warmup)
     waited = None if synthetic else sum(trial.waited) / sum(trial.seconds)
     # operations that checkpointing repeats do not count; counted last, since the process keeps the memory that this

@@ -16,7 +16,7 @@ from dinoseg.autotune.target import KINDS, Target, memory_of
 from dinoseg.config.job import folder_words
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import last_command_line
-from dinoseg.experiment.step import check_trainer, training_parts
+from dinoseg.experiment.training_parts import check_trainer, training_parts
 from dinoseg.experiment.unread import is_below
 from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.atomic import write_json
@@ -56,7 +56,7 @@ def plan(
     check_trainer(build)
     target = _target(build, memory, device)
     build.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
-    build.training_task.check_parts(build.outline(), target.world_size)
+    build.training_method.check_parts(build.outline(), target.world_size)
     if cfg.data.batch_size % target.world_size:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world_size} devices: use a multiple of "

@@ -17,7 +17,7 @@ from dinoseg.data.sources import VideoFrame, first_file
 from dinoseg.data.splits import find_groups
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.folder import find_typed_keys
-from dinoseg.experiment.score_classes import FOLDER, GROUP, mask_keys
+from dinoseg.experiment.score_classes import GROUP, MASK_FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.annotations import PredictedShapes
@@ -99,7 +99,7 @@ def predict(
     _check_outputs_of_layers(trained.model.task, outputs)
     by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, build.pixels, layers)
     writers = image_writers(outputs, folder, labels, build.background if outputs and images else None, shapes)
-    run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
+    run = ImageRun(folder, None if masks is False else folder / MASK_FOLDER, DoneInputs(folder), list(writers.values()))
     try:
         write_json(folder / _RECORD, settings)
         remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run

@@ -10,7 +10,7 @@ from dinoseg.config.nodes import argument_keys
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
-from dinoseg.experiment.score_classes import FOLDER, find_score_groups, score_protocol, warn_of_unread_data
+from dinoseg.experiment.score_classes import MASK_FOLDER, find_score_groups, score_protocol, warn_of_unread_data
 from dinoseg.inference.class_record import CLASS_RECORD
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
@@ -120,5 +120,5 @@ def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> l
 
 def _find_masks(folder: Path) -> Path:
     """Return the folder of the masks in a run folder of mode=predict or mode=track; else the folder itself."""
-    masks = folder / FOLDER
+    masks = folder / MASK_FOLDER
     return masks if (masks / CLASS_RECORD).is_file() or tracked_sequence(masks) is not None else folder

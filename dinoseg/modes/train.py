@@ -12,7 +12,7 @@ from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.modes.training_run import open_run
-from dinoseg.training.trainer import Experiment, fit
+from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
 
@@ -38,39 +38,38 @@ def train(
     build.check_values()
     engine = build.engine()
     announce(f"data={cfg.choices.data}: listing the files")
-    task = build.training_task
-    task.open(engine, pictures=pictures)
-    length = build.lengths(len(task.data_module.train))
-    settings = build.loop_settings(length._asdict())
-    run = open_run(build, out_dir, task, engine)
+    method = build.training_method
+    method.open(engine, pictures=pictures)
+    settings = build.loop_settings(len(method.data_module.train))
+    run = open_run(build, out_dir, method, engine)
     announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
     model = build.model()
     if run.start is None:  # a resumed run has checked the model's outline
         run.check_model(model)
     announce("Checking the data")
     # one rank is enough: its measurements are cached, and its error ends all ranks
-    sizes = task.check_data() if engine.is_main else None
+    sizes = method.check_data() if engine.is_main else None
     engine.wait()
     if has_initial(build):
-        load_initial_weights(build, model, list(task.labels.classes), engine.broadcast)
+        load_initial_weights(build, model, list(method.labels.classes), engine.broadcast)
     model = engine.place(model)
-    loss = task.wrap_loss(build.loss(task.labelled)).to(engine.device)
+    loss = method.wrap_loss(build.loss(method.labelled)).to(engine.device)
     if run.start is None and model.head.init is not None:
-        task.init_head(model, engine)
+        method.init_head(model, engine)
     optimizer = build.optimizer(model)
     checkpoints = run.open_checkpoints(sizes)
-    schedule = run.build_schedule(length.steps, optimizer)
-    run.log_start(model, length.steps)
-    epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
-    cached = task.cache_features(model, engine, epochs, before=run.chosen_before)
+    schedule = run.build_schedule(settings.steps, optimizer)
+    run.log_start(model, settings.steps)
+    epochs = settings.steps * settings.accumulate / method.data_module.epoch
+    cached = method.cache_features(model, engine, epochs, previous_choices=run.previous_choices)
     run.record_choices(checkpoints, cached)
     with run.open_log() as log:
         progress = fit(
-            Experiment(model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log, settings)
+            TrainingSetup(model, loss, method.data_module, optimizer, schedule, engine, checkpoints, log, settings)
         )
         if not progress.has_best:
             raise UserError(
-                f"trainer.steps={length.steps}: this run has done {progress.step}, without a validation by these "
+                f"trainer.steps={settings.steps}: this run has done {progress.step}, without a validation by these "
                 "settings, and its checkpoints are unchanged. Raise trainer.steps, or score it by mode=eval."
             )
         if engine.is_main:
@@ -86,11 +85,11 @@ def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
     build = Builder(cfg)
     build.check_values()
-    task, model = build.training_task, build.outline()
+    method, model = build.training_method, build.outline()
     if has_initial(build):
         check_initial(build, model)
-    task.check_parts(model, 1)
+    method.check_parts(model, 1)
     logger_factories(build)
     with torch.device("meta"):
         build.optimizer(model)
-    task.check_sources()
+    method.check_sources()

@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from dinoseg.experiment.unread import warn_of_unused_channels, warn_unread
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import draw_curves
-from dinoseg.report.log import RunLog
-from dinoseg.tasks.task import TrainingTask
+from dinoseg.report.log import LoggerFactory, RunLog
+from dinoseg.tasks.method import TrainingMethod
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.cost import COST, cost_of, count_numbers
@@ -42,7 +42,7 @@ from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import format_override, format_value, join_names
 
 logger = logging.getLogger(__name__)
-CHOSEN = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
+CHOICES_KEY = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
 _EXACT = "float32"  # features cached in this type give the same numbers as no cache
 _FORM = forms.table(forms.maybe(forms.text))
 
@@ -91,16 +91,18 @@ class TrainingRun:
     Args:
         build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
-        task: data and checks of the training task.
+        method: data and checks of the training method.
         engine: device and ranks.
         start: the checkpoint that is resumed; None: a new run.
+        loggers: functions that open the loggers of the run, by name.
     """
 
     build: Builder
     out_dir: Path
-    task: TrainingTask
+    method: TrainingMethod
     engine: Engine
     start: Checkpoint | None = None
+    loggers: Mapping[str, LoggerFactory] = field(default_factory=dict)
 
     def check_model(self, model: SegmentationModel) -> None:
         """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device.
@@ -109,7 +111,7 @@ class TrainingRun:
         """
         if has_initial(self.build):
             check_initial(self.build, model)
-        self.task.check_parts(model, self.engine.world_size)
+        self.method.check_parts(model, self.engine.world_size)
         with torch.device("meta"):
             optimizer = self.build.optimizer(model)
         has_rate = "lr" in self.build.config["adapter"] or self.build.value("optim.optimizer.lr") is not None
@@ -146,25 +148,25 @@ class TrainingRun:
         Args:
             sizes: sizes of the training images, if they are known.
         """
-        info = run_description(self.build, self.task.labels) | (sizes.as_info() if sizes else {})
+        info = run_description(self.build, self.method.labels) | (sizes.as_info() if sizes else {})
         writes = self.engine.is_main
         if writes:
-            write_split(self.out_dir, self.task.split)
-        folder = self.out_dir / checkpoint.FOLDER
+            write_split(self.out_dir, self.method.split)
+        folder = self.out_dir / checkpoint.CHECKPOINT_FOLDER
         return Checkpointer(folder, info, self.start, writes, metric=self.build.score_metric)
 
     @property
-    def chosen_before(self) -> Mapping[str, str | None]:
+    def previous_choices(self) -> Mapping[str, str | None]:
         """Return the engine's choices in the run to resume, by key; empty for a new run.
 
         Raises:
             UserError: the checkpoint's entry has another form.
         """
-        chosen = self.start.info.get(CHOSEN, {}) if self.start else {}
+        chosen = self.start.info.get(CHOICES_KEY, {}) if self.start else {}
         if not forms.fits(chosen, _FORM):
             raise UserError(
-                f"resume={self.build.resume}: its {CHOSEN} is {format_value(chosen)}; its values must be text. Choose "
-                "another checkpoint."
+                f"resume={self.build.resume}: its {CHOICES_KEY} is {format_value(chosen)}; its values must be text. "
+                "Choose another checkpoint."
             )
         return chosen
 
@@ -174,11 +176,11 @@ class TrainingRun:
         Args:
             checkpoints: of the run.
             cached: where and in which type frozen features are cached, and the teacher of a student, as returned by
-                `TrainingTask.cache_features`.
+                `TrainingMethod.cache_features`.
         """
-        then = self.chosen_before
+        then = self.previous_choices
         now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **cached}
-        checkpoints.info[CHOSEN] = now
+        checkpoints.info[CHOICES_KEY] = now
         other = [
             f"{key} was {format_override(then[key])} and is {format_override(now[key])}"
             for key in ("engine.precision", "features.dtype", "teacher")  # the cache's location changes no number
@@ -198,7 +200,7 @@ class TrainingRun:
             model: that is trained.
             steps: length of the training.
         """
-        build, task, engine = self.build, self.task, self.engine
+        build, method, engine = self.build, self.method, self.engine
         if self.start is not None:
             _log_resume(self.start, steps)
         options, counts = build.options, count_numbers(model.parameters())
@@ -207,12 +209,12 @@ class TrainingRun:
         accumulate = build.value("trainer.accumulate")
         batches = f", {accumulate} batches per step" if accumulate > 1 else ""
         samples = build.value("data.batch_size")
-        train, val = len(task.data_module.train), len(task.data_module.val)
+        train, val = len(method.data_module.train), len(method.data_module.val)
         logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)
         logger.info("model:       %s", parts)
         logger.info("parameters:  %s trained, %s in total", f"{counts['trainable']:,}", f"{counts['total']:,}")
-        logger.info("training:    %d steps, batch of %d %s%s", steps, samples, task.what, batches)
-        logger.info("data:        %d training and %d validation %s", train, val, task.what)
+        logger.info("training:    %d steps, batch of %d %s%s", steps, samples, method.what, batches)
+        logger.info("data:        %d training and %d validation %s", train, val, method.what)
         logger.info("run folder:  %s", self.out_dir)
         if engine.is_main:
             _warn_of_other_sizes(build)
@@ -226,7 +228,7 @@ class TrainingRun:
         progress = self.start.info["progress"] if self.start else {}
         log = RunLog(
             self.out_dir,
-            logger_factories(self.build),
+            self.loggers,
             start_step=progress.get("step", 0),
             validation_pending=progress.get("validation_pending", False),
             visible=self.engine.is_main,
@@ -248,7 +250,7 @@ class TrainingRun:
         """
         checkpoints.load_best(model)
         provenance = provenance_of(self.build, self.out_dir, checkpoints.best)
-        scores = self.task.evaluate(model, self.engine, provenance, metrics_only=metrics_only, report=report)
+        scores = self.method.evaluate(model, self.engine, provenance, metrics_only=metrics_only, report=report)
         best_step = checkpoints.progress.best_step
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
@@ -256,7 +258,7 @@ class TrainingRun:
             print(f"curves:       {curves}")
             self.finish_log(log, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
-            print("\n".join(next_commands(self.out_dir, self.build.config_dirs, on_clips=self.task.on_clips)))
+            print("\n".join(next_commands(self.out_dir, self.build.config_dirs, on_clips=self.method.on_clips)))
         return {**scores, **cost, "best_step": best_step, "run": str(self.out_dir)}
 
     def finish_log(self, log: RunLog, scores: Mapping[str, Any], checkpoints: Checkpointer) -> None:
@@ -266,30 +268,29 @@ class TrainingRun:
         log.close()
         for line in log.views:
             print(line)
-        step = checkpoint.describe(checkpoints.best)["progress"]["step"]
-        print(f"checkpoint:   {checkpoints.best} (step {step})")
-        list_skipped(self.task.skipped, self.out_dir)
+        print(f"checkpoint:   {checkpoints.best}")
+        list_skipped(self.method.skipped, self.out_dir)
 
 
-def open_run(build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> TrainingRun:
+def open_run(build: Builder, out_dir: Path, method: TrainingMethod, engine: Engine) -> TrainingRun:
     """Return the training of a run folder, with the checkpoint that it resumes.
 
     Args:
         build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
-        task: data and checks of the training task.
+        method: data and checks of the training method.
         engine: device and ranks.
 
     Raises:
         UserError: a part does not fit, or the checkpoint is of another model.
     """
-    run = TrainingRun(build, out_dir, task, engine)
+    run = TrainingRun(build, out_dir, method, engine)
     if build.resume:
-        run.start, outline = _read_start(build, task.labels)
+        run.start, outline = _read_start(build, method.labels)
         run.check_model(outline)
-    logger_factories(build)  # refuses unknown options before a model is built
-    if engine.is_main and task.unread:
-        warn_unread(out_dir, task.unread, task.unread_because)
+    run.loggers = logger_factories(build)  # refuses unknown options before a model is built
+    if engine.is_main and method.unread:
+        warn_unread(out_dir, method.unread, method.unread_because)
     return run
 
 

@@ -57,9 +57,9 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], score: str, best_step: int)
     panels = list(_PANELS)
     if not any(selecting in keys for keys, _ in panels):
         panels.append(({selecting: None}, score))
-    shown = [panel for panel in panels if any(len(_points(rows, key)) for key in panel[0])] or [_LOSS]
-    figure = Figure(figsize=(6 * len(shown), 4.5), dpi=100, layout="constrained")
-    for axes, (keys, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    filled = [panel for panel in panels if any(len(_points(rows, key)) for key in panel[0])] or [_LOSS]
+    figure = Figure(figsize=(6 * len(filled), 4.5), dpi=100, layout="constrained")
+    for axes, (keys, title) in zip(figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True):
         curves = {key: _points(rows, key) for key in keys}
         _draw_panel(axes, curves, keys, title)
         if selecting in curves:

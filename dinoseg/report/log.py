@@ -68,10 +68,10 @@ class RunLog:
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / "metrics.jsonl"
+        self._pictures = out_dir / "validation"
         if path.exists():
             _drop_after(path, start_step, validation_pending=validation_pending)
-        self._pictures = out_dir / "validation"
-        _drop_pictures_after(self._pictures, start_step)
+            _drop_pictures_after(self._pictures, start_step)
         self._file = path.open("a", encoding="utf-8")
         for name, open_logger in (loggers or {}).items():
             try:

@@ -94,10 +94,10 @@ def _blend_layers(
     outline = default_outline((height, width))
     rows, columns = np.ogrid[:height, :width]
     stripes = ((rows + columns) // (4 * outline)).astype(np.uint16)
-    shown = [layer == 1 for layer in layers] + [(layers == ignore_index).any(axis=0)]
-    drawn = _tint(frame, _choose_by_stripe(shown, stripes), table, opacity)
-    edges = _choose_by_stripe([here & find_edges(here, outline) for here in shown], stripes)
-    is_edge = edges < len(shown)
+    present = [layer == 1 for layer in layers] + [(layers == ignore_index).any(axis=0)]
+    drawn = _tint(frame, _choose_by_stripe(present, stripes), table, opacity)
+    edges = _choose_by_stripe([here & find_edges(here, outline) for here in present], stripes)
+    is_edge = edges < len(present)
     drawn[is_edge] = table[edges[is_edge]]
     return drawn
 
@@ -179,8 +179,8 @@ def _shown_ids(mask: np.ndarray, ignore_index: int) -> list[int]:
     """Return the IDs of the classes in a mask (H, W) or (K, H, W), and ignore_index if pixels are ignored."""
     if mask.ndim == 2:
         return np.unique(mask).tolist()
-    shown = np.flatnonzero((mask == 1).any(axis=(1, 2))).tolist()
-    return [*shown, ignore_index] if (mask == ignore_index).any() else shown
+    present = np.flatnonzero((mask == 1).any(axis=(1, 2))).tolist()
+    return [*present, ignore_index] if (mask == ignore_index).any() else present
 
 
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) -> np.ndarray:

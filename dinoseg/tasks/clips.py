@@ -1,4 +1,4 @@
-"""Training task for clips without labels."""
+"""Training method for clips without labels."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import blend, downscale, side_by_side, stack_vertically
 from dinoseg.report.palette import default_palette
-from dinoseg.tasks.task import TrainingTask
+from dinoseg.tasks.method import TrainingMethod
 from dinoseg.tracking.slots.tracker import SlotFactory
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
@@ -127,14 +127,14 @@ class ClipDataModule:
         model.eval()
         sums = np.zeros(2 * len(self.score_names))  # of each score, and of the clips that have it
         pictures: dict[str, np.ndarray] = {}
-        shown = spread(len(self.val), self.pictures, self.world_size)
+        chosen = spread(len(self.val), self.pictures, self.world_size)
         for index in range(self.rank, len(self.val), self.world_size):
             clip = self.val[index]
             values = [self._loss(model, index, clip, loss, engine)]
-            if index in shown or self._has_masks:
+            if index in chosen or self._has_masks:
                 segments = self.segments_of(model, clip, engine)
                 values += _scores(clip, segments, self.protocol) if self._has_masks else ()
-                if index in shown:
+                if index in chosen:
                     pictures[f"{clip['name']}_{clip['start']:05d}"] = _picture(clip, segments)
             sums += [*(value or 0.0 for value in values), *(value is not None for value in values)]
         model.train(training)
@@ -206,23 +206,23 @@ def clip_strip(
     Each id has its own colour; id 0 leaves the frame unchanged, and 255 (unknown) becomes beige. Frames with more than
     `longest` pixels on their longer side are downscaled to `longest`.
     """
-    shown = evenly_spaced(len(frames), _SHOWN)
+    chosen = evenly_spaced(len(frames), _SHOWN)
     palette = default_palette(255)
-    small = {number: downscale(frames[number], longest) for number in shown}
+    small = {number: downscale(frames[number], longest) for number in chosen}
     rows = [[(f"frame {number}", frame) for number, frame in small.items()]]
     for caption, masks in (("segments", segments), ("reference", references)):
         if masks is not None:
-            ids = [downscale(masks[number], longest) for number in shown]
+            ids = [downscale(masks[number], longest) for number in chosen]
             tinted = [blend(*pair, palette, opacity=0.6) for pair in zip(small.values(), ids, strict=True)]
             rows.append([(caption, picture) for picture in tinted])
     return stack_vertically([side_by_side(row) for row in rows])
 
 
-class ClipTask(TrainingTask):
-    """Training task for slots on clips; masks, if there are any, are only used to score.
+class ClipTraining(TrainingMethod):
+    """Training method for slots on clips; masks, if there are any, are only used to score.
 
     Args:
-        parts: builds the parts of the experiment.
+        builder: builds the parts of the experiment.
         val_images: None; clips are all validated.
     """
 
@@ -234,42 +234,42 @@ class ClipTask(TrainingTask):
     data_module: ClipDataModule
     labels: Labels
 
-    def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
-        super().__init__(parts)
+    def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
+        super().__init__(builder)
         self._val_images = val_images
-        if metrics := parts.value("metric"):
+        if metrics := builder.value("metric"):
             raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the clips of train and val."""
-        parts = self.parts
+        builder = self.builder
         self.data_module = ClipDataModule(
-            train=parts.clips("train"),
-            val=parts.clips("val"),
-            view=parts.part("data.view"),
-            make_tracker=_clip_trackers(parts),
-            protocol=_clip_protocol(parts),
-            seed=parts.seed,
+            train=builder.clips("train"),
+            val=builder.clips("val"),
+            view=builder.part("data.view"),
+            make_tracker=_clip_trackers(builder),
+            protocol=_clip_protocol(builder),
+            seed=builder.seed,
             workers=engine.workers,
             rank=engine.rank,
             world_size=engine.world_size,
             pictures=pictures,
-            **parts.arguments(ClipDataModule, {"batch_size": "data.batch_size"}),
+            **builder.arguments(ClipDataModule, {"batch_size": "data.batch_size"}),
         )
-        self.labels = parts.labels
+        self.labels = builder.labels
         # by video: clips of one video on both sides would leak data
         sides = {"train": self.data_module.train, "val": self.data_module.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
-        parts, options = self.parts, self.parts.options
+        builder, options = self.builder, self.builder.options
         if model.head.slots is None:
             raise UserError(
                 f"trainer={options['trainer']} trains slots, and head={options['head']} has none. Choose head=slots, "
                 "or trainer=supervised for images and masks."
             )
-        loss = None if parts.loss_has_classes else parts.loss_outline
+        loss = None if builder.loss_has_classes else builder.loss_outline
         if loss is None or not loss.needs_slots:
             raise UserError(
                 f"loss={options['loss']} is not a slot loss. Choose loss=feature_reconstruction, "
@@ -285,13 +285,13 @@ class ClipTask(TrainingTask):
             raise UserError(
                 f"trainer.val_images={self._val_images} is for images with masks, not for clips. Set it to null."
             )
-        if (cache := parts.value("data.cache")) is not None:
+        if (cache := builder.value("data.cache")) is not None:
             raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
         self._check_tracking()
 
     def _check_outputs(self, loss: Loss) -> None:
         """Refuse a head whose outputs the loss does not train, or that lacks outputs of the loss."""
-        options, value = self.parts.options, self.parts.value
+        options, value = self.builder.options, self.builder.value
         wanted = {"similarity": loss.needs_similarity, "reconstruct": loss.needs_reconstruction}
         wrong = [key for key, needed in wanted.items() if value(f"head.{key}") != needed]
         if not wrong:
@@ -310,20 +310,20 @@ class ClipTask(TrainingTask):
 
     def _check_tracking(self) -> None:
         """Refuse settings that the evaluation would only refuse at the end of the training."""
-        if self.parts.value("data.tracking") is None:
+        if self.builder.value("data.tracking") is None:
             return
-        _clip_trackers(self.parts)
-        if self.parts.value("slots.lock_on") and chosen_supervision(self.parts, None) == "none":
+        _clip_trackers(self.builder)
+        if self.builder.value("slots.lock_on") and chosen_supervision(self.builder, None) == "none":
             raise UserError(
-                f"slots.lock_on=true needs the first frame's masks, and data={self.parts.options['data']} is evaluated "
-                "without: train with slots=free. Provide them later with mode=eval mode.supervision=first_frame "
-                "slots=lock_on."
+                f"slots.lock_on=true needs the first frame's masks, and data={self.builder.options['data']} is "
+                "evaluated without: train with slots=free. Provide them later with mode=eval "
+                "mode.supervision=first_frame slots=lock_on."
             )
 
     def check_sources(self) -> None:
         """Refuse clips, or views of them, that cannot be built."""
-        self.parts.part("data.clips")
-        self.parts.part("data.view")
+        self.builder.part("data.clips")
+        self.builder.part("data.view")
 
     def check_data(self) -> None:
         """Warn of videos on both sides of the split, and of videos too short for a clip."""
@@ -343,20 +343,20 @@ class ClipTask(TrainingTask):
     ) -> dict[str, Any]:
         """Score as mode=eval does; without masks, only report the loss and write no report."""
         out_dir = provenance.folder / EVALUATION
-        if self.parts.value("data.tracking") is not None:
+        if self.builder.value("data.tracking") is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
-            data, slots = benchmark_videos(self.parts, "val", None), model.head.slots
-            lock_on = bool(self.parts.value("slots.lock_on"))
+            data, slots = benchmark_videos(self.builder, "val", None), model.head.slots
+            lock_on = bool(self.builder.value("slots.lock_on"))
             check_slots(data, 0 if slots is None else slots.num_slots, lock_on=lock_on, official=True)
-            make_tracker = tracker_maker(self.parts, engine, trained, batch_size=engine.images_at_once())
+            make_tracker = tracker_maker(self.builder, engine, trained, batch_size=engine.images_at_once())
             options = TrackingOptions(metrics_only=metrics_only, report=report)
             return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance)
-        scores, pictures = self.data_module.validate(model, self.parts.loss(None).to(engine.device), engine)
+        scores, pictures = self.data_module.validate(model, self.builder.loss(None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
-            name = self.parts.options["data"]
+            name = self.builder.options["data"]
             print(f"val/loss:     {scores['loss']:.4f} (no other score: data={name} has no masks)")
             if pictures and not metrics_only:
                 write_png(out_dir / "segments.png", next(iter(pictures.values())))
@@ -364,15 +364,15 @@ class ClipTask(TrainingTask):
         return scores
 
 
-def _clip_protocol(parts: Builder) -> VideoClustering:
+def _clip_protocol(builder: Builder) -> VideoClustering:
     """Return the protocol of this dataset that scores segments at the end; the default one if there is none."""
-    tracking, protocol = parts.value("data.tracking"), None
+    tracking, protocol = builder.value("data.tracking"), None
     if tracking is not None and tracking.protocols["none"] is not None:
-        protocol = parts.part("data.tracking.protocols.none")
+        protocol = builder.part("data.tracking.protocols.none")
     return protocol if isinstance(protocol, VideoClustering) else VideoClustering()
 
 
-def _clip_trackers(parts: Builder) -> Callable[..., Tracker]:
+def _clip_trackers(builder: Builder) -> Callable[..., Tracker]:
     """Return the factory of slot trackers for clips without masks, which give no labels to lock on to."""
     unlocked = {"lock_on": False, "slots_per_object": 1, "extra_slots": 0}
-    return tracker_factory(parts.value("slots"), f"slots={parts.options.get('slots')}", unlocked)
+    return tracker_factory(builder.value("slots"), f"slots={builder.options.get('slots')}", unlocked)

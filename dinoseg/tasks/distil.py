@@ -22,7 +22,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.teacher import TEACHERS, Teacher, check_named
 from dinoseg.losses.distillation import TeacherView, divergence
 from dinoseg.models.model import SegmentationModel
-from dinoseg.tasks.images import ImageTask
+from dinoseg.tasks.images import ImageTraining
 from dinoseg.tasks.unmasked import find_unmasked_images
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import LazyFeatureBatch
@@ -255,11 +255,11 @@ def _mask(data: SegmentationData, index: int) -> np.ndarray:
     return data.mask(index) if isinstance(data, PairDataset | Unmasked) else data[index]["mask"].numpy()
 
 
-class DistillationTask(ImageTask):
-    """Training task for images with masks and without, with a teacher's scores for both (arXiv 1503.02531).
+class Distillation(ImageTraining):
+    """Training method for images with masks and without, with a teacher's scores for both (arXiv 1503.02531).
 
     Args:
-        parts: builds the parts of the experiment.
+        builder: builds the parts of the experiment.
         teacher: run folder or checkpoint of the teacher.
         weight: weight of the divergence from the teacher; the loss on masks has weight 1.
         temperature: divisor of both models' scores.
@@ -267,14 +267,14 @@ class DistillationTask(ImageTask):
             not used.
         unlabelled_every: seconds between two frames of a video.
         unlabelled_batch_size: images without masks in a batch, over all ranks; None: the number of images with masks.
-        val_images: see `ImageTask`.
+        val_images: see `ImageTraining`.
     """
 
     data_module: DistillationDataModule
 
     def __init__(
         self,
-        parts: Builder,
+        builder: Builder,
         *,
         teacher: str | None,
         weight: NotNegative,
@@ -284,8 +284,8 @@ class DistillationTask(ImageTask):
         unlabelled_batch_size: Count | None = None,
         val_images: Count | None = None,
     ) -> None:
-        super().__init__(parts, val_images=val_images)
-        refuse_layers(parts.task, "trainer=distil", "Choose trainer=supervised.")
+        super().__init__(builder, val_images=val_images)
+        refuse_layers(builder.task, "trainer=distil", "Choose trainer=supervised.")
         check_named(teacher)
         self._given, self._unlabelled = teacher, unlabelled
         self._unlabelled_every, self._unlabelled_batch_size = unlabelled_every, unlabelled_batch_size
@@ -294,11 +294,11 @@ class DistillationTask(ImageTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without, and check the teacher."""
         super().open(engine, pictures=pictures)
-        parts = self.parts
+        builder = self.builder
         train = self.data_module.train
-        self._teacher = teacher = Teacher(parts, engine, train)
-        root = parts.cache_dir / TEACHERS
-        cap = cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
+        self._teacher = teacher = Teacher(builder, engine, train)
+        root = builder.cache_dir / TEACHERS
+        cap = cap_of(**builder.arguments(cap_of, {"gib": "features.gib"}))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = CachedScores(teacher, store, len(train.classes))
         others = self._others()
@@ -309,7 +309,7 @@ class DistillationTask(ImageTask):
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
     def cache_features(self, model: SegmentationModel, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
-        """Cache features as `ImageTask` does; add the teacher's hash, by which a resumed run detects another one."""
+        """Cache features as `ImageTraining` does; add the teacher's hash, so that resuming detects another one."""
         return {**super().cache_features(model, engine, *given, **more), "teacher": self._teacher.name}
 
     def wrap_loss(self, loss: Loss) -> Loss:
@@ -320,7 +320,7 @@ class DistillationTask(ImageTask):
         """Return the feed of images without masks; None if there are none."""
         data_module = self.data_module
         found = find_unmasked_images(
-            self.parts, data_module.train, data_module.val, source=self._unlabelled, every=self._unlabelled_every
+            self.builder, data_module.train, data_module.val, source=self._unlabelled, every=self._unlabelled_every
         )
         if not found:
             if self._unlabelled_batch_size is not None:

@@ -1,4 +1,4 @@
-"""Training task for images and their masks."""
+"""Training method for images and their masks."""
 
 import logging
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
 from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.models.model import SegmentationModel
+from dinoseg.tasks.method import TrainingMethod
 from dinoseg.tasks.probing.probe import Grid, Probe
-from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, stored_as
 from dinoseg.training.image_data_module import OBJECT_SCORE, SCORE_NAMES, ImageDataModule
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 SAMPLING = {"batch_size": "data.batch_size", "views": "data.views"}
 
 
-class ImageTask(TrainingTask):
-    """Training task for images in which every pixel has a class.
+class ImageTraining(TrainingMethod):
+    """Training method for images in which every pixel has a class.
 
     Args:
-        parts: builds the parts of the experiment.
+        builder: builds the parts of the experiment.
         val_images: number of images of each validation and of the final scores, evenly spaced; None: all.
     """
 
@@ -45,70 +45,71 @@ class ImageTask(TrainingTask):
     score_names = (*SCORE_NAMES, OBJECT_SCORE)
     data_module: ImageDataModule
 
-    def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
-        super().__init__(parts)
+    def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
+        super().__init__(builder)
         self._val_images = val_images
-        self._loss = parts.loss_outline
-        self._metrics = parts.metrics
+        self._loss = builder.loss_outline
+        self._metrics = builder.metrics
         check_score_names(self._metrics)
         self.score_names = (*self.score_names, *(name for metric in self._metrics for name in metric.scores))
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
-        parts = self.parts
+        builder = self.builder
         self._check_masks()  # before masks of another form are listed
-        options = parts.arguments(ImageDataModule, SAMPLING)
-        train, val = parts.dataset("train", reduced=True), parts.dataset("val")
+        options = builder.arguments(ImageDataModule, SAMPLING)
+        train, val = builder.dataset("train", reduced=True), builder.dataset("val")
         self._val_total = len(val)
         self.split = {"train": list(train.names), "val": list(val.names)}
         self.data_module = ImageDataModule(
             train=train,
             val=evenly_spaced_subset(val, self._val_images),
-            augment=parts.part("data.augment"),
-            background=parts.background,
-            strategy=parts.part("inference"),
-            seed=parts.seed,
+            augment=builder.part("data.augment"),
+            background=builder.background,
+            strategy=builder.part("inference"),
+            seed=builder.seed,
             workers=engine.workers,
             rank=engine.rank,
             world_size=engine.world_size,
             pictures=pictures,
             metrics=self._metrics,
-            task=parts.task,
+            task=builder.task,
             **options,
         )
         self.labels = self.labelled = self.data_module.train
         for split, data in (("train", train), ("val", val)):
-            names = f"loss={parts.options['loss']}", f"data={parts.options['data']} ({split})"
+            names = f"loss={builder.options['loss']}", f"data={builder.options['data']} ({split})"
             check_needed_maps(self._loss.needs_maps, get_map_kinds(data), *names)
 
     def _check_masks(self) -> None:
         """Refuse a loss or an option of the data that needs another form of masks than the task has."""
-        parts, task = self.parts, self.parts.task
+        builder, task = self.builder, self.builder.task
         needs_layers = self._loss.needs_layers
         if needs_layers != task.has_layers:
             raise UserError(
-                f"loss={parts.options['loss']} does not fit task={parts.options['task']}. Choose {task.advice}; or "
+                f"loss={builder.options['loss']} does not fit task={builder.options['task']}. Choose {task.advice}; or "
                 f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
             )
         for key in ("data.augment.cat_max_ratio", "data.cache"):
-            if (value := parts.value(key)) is not None:
+            if (value := builder.value(key)) is not None:
                 refuse_layers(task, f"{key}={value}", "Leave it out.")
 
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
-        parts, options = self.parts, self.parts.options
-        if not parts.loss_has_classes:
+        builder, options = self.builder, self.builder.options
+        if not builder.loss_has_classes:
             raise UserError(
                 f"loss={options['loss']} learns from clips, without labels. Choose trainer=slots with "
                 "head=slots, or a loss on labels, such as loss=cross_entropy."
             )
-        if parts.value("trainer.score") == "miou_no_background" and parts.background is None:
+        if builder.value("trainer.score") == "miou_no_background" and builder.background is None:
             raise UserError(
                 f"trainer.score=miou_no_background: data={options['data']} has no background. Set its class "
                 "(data.background=NAME), or use another score, such as trainer.score=miou."
             )
-        names = parts.class_names
-        parts.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name
+        if builder.value("loss.weights") != "none":
+            names = builder.class_names
+            builder.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name
         head = model.head
         self._check_masks()
         if head.init is not None:
@@ -119,9 +120,9 @@ class ImageTask(TrainingTask):
                 "loss=feature_reconstruction, or another head."
             )
         least = head.min_batch_size * world_size
-        if parts.value("data.batch_size") < least:
+        if builder.value("data.batch_size") < least:
             raise UserError(
-                f"data.batch_size={parts.value('data.batch_size')}: head={options['head']} is trained on "
+                f"data.batch_size={builder.value('data.batch_size')}: head={options['head']} is trained on "
                 f"{head.min_batch_size} images or more per device. Set data.batch_size={least} or choose another head."
             )
         if self._loss.needs_masks and not head.mixture:
@@ -132,21 +133,16 @@ class ImageTask(TrainingTask):
 
     def check_sources(self) -> None:
         """Refuse a reader of pairs or an augmentation that cannot be built."""
-        self.parts.part("data.reader")
-        self.parts.part("data.augment")
+        self.builder.part("data.reader")
+        self.builder.part("data.augment")
 
     def cache_features(
-        self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, engine: Engine, epochs: float, *, previous_choices: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed cache the features of a model's frozen part, if there is one and `engine.cache` allows it."""
         if not has_frozen_part(model, engine):
             return {}
-        parts = self.parts
-        options = parts.arguments(CacheOptions, {"gib": "features.gib"})
-        options["dtype"] = stored_as(parts.value("features.dtype"), before)
-        hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
-        augmentation = parts.digest("data.augment")
-        plan = CacheOptions(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
+        plan = _cache_options(self.builder, epochs, previous_choices)
         cache = self.data_module.cache = feature_cache(self.data_module, model, engine, plan)
         if cache is None or cache.place is None:
             return {}
@@ -154,25 +150,25 @@ class ImageTask(TrainingTask):
 
     def check_data(self) -> TrainedSizes | None:
         """Refuse data with errors; return the sizes of the training images, if they are files."""
-        parts = self.parts
+        builder = self.builder
         splits = check_for_errors(
             self.data_module.train,
             self.data_module.val,
-            cache_dir=parts.cache_dir,
-            group=parts.value("data.group"),
-            data_name=parts.options["data"],
-            workers=parts.workers,
+            cache_dir=builder.cache_dir,
+            group=builder.value("data.group"),
+            data_name=builder.options["data"],
+            workers=builder.workers,
         )
         sizes = [
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]
-        augment, longest = self.data_module.augment, parts.value("resolution.longest")
+        augment, longest = self.data_module.augment, builder.value("resolution.longest")
         if not any(sizes[:1]):
             return None
         if isinstance(augment, Augment):
             scaled = (augment.scaled_size(size, 1) for size in sizes[0])
             sizes[0] = [(round(height), round(width)) for height, width in scaled]
-        return TrainedSizes.of(*sizes, longest=longest, enlarged=parts.value("data.augment.scale")[1])
+        return TrainedSizes.of(*sizes, longest=longest, enlarged=builder.value("data.augment.scale")[1])
 
     def init_head(self, model: SegmentationModel, engine: Engine) -> None:
         """Set the head to the closed-form linear probe, which `head.init` asks for."""
@@ -182,9 +178,9 @@ class ImageTask(TrainingTask):
                 "Leave one of the two out."
             )
         data = self.data_module.train
-        counts = class_counts(data, self.parts.cache_dir).tolist()
+        counts = class_counts(data, self.builder.cache_dir).tolist()
         places = list(range(model.backbone.num_layers))
-        grid = Grid(group=self.parts.value("data.group"), seed=self.data_module.seed)
+        grid = Grid(group=self.builder.value("data.group"), seed=self.data_module.seed)
         probe = Probe(model, data, counts, engine, {"head": places}, grid)
         probe.fit()
         (found,) = probe.choose()
@@ -243,3 +239,12 @@ class ImageTask(TrainingTask):
     def skipped(self) -> dict[str, Mapping[str, str]]:
         """Return the files that were left out, with their reasons, by split."""
         return {"train": self.data_module.train.skipped, "val": self.data_module.val.skipped}
+
+
+def _cache_options(builder: Builder, epochs: float, previous_choices: Mapping[str, str | None]) -> CacheOptions:
+    options = builder.arguments(CacheOptions, {"gib": "features.gib"})
+    options["dtype"] = stored_as(builder.value("features.dtype"), previous_choices)
+    hashes = {group: builder.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
+    augmentation = builder.digest("data.augment")
+    previous = previous_choices.get("engine.cache")
+    return CacheOptions(builder.cache_dir, epochs, augmentation, hashes, **options, previous=previous)

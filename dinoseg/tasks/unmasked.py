@@ -40,7 +40,7 @@ class UnmaskedImage:
 
 
 def find_unmasked_images(
-    parts: Builder, train: SegmentationData, val: SegmentationData, *, source: str | None, every: float
+    builder: Builder, train: SegmentationData, val: SegmentationData, *, source: str | None, every: float
 ) -> list[UnmaskedImage]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
@@ -48,7 +48,7 @@ def find_unmasked_images(
     unreadable images are left out with a warning.
 
     Args:
-        parts: builds the parts of the experiment.
+        builder: builds the parts of the experiment.
         train: the images with masks; those that `data.on_error=skip` left out of it are left out here, too.
         val: the validation images.
         source: `trainer.unlabelled`; None: the training images alone.
@@ -58,11 +58,11 @@ def find_unmasked_images(
         UserError: `trainer.unlabelled` names nothing, or something unreadable.
     """
     others, found = {*train.names, *train.skipped}, []
-    whole = parts.reader()("train")
+    whole = builder.reader()("train")
     if isinstance(whole, PairDataset):
         found += [UnmaskedImage(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
     if source is not None:
-        found += list_images(source, every=every, cache_dir=parts.cache_dir, pixels=parts.pixels)
+        found += list_images(source, every=every, cache_dir=builder.cache_dir, pixels=builder.pixels)
     images: dict[str, UnmaskedImage] = {}
     for candidate in found:
         images.setdefault(source_origin(candidate.source), candidate)
@@ -75,7 +75,7 @@ def find_unmasked_images(
             len(seen),
         )
     chosen = [*images.values()]
-    return _readable(chosen, parts.workers) if parts.skips_faulty_files else chosen
+    return _readable(chosen, builder.workers) if builder.skips_faulty_files else chosen
 
 
 def list_images(

@@ -46,7 +46,7 @@ from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file,
 from dinoseg.utils.wording import count_of, format_value, suggest_nearest
 
 logger = logging.getLogger(__name__)
-FOLDER = "checkpoints"
+CHECKPOINT_FOLDER = "checkpoints"
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
 _MAX_TENSORS = 50_000  # ten times those of the largest backbone with its training state
@@ -174,11 +174,12 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
         raise UserError(f"{key}={target} is a pipe or a device. Give a run folder or a checkpoint in it.")
     other = {"best": "last", "last": "best"}[prefer]
     for name in (prefer, other, ONE_FILE):
-        for folder in (path / FOLDER, path):
+        for folder in (path / CHECKPOINT_FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
     if path.exists():
-        reason = f"it holds neither {FOLDER}/best.safetensors nor {FOLDER}/last.safetensors nor {ONE_FILE}.safetensors"
+        names = [f"{CHECKPOINT_FOLDER}/best", f"{CHECKPOINT_FOLDER}/last", ONE_FILE]
+        reason = f"it holds neither {' nor '.join(f'{name}.safetensors' for name in names)}"
         raise UserError(f"{key}={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
     there = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(

@@ -13,7 +13,7 @@ from dinoseg.utils.wording import format_value
 FORMAT = 1
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
 GROUPS = ("resolution", "data", "task", *MODEL)
-CHOSEN = ("hparam", "data", *MODEL)
+DESCRIBED_GROUPS = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
 _LONGEST_TARGET = 1000  # characters of a dotted name
@@ -127,7 +127,7 @@ def _choices(value: Any, where: str) -> None:
     forms.table(_option)(value, where)
     for group in value:
         _name(group, where)
-    forms.object_with(**dict.fromkeys(CHOSEN, _name))(value, where)
+    forms.object_with(**dict.fromkeys(DESCRIBED_GROUPS, _name))(value, where)
 
 
 def _option(value: Any, where: str) -> None:
@@ -163,7 +163,7 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
         forms.object_with(seed=_COUNT, **dict.fromkeys(GROUPS, forms.object_with())),
         f"a seed and the groups {', '.join(GROUPS)}, each with its keys",
     ),
-    "choices": (_choices, f"an option of each of {', '.join(CHOSEN)}"),
+    "choices": (_choices, f"an option of each of {', '.join(DESCRIBED_GROUPS)}"),
     "targets": (forms.table(_target), "a name of a class for each place"),
     "folder": (_folder, "a folder"),
     "classes": (_names, f"1 to 255 names of at most {LONGEST_NAME} printable characters"),

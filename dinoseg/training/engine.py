@@ -23,7 +23,7 @@ from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import clip_gradients, scale_gradients
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.training.rendezvous import open_store, reach_ranks
-from dinoseg.training.sharding import Lockstep, shard
+from dinoseg.training.sharding import ForwardSync, shard
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
 from dinoseg.utils.ranges import Count, Natural, Positive
@@ -120,7 +120,7 @@ class Engine:
             logger.warning("engine.tf32=true has no effect: this device (%s) has no TF32.", chosen.type)
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         if os.environ.get("WORLD_SIZE", "1") != "1" or torch.distributed.is_initialized():
-            meet(chosen, rendezvous_timeout, rank_timeout)
+            join_process_group(chosen, rendezvous_timeout, rank_timeout)
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu",
             mixed_precision=NAMES[self.dtype] if self.half else "no",
@@ -139,7 +139,7 @@ class Engine:
         if compile and self.sharded:
             raise UserError(f"engine.compile=true with engine.sharding={sharding}: leave one of them out.")
         self.compile = compile
-        self._lockstep: Lockstep | None = None  # of the placed model, if it is sharded
+        self._forward_sync: ForwardSync | None = None  # of the placed model, if it is sharded
         self.workers = count_workers(chosen.type) if isinstance(workers, str) else workers
         if self.is_main:
             warn_of_many(self.workers)
@@ -187,7 +187,7 @@ class Engine:
                 compile_blocks(model.backbone)
             return model
         model = shard(self._sync_batch_norm(model), self.device, self.world_size)
-        self._lockstep = Lockstep(model, self.device)
+        self._forward_sync = ForwardSync(model, self.device)
         return model
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -273,20 +273,20 @@ class Engine:
         weight: Tensor,
         *,
         clip: float | None,
-        before: Tensor | None = None,
+        previous_norm: Tensor | None = None,
         loss_scale: LossScale | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Update the weights by the mean loss of a step: scale and clip the gradients, update, clear.
 
-        Nothing is updated if the mean, the gradient norm or `before` is not finite. If only the gradient overflows
-        under a loss scale, the step is skipped, and the norm is 0.
+        Nothing is updated if the mean, the gradient norm or `previous_norm` is not finite. If only the gradient
+        overflows under a loss scale, the step is skipped, and the norm is 0.
 
         Args:
             optimizer: its parameters hold the gradients of `total`, averaged over the ranks.
             total: sum of losses over all ranks, ().
             weight: divisor of the total, (); 0: the step has no labels.
             clip: maximum gradient norm, or None.
-            before: gradient norm () of the previous step, if it may not have been read yet.
+            previous_norm: gradient norm () of the previous step, if it may not have been read yet.
             loss_scale: factor of the losses that the gradients are divided by; it is updated.
 
         Returns:
@@ -300,14 +300,15 @@ class Engine:
         factor = torch.where(weight != 0, self.world_size / weight, 0.0)
         if loss_scale is not None:
             factor = factor / loss_scale.value.to(factor.device).to(factor.dtype)
-        scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
-        norm = clip_gradients(optimizer, clip)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        scale_gradients(parameters, factor)
+        norm = clip_gradients(parameters, clip)
         norm = norm.to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()
         if loss_scale is not None:
             norm = loss_scale.skip_overflow(mean, norm)
-        if before is not None:
-            finite = finite & before.isfinite()
+        if previous_norm is not None:
+            finite = finite & previous_norm.isfinite()
         if on_device:
             vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # interface of torch's GradScaler
         if on_device or finite:
@@ -355,8 +356,8 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def _join(self) -> None:
-        if self._lockstep is not None:
-            self._lockstep.join()
+        if self._forward_sync is not None:
+            self._forward_sync.join()
 
     def close(self) -> None:
         """Destroy the process group, if there is one."""
@@ -367,7 +368,7 @@ class Engine:
 _ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[(1,|\d+, \d+, 1, 1\])"
 
 
-def meet(device: torch.device, seconds: float, at_work: float) -> None:
+def join_process_group(device: torch.device, seconds: float, at_work: float) -> None:
     """Join the process group that the environment describes (`WORLD_SIZE`, `MASTER_ADDR` ...), or stay in a joined one.
 
     Args:

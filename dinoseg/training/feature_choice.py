@@ -74,7 +74,7 @@ class CacheOptions:
             if the head computes its features itself.
         dtype: type in which features are cached.
         gib: maximum size in GiB; None: all of the free disk but 1 GiB, or half of the free memory.
-        before: choice of the run that is resumed, which `auto` repeats: off, disk or memory; None: unknown.
+        previous: choice of the run that is resumed, which `auto` repeats: off, disk or memory; None: unknown.
 
     Raises:
         UserError: `dtype` is unknown.
@@ -86,7 +86,7 @@ class CacheOptions:
     parts: Mapping[str, str]
     dtype: Stored = "float16"
     gib: Positive | None = None
-    before: str | None = None
+    previous: str | None = None
 
     def __post_init__(self) -> None:
         """Validate the type."""
@@ -94,14 +94,15 @@ class CacheOptions:
             raise UserError(f"features.dtype={self.dtype} is unknown. Choose one of {', '.join(TYPES)}, or auto.")
 
 
-def stored_as(requested: Any, before: Mapping[str, str | None]) -> Any:
+def stored_as(requested: Any, previous_choices: Mapping[str, str | None]) -> Any:
     """Resolve `features.dtype`: `auto` is the type of the run that is resumed, or float16.
 
     A resumed run that has cached no features uses float32, which gives the same numbers.
     """
     if requested != "auto":
         return requested
-    return before.get("features.dtype") or ("float32" if before.get("engine.cache") == "off" else "float16")
+    is_uncached = previous_choices.get("engine.cache") == "off"
+    return previous_choices.get("features.dtype") or ("float32" if is_uncached else "float16")
 
 
 class _Uncached(UserError):
@@ -134,7 +135,7 @@ def feature_cache(
     Raises:
         UserError: caching is requested but impossible.
     """
-    wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
+    wanted = plan.previous if engine.cache == "auto" and plan.previous in CACHES else engine.cache
     chosen, reason = None, "This run started without a cache: set engine.cache=disk or memory to use one."
     if wanted != "off":
         chosen, reason = engine.run_on_rank0(lambda: _choose_or_explain(wanted, data_module, model, engine, plan))

@@ -89,7 +89,7 @@ class BackboneFreeze:
 def build_freeze(backbone: Backbone, optimizer: Optimizer, *, is_single: bool) -> BackboneFreeze | None:
     """Return the freeze that is set in the optimizer's groups of a backbone; None if it is trained from the start."""
     groups = [group for group in optimizer.param_groups if group["backbone"]]
-    until = max((group["start"] for group in groups), default=0.0)
+    until = max((group["frozen_until"] for group in groups), default=0.0)
     if not until:
         return None
     parameters = [parameter for group in groups for parameter in group["params"]]

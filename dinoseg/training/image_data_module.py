@@ -150,7 +150,7 @@ class ImageDataModule:
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""
-        shown = ShownImages(self.val, self.pictures, rank=self.rank, world_size=self.world_size)
+        collector = PictureCollector(self.val, self.pictures, rank=self.rank, world_size=self.world_size)
         scores = evaluate(
             model,
             self.val,
@@ -158,12 +158,12 @@ class ImageDataModule:
             strategy=self.strategy,
             background=self.background,
             loss=loss,
-            on_batch=shown.add,
+            on_batch=collector.add,
             rows=MetricRows(self.metrics, self.val, self.rank, self.world_size) if self.metrics else None,
             batches=None if self.cache is None else self._cached_batches(self.cache, model, engine),
         )
         by_class = {f"iou/{self.val.classes[row['id']]}": row["iou"] for row in scores["classes"]}
-        return Validation(scores | by_class, shown.pictures)
+        return Validation(scores | by_class, collector.pictures)
 
     def _cached_batches(
         self, cache: FeatureCache, model: SegmentationModel, engine: Engine
@@ -176,8 +176,8 @@ class ImageDataModule:
             yield views if whole else Batch.stack([self.val[index]])
 
 
-class ShownImages:
-    """Visualised predictions of some images of a validation.
+class PictureCollector:
+    """Collector of visualised predictions of some images of a validation.
 
     Args:
         data: validation dataset.
@@ -191,15 +191,15 @@ class ShownImages:
 
     def __init__(self, data: SegmentationData, wanted: int, *, rank: int, world_size: int) -> None:
         self._data = data
-        self._shown = spread(len(data), wanted, world_size)
+        self._chosen = spread(len(data), wanted, world_size)
         self._indices = count(rank, world_size)
         self._draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
         self.pictures: dict[str, np.ndarray] = {}
 
     def add(self, batch: Batch, ids: Tensor, _: Tensor) -> None:
-        """Draw those images of the next batch that are shown."""
+        """Draw those images of the next batch that are chosen."""
         for row, index in enumerate(islice(self._indices, len(ids))):
-            if index in self._shown:
+            if index in self._chosen:
                 frame = self._data[index]["image"].permute(1, 2, 0).numpy()
                 masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
                 self.pictures[batch.names[row]] = self._draw(frame, *masks, longest=SHOWN_SIDE)

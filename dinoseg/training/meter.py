@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -128,8 +128,9 @@ class Meter:
 
     @contextmanager
     def measure_validation(self) -> Iterator[None]:
-        """Count the time of the block as a validation, not as training."""
-        yield
+        """Count the time of the block as a validation, not as training; the wall-clock limit reserves time for it."""
+        with nullcontext() if self._limit is None else self._limit.measure_validation():
+            yield
         now = self._clock()
         self._validated.append(now - self._mark)
         self._mark = now

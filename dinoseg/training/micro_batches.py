@@ -52,7 +52,7 @@ class MicroBatches:
         self._parts = 1  # of a batch
         self._shortage: str | None = None  # reason of the newest out-of-memory error
 
-    def of_step(self, stream: Iterator[Any], output: StepOutput) -> Iterator[Any]:
+    def split_step(self, stream: Iterator[Any], output: StepOutput) -> Iterator[Any]:
         """Yield the micro-batches of the next step; run each within `retry_batch`, and add it to `output`.
 
         If memory does not suffice, the step starts again with smaller micro-batches and the same random draws.

@@ -60,9 +60,9 @@ def parameter_groups(
     `freeze_backbone_until`.
 
     Returns:
-        Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `start` is the share of
-        the training before which they are not trained. `backbone` states whether they belong to the backbone, which
-        has no gradients until then.
+        Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `frozen_until` is the
+        share of the training before which they are not trained. `backbone` states whether they belong to the backbone,
+        which has no gradients until then.
 
     Raises:
         UserError: nothing is trainable.
@@ -83,8 +83,8 @@ def parameter_groups(
             if layer_decay is not None:
                 rate *= layer_decay ** above[id(parameter)]
         decay = weight_decay if parameter in decayed else 0.0
-        start = freeze_backbone_until if backbone else delayed_start if id(parameter) in delayed else 0.0
-        values = {"base_lr": rate, "weight_decay": decay, "start": start, "backbone": backbone}
+        frozen_until = freeze_backbone_until if backbone else delayed_start if id(parameter) in delayed else 0.0
+        values = {"base_lr": rate, "weight_decay": decay, "frozen_until": frozen_until, "backbone": backbone}
         group = groups.setdefault((*values.values(),), {"params": [], "names": [], "lr": rate, **values})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -163,13 +163,9 @@ def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
         torch._foreach_mul_(gradients, scale.to(first.dtype).to(first.device))  # MPS has no float64
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
-    """Clip the gradients of all trained parameters to a norm of at most `max_norm`; return the norm before, ()."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    if not trained:
-        return torch.zeros((), device=parameters[0].device)
-    return full_tensor(nn.utils.clip_grad_norm_(trained, max_norm or math.inf))
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Clip the gradients of `parameters` to a norm of at most `max_norm`; return the norm before, ()."""
+    return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 class Schedule(Protocol):
@@ -294,8 +290,8 @@ def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, step
     """
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * schedule(step, steps, group["backbone"])
-        if group["start"] and not group["backbone"]:
-            group["lr"] *= min(1.0, max(0.0, (step / steps - group["start"]) / _RISE))
+        if group["frozen_until"] and not group["backbone"]:
+            group["lr"] *= min(1.0, max(0.0, (step / steps - group["frozen_until"]) / _RISE))
     return max(group["lr"] for group in optimizer.param_groups)
 
 

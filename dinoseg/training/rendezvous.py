@@ -73,12 +73,12 @@ def share_from_rank0(text: Callable[[], str], *, connect: float, wait: float) ->
     if rank == 0:
         publish = partial(_publish, store, key, ranks, connect)
         try:
-            made = text()
+            content = text()
         except UserError as error:
             publish(f"error {error}")
             raise
-        publish(f"text {made}")
-        return made
+        publish(f"text {content}")
+        return content
     store.set_timeout(timedelta(seconds=wait))
     with reach_ranks(wait):
         kind, _, content = store.get(key).decode().partition(" ")

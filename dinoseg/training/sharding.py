@@ -85,7 +85,7 @@ def _is_distributed(value: Tensor) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-class Lockstep:
+class ForwardSync:
     """Synchroniser of the ranks' forward passes when they predict unequal numbers of images.
 
     Each pass gathers shards from all ranks, so all ranks have to run the same number of passes. A rank that has

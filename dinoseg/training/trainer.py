@@ -18,7 +18,7 @@ from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint
 from dinoseg.training.data_module import DataModule
 from dinoseg.training.engine import Engine
-from dinoseg.training.freeze import BackboneFreeze, build_freeze
+from dinoseg.training.freeze import build_freeze
 from dinoseg.training.loss_scale import LossScale, widen_predictions
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
@@ -83,7 +83,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class TrainingSetup:
     """All parts of a training.
 
     Args:
@@ -109,7 +109,7 @@ class Experiment:
     settings: Settings
 
 
-def fit(experiment: Experiment) -> Progress:
+def fit(setup: TrainingSetup) -> Progress:
     """Train from where the checkpoint stands until all steps are done, and return the progress of the run.
 
     Raises:
@@ -118,20 +118,21 @@ def fit(experiment: Experiment) -> Progress:
         Interrupted: by a signal; the first one waits for the end of the step. This and any other error except
             `NonFiniteLoss` save the last completed step.
     """
-    model, criterion, optimizer = experiment.model, experiment.criterion, experiment.optimizer
-    data, engine, settings = experiment.data, experiment.engine, experiment.settings
+    model, criterion, optimizer = setup.model, setup.criterion, setup.optimizer
+    data, engine, settings = setup.data, setup.engine, setup.settings
     check_score(settings.score, data.score_names)
     net = engine.prepare(model)
     # each of these is None in a training without it
     ema = build_ema(model, settings.ema)
     scale = engine.loss_scale()
     freeze = build_freeze(model.backbone, optimizer, is_single=engine.world_size == 1)
-    limit = build_time_limit(settings, engine, freeze)
-    schedule = experiment.schedule if freeze is None else freeze.restart(experiment.schedule)
+    frozen_until = 0.0 if freeze is None else freeze.until
+    limit = None if settings.max_minutes is None else TimeLimit(settings.max_minutes, engine, frozen_until=frozen_until)
+    schedule = setup.schedule if freeze is None else freeze.restart(setup.schedule)
     state = (model, optimizer, ema, scale)
-    progress = experiment.checkpoints.restore(*state)
+    progress = setup.checkpoints.restore(*state)
     metrics = MetricsQueue(engine, optimizer)
-    emergency = EmergencyCheckpoint(experiment.checkpoints, *state, metrics.are_finite)
+    emergency = EmergencyCheckpoint(setup.checkpoints, *state, metrics.are_finite)
     micro = MicroBatches(engine, criterion, model.head.min_batch_size, settings.accumulate, undo=emergency.undo)
     stream = data.train_batches(start=progress.step * settings.accumulate)
     epoch = data.epoch / settings.accumulate
@@ -140,9 +141,9 @@ def fit(experiment: Experiment) -> Progress:
     model.train()
     with defer_signals(NOTICE) as stop, emergency, closing(meter):
         if progress.validation_pending:
-            with meter.measure_validation(), limit.measure_validation() if limit else nullcontext():
-                validate(experiment, ema, stop)
-            experiment.checkpoints.save(*state)
+            with meter.measure_validation():
+                validate(setup, ema, stop)
+            setup.checkpoints.save(*state)
         if freeze is not None:
             freeze.log_length(progress.step, settings.steps)
         batches = meter.measure_waits(stream, lambda: data.remedy)
@@ -155,7 +156,7 @@ def fit(experiment: Experiment) -> Progress:
             rate = set_learning_rates(optimizer, schedule, step, steps)
             model.set_progress(step, steps)
             output = StepOutput(engine.device, partial(data.tally, engine) if due.log else None)
-            for batch in micro.of_step(batches, output):
+            for batch in micro.split_step(batches, output):
                 with micro.retry_batch(), engine.sync(net, micro.is_last):
                     batch = batch.to(engine.device)
                     with freeze.apply(step, steps, batch.image) if freeze else nullcontext():
@@ -168,7 +169,7 @@ def fit(experiment: Experiment) -> Progress:
             total, weight, stops = engine.total(output.total, output.weight, stop.signal)
             with emergency.mark_update():
                 mean, norm = engine.optimizer_step(
-                    optimizer, total, weight, clip=settings.clip, before=metrics.newest_norm, loss_scale=scale
+                    optimizer, total, weight, clip=settings.clip, previous_norm=metrics.newest_norm, loss_scale=scale
                 )
                 values = StepMetrics(step + 1, output.names, mean, norm, stops)
                 is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.signal > 0)
@@ -178,23 +179,16 @@ def fit(experiment: Experiment) -> Progress:
                 progress.validation_pending = due.validation
             meter.step(output.images * engine.world_size, metrics.loss, rate)
             if due.log:
-                log_step(experiment, output, metrics, scale, rate, meter.read())
+                log_step(setup, output, metrics, scale, rate, meter.read())
             if is_stopping:
                 stop.leave()
             if due.validation:
-                with meter.measure_validation(), limit.measure_validation() if limit else nullcontext():
-                    validate(experiment, ema, stop)
+                with meter.measure_validation():
+                    validate(setup, ema, stop)
             if due.save:
-                experiment.checkpoints.save(*state)
+                setup.checkpoints.save(*state)
     engine.wait()
     return progress
-
-
-def build_time_limit(settings: Settings, engine: Engine, freeze: BackboneFreeze | None) -> TimeLimit | None:
-    """Return the wall-clock limit of a training; None if there is none."""
-    if settings.max_minutes is None:
-        return None
-    return TimeLimit(settings.max_minutes, engine, frozen_until=0.0 if freeze is None else freeze.until)
 
 
 def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
@@ -205,37 +199,46 @@ def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
     return True
 
 
-def check_score(
+def selects_checkpoints(score: str, names: Sequence[str]) -> bool:
+    """Return whether a score can select the best checkpoint: it is one of a validation's, and counts all images."""
+    return score in names and find_infinite_score(score, names) is None
+
+
+def check_score(score: str, names: Sequence[str]) -> None:
+    """Refuse a score that selects no checkpoint; `names` are the scores of the validation."""
+    if not selects_checkpoints(score, names):
+        raise explain_score(score, names)
+
+
+def explain_score(
     score: str, names: Sequence[str], metrics: Sequence[str] = (), chosen: Mapping[str, Metric] | None = None
-) -> None:
-    """Refuse a score that a validation does not compute, or that counts only some of the images.
+) -> UserError:
+    """Return the error of a score that selects no checkpoint.
 
     Args:
-        score: that selects the best checkpoint.
+        score: `trainer.score`.
         names: scores of the validation.
         metrics: options of the config group `metric`, which add scores.
         chosen: metrics of the chosen options.
     """
     if whole := find_infinite_score(score, names):
-        raise UserError(
+        return UserError(
             f"trainer.score={score} counts only some of the images. Set trainer.score={whole}: it selects the fewest "
             f"infinite images, then the best {whole}{FINITE_MEAN}."
         )
-    selecting = [name for name in names if find_infinite_score(name, names) is None]
-    if score in selecting:
-        return
+    selecting = [name for name in names if selects_checkpoints(name, names)]
     if chosen and score in chosen:
         found = ", ".join(name for name in chosen[score].scores if name in selecting)
-        raise UserError(f"trainer.score={score} is not a score: metric={score} has {found}. Choose one of these.")
+        return UserError(f"trainer.score={score} is not a score: metric={score} has {found}. Choose one of these.")
     if score in metrics:
-        raise UserError(f"trainer.score={score} is the score of a metric that is not chosen. Add metric=[{score}].")
+        return UserError(f"trainer.score={score} is the score of a metric that is not chosen. Add metric=[{score}].")
     further = [name for name in metrics if name not in names]
     remedy = f"; metric=[NAME] adds {', '.join(further)}" if further else ""
-    raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(selecting)}{remedy}.")
+    return UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(selecting)}{remedy}.")
 
 
 def log_step(
-    experiment: Experiment,
+    setup: TrainingSetup,
     output: StepOutput,
     metrics: MetricsQueue,
     scale: LossScale | None,
@@ -251,42 +254,42 @@ def log_step(
         row["train/loss_scale"] = scale.value.item()
     # parts of the loss of this rank's last batch
     row |= {f"train/{name}": value.item() for name, value in output.parts.items() if name != "weight"}
-    experiment.log.scalars(experiment.checkpoints.progress.step, row)
+    setup.log.scalars(setup.checkpoints.progress.step, row)
 
 
-def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) -> None:
+def validate(setup: TrainingSetup, ema: MovingAverage | None, stop: Deferral) -> None:
     """Score the model, log the scores, and save it if it is the best so far.
 
     Raises:
         UserError: the score is undefined.
         NonFiniteLoss: the score is not finite.
     """
-    model, data, engine = experiment.model, experiment.data, experiment.engine
-    checkpoints, log = experiment.checkpoints, experiment.log
+    model, data, engine = setup.model, setup.data, setup.engine
+    checkpoints, log = setup.checkpoints, setup.log
     step = checkpoints.progress.step
     engine.seed(data.seed, step)
     began = perf_counter()
     with ema.use_average() if ema is not None else nullcontext():
         engine.broadcast_buffers(model)  # running means differ between ranks
         with stop.at_once(allowed=engine.world_size == 1):  # a resumed run starts with the pending validation
-            scores, pictures = data.validate(model, experiment.criterion, engine)
-        progress = save_if_best(experiment, scores)
+            scores, pictures = data.validate(model, setup.criterion, engine)
+        progress = save_if_best(setup, scores)
     log.images(step, pictures)
     # last: if anything fails before, the resumed run repeats the validation
     is_logged = {key: isinstance(value, float) or f"{key}{INFINITE_IMAGES}" in scores for key, value in scores.items()}
     log.scalars(step, {f"val/{key}": value for key, value in scores.items() if is_logged[key]})
     checkpoints.commit(progress)
-    logger.info(validation_line(experiment, scores, perf_counter() - began))
+    logger.info(validation_line(setup, scores, perf_counter() - began))
 
 
-def save_if_best(experiment: Experiment, scores: Mapping[str, Any]) -> Progress:
+def save_if_best(setup: TrainingSetup, scores: Mapping[str, Any]) -> Progress:
     """Save the model if its score is the best so far, or always; return the progress to commit.
 
     Raises:
         UserError: the score is undefined.
         NonFiniteLoss: it is not finite.
     """
-    name, checkpoints = experiment.settings.score, experiment.checkpoints
+    name, checkpoints = setup.settings.score, setup.checkpoints
     infinite, score = split_infinite(scores, name)
     if score is None and not infinite:
         raise UserError(f"trainer.score={name} is undefined: the validation data has no pixels or objects for it.")
@@ -295,11 +298,11 @@ def save_if_best(experiment: Experiment, scores: Mapping[str, Any]) -> Progress:
             f"val/{name} is {score} at step {checkpoints.progress.step}: it cannot select checkpoints. Set a lower "
             "optim.optimizer.lr, or check the validation data."
         )
-    lowest, evaluate = name in experiment.data.lowest, experiment.settings.evaluate
-    return checkpoints.save_if_best(experiment.model, scores, name, lowest=lowest, evaluate=evaluate)
+    lowest, evaluate = name in setup.data.lowest, setup.settings.evaluate
+    return checkpoints.save_if_best(setup.model, scores, name, lowest=lowest, evaluate=evaluate)
 
 
-def validation_line(experiment: Experiment, scores: Mapping[str, Any], seconds: float) -> str:
+def validation_line(setup: TrainingSetup, scores: Mapping[str, Any], seconds: float) -> str:
     """Return the step, the score and its best value, the loss and the duration of a validation as one line."""
 
     def text(infinite: int, score: float | None) -> str:
@@ -307,11 +310,11 @@ def validation_line(experiment: Experiment, scores: Mapping[str, Any], seconds: 
             others = "" if score is None else f", {score:.4f} for the others"
             return f"infinite for {count_of(infinite, 'image')}{others}"
         assert score is not None  # `save_if_best` refuses undefined scores
-        return f"{score:.4f}" if name in experiment.data.lowest else f"{100 * score:.2f} %"
+        return f"{score:.4f}" if name in setup.data.lowest else f"{100 * score:.2f} %"
 
-    name, progress = experiment.settings.score, experiment.checkpoints.progress
+    name, progress = setup.settings.score, setup.checkpoints.progress
     value = None if name == "loss" else scores.get("loss")
     loss = "" if value is None else f", val/loss {value:.4f}"
     best = f"best {text(progress.best_infinite, progress.best)} at step {progress.best_step}"
-    step = f"step {progress.step} of {experiment.settings.steps}"
+    step = f"step {progress.step} of {setup.settings.steps}"
     return f"{step}: val/{name} {text(*split_infinite(scores, name))} ({best}){loss}, in {seconds:.1f} s"

@@ -101,7 +101,7 @@ def _predict_batch(
         with predictor.autocast():
             prediction = predictor.model(batch.image)
         if loss is not None:
-            losses += _of_images(loss, prediction, batch)
+            losses += _losses_of_images(loss, prediction, batch)
         return *_read([prediction], size), losses
     on_pass = partial(_add_loss, loss, losses, kinds, batch) if loss is not None else None
 
@@ -136,10 +136,10 @@ def _add_loss(
     size: Size,
 ) -> None:
     """Append the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
-    losses += _of_images(loss, prediction, _cut_parts(batch, kinds, parts, places, size))
+    losses += _losses_of_images(loss, prediction, _cut_parts(batch, kinds, parts, places, size))
 
 
-def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
+def _losses_of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
     """Return the loss of each image by itself, so that it does not depend on the batch size."""
     if batch.count == 1:
         return [loss(prediction, batch)[0]]

@@ -157,7 +157,7 @@ def _find_broken_rules(value: Any, annotation: Any) -> list[str] | None:
     Of a union, the member counts whose rules fit best. Types that are not in `_PLAIN` allow everything.
     """
     ranges = [rule for rule in get_args(annotation) if isinstance(rule, Range)]
-    annotation = _bare(annotation)
+    annotation = _strip_ranges(annotation)
     kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if isinstance(value, Mapping) and "_target_" in value:  # a part, whose own arguments are checked
         return []
@@ -205,7 +205,7 @@ def _items(value: Any, kind: Any, arguments: Sequence[Any]) -> list[tuple[Any, A
     return [(item, arguments[1]) for item in value.values()] if _PLAIN.get(kind) is Mapping else []
 
 
-def _bare(annotation: Any) -> Any:
+def _strip_ranges(annotation: Any) -> Any:
     """Return an annotation without its ranges."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
@@ -213,7 +213,7 @@ def _bare(annotation: Any) -> Any:
 def _explain_type(name: str, value: Any, annotation: Any) -> str:
     """Return what to give instead of a value of another type, in Python, on the command line or in a YAML file."""
     kind = _describe_type(annotation)
-    if _is_part(_bare(annotation)):
+    if _is_part(_strip_ranges(annotation)):
         return f"A config describes a {kind} by a group of keys: set one of them, as {name}.KEY=VALUE."
     remedy = f"Give {kind}."
     if not isinstance(value, _LIST) and _find_broken_rules([value], annotation) is not None:
@@ -225,7 +225,7 @@ def _explain_type(name: str, value: Any, annotation: Any) -> str:
 
 def _describe_type(annotation: Any) -> str:
     """Return the values that an annotation allows, in words, such as `a whole number or null`."""
-    annotation = _bare(annotation)
+    annotation = _strip_ranges(annotation)
     kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if kind in (Union, UnionType):
         return " or ".join(map(_describe_type, arguments))
@@ -241,7 +241,7 @@ def _describe_type(annotation: Any) -> str:
 
 def _describe_items(annotation: Any) -> str:
     """Return the items that an annotation of a list allows, in words, such as `texts or lists of texts`."""
-    annotation = _bare(annotation)
+    annotation = _strip_ranges(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(_describe_items, get_args(annotation)))
     kind = _describe_type(annotation)

@@ -12,7 +12,7 @@ from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import Target, memory_of
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.step import training_parts
+from dinoseg.experiment.training_parts import training_parts
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.utils.errors import UserError
 

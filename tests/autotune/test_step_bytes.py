@@ -22,7 +22,7 @@ from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.step import training_parts
+from dinoseg.experiment.training_parts import training_parts
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.models.heads.mask2former import pixel_decoder, predictor

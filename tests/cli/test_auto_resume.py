@@ -18,7 +18,7 @@ from dinoseg.cli import resuming
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.experiment.recipe import run_description
-from dinoseg.tasks.images import ImageTask
+from dinoseg.tasks.images import ImageTraining
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 
@@ -212,7 +212,7 @@ def test_missing_evaluation_is_written_without_training(here, monkeypatch):
     words = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=1", "optim.optimizer.lr=1e-30")
     words = (*(word for word in AUTO if "steps" not in word), *words)
     with monkeypatch.context() as patched:
-        patched.setattr(ImageTask, "evaluate", end)
+        patched.setattr(ImageTraining, "evaluate", end)
         assert call(here, *words).status == 9
     (run,) = runs(here)
     trained = step_of(run)

@@ -48,7 +48,7 @@ def check_data(monkeypatch, splits, scale, augment=None):
     groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
     parts = Builder(OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}}))
     module = SimpleNamespace(train=None, val=None, strategy=None, augment=augment)
-    return images_task.ImageTask.check_data(SimpleNamespace(parts=parts, data_module=module))
+    return images_task.ImageTraining.check_data(SimpleNamespace(builder=parts, data_module=module))
 
 
 def test_sizes_are_those_that_the_model_was_fed():

@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.experiment.builder import Builder
-from dinoseg.modes import training_run
 from dinoseg.modes.training_run import TrainingRun, next_commands
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.tasks import images
@@ -229,10 +228,9 @@ def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 2, "train/loss": 1.0}]
 
 
-def test_end_of_a_run_is_logged_before_the_log_closes(tmp_path, monkeypatch):
+def test_end_of_a_run_is_logged_before_the_log_closes(tmp_path):
     calls = []
     log = SimpleNamespace(scores=calls.append, checkpoint=calls.append, close=lambda: calls.append("close"), views=[])
-    monkeypatch.setattr(training_run.checkpoint, "describe", lambda path: {"progress": {"step": 3}})
     checkpoints, task = SimpleNamespace(best=tmp_path / "best.safetensors"), SimpleNamespace(skipped={})
     TrainingRun(None, tmp_path, task, None).finish_log(log, {"miou": 0.5}, checkpoints)
     assert calls == [{"miou": 0.5}, checkpoints.best, "close"]

@@ -10,7 +10,7 @@ from mistakes import assert_refused
 from dinoseg.data.sources import VideoFrame
 from dinoseg.experiment.builder import Builder
 from dinoseg.tasks import images
-from dinoseg.tasks.images import ImageTask
+from dinoseg.tasks.images import ImageTraining
 from dinoseg.tasks.unmasked import _seconds, list_images
 from dinoseg.utils.images import write_png
 
@@ -25,8 +25,8 @@ def plan(compose, monkeypatch):
 
     def plan_cache(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
-        task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace())
-        ImageTask.cache_features(task, None, None, 3.0, before=before or {})
+        task = SimpleNamespace(builder=Builder(cfg), data_module=SimpleNamespace())
+        ImageTraining.cache_features(task, None, None, 3.0, previous_choices=before or {})
         return task.data_module.cache.plan
 
     return plan_cache

@@ -150,7 +150,7 @@ def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
 
 
 def test_find_takes_runs_checkpoint_folders_files_and_links(tmp_path):
-    folder = tmp_path / "run" / checkpoint.FOLDER
+    folder = tmp_path / "run" / checkpoint.CHECKPOINT_FOLDER
     for name in (LAST, BEST):
         write(folder / name, {"x": torch.zeros(1)}, INFO)
     (tmp_path / "run_2").symlink_to("run")
@@ -181,7 +181,7 @@ def test_find_takes_runs_checkpoint_folders_files_and_links(tmp_path):
 def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):
     monkeypatch.chdir(tmp_path)
     for name in ("run10", "run2"):
-        (tmp_path / "runs" / name / checkpoint.FOLDER).mkdir(parents=True)
+        (tmp_path / "runs" / name / checkpoint.CHECKPOINT_FOLDER).mkdir(parents=True)
     (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")

@@ -184,7 +184,7 @@ def of_rank(net, batches, loss, ranks, rank, done):
     output = StepOutput(engine.device, None)
     undo = partial(net.zero_grad, set_to_none=True)
     micro = MicroBatches(engine, loss, 1, len(batches), undo=undo)
-    for batch in micro.of_step(iter(batches), output):
+    for batch in micro.split_step(iter(batches), output):
         with micro.retry_batch():
             batch = batch.to(engine.device)
             prediction = net(batch.image)

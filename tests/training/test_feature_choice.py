@@ -342,17 +342,17 @@ def test_auto_explains_why_it_trains_on_images(train, caplog):
 
 def test_resumed_run_preserves_its_cache_choice_unless_changed(train, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    for before in ("disk", "memory"):
-        assert train("auto", epochs=20, before=before)[1].cache.place == before
+    for previous in ("disk", "memory"):
+        assert train("auto", epochs=20, previous=previous)[1].cache.place == previous
         assert "Feature cache: on (engine.cache=auto), in" in caplog.text
         assert "as at the start of this run" in caplog.text
         caplog.clear()
-    assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "at the start" not in caplog.text
-    for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: the rule decides
-        assert train("auto", epochs=20, before=before)[1].cache.place == "memory"
+    assert train("disk", epochs=20, previous="off")[1].cache.place == "disk" and "at the start" not in caplog.text
+    for previous in (None, "elsewhere"):  # unknown, or of a file that somebody has written: the rule decides
+        assert train("auto", epochs=20, previous=previous)[1].cache.place == "memory"
         assert "at the start" not in caplog.text
     monkeypatch.setattr(choice, "measure_features", lambda *_: pytest.fail("what is known is measured"))
-    assert train("auto", epochs=20, before="off")[1].cache is None
+    assert train("auto", epochs=20, previous="off")[1].cache is None
     assert "This run started without a cache: set engine.cache=disk or memory to use one." in caplog.text
 
 

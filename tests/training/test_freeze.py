@@ -222,7 +222,7 @@ def test_delayed_head_modules_start_late_and_get_gradients(monkeypatch):
     model = segmenter()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     plain = parameter_groups(model, lr=0.1, weight_decay=0.0)
-    assert not any(group["start"] for group in plain if group["backbone"])
+    assert not any(group["frozen_until"] for group in plain if group["backbone"])
     with freeze_of(model, 0.3).apply(0, 10, None):
         assert all(parameter.requires_grad for parameter in model.head.parameters())
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())

@@ -138,7 +138,7 @@ def micro_batches(loss=None, undo=lambda: None, world_size=1):
 def run(micro, work, batch):
     """Call `work` with each micro-batch of a step of one batch; return the output of the step."""
     output = StepOutput(torch.device("cpu"), None)
-    for part in micro.of_step(iter([batch]), output):
+    for part in micro.split_step(iter([batch]), output):
         with micro.retry_batch():
             work(part)
             output.add(BatchLoss(torch.ones(()), torch.ones(()), {}), None, part)

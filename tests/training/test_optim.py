@@ -143,13 +143,13 @@ def test_delayed_modules_start_at_zero_and_warm_up_linearly(monkeypatch):
     late = model.head.norm
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [late]))
     optimizer = adamw(model, lr=0.5, weight_decay=0.1)
-    names = {name for group in optimizer.param_groups if group["start"] for name in group["names"]}
+    names = {name for group in optimizer.param_groups if group["frozen_until"] for name in group["names"]}
     assert names == {"head.norm.weight", "head.norm.bias"}
     for step, risen in ((0, 0.0), (6, 0.0), (7, 0.5), (8, 1.0), (18, 1.0)):
         assert set_learning_rates(optimizer, lambda *_: 0.1, step, 20) == pytest.approx(0.05)
-        (rate,) = {group["lr"] for group in optimizer.param_groups if group["start"]}
+        (rate,) = {group["lr"] for group in optimizer.param_groups if group["frozen_until"]}
         assert rate == pytest.approx(0.05 * risen)
-        assert {group["lr"] for group in optimizer.param_groups if not group["start"]} == {0.05}
+        assert {group["lr"] for group in optimizer.param_groups if not group["frozen_until"]} == {0.05}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 

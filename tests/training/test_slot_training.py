@@ -260,7 +260,7 @@ def parts(movi, compose):
     def build(*more, root=movi / "movi"):
         builder = Builder(compose(*SLOTS, f"data.root={root}", *more))
         engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-        task = builder.training_task
+        task = builder.training_method
         task.open(engine)
         return builder.model().eval(), engine, task.data_module, builder.loss(None)
 

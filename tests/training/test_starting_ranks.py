@@ -10,7 +10,7 @@ import torch
 from mistakes import assert_refused
 
 from dinoseg.cli.ranks import is_first_rank, join_slurm
-from dinoseg.training.engine import meet
+from dinoseg.training.engine import join_process_group
 from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
 
@@ -180,7 +180,7 @@ def test_given_thread_count_is_unchanged(environment, monkeypatch):
 def test_ranks_that_do_not_meet_say_where_and_for_how_long(environment, rank, changes, said):
     environment |= {"RANK": rank, "WORLD_SIZE": "2", **changes}
     with pytest.raises(UserError, match=said):
-        meet(torch.device("cpu"), 1.0, 60.0)
+        join_process_group(torch.device("cpu"), 1.0, 60.0)
 
 
 def test_ranks_use_the_given_timeout_and_ignore_equal_strides(environment, monkeypatch):
@@ -190,7 +190,7 @@ def test_ranks_use_the_given_timeout_and_ignore_equal_strides(environment, monke
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **given: told.update(given))
     said = "Grad strides do not match bucket view strides.\ngrad.sizes() = [{}], strides() = [696, 24, 1]"
     with warnings.catch_warnings():
-        meet(torch.device("cpu"), 5.0, 7.5)
+        join_process_group(torch.device("cpu"), 5.0, 7.5)
         warnings.warn(said.format("1, 4, 24"), stacklevel=1)
         warnings.warn(said.format("11, 768, 1, 1"), stacklevel=1)  # of `head.linear_skip`
         for other in ("16, 4, 24", "11, 768, 3, 3"):

@@ -92,7 +92,14 @@ def train(
     groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, freeze_backbone_until=begin)
     parts = {"engine": engine, "loss": loss(), "schedule": schedule("constant"), "writes": engine.is_main}
     parts["optimizer"] = torch.optim.AdamW(groups, fused=True) if adamw else torch.optim.SGD(groups)
-    settings = {"score": "loss", "steps": 3, "val_every": 3, "clip": None, "start": start and read(start), **options}
+    settings = {
+        "score": "loss",
+        "steps": 3,
+        "val_every": 3,
+        "clip": None,
+        "start": start and read(start),
+        **options,
+    }
     done = train_model(model, data_module, folder, **parts, **settings)
     names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou", *OUTLINES)
     rows = [{name: row[name] for name in names if name in row} for row in done.rows]

@@ -17,7 +17,7 @@ from dinoseg.autotune.rules import Length, RecipeCase, RecipeChoice, length_with
 from dinoseg.autotune.timing import RecipeTimes, estimate_times, time_recipe
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.step import training_parts
+from dinoseg.experiment.training_parts import training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.training.engine import Engine
 from dinoseg.utils.ranges import Range
@@ -203,12 +203,12 @@ def time_config(
     build = Builder.of(values)
     engine = build.engine(devices=1)
     build = build.with_changes({"data": {"batch_size": max(1, build.value("data.batch_size") // ranks)}})
-    task = build.training_task
-    task.open(engine)
+    method = build.training_method
+    method.open(engine)
     return time_recipe(
         training_parts(build) if trains else None,
         training_parts(build, _FROZEN if trains else None) if freezes else None,
-        task.data_module,
+        method.data_module,
         engine,
         began=began,
         minutes=minutes,

@@ -27,7 +27,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
-from dinoseg.experiment.step import check_trainer
+from dinoseg.experiment.training_parts import check_trainer
 from dinoseg.tasks.images import SAMPLING
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import forms
@@ -141,7 +141,7 @@ def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     build.arguments(Budget, {"minutes": "budget.minutes"})
     refuse_layers(build.task, "hparam=auto", "Choose loss=bce_dice and a head yourself, with hparam=base.")
-    if build.training_task.on_clips or "unlabelled" in build.value("trainer"):
+    if build.training_method.on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
             "recipe: mode=help lists them."

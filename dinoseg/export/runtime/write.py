@@ -25,7 +25,7 @@ from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.adapters import check_active
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, stateless_modules, trained_names
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import FOLDER
+from dinoseg.training.checkpoint import CHECKPOINT_FOLDER
 from dinoseg.training.description import PRECISION
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
 from dinoseg.training.progress import Progress
@@ -406,7 +406,9 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
     """
     if evaluation is None:
         folder, split = path.parent.parent / "evaluation", "val"
-        has_scores = path.parent.name == FOLDER and path.stem == "best" and (folder / "scores.json").is_file()
+        has_scores = (
+            path.parent.name == CHECKPOINT_FOLDER and path.stem == "best" and (folder / "scores.json").is_file()
+        )
         # an evaluation older than the checkpoint scored an earlier best
         if not has_scores or (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
             return None

@@ -61,10 +61,14 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
         return _from_file(config, path, cut, local_cls_norm)
     if path.is_dir():
         return _from_folder(weights, path, cut, config)
+    return _from_hub(weights, cut, config)
+
+
+def _from_hub(weights: str, cut: Callable[[Any], None], config: Any) -> nn.Module:
     name = weights.removeprefix(_TIMM)
     if name != weights or _is_timm_model(name):
         raise UserError(f"weights={weights} is a model of timm. Choose backbone=timm with name={name}.")
-    if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
+    if not _HUB_ID.fullmatch(weights) or Path(weights).suffix in (".safetensors", *PICKLED):
         raise UserError(f"weights={weights}: file or folder not found. Check the path.")
     name, _, revision = weights.partition("@")
     revision = revision or "main"

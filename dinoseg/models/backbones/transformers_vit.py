@@ -107,8 +107,9 @@ class TransformersVit(Backbone):
             _resample_patches(self.model, patch_size)
         projection = _patch_projection(self.model)
         projection.__class__ = PatchProjection
-        adapt_input(projection, channels, channel_weights)
-        _set_channels(self.model, channels)
+        if projection.in_channels != channels or channel_weights is not None:
+            adapt_input(projection, channels, channel_weights)
+            _set_channels(self.model, channels)
         self.model.to(DTYPES[dtype])
         mask_queries_only(self.model)
         if checkpointing:
@@ -135,26 +136,21 @@ class TransformersVit(Backbone):
         may be prepended, and the first Q rows of the attention masked with `attention_mask` (B, 1, Q, N), bool, True =
         attend.
         """
-        return self._tokens(pixels), self._block_kwargs((pixels.shape[-2], pixels.shape[-1]))
-
-    def _tokens(self, pixels: Tensor) -> Tensor:
-        parts: Any = self.model.embeddings
-        pixels = pixels.to(parts.cls_token.dtype)
-        return parts(pixels) if self._turns_positions else self._embed_with_learned_positions(pixels)
+        block_kwargs = self._block_kwargs((pixels.shape[-2], pixels.shape[-1]))
+        embeddings: Any = self.model.embeddings
+        pixels = pixels.to(embeddings.cls_token.dtype)
+        tokens = embeddings(pixels) if block_kwargs else self._embed_with_learned_positions(pixels)
+        return tokens, block_kwargs
 
     def _block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
         """Return the block keyword arguments for padded pixels of `size` (H, W): rotary positions, if any."""
         model: Any = self.model
-        if not self._turns_positions:
+        if not hasattr(model, "rope_embeddings"):
             return {}
         pixels = model.embeddings.cls_token.new_empty(()).expand(
             1, self.channels, *size
         )  # only shape and dtype are used
         return {"position_embeddings": model.rope_embeddings(pixels)}
-
-    @property
-    def _turns_positions(self) -> bool:
-        return hasattr(self.model, "rope_embeddings")
 
     def _embed_with_learned_positions(self, pixels: Tensor) -> Tensor:
         # transformers resamples positions differently from the code that trained the weights

@@ -158,11 +158,11 @@ def boundary_rows(distances: Sequence[int], bands: np.ndarray) -> list[tuple[str
     These are of all errors and of all pixels at the distance, and of wrong pixels in the band alone.
     """
     pixels, wrong = bands.sum(axis=0)
-    shown = np.concatenate([np.cumsum(bands[:-1], axis=0), bands[-1:]])
+    cumulative = np.concatenate([np.cumsum(bands[:-1], axis=0), bands[-1:]])
     names = [f"within {end} px" for end in distances] + [f"beyond {distances[-1]} px"]
     return [
         (name, [_divide(errors, wrong), _divide(near, pixels), _divide(band[1], band[0])])
-        for name, (near, errors), band in zip(names, shown.tolist(), bands.tolist(), strict=True)
+        for name, (near, errors), band in zip(names, cumulative.tolist(), bands.tolist(), strict=True)
     ]
 
 
@@ -219,11 +219,11 @@ def calibration_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def training_charts(rows: Sequence[Mapping[str, Any]], selecting: str | None = None) -> list[dict[str, Any]]:
     """Return the curves of a training's log, mIoU and accuracy in percent; with that of another selecting score."""
-    shown = list(_TRAINING_CURVES)
-    if selecting is not None and not any(f"val/{selecting}" in keys.values() for _, keys, _, _ in shown):
-        shown.append((selecting, {"validation": f"val/{selecting}"}, selecting, 1))
+    panels = list(_TRAINING_CURVES)
+    if selecting is not None and not any(f"val/{selecting}" in keys.values() for _, keys, _, _ in panels):
+        panels.append((selecting, {"validation": f"val/{selecting}"}, selecting, 1))
     charts = []
-    for title, keys, name, factor in shown:
+    for title, keys, name, factor in panels:
         curves = [(label, points) for label, key in keys.items() if (points := _finite_points(rows, key, factor))]
         if not curves:
             continue

@@ -42,10 +42,10 @@ class TensorBoardLogger(Logger):
         """Write the row of the run, and each score as `final/NAME`."""
         from torch.utils.tensorboard.summary import hparams
 
-        shown = {key: value for key, value in self._settings.items() if isinstance(value, int | float | str)}
+        plain = {key: value for key, value in self._settings.items() if isinstance(value, int | float | str)}
         final = {f"final/{key}": value for key, value in values.items() if isinstance(value, float)}
         # like add_hparams, but without its separate folder, which would appear as another run
-        for summary in hparams(shown, final):
+        for summary in hparams(plain, final):
             self._writer.file_writer.add_summary(summary)
         for key, value in final.items():
             self._writer.add_scalar(key, value)

@@ -21,7 +21,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
-from dinoseg.experiment.step import training_parts
+from dinoseg.experiment.training_parts import training_parts
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.models.heads.slots.predictor import check_heads
-from dinoseg.models.heads.slots.transformer import HEADS, zero_biases
+from dinoseg.models.heads.slots.transformer import NUM_HEADS, zero_biases
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import NotNegative, Positive
@@ -300,17 +300,17 @@ class Standardiser(nn.BatchNorm2d):
 def slot_sizes(num_slots: int | Sequence[int], groups: str) -> list[int]:
     """Return the number of slots in each group; a single group if groups are off."""
     sizes = [num_slots] if isinstance(num_slots, int) else list(num_slots)
-    shown = str(sizes).replace(" ", "") if not isinstance(num_slots, int) else num_slots
+    given_text = str(sizes).replace(" ", "") if not isinstance(num_slots, int) else num_slots
     if min(sizes, default=0) < 1:
-        raise UserError(f"num_slots={shown}: give at least 1 slot; with groups, two such numbers.")
+        raise UserError(f"num_slots={given_text}: give at least 1 slot; with groups, two such numbers.")
     if groups == "off" and not isinstance(num_slots, int):
         raise UserError(
-            f"num_slots={shown} with groups=off: without groups give one number, such as "
+            f"num_slots={given_text} with groups=off: without groups give one number, such as "
             f"num_slots={sum(sizes)}, or set groups=initial or always."
         )
     if groups != "off" and len(sizes) != 2:
         raise UserError(
-            f"num_slots={shown} with groups={groups}: give the numbers of background and of foreground "
+            f"num_slots={given_text} with groups={groups}: give the numbers of background and of foreground "
             f"slots, such as num_slots=[5,5]."
         )
     return sizes
@@ -348,7 +348,7 @@ class SlotSelfAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, NUM_HEADS, batch_first=True)
 
     def forward(self, slots: Tensor) -> Tensor:
         """Return updated slots (B, S, D)."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dinoseg.models.heads.slots.transformer import HEADS, SlotBlock
+from dinoseg.models.heads.slots.transformer import NUM_HEADS, SlotBlock
 from dinoseg.utils.errors import UserError
 
 PredictorKind = Literal["savi", "transformer", "carry", "none"]
@@ -18,7 +18,7 @@ class SaviPredictor(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, NUM_HEADS, batch_first=True)
         self.norm_attention = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
         self.norm_mlp = nn.LayerNorm(dim)
@@ -46,8 +46,8 @@ def make_predictor(kind: PredictorKind, dim: int) -> nn.Module | None:
 
 def check_heads(dim: int, user: str) -> None:
     """Refuse a slot width that is not divisible by the number of attention heads."""
-    if dim % HEADS:
+    if dim % NUM_HEADS:
         raise UserError(
-            f"slot_dim={dim} is not a multiple of {HEADS}, the heads of {user}. Choose "
-            f"slot_dim={dim // HEADS * HEADS or HEADS} or {(dim // HEADS + 1) * HEADS}."
+            f"slot_dim={dim} is not a multiple of {NUM_HEADS}, the heads of {user}. Choose "
+            f"slot_dim={dim // NUM_HEADS * NUM_HEADS or NUM_HEADS} or {(dim // NUM_HEADS + 1) * NUM_HEADS}."
         )

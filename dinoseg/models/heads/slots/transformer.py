@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = 4  # attention heads between slots
+NUM_HEADS = 4  # attention heads between slots
 
 
 def zero_biases(layers: nn.Module) -> None:
@@ -29,7 +29,7 @@ class MultiHeadAttention(nn.Module):
     by 1 / sqrt(width); trained weights and published scores rely on it.
 
     Args:
-        dim: width of queries, memory and output; a multiple of `HEADS`.
+        dim: width of queries, memory and output; a multiple of `NUM_HEADS`.
     """
 
     def __init__(self, dim: int) -> None:
@@ -42,7 +42,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """Return (B, Q, dim) for queries (B, Q, dim) and memory (B, M, dim), the source of keys and values."""
         parts = (self.query(queries), self.key(memory), self.value(memory))
-        query, key, value = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in parts)  # (B, heads, N, C)
+        query, key, value = (part.unflatten(2, (NUM_HEADS, -1)).transpose(1, 2) for part in parts)  # (B, heads, N, C)
         attended = F.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** 0.5)
         return self.out(attended.transpose(1, 2).flatten(2))
 

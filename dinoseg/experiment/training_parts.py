@@ -34,7 +34,7 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
         return model
 
     def settings(steps: int) -> Settings:
-        return build.loop_settings({"steps": steps, "val_every": _NEVER, "save_every": None, "max_minutes": None})
+        return build.part("trainer.loop")(steps=steps, val_every=_NEVER, save_every=None, max_minutes=None)
 
     shape = _sample_shape(build)
     checkpointing = {name: build.value(f"{name}.checkpointing") for name in ("backbone", "head")}

@@ -1,4 +1,4 @@
-"""Base class of training tasks: everything before the first step and after the last; `fit` runs the steps between."""
+"""Base class of training methods: everything before the first step and after the last; `fit` runs the steps between."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -16,14 +16,14 @@ from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
 
 
-class TrainingTask(ABC):
-    """Base class of training tasks: their data, the checks of their parts, and the evaluation of the best checkpoint.
+class TrainingMethod(ABC):
+    """Base class of training methods: their data, the checks of their parts, and the evaluation of the best checkpoint.
 
     A config names a task as `trainer.method._target_`; further keys of that node are its own options. The constructor
     reads no files. `open` lists the data, and sets `data_module`, `labels`, `labelled` and `split`.
 
     Args:
-        parts: builds the parts of the experiment.
+        builder: builds the parts of the experiment.
 
     Attributes:
         what: name of the training samples, for messages.
@@ -47,8 +47,8 @@ class TrainingTask(ABC):
     unread: Collection[str] = ()
     unread_because: str = ""
 
-    def __init__(self, parts: Builder) -> None:
-        self.parts = parts
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
 
     @abstractmethod
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
@@ -78,7 +78,7 @@ class TrainingTask(ABC):
         return loss
 
     def cache_features(
-        self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, engine: Engine, epochs: float, *, previous_choices: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed cache the features of the frozen part of a model, if `engine.cache` enables it.
 
@@ -86,7 +86,7 @@ class TrainingTask(ABC):
             model: on the device.
             engine: device and ranks.
             epochs: of the whole training.
-            before: choices of a resumed run, by key; empty for a new run.
+            previous_choices: choices of a resumed run, by key; empty for a new run.
 
         Returns:
             Where features are cached (engine.cache) and in which type (features.dtype); empty if they are not cached.
