@@ -1,6 +1,5 @@
 """Entry point of `python -m dinoseg`: composes the config and launches the job."""
 
-import argparse
 import os
 import sys
 import traceback
@@ -55,20 +54,15 @@ def _command(arguments: list[str]) -> None:
         sys.exit(1)
     import hydra
 
-    from dinoseg.cli.completion import hide_base_options
-    from dinoseg.cli.extras import hush_schemas
+    from dinoseg.cli.hydra_setup import hide_base_options, set_up_hydra
     from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.typos import check_words, explain_errors
     from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
-    from dinoseg.config.resolvers import register_resolvers
     from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
-    register_resolvers()
-    hush_schemas()
+    set_up_hydra()
     folders = config_folders(arguments, Path(CONFIGS))
-    # Python 3.14 formats each help text when it is added, which fails on an object that Hydra 1.3 passes
-    argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
         with explain_errors(arguments, folders), file_errors_as_user_errors(Path.cwd()):
@@ -95,11 +89,11 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from dinoseg.cli.launch import launch
+    from dinoseg.cli.launch import Job, launch
     from dinoseg.cli.typos import explain_errors
     from dinoseg.config.job import job_config
     from dinoseg.config.plain import to_container
-    from dinoseg.experiment.folder import locate_runs
+    from dinoseg.experiment.location import locate_runs
     from dinoseg.utils.errors import UserError
     from dinoseg.utils.interrupt import Interrupted, raise_on_signal
 
@@ -108,8 +102,8 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
         with raise_on_signal(), explain_errors(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
-            out_dir = Path(hydra_cfg.runtime.output_dir)
-            return launch(composed, out_dir, words, locate_runs(hydra_cfg, out_dir))
+            location = locate_runs(hydra_cfg, Path(hydra_cfg.runtime.output_dir))
+            return launch(Job(composed, location, words))
     except UserError as error:
         message = str(error)
         _print_error(message)

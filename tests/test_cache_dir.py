@@ -11,7 +11,7 @@ from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.video.index import find_index
-from dinoseg.experiment.folder import remember_folder
+from dinoseg.experiment.location import remember_folder
 from dinoseg.training.feature_cache.key import origin
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")

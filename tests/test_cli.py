@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 import dinoseg
 from dinoseg.__main__ import CONFIGS, main
-from dinoseg.cli import launch, words
-from dinoseg.cli.ranks import LAUNCH_KEYS
+from dinoseg.cli import job_checks, words
+from dinoseg.cli.run_mode import FILE_KEYS
 from dinoseg.modes.help import overview
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
@@ -82,10 +82,10 @@ def test_help_is_the_overview(arguments, tmp_path):
 def test_a_mode_that_a_config_file_chooses_needs_no_word():
     chosen = OmegaConf.create({"choices": {"mode": "mine"}})
     typed = OverridesParser.create().parse_overrides(["hparam=mine"])
-    launch._check_mode(chosen, typed)
+    job_checks._check_mode(chosen, typed)
     chosen.choices.mode = "help"
     with pytest.raises(UserError, match="No mode is given"):
-        launch._check_mode(chosen, typed)
+        job_checks._check_mode(chosen, typed)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in options("mode") if mode != "help"])
@@ -93,7 +93,7 @@ def test_help_of_a_mode_is_of_its_own_keys(mode, tmp_path):
     done = call(tmp_path, f"mode={mode}", "--help")
     assert done.status == 0 and not done.err and f"Keys of mode={mode}" in done.out
     own = (read_node("mode", "serve") if mode == "app" else {}) | read_node("mode", mode)
-    keys = [key for key in own if not key.startswith("_") and key not in ("defaults", *LAUNCH_KEYS[1:])]
+    keys = [key for key in own if not key.startswith("_") and key not in ("defaults", *FILE_KEYS)]
     roots = [key for key in keys if own[key] == f"${{{key}}}"]  # set without `mode.`
     keys = [key for key in keys if key not in roots]
     tables = {key: [f"{key}.{name}" for name in own[key] if name[0] != "_"] for key in keys if type(own[key]) is dict}
@@ -512,8 +512,9 @@ def test_only_the_command_line_enables_the_mps_fallback(monkeypatch, capsys):
 def test_early_interruption_does_not_import_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; from omegaconf import OmegaConf; from dinoseg.cli import launch; "
+        "from dinoseg.experiment.location import RunLocation; "
         "cfg = OmegaConf.create({'mode': {'resume_from': 'last'}}); "
-        "print(launch._interrupt_note(cfg, Path('.'), launch.RunLocation(Path('.'), Path('.'))), "
+        "print(launch._interrupt_note(cfg, Path('.'), RunLocation(Path('.'), Path('.'))), "
         "'torch' in sys.modules)"
     )
     assert process(tmp_path, "-c", code, stdout=subprocess.PIPE).stdout == "this run has saved nothing False\n"

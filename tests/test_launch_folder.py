@@ -10,11 +10,12 @@ import pytest
 from command_line import SMALL, call, succeed, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.cli import launch
-from dinoseg.cli.launch import _below_recipe
+from dinoseg.cli import hydra_setup, launch
 from dinoseg.data.formats import sarrarp
 from dinoseg.data.formats.idd_files import prepare_command
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.folder import record_new_folders
+from dinoseg.experiment.location import RunLocation, move_below_recipe
 from dinoseg.experiment.recipe import run_description
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -85,13 +86,13 @@ def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("recipe", ["../../elsewhere", "/tmp", "a/b", "..", "", 3, None])
 def test_invalid_recipe_name_does_not_change_the_folder(recipe):
-    assert _below_recipe(NAMED, "base", recipe) == NAMED
+    assert move_below_recipe(NAMED, "base", recipe) == NAMED
 
 
 @pytest.mark.parametrize("folder", [Path("mine"), Path("outputs/base/mine"), NAMED / "0", Path(f"{NAMED}_mine")])
 def test_folder_named_by_the_user_is_unchanged(folder):
-    assert _below_recipe(folder, "base", "person") == folder
-    assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
+    assert move_below_recipe(folder, "base", "person") == folder
+    assert move_below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
 
 
 def test_mode_resumes_only_in_its_own_folder(tmp_path):
@@ -108,6 +109,10 @@ def test_mode_resumes_only_in_its_own_folder(tmp_path):
     assert not (resumes_with() or resumes_with("predict.json") or resumes_with("run.log", "a.png"))
 
 
+def start(cfg, folder):
+    return launch.launch(launch.Job(cfg, RunLocation(folder, folder.parent), []))
+
+
 @pytest.fixture
 def second_rank(monkeypatch):
     """Be the second of two ranks that torchrun has started, of a mode that returns its folder."""
@@ -115,7 +120,7 @@ def second_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
-    monkeypatch.setattr(launch, "_share_job", lambda cfg, folder, start: start())
+    monkeypatch.setattr(launch, "_prepare_on_first_rank", launch._prepare)
     mode = {"_target_": "a.mode", "_partial_": True, "devices": 2, "resume_from": "last"}
     given = {"resume": None, "choices": {"mode": "a", "hparam": "a"}}
     return OmegaConf.create({"mode": mode, "trainer": {}, **given})
@@ -125,10 +130,15 @@ def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, m
     mine, first = tmp_path / "mine", tmp_path / "first"
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: (cfg.trainer, folder))
     merged = OmegaConf.create({"trainer": {"ids": {1: 0}}})
-    monkeypatch.setattr(launch, "_share_job", lambda *_: launch.JobStart(merged, first))
-    launch.will_make(mine)
+
+    def follow(_, __, run):
+        run.move_to(first)
+        return launch.PreparedJob(merged)
+
+    monkeypatch.setattr(launch, "_prepare_on_first_rank", follow)
+    record_new_folders(mine)
     mine.mkdir()  # Hydra has
-    assert launch.launch(second_rank, mine, []) == ({"ids": {1: 0}}, first)
+    assert start(second_rank, mine) == ({"ids": {1: 0}}, first)
     assert not list(tmp_path.iterdir())  # other ranks write no files
 
 
@@ -136,16 +146,16 @@ def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tm
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
     monkeypatch.setattr(launch, "run_mode", lambda *_: os.environ.pop("OMP_NUM_THREADS"))
-    assert launch.launch(second_rank, tmp_path / "new", []) == "1"
+    assert start(second_rank, tmp_path / "new") == "1"
 
 
 def test_single_process_uses_the_default_threads_of_torch(second_rank, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name)
     second_rank.mode.devices = 1
-    monkeypatch.setattr(launch, "_prepare", lambda cfg, folder, *_: launch.JobStart(cfg, folder))
+    monkeypatch.setattr(launch, "_prepare", lambda job, *_: launch.PreparedJob(job.cfg))
     monkeypatch.setattr(launch, "run_mode", lambda *_: os.environ.get("OMP_NUM_THREADS"))
-    assert launch.launch(second_rank, tmp_path / "new", []) is None
+    assert start(second_rank, tmp_path / "new") is None
 
 
 def test_only_the_first_rank_reports_saved_results(second_rank, tmp_path, monkeypatch):
@@ -153,13 +163,13 @@ def test_only_the_first_rank_reports_saved_results(second_rank, tmp_path, monkey
     for rank, said in (("1", ""), ("0", "this run has saved nothing")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(Interrupted) as stopped:
-            launch.launch(second_rank, tmp_path / "run", [])
+            start(second_rank, tmp_path / "run")
         assert (stopped.value.note, stopped.value.status) == (said, 130)
 
 
 def test_worker_process_can_resolve_the_config_of_a_job():
     OmegaConf.clear_resolver("dinoseg.len")  # as in a process that joblib or Slurm has started
-    importlib.reload(launch)
+    importlib.reload(hydra_setup)
     cfg = OmegaConf.create({"num_classes": "${dinoseg.len:${classes}}", "classes": ["background", "leaf"]})
     assert cfg.num_classes == 2
 
@@ -168,11 +178,11 @@ def test_out_of_memory_error_preserves_its_cause(second_rank, tmp_path, monkeypa
     error = MemoryError()
     monkeypatch.setattr(launch, "run_mode", Mock(side_effect=error))
     with pytest.raises(UserError, match="Out of memory") as raised:
-        launch.launch(second_rank, tmp_path / "run", [])
+        start(second_rank, tmp_path / "run")
     assert raised.value.__cause__ is error
     monkeypatch.setattr(launch, "run_mode", Mock(side_effect=RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="shapes"):
-        launch.launch(second_rank, tmp_path / "run", [])
+        start(second_rank, tmp_path / "run")
 
 
 def test_commands_that_are_printed_quote_blanks(tmp_path, monkeypatch):
@@ -181,9 +191,9 @@ def test_commands_that_are_printed_quote_blanks(tmp_path, monkeypatch):
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/last.safetensors").touch()
     monkeypatch.setattr(checkpoint, "describe", lambda _: {"progress": {"step": 3}})
-    note = launch._interrupt_note(cfg, run, launch.RunLocation(run, tmp_path))
+    note = launch._interrupt_note(cfg, run, RunLocation(run, tmp_path))
     assert f"add resume=auto or 'resume={run}' to" in note
-    note = launch._interrupt_note(cfg, run, launch.RunLocation(run, run.parent / "a b", in_sweep=True))
+    note = launch._interrupt_note(cfg, run, RunLocation(run, run.parent / "a b", in_sweep=True))
     assert f"add resume=auto 'hydra.sweep.dir={tmp_path}/a b' to" in note
     assert sarrarp.prepare_command(run).endswith(f" 'data.root={run}'")
     assert prepare_command(run, "level3Id").endswith(f" 'data.root={run}'")

@@ -14,7 +14,7 @@ from hydra.utils import get_object
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 
-from dinoseg.cli.ranks import LAUNCH_KEYS
+from dinoseg.cli.run_mode import LAUNCH_KEYS
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.stored import Source, compose_stored

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.api.options import config_folders
+from dinoseg.cli.launch import Job
 from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.typos import check_words
 from dinoseg.cli.words import as_text, parse_word
@@ -22,19 +23,11 @@ from dinoseg.config.mistakes import unknown_option
 from dinoseg.config.options import is_group, nested_groups, options_in
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import NOW, register_resolvers
-from dinoseg.experiment.folder import RunLocation, locate_runs
+from dinoseg.experiment.location import locate_runs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
 _SIGNS = ("++", "+", "~")
-
-
-class Job(NamedTuple):
-    """A composed job: the whole config, where it runs, and the words of a command line that composes it."""
-
-    cfg: DictConfig
-    location: RunLocation
-    words: list[str]
 
 
 class Given(NamedTuple):

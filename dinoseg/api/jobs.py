@@ -8,15 +8,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import Given, Job, compose_job, read_call
+from dinoseg.api.compose import Given, compose_job, read_call
 from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
 from dinoseg.api.session import preserve_process_state
+from dinoseg.cli.launch import Job, launch, resumes_in_folder
 from dinoseg.cli.typos import explain_errors
 from dinoseg.config.composition import Value
 from dinoseg.config.plain import flatten
-from dinoseg.experiment.folder import will_make
 from dinoseg.experiment.objects import lend_objects
-from dinoseg.utils.errors import UserError, file_errors_as_user_errors
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted, raise_on_signal
 from dinoseg.utils.ranges import check_annotations
 from dinoseg.utils.wording import format_value
@@ -70,8 +70,9 @@ def run_mode(
                 job = compose_job(Given({**fixed.options, **call.options}, values, call.folders))
                 if job.location.is_given and not exist_ok:
                     _check_unused(job)
-                with lend_objects({**modules, **datasets, **more}):
-                    return _launch(job, call.folders, new_folder=exist_ok)
+                explain = explain_errors(job.words, call.folders)
+                with lend_objects({**modules, **datasets, **more}), raise_on_signal(), explain:
+                    return launch(job._replace(new_folder=exist_ok))
             finally:
                 gc.collect()  # models are in reference cycles
     except UserError as error:
@@ -111,8 +112,6 @@ def _keys_of(call: Given) -> dict[str, Any]:
 
 def _check_unused(job: Job) -> None:
     """Refuse a run folder that holds files already, unless the job resumes there."""
-    from dinoseg.cli.launch import resumes_in_folder
-
     folder = job.location.folder
     resumes = job.cfg.resume is not None and job.cfg.mode.get("resume_from") == "last"
     if resumes or resumes_in_folder(job.cfg, folder) or not folder.is_dir() or not any(folder.iterdir()):
@@ -121,12 +120,3 @@ def _check_unused(job: Job) -> None:
         f"out_dir={folder} holds files already. Choose another folder; or set exist_ok=True to keep the run there and "
         f"write the new one to a folder next to it, such as {folder.name}_2."
     )
-
-
-def _launch(job: Job, folders: Sequence[Path], *, new_folder: bool) -> dict[str, Any]:
-    from dinoseg.cli.launch import launch  # its import registers resolvers, which `preserve_process_state` removes
-
-    out_dir = job.location.folder
-    will_make(out_dir)
-    with raise_on_signal(), explain_errors(job.words, folders), file_errors_as_user_errors(out_dir):
-        return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)

@@ -14,13 +14,14 @@ from dinoseg.experiment.auto_resume import (
     Action,
     Decision,
     Request,
-    Start,
+    StartPoint,
     decide,
     decide_in_folder,
     find_near_misses,
     scheduler_job,
 )
-from dinoseg.experiment.folder import RunLocation, enter, lock_within, release, remembered_folders
+from dinoseg.experiment.folder import RunFolder
+from dinoseg.experiment.location import RunLocation, remembered_folders
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.past_runs import (
     compared_words,
@@ -35,13 +36,14 @@ from dinoseg.utils.wording import printable
 PATIENCE = 10.0  # seconds to wait for the process that writes to a run: that of a requeued job may still be ending
 
 
-def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLocation) -> Start:
-    """Return where a training with `resume=auto` starts; lock its run folder, unless it is a new one.
+def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLocation, run: RunFolder) -> StartPoint:
+    """Return where a training with `resume=auto` starts; enter its run folder, unless it is a new one.
 
     Args:
         cfg: composed from the command line.
         overrides: the command line's assignments.
         location: where this command and earlier ones write their runs.
+        run: the folder of this job.
 
     Raises:
         UserError: the given folder holds a run of another recipe or an unreadable checkpoint, or is in use.
@@ -52,23 +54,21 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
     words = compared_words(str(override.input_line) for override in overrides)
     request = Request(plan, typed_length, scheduler_job(os.environ), location.in_sweep, words)
     if location.is_given and not location.in_sweep:
-        folder = location.folder
-        enter(folder, seconds=PATIENCE, instead="choose another run folder")
-        decision = decide_in_folder(request, folder, read_run(folder))
+        run.enter(location.folder, wait=PATIENCE, remedy="choose another run folder")
+        decision = decide_in_folder(request, run.path, read_run(run.path))
     else:
-        decision = _decide_among_runs(request, location, Path(cfg.cache_dir).expanduser())
+        decision = _decide_among_runs(request, location, Path(cfg.cache_dir).expanduser(), run)
         if decision.run is None:
-            return Start(Action.START, plan=plan, job=request.job)
-        folder = decision.run.folder
+            return StartPoint(Action.START, plan=plan, job=request.job)
     if decision.run is None or decision.run.step is None:
-        return Start(Action.START, folder, plan=plan, job=request.job)
+        return StartPoint(Action.START, run.path, plan=plan, job=request.job)
     step = decision.run.step
-    _report(decision.action, folder, step, in_sweep=location.in_sweep)
-    return Start(decision.action, folder, last_checkpoint(folder), step, plan, request.job)
+    _report(decision.action, run.path, step, in_sweep=location.in_sweep)
+    return StartPoint(decision.action, run.path, last_checkpoint(run.path), step, plan, request.job)
 
 
-def _decide_among_runs(request: Request, location: RunLocation, cache_dir: Path) -> Decision:
-    """Choose among the runs of a folder, and lock the chosen one."""
+def _decide_among_runs(request: Request, location: RunLocation, cache_dir: Path, run: RunFolder) -> Decision:
+    """Choose among the runs of a folder, and enter the folder of the chosen one."""
     runs = find_runs(location.root, () if location.in_sweep else remembered_folders(cache_dir))
     decision = decide(request, runs)
     if decision.run is None and (location.is_given or not location.in_sweep):
@@ -76,20 +76,18 @@ def _decide_among_runs(request: Request, location: RunLocation, cache_dir: Path)
         _print_note(f"no {which} in {location.root}: starting a new run.")
         for near_miss in find_near_misses(request, runs):
             _print_note(near_miss)
-    return decision if decision.run is None else _lock_chosen(request, decision.run.folder)
+    return decision if decision.run is None else _enter_chosen(request, decision.run.folder, run)
 
 
-def _lock_chosen(request: Request, folder: Path) -> Decision:
-    """Lock the folder of a chosen run and decide again: another process may have changed the run until then."""
-    if not lock_within(folder, 0):
-        _print_note(f"another process is writing to {folder}: waiting up to {PATIENCE:g} seconds for it to end.")
-        if not lock_within(folder, PATIENCE):
-            _print_note(f"another process is still writing to {folder}: starting a new run.")
-            return Decision(Action.START)
-    run = read_run(folder)
-    decision = decide(request, [] if run is None else [run])
+def _enter_chosen(request: Request, folder: Path, run: RunFolder) -> Decision:
+    """Enter the folder of a chosen run and decide again: another process may have changed the run until then."""
+    if not run.try_to_enter(folder, wait=PATIENCE):
+        _print_note(f"another process is still writing to {folder}: starting a new run.")
+        return Decision(Action.START)
+    past = read_run(folder)
+    decision = decide(request, [] if past is None else [past])
     if decision.run is None:
-        release(folder)
+        run.release()
         _print_note(f"another process has finished {folder}: starting a new run.")
     return decision
 

@@ -12,8 +12,8 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
+from dinoseg.cli.plugin_errors import explain_plugin_error
 from dinoseg.cli.words import assignments, is_sweep, lists_of, parse_word, values_of
 from dinoseg.config.composition import Value, compose
 from dinoseg.config.grammar import write_value
@@ -46,7 +46,7 @@ def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterato
         of_torch = isinstance(error, RuntimeError | MemoryError) and not isinstance(error, RecursionError)
         if not of_torch:
             _compose_again(arguments, folders)
-        message = find_plugin_failure(arguments, error) or _explain(error, arguments)
+        message = explain_plugin_error(arguments, error) or _explain(error, arguments)
         if not message:
             raise
         raise UserError(message) from error

@@ -13,9 +13,9 @@ from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.further_scores import FurtherScore, shared_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.experiment import run_config
-from dinoseg.experiment.folder import SWEEP, command_line
+from dinoseg.experiment.command_lines import command_line
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries
+from dinoseg.utils.files import entries, is_sweep_folder
 from dinoseg.utils.wording import count_of, format_override, join_names
 
 MAX, _MAX_RUNS = 32, 160  # sides (each has images in the page) and runs
@@ -136,7 +136,7 @@ def _expand_sweeps(runs: Any) -> list[list[Path]]:
 
 def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     folder = Path(str(name)).expanduser()
-    if not (folder / SWEEP).is_file():
+    if not is_sweep_folder(folder):
         return [folder]
     inside = [path for path in entries(folder) if path.is_dir()]
     numbered = [path for path in inside if path.name.isdecimal()]
@@ -297,7 +297,7 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
 def _command(folder: Path) -> dict[str, str]:
     """Return the overrides of a sweep's job by key, without a leading +; empty for other runs."""
     folder = folder.resolve()
-    if not (folder.parent / SWEEP).is_file():
+    if not is_sweep_folder(folder.parent):
         return {}
     try:
         words = command_line(folder)

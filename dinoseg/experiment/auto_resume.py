@@ -109,7 +109,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartPoint:
     """Where a job starts.
 
     Args:

@@ -1,204 +1,156 @@
-"""Run folders: claiming, locking, saved configs and command lines, and removal of empty ones."""
+"""The run folder of a job: claimed or entered, locked, and removed again if the job has done nothing."""
 
-import hashlib
-import json
-import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from types import TracebackType
+from typing import IO, Any, Self
 
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.plain import to_container
-from dinoseg.utils import forms, locks
-from dinoseg.utils.atomic import create_cache_dir, remove_dead, remove_parts, write_json
+from dinoseg.experiment.command_lines import NAME as WORDS
+from dinoseg.utils import locks
+from dinoseg.utils.atomic import remove_dead, remove_parts, write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
+from dinoseg.utils.files import check_regular, is_sweep_folder
 
-LOG = "run.log"
-SWEEP = "multirun.yaml"  # in the folder of a sweep
-_TYPED = "overrides.txt"
+LOG = "run.log"  # created by the job that claims a folder, and locked by the one that writes to it
 ORIGIN = "origin.json"  # in a config folder: what the command was part of
-_SHIPPED = Path(__file__).parents[1] / "cfg/hydra/run.yaml"
-_POLL = 0.1  # seconds between two attempts to lock a folder
-_LONGEST = 2**18  # maximum bytes of a command: twice Linux's limit of one word; the folder may be untrusted
-_run_locks: dict[Path, IO[str]] = {}  # locks are held until the process ends
-_made_paths: set[Path] = set()  # folders and logs created by this process, which it may remove again
+_PARTS = (".*.part", "checkpoints/.*.part", "checkpoints/.tmp??????")  # .tmp: written by safetensors
+_new_folders: set[Path] = set()  # created by this process, Hydra's included: it may remove them again
 
 
-class RunLocation(NamedTuple):
-    """Where a command writes its run, and where earlier runs are.
+class RunFolder:
+    """Folder that a job writes to, and that no other process writes to until the job ends.
+
+    A job claims a new folder, or enters one to resume its run. As a context manager, it releases the lock at the end.
+    After a UserError it removes what the job has created if that did nothing else, and folders that are empty. Files
+    of others and folders that existed before the process are never removed.
+
+    Args:
+        planned: the folder that the config names, which Hydra may have created.
 
     Attributes:
-        folder: the run folder that the config names.
-        root: folder of all runs, `outputs` by default; in a multirun the sweep's folder.
-        is_given: whether a user's command line or config file names this very folder (a multirun: the sweep's).
-        in_sweep: whether the command is a multirun.
+        path: where the job writes: `planned`, until it moves to another folder.
     """
 
-    folder: Path
-    root: Path
-    is_given: bool = False
-    in_sweep: bool = False
+    def __init__(self, planned: Path) -> None:
+        self.path = self._planned = planned
+        self._lock: IO[str] | None = None
+        self._log: Path | None = None  # if this job has created it
+        self._config: Path | None = None  # folder of this job's config
 
+    def __enter__(self) -> Self:
+        return self
 
-def locate_runs(hydra: Any, folder: Path) -> RunLocation:
-    """Return where a command writes its run, by Hydra's own config.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, UserError):
+            self._remove_unused()
+        if error is not None:
+            remove_empty(self.path)
+        self.release()
 
-    Args:
-        hydra: the config's node of that name, of which nothing is resolved yet.
-        folder: the run folder.
-    """
-    in_sweep = hydra.get("mode") == RunMode.MULTIRUN
-    kind = "sweep" if in_sweep else "run"
-    default = to_container(OmegaConf.load(_SHIPPED))[kind]["dir"]
-    text = to_container(hydra[kind])["dir"]
-    # a name with the time is another folder for each command: the user chose where runs lie, not which one this is
-    is_given = text != default and "${now:" not in text
-    if in_sweep:
-        root = Path(hydra.sweep.dir)
-    else:
-        root = Path((default if is_given else text).partition("${")[0].rpartition("/")[0] or folder.parent)
-    return RunLocation(folder.absolute(), Path(os.path.abspath(root)), is_given, in_sweep)
+    def claim(self, path: Path) -> None:
+        """Create and lock a new folder; if another run or a sweep has claimed its name, try `_2`, `_3`, ... instead.
 
+        Raises:
+            UserError: there are too many folders of this name.
+        """
+        for number in range(1, 1000):
+            folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+            if is_sweep_folder(folder):
+                continue
+            _create(folder)
+            try:
+                (folder / LOG).touch(exist_ok=False)
+            except FileExistsError:
+                remove_dead(folder)  # partial files of a killed export may be as large as its model
+                continue
+            self._log = folder / LOG
+            self.enter(folder)
+            return
+        raise UserError(f"{path} and its 998 numbered variants exist. Remove old runs.")
 
-def will_make(folder: Path) -> None:
-    """Record which folders the creation of `folder` will add; folders that existed before are never removed."""
-    folder = folder.absolute()
-    with suppress(OSError):  # an invalid path: its creation raises the error
-        _made_paths.update(path for path in (folder, *folder.parents) if not path.exists())
+    def enter(self, folder: Path, *, wait: float = 0.0, remedy: str = "start a new run without resume") -> None:
+        """Write to a folder of exactly this name, and to the run that it may hold; see `try_to_enter`.
 
+        Args:
+            folder: created if missing.
+            wait: seconds to wait for another process.
+            remedy: what the user can do instead of waiting, for the message.
 
-def claim(out_dir: Path) -> Path:
-    """Create and lock a new run folder; if another run or a sweep has claimed it, try `_2`, `_3`, ... instead."""
-    for number in range(1, 1000):
-        folder = out_dir if number == 1 else out_dir.with_name(f"{out_dir.name}_{number}")
-        if (folder / SWEEP).exists():
-            continue
-        will_make(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            (folder / LOG).touch(exist_ok=False)
-        except FileExistsError:
-            remove_dead(folder)  # partial files of a killed export may be as large as its model
-            continue
-        _made_paths.add((folder / LOG).absolute())
-        lock(folder)
-        return folder
-    raise UserError(f"{out_dir} and its 998 numbered variants exist. Remove old runs.")
+        Raises:
+            UserError: another process is writing to it.
+        """
+        if not self.try_to_enter(folder, wait=wait):
+            raise UserError(f"Another process is writing to {folder.resolve()}. Wait for it, or {remedy}.")
 
+    def try_to_enter(self, folder: Path, *, wait: float = 0.0) -> bool:
+        """Lock a folder and remove what killed processes have left in it; return False if another process holds it.
 
-def enter(folder: Path, *, seconds: float = 0.0, instead: str) -> None:
-    """Create or reuse a run folder under exactly this name, and lock it.
-
-    Args:
-        folder: the run folder.
-        seconds: see `lock`.
-        instead: see `lock`.
-
-    Raises:
-        UserError: another process is writing to it.
-    """
-    will_make(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / LOG).exists():
-        _made_paths.add((folder / LOG).absolute())
-    lock(folder, seconds=seconds, instead=instead)
-    drop_parts(folder)
-
-
-def lock(folder: Path, *, seconds: float = 0.0, instead: str = "start a new run without resume") -> None:
-    """Make this process the only one that writes to a run folder, until it ends.
-
-    Args:
-        folder: the run folder.
-        seconds: how long to wait for another process.
-        instead: what the user can do instead of waiting, for the message.
-
-    Raises:
-        UserError: another process is writing to it.
-    """
-    if not lock_within(folder, seconds):
-        raise UserError(f"Another process is writing to {folder.resolve()}. Wait for it, or {instead}.")
-
-
-def lock_within(folder: Path, seconds: float) -> bool:
-    """Lock a run folder for this process, waiting up to some seconds; return whether it is locked."""
-    folder, deadline = folder.resolve(), time.monotonic() + seconds
-    while folder not in _run_locks:
-        with suppress(FileNotFoundError):
-            check_regular(folder / LOG)
-        file = locks.acquire(folder / LOG)
-        if file is not None:
-            _run_locks[folder] = file
-        elif time.monotonic() >= deadline:
-            return False
+        Args:
+            folder: created if missing.
+            wait: seconds to wait for another process.
+        """
+        if self._lock is not None and folder == self.path:
+            return True
+        _create(folder)
+        log = folder / LOG
+        if log.exists():
+            check_regular(log)
         else:
-            time.sleep(_POLL)
-    return True
+            self._log = log
+        lock = locks.acquire(log, wait=wait)
+        if lock is None:
+            return False
+        self._lock = lock
+        self.move_to(folder)
+        remove_parts(folder, *_PARTS)
+        return True
 
+    def move_to(self, folder: Path) -> None:
+        """Write to a folder, which another rank may have locked; remove the planned one if it is another and empty."""
+        self.path = folder
+        if folder != self._planned:
+            remove_empty(self._planned)
 
-def release(folder: Path) -> None:
-    """Release the lock of a run folder, if this process holds it."""
-    file = _run_locks.pop(folder.resolve(), None)
-    if file is not None:
-        locks.release(file)
+    def write_config(self, cfg: DictConfig | Mapping[str, Any], words: Sequence[str]) -> Path:
+        """Save config and command line in `config/`, or `config_2/`, ... when a run resumes; return that folder."""
+        names = ("config", *(f"config_{number}" for number in range(2, 10_000)))
+        folder = next(self.path.absolute() / name for name in names if not (self.path / name).exists())
+        folder.mkdir()
+        self._config = folder
+        OmegaConf.save(cfg, folder / "config.yaml")
+        # file names are bytes and need not be valid text
+        (folder / WORDS).write_text("\n".join(words) + "\n", encoding="utf-8", errors="surrogateescape")
+        return folder
 
+    def release(self) -> None:
+        """Release the lock, if this job holds it."""
+        if self._lock is not None:
+            locks.release(self._lock)
+            self._lock = None
 
-def release_all() -> None:
-    """Release the locks of all run folders that this process holds."""
-    for held in [*_run_locks]:
-        locks.release(_run_locks.pop(held))
+    def _remove_unused(self) -> None:
+        """Remove log and config of this job if the folder holds nothing else; of a resumed run, its unused config."""
+        with suppress(OSError):
+            folder = self.path.absolute()
+            created = {path.absolute() for path in (self._log, self._config) if path is not None}
+            if set(folder.iterdir()) <= created and not (folder / LOG).stat().st_size:
+                shutil.rmtree(folder / "config", ignore_errors=True)
+                (folder / LOG).unlink()
+            elif self._config is not None and self._config.name != "config" and not self._has_newer_files():
+                shutil.rmtree(self._config)
 
-
-def drop_empty(folder: Path) -> None:
-    """Remove a run folder if it is empty, and its parents that were created for it and are empty now."""
-    folder = folder.absolute()
-    with suppress(OSError):  # not empty, or already removed
-        for path in (folder, *folder.parents):
-            if _made_paths.isdisjoint((path, *path.parents)):
-                return
-            path.rmdir()
-
-
-def drop_bare(folder: Path) -> None:
-    """Remove the folder of a run that ended before it did anything: it holds only an empty log and its config.
-
-    Of a run that was to be resumed, the new config is removed.
-    """
-    folder = folder.absolute()
-    with suppress(OSError):
-        contents = set(folder.iterdir())
-        if contents <= _made_paths and not (folder / LOG).stat().st_size:
-            for path in contents:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        files = [path for path in folder.rglob("*") if path.name != LOG and path.is_file()]
-        newest = max((path.stat().st_mtime_ns for path in files if path.parent not in _made_paths), default=0)
-        for path in [path for path in _made_paths if path.parent.is_relative_to(folder)]:
-            if path.name.startswith("config_") and path.is_dir() and path.stat().st_mtime_ns > newest:
-                shutil.rmtree(path)
-    drop_empty(folder)
-
-
-def has_results(folder: Path) -> bool:
-    """Return whether a run folder holds more than its log and config."""
-    return any(path.name != LOG and not path.name.startswith("config") for path in folder.glob("*"))
-
-
-def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Path:
-    """Save config and command line in `config/`, or in `config_2/`, ... when a run resumes; return that folder."""
-    names = ("config", *(f"config_{number}" for number in range(2, 10_000)))
-    folder = next(out_dir.absolute() / name for name in names if not (out_dir / name).exists())
-    folder.mkdir()
-    _made_paths.add(folder)
-    OmegaConf.save(cfg, folder / "config.yaml")
-    # file names are bytes and need not be valid text
-    (folder / _TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
-    return folder
+    def _has_newer_files(self) -> bool:
+        """Return whether the folder holds files, apart from the log, that are newer than this job's config."""
+        assert self._config is not None
+        start = self._config.stat().st_mtime_ns
+        files = (path for path in self.path.absolute().rglob("*") if path.name != LOG and path.is_file())
+        return any(path.stat().st_mtime_ns >= start for path in files if path.parent != self._config)
 
 
 def write_origin(config_folder: Path, job: str | None, plan: Mapping[str, Any] | None, *, in_sweep: bool) -> None:
@@ -213,60 +165,28 @@ def write_origin(config_folder: Path, job: str | None, plan: Mapping[str, Any] |
     write_json(config_folder / ORIGIN, {"job": job, "sweep": in_sweep, "plan": plan})
 
 
-def remember_folder(cache_dir: Path, folder: Path) -> None:
-    """Record a run folder that the user named, so that the same command finds it from this folder without the name."""
-    path, line = _folder_list(cache_dir), json.dumps(str(folder.absolute())) + "\n"
-    with suppress(OSError):  # a cache that cannot be written to is no reason not to train
-        create_cache_dir(cache_dir)
-        if not path.exists() or line.encode() not in path.read_bytes():
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}")  # a full disk may have cut the line before
+def has_results(folder: Path) -> bool:
+    """Return whether a run folder holds more than its log and config."""
+    return any(path.name != LOG and not path.name.startswith("config") for path in folder.glob("*"))
 
 
-def remembered_folders(cache_dir: Path) -> Iterator[Path]:
-    """Yield the run folders that commands in the current folder have named and that still exist."""
-    with suppress(OSError, UserError, forms.SchemaError):
-        for line in forms.read_regular(_folder_list(cache_dir), 2**24).splitlines():
-            with suppress(forms.SchemaError):
-                folder = Path(forms.parse_json(line, forms.text))
-                if folder.is_dir():
-                    yield folder
+def record_new_folders(folder: Path) -> None:
+    """Record which folders the creation of `folder` will add: those that existed before are never removed."""
+    folder = folder.absolute()
+    with suppress(OSError):  # an invalid path: its creation raises the error
+        _new_folders.update(path for path in (folder, *folder.parents) if not path.exists())
 
 
-def _folder_list(cache_dir: Path) -> Path:
-    here = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()
-    return cache_dir / f"runs_{here[:16]}.jsonl"
+def remove_empty(folder: Path) -> None:
+    """Remove a run folder if it is empty, and its parents that were created for it and are empty now."""
+    folder = folder.absolute()
+    with suppress(OSError):  # not empty, or already removed
+        for path in (folder, *folder.parents):
+            if _new_folders.isdisjoint((path, *path.parents)):
+                return
+            path.rmdir()
 
 
-def command_line(folder: Path) -> list[str]:
-    """Return the words of the command that started a run; empty if none is stored or its file is too large."""
-    return _words(folder / "config" / _TYPED)
-
-
-def command_lines(folder: Path) -> list[list[str]]:
-    """Return the words of the command that started a run, and of those that resumed it, oldest first."""
-    files = sorted(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns)
-    return [_words(path) for path in files]
-
-
-def last_command_line(folder: Path) -> list[str]:
-    """Return the words of the newest command in a folder: the one that started or last resumed the run."""
-    return next(reversed(command_lines(folder)), [])
-
-
-def find_typed_keys(folder: Path) -> set[str]:
-    """Return the keys and groups that the newest command in a folder sets."""
-    return {word.partition("=")[0].lstrip("+") for word in last_command_line(folder)}
-
-
-def _words(path: Path) -> list[str]:
-    if not path.is_file() or path.stat().st_size > _LONGEST:
-        return []
-    # not splitlines: a word may hold other line separators
-    lines = path.read_bytes().decode(errors="replace").split("\n")
-    return [word for word in lines if word]
-
-
-def drop_parts(folder: Path) -> None:
-    """Remove partial files that a killed process left in a run folder; the folder must be locked."""
-    remove_parts(folder, ".*.part", "checkpoints/.*.part", "checkpoints/.tmp??????")  # .tmp: written by safetensors
+def _create(folder: Path) -> None:
+    record_new_folders(folder)
+    folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from dinoseg.config.plain import flatten
 from dinoseg.experiment.auto_resume import LENGTH, PastRun, Plan
-from dinoseg.experiment.folder import LOG, ORIGIN, command_line
+from dinoseg.experiment.command_lines import command_line
+from dinoseg.experiment.folder import LOG, ORIGIN
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.training import checkpoint
 from dinoseg.training.description import DESCRIBED_GROUPS
@@ -17,7 +18,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import printable
 
 END = "training.json"  # in the run folder: step at which the training ended, and the result of the final evaluation
@@ -116,4 +117,4 @@ def _read_end(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path, form: forms.Form) -> dict[str, Any] | None:
     """Return the content of a record; None if it is missing or damaged, which is logged."""
-    return read_finished(path, lambda path: forms.read_json(path, form), damaged="%s is damaged (%s): it is ignored.")
+    return read_valid_note(path, lambda path: forms.read_json(path, form), damaged="%s is damaged (%s): it is ignored.")

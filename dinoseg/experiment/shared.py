@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored, describe
 
-_NOT_SHARED = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")  # shared in another form, or not at all
+_NOT_SHARED = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")  # keys in another form, or of each rank
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dinoseg.data.sources import first_file
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.files import stamp
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 
 NOTE_FOLDER = "predicted"  # in the run folder: NAME.json for each input with complete results
 _STAMP = forms.list_of(forms.whole(), 4)
@@ -32,7 +32,7 @@ class DoneInputs:
         unfit = f"{source} is predicted again: the file has changed, or its results are missing."
         made_from = self._found[name] = self._made_from(source)
         return (
-            read_finished(
+            read_valid_note(
                 self._folder / f"{name}.json",
                 lambda note: forms.read_json(note, _FORM),
                 lambda noted: noted == made_from and all(result.exists() for result in results),

@@ -15,7 +15,7 @@ from dinoseg.autotune.step_bytes import step_flops
 from dinoseg.autotune.target import KINDS, Target, memory_of
 from dinoseg.config.job import folder_words
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import last_command_line
+from dinoseg.experiment.command_lines import last_command_line
 from dinoseg.experiment.training_parts import check_trainer, training_parts
 from dinoseg.experiment.unread import is_below
 from dinoseg.inference.memory import free_bytes

@@ -16,7 +16,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.sources import VideoFrame, first_file
 from dinoseg.data.splits import find_groups
 from dinoseg.experiment.builder import SPLITS, Builder
-from dinoseg.experiment.folder import find_typed_keys
+from dinoseg.experiment.command_lines import find_typed_keys
 from dinoseg.experiment.score_classes import GROUP, MASK_FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed

@@ -14,7 +14,7 @@ from dinoseg.core.channels import check_rgb
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.classes.labels import as_color
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import lock, release
+from dinoseg.experiment.folder import RunFolder
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trackers import tracker_maker
 from dinoseg.experiment.trained import find_trained_sizes, is_trained, load_trained
@@ -178,12 +178,10 @@ def _unfinished_run(folder: Path, restart: str | None) -> Iterator[TrackState | 
         yield None
         return
     check_unfinished(folder)
-    lock(folder, instead="start over without mode.restart")
-    remove_parts(folder / MASKS, ".*.part")
-    try:
+    with RunFolder(folder) as run:
+        run.enter(folder, remedy="start over without mode.restart")
+        remove_parts(folder / MASKS, ".*.part")
         yield read_track_state(folder)
-    finally:
-        release(folder)
 
 
 def _go_on(tracker: Tracker, state: TrackState, folder: Path) -> TrackProgress:

@@ -38,7 +38,7 @@ from dinoseg.training.optim import Schedule, warn_of_long_warmup
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import format_override, format_value, join_names
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
 
 
 def _read_split(path: Path) -> dict[str, list[str]] | None:
-    return read_finished(
+    return read_valid_note(
         path,
         lambda path: forms.read_json(path, forms.table(forms.list_of(forms.text))),
         damaged="%s is damaged (%s): cannot check whether the data has changed since this run started.",

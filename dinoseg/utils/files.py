@@ -73,6 +73,11 @@ def path_exists(text: str) -> bool:
         return False
 
 
+def is_sweep_folder(folder: Path) -> bool:
+    """Return whether Hydra has written the jobs of a sweep to a folder."""
+    return (folder / "multirun.yaml").is_file()
+
+
 def check_regular(path: str | Path) -> None:
     """Refuse a path that is no regular file: reading a named pipe, for example, may block forever.
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import os
 import sys
 import time
@@ -16,34 +17,32 @@ _LOCK_OFFSET = 2**30  # byte that is locked on Windows, beyond any content that 
 _held: set[IO[str]] = set()
 
 
-def acquire(path: Path, *, wait: bool = False, poll: float = _POLL, level: int = logging.WARNING) -> IO[str] | None:
-    """Lock a file, created if missing; return a handle for `release`, or None where another process holds the lock.
+def acquire(path: Path, *, wait: float = 0.0, poll: float = _POLL, level: int = logging.WARNING) -> IO[str] | None:
+    """Lock a file, created if missing; return a handle for `release`, or None while another process holds the lock.
 
     Forked processes do not inherit the lock, so workers that outlive a killed process do not block others. On file
     systems without locks, a warning is logged and the file counts as locked.
 
     Args:
         path: of the lock file.
-        wait: wait for the other process, and log it, instead of returning None.
+        wait: seconds to wait for another process, which is logged.
         poll: seconds between two attempts.
-        level: of the log record about waiting.
+        level: of the log records.
 
     Raises:
         OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        if path.exists() and not path.is_file():  # opening a pipe would block
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        file = open(path, "a", encoding="utf-8")
-        if not _lock(file, path, poll if wait else None, level):
-            file.close()
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                _held.add(file)
-                return file
-        file.close()  # the previous holder has removed this file
+    deadline = time.monotonic() + wait
+    file = _try_to_lock(path, level)
+    if file is None and wait:
+        log.log(level, "Another process has locked %s: waiting for it.", path)
+    while file is None and time.monotonic() < deadline:
+        time.sleep(poll)
+        file = _try_to_lock(path, level)
+    if file is not None:
+        _held.add(file)
+    return file
 
 
 def release(file: IO[str]) -> None:
@@ -64,7 +63,7 @@ def hold_lock(path: Path, *, poll: float = _POLL, level: int = logging.WARNING) 
     Raises:
         OSError: if the file cannot be written.
     """
-    file = acquire(path, wait=True, poll=poll, level=level)
+    file = acquire(path, wait=math.inf, poll=poll, level=level)
     assert file is not None
     try:
         yield
@@ -74,25 +73,26 @@ def hold_lock(path: Path, *, poll: float = _POLL, level: int = logging.WARNING) 
         release(file)
 
 
-def _lock(file: IO[str], path: Path, poll: float | None, level: int) -> bool:
-    waited = False
+def _try_to_lock(path: Path, level: int) -> IO[str] | None:
+    """Return an open and locked file; None if another process holds its lock."""
     while True:
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        file = open(path, "a", encoding="utf-8")
         try:
-            _lock_at_once(file)
-            return True
+            _lock(file)
         except (BlockingIOError, PermissionError):  # of flock and of msvcrt
-            if poll is None:
-                return False
+            file.close()
+            return None
         except OSError as error:
             log.log(level, "%s cannot be locked (%s): start one process at a time.", path, error.strerror)
-            return True
-        if not waited:
-            log.log(level, "Another process is using the same data (%s is locked): waiting for it.", path)
-        waited = True
-        time.sleep(poll)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the previous holder has removed this file
 
 
-def _lock_at_once(file: IO[str]) -> None:
+def _lock(file: IO[str]) -> None:
     if sys.platform == "win32":
         import msvcrt
 
@@ -104,11 +104,11 @@ def _lock_at_once(file: IO[str]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _let_go() -> None:
+def _close_locks() -> None:
     for file in _held:
         file.close()
     _held.clear()
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_locks)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def read_finished(
+def read_valid_note(
     note: Path,
     read: Callable[[Path], T],
     is_valid: Callable[[T], bool] = lambda content: True,

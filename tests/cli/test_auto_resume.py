@@ -16,6 +16,7 @@ from command_line import SMALL, call, write_data
 import dinoseg
 from dinoseg.cli import resuming
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.folder import RunFolder
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.experiment.recipe import run_description
 from dinoseg.tasks.images import ImageTraining
@@ -159,7 +160,7 @@ def test_given_folder_of_another_recipe_or_of_a_finished_run(quick, here):
 
 def test_locked_given_folder_is_an_error(here, monkeypatch):
     monkeypatch.setattr(resuming, "PATIENCE", 0)
-    monkeypatch.setattr("dinoseg.experiment.folder.locks.acquire", lambda path: None)
+    monkeypatch.setattr("dinoseg.experiment.folder.locks.acquire", lambda path, wait: None)
     done = call(here, *AUTO, "hydra.run.dir=mine")
     assert done.status == 1 and "mine" in done.err and "another process" in done.err.lower()
 
@@ -282,7 +283,7 @@ def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
     store.set("start_None/text_0_read_by_1", "")
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dinoseg.cli.launch.write_config", fail)
+    monkeypatch.setattr(RunFolder, "write_config", fail)
     assert call(here, *AUTO).status == 1
     assert store.check(["start_None/text_0"])
     text = store.get("start_None/text_0").decode()
@@ -357,18 +358,19 @@ def test_two_racing_processes_share_no_run(here, interrupt):
 def test_run_finished_before_its_lock_is_free_is_left_alone(quick, here, interrupt, monkeypatch):
     interrupt(*AUTO)
     (run,) = runs(here)
-    wait, write = resuming.lock_within, checkpoint.write
+    enter, write = RunFolder.try_to_enter, checkpoint.write
 
-    def finish_first(folder, seconds):
-        write_end(folder, 2, {"miou": 0.5})
-        return wait(folder, seconds)
+    def finish_first(self, folder, **given):
+        if folder == run:
+            write_end(folder, 2, {"miou": 0.5})
+        return enter(self, folder, **given)
 
     def check_free(*given):
         with open(run / "run.log", "a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the training of the new run holds it
         write(*given)
 
-    monkeypatch.setattr(resuming, "lock_within", finish_first)
+    monkeypatch.setattr(RunFolder, "try_to_enter", finish_first)
     monkeypatch.setattr(checkpoint, "write", check_free)
     run_checked(here, *AUTO)
     assert step_of(run) == 2 and len(runs(here)) == 2

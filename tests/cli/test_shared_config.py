@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.cli import launch
 from dinoseg.config.plain import to_container
+from dinoseg.experiment.location import RunLocation
 from dinoseg.experiment.shared import describe_job
 from dinoseg.utils.errors import UserError
 
@@ -23,7 +24,7 @@ def receive(compose, tmp_path, monkeypatch):
         change(shared)
         text = json.dumps([OmegaConf.to_yaml(OmegaConf.create(shared)), str(tmp_path / "run"), None])
         monkeypatch.setattr("dinoseg.training.rendezvous.share_from_rank0", lambda *_, **__: text)
-        return launch.launch(compose(*words), tmp_path / "own", list(words))
+        return launch.launch(launch.Job(compose(*words), RunLocation(tmp_path / "own", tmp_path), list(words)))
 
     return run
 

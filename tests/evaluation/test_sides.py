@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from dinoseg.evaluation.sides import Side, side_names
-from dinoseg.experiment import folder as run_folder
-from dinoseg.experiment.folder import write_config
+from dinoseg.experiment import command_lines
+from dinoseg.experiment.folder import RunFolder
 from dinoseg.modes import compare
 from dinoseg.training.cost import COST
 
@@ -25,7 +25,7 @@ def swept(tmp_path):
         folders = [tmp_path / name / str(number) for number in range(len(jobs))]
         for folder, words in zip(folders, jobs, strict=True):
             folder.mkdir(parents=True)
-            write_config({}, folder, ["mode=train", *words, f"hydra.run.dir={folder}"])
+            RunFolder(folder).write_config({}, ["mode=train", *words, f"hydra.run.dir={folder}"])
         (tmp_path / name / "multirun.yaml").touch()
         return folders
 
@@ -69,7 +69,7 @@ def test_links_and_resumed_jobs_are_named_as_the_job(swept, tmp_path):
 def test_single_run_is_named_by_its_folder(swept, tmp_path):
     alone = tmp_path / ("alone" * 20)
     alone.mkdir()
-    write_config({}, alone, ["mode=train", "head=c", "data.root=elsewhere"])
+    RunFolder(alone).write_config({}, ["mode=train", "head=c", "data.root=elsewhere"])
     folders = [alone, *swept(*([f"head={head}", f"seed={seed}"] for head in "ab" for seed in (0, 1)))]
     assert side_names(folders, [[0], [1, 2], [3, 4]]) == [alone.name, "head=a", "head=b"]
     assert run_names(folders)[:2] == [alone.name, "head=a seed=0"]
@@ -93,7 +93,7 @@ def test_unreadable_command_gives_no_run_name(swept, monkeypatch):
     def refuse_access(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(run_folder, "_words", refuse_access)
+    monkeypatch.setattr(command_lines, "_read_words", refuse_access)
     assert run_names(folders) == ["0", "1"]
 
 

@@ -22,7 +22,7 @@ from dinoseg.cli.words import parse_word
 from dinoseg.config.composition import SHIPPED
 from dinoseg.data.classes.masks import Masks
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import drop_parts, lock, lock_within, release, write_origin
+from dinoseg.experiment.folder import RunFolder, write_origin
 from dinoseg.experiment.past_runs import find_runs, plan_of
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _same_path, merge
@@ -257,13 +257,13 @@ def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch
     half.parent.mkdir()
     for path in (half, older, rows, mine):
         path.write_text("half")
-    acquire, calls = locks.acquire, []
+    try_to_lock, calls = locks._try_to_lock, []
 
-    def acquire_third(path, **options):
+    def lock_third(path, level):
         calls.append(path)
-        return None if path == run / "run.log" and calls.count(path) < 3 else acquire(path, **options)
+        return None if path == run / "run.log" and calls.count(path) < 3 else try_to_lock(path, level)
 
-    monkeypatch.setattr(locks, "acquire", acquire_third)
+    monkeypatch.setattr(locks, "_try_to_lock", lock_third)
     done = train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}")
     assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2, done.err
     assert last(run)["config"]["inference"]["overlap"] == 0.5  # keys of inference do not make another run
@@ -296,15 +296,19 @@ def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(tmp_path, monkeypa
         checkpoint.write(path, {"model/a": torch.ones(4)}, {})
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert [found.name.split(".")[1:3] for found in path.parent.glob(".*.part")] == [["last", "safetensors"]]
-    drop_parts(tmp_path)
+    with RunFolder(tmp_path) as run:
+        run.enter(tmp_path)
+    (tmp_path / "run.log").unlink()
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
 
 
-def test_a_folder_locked_here_is_locked_once(tmp_path):
-    lock(tmp_path)
-    assert lock_within(tmp_path, 0)
-    release(tmp_path)
-    release(tmp_path)
+def test_a_job_enters_its_folder_once_and_no_other_job_does(tmp_path):
+    with RunFolder(tmp_path) as run, RunFolder(tmp_path) as other:
+        run.enter(tmp_path)
+        assert run.try_to_enter(tmp_path) and not other.try_to_enter(tmp_path)
+        run.release()
+        run.release()
+        assert other.try_to_enter(tmp_path)
 
 
 def test_resuming_a_foreign_checkpoint_writes_to_a_new_folder(where, run, experiments):

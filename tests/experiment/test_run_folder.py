@@ -10,22 +10,15 @@ from command_line import call
 from mistakes import assert_refused, command, refusals
 from omegaconf import OmegaConf
 
-from dinoseg.experiment import folder as run_folder
-from dinoseg.experiment.folder import (
-    claim,
-    command_lines,
-    drop_bare,
-    drop_empty,
-    has_results,
-    last_command_line,
-    release,
-    write_config,
-)
+from dinoseg.experiment import folder as folder_module
+from dinoseg.experiment.command_lines import command_line, command_lines, last_command_line
+from dinoseg.experiment.folder import RunFolder, has_results, record_new_folders
+from dinoseg.experiment.location import remember_folder, remembered_folders
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.modes import score
 from dinoseg.utils.atomic import _machine
-from dinoseg.utils.errors import file_errors_as_user_errors
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
 
@@ -55,29 +48,60 @@ def test_folders_of_the_user_stay_and_those_of_the_run_go(tmp_path, made, option
     assert (tmp_path / made).is_dir()
 
 
-def test_dropping_never_fails_and_leaves_files_with_content(tmp_path):
-    drop_empty(tmp_path / "gone")
-    drop_bare(tmp_path / "gone")
-    folder = claim(tmp_path / "outputs/base/run")
-    write_config({}, folder, [])
-    (folder / "some.png").touch()
-    drop_bare(folder)
-    assert (folder / "run.log").exists() and (folder / "config").exists()
-    (folder / "some.png").unlink()
-    (folder / "run.log").write_text("what was left out, and why")
-    assert not has_results(folder)
-    drop_bare(folder)
-    assert (folder / "run.log").exists() and (folder / "config").exists()
-    (folder / "run.log").write_text("")
-    drop_bare(folder)
-    release(folder)
+def fail_in(folder, fill=lambda path: None):
+    """Claim a folder, write a config and further files, and end with an error of the user's."""
+    with pytest.raises(UserError), RunFolder(folder) as run:
+        run.claim(folder)
+        run.write_config({}, [])
+        fill(run.path)
+        raise UserError("a mistake")
+
+
+def test_failed_job_leaves_files_with_content_alone(tmp_path):
+    folder = tmp_path / "outputs/base/run"
+    fail_in(folder)
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+    fail_in(folder, lambda path: (path / "some.png").touch())
+    assert (folder / "run.log").exists() and (folder / "config").exists() and has_results(folder)
+    fail_in(folder, lambda path: (path / "run.log").write_text("what was left out, and why"))
+    other = folder.with_name("run_2")
+    assert (other / "run.log").exists() and (other / "config").exists() and not has_results(other)
+
+
+def test_failed_resume_removes_its_config_only(tmp_path):
+    with RunFolder(tmp_path / "run") as run:
+        run.claim(tmp_path / "run")
+        run.write_config({}, [])
+        (run.path / "metrics.jsonl").touch()
+    for is_continued in (False, True):
+        with pytest.raises(UserError), RunFolder(tmp_path / "planned") as run:
+            run.enter(tmp_path / "run")
+            assert run.write_config({}, []).name == "config_2"
+            if is_continued:
+                (run.path / "metrics.jsonl").write_text("{}")
+            raise UserError("a mistake")
+        assert (tmp_path / "run/config_2").exists() == is_continued and (tmp_path / "run/config").exists()
+
+
+def test_planned_folder_goes_once_the_job_writes_elsewhere(tmp_path):
+    planned = tmp_path / "outputs/base/eval"
+    record_new_folders(planned)
+    planned.mkdir(parents=True)  # Hydra has
+    with RunFolder(planned) as run:
+        run.claim(tmp_path / "outputs/camvid/eval")
+        assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["camvid"]
+
+
+def test_job_without_a_folder_of_its_own_fails_quietly(tmp_path):
+    with pytest.raises(UserError), RunFolder(tmp_path / "gone"):
+        raise UserError("a mistake")
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_lines_are_listed_from_the_start_to_the_last_resume(tmp_path):
     commands = [["seed=1"], ["resume=auto", "trainer.steps=7"], ["resume=auto", "trainer.steps=8"]]
     for second, words in enumerate(commands):
-        folder = write_config({}, tmp_path, words)
+        folder = RunFolder(tmp_path).write_config({}, words)
         os.utime(folder / "overrides.txt", (second, second))
     assert command_lines(tmp_path) == commands and last_command_line(tmp_path) == commands[-1]
 
@@ -87,31 +111,33 @@ def test_new_run_removes_remains_of_a_killed_export(tmp_path):
     half.mkdir(parents=True)
     (half / "model.onnx").write_bytes(b"half")
     (tmp_path / "run/run.log").touch()
-    folder = claim(tmp_path / "run")
-    release(folder)
-    assert folder == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
+    with RunFolder(tmp_path / "run") as run:
+        run.claim(tmp_path / "run")
+    assert run.path == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
 
 
 def test_a_run_does_not_write_into_the_folder_of_a_sweep(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/multirun.yaml").touch()
-    folder = claim(tmp_path / "train")  # as of a run that begins in the same second
-    release(folder)
-    assert folder == tmp_path / "train_2" and len([*(tmp_path / "train").iterdir()]) == 1
+    with RunFolder(tmp_path / "train") as run:
+        run.claim(tmp_path / "train")  # as of a run that begins in the same second
+    assert run.path == tmp_path / "train_2" and len([*(tmp_path / "train").iterdir()]) == 1
 
 
 def test_configs_of_continuations_take_the_next_free_name(tmp_path):
     for _ in range(3):
-        write_config({}, tmp_path, [])
+        RunFolder(tmp_path).write_config({}, [])
     shutil.rmtree(tmp_path / "config_2")
-    write_config({}, tmp_path, ["seed=3"])
+    RunFolder(tmp_path).write_config({}, ["seed=3"])
     assert (tmp_path / "config_2/overrides.txt").read_text() == "seed=3\n"
 
 
 def test_undecodable_overrides_are_stored_as_typed(tmp_path):
-    write_config(OmegaConf.create({"root": "caf\udce9"}), tmp_path, ["data.root=caf\udce9"])  # as Python reads argv
+    RunFolder(tmp_path).write_config(
+        OmegaConf.create({"root": "caf\udce9"}), ["data.root=caf\udce9"]
+    )  # as Python reads argv
     assert (tmp_path / "config/overrides.txt").read_bytes() == b"data.root=caf\xe9\n"
-    assert run_folder.command_line(tmp_path) == ["data.root=caf\ufffd"]
+    assert command_line(tmp_path) == ["data.root=caf\ufffd"]
 
 
 def open_gone(where):
@@ -122,7 +148,7 @@ def open_gone(where):
     ("make", "said"),
     [
         (lambda where, _: (where / "outputs").touch(), "outputs"),
-        (lambda where, patch: patch.setattr(run_folder.OmegaConf, "save", full), "No space left on device; "),
+        (lambda where, patch: patch.setattr(folder_module.OmegaConf, "save", full), "No space left on device; "),
         (lambda where, patch: patch.setattr(score, "run", full), "MiB are free there. Free some space and run it"),
         (lambda where, patch: patch.setattr(score, "run", open_gone(where)), "gone/a.png: No"),
     ],
@@ -179,26 +205,26 @@ def test_each_changed_setting_is_named(tmp_path, now, said):
 
 
 def test_invalid_overrides_file_yields_no_command_line(tmp_path):
-    assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
-    write_config({}, tmp_path, ["a=1"])
+    assert command_line(tmp_path) == last_command_line(tmp_path) == []
+    RunFolder(tmp_path).write_config({}, ["a=1"])
     with (tmp_path / "config/overrides.txt").open("r+b") as file:
         file.truncate(2**18)
-        assert run_folder.command_line(tmp_path)[0] == "a=1"
+        assert command_line(tmp_path)[0] == "a=1"
         file.truncate(2**18 + 1)  # whoever wrote it, it is none that was typed
-    assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
+    assert command_line(tmp_path) == last_command_line(tmp_path) == []
     (tmp_path / "config/overrides.txt").unlink()
     os.mkfifo(tmp_path / "config/overrides.txt")
-    assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
+    assert command_line(tmp_path) == last_command_line(tmp_path) == []
 
 
 def test_damaged_line_hides_no_remembered_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        run_folder.remember_folder(tmp_path / "cache", tmp_path / name)
+        remember_folder(tmp_path / "cache", tmp_path / name)
         (path,) = (tmp_path / "cache").iterdir()
         path.write_bytes(path.read_bytes() + b'"cut by a full disk \xff\n7\n')
-    assert [*run_folder.remembered_folders(tmp_path / "cache")] == [tmp_path / "first", tmp_path / "second"]
+    assert [*remembered_folders(tmp_path / "cache")] == [tmp_path / "first", tmp_path / "second"]
 
 
 def use_denied_file():
@@ -208,7 +234,7 @@ def use_denied_file():
 
 def lock_pipe():
     os.mkfifo("run.log")
-    run_folder.lock(Path())
+    RunFolder(Path()).enter(Path())
 
 
 test_message_names_value_and_remedy = refusals(

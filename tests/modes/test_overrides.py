@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from portable_parts import TINY, write_untrained
 
 import dinoseg
-from dinoseg.cli.ranks import LAUNCH_KEYS
+from dinoseg.cli.run_mode import LAUNCH_KEYS
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment.resume import merge
 from dinoseg.experiment.source import ModelSource

@@ -16,8 +16,9 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinoseg.cli.launch import launch
+from dinoseg.cli.launch import Job, launch
 from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.location import RunLocation
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import track as mode
 from dinoseg.report.palette import default_palette
@@ -70,12 +71,12 @@ def track(clip, config, compose, tmp_path, monkeypatch):
     def run(*changes, out="out", source="in", labels="first.png"):
         words = [*WORDS, f"input={source or 'null'}", f"labels={labels or 'null'}", *changes]
         if any(change.startswith("tracker=") for change in changes):
-            return launch(compose(*words), tmp_path / out, words)
+            return launch(Job(compose(*words), RunLocation(tmp_path / out, tmp_path), words))
         cfg = config.copy()
         for word in words[len(WORDS) :]:
             key, value = word.split("=", 1)
             OmegaConf.update(cfg, key, yaml.safe_load(value))
-        return launch(cfg, tmp_path / out, words)
+        return launch(Job(cfg, RunLocation(tmp_path / out, tmp_path), words))
 
     return run
 

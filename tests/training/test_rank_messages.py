@@ -21,7 +21,8 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from safetensors.numpy import save
 
-from dinoseg.cli.ranks import listen_on_loopback, run_ranks
+from dinoseg.cli.joined_ranks import listen_on_loopback
+from dinoseg.cli.ranks import run_ranks
 from dinoseg.training import rendezvous
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.utils.errors import UserError

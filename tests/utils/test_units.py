@@ -10,7 +10,7 @@ from dinoseg.data.packed.store import StoreKey, open_store
 from dinoseg.tasks.preparation.sarrarp import VideoJob, _done_before
 from dinoseg.tracking.video.state import STATE, TrackProgress, read_track_state
 from dinoseg.utils import forms
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 
 ITEM, CRC = bytes([1, 2, 3, 4]), 158664065  # an image and a mask of one pixel; of `a (1, 1, 3) 1` and these bytes
 KEY = '{"fingerprint": "f", "longest": null, "version": 3}'
@@ -30,7 +30,7 @@ def test_unit_is_reused_or_rebuilt_with_a_reason(tmp_path, caplog, text, said):
     note, form = tmp_path / "100%s.json", forms.record(made_of=forms.whole())
     if text is not None:
         note.write_text(text)
-    content = read_finished(
+    content = read_valid_note(
         note,
         lambda path: forms.read_json(path, form),
         lambda content: content["made_of"] == 1,
@@ -45,12 +45,12 @@ def test_unit_is_reused_or_rebuilt_with_a_reason(tmp_path, caplog, text, said):
 def test_a_unit_that_lacks_a_file_is_not_finished(tmp_path, caplog):
     (tmp_path / "note").write_text("x")
     whole = (tmp_path / "note", lambda path: path.read_text(), lambda _: (tmp_path / "gone").stat().st_size > 0)
-    assert read_finished(*whole, damaged="%s %s", unfit="unfit") is None and not caplog.records
+    assert read_valid_note(*whole, damaged="%s %s", unfit="unfit") is None and not caplog.records
 
 
 def test_unreadable_note_is_reported_and_its_unit_rebuilt(tmp_path, caplog):
     (tmp_path / "note").mkdir()
-    assert read_finished(tmp_path / "note", lambda path: path.read_text(), damaged="%s cannot be read (%s)") is None
+    assert read_valid_note(tmp_path / "note", lambda path: path.read_text(), damaged="%s cannot be read (%s)") is None
     assert f"{tmp_path / 'note'} cannot be read ([Errno " in caplog.text
 
 

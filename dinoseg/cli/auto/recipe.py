@@ -35,7 +35,7 @@ from dinoseg.utils.atomic import create_cache_dir, write_text
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import hold_lock
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import format_override, one_line, printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
@@ -203,7 +203,7 @@ _FORM = forms.record(about=forms.text, choices=forms.list_of(forms.record(words=
 
 def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
-    found = read_finished(
+    found = read_valid_note(
         path,
         lambda path: forms.read_json(path, _FORM, most=_MAX_BYTES),
         damaged="The stored choices in %s are damaged (%s): choosing again.",

@@ -1,4 +1,4 @@
-"""End of jobs on this machine when the process of their sweep has died."""
+"""Processes of a sweep's jobs: where they begin, and that they end when the process of their sweep has died."""
 
 import os
 import signal
@@ -11,6 +11,11 @@ _SWEEP = "DINOSEG_SWEEP"  # environment variable, which jobs inherit: process nu
 _SECONDS = 1.0  # between two looks at that process
 _STATUS = 128 + signal.SIGTERM
 _watched: list[psutil.Process] = []  # the sweep of this process's jobs
+
+
+def enter_folder() -> None:
+    """Change to the folder in which a sweep was started; Ray calls it in each process of a job."""
+    os.chdir(os.environ["DINOSEG_FOLDER"])
 
 
 def note_sweep() -> None:

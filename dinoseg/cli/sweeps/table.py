@@ -26,7 +26,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.metric import INFINITE_IMAGES
 from dinoseg.evaluation.scoring.intervals import mean_of
-from dinoseg.experiment.folder import locate_runs
+from dinoseg.experiment.location import locate_runs
 from dinoseg.experiment.log_file import LABEL
 from dinoseg.metrics.counts import iou, mean_defined, ratio
 from dinoseg.utils.csv_text import write_csv

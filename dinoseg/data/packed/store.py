@@ -12,7 +12,7 @@ from dinoseg.data.annotation.drawing import MAX_PIXELS
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 3  # format version: a store of another version is packed again
@@ -145,7 +145,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str]) -> Store | Non
             for extent in store.extents
         )
 
-    return read_finished(folder / INDEX, read, is_complete)
+    return read_valid_note(folder / INDEX, read, is_complete)
 
 
 def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequence[Extent]) -> None:

@@ -13,8 +13,8 @@ from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import is_sweep_folder
 
-_SWEEP = "multirun.yaml"  # in the folder of a sweep
 _MAX_BYTES = 2**20  # of a record: an entry has about 30
 _RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)  # it becomes part of URLs and of names of folders
 
@@ -148,6 +148,6 @@ class RemoteLogger(Logger):
 def _place(folder: Path) -> tuple[str, str | None]:
     """Return the name of the tracked run of a run folder, and its group."""
     for parent in [*folder.parents][:2]:  # hydra.sweep.subdir may have two levels
-        if (parent / _SWEEP).is_file():
+        if is_sweep_folder(parent):
             return f"{parent.name}/{folder.relative_to(parent).as_posix()}", parent.name
     return folder.name, None

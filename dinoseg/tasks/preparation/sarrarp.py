@@ -36,7 +36,7 @@ from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Count, check_annotations
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import count_of, join_names
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
@@ -164,7 +164,7 @@ def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
         frames, masks = (len(png_files(job.folder / name)) for name in (FRAME_FOLDERS[0], MASK_FOLDER))
         return counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
 
-    return read_finished(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
+    return read_valid_note(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
 
 
 def _extract(folder: Path, rate: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ from dinoseg.training.feature_cache.form import KEY_LENGTH
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import create_cache_dir, write_json
 from dinoseg.utils.cores import count_cores
-from dinoseg.utils.units import read_finished
+from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
         parts: everything that the features of every image depend on, by its name for users.
     """
     name = hash_of(*sorted(parts.items()))
-    if read_finished(root / name / _NOTE, _read) != parts:
-        others = [note for path in root.glob(f"*/{_NOTE}") if (note := read_finished(path, _read)) is not None]
+    if read_valid_note(root / name / _NOTE, _read) != parts:
+        others = [note for path in root.glob(f"*/{_NOTE}") if (note := read_valid_note(path, _read)) is not None]
         differing = [[part for part in parts if note.get(part) != parts[part]] for note in others]
         if all(differing) and others:
             log.info(

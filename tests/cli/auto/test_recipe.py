@@ -15,6 +15,7 @@ from dinoseg.autotune import timing
 from dinoseg.autotune.rules import RecipeChoice
 from dinoseg.autotune.timing import RecipeTimes
 from dinoseg.autotune.trial import Trial
+from dinoseg.cli import launch
 from dinoseg.cli.auto import choose, recipe
 from dinoseg.cli.auto.recipe import drop_typed
 from dinoseg.config.nodes import instantiate
@@ -170,7 +171,7 @@ def write_halves(folder):
 
 
 def test_launcher_ranks_do_not_choose(folder, monkeypatch):
-    monkeypatch.setattr("dinoseg.cli.launch._share_job", lambda cfg, folder, start: start())
+    monkeypatch.setattr("dinoseg.cli.launch._prepare_on_first_rank", launch._prepare)
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")

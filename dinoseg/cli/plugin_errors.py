@@ -1,8 +1,6 @@
-"""Launchers and sweepers that need optional packages."""
+"""Messages on errors of Hydra's launchers and sweepers, and on the packages that they need."""
 
-import os
 import re
-import warnings
 from collections.abc import Sequence
 from traceback import walk_tb
 
@@ -21,27 +19,17 @@ _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 _LAUNCHER = re.compile(r"hydra_plugins\.\w+_launcher\.")  # modules of launchers, as Hydra's plug-ins are named
 
 
-def hush_schemas() -> None:
-    """Suppress a Hydra 1.3 warning: it takes our launcher configs for schemas, as they share the plug-ins' names."""
-    warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
-
-
-def enter_folder() -> None:
-    """Change to the folder in which a sweep was started; Ray calls it in each process of a job."""
-    os.chdir(os.environ["DINOSEG_FOLDER"])
-
-
-def find_plugin_failure(arguments: Sequence[str], error: Exception) -> str:
+def explain_plugin_error(arguments: Sequence[str], error: Exception) -> str:
     """Return the message on an error of Hydra's launchers, or on a package that they miss; "" for other errors.
 
     Args:
         arguments: the command line, without the program's name.
         error: raised while Hydra ran the command line.
     """
-    return missing_extra(arguments, error) or _failed_launcher(arguments, error)
+    return _find_missing_package(arguments, error) or _explain_launcher(arguments, error)
 
 
-def _failed_launcher(arguments: Sequence[str], error: Exception) -> str:
+def _explain_launcher(arguments: Sequence[str], error: Exception) -> str:
     """Return which launcher raised an error, and the error in one line; "" if none did."""
     modules = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
     plugin = next((name.split(".")[1] for name in modules if _LAUNCHER.match(name)), None)
@@ -57,7 +45,7 @@ def _failed_launcher(arguments: Sequence[str], error: Exception) -> str:
     )
 
 
-def missing_extra(arguments: Sequence[str], error: Exception) -> str:
+def _find_missing_package(arguments: Sequence[str], error: Exception) -> str:
     """Return which override needs a package that is not installed, and how to install it; "" if none does.
 
     Args:

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 from command_line import SMALL, call, write_data
 
-from dinoseg.cli.extras import missing_extra
+from dinoseg.cli.plugin_errors import explain_plugin_error
 
 NO_LAUNCHER = RuntimeError("Unknown plugin class : 'hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher'")
 NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
@@ -25,7 +25,7 @@ NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
     ],
 )
 def test_missing_package_is_named_with_its_extra(words, error, package):
-    said = missing_extra(words, error)
+    said = explain_plugin_error(words, error)
     assert (f"pip install '{package}'" in said and "\n" not in said) if package else said == ""
     assert ("in your clone of dinoseg, pip" in said) == bool(package and package.startswith("."))
 
@@ -35,7 +35,7 @@ def test_config_file_of_each_plugin_names_its_extra():
     options = [path for group in ("launcher", "sweeper") for path in (folder / group).glob("*.yaml")]
     assert len(options) == 5
     for path in options:
-        said = missing_extra([f"hydra/{path.parent.name}={path.stem}"], NO_MODULE)
+        said = explain_plugin_error([f"hydra/{path.parent.name}={path.stem}"], NO_MODULE)
         assert said.split("pip install ")[1].split(" (")[0].strip("'") in path.read_text()
 
 

@@ -1,0 +1,108 @@
+"""Checks of a job before it starts: its words, its groups, and the keys of its mode that the launcher reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.cli.run_mode import FILE_KEYS
+from dinoseg.config.credentials import check_credentials
+from dinoseg.config.grammar import decode_keys
+from dinoseg.config.job import keys_with_values
+from dinoseg.config.mistakes import no_mode
+from dinoseg.config.nodes import check_partial
+from dinoseg.config.plain import BUILDS, below, to_container
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, check_value
+
+_CONFIGS = Path(__file__).parents[1] / "cfg"
+_LAUNCH_VALUES = {  # annotations of keys of a mode that the launcher reads
+    "resume_from": Literal["best", "last"] | None,
+    "keeps_folder": bool | None,
+    "resumes_with": str | None,
+}
+
+
+def check_job(cfg: DictConfig, typed: Sequence[Override]) -> None:
+    """Refuse a job that no mode can run as it was typed, before anything is written.
+
+    Args:
+        cfg: as composed.
+        typed: the command line's assignments.
+
+    Raises:
+        UserError: naming the key, the rule and the remedy.
+    """
+    _check_mode(cfg, typed)
+    _check_groups(cfg)
+    _check_launch_keys(cfg)
+    _check_length(typed)
+    for override in typed:
+        _check_hidden(override)
+        _check_addition(cfg, override)
+    check_credentials(cfg.get("logger"))  # before the config is written
+
+
+def _check_mode(cfg: DictConfig, typed: Sequence[Override]) -> None:
+    """Refuse a command line without a mode, for which `mode=help` is the default."""
+    keys = {override.get_key_element().partition("@")[0] for override in typed}
+    if keys and "mode" not in keys and cfg.choices.mode == "help":
+        raise no_mode([_CONFIGS])
+
+
+def _check_groups(cfg: DictConfig) -> None:
+    """Refuse a group that a config file sets to null, as a line such as `trainer:` does if all keys below are gone."""
+    for group, option in cfg.choices.items():
+        if option is not None and OmegaConf.select(cfg, group, default="") is None:
+            raise UserError(
+                f"{group} is null, and {group}={option} is a group of keys. A config file has the line `{group}:` "
+                "without keys below it. Remove that line."
+            )
+
+
+def _check_launch_keys(cfg: DictConfig) -> None:
+    """Refuse a mode's file without a function, and wrong values of the keys that the launcher reads."""
+    where = f"mode={cfg.choices.mode}"
+    check_partial(cfg.mode if OmegaConf.is_dict(cfg.mode) else {}, where)
+    for key, annotation in _LAUNCH_VALUES.items():
+        check_value(f"{where}: {key}", cfg.mode.get(key), annotation)
+    check_value("engine.devices", cfg.mode.get("devices", 1), Count)
+    if not isinstance(cfg.get("cache_dir", ""), str):
+        raise UserError(f"cache_dir={to_container(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
+
+
+def _check_length(typed: Sequence[Override]) -> None:
+    """Refuse two lengths of a training: steps would silently replace epochs."""
+    if {"trainer.steps", "trainer.epochs"} <= keys_with_values(typed):
+        raise UserError("trainer.steps and trainer.epochs both set the length of the training: set one of them.")
+
+
+def _check_hidden(override: Override) -> None:
+    """Refuse keys that only files may set: names of classes, and what a mode says to the launcher."""
+    name = override.key_or_group
+    hidden = [part for part in name.split(".") if part.startswith("_")]
+    hidden += [str(steps[-1]) for steps, _ in below(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]
+    hidden += [key for key in FILE_KEYS if f"{name}.".startswith(f"mode.{key}.")]
+    if hidden:
+        raise UserError(
+            f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "
+            "own, write GROUP/NAME.yaml in a folder and add --config-dir FOLDER."
+        )
+
+
+def _check_addition(cfg: DictConfig, override: Override) -> None:
+    """Refuse a `+key` that no target takes."""
+    name, package = override.key_or_group, override.package or "_global_"
+    # the keys of a group of the user's own may replace others, if they are not below a key of their own
+    is_own = name in cfg.choices and package == "_global_" and not (_CONFIGS / name).is_dir()
+    if override.is_add() and not is_own and not _is_taken(cfg, name if package == "_global_" else package):
+        added = override.get_key_element()
+        raise UserError(f"{added} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
+
+
+def _is_taken(cfg: DictConfig, name: str) -> bool:
+    """Return whether a key is at or below a node with a `_target_`, whose arguments are checked later."""
+    nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
+    return any(isinstance(node, DictConfig) and "_target_" in node for node in nodes)
