@@ -65,13 +65,11 @@ def _command(arguments: list[str]) -> None:
     folders = config_folders(arguments, Path(CONFIGS))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
-        with explain_errors(arguments, folders), file_errors_as_user_errors(Path.cwd()):
-            typed = as_text(flags_last(arguments))
-            check_words(typed, folders)
-            words = with_checkpoint_keys(typed, folders)
-        sys.argv[1:] = words
-        # file errors: of the run folder, which Hydra creates
+        typed = as_text(flags_last(arguments))
+        # file errors: of the run folder, which Hydra creates, too
         with file_errors_as_user_errors(Path.cwd()), explain_errors(typed, folders), hide_base_options(typed):
+            check_words(typed, folders)
+            sys.argv[1:] = with_checkpoint_keys(typed, folders)
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _print_error(str(error))

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from dinoseg.__main__ import CONFIGS
-from dinoseg.config.plain import below
+from dinoseg.config.plain import walk
 
 FOLDER = Path(CONFIGS)
 GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
@@ -121,6 +121,6 @@ def required_overrides(choice):
 
 def nodes(node, path=""):
     """Yield path and content of every `_target_` node."""
-    for steps, value in below(node, (path,) if path else ()):
+    for steps, value in walk(node, (path,) if path else ()):
         if isinstance(value, dict) and "_target_" in value:
             yield ".".join(map(str, steps)), value

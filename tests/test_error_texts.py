@@ -24,7 +24,6 @@ READERS = {  # functions that compare, replace or parse the text of an error, an
     "serving/decoding.py _send_error": "of any library: the path of an upload is removed",
     "utils/errors.py file_errors_as_user_errors": "of pathlib, on a home folder",
     "utils/errors.py name_parameters": "ours: the only place that puts keys into messages",
-    "utils/errors.py reword": "ours: keys become arguments of a call",
 }
 PARTS = {"endswith", "find", "index", "partition", "replace", "rpartition", "startswith"}
 SEARCHES = {"findall", "finditer", "fullmatch", "match", "search", "sub"}

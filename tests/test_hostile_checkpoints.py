@@ -77,7 +77,6 @@ CASES = {
     "a list for the ignored id": {"config/data/ignore_index": [1]},
 }
 
-
 ALIKE = {  # each has a quick sibling of the same check
     *("an import in the head", "a hook in the loss", "a shell in the data", "half an interpolation", "a huge depth"),
     *("kernels of a stranger", "labels without end", "a number for the palette"),

@@ -23,7 +23,6 @@ from dinoseg.utils.interrupt import Interrupted
 
 NAMED = Path("outputs/base/eval_2026-01-02_03-04-05")
 
-
 QUIET = ("mode.metrics_only=true", "mode.report=false")
 MACHINE = ("engine=cpu", "engine.workers=0", *QUIET)
 

@@ -245,7 +245,6 @@ test_parts_that_cannot_be_used_are_named = refusals(
     }
 )
 
-
 TRACK = ("mode=track", "input=clip", "engine=cpu", "mode.batch_size=3")
 
 

@@ -122,7 +122,7 @@ def change(cfg):
 def test_a_number_out_of_its_range_is_refused_by_its_whole_key(change, key, value, rule):
     node = OmegaConf.select(change({key: value}), key.rpartition(".")[0])
     with pytest.raises(UserError) as caught:
-        instantiate(node, without=OF_OTHERS.get(key.split(".")[0], ()))
+        instantiate(node, exclude=OF_OTHERS.get(key.split(".")[0], ()))
     assert str(caught.value) == f"{key}={format_value(str(value), 200)} is out of range. {rule}"
 
 

@@ -92,7 +92,7 @@ ORIGINALS = {
 PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
     **{"resolution.crop": [512, 512], "data.batch_size": 16, "trainer.steps": 40000, "trainer.clip": None},
     **{"head.init": "normal", "head.layers": [-1], "loss.criterion.average": "all", "engine.precision": "fp32"},
-    **{"data.augment.relative_to": "short", "data.augment.base": None, "data.augment.scale": [0.5, 2.0]},
+    **{"data.augment.relative_to": "short", "data.augment.scale": [0.5, 2.0]},
     **{"data.augment.distribution": "uniform", "data.augment.cat_max_ratio": 0.75, "data.augment.flip": 0.5},
     **{"data.augment.padding": "end", "data.augment.fill": [124, 116, 104], "data.augment.color.additive": True},
     **{"data.augment.color.contrast": 0.5, "data.augment.color.saturation": 0.5},
@@ -158,7 +158,6 @@ OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
         (round(19902 * 2000 / 20192), round(19902 * 3000 / 20192)),
     ),
 }
-
 
 # the recipes of a family have most of their numbers in common
 FAMILY = (

@@ -23,7 +23,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names
 
 CONTRACTS: Mapping[str, type[nn.Module]] = {"backbone": Backbone, "head": Head, "loss": Loss}
-_OF_BACKBONES = ("dim", "depth", "patch_size", "num_layers", "mean", "std")  # attributes without a default
+_BACKBONE_ATTRIBUTES = ("dim", "depth", "patch_size", "num_layers", "mean", "std")  # attributes without a default
 
 
 def split_modules(overrides: Mapping[str, Any], *groups: str) -> tuple[dict[str, Any], dict[str, nn.Module]]:
@@ -121,7 +121,7 @@ def _check_dataset(given: Any, split: str) -> Any:
 
 def _check_backbone(backbone: nn.Module, overrides: Mapping[str, Any]) -> None:
     """Refuse a backbone object without the attributes that others read, and keys that it does not read."""
-    missing = [name for name in _OF_BACKBONES if not hasattr(backbone, name)]
+    missing = [name for name in _BACKBONE_ATTRIBUTES if not hasattr(backbone, name)]
     if missing:
         raise UserError(
             f"backbone: {type(backbone).__name__} lacks {', '.join(missing)}. Set them in its constructor, mean and "

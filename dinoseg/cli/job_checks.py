@@ -13,7 +13,7 @@ from dinoseg.config.grammar import decode_keys
 from dinoseg.config.job import keys_with_values
 from dinoseg.config.mistakes import no_mode
 from dinoseg.config.nodes import check_partial
-from dinoseg.config.plain import BUILDS, below, to_container
+from dinoseg.config.plain import BUILDS, to_container, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, check_value
 
@@ -83,7 +83,7 @@ def _check_hidden(override: Override) -> None:
     """Refuse keys that only files may set: names of classes, and what a mode says to the launcher."""
     name = override.key_or_group
     hidden = [part for part in name.split(".") if part.startswith("_")]
-    hidden += [str(steps[-1]) for steps, _ in below(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]
+    hidden += [str(steps[-1]) for steps, _ in walk(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]
     hidden += [key for key in FILE_KEYS if f"{name}.".startswith(f"mode.{key}.")]
     if hidden:
         raise UserError(

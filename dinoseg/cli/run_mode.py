@@ -38,7 +38,7 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
         announce(f"mode={cfg.choices.mode}: importing libraries")
     try:
         with _lost_ranks_as_user_errors():
-            mode = instantiate(cfg.mode, without=LAUNCH_KEYS)
+            mode = instantiate(cfg.mode, exclude=LAUNCH_KEYS)
             # not mode(...): parameters in errors of the parts that it runs are not its own
             return mode.func(cfg, out_dir=out_dir, **mode.keywords)
     finally:

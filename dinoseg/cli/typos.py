@@ -20,7 +20,7 @@ from dinoseg.config.grammar import write_value
 from dinoseg.config.job import SEARCH_PATH, read_words
 from dinoseg.config.mistakes import not_a_list_group, unknown_option
 from dinoseg.config.options import is_group, list_groups, nested_groups, options_in
-from dinoseg.config.plain import at, has_key, to_container
+from dinoseg.config.plain import has_key, to_container, value_at
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names, suggest_nearest
 
@@ -171,7 +171,7 @@ def _first_job(word: str, folders: Sequence[Path]) -> str:
 def _check_kind(value: Value, config: Mapping[str, Any], folders: Sequence[Path]) -> None:
     """Refuse a value that is no table or list where the config of the chosen options has one, and a removed key."""
     key, word = value.key, value.word
-    node = at(config, key.split("."))
+    node = value_at(config, key.split("."))
     if value.sign == "~" and has_key(config, key):
         raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
     if isinstance(node, list) and isinstance(value.value, Mapping):

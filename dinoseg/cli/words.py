@@ -1,6 +1,5 @@
 """Words of a command line: which are KEY=VALUE overrides, and which values need quotes because they are text."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -25,7 +24,6 @@ _TAKES_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 )
-_LONGEST = 250  # bytes of a file name without its suffix
 _NESTED = ("[", "{", "'", '"')  # first characters of values that are more than text
 
 
@@ -74,10 +72,6 @@ def as_text(arguments: Sequence[str]) -> list[str]:
         key, _, value = word.partition("=")
         if not value or key.startswith("~"):
             continue
-        if key.lstrip("+") in FILES and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
-            raise UserError(
-                f"{key}={value[:40]}... is unknown: no file name has {len(value)} characters. Give a shorter one."
-            )
         override = parse_word(word)
         is_text = override is None and not value.startswith(_NESTED)
         if is_text or _names_file(key, value, override, several=several):

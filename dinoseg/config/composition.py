@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dinoseg.config import mistakes
-from dinoseg.config.expansion import ConfigFile, Expansion, merge, read_config
+from dinoseg.config.expansion import DefaultsEntry, Expansion, merge, read_config, read_entry
 from dinoseg.config.options import list_groups
-from dinoseg.config.plain import at, flatten, has_key, to_container
+from dinoseg.config.plain import flatten, has_key, to_container, value_at
 
 SHIPPED = Path(__file__).parents[1] / "cfg"
 _SHARED = ("main", "mode/_model", "mode/_recipe")  # files with root keys that need no choice
@@ -78,7 +78,7 @@ def compose(
         if isinstance(option, list) and key.lstrip("+~").partition("@")[0] not in lists:
             raise mistakes.not_a_list_group(key, option, searched)
     expansion = Expansion(options, searched)
-    whole = merge(expansion.expand(ConfigFile("", "main", package="_global_"), chosen=_additions(options)))
+    whole = merge(expansion.expand(DefaultsEntry("", "main", package="_global_"), chosen=_additions(options)))
     expansion.check_used()
     single = {key: option for key, option in expansion.choices.items() if not isinstance(option, list)}
     whole["hydra"]["runtime"] = {"choices": single, "cwd": os.getcwd()}
@@ -111,7 +111,7 @@ def compose_options(options: Mapping[str, Any], folders: Sequence[str | Path] = 
     groups = [group for group in options if not {"@", "/"} & {*group}]
     groups.sort(key=lambda group: group != "mode")  # a checkpoint adds groups to those of a mode
     shared = [_without_defaults(SHIPPED / f"{name}.yaml") for name in _SHARED]
-    return merge([*shared, *(part for group in groups for part in expansion.expand_entry({group: None}, "", ""))])
+    return merge([*shared, *(part for group in groups for part in expansion.expand(read_entry({group: None})))])
 
 
 def expand_short_forms(cfg: DictConfig, given: Collection[str]) -> DictConfig:
@@ -162,11 +162,11 @@ def _set_values(
         UserError: a key does not exist, or cannot take the value.
     """
     OmegaConf.set_struct(cfg, True)
-    leaves = [leaf for value in values for leaf in _leaves(value, at(plain, value.key.split(".")))]
+    leaves = [leaf for value in values for leaf in _leaves(value, value_at(plain, value.key.split(".")))]
     of_files = {leaf.key for leaf in leaves if known and all(has_key(config, leaf.key) for config in known)}
     done = [leaf._replace(sign="++") if leaf.sign == "" and leaf.key in of_files else leaf for leaf in leaves]
     for key, value, sign, _ in done:
-        before = at(plain, key.split("."))
+        before = value_at(plain, key.split("."))
         if sign == "+" and before is not None and not isinstance(value, Mapping | list):
             raise mistakes.existing_key(key, value)
         try:

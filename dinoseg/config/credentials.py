@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import below, dotted_name, to_container
+from dinoseg.config.plain import dotted_name, to_container, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.urls import has_credentials
 
@@ -18,9 +18,9 @@ def check_credentials(node: DictConfig | None) -> None:
     Raises:
         UserError: naming the key of the URL, without its value.
     """
-    for steps, value in below(to_container(node), ()) if node else ():
+    for key_path, value in walk(to_container(node)) if node else ():
         if isinstance(value, str) and has_credentials(value):
-            name = dotted_name(("logger", *steps))
+            name = dotted_name(("logger", *key_path))
             raise UserError(
                 f"{name} is a URL with a user or a password, which the run folder would "
                 "store. Leave them out of it, and set them in the environment: MLFLOW_TRACKING_USERNAME and "

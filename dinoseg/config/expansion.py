@@ -1,6 +1,7 @@
 """Files of config groups, expanded from their defaults lists in Hydra's order, and their keys at Hydra's places."""
 
 import os
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -20,24 +21,26 @@ from dinoseg.utils.files import Stamp, stamp
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
 
 
-class ConfigFile(NamedTuple):
-    """A config file of a defaults list, and where its keys go.
+class DefaultsEntry(NamedTuple):
+    """An entry of a defaults list: the file that it names, and where the file's keys go.
 
     Attributes:
         group: folder of the file, to which its own defaults list is relative.
-        option: path below that folder.
-        package: place relative to `parent`, as the defaults list gives it; None: that of the file's header.
+        option: path below that folder; a list for groups that take one, None for no file.
+        package: place relative to `parent`, as the entry gives it; None: that of the file's header.
         usual: group below that of the parent, which is the place if neither gives one.
-        parent: place of the file whose defaults list contains it.
-        is_optional: whether the file may be missing.
+        parent: place of the file whose defaults list contains the entry.
+        keywords: `optional` for a file that may be missing, `override` for the option of an entry elsewhere.
+        is_choice: whether it is `GROUP: OPTION`, for which a caller may choose another option.
     """
 
     group: str
-    option: str
+    option: Any
     package: str | None = None
     usual: str = ""
     parent: str = ""
-    is_optional: bool = False
+    keywords: Sequence[str] = ()
+    is_choice: bool = False
 
     @property
     def name(self) -> str:
@@ -59,6 +62,25 @@ class ConfigFile(NamedTuple):
         return self.group if place == self.group.replace("/", ".") else f"{self.group}@{place or '_global_'}"
 
 
+def read_entry(entry: Any, group: str = "", place: str = "") -> DefaultsEntry:
+    """Return an entry of a defaults list: `OPTION`, `/GROUP/OPTION@PACKAGE`, or `optional GROUP@PACKAGE: OPTION`.
+
+    Args:
+        entry: of the list.
+        group: of the file with the list.
+        place: of that file.
+    """
+    is_choice = isinstance(entry, Mapping)
+    ((words, option),) = entry.items() if is_choice else [(entry, None)]
+    *keywords, name = words.split()
+    path, _, package = name.partition("@")
+    folder = posixpath.join("/", group, path).strip("/")
+    if not is_choice:
+        folder, _, option = folder.rpartition("/")
+        path = path.rpartition("/")[0]
+    return DefaultsEntry(folder, option, package or None, path.strip("/"), place, keywords, is_choice)
+
+
 class Expansion:
     """The files of a config, expanded from their defaults lists, and the option of each group on the way.
 
@@ -69,79 +91,76 @@ class Expansion:
     def __init__(self, options: Mapping[str, Any], folders: Sequence[Path], *, is_part: bool = False) -> None:
         self.choices: dict[str, Any] = {}
         self._folders = folders
+        # part of a stored config: an option may bring a group that is composed on its own, too
         self._is_part = is_part
         self._given = {key: option for key, option in options.items() if key[0] not in "+~"}
         self._removed = {key[1:]: option for key, option in options.items() if key[0] == "~"}
         self._origins: dict[str, str] = {}  # file of each `override` entry that counts
         self._used: set[str] = set()
 
-    def expand(self, config: ConfigFile, above: tuple[str, ...] = (), chosen: Sequence[Any] = ()) -> list[Any]:
-        """Return the keys of the files in a config's defaults list and its own, each at its place, in their order.
+    def expand(
+        self, entry: DefaultsEntry, above: Sequence[str] = (), chosen: Sequence[Any] = ()
+    ) -> list[dict[str, Any]]:
+        """Return the keys of the files that an entry leads to, each at its place, in their order.
 
         Args:
-            config: the file.
+            entry: of a defaults list.
             above: names of the files that led to it.
-            chosen: further entries of its defaults list.
+            chosen: further entries of its file's own defaults list.
         """
-        paths = [folder / f"{config.name}.yaml" for folder in self._folders]
-        path = next((path for path in paths if os.path.isfile(path)), None)  # False for a name that no file can have
-        if path is None and config.is_optional:
-            return []
-        if path is None and self._is_part:
-            raise mistakes.missing_option(config.group, config.option)
-        if path is None:
-            raise mistakes.unknown_option(config.group, config.option, self._folders)
-        if config.name in above:
-            raise mistakes.circular_defaults(path)
-        content, header = read_config(path)
-        place = config.place(header)
-        entries = [*content.pop("defaults", []), *chosen]
-        if "_self_" not in entries:
-            entries.append("_self_")
-        for entry in filter(_is_override, entries):
-            self._add_override(entry, config, place)
-        # later entries first: a recipe's `override` entries count for the groups of the mode that is listed before it
-        order = [index for index in reversed(range(len(entries))) if not _is_override(entries[index])]
-        order.sort(key=lambda index: "${" in repr(entries[index]))  # which refer to the options of all others
-        parts: dict[int, list[Any]] = {}
-        for index in order:
-            if entries[index] == "_self_":
-                parts[index] = [_at_place(content, place)]
-            else:
-                parts[index] = self.expand_entry(entries[index], config.group, place, (*above, config.name))
-        return [part for index in sorted(parts) for part in parts[index]]
+        if entry.is_choice:
+            entry = entry._replace(option=self._choose(entry, above))
+        if isinstance(entry.option, list):
+            return [part for option in entry.option for part in self._expand_file(entry._replace(option=option), above)]
+        return [] if entry.option is None else self._expand_file(entry, above, chosen)
 
-    def expand_entry(self, entry: Any, group: str, place: str, above: tuple[str, ...] = ()) -> list[Any]:
-        """Return the same of an entry of a defaults list: `option`, `/group/option@package`, or `group: option`.
-
-        Args:
-            entry: of the list.
-            group: of the file with the list.
-            place: of that file.
-            above: names of the files that led to it, that file included.
-        """
-        if isinstance(entry, str):
-            path, _, package = entry.partition("@")
-            return self.expand(_listed(path, package, group, place), above)
-        ((words, option),) = entry.items()
-        *keywords, name = str(words).split()
-        path, _, package = name.partition("@")
-        config = ConfigFile(_absolute(path, group), "", package or None, path.strip("/"), place, "optional" in keywords)
-        key = config.key
-        option = self._given.get(key, option)
+    def _choose(self, entry: DefaultsEntry, above: Sequence[str]) -> Any:
+        """Return the option of an entry's group: that of the caller or of an `override` entry, else the entry's own."""
+        key = entry.key
+        option = self._given.get(key, entry.option)
         self._used.add(key)
         if isinstance(option, str) and "${" in option:
             option = _resolve(option, self.choices)
         if key in self._removed and self._removed[key] in (None, option):
             self._used.add(f"~{key}")
-            return []
+            return None
         if key in self.choices and not self._is_part:
             raise mistakes.repeated_group(key, above[-1])
         self.choices[key] = option
-        if isinstance(option, list):
-            items = [_listed(f"{path}/{each}", package, group, place) for each in option]
-            return [part for item in items for part in self.expand(item, above)]
-        return [] if option is None else self.expand(config._replace(option=option), above)
+        return option
+
+    def _expand_file(
+        self, file: DefaultsEntry, above: Sequence[str], chosen: Sequence[Any] = ()
+    ) -> list[dict[str, Any]]:
+        """Return the same of the one file that an entry names."""
+        paths = [folder / f"{file.name}.yaml" for folder in self._folders]
+        path = next((path for path in paths if os.path.isfile(path)), None)  # False for a name that no file can have
+        if path is None and "optional" in file.keywords:
+            return []
+        if path is None and self._is_part:
+            raise mistakes.missing_option(file.group, file.option)
+        if path is None:
+            raise mistakes.unknown_option(file.group, file.option, self._folders)
+        if file.name in above:
+            raise mistakes.circular_defaults(path)
+        content, header = read_config(path)
+        place = file.place(header)
+        listed = [*content.pop("defaults", []), *chosen]
+        if "_self_" not in listed:
+            listed.append("_self_")
+        entries = [read_entry(entry, file.group, place) for entry in listed]
+        for entry in entries:
+            if "override" in entry.keywords and entry.key not in self._given:
+                self._given[entry.key] = entry.option
+                self._origins[entry.key] = file.name
+        # later entries first: a recipe's `override` entries count for the groups of the mode that is listed before it
+        order = [index for index in reversed(range(len(entries))) if "override" not in entries[index].keywords]
+        order.sort(key=lambda index: "${" in str(entries[index].option))  # which refer to the options of all others
+        parts: dict[int, list[dict[str, Any]]] = {}
+        for index in order:
+            is_self = listed[index] == "_self_"
+            parts[index] = [_at_place(content, place)] if is_self else self.expand(entries[index], (*above, file.name))
+        return [part for index in sorted(parts) for part in parts[index]]
 
     def check_used(self) -> None:
         """Refuse options of groups that no defaults list names."""
@@ -154,34 +173,11 @@ class Expansion:
             if f"~{key}" not in self._used:
                 raise mistakes.group_not_read(key, None, None, self.choices, self._folders)
 
-    def _add_override(self, entry: Mapping[str, Any], config: ConfigFile, place: str) -> None:
-        """Take the option of an `override` entry for its group, unless one was given or taken before."""
-        ((words, option),) = entry.items()
-        path, _, package = str(words).split()[-1].partition("@")
-        key = ConfigFile(_absolute(path, config.group), "", package or None, path.strip("/"), place).key
-        if key not in self._given:
-            self._given[key], self._origins[key] = option, config.name
-
 
 def _resolve(option: str, choices: Mapping[str, Any]) -> Any:
     """Return the option that refers to those of other groups, such as `${data}`; as it is if there is none."""
     node = OmegaConf.create({**choices, "_option": option})
     return OmegaConf.select(node, "_option", throw_on_resolution_failure=False) or option
-
-
-def _is_override(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and "override" in str(next(iter(entry))).split()[:-1]
-
-
-def _listed(path: str, package: str, group: str, place: str) -> ConfigFile:
-    """Return the file that a path in a defaults list names."""
-    above, _, option = path.rpartition("/")
-    folder = group if not above and not path.startswith("/") else _absolute(above or "/", group)
-    return ConfigFile(folder, option, package or None, above.strip("/"), place)
-
-
-def _absolute(path: str, group: str) -> str:
-    return path.strip("/") if path.startswith("/") or not group else f"{group}/{path}"
 
 
 def _at_place(content: dict[str, Any], place: str) -> dict[str, Any]:

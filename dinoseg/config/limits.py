@@ -7,14 +7,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import Steps, below, dotted_name, resolve_node
+from dinoseg.config.plain import KeyPath, dotted_name, resolve_node, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
 from dinoseg.utils.wording import format_value
 
 REMEDY = "Do not use this file unless you know who made it"
 _MOST_STEPS = 2**40  # optimizer steps: they are compared with, and size nothing
-LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the longest matching key counts
+LARGEST: Mapping[KeyPath, float] = {  # maximum of a number at or below a key; the longest matching key counts
     **{("seed",): 2**63 - 1, ("resolution",): 2**14, ("resolution", "scale"): 16},
     **{("head", "iterations"): 2**8, ("head", "first_iterations"): 2**8, ("resolution", "longest"): 2**20},
     **dict.fromkeys([("backbone",), ("adapter",), ("head",)], 2**16),
@@ -42,14 +42,14 @@ def check_text(text: str, what: str) -> None:
         raise UserError(f"{what}: this interpolation is refused. A checkpoint stores plain values only.")
 
 
-def check_value(value: Any, steps: Steps, what: str) -> None:
+def check_value(value: Any, key_path: KeyPath, what: str) -> None:
     """Refuse a value that writes elsewhere or requests too much."""
-    if steps == _TRACKED and isinstance(value, str):
+    if key_path == _TRACKED and isinstance(value, str):
         if not re.fullmatch(r"\w+(/\w+)*", value):
             raise UserError(
                 f"{what} is refused. A config from a checkpoint may only name folders below its run folder."
             )
-    elif steps == _TRACKED:
+    elif key_path == _TRACKED:
         raise UserError(f"{what} is refused: it is not a folder name. {REMEDY}.")
     if value is None or isinstance(value, bool | str | list | Mapping):
         return
@@ -57,29 +57,29 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
         raise UserError(
             f"{what} is of type {type(value).__name__}; a config from a checkpoint holds plain values only."
         )
-    most = _largest(steps)
+    most = _largest(key_path)
     if not abs(value) <= most:
         raise UserError(f"{what} is refused: a checkpoint may set at most {most}. {REMEDY}.")
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
     """Refuse numbers of a run's config that `check_value` refuses in its checkpoint: it could not be resumed."""
-    for steps, value in below(values, ()):
-        if isinstance(value, int | float) and not abs(value) <= (most := _largest(steps)):
+    for key_path, value in walk(values):
+        if isinstance(value, int | float) and not abs(value) <= (most := _largest(key_path)):
             raise UserError(
-                f"{dotted_name(steps)}={format_value(str(value))} is out of range: a run with it could not be resumed. "
-                f"Give {f'{most} at most' if abs(value) < math.inf else 'a finite number'}."
+                f"{dotted_name(key_path)}={format_value(str(value))} is out of range: a run with it could not be "
+                f"resumed. Give {f'{most} at most' if abs(value) < math.inf else 'a finite number'}."
             )
 
 
-def _largest(steps: Steps) -> float:
-    above = (LARGEST[steps[:end]] for end in range(len(steps), 0, -1) if steps[:end] in LARGEST)
+def _largest(key_path: KeyPath) -> float:
+    above = (LARGEST[key_path[:end]] for end in range(len(key_path), 0, -1) if key_path[:end] in LARGEST)
     return next(above, _LARGEST_ELSEWHERE)
 
 
 def check_batch(whole: DictConfig, where: str) -> None:
     """Refuse training batches with more pixels than any machine can hold, even if each factor is small enough."""
-    crop, batch = (resolve_node(whole, steps) for steps in (("resolution", "crop"), ("data", "batch_size")))
+    crop, batch = (resolve_node(whole, key_path) for key_path in (("resolution", "crop"), ("data", "batch_size")))
     frames = resolve_node(whole, ("data", "clips", "cut", "length"))
     sizes = [*(crop if isinstance(crop, list) else [crop]), batch, frames]
     pixels = math.prod(abs(size) for size in sizes if isinstance(size, int | float))

@@ -17,7 +17,7 @@ from dinoseg.config.plain import keys_of
 from dinoseg.utils.errors import NoMode, UnknownKey, UnknownOption, UserError
 from dinoseg.utils.wording import format_override, join_names, suggest_nearest
 
-_FOLDER = "Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in Python."
+ADD_FOLDER = "Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in Python."
 _NOT_READ = "{}: mode={} does not read the group {}. Leave it out, or choose a mode that reads it: {}."
 _DEFAULT_MODE = "help"
 _PATHS = {"data": "data.root", "backbone": "backbone.weights", "head": "head.weights"}  # keys of paths by group
@@ -42,7 +42,7 @@ def not_a_list_group(group: str, options: Sequence[str], folders: Sequence[Path]
 
 def missing_option(group: str, option: str) -> UserError:
     """Return the error on an option that a file names, and that no folder has."""
-    return UserError(f"{group}={option} is not an option on this machine. {_FOLDER}")
+    return UserError(f"{group}={option} is not an option on this machine. {ADD_FOLDER}")
 
 
 def group_not_read(

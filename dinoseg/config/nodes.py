@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
-from dinoseg.config.plain import Steps, below, texts_of
+from dinoseg.config.plain import KeyPath, dotted_name, texts_of, walk
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
 from dinoseg.utils.wording import format_value
 
@@ -20,15 +20,15 @@ Part = TypeVar("Part")
 _SELECTED = re.compile(r"\$\{oc\.select:([\w.]+),")  # `${oc.select:KEY,DEFAULT}`, which is no node of its key
 
 
-def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
+def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Any:
     """Instantiate a config node; a `_partial_` node gives a callable that takes the remaining arguments.
 
     Parts name their parameters in errors. Here, and in a call of a `_partial_` node, these become full keys.
 
     Args:
         node: a config node or a dict, with `_target_`.
-        without: keys of the node that other code reads.
-        instead: values that override the node's own.
+        exclude: keys of the node that other code reads.
+        overrides: values that override the node's own.
 
     Raises:
         UserError: a value is missing, the target cannot be imported, or it does not take a key or its value.
@@ -46,18 +46,18 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     if not isinstance(values, Mapping):
         raise UserError(f"{where or format_value(str(node))} has no `_target_`, which this config node needs. Set it.")
     keys = argument_keys(node)
-    values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
-    unset = next((steps for steps, value in below(values, ()) if value == "???"), None)
+    values = {key: value for key, value in values.items() if key not in exclude} | dict(overrides or {})
+    unset = next((key_path for key_path, value in walk(values) if value == "???"), None)
     if unset:
         raise not_set(_full_key(node, unset))
     # hydra would resolve the text again, and so run it
     pointer = next((text for text in texts_of(values) if "${" in text), None)
     if pointer is not None:
         raise UserError(f"{pointer} is still an interpolation after it is resolved. Choose a value without ${{.")
-    for steps, table in below(values, ()):
+    for key_path, table in walk(values):
         if isinstance(table, Mapping) and "_target_" in table:
             arguments = {key: value for key, value in table.items() if not str(key).startswith("_")}
-            names = {key: _full_key(node, (*steps, key)) for key in arguments}
+            names = {key: _full_key(node, (*key_path, key)) for key in arguments}
             check_arguments(table["_target_"], arguments, names)
     part = _call_target(values, where, keys)
     if not isinstance(part, partial):
@@ -69,14 +69,9 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
 
 def argument_keys(node: Any) -> dict[str, str]:
     """Return the full key that sets each argument of a config node, and as `PART.ARGUMENT` those in its tables."""
-    keys = {}
-    for key in node.keys():  # noqa: SIM118 - none of a table that is null or an interpolation, which has no iterator
-        if not str(key).startswith("_"):
-            keys[str(key)] = _full_key(node, (key,))
-            part = node._get_node(key) if OmegaConf.is_config(node) else None
-            if isinstance(part, DictConfig):
-                keys |= {f"{key}.{name}": full for name, full in argument_keys(part).items()}
-    return keys
+    values = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    arguments = [key_path for key_path, _ in walk(values) if key_path and not str(key_path[-1]).startswith("_")]
+    return {dotted_name(key_path): _full_key(node, key_path) for key_path in arguments}
 
 
 class Factory(partial[Any]):
@@ -113,10 +108,10 @@ def _call_target(values: Mapping[str, Any], where: str, keys: Mapping[str, str])
             raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 
 
-def _full_key(node: Any, steps: Steps) -> str:
-    """Return the full key that sets the value at `steps` below a node; for an interpolation, the key it points to."""
+def _full_key(node: Any, key_path: KeyPath) -> str:
+    """Return the full key that sets a value below a node; for an interpolation, the key it points to."""
     name = node._get_full_key(None) if OmegaConf.is_config(node) else ""
-    for step in steps:
+    for step in key_path:
         name = f"{name}.{step}".lstrip(".")
         # a longer list has replaced the node's
         has_more = OmegaConf.is_list(node) and isinstance(step, int) and step >= len(node)

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-Steps = tuple[str | int, ...]  # keys and indices, from the root of a config down
+KeyPath = tuple[str | int, ...]  # keys and indices, from the root of a config down
 BUILDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # of tables that build objects
 
 
@@ -17,17 +17,17 @@ def to_container(node: Any, *, resolve: bool = False) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def below(node: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
+def walk(node: Any, key_path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Yield path and content of a node and everything below it.
 
     Args:
         node: a plain config, or a part of one.
-        steps: path to that node.
+        key_path: path to that node.
     """
-    yield steps, node
+    yield key_path, node
     items: Any = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
-        yield from below(value, (*steps, key))
+        yield from walk(value, (*key_path, key))
 
 
 def flatten(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -41,20 +41,20 @@ def flatten(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 def texts_of(node: Any) -> Iterator[str]:
     """Yield every text at and below a node."""
-    return (value for _, value in below(node, ()) if isinstance(value, str))
+    return (value for _, value in walk(node) if isinstance(value, str))
 
 
 def nests(node: Any) -> bool:
     """Return whether a `_target_` is at or below a node."""
-    return any(isinstance(value, Mapping) and "_target_" in value for _, value in below(node, ()))
+    return any(isinstance(value, Mapping) and "_target_" in value for _, value in walk(node))
 
 
-def at(node: Any, steps: Iterable[str | int]) -> Any:
-    """Return the content at the end of `steps`; None if there is none.
+def value_at(node: Any, key_path: Iterable[str | int]) -> Any:
+    """Return the content at the end of `key_path`; None if there is none.
 
     An interpolation on the way is returned itself.
     """
-    for step in steps:
+    for step in key_path:
         if isinstance(node, Mapping):
             node = node.get(step)
         elif isinstance(node, list) and str(step).isdecimal() and int(step) < len(node):
@@ -64,13 +64,13 @@ def at(node: Any, steps: Iterable[str | int]) -> Any:
     return node
 
 
-def resolve_node(node: Any, steps: Iterable[Any]) -> Any:
-    """Return the content at the end of `steps` in an OmegaConf config, resolved and plain; None if that fails.
+def resolve_node(node: Any, key_path: Iterable[Any]) -> Any:
+    """Return the content at the end of `key_path` in an OmegaConf config, resolved and plain; None if that fails.
 
     Values below are resolved one by one, so that one that cannot be resolved does not affect the others.
     """
     try:
-        for step in steps:
+        for step in key_path:
             node = node[step]
     except (OmegaConfBaseException, LookupError, TypeError):
         return None
@@ -79,9 +79,9 @@ def resolve_node(node: Any, steps: Iterable[Any]) -> Any:
     return [resolve_node(node, (index,)) for index in range(len(node))] if isinstance(node, ListConfig) else node
 
 
-def dotted_name(steps: Steps) -> str:
-    """Return `steps` as they are typed."""
-    return ".".join(map(str, steps)) or "its root"
+def dotted_name(key_path: KeyPath) -> str:
+    """Return a key path as it is typed."""
+    return ".".join(map(str, key_path)) or "its root"
 
 
 def keys_of(node: Mapping[Any, Any], above: str = "") -> Iterator[str]:

@@ -18,7 +18,7 @@ LENGTH = "dinoseg.len"
 CLASS_FILE = "dinoseg.class_file"
 CELLS = "dinoseg.cells"
 NOW = "dinoseg.now"
-_OF_FILE = "of_class_file"  # flag of lists and mappings from `classes.yaml`
+_FILE_FLAG = "of_class_file"  # flag of lists and mappings from `classes.yaml`
 
 
 class _Unmet(UserError, InterpolationResolutionError):
@@ -72,12 +72,12 @@ def _cells(resolution: DictConfig, patch_size: int | None) -> ListConfig | None:
 def _resolve_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
     """Return the value of `_from_class_file`, as a config node if it is a list or mapping, see `_cells`."""
     value = _from_class_file(key, shapes, _root_=_root_)
-    return OmegaConf.create(value, flags={_OF_FILE: True}) if isinstance(value, list | dict) else value
+    return OmegaConf.create(value, flags={_FILE_FLAG: True}) if isinstance(value, list | dict) else value
 
 
 def _is_of_file(value: Any) -> bool:
     """Return whether a value is a list from the class file, which `--resolve` has written into the config."""
-    return OmegaConf.is_list(value) and bool(value._get_flag(_OF_FILE))
+    return OmegaConf.is_list(value) and bool(value._get_flag(_FILE_FLAG))
 
 
 def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:

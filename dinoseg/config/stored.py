@@ -15,8 +15,9 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
+from dinoseg.config.mistakes import ADD_FOLDER
 from dinoseg.config.options import list_groups
-from dinoseg.config.plain import BUILDS, Steps, at, below, dotted_name, nests, texts_of, to_container
+from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, nests, texts_of, to_container, value_at, walk
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import path_exists
@@ -24,9 +25,9 @@ from dinoseg.utils.wording import format_value, join_names
 
 logger = logging.getLogger(__name__)
 VALUES_ONLY = "values_only"  # root key of a config: groups that it does not build, whose values alone it holds
-_OF_THIS_MACHINE = ("cache_dir",)
-_OF_THIS_RUN = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
-_BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
+_MACHINE_KEYS = ("cache_dir",)
+_RUN_INTERPOLATIONS = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
+_CLASS_WEIGHTS = ("loss", "weights")  # its keys are class names, with any letters and signs
 _MAX_VALUES = 5_000  # OmegaConf takes half a minute for 15,000; our largest config holds a thousand values
 _GROUP = re.compile(r"\w+(/\w+)*(@\w+(\.\w+)*)?")
 _OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no part is `..`: a file cannot name options outside the groups
@@ -75,7 +76,7 @@ def _values_of(
     node: DictConfig,
     given: Mapping[str, Any],
     option: Mapping[str, Any],
-    steps: Steps,
+    key_path: KeyPath,
     targets: dict[str, str],
     *,
     is_argument: bool,
@@ -86,18 +87,18 @@ def _values_of(
         node: of the config.
         given: the same node as plain values, with interpolations unresolved.
         option: the same node as the options of its groups give it.
-        steps: to the node.
+        key_path: to the node.
         targets: filled with the name of the class of each node.
         is_argument: whether a node above is a component, whose argument this node is.
     """
     is_argument = is_argument or "_target_" in option
-    removed = [key for key in option if key not in given and key not in _OF_THIS_MACHINE] if steps else []
+    removed = [key for key in option if key not in given and key not in _MACHINE_KEYS] if key_path else []
     if removed:
-        key = dotted_name((*steps, removed[0]))
+        key = dotted_name((*key_path, removed[0]))
         raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
     values: dict[str, Any] = {}
     for key, value in given.items():
-        place = (*steps, str(key))
+        place = (*key_path, str(key))
         usual = option.get(key)
         if key in BUILDS or (nests(value) and not _is_node(usual, is_argument=is_argument)):
             if value != usual:
@@ -107,14 +108,14 @@ def _values_of(
                     "FOLDER and GROUP=NAME."
                 )
             if key == "_target_":
-                targets[dotted_name(steps)] = str(value)
-        elif key in _OF_THIS_MACHINE:
+                targets[dotted_name(key_path)] = str(value)
+        elif key in _MACHINE_KEYS:
             continue
-        elif steps and key not in option and not is_argument:
+        elif key_path and key not in option and not is_argument:
             raise UserError(f"{dotted_name(place)} is not a key of the chosen options. Add it to an option's file.")
         elif isinstance(value, Mapping) and _is_node(usual, is_argument=is_argument):
             values[str(key)] = _values_of(node[key], value, usual, place, targets, is_argument=is_argument)
-        elif not (_interpolates(value) and value == usual and not str(value).startswith(_OF_THIS_RUN)):
+        elif not (_interpolates(value) and value == usual and not str(value).startswith(_RUN_INTERPOLATIONS)):
             values[str(key)] = _resolve_value(node, key, dotted_name(place))
     return values
 
@@ -182,14 +183,14 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
         used = [key for key in used if key in composed or choices_of(description["choices"], [key])]
     _check_groups(description["choices"], used, source)
     _check_targets(description["targets"], composed, where)
-    weights = at(composed, ("backbone", "weights"))
+    weights = value_at(composed, ("backbone", "weights"))
     added: list[str] = []
     _set_values(composed, {key: stored[key] for key in used}, (), added, where, is_argument=False)
     if added:
         logger.warning("%s: it has no value of %s. The defaults of the options are used.", where, join_names(added))
     composed |= {key: _plain_group(stored[key]) for key in stored if key in unused}
     if "backbone" in used and "backbone.weights" not in source.typed:
-        _check_weights(at(composed, ("backbone", "weights")), weights, source)
+        _check_weights(value_at(composed, ("backbone", "weights")), weights, source)
     check_batch(OmegaConf.create(composed), where)
     return composed
 
@@ -223,8 +224,7 @@ def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Sou
         if not any((Path(folder) / name).is_dir() for folder in (SHIPPED, *source.folders)):
             raise UserError(
                 f"{source.where}: it chooses an option of {format_value(name)}, which is not a config group on this "
-                "machine. Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in "
-                "Python."
+                f"machine. {ADD_FOLDER}"
             )
 
 
@@ -258,16 +258,16 @@ def description_of(config: Mapping[str, Any], keys: Collection[str], source: Sou
     return {"choices": choices, "config": _without_parts(values, options, (), targets), "targets": targets}
 
 
-def _without_parts(given: Mapping[str, Any], option: Any, steps: Steps, targets: dict[str, str]) -> dict[str, Any]:
+def _without_parts(given: Mapping[str, Any], option: Any, key_path: KeyPath, targets: dict[str, str]) -> dict[str, Any]:
     """Return the values of a node without the interpolations of its option, and fill `targets` with class names."""
     values: dict[str, Any] = {}
     for key, value in given.items():
         usual = option.get(key) if isinstance(option, Mapping) else None
         if key == "_target_":
-            targets[dotted_name(steps)] = str(value)
+            targets[dotted_name(key_path)] = str(value)
         elif isinstance(value, Mapping):
-            values[str(key)] = _without_parts(value, usual, (*steps, str(key)), targets)
-        elif key not in _OF_THIS_MACHINE and not (value == usual and (key in BUILDS or _interpolates(value))):
+            values[str(key)] = _without_parts(value, usual, (*key_path, str(key)), targets)
+        elif key not in _MACHINE_KEYS and not (value == usual and (key in BUILDS or _interpolates(value))):
             values[str(key)] = value
     return values
 
@@ -280,40 +280,39 @@ def _plain_group(values: Any) -> dict[str, Any]:
 
 def _check_values(stored: Mapping[str, Any], where: str) -> None:
     """Refuse keys that build something, and values that are not plain or out of bounds."""
-    for count, (steps, value) in enumerate(below(stored, ())):
-        what = f"{where}: {dotted_name(steps)}={format_value(value)}"
+    for count, (key_path, value) in enumerate(walk(stored)):
+        what = f"{where}: {dotted_name(key_path)}={format_value(value)}"
         if count > _MAX_VALUES:
             raise UserError(f"{where}: its config holds more than {_MAX_VALUES} values. {REMEDY}.")
         for key in value if isinstance(value, Mapping) else ():
-            hidden = key in BUILDS if steps == _BY_CLASS else str(key).startswith("_")
+            hidden = key in BUILDS if key_path == _CLASS_WEIGHTS else str(key).startswith("_")
             if not isinstance(key, str) or hidden or not key.isprintable() or not key:
                 raise UserError(
-                    f"{where}: {dotted_name(steps)} is refused: a checkpoint stores no key "
+                    f"{where}: {dotted_name(key_path)} is refused: a checkpoint stores no key "
                     f"{format_value(key)}. {REMEDY}."
                 )
         if isinstance(value, str):
             check_text(value, what)
-        check_value(value, steps, what)
+        check_value(value, key_path, what)
 
 
 def _check_targets(targets: Mapping[str, str], composed: Mapping[str, Any], where: str) -> None:
     """Refuse options that are another class on this machine than where the checkpoint was written."""
     for place, target in targets.items():
         keys = place.split(".")
-        here = at(composed, keys)
+        here = value_at(composed, keys)
         if keys[0] in composed and (not isinstance(here, Mapping) or here.get("_target_") != target):
             here = here.get("_target_") if isinstance(here, Mapping) else None
             raise UserError(
                 f"{where}: its {format_value(place)} is {format_value(target)}, and config files on this machine name "
-                f"{here or 'no class'} there. Add the folder of config groups of its training: --config-dir FOLDER, or "
-                "config_dir=FOLDER in Python."
+                f"{here or 'no class'} there. {ADD_FOLDER}"
             )
 
 
 def _set_values(
     node: MutableMapping[str, Any],
     values: Mapping[str, Any],
-    steps: Steps,
+    key_path: KeyPath,
     added: list[str],
     where: str,
     *,
@@ -324,7 +323,7 @@ def _set_values(
     Args:
         node: of the composed options.
         values: to set.
-        steps: to the node.
+        key_path: to the node.
         added: filled with the keys of the node that the values lack.
         where: name of the file in errors.
         is_argument: whether a node above is a component, whose argument this node is.
@@ -332,11 +331,11 @@ def _set_values(
     is_argument = is_argument or "_target_" in node
     names = {str(key): key for key in node}
     for key, value in values.items():
-        place = (*steps, key)
+        place = (*key_path, key)
         name = names.get(key, key)
         what = f"{where}: {dotted_name(place)}={format_value(value)}"
         option = node.get(name)
-        if key in _OF_THIS_MACHINE:
+        if key in _MACHINE_KEYS:
             raise UserError(f"{what} is refused: a checkpoint must not choose where files are written. {REMEDY}.")
         if name not in node and not is_argument:
             raise UserError(f"{what} is refused: the options on this machine lack this key. {REMEDY}.")
@@ -347,9 +346,9 @@ def _set_values(
         else:
             node[name] = value
     for key, option in node.items():
-        is_fixed = key in (*BUILDS, *_OF_THIS_MACHINE) or _interpolates(option) or nests(option)
-        if str(key) not in values and not is_fixed and steps:
-            added.append(dotted_name((*steps, str(key))))
+        is_fixed = key in (*BUILDS, *_MACHINE_KEYS) or _interpolates(option) or nests(option)
+        if str(key) not in values and not is_fixed and key_path:
+            added.append(dotted_name((*key_path, str(key))))
 
 
 def _check_weights(weights: Any, usual: Any, source: Source) -> None:

@@ -99,9 +99,8 @@ class Augment:
         crop: (H, W) of the result, pixels.
         scale: minimum and maximum factor.
         relative_to: the size at factor 1. image: the image's own after `longest`. short, long: the shorter or longer
-            side is `base`, as in mmsegmentation and DINOv3. fit: the largest that fits into the crop, as in
+            side is the crop's, as in mmsegmentation and DINOv3. fit: the largest that fits into the crop, as in
             torchvision's ScaleJitter and EoMT. All but image give whole pixels, whatever `longest` is.
-        base: pixels of that side, with short and long; None: the crop's shorter or longer side.
         distribution: of the factor: log_uniform or uniform.
         resample: how images are reduced. area: averages of the covered pixels, below a factor of 0.8. antialias: a
             triangle filter as wide as two pixels of the view, as in Pillow, torchvision and `mode=eval`. bilinear: from
@@ -122,7 +121,6 @@ class Augment:
     _: KW_ONLY
     scale: tuple[Positive, Positive] = (1.0, 1.0)
     relative_to: Literal["image", "short", "long", "fit"] = "image"
-    base: Count | None = None
     distribution: Literal["log_uniform", "uniform"] = "log_uniform"
     resample: Literal["area", "antialias", "bilinear"] = "area"
     longest: Count | None = None
@@ -143,11 +141,6 @@ class Augment:
             raise UserError(
                 f"crop={list(self.crop)} is larger than longest={self.longest}, to which images are reduced: choose a "
                 f"crop of at most {self.longest} pixels a side."
-            )
-        if self.base is not None and self.relative_to not in ("short", "long"):
-            raise UserError(
-                f"base={self.base} has no effect with relative_to={self.relative_to}: set relative_to=short or long, "
-                "or leave base out."
             )
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +224,7 @@ class Augment:
             return max(1, int(factor * (crop * height) / side)), max(1, int(factor * (crop * width) / side))
         choose = max if self.relative_to == "long" else min
         side = choose(height, width)
-        given = max(1, int((self.base or choose(self.crop)) * factor))
+        given = max(1, int(choose(self.crop) * factor))
         return max(1, int(given * height / side + 0.5)), max(1, int(given * width / side + 0.5))
 
     def _geometry(self, mask: np.ndarray, rng: np.random.Generator) -> _View:

@@ -129,7 +129,7 @@ class ModelBuilder:
             exclude.append("weights")
         if key == "head" and node.get("patch_size", 0) is None:  # timm states it once the backbone is built
             exclude.append("patch_size")
-        return instantiate(node, without=exclude)
+        return instantiate(node, exclude=exclude)
 
     @property
     def seed(self) -> int:
@@ -175,7 +175,7 @@ class ModelBuilder:
 
     def engine(self, **overrides: Any) -> Engine:
         """Return the engine of the config, with overrides of its values."""
-        return instantiate(self._cfg.engine, instead=overrides)
+        return instantiate(self._cfg.engine, overrides=overrides)
 
     def model(self, *, untrained: bool = False, initialised: bool = True) -> SegmentationModel:
         """Return the segmenter.
@@ -245,7 +245,7 @@ class ModelBuilder:
         adapter = self.part("adapter")
         torch.manual_seed(self.seed)
         instead = {"weights": "random"} if untrained and "weights" in self._cfg.backbone else None
-        bare = expect_type(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
+        bare = expect_type(Backbone, instantiate(self._cfg.backbone, overrides=instead), "backbone")
         if bare.channels != self.value("data.channels", 3):
             raise UserError(
                 f"data.channels={self.value('data.channels')}, and backbone={self.options.get('backbone')} takes "

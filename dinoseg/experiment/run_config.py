@@ -20,7 +20,7 @@ from dinoseg.utils.yaml_text import parse_yaml
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaError, OmegaConfBaseException)
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
 # interpolation in a training's config; its evaluations store the value
-_OF_CLASS_FILE = f"${{{CLASS_FILE}:"
+_CLASS_FILE_INTERPOLATION = f"${{{CLASS_FILE}:"
 _ELSEWHERE = ("seed", "data.root", "metric.", "choices.metric")  # may differ within a recipe
 
 
@@ -111,4 +111,4 @@ def _recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
 
 
 def _is_of_class_file(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(_OF_CLASS_FILE)
+    return isinstance(value, str) and value.startswith(_CLASS_FILE_INTERPOLATION)

@@ -40,7 +40,7 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
     """
     if "classes" not in cfg.protocol:
         return instantiate(cfg.protocol)
-    make = instantiate(cfg.protocol, instead={"_partial_": True})
+    make = instantiate(cfg.protocol, overrides={"_partial_": True})
     has_layers = make.func.has_layers
     found = {folder: read_class_record(folder, has_layers=has_layers) for folder in predictions}
     records = {folder: record for folder, record in found.items() if record is not None}

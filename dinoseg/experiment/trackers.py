@@ -69,7 +69,7 @@ def tracker_factory(node: Any, name: str, overrides: Mapping[str, Any] | None = 
         UserError: the node describes no factory.
     """
     with type_errors_as_user_errors(name, _REMEDY):
-        make = instantiate(node, instead={key: value for key, value in (overrides or {}).items() if key in node})
+        make = instantiate(node, overrides={key: value for key, value in (overrides or {}).items() if key in node})
     if not callable(make):
         raise UserError(f"{name} returns {type(make).__name__}, which does not create trackers. {_REMEDY}")
     return make

@@ -107,8 +107,6 @@ class Lora:
         targets: `attention` (query, key, value and output projections), `all_linear` (the MLP layers too), or a
             regular expression searched in the names of the linear layers.
         rslora: use s = alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, arXiv 2312.03732).
-        dora: decompose weights into direction, updated by LoRA, and trainable magnitude per output (Liu et al.,
-            arXiv 2402.09353).
         blocks: adapt only this many last blocks; earlier blocks then store no activations. None: all blocks.
         bits: 4 (NF4, double quantisation, bfloat16 compute: QLoRA, Dettmers et al., arXiv 2305.14314) or 8 to
             quantise the frozen linear layers to this many bits, or None.
@@ -128,21 +126,15 @@ class Lora:
         dropout: LowShare = 0.0,
         targets: str = "attention",
         rslora: bool = False,
-        dora: bool = False,
         blocks: Count | None = None,
         bits: int | None = None,
         device: str = "auto",
     ) -> None:
         self.pattern = Pattern(TARGETS.get(targets, targets), "targets")
-        if dora and bits is not None:
-            raise UserError(
-                f"dora=true with bits={bits}: DoRA starts from the norms of unquantised weights. "
-                "Choose dora=false, or leave bits out."
-            )
         if bits is not None:
             check_bits(bits, device)
         self.bits, self.blocks, self.targets = bits, blocks, targets
-        self.rank, self.alpha, self.dropout, self.rslora, self.dora = rank, alpha, dropout, rslora, dora
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
 
     def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with trainable LoRA layers and all other parameters frozen."""
@@ -179,7 +171,6 @@ class Lora:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
-            use_dora=self.dora,
             bias="none",
             target_modules=names,
         )

@@ -22,7 +22,7 @@ from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
 _BATCH = 4  # frames per forward pass of a tracker
-_OF_THE_FILE = ("resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
+_FILE_KEYS = ("resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
 
 
 def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
@@ -67,7 +67,7 @@ def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
     """Open a one-file model with the settings that it stores; a delta's weights may be given on the command line."""
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}
-    unread = {key for key in typed if key.partition(".")[0] in _OF_THE_FILE} - {f"{part}.weights" for part in weights}
+    unread = {key for key in typed if key.partition(".")[0] in _FILE_KEYS} - {f"{part}.weights" for part in weights}
     remedy = f"give {shlex.quote(f'resume={file}')} to override them."
     warn_unread(out_dir, unread, f"mode.model uses its stored settings; {remedy}")
     engine = source.settings("engine")

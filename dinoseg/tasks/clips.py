@@ -57,7 +57,7 @@ class ClipDataModule:
         seed: determines order and views, together with epoch and clip.
         workers: data-loading processes.
         rank: this rank.
-        world: number of ranks.
+        world_size: number of ranks.
         pictures: number of validation clips that each validation visualises, the same ones every time.
         make_tracker: creates a tracker of a model's slots for a validation clip.
         protocol: rules of the scores.

@@ -51,7 +51,7 @@ class ImageDataModule:
         background: ID of the background class; None: there is none.
         strategy: inference strategy of validations; None: whole images.
         rank: this rank.
-        world: number of ranks.
+        world_size: number of ranks.
         pictures: number of validation images that each validation visualises, the same ones every time.
         views: fixed augmentations of each training image, used in turn; None: new ones in each epoch.
         cache: feature cache of the model's frozen part; None: batches consist of images.

@@ -64,8 +64,8 @@ class UnknownOption(UserError):
         self.option = option
 
 
-class UnknownKey(UserError):
-    """A key that the composed config lacks.
+class KeyMistake(UserError):
+    """A mistake in one key of the config.
 
     Attributes:
         key: its full name.
@@ -76,24 +76,12 @@ class UnknownKey(UserError):
         self.key = key
 
 
-class KeyNotSet(UserError):
-    """A key without a value that the job needs.
-
-    Attributes:
-        key: its full name.
-    """
-
-    def __init__(self, message: str, *, key: str = "") -> None:
-        super().__init__(message)
-        self.key = key
+class UnknownKey(KeyMistake):
+    """A key that the composed config lacks."""
 
 
-def reword(error: UserError, terms: Mapping[str, str]) -> UserError:
-    """Return an error in other terms, such as the arguments of a call instead of those of a command line."""
-    words = str(error)
-    for term, other in terms.items():
-        words = words.replace(term, other)
-    return UserError(words)
+class KeyNotSet(KeyMistake):
+    """A key without a value that the job needs."""
 
 
 @contextmanager
@@ -140,11 +128,12 @@ def file_errors_as_user_errors(folder: Path) -> Iterator[None]:
         remedy = next((remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers), None)
         if remedy is None:
             raise
-        what = error.filename2 or error.filename
-        if not isinstance(what, str):
-            what = f"a file (the folder of the run is {folder})"
-        room = f"; {free_space(Path(what) if error.filename else folder)} there" if error.errno in DISK_FULL else ""
-        raise UserError(f"Cannot read or write {what}: {error.strerror}{room}. {remedy}") from error
+        name = error.filename2 or error.filename
+        file = name if isinstance(name, str) else f"a file (the folder of the run is {folder})"
+        reason = error.strerror
+        if error.errno in DISK_FULL:
+            reason = f"{reason}; {free_space(Path(file) if error.filename else folder)} there"
+        raise UserError(f"Cannot read or write {file}: {reason}. {remedy}") from error
 
 
 def free_space(path: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, SupportsIndex, TypeVar, Union, get_args, get_origin
 
-from dinoseg.utils.errors import UserError, reword
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
 P = ParamSpec("P")
@@ -28,11 +28,11 @@ _PLAIN: dict[Any, Any] = {  # annotation to the types that a config may give for
     **{int: Integral, float: Real, str: str, bool: bool, NoneType: NoneType},
     **{Path: (str, Path), PathLike: PathLike, Sequence: _LIST, Iterable: _LIST, tuple: _LIST, Mapping: Mapping},
 }
-_WORDS: dict[Any, str] = {
+_CONFIG_WORDS: dict[Any, str] = {  # types in messages about configs
     **{int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"},
     **{Path: "a path", PathLike: "a path", Mapping: "a mapping"},
 }
-_IN_PYTHON = {"=null is": "=None is", " or null": " or None", "true or false": "True or False"}
+_PYTHON_WORDS = {**_CONFIG_WORDS, bool: "True or False", NoneType: "None"}
 _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a path": "paths"}
 _PLAIN_VALUES = (NoneType, bool, int, float, str, *_LIST, Mapping)
 
@@ -117,38 +117,36 @@ def check_annotations(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments
-        try:
-            for name, value in given.items():
-                check_value(name, value, annotations[name])
-        except UserError as error:
-            error.args = (str(reword(error, _IN_PYTHON)),)
-            raise
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            check_value(name, value, annotations[name], _PYTHON_WORDS)
         return function(*args, **kwargs)
 
     return wrapper
 
 
-def check_value(name: str, value: Any, annotation: Any) -> None:
+def check_value(name: str, value: Any, annotation: Any, words: Mapping[Any, str] = _CONFIG_WORDS) -> None:
     """Refuse a value of another type or range than an annotation.
 
     Args:
         name: of the value, for the message.
         value: any object; types that are not in `_PLAIN` are not checked.
         annotation: a type, with ranges.
+        words: for types in the message.
 
     Raises:
         UserError: naming the value and what the annotation allows.
     """
     rules = _find_broken_rules(value, annotation)
+    if rules == []:
+        return
+    given = words[NoneType] if value is None else format_value(str(value), _LONGEST_VALUE)
     if rules is None:
-        remedy = _explain_type(name, value, annotation)
-        raise UserError(f"{name}={_format_argument(value)} is of type {_type_name(value)}. {remedy}")
-    if rules:
-        if isinstance(value, str):
-            raise UserError(f"{name}={_format_argument(value)} is unknown. Choose {_describe_type(annotation)}.")
-        rules += ["null"] * (NoneType in get_args(annotation))
-        raise UserError(f"{name}={_format_argument(value)} is out of range. Give {', or '.join(dict.fromkeys(rules))}.")
+        remedy = _explain_type(name, value, annotation, words)
+        raise UserError(f"{name}={given} is of type {_type_name(value)}. {remedy}")
+    if isinstance(value, str):
+        raise UserError(f"{name}={given} is unknown. Choose {_describe_type(annotation, words)}.")
+    rules += [words[NoneType]] * (NoneType in get_args(annotation))
+    raise UserError(f"{name}={given} is out of range. Give {', or '.join(dict.fromkeys(rules))}.")
 
 
 def _find_broken_rules(value: Any, annotation: Any) -> list[str] | None:
@@ -167,7 +165,7 @@ def _find_broken_rules(value: Any, annotation: Any) -> list[str] | None:
     if kind is Literal:
         if not isinstance(value, str):
             return None
-        return [] if value in arguments else [_describe_type(annotation)]
+        return [] if value in arguments else [_describe_type(annotation, _CONFIG_WORDS)]
     if not _is_of_kind(value, kind, arguments):
         return None
     if isinstance(value, Real) and not isinstance(value, bool):
@@ -210,9 +208,9 @@ def _strip_ranges(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _explain_type(name: str, value: Any, annotation: Any) -> str:
+def _explain_type(name: str, value: Any, annotation: Any, words: Mapping[Any, str]) -> str:
     """Return what to give instead of a value of another type, in Python, on the command line or in a YAML file."""
-    kind = _describe_type(annotation)
+    kind = _describe_type(annotation, words)
     if _is_part(_strip_ranges(annotation)):
         return f"A config describes a {kind} by a group of keys: set one of them, as {name}.KEY=VALUE."
     remedy = f"Give {kind}."
@@ -223,28 +221,28 @@ def _explain_type(name: str, value: Any, annotation: Any) -> str:
     return remedy
 
 
-def _describe_type(annotation: Any) -> str:
+def _describe_type(annotation: Any, words: Mapping[Any, str]) -> str:
     """Return the values that an annotation allows, in words, such as `a whole number or null`."""
     annotation = _strip_ranges(annotation)
     kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if kind in (Union, UnionType):
-        return " or ".join(map(_describe_type, arguments))
+        return " or ".join(_describe_type(member, words) for member in arguments)
     if kind is Literal:
         return arguments[0] if len(arguments) == 1 else f"one of {', '.join(arguments)}"
     if _PLAIN.get(kind) is _LIST:
         count = "" if kind is not tuple or ... in arguments else f"{len(arguments)} "
-        return f"a list of {count}{_describe_items(arguments[0])}" if arguments else "a list"
+        return f"a list of {count}{_describe_items(arguments[0], words)}" if arguments else "a list"
     if _PLAIN.get(kind) is Mapping and arguments:
-        return f"a mapping to {_describe_items(arguments[1])}"
-    return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
+        return f"a mapping to {_describe_items(arguments[1], words)}"
+    return str(words.get(kind) or getattr(kind, "__name__", kind))
 
 
-def _describe_items(annotation: Any) -> str:
+def _describe_items(annotation: Any, words: Mapping[Any, str]) -> str:
     """Return the items that an annotation of a list allows, in words, such as `texts or lists of texts`."""
     annotation = _strip_ranges(annotation)
     if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(map(_describe_items, get_args(annotation)))
-    kind = _describe_type(annotation)
+        return " or ".join(_describe_items(member, words) for member in get_args(annotation))
+    kind = _describe_type(annotation, words)
     return _PLURALS.get(kind, kind.replace("a list", "lists", 1))
 
 
@@ -252,7 +250,3 @@ def _type_name(value: Any) -> str:
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, _LIST) else ()
     inner = sorted({type(item).__name__ for item in items})
     return type(value).__name__ + (f" of {' and '.join(inner)}" if inner else "")
-
-
-def _format_argument(value: Any) -> str:
-    return "null" if value is None else format_value(str(value), _LONGEST_VALUE)

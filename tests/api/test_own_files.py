@@ -60,7 +60,7 @@ def test_merge_states_the_bits_and_the_source_of_weights(tmp_path):
 ALL_LAYERS = pytest.param({"adapter": "lora_all", "head": "mlp"}, marks=pytest.mark.heavy)
 
 
-@pytest.mark.parametrize("options", [{}, {"adapter.dora": True}, ALL_LAYERS])
+@pytest.mark.parametrize("options", [{}, ALL_LAYERS])
 def test_peft_reads_the_saved_adapter_with_equal_logits(options, tmp_path):
     model = make_trained(**options)
     model.save_adapter(tmp_path / "adapter")
@@ -92,14 +92,12 @@ test_message_names_value_and_remedy = refusals(
     }
 )
 
-
 CHANGES = {
     "merged": (lambda layer: layer.merge(), lambda layer: layer.unmerge()),
     "scaled": (lambda layer: layer.scale_layer(2), lambda layer: layer.unscale_layer()),
     "no adapter": (lambda layer: layer.set_adapter([]), lambda layer: layer.set_adapter("default")),
     "off": (lambda layer: layer.enable_adapters(False), lambda layer: layer.enable_adapters(True)),
 }
-
 
 QUICK = ("merged", "off")
 PARAMS = [pytest.param(change, marks=() if change in QUICK else pytest.mark.heavy) for change in CHANGES]

@@ -16,7 +16,7 @@ from dinoseg.data.transforms import Affine, Augment, ColorJitter
 
 SIZES = [(60, 100), (101, 63), (20, 33), (480, 640), (50, 50), (37, 400)]
 CROP = (48, 48)
-SHORT = {"relative_to": "short", "base": 48, "scale": (0.5, 2.0), "distribution": "uniform", "padding": "end"}
+SHORT = {"relative_to": "short", "scale": (0.5, 2.0), "distribution": "uniform", "padding": "end"}
 FIT = {"relative_to": "fit", "scale": (0.5, 2.0), "distribution": "uniform", "padding": "end"}
 FILL = (124, 116, 104)
 
@@ -45,7 +45,7 @@ def drawn_size(size, options, uniform):
         ratio = min(CROP[0] / size[0], CROP[1] / size[1]) * factor
         return tuple(max(1, int(each * ratio)) for each in size)
     side = min(size) if options["relative_to"] == "short" else max(size)
-    given = int(options["base"] * factor)
+    given = int(min(CROP) * factor)
     # the other side is int(given * other / side + 0.5), by exact fractions
     return tuple(math.floor(Fraction(given * each, side) + Fraction(1, 2)) for each in size)
 
@@ -91,7 +91,6 @@ def test_factor_1_is_the_crop_s_side_or_the_base(size):
     assert max(scaled((640, 640), "fit")) == 640
     assert min(Augment((640, 640), relative_to="fit").scaled_size((size[0], 9999), 1.0)) >= 1
     assert min(scaled((64, 96), "short")) == 64 and max(scaled((64, 96), "long")) == 96
-    assert min(scaled((64, 96), "short", base=70)) == 70
     assert min(scaled((64, 96), "short", longest=50)) == 64  # a size that is given is not limited
     assert Augment((8, 8), longest=100).scaled_size((50, 200), 1.5) == (37.5, 150)
     assert Augment((8, 8), longest=200).scaled_size((50, 120), 1.0) == (50, 120)  # never enlarged
@@ -204,7 +203,12 @@ def passes(part, ratio):
 @pytest.mark.parametrize("ratio", [0.75, 0.6, 0.4, 1.0])
 def test_crops_are_checked_ten_times(ratio):
     """The 11th crop is taken unchecked, as in mmsegmentation's and DINOv3's loop."""
-    augment, size = Augment(CROP, relative_to="short", base=120, padding="end", cat_max_ratio=ratio), (120, 170)
+    augment, size = (
+        Augment(
+            CROP, relative_to="short", scale=(2.5, 2.5), distribution="uniform", padding="end", cat_max_ratio=ratio
+        ),
+        (120, 170),
+    )
     used = set()
     for seed in range(60):
         mask, rng = blobs(size, seed), np.random.default_rng(seed)

@@ -116,7 +116,5 @@ test_message_names_value_and_remedy = refusals(
     {
         "falling scale": (lambda: Augment((5, 5), scale=(1.5, 0.5)), "scale=[1.5, 0.5]: give [least, largest]"),
         "a crop above longest": (lambda: Augment((50, 90), longest=80), "crop=[50, 90] is larger than longest=80"),
-        "base of an image": (lambda: Augment((5, 5), base=9), "base=9 has no effect with relative_to=image"),
-        "base of a fit": (lambda: Augment((5, 5), base=9, relative_to="fit"), "no effect with relative_to=fit"),
     }
 )

@@ -90,7 +90,6 @@ CASES = [  # image, patch, the masks' size, the share that is ignored
     ((20, 20), 8, (20, 20), 2.0),  # nothing labelled
 ]
 
-
 PRECISIONS = ((torch.float64, 1e-12), (torch.float32, 1e-6))  # and how far results may be off
 
 

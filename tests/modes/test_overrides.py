@@ -178,7 +178,7 @@ def run(mode, cfg, out_dir):
         return serve(cfg, out_dir)
     if mode.startswith("export"):
         return export(cfg, out_dir)
-    return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+    return instantiate(cfg.mode, exclude=LAUNCH_KEYS)(cfg, out_dir=out_dir)
 
 
 def observe_mode(where, mode, cfg, word):

@@ -19,7 +19,6 @@ from dinoseg.training.validation import evaluate
 
 SIZE = (24, 40)
 
-
 UNIFORM = Windows((16, 24), overlap=0.5, weights="uniform")
 
 

@@ -42,7 +42,7 @@ AUTO = "auto"  # name of the recipe that is chosen automatically
 NAME = "chosen"  # of the written recipe
 GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
 # overrides that do not affect the choices
-_OF_A_RUN = ("seed", "resume", "budget", "logger", "metric", "hydra", "mode", "hparam")
+_RUN_KEYS = ("seed", "resume", "budget", "logger", "metric", "hydra", "mode", "hparam")
 _IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
     "loss.weights": ("loss",),
     "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
@@ -166,7 +166,7 @@ def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData
     depends = {
         "version": __version__,
         "recipe": {key: value for key, value in recipe_of(config_description(build)).items() if key != "seed"},
-        "given": sorted(key for key in given if _root(key) not in _OF_A_RUN and key.rpartition(".")[2] not in LENGTHS),
+        "given": sorted(key for key in given if _root(key) not in _RUN_KEYS and key.rpartition(".")[2] not in LENGTHS),
         "minutes": float(build.value("budget.minutes")),
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
         "engine": {

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES, Options, file_in
-from dinoseg.utils.errors import UserError, reword
+from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import check_annotations
 
 if TYPE_CHECKING:  # ONNX files need no torch
     import torch
 
-OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
-    **{"resume=": "", "engine.device=": "device=", "engine.precision=": "precision="},
-    **{"backbone.weights=": "backbone=", "head.weights=": "head="},
-    "the --config-dir DIR (or hydra.searchpath) of its training": "config_dir=DIR of its training",
+_ARGUMENTS = {  # config keys to the arguments of `load` that set them
+    **{"resume": "path", "engine.device": "device", "engine.precision": "precision"},
+    **{"backbone.weights": "backbone", "head.weights": "head"},
 }
 
 
@@ -79,10 +78,10 @@ def load(
     )
     where = Path(path).expanduser()
     try:
-        with collection_paused():
+        with collection_paused(), name_parameters(_ARGUMENTS):
             model = open_file(where, options)
     except UserError as error:
-        message = str(reword(error, OF_A_CALL))
+        message = str(error)
         raise UserError(message if str(where) in message else f"{where}: {message}") from error
     model.source = where.absolute()
     return model

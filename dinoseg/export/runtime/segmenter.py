@@ -29,12 +29,11 @@ from dinoseg.models import adapters
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names, stateless_modules
 from dinoseg.training.checkpoint import find
 from dinoseg.training.loading import frozen_fingerprint
-from dinoseg.utils.errors import UserError, file_errors_as_user_errors, reword
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.files import Stamp, stamp
 from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
-_OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=True"}  # command-line terms to arguments
 _ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's error of BatchNorm
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
 
@@ -397,19 +396,7 @@ class Segmenter(GuardedModule, Model):
                 facts = replace(facts, scores=None)
             facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
-            try:
-                write_model(
-                    path,
-                    source,
-                    self.model,
-                    facts,
-                    info,
-                    delta=delta,
-                    gated=gated,
-                    where="The model",
-                )
-            except UserError as error:
-                raise reword(error, _OF_A_CALL) from error
+            write_model(path, source, self.model, facts, info, delta=delta, gated=gated, where="The model")
         return facts
 
     def _has_its_checkpoint(self) -> bool:

@@ -323,8 +323,8 @@ def _check_licence(source: Mapping[str, Any], head: str | None, names: Sequence[
         what = f"{source['weights']} ({source['licence']})" if part == "backbone" else head
         raise UserError(
             f"The file would hold weights of the {part} {what}, whose licence restricts redistribution. Write only the "
-            "trained weights (possible with LoRA and frozen backbones): export.delta=true. Or, if "
-            "you do not share the file or comply with the licence: export.gated=true."
+            "trained weights (possible with LoRA and frozen backbones): delta=True, or export.delta=true. Or, if you "
+            "do not share the file or comply with the licence: gated=True, or export.gated=true."
         )
 
 

@@ -98,11 +98,13 @@ def owners(masks: Tensor, shares: Tensor, ids: Sequence[int]) -> list[int]:
     """
     overlap = soft_iou(masks, shares).cpu().numpy()  # (S, 1 + objects)
     served = [ids[best] for best in overlap.argmax(1)]
-    give(served, {label: column for label, column in zip(ids, overlap.T, strict=True) if label not in served and label})
+    assign_slots(
+        served, {label: column for label, column in zip(ids, overlap.T, strict=True) if label not in served and label}
+    )
     return served
 
 
-def give(served: list[int], overlap: Mapping[int, np.ndarray]) -> None:
+def assign_slots(served: list[int], overlap: Mapping[int, np.ndarray]) -> None:
     """Assign one slot to each object in `overlap`, by changing `served`, the IDs of S slots (0 = background).
 
     Objects are assigned in order of greatest overlap. Slots are taken from the background; only if the background has a

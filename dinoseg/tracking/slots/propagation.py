@@ -13,7 +13,7 @@ from dinoseg.core.contracts import Slots
 from dinoseg.data.clips.videos import VOID
 from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.slots.appearance import Appearance
-from dinoseg.tracking.slots.matching import Correspondence, cosine, give, overlap, owners, soft_iou
+from dinoseg.tracking.slots.matching import Correspondence, assign_slots, cosine, overlap, owners, soft_iou
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.tracker import Autocast
 from dinoseg.utils.errors import UserError
@@ -147,7 +147,7 @@ class SlotPropagator:
         ids = list(last.ids)
         new = [one for one in frame.ids() if one not in ids]
         if new:
-            give(ids, dict(zip(new, soft_iou(frame.shares(new), shown).cpu().numpy(), strict=True)))
+            assign_slots(ids, dict(zip(new, soft_iou(frame.shares(new), shown).cpu().numpy(), strict=True)))
         state = replace(last, slots=slots, masks=masks, correspondence=correspondence, ids=ids, appearance=appearance)
         return state, shown
 

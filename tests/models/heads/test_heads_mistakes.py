@@ -29,7 +29,6 @@ HEADS = {
     "upernet": partial(UperNetHead, in_dim=12, num_layers=4, num_classes=3, channels=6),
 }
 
-
 ONE_GRID = ("gets 2 maps of a pyramid", "layers=[-1]", "dpt or upernet")
 MULTIPLE = "must be a multiple of 32 (groups of channels) and of nu"
 SHARES = "0 <= start <= end <= 1"

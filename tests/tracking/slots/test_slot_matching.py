@@ -8,7 +8,7 @@ import torch
 from mistakes import refusals
 
 from dinoseg.tracking.slots import matching as slot_matching
-from dinoseg.tracking.slots.matching import Correspondence, cosine, give, owners, soft_iou, winners
+from dinoseg.tracking.slots.matching import Correspondence, assign_slots, cosine, owners, soft_iou, winners
 from dinoseg.tracking.slots.propagation import lock
 from dinoseg.tracking.slots.settings import SlotTracking
 
@@ -105,7 +105,7 @@ test_message_names_value_and_remedy = refusals(
             lambda: owners(boxes((0, 3, 0, 8), (3, 6, 0, 8)), TestOwners.shares, [0, 1, 2]),
             *("2 slots cannot track 2 objects", "slots.lock_on=true", "head.num_slots"),
         ),
-        "a fourth object": (lambda: give([0, 5, 9, 6], {10: np.zeros(4)}), "4 slots cannot track 4 objects"),
+        "a fourth object": (lambda: assign_slots([0, 5, 9, 6], {10: np.zeros(4)}), "4 slots cannot track 4 objects"),
     }
 )
 
@@ -120,7 +120,7 @@ test_message_names_value_and_remedy = refusals(
     ],
 )
 def test_slots_are_given_by_overlap_first_of_the_background(own, overlaps, expected):
-    give(own, {one: np.array(values) for one, values in overlaps.items()})
+    assign_slots(own, {one: np.array(values) for one, values in overlaps.items()})
     assert own == expected
 
 
