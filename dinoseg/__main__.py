@@ -54,8 +54,8 @@ def _command(arguments: list[str]) -> None:
         sys.exit(1)
     import hydra
 
+    from dinoseg.cli.checkpoint_keys import root_config
     from dinoseg.cli.hydra_setup import hide_base_options, set_up_hydra
-    from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.typos import check_words, explain_errors
     from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
@@ -69,8 +69,9 @@ def _command(arguments: list[str]) -> None:
         # file errors: of the run folder, which Hydra creates, too
         with file_errors_as_user_errors(Path.cwd()), explain_errors(typed, folders), hide_base_options(typed):
             check_words(typed, folders)
-            sys.argv[1:] = with_checkpoint_keys(typed, folders)
-            hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
+            config_name = root_config(typed, folders)
+            sys.argv[1:] = typed
+            hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(run)()
     except UserError as error:
         _print_error(str(error))
         sys.exit(1)

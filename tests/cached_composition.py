@@ -58,7 +58,7 @@ def _key_lines(text):
 def _create_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):
     arguments = (repo, config_name, overrides_list, prepend_hydra, skip_missing)
     own = _own_options(repo)
-    if own is None:
+    if own is None or config_name != "main":  # one of Hydra's store, which a command has written
         return _create(*arguments)
     typed = Overrides(repo, overrides_list)
     options = (typed.override_choices, typed.append_group_defaults, typed.deletions)

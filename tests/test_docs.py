@@ -22,7 +22,6 @@ from dinoseg.api import modes, runs
 from dinoseg.api.compose import read_call, words_of
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.objects import split_datasets
-from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.typos import check_words
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.nodes import instantiate
@@ -172,7 +171,7 @@ def test_documented_command_runs(command, stand_ins, tmp_path, monkeypatch):
 @parametrize_commands(ALIKE)
 def test_a_training_like_another_is_put_together(command, compose, stand_ins):
     words = with_stand_ins(first_job(command), stand_ins)
-    cfg = compose(*with_checkpoint_keys([*words, *small_model(words), *CPU], [SHIPPED]))
+    cfg = compose(*words, *small_model(words), *CPU)
     instantiate(cfg.mode.check)(cfg)
 
 

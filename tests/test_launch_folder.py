@@ -76,7 +76,7 @@ def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path, monkeypatch
     ]
     betas = "optim.optimizer.betas=[0.5,0.9]"
     assert resumes_with(betas, "data.on_error=skip", "inference=windows", "trainer.steps=3", *MACHINE) == [
-        f"{betas} instead of [0.9,0.999], data.on_error=skip instead of stop, inference=windows instead of auto, "
+        f"inference=windows instead of auto, {betas} instead of [0.9,0.999], data.on_error=skip instead of stop, "
         "trainer.steps=3 instead of 2"
     ]
     (tmp_path / "run").rename(tmp_path / "gone")

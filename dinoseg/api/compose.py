@@ -11,8 +11,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.api.options import config_folders
+from dinoseg.cli.checkpoint_keys import checkpoint_keys
 from dinoseg.cli.launch import Job
-from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.typos import check_words
 from dinoseg.cli.words import as_text, parse_word
 from dinoseg.config.composition import Value
@@ -66,8 +66,8 @@ def compose_job(given: Given) -> Job:
     """
     options, values, folders = given
     register_resolvers()
-    known = checkpoint_configs(words_of(options, values), folders)
-    composed = compose_config(options, values, folders[1:], known)
+    later = checkpoint_keys(words_of(options, values), folders)
+    composed = compose_config(options, values, folders[1:], later)
     text = str(to_container(composed.hydra.run)["dir"])
     # the resolver `now` is Hydra's; resolved once, as it holds the time
     OmegaConf.update(composed.hydra, "run.folder", text.replace("${now:", f"${{{NOW}:"), force_add=True)

@@ -131,7 +131,7 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
             from dinoseg.experiment.past_runs import read_result
 
             return PreparedJob(composed, read_result(run.path))
-        whole = _take_checkpoint(composed, typed, start, run)
+        whole = _take_checkpoint(composed, job.words, start, run)
         folder = start.folder or move_below_recipe(folder, composed.choices.hparam, whole.choices.hparam)
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
         run.move_to(folder)
@@ -179,7 +179,7 @@ def _find_start(cfg: DictConfig, typed: Sequence[Override], location: RunLocatio
     return resuming.find_start(cfg, typed, location, run)
 
 
-def _take_checkpoint(cfg: DictConfig, typed: Sequence[Override], start: StartPoint, run: RunFolder) -> DictConfig:
+def _take_checkpoint(cfg: DictConfig, words: Sequence[str], start: StartPoint, run: RunFolder) -> DictConfig:
     """Return the config of a job that starts from a checkpoint, or from none."""
     from dinoseg.experiment import resume
     from dinoseg.training import checkpoint
@@ -191,7 +191,7 @@ def _take_checkpoint(cfg: DictConfig, typed: Sequence[Override], start: StartPoi
     if start.folder is not None and tells:
         run.enter(start.folder)
         configure_log(start.folder)  # for the changes
-    merged = resume.merge(cfg, typed, start.checkpoint, info, tell=tells)
+    merged = resume.compose_resumed(cfg, words, start.checkpoint, info, tell=tells)
     return resume.to_evaluation(merged, start.step) if start.action is Action.EVALUATE else merged
 
 

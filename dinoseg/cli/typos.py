@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dinoseg.cli.own_keys import checkpoint_configs
+from dinoseg.cli.checkpoint_keys import checkpoint_keys
 from dinoseg.cli.plugin_errors import explain_plugin_error
 from dinoseg.cli.words import assignments, is_sweep, lists_of, parse_word, values_of
 from dinoseg.config.composition import Value, compose
@@ -143,7 +143,7 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
 def _compose_again(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     """Refuse words whose group, key or kind of value does not fit the config of the chosen options.
 
-    Of a sweep, the first job is composed. Keys of checkpoints in `resume` may be set, too.
+    Of a sweep, the first job is composed. Keys of checkpoints are left to the job.
     """
     words = [_first_job(word, folders) for _, word in assignments(arguments)]
     ours = [word for word in words if not word.lstrip("+~").startswith(("hydra/", "hydra.")) or SEARCH_PATH in word]
@@ -155,7 +155,7 @@ def _compose_again(arguments: Sequence[str], folders: Sequence[Path]) -> None:
         raise UserError(f"{removed[0]} leaves out a group that is read. Choose another of its options.")
     for value in values:
         _check_kind(value, config, folders)
-    compose(options, values, further, checkpoint_configs(arguments, folders))
+    compose(options, values, further, checkpoint_keys(arguments, folders))
 
 
 def _first_job(word: str, folders: Sequence[Path]) -> str:

@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from dinoseg.config import mistakes
 from dinoseg.config.expansion import DefaultsEntry, Expansion, merge, read_config, read_entry
 from dinoseg.config.options import list_groups
-from dinoseg.config.plain import flatten, has_key, to_container, value_at
+from dinoseg.config.plain import flatten, has_key, is_below, to_container, value_at
 
 SHIPPED = Path(__file__).parents[1] / "cfg"
 _SHARED = ("main", "mode/_model", "mode/_recipe")  # files with root keys that need no choice
@@ -57,7 +57,7 @@ def compose(
     options: Mapping[str, Any],
     values: Sequence[Value] = (),
     folders: Sequence[str | Path] = (),
-    known: Sequence[Mapping[str, Any]] = (),
+    later: Collection[str] = (),
 ) -> Composed:
     """Return the config of a job: that of `main.yaml`, of the options of all groups, and of values over it.
 
@@ -67,7 +67,7 @@ def compose(
             `~GROUP` to leave a group out.
         values: set in this order. Interpolations in them refer to keys of the config.
         folders: further folders of config groups, searched after the shipped one.
-        known: plain configs of checkpoints: keys that all of them have may be set, too.
+        later: keys whose values, and those below them, are not set, since a checkpoint's config takes them.
 
     Raises:
         UserError: an option, a group or a key does not exist, or a file is no config file.
@@ -87,7 +87,7 @@ def compose(
         option = expansion.choices.get(group) or []
         choices[group] = [option] if isinstance(option, str) else option
     cfg = OmegaConf.create(whole)
-    done = _set_values(cfg, values, whole, choices, searched, known)
+    done = set_values(cfg, values, choices, searched, later)
     keys = {key: value for key, value in to_container(cfg).items() if key != "hydra"}
     job = OmegaConf.create({**keys, "choices": choices, "config_dirs": [str(folder) for folder in folders]})
     given = {value.key for value in done if value.value is not None}
@@ -140,45 +140,42 @@ def _without_defaults(path: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "defaults"}
 
 
-def _set_values(
+def set_values(
     cfg: DictConfig,
     values: Sequence[Value],
-    plain: Mapping[str, Any],
     choices: Mapping[str, Any],
     folders: Sequence[Path],
-    known: Sequence[Mapping[str, Any]],
+    later: Collection[str] = (),
 ) -> list[Value]:
-    """Set values in a config, in place, and return them as they were set.
+    """Set values of keys that exist in a config, in place, and return them without mappings whose keys it has.
 
     Args:
         cfg: the config.
         values: see `compose`.
-        plain: the config as plain values.
         choices: option of each group.
         folders: of config groups, the shipped one first.
-        known: see `compose`.
+        later: see `compose`.
 
     Raises:
         UserError: a key does not exist, or cannot take the value.
     """
+    plain = to_container(cfg)
     OmegaConf.set_struct(cfg, True)
     leaves = [leaf for value in values for leaf in _leaves(value, value_at(plain, value.key.split(".")))]
-    of_files = {leaf.key for leaf in leaves if known and all(has_key(config, leaf.key) for config in known)}
-    done = [leaf._replace(sign="++") if leaf.sign == "" and leaf.key in of_files else leaf for leaf in leaves]
-    for key, value, sign, _ in done:
+    for key, value, sign, _ in leaves:
+        if is_below(key, later):
+            continue
         before = value_at(plain, key.split("."))
         if sign == "+" and before is not None and not isinstance(value, Mapping | list):
             raise mistakes.existing_key(key, value)
         try:
             _set_value(cfg, key, value, sign, before)
         except (ConfigAttributeError, ConfigKeyError):
-            config = {**plain, **{name: node for each in known for name, node in each.items()}}
-            ours = {group: option for group, option in choices.items() if config.get(group) is plain.get(group)}
-            unknown = ((name, each) for name, each in flatten({key: value}) if not has_key(config, name))
-            raise mistakes.unknown_key(*next(unknown, (key, value)), config, ours, folders) from None
+            unknown = ((name, each) for name, each in flatten({key: value}) if not has_key(plain, name))
+            raise mistakes.unknown_key(*next(unknown, (key, value)), plain, choices, folders) from None
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise mistakes.invalid_value(key, value, error) from None
-    return done
+    return leaves
 
 
 def _leaves(value: Value, node: Any) -> Iterator[Value]:

@@ -1,7 +1,8 @@
 """Options of config groups, and the files that set their keys."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +76,16 @@ def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
 def is_group(folders: Iterable[Path], name: str) -> bool:
     """Return whether one of the folders has a config group, such as `head` or `data/pixels`."""
     return any(os.path.isdir(folder / name) for folder in folders)  # False for a name that no folder can have
+
+
+def choices_of(choices: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return the chosen options of the groups, nested ones included, that fill some root keys of a config."""
+    return {group: option for group, option in choices.items() if root_of(group) in keys}
+
+
+def root_of(group: str) -> str:
+    """Return the root key that a group fills: `data` for `protocol@data.official` and `data/augment/color`."""
+    return re.split("[/.]", group.rpartition("@")[2])[0]
 
 
 def list_groups(folders: Sequence[Path]) -> set[str]:

@@ -1,6 +1,6 @@
 """Access to plain configs (dicts and lists) by keys and indices, or by dotted names."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -101,3 +101,8 @@ def has_key(node: Any, name: str) -> bool:
             return False
         node = by_name[part]
     return True
+
+
+def is_below(key: str, names: Collection[str]) -> bool:
+    """Return whether a dotted key is one of some names, or below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)

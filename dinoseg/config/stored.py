@@ -16,8 +16,8 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
 from dinoseg.config.mistakes import ADD_FOLDER
-from dinoseg.config.options import list_groups
-from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, nests, texts_of, to_container, value_at, walk
+from dinoseg.config.options import choices_of, list_groups, root_of
+from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, is_below, nests, texts_of, to_container, value_at, walk
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import path_exists
@@ -60,16 +60,6 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
     values |= {key: config[key] for key in keys if key not in given}
     check_numbers(values)
     return {"choices": choices, "config": values, "targets": targets}
-
-
-def choices_of(choices: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """Return the chosen options of the groups, nested ones included, that fill some root keys of a config."""
-    return {group: option for group, option in choices.items() if _root_of(group) in keys}
-
-
-def _root_of(group: str) -> str:
-    """Return the root key that a group fills: `data` for `protocol@data.official` and `data/augment/color`."""
-    return re.split("[/.]", group.rpartition("@")[2])[0]
 
 
 def _values_of(
@@ -162,7 +152,9 @@ class Source(NamedTuple):
     typed: Collection[str] = ()
 
 
-def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Collection[str] = ()) -> dict[str, Any]:
+def compose_stored(
+    description: Mapping[str, Any], source: Source, *, unused: Collection[str] = (), replaced: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the config that a description stores, as plain values with unresolved interpolations of the options.
 
     Args:
@@ -170,6 +162,7 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
         source: of the description.
         unused: root keys whose options are not composed; their values alone are returned, without other root keys that
             only these options have.
+        replaced: keys that keep the values of their options, since the caller sets others.
 
     Raises:
         UserError: an option does not exist here or is another class, or a value does not fit into its option or is out
@@ -185,7 +178,7 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     _check_targets(description["targets"], composed, where)
     weights = value_at(composed, ("backbone", "weights"))
     added: list[str] = []
-    _set_values(composed, {key: stored[key] for key in used}, (), added, where, is_argument=False)
+    _set_values(composed, {key: stored[key] for key in used}, (), added, where, replaced, is_argument=False)
     if added:
         logger.warning("%s: it has no value of %s. The defaults of the options are used.", where, join_names(added))
     composed |= {key: _plain_group(stored[key]) for key in stored if key in unused}
@@ -220,7 +213,7 @@ def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Sou
     Of root keys that are not composed, the nested groups may be missing here.
     """
     for group in choices:
-        name = group.partition("@")[0] if _root_of(group) in used else _root_of(group)
+        name = group.partition("@")[0] if root_of(group) in used else root_of(group)
         if not any((Path(folder) / name).is_dir() for folder in (SHIPPED, *source.folders)):
             raise UserError(
                 f"{source.where}: it chooses an option of {format_value(name)}, which is not a config group on this "
@@ -315,6 +308,7 @@ def _set_values(
     key_path: KeyPath,
     added: list[str],
     where: str,
+    replaced: Collection[str],
     *,
     is_argument: bool,
 ) -> None:
@@ -326,6 +320,7 @@ def _set_values(
         key_path: to the node.
         added: filled with the keys of the node that the values lack.
         where: name of the file in errors.
+        replaced: see `compose_stored`.
         is_argument: whether a node above is a component, whose argument this node is.
     """
     is_argument = is_argument or "_target_" in node
@@ -340,15 +335,20 @@ def _set_values(
         if name not in node and not is_argument:
             raise UserError(f"{what} is refused: the options on this machine lack this key. {REMEDY}.")
         if _is_node(option, is_argument=is_argument) and isinstance(value, Mapping):
-            _set_values(node[name], value, place, added, where, is_argument=is_argument)
+            _set_values(node[name], value, place, added, where, replaced, is_argument=is_argument)
         elif value is not None and (nests(option) or _is_node(option, is_argument=is_argument)):
             raise UserError(f"{what} is refused: it is a group of keys, which a checkpoint can only unset. {REMEDY}.")
-        else:
+        elif not _is_replaced(dotted_name(place), value, replaced):
             node[name] = value
     for key, option in node.items():
         is_fixed = key in (*BUILDS, *_MACHINE_KEYS) or _interpolates(option) or nests(option)
         if str(key) not in values and not is_fixed and key_path:
             added.append(dotted_name((*key_path, str(key))))
+
+
+def _is_replaced(key: str, value: Any, replaced: Collection[str]) -> bool:
+    """Return whether another value replaces one, or one below it where it has no keys."""
+    return key in replaced or (value is None and any(is_below(name, [key]) for name in replaced))
 
 
 def _check_weights(weights: Any, usual: Any, source: Source) -> None:

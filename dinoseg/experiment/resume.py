@@ -1,92 +1,71 @@
-"""Config of a resumed run: that of the checkpoint, changed by the command line."""
+"""Config of a job that uses a checkpoint: composed from the options and values in the file, and the typed words."""
 
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.composition import SHIPPED, compose_options, expand_short_forms
-from dinoseg.config.grammar import decode_keys
-from dinoseg.config.job import keys_with_values
-from dinoseg.config.options import groups_of, options_in
-from dinoseg.config.plain import has_key, keys_of, to_container
-from dinoseg.config.stored import VALUES_ONLY, Source, choices_of, compose_stored
-from dinoseg.experiment.recipe import (
-    INITIAL,
-    METRIC,
-    SAVED,
-    USE,
-    USES,
-    absolute,
-    data_root,
-    saved_config,
-)
+from dinoseg.config import expansion
+from dinoseg.config.composition import SHIPPED, Value, compose, compose_options, expand_short_forms, set_values
+from dinoseg.config.job import read_words
+from dinoseg.config.options import choices_of, groups_of, options_in, root_of
+from dinoseg.config.plain import keys_of, to_container, value_at
+from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored
+from dinoseg.experiment.recipe import INITIAL, METRIC, USE, USES, absolute, data_root, saved_config
 from dinoseg.training.description import PRECISION
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_override, format_value, printable, suggest_nearest
+from dinoseg.utils.wording import format_override, format_value, printable
 
 logger = logging.getLogger(__name__)
 _UNBUILT = ("data", "loss", "trainer")  # groups that build nothing of a trained model
 REPLACEABLE = ("data", *USES, METRIC)  # groups of a checkpoint that the command line may choose again
+_LIMIT = "trainer.max_minutes"
 
 
-def merge(
-    cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapping[str, Any], *, tell: bool = False
+def compose_resumed(
+    cfg: DictConfig, words: Sequence[str], path: Path, info: Mapping[str, Any], *, tell: bool = False
 ) -> DictConfig:
-    """Return `cfg` with the model, data and training settings of a checkpoint, changed by the command line.
+    """Return the config of a job that uses a checkpoint: the file's groups, the job's own, and typed values over both.
 
     Args:
-        cfg: composed from the command line.
-        overrides: the command line's assignments.
+        cfg: of the job, composed without the checkpoint.
+        words: of the job's command line.
         path: the checkpoint file.
         info: the description in the checkpoint.
-        tell: whether to log the changes.
+        tell: whether to log what the words change.
 
     Raises:
-        UserError: the checkpoint's config is not to be trusted, or the command line names another model.
+        UserError: the checkpoint's config is refused, a word chooses another model, or no group has a typed key.
     """
-    keys = [override.key_or_group for override in overrides]
-    replaced = [group for group in REPLACEABLE if group in keys and cfg.choices[group] != info["choices"].get(group)]
-    stored = {key: value for key, value in saved_config(info).items() if key not in replaced}
-    source = Source(f"resume={path}", cfg.get("config_dirs", ()), parse_trust(to_container(cfg)["trust"]), keys)
-    folders = [SHIPPED, *map(Path, cfg.get("config_dirs", ()))]
-    # a training reads all groups of its recipe; `slots` comes with its trainer
-    read = stored if "trainer" in cfg else groups_of(folders, cfg.choices.mode)
-    unused = [key for key in stored if key not in read and choices_of(info["choices"], [key])]
-    saved = compose_stored({**info, "config": stored}, source, unused=unused)
-    ours = choices_of(to_container(cfg.choices), saved)
-    choices = {group: option for group, option in to_container(cfg.choices).items() if group not in ours}
-    choices |= {**choices_of(info["choices"], saved), "hparam": info["choices"]["hparam"]}
-    choices |= {group: info["choices"][group] for group in replaced if group in info["choices"]}
-    # settings of this machine and run
-    facts = {**to_container(cfg), "resume": str(path), "choices": choices}
-    facts |= {VALUES_ONLY: unused} if unused else {}
-    facts |= {INITIAL: None}  # only a new run takes it from the command line
-    merged = OmegaConf.create({**facts, **saved})
-    _keep_precision(merged, info, keys)
-    if "data" in saved:
-        merged.data.root, remark = data_root(saved, Path(info["folder"]))
-        if remark and "data.root" not in keys:
-            print(printable(f"resume={path}: {remark}"), file=sys.stderr)
-    before = deepcopy(merged)
-    # options first: another data= replaces the whole group, in which typed keys then take effect
-    for option in (override for override in overrides if override.key_or_group in cfg.choices):
-        _take_option(option, cfg, merged, path)
-    for value in (override for override in overrides if override.key_or_group not in cfg.choices):
-        _take_value(value, cfg, merged, path)
-    is_lifted = _lift_time_limit(cfg, merged, keys)
-    merged = expand_short_forms(merged, keys_with_values(overrides))
-    changed = _changes(before, merged, overrides) if tell else []
-    if tell and is_lifted:
-        changed.append(f"trainer.max_minutes=null instead of {before.trainer.max_minutes:g}, since a length is given")
-    if changed:
-        logger.info("resume=%s: resumes with %s", path, ", ".join(changed))
+    own_folders = cfg.get("config_dirs", ())
+    folders = [SHIPPED, *map(Path, own_folders)]
+    options, given, _ = read_words(words, folders)
+    typed = {group: cfg.choices[group] for group in options if group in cfg.choices}
+    stored = _stored_groups(info, typed, path)
+    values = _values_of_run(given, stored, cfg, path)
+    names = _names_of(values)
+    unused = _unused_groups(info, stored, groups_of(folders, cfg.choices.mode))
+    source = Source(f"resume={path}", own_folders, parse_trust(to_container(cfg)["trust"]), names)
+    replaced = _names_of([value for value in values if not value.sign])  # `++` adds to a stored mapping
+    saved = compose_stored({**info, "config": stored}, source, unused=unused, replaced=replaced)
+    saved.setdefault(INITIAL, None)  # only a new run takes it from a config file
+    if "data" in stored:
+        stored["data"] = {**stored["data"], "root": _find_root(info, stored, path, is_typed="data.root" in names)}
+        saved["data"]["root"] = stored["data"]["root"]
+    of_checkpoint = [value for value in values if root_of(value.key) in saved and root_of(value.key) not in unused]
+    others = [value for value in values if value not in of_checkpoint]
+    own = {**to_container(compose(options, others, own_folders).cfg), "resume": str(path)}
+    merged = _join(own, saved, of_checkpoint, info, unused)
+    _keep_precision(merged, info, names)
+    if tell:
+        before = expansion.merge([own, saved, stored])
+        changed = _changes({**own["choices"], **info["choices"]}, before, merged, typed, values)
+        if changed:
+            logger.info("resume=%s: resumes with %s", path, ", ".join(changed))
     return merged
 
 
@@ -132,17 +111,51 @@ def standalone_config(
         chosen[USE] = inference
         stored.pop(USE, None)
     source = Source(f"{key}={path}", folders, trust, [*changes])
-    saved = compose_stored({**info, "config": stored}, source, unused=unused)
-    facts = {"resume": str(path), "choices": {**info["choices"], **chosen}, "config_dirs": folders}
-    facts[VALUES_ONLY] = [*unused]
-    merged = OmegaConf.create({**compose_options(chosen, folders), **facts, **saved})
+    saved = compose_stored({**info, "config": stored}, source, unused=unused, replaced=[*changes])
+    choices = {**info["choices"], **chosen}
+    facts = {"resume": str(path), "choices": choices, "config_dirs": folders}
+    own = {**compose_options(chosen, folders), **facts}
+    values = [Value(changed, value) for changed, value in changes.items()]
+    merged = _join(own, saved, values, info, unused)
     _keep_precision(merged, info, [*changes])
-    for changed, value in changes.items():
-        OmegaConf.update(merged, changed, value)
-    return expand_short_forms(merged, ())
+    return merged
 
 
-def _keep_precision(merged: DictConfig, info: Mapping[str, Any], keys: Sequence[str]) -> None:
+def _join(
+    own: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    values: Sequence[Value],
+    info: Mapping[str, Any],
+    unused: Sequence[str],
+) -> DictConfig:
+    """Return the config of a job with the groups of a checkpoint instead of its own, and values set in it.
+
+    Args:
+        own: plain config of the job, with `choices` and `config_dirs`.
+        saved: root keys of the checkpoint, as `compose_stored` returns them.
+        values: to set.
+        info: the description in the checkpoint.
+        unused: groups of which `saved` has the values alone.
+    """
+    others = {group: option for group, option in own["choices"].items() if root_of(group) not in saved}
+    choices = {**others, **choices_of(info["choices"], saved), "hparam": info["choices"]["hparam"]}
+    cfg = OmegaConf.create({**own, **{key: node for key, node in saved.items() if key not in unused}})
+    set_values(cfg, values, choices, [SHIPPED, *map(Path, own["config_dirs"])])
+    whole = {**to_container(cfg), "choices": choices}
+    if unused:
+        whole |= {VALUES_ONLY: [*unused], **{key: node for key, node in saved.items() if key in unused}}
+    return expand_short_forms(OmegaConf.create(whole), {value.key for value in values if value.value is not None})
+
+
+def _names_of(values: Sequence[Value]) -> set[str]:
+    """Return the keys that values set, and those in the mappings among them."""
+    set_keys = [value for value in values if value.sign != "~"]
+    mappings = [value for value in set_keys if isinstance(value.value, Mapping)]
+    below = [key for value in mappings for key in keys_of(value.value, f"{value.key}.")]
+    return {*(value.key for value in set_keys), *below}
+
+
+def _keep_precision(merged: DictConfig, info: Mapping[str, Any], keys: Collection[str]) -> None:
     """Compute in float32 if the run of a checkpoint was set to, unless `keys` name a precision."""
     is_open = "engine.precision" not in keys and merged.engine.get("precision", "auto") == "auto"
     if is_open and info.get(PRECISION) is not None:
@@ -168,51 +181,94 @@ def parse_trust(trust: Any) -> list[str]:
     return names
 
 
-def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Apply another data, inference or slots option of the command line; refuse options that the checkpoint fixes."""
-    group = override.key_or_group
-    option, was = cfg.choices[group], merged.choices[group]
-    if group in REPLACEABLE and option != was:
-        merged.choices[group] = option
-    elif option != was:
-        raise UserError(
-            f"{group}={option}: the checkpoint {path} was trained with {group}={was}. Leave {group} out, or "
-            f"start a new run without resume."
-        )
+def _stored_groups(info: Mapping[str, Any], typed: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the groups that a job takes from a checkpoint: all but those of which it may choose another option.
+
+    Args:
+        info: the description in the checkpoint.
+        typed: option of each group that the words choose.
+        path: the checkpoint file.
+
+    Raises:
+        UserError: the words choose another option of a group that the checkpoint fixes.
+    """
+    others = {group: option for group, option in typed.items() if option != info["choices"].get(group)}
+    stored = {key: value for key, value in saved_config(info).items() if key not in {*REPLACEABLE} & {*others}}
+    for group, option in others.items():
+        if root_of(group) in (*stored, "hparam"):
+            raise UserError(
+                f"{group}={option}: the checkpoint {path} was trained with {group}={info['choices'].get(group)}. Leave "
+                f"{group} out, or start a new run without resume."
+            )
+    return stored
 
 
-def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Apply a typed value to the checkpoint's config; keys that checkpoints do not save are already set in it."""
-    name = override.key_or_group
-    if name == INITIAL:
-        return _check_initial(override.value(), cfg, merged, path)
-    if name.split(".")[0] not in SAVED:
-        return
-    if not (override.is_add() or override.is_force_add()):
-        _check_key(name, cfg, merged, path)
-    OmegaConf.update(merged, name, decode_keys(override.value()))
+def _unused_groups(info: Mapping[str, Any], stored: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """Return the stored groups that a mode does not build: those not in `read`, the groups of its defaults lists."""
+    if "trainer" in read:  # a training reads all groups of its recipe; `slots` comes with its trainer
+        return []
+    return [key for key in stored if key not in read and choices_of(info["choices"], [key])]
 
 
-def _lift_time_limit(cfg: DictConfig, merged: DictConfig, keys: Sequence[str]) -> bool:
-    """Remove the time limit if the command sets a length and no limit; return whether there was a limit."""
-    is_lifted = bool({"trainer.steps", "trainer.epochs"} & {*keys}) and merged.trainer.get("max_minutes") is not None
-    # a limit that is typed or in its config files stays: without it, the same command would not find its run again
-    is_lifted = is_lifted and cfg.trainer.get("max_minutes") is None
-    if is_lifted:
-        merged.trainer.max_minutes = None
-    return is_lifted
+def _values_of_run(values: Sequence[Value], stored: Mapping[str, Any], cfg: DictConfig, path: Path) -> list[Value]:
+    """Return the typed values without `init`, and without the run's time limit if they set another length.
+
+    Raises:
+        UserError: `init` is not the one that the run started from: a resumed run has its own weights.
+    """
+    began = stored.get(INITIAL)
+    for given in (value.value for value in values if value.key == INITIAL):
+        if given is not None and absolute(given) != began:
+            raise UserError(
+                f"init={given}: the run of {path} resumes with its own weights, and started "
+                f"{'without' if began is None else f'with init={began}'}. Leave init out, or, for a new run, resume."
+            )
+    kept = [value for value in values if value.key != INITIAL]
+    names = _names_of(kept)
+    # a limit that is typed or in config files stays: without it, the same command would not find its run again
+    has_limit = _LIMIT in names or OmegaConf.select(cfg, _LIMIT) is not None
+    if (
+        {"trainer.steps", "trainer.epochs"} & names
+        and not has_limit
+        and stored["trainer"].get("max_minutes") is not None
+    ):
+        kept.append(Value(_LIMIT, None))
+    return kept
 
 
-def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Override]) -> list[str]:
-    """Return a text for each setting that the command line changes from the checkpoint's, with both values."""
-    found = []
-    for override in overrides:
-        name = override.key_or_group
-        is_group = name in before.choices
-        old, new = (each.choices[name] if is_group else _at(each, name) for each in (before, merged))
-        if new != old and not _same_path(old, new):
-            found.append(f"{name}={format_value(format_override(new))} instead of {format_value(format_override(old))}")
-    return found
+def _find_root(info: Mapping[str, Any], stored: Mapping[str, Any], path: Path, *, is_typed: bool) -> str:
+    """Return the data root of a run, and warn on the choice between two folders unless the words set another."""
+    root, remark = data_root(stored, Path(info["folder"]))
+    if remark and not is_typed:
+        print(printable(f"resume={path}: {remark}"), file=sys.stderr)
+    return root
+
+
+def _changes(
+    options: Mapping[str, Any],
+    before: Mapping[str, Any],
+    merged: DictConfig,
+    typed: Collection[str],
+    values: Sequence[Value],
+) -> list[str]:
+    """Return a text for each setting that the words change from the checkpoint's, with both values.
+
+    Args:
+        options: option of each group before.
+        before: the config without the words, as plain values.
+        merged: the config with them.
+        typed: groups that the words choose.
+        values: that the words set.
+    """
+    found = [(group, options[group], merged.choices[group], "") for group in typed]
+    for value in values:
+        reason = "" if value.word else ", since a length is given"
+        found.append((value.key, value_at(before, value.key.split(".")), _at(merged, value.key), reason))
+    return [
+        f"{name}={format_value(format_override(new))} instead of {format_value(format_override(old))}{reason}"
+        for name, old, new, reason in found
+        if new != old and not _same_path(old, new)
+    ]
 
 
 def _at(cfg: DictConfig, key: str) -> Any:
@@ -227,25 +283,3 @@ def _same_path(old: Any, new: Any) -> bool:
         return os.path.realpath(os.path.expanduser(old)) == os.path.realpath(os.path.expanduser(new))
     except ValueError:  # a path cannot contain a null byte, a value from a file can
         return False
-
-
-def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Refuse an `init` other than the one that the run started from: a resumed run has its own weights."""
-    began = merged.get(INITIAL)
-    if INITIAL in cfg and given is not None and absolute(given) != began:
-        raise UserError(
-            f"init={given}: the run of {path} resumes with its own weights, and started "
-            f"{'without' if began is None else f'with init={began}'}. Leave init out, or, for a new run, resume."
-        )
-
-
-def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Refuse a key that the checkpoint's config lacks, unless the same option has gained it since."""
-    known, group = to_container(merged), name.split(".")[0]
-    newer = cfg.choices.get(group) == merged.choices.get(group) and has_key(to_container(cfg), name)
-    if not newer and not has_key(known, name):
-        alike = [key for key in keys_of(known) if key.split(".")[0] in SAVED]
-        raise UserError(
-            f"{name} is not a key of the config of resume={path}.{suggest_nearest(name, alike)} To add it anyway, give "
-            f"++{name}=VALUE."
-        )

@@ -6,9 +6,10 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from dinoseg.config.options import choices_of
 from dinoseg.config.plain import BUILDS, flatten
 from dinoseg.config.resolvers import CLASS_FILE
-from dinoseg.config.stored import Source, choices_of, compose_stored, description_of
+from dinoseg.config.stored import Source, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED

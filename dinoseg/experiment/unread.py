@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from dinoseg.config.plain import is_below
 from dinoseg.core.contracts import Backbone
 from dinoseg.experiment.command_lines import last_command_line
 from dinoseg.utils.wording import join_names, printable
@@ -46,8 +47,3 @@ def warn_of_unused_channels(backbone: Backbone, channel_weights: Sequence[float]
 
 def _key(word: str) -> str:
     return word.lstrip("+~").split("=")[0].replace("/", ".")  # a nested group fills the key of its path
-
-
-def is_below(key: str, names: Collection[str]) -> bool:
-    """Return whether a key is one of some names, or below one."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -124,11 +124,12 @@ def test_text_is_set_as_it_is():
     assert found.cfg.data.classes == texts and found.cfg.data.root == "a=b"
 
 
-def test_keys_of_a_checkpoint_may_be_set():
-    known = {"head": {"channels": 8}}
-    found = compose({"mode": "train"}, [Value("head", {"channels": 9})], known=[known])
-    assert found.cfg.head.channels == 9 and found.values == [Value("head.channels", 9, "++")]
-    assert_refused(lambda: compose({"mode": "train"}, [Value("head.channels", 9)], known=[known, {}]), "head.channels")
+def test_keys_of_a_checkpoint_are_left_to_it():
+    given = [Value("head", {"channels": 9}), Value("head.dropout", 0.5)]
+    found = compose({"mode": "train"}, given, later=["head"])
+    assert "channels" not in found.cfg.head and found.cfg.head.dropout == compose({"mode": "train"}).cfg.head.dropout
+    assert found.values == [Value("head.channels", 9), Value("head.dropout", 0.5)]
+    assert_refused(lambda: compose({"mode": "train"}, given, later=["data"]), "head.channels")
 
 
 def test_hydra_of_a_program_is_neither_read_nor_changed(monkeypatch):

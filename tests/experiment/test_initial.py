@@ -15,11 +15,10 @@ from omegaconf import OmegaConf
 from portable_parts import PROGRESS, export_file, write_untrained
 from safetensors.torch import save_file
 
-from dinoseg.cli.words import parse_word
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.recipe import config_description, recipe_of
-from dinoseg.experiment.resume import merge
+from dinoseg.experiment.resume import compose_resumed
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, trained_names
@@ -139,12 +138,12 @@ def test_resumed_run_ignores_its_init_and_refuses_another(folder, initialised_ru
     assert info["config"]["init"] == str(folder / "gone")
     monkeypatch.chdir(folder)
     for words in (("mode=train", "init=./gone"), ("mode=eval",)):  # of the other modes none begins with anything
-        merged = merge(compose(*words), [parse_word(word) for word in words[1:]], path, info)
+        merged = compose_resumed(compose(*words), words, path, info)
         assert merged.init == str(folder / "gone") and not has_initial(Builder(merged))
     path = folder / "first/checkpoints/last.safetensors"
     tuned = compose("mode=train", "init=tuned")
     assert_refused(
-        lambda: merge(tuned, [parse_word("init=tuned")], path, checkpoint.describe(path)),
+        lambda: compose_resumed(tuned, ["mode=train", "init=tuned"], path, checkpoint.describe(path)),
         "and started without. Leave init out, or, for a new run, resume",
     )
 

@@ -17,15 +17,14 @@ from finished_runs import train_run
 from omegaconf import OmegaConf
 
 from dinoseg import __main__
-from dinoseg.cli.own_keys import with_checkpoint_keys
-from dinoseg.cli.words import parse_word
+from dinoseg.cli.checkpoint_keys import checkpoint_keys
 from dinoseg.config.composition import SHIPPED
 from dinoseg.data.classes.masks import Masks
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import RunFolder, write_origin
 from dinoseg.experiment.past_runs import find_runs, plan_of
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
-from dinoseg.experiment.resume import _same_path, merge
+from dinoseg.experiment.resume import _same_path, compose_resumed
 from dinoseg.experiment.shared import compose_shared, describe_job
 from dinoseg.training import checkpoint, loading
 from dinoseg.utils import locks
@@ -95,10 +94,11 @@ def find_run(where, compose):
 )
 def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, caplog, words, limit):
     caplog.set_level(logging.INFO)
-    words = [f"trainer.{word}" for word in words]
-    info = config_description(Builder(compose(*SMALL, "trainer.max_minutes=9.5", f"data.root={tmp_path}")))
-    typed = [parse_word(word) for word in words]
-    merged = merge(compose(*words, "mode=train"), typed, tmp_path / "last.safetensors", info, tell=True)
+    words = ["mode=train", *(f"trainer.{word}" for word in words)]
+    info = config_description(
+        Builder(compose(*SMALL, "mode=train", "trainer.max_minutes=9.5", f"data.root={tmp_path}"))
+    )
+    merged = compose_resumed(compose(*words), words, tmp_path / "last.safetensors", info, tell=True)
     assert merged.trainer.max_minutes == limit
     assert ("trainer.max_minutes=null instead of 9.5" in caplog.text) == (limit is None)
 
@@ -136,8 +136,8 @@ def test_evaluation_equals_validation_with_windows(where):
 )
 def test_evaluation_uses_the_windows_of_validation_by_default(compose, tmp_path, words, size):
     info = json.loads(json.dumps(config_description(Builder(compose("mode=train", *MLP, *WINDOWS)))))
-    typed = [parse_word(word) for word in words[-1:]]
-    merged = merge(compose("mode=eval", *words), typed, tmp_path / "best.safetensors", info)
+    words = ["mode=eval", *words]
+    merged = compose_resumed(compose(*words), words, tmp_path / "best.safetensors", info)
     assert merged.inference.get("size") == size and merged.choices.inference == ("windows" if size else "whole")
 
 
@@ -190,7 +190,8 @@ def test_a_relative_root_is_that_of_the_run(where, run, compose, monkeypatch, ca
     here, there, path = where / "elsewhere/data", where / "data", run / "checkpoints/last.safetensors"
 
     def merge_root(*words):
-        cfg = merge(compose("mode=eval", *words), [parse_word(word) for word in words], path, last(run))
+        words = ["mode=eval", *words]
+        cfg = compose_resumed(compose(*words), words, path, last(run))
         return cfg.data.root, capsys.readouterr().err
 
     assert "the run," not in merge_root()[1]
@@ -228,9 +229,9 @@ def base(compose):
 
 def test_key_missing_in_the_checkpoint_is_added_only_with_plus(base, tmp_path):
     cfg, info = base
-    assert merge(cfg, [parse_word("++head.more=1")], tmp_path / "x", info).head.more == 1
-    with pytest.raises(UserError, match=r"head.more is not a key of .* To add it anyway, give \+\+head.more=VALUE"):
-        merge(cfg, [parse_word("head.more=1")], tmp_path / "x", info)
+    assert compose_resumed(cfg, ["mode=train", "++head.more=1"], tmp_path / "x", info).head.more == 1
+    with pytest.raises(UserError, match=r"head.more is not a key of the config"):
+        compose_resumed(cfg, ["mode=train", "head.more=1"], tmp_path / "x", info)
 
 
 def test_auto_finds_a_run_that_was_moved_with_its_data(where, run, find_run, compose, monkeypatch):
@@ -241,7 +242,9 @@ def test_auto_finds_a_run_that_was_moved_with_its_data(where, run, find_run, com
     monkeypatch.chdir(moved)
     path = moved / run.relative_to(where) / "checkpoints/last.safetensors"
     assert find_run("trainer.steps=2") == path
-    assert merge(compose("mode=train"), [], path, checkpoint.describe(path)).data.root == str(moved / "data")
+    assert compose_resumed(compose("mode=train"), ["mode=train"], path, checkpoint.describe(path)).data.root == str(
+        moved / "data"
+    )
 
 
 def test_resume_refuses_a_run_in_use(where, run):
@@ -336,38 +339,43 @@ def test_other_classes_or_another_order_are_refused(where, run, mode, classes, s
 def test_checkpoint_provides_only_model_data_and_training(base, tmp_path):
     cfg, sound = base
     kept = sound["config"]
-    merged = merge(cfg, [], tmp_path / "x", {**sound, "config": {**kept, "mode": {"a": 1}, "engine": {"device": "x"}}})
+    words = ["mode=train"]
+    merged = compose_resumed(
+        cfg, words, tmp_path / "x", {**sound, "config": {**kept, "mode": {"a": 1}, "engine": {"device": "x"}}}
+    )
     assert merged.mode == cfg.mode and merged.engine == cfg.engine
     evil = {"_target_": "dinoseg.tasks.preparation.sarrarp.prepare", "root": str(tmp_path), "keep_archives": False}
     for group in ("adapter", "data", "backbone", "head"):
         info = {**sound, "config": {**kept, group: {**kept[group], "more": evil}}}
         with pytest.raises(UserError, match=rf"{group}\.more is refused: a checkpoint stores no key _target_"):
-            merge(cfg, [], tmp_path / "x", info)
+            compose_resumed(cfg, words, tmp_path / "x", info)
 
 
 @pytest.mark.parametrize(
     "mode", ["predict", "export", *(pytest.param(mode, marks=pytest.mark.heavy) for mode in ("track", "app"))]
 )
-def test_modes_that_predict_need_no_loss_and_metric(mode, compose, tmp_path, monkeypatch):
+def test_modes_that_predict_need_no_loss_and_metric(mode, compose, tmp_path):
     info = description_with_own_parts(compose)
-    cfg = compose(f"mode={mode}", "resume=x")
-    merged = merge(cfg, [], tmp_path / "x", info)
+    words = [f"mode={mode}", "resume=x"]
+    merged = compose_resumed(compose(*words), [*words, "head.channels=8"], tmp_path / "x", info)
+    assert merged.head.channels == 8
     assert merged.loss == info["config"]["loss"] and merged.choices.loss == "mine"
     described = config_description(Builder(merged), info)
     assert described["config"]["loss"] == info["config"]["loss"] and described["targets"] == info["targets"]
-    monkeypatch.setattr(checkpoint, "find", lambda *_: tmp_path / "x")
-    monkeypatch.setattr(checkpoint, "describe", lambda _: info)
-    assert with_checkpoint_keys([f"mode={mode}", "resume=x", "head.channels=8"], [SHIPPED])[-1] == "++head.channels=8"
+    assert "head" in checkpoint_keys(words, [SHIPPED]) and "loss" not in checkpoint_keys(words, [SHIPPED])
+    with pytest.raises(UserError, match=f"mode={mode} does not read the group loss"):
+        compose_resumed(compose(*words), [*words, "loss.weights=none"], tmp_path / "x", info)
 
 
 @pytest.mark.parametrize(("mode", "part"), [("eval", "metric"), ("train", "loss")])
 def test_modes_that_score_or_train_name_a_missing_part(mode, part, compose, tmp_path):
     info = description_with_own_parts(compose)
     with pytest.raises(UserError, match=f"{part}=mine is not an option on this machine.*--config-dir"):
-        merge(compose(f"mode={mode}", "resume=x"), [], tmp_path / "x", info)
+        compose_resumed(compose(f"mode={mode}", "resume=x"), [f"mode={mode}"], tmp_path / "x", info)
     if mode == "eval":
-        typed = compose("mode=eval", "resume=x", "metric=[nsd]")
-        merged = merge(typed, [parse_word("metric=[nsd]")], tmp_path / "x", info)
+        words = ["mode=eval", "resume=x", "metric=[nsd]"]
+        typed = compose(*words)
+        merged = compose_resumed(typed, words, tmp_path / "x", info)
         shared = compose_shared(json.loads(json.dumps(describe_job(merged))), OmegaConf.to_container(typed))
         assert [*shared.metric] == ["nsd"] and shared.loss == merged.loss == info["config"]["loss"]
 
@@ -378,13 +386,13 @@ def test_groups_that_a_mode_of_an_own_folder_reads_are_built(compose, tmp_path):
     own = {"config_dirs": [str(tmp_path)], "choices": {"mode": "mine"}}
     cfg = OmegaConf.merge(compose("mode=predict", "resume=x"), own)
     with pytest.raises(UserError, match="loss=mine is not an option on this machine"):
-        merge(cfg, [], tmp_path / "x", description_with_own_parts(compose))
+        compose_resumed(cfg, ["mode=mine"], tmp_path / "x", description_with_own_parts(compose))
 
 
 def test_a_resumed_training_of_slots_builds_them(compose, tmp_path):
     cfg = compose("mode=train", "hparam=slots_clips", "data.root=.", "resume=x")
     info = json.loads(json.dumps(config_description(Builder(cfg))))
-    merged = merge(cfg, [], tmp_path / "x", info)
+    merged = compose_resumed(cfg, ["mode=train"], tmp_path / "x", info)
     assert "values_only" not in merged and merged.slots == cfg.slots
 
 
@@ -414,7 +422,7 @@ def test_a_table_of_ids_survives_the_checkpoint(compose, tmp_path):
     path = tmp_path / "last.safetensors"
     checkpoint.write(path, {"model/a": torch.zeros(1)}, INFO | info)
     stored = checkpoint.describe(path)
-    merged = merge(compose("mode=eval", "resume=x"), [], path, stored)
+    merged = compose_resumed(compose("mode=eval", "resume=x"), ["mode=eval"], path, stored)
     assert Masks(ids=merged.data.reader.masks.ids) == Masks(ids={1: 0, 0: 1})
     assert recipe_of(stored) == recipe_of(info)
 

@@ -12,9 +12,8 @@ from portable_parts import TINY, export_file, write_untrained
 
 import dinoseg
 from dinoseg.api.results import read_json
-from dinoseg.cli.words import parse_word
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.resume import merge, standalone_config
+from dinoseg.experiment.resume import compose_resumed, standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.backbone import _settings
 from dinoseg.export.runtime.write import export_model, source_of
@@ -52,9 +51,8 @@ def test_typed_precision_counts_before_the_stored_one(compose, untrained, mode, 
     path = untrained(stored)
     info = checkpoint.describe(path)
     assert info.get("precision") == (stored if stored == "fp32" else None)
-    cfg = compose(f"mode={mode}", "data=folder", "data.root=x", "data.classes=[dark,bright]", *typed)
-    words = [parse_word(word) for word in typed if "=" in word]
-    assert merge(cfg, words, path, info).engine.precision == expected
+    words = [f"mode={mode}", "data=folder", "data.root=x", "data.classes=[dark,bright]", *typed]
+    assert compose_resumed(compose(*words), words, path, info).engine.precision == expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])

@@ -10,14 +10,13 @@ import pytest
 import torch
 from command_line import in_this_process, write_data
 from config_files import options, read
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from portable_parts import TINY, write_untrained
 
 import dinoseg
 from dinoseg.cli.run_mode import LAUNCH_KEYS
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment.resume import merge
+from dinoseg.experiment.resume import compose_resumed
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_export, onnx_file, program
 from dinoseg.inference.auto import Auto
@@ -104,8 +103,7 @@ def config(compose, where, mode, option):
     if cfg.mode.get("resume_from") != "best":
         return cfg
     typed = [word for word in words if word.partition("=")[0] not in ("backbone", "head") and "backbone." not in word]
-    parsed = OverridesParser.create().parse_overrides(typed)
-    return merge(cfg, parsed, where.checkpoint, checkpoint.describe(where.checkpoint))
+    return compose_resumed(cfg, typed, where.checkpoint, checkpoint.describe(where.checkpoint))
 
 
 def mean_of(tensor):

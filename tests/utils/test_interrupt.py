@@ -9,7 +9,7 @@ import pytest
 from command_line import SMALL, call, write_data
 from signals import signal_in_thread
 
-from dinoseg.cli import own_keys
+from dinoseg.cli import checkpoint_keys
 from dinoseg.modes import score
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
@@ -56,7 +56,7 @@ def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number
 
 
 def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(own_keys, "with_checkpoint_keys", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint_keys, "root_config", Mock(side_effect=KeyboardInterrupt))
     done = call(tmp_path, "mode=score")
     assert (done.status, done.err) == (130, "\ninterrupted\n")
 

@@ -2,23 +2,20 @@
 
 import csv
 import shutil
+import subprocess
+import sys
 
 import pytest
 from command_line import SMALL, call, link_all
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
-from omegaconf.errors import InterpolationKeyError
 
-from dinoseg.cli import own_keys
-from dinoseg.cli.typos import explain_errors
+from dinoseg.cli.checkpoint_keys import checkpoint_keys, root_config
 from dinoseg.config.composition import SHIPPED
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.recipe import run_description
+from dinoseg.experiment.recipe import SAVED, run_description
+from dinoseg.experiment.resume import compose_resumed
 from dinoseg.training import checkpoint
-from dinoseg.utils.errors import UserError
-
-
-def with_checkpoint_keys(words):
-    return own_keys.with_checkpoint_keys(words, [SHIPPED])
 
 
 @pytest.fixture
@@ -69,9 +66,12 @@ def test_training_resumes_with_changed_values(here):
         ("resume=slots head.num_slots=four", "num_slots=four is of type str"),
         (
             "resume=segmenter head.num_slots=3",
-            "head.num_slots=3: the config lacks this key. Options that",
+            "head.num_slots=3: head=cnn lacks this key. Options that",
         ),
-        ("resume=slots data.reader.masks.format=ids", "To add it anyway, give ++data.reader.masks.format="),
+        (
+            "resume=slots data.reader.masks.format=ids",
+            "data.reader.masks.format=ids: data=movi lacks this key. Options that",
+        ),
         ("resume=nowhere head.num_slots=3", "resume=nowhere: file or folder not found."),
         (
             "resume=slots data=folder data.splits.val=val",
@@ -94,27 +94,72 @@ def test_a_sweep_goes_over_keys_of_the_checkpoint(here):
     assert [config(here, f"sweep/{job}").head.num_slots for job in range(2)] == [2, 3]
 
 
+@pytest.mark.heavy
+def test_a_sweep_goes_over_lists_of_options(here):
+    words = ("mode=eval", "resume=segmenter", "metric=[],[nsd]", "mode.metrics_only=true", "hydra.sweep.dir=sweep")
+    run(here, "-m", *words)
+    assert [[*(config(here, f"sweep/{job}").get("metric") or ())] for job in range(2)] == [[], ["nsd"]]
+
+
+@pytest.mark.heavy
+def test_jobs_in_other_processes_compose_the_run_that_they_name(here):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["mode=eval", "resume=segmenter,slots", "head.num_slots=2", "data.batch_size=2", "mode.metrics_only=true"]
+    words += ["engine=cpu", "engine.workers=0", "hydra.sweep.dir=sweep", "hydra/launcher=joblib"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dinoseg", "-m", *words], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    with open(here / "sweep/sweep.csv", encoding="utf-8") as file:
+        notes = {row["resume"]: row["note"] for row in csv.DictReader(file)}
+    assert notes["slots"] == "" and "head.num_slots=2: head=cnn lacks this key" in notes["segmenter"]
+    made = config(here, "sweep/1")
+    assert (made.choices.head, made.head.num_slots, made.data.batch_size) == ("slots", 2, 2)
+    assert "head.num_slots=2" in (here / "sweep/1/config/overrides.txt").read_text().split()
+
+
+@pytest.mark.heavy
+def test_a_sweep_over_runs_uses_the_head_of_each(here):
+    words = ("mode=eval", "resume=segmenter,slots", "data.batch_size=2", "mode.metrics_only=true")
+    run(here, "-m", *words, "hydra.sweep.dir=sweep")
+    made = [config(here, f"sweep/{job}") for job in range(2)]
+    assert [each.choices.head for each in made] == ["cnn", "slots"] and {each.data.batch_size for each in made} == {2}
+
+
+OF_EVAL = {"data", "task", "backbone", "adapter", "head", "inference", "slots", "metric"}
+
+
 @pytest.mark.parametrize(
-    ("line", "marked"),
+    ("line", "keys"),
     [
-        ("mode=eval head.num_slots=2 resume=slots", {"head.num_slots=2"}),
-        ("resume=slots slots.match=auto", {"slots.match=auto"}),
-        ("resume=slots data=movi data.view.flip=0 head=slots", {"data.view.flip=0"}),
-        ("-m mode=eval data.batch_size=9 resume='slots',segmenter", {"data.batch_size=9"}),
-        ("-m mode=eval head.num_slots=2 resume=slots,segmenter", set()),  # which one of them lacks
-        ("mode=eval head.num_slots=2", set()),
-        ("mode=train head.num_slots=2 resume=auto", set()),
-        ("mode=train head.num_slots=2 resume=null", set()),
-        ("mode=eval resume=slots head=slots +head.num_slots=2 ++head.num_slots=3 ~head.num_slots", set()),
-        ("mode=eval resume=slots data=videos data.view.flip=0", set()),
-        ("mode=eval resume=slots engine=cpu tracker.short_side=96 mode.split=val resume a=[b", set()),
-        ("resume=segmenter slots.match=auto", set()),
-        ("resume=slots slots=lock_on slots.match=auto", set()),
+        ("mode=eval resume=RUN", OF_EVAL),
+        ("-m mode=eval resume='A','B'", OF_EVAL),
+        ("mode=predict resume=RUN", OF_EVAL - {"slots", "metric"}),
+        ("-m mode=predict,eval resume=RUN", OF_EVAL),
+        ("mode=train resume=RUN", {*SAVED}),
+        ("mode=serve mode.model=model.safetensors", {"backbone.weights", "head.weights"}),
+        ("-m mode=train resume=auto,RUN", set()),
+        ("mode=train resume=null", set()),
+        ("mode=train", set()),
+        ("mode=summary resume=RUN", set()),  # which uses no checkpoint
+        ("resume=RUN", set()),
     ],
 )
-def test_keys_that_all_named_checkpoints_have_are_theirs(here, line, marked):
-    words = line.split()
-    assert with_checkpoint_keys(words) == [f"++{word}" if word in marked else word for word in words]
+def test_only_jobs_with_a_checkpoint_leave_keys_to_it(line, keys):
+    assert {*checkpoint_keys(line.split(), [SHIPPED])} == keys
+
+
+def test_hydra_accepts_typed_keys_of_the_checkpoint_alone():
+    words = "mode=train resume=RUN teacher=x head=slots head.num_slots=2 data.view.scale.1=2 backbone={a:1}"
+    node = ConfigStore.instance().load(f"{root_config(words.split(), [SHIPPED])}.yaml").node
+    assert {*node} == {"defaults", "teacher", "head", "data", "backbone"}
+    assert root_config(["mode=train", "trainer.steps=2"], [SHIPPED]) == "main"
+
+
+def test_words_stay_as_typed(here):
+    words = ("mode=eval", "resume=slots", "head.num_slots=2", "mode.metrics_only=true", "hydra.run.dir=out")
+    run(here, *words)
+    assert (here / "out/config/overrides.txt").read_text().split()[:4] == [*words[:4]]
 
 
 def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(here, compose):
@@ -123,14 +168,7 @@ def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(here, compose):
     description = run_description(build, build.labels) | {"progress": progress, "frozen": {}}
     checkpoint.write(here / "student.safetensors", {}, description)
     words = ["mode=train", "resume=student.safetensors", "teacher=other"]
-    assert with_checkpoint_keys(words) == [*words[:2], "++teacher=other"]
+    path = here / "student.safetensors"
+    assert compose_resumed(compose("mode=train"), words, path, checkpoint.describe(path)).teacher == "other"
     done = call(here, "mode=eval", "resume=student.safetensors", "teacher=other", "engine=cpu")
     assert done.status == 1 and "Options that have it: trainer=distil." in done.err, done.err
-
-
-def test_job_messages_omit_added_plus_signs():
-    error = InterpolationKeyError("absent")
-    word = "++head.dropout='${absent}'"
-    with pytest.raises(UserError) as raised, explain_errors(["mode=summary", word], [SHIPPED]):
-        raise error
-    assert str(raised.value).startswith("head.dropout='${absent}' is not a valid value, or refers to a key that does")

@@ -1,0 +1,82 @@
+"""Typed keys that only the config of a checkpoint may have: Hydra accepts them, and the job composes them."""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.cli.words import assignments, parse_word, values_of
+from dinoseg.config.options import groups_of, is_group, options_with
+from dinoseg.config.plain import flatten, is_below
+
+_MAIN = "main"
+_WITH_KEYS = "main_with_checkpoint_keys"
+
+
+def root_config(arguments: Sequence[str], folders: Sequence[Path]) -> str:
+    """Return the name of the root config for Hydra: `main`, or one that accepts the typed keys of a checkpoint.
+
+    Hydra checks keys in the options of the command line (head=linear by default). The other config opens their groups.
+    It is in Hydra's store, which launchers copy to their processes, so that words and records stay as typed.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: of config groups, the shipped one first.
+    """
+    of_checkpoints = checkpoint_keys(arguments, folders)
+    return _store_config(arguments, folders, of_checkpoints) if of_checkpoints else _MAIN
+
+
+def checkpoint_keys(arguments: Sequence[str], folders: Sequence[Path]) -> Collection[str]:
+    """Return keys, also of all keys below them, that jobs find in the checkpoint in `resume` or `mode.model` alone.
+
+    They are none with `resume=auto`: it looks for runs of the recipe that the command line composes.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: of config groups, the shipped one first.
+    """
+    typed = {override.key_or_group: values_of(override) for override in _overrides(arguments)}
+    runs = typed.get("resume", [])
+    if not (runs or "mode.model" in typed) or {"auto", "null"} & {*runs}:
+        return ()
+    return _keys_of_modes(typed.get("mode", []), folders, has_runs=bool(runs))
+
+
+def _keys_of_modes(modes: Sequence[str], folders: Sequence[Path], *, has_runs: bool) -> Collection[str]:
+    """Return the root keys that modes take from a run; of a model in one file, the keys of its weights."""
+    if not {f"mode={mode}" for mode in modes} <= {*options_with(folders, "mode.resume_from")}:
+        return ()
+    if not has_runs:
+        return ("backbone.weights", "head.weights")
+    from dinoseg.experiment.recipe import SAVED  # imports torch
+
+    read = {group for mode in modes for group in groups_of(folders, mode)}
+    return [key for key in SAVED if key in read or "trainer" in read]
+
+
+def _store_config(arguments: Sequence[str], folders: Sequence[Path], of_checkpoints: Collection[str]) -> str:
+    """Store a root config that accepts the typed keys among some, and return its name."""
+    nodes: dict[str, DictConfig | None] = {}
+    for key in _set_keys(arguments, folders):
+        root, _, below = key.partition(".")
+        if is_below(key, of_checkpoints):
+            # its own flag counts when Hydra closes the whole config to new keys
+            nodes[root] = DictConfig({}, flags={"struct": False}) if below else None
+    ConfigStore.instance().store(_WITH_KEYS, OmegaConf.create({"defaults": [_MAIN, "_self_"], **nodes}))
+    return _WITH_KEYS
+
+
+def _set_keys(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[str]:
+    """Yield the keys that words set, those in mappings included."""
+    for override in _overrides(arguments):
+        key, value = override.key_or_group, override.value()
+        if override.type is OverrideType.CHANGE and (isinstance(value, dict) or not is_group(folders, key)):
+            yield from (name for name, _ in flatten({key: value}))
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[Override]:
+    """Yield the parsed form of the words that Hydra can parse."""
+    return (override for _, word in assignments(arguments) if (override := parse_word(word)))
