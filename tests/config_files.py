@@ -11,7 +11,9 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.config.plain import walk
 
 FOLDER = Path(CONFIGS)
-GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
+GROUPS = sorted(
+    path.name for path in FOLDER.iterdir() if path.is_dir() and path.name not in ("hydra", "local", "runtime")
+)
 
 
 def options(group):

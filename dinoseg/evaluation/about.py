@@ -14,6 +14,7 @@ from dinoseg import __version__
 from dinoseg.experiment.command_lines import command_lines
 
 EVALUATION = "evaluation"  # in a run folder of mode=train: evaluation of its best checkpoint
+TRACKING = "tracking.json"  # in a run folder of mode=eval on videos: settings that its masks depend on
 _LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")
 
 

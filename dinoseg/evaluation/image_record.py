@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import BETTER
-from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.about import EVALUATION, TRACKING
 from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.further_scores import FurtherScore
-from dinoseg.evaluation.restart import RECORD as TRACKED
 from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.utils import forms
@@ -109,7 +108,7 @@ def find_evaluation(folder: Path) -> Path:
     for path in (folder, folder / EVALUATION):
         if (path / RECORD).is_file():
             return path
-        if (path / TRACKED).is_file():
+        if (path / TRACKING).is_file():
             raise UserError(
                 f"runs: {path} is an evaluation of videos, which mode=compare does not support. For the difference of "
                 "two, paired by video, with its interval: python -m dinoseg mode=score protocol=NAME reference=ROOT "

@@ -1,8 +1,7 @@
 """Report of an image evaluation, with the record that comparisons need."""
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from dinoseg.evaluation.class_scores import ClassScores, metric_intervals
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.further_scores import further_scores
 from dinoseg.evaluation.image_record import ImageRecord, write_record
-from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
 from dinoseg.evaluation.scoring.intervals import jackknife
 from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.experiment.provenance import Provenance
@@ -45,26 +43,27 @@ def report_images(
     *,
     split: str,
     background: int | None,
+    official: Mapping[str, Any] | None = None,
 ) -> None:
     """Write report.html, images.csv and the record for comparisons to a folder, and print the paths.
 
     Args:
         provenance: the run, its model and its data.
         collector: results of this rank; the main rank writes the results of all ranks.
-        scores: scores of the same images, with an `official` entry if the benchmark's protocol scored them.
+        scores: scores of the same images.
         rows: counts of further metrics, whose scores are among the scores.
         data: the evaluated data set.
         engine: device and ranks.
         out_dir: folder of the scores.
         split: name of the data's split.
         background: ID of the background class; None without one.
+        official: result by the protocol of the data set's benchmark, with its unit; None without one.
     """
     parts = engine.gather(collector.parts)
     if not engine.is_main:
         return
-    collected, official, choices = join(parts), _official(scores, out_dir), provenance.choices
-    names = list(data.names)
-    groups = _group_images(provenance.group, names, official)
+    collected, choices = join(parts), provenance.choices
+    groups = _group_images(provenance.group, data.names, official)
     sums = unit_sums(collected.classes, groups)
     scored = has_labels(sums)
     record = ImageRecord(
@@ -76,7 +75,7 @@ def report_images(
         root=provenance.root,
         split=split,
         unit=_unit(groups, int(scored.sum()), official),
-        images=names,
+        images=[*data.names],
         units=groups,
         source=provenance.model,
         counts=collected.classes,
@@ -92,6 +91,7 @@ def report_images(
     for metric, counts in zip(rows.metrics, rows.counts, strict=True):
         intervals |= metric_intervals(metric, counts, groups)
     mious = image_mious(collected.classes)
+    sources = {"model": record.source, "data": record.root}
     _write_table(out_dir / TABLE, record, mious)
     page = evaluation_page(
         record,
@@ -106,9 +106,7 @@ def report_images(
         ),
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
         subtitle=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),
-        about=about_run(
-            provenance.folder, provenance.config, {"model": record.source, "data": record.root}, engine.device
-        ),
+        about=about_run(provenance.folder, provenance.config, sources, engine.device),
         training=_training(provenance.training),
         selecting=provenance.score,
     )
@@ -116,9 +114,9 @@ def report_images(
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
 
 
-def _group_images(pattern: str | None, names: list[str], official: Mapping[str, Any] | None) -> list[str]:
+def _group_images(pattern: str | None, names: Sequence[str], official: Mapping[str, Any] | None) -> list[str]:
     """Return the group of each image by `data.group`, such as its video; each image is one without groups."""
-    groups, notes = find_groups(pattern, names, "data.group")
+    groups, notes = find_groups(pattern, list(names), "data.group")
     for note in notes if official is None else ():  # the official scores have the same note
         logger.warning("%s", note)
     return [groups.get(name, name) for name in names]
@@ -144,13 +142,6 @@ def _calibration(collected: Collected) -> dict[str, Any] | None:
 
     sampled = {"pixels": len(labels), "images": len(collected.classes)}
     return {**sampled, "temperature": temperature, "before": state(1.0), "after": state(temperature)}
-
-
-def _official(scores: Mapping[str, Any], out_dir: Path) -> dict[str, Any] | None:
-    """Return the benchmark scores that this run has just written; None without any."""
-    if scores.get("official") is None:
-        return None
-    return json.loads((out_dir / OFFICIAL_SCORES).read_text(encoding="utf-8"))
 
 
 def _training(folder: Path | None) -> list[dict[str, Any]] | None:

@@ -1,6 +1,6 @@
 """Evaluation of a split's images: exact counts, tables, figures and the benchmark's own protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,7 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.evaluation.collected import Collector
-from dinoseg.evaluation.official import OFFICIAL_FOLDER, official_scores
 from dinoseg.inference.strategy import InferenceStrategy
-from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
@@ -21,7 +19,6 @@ from dinoseg.training.validation import evaluate
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.images import write_png
 from dinoseg.utils.mask_files import write_masks
-from dinoseg.utils.ranges import OnError
 from dinoseg.utils.wording import count_of, one_line
 
 
@@ -34,19 +31,15 @@ def evaluate_images(
     metrics_only: bool,
     strategy: InferenceStrategy | None = None,
     background: int | None = None,
-    protocol: DatasetProtocol | None = None,
-    group: str | None = None,
-    on_error: OnError = "stop",
+    write_prediction: Callable[[np.ndarray, str], None] | None = None,
     collector: Collector | None = None,
     rows: MetricRows | None = None,
 ) -> dict[str, Any]:
     """Evaluate, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.
 
     Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
-    ids at full size), or <class>/<name>_pred.png of a mask with layers. A protocol's scores go to official_scores.json,
-    and the predictions in the benchmark's layout to `out_dir`/official. If the protocol cannot score them,
-    problems.json gives the reasons; the other scores stand. `group` is the regular expression of `data.group`, for its
-    intervals.
+    ids at full size), or <class>/<name>_pred.png of a mask with layers. `write_prediction`
+    receives the class ids (H, W) and the name of each image, to write them in another layout.
     The collector and the rows of further metrics receive every batch of this rank.
     """
 
@@ -54,14 +47,13 @@ def evaluate_images(
         if collector is not None:
             collector.add(batch, ids, logits)
         for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
-            if protocol is not None:
-                pixels = protocol.file_ids(prediction.cpu().numpy())
-                write_png(out_dir / OFFICIAL_FOLDER / protocol.target(name), pixels)
+            if write_prediction is not None:
+                write_prediction(prediction.cpu().numpy(), name)
             if not metrics_only:
                 _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
     # skip the device-to-host copy if nothing uses the predictions
-    on_batch = None if metrics_only and protocol is None and collector is None else write
+    on_batch = None if metrics_only and write_prediction is None and collector is None else write
     scores = evaluate(model, data, engine, strategy=strategy, background=background, on_batch=on_batch, rows=rows)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
@@ -70,8 +62,6 @@ def evaluate_images(
         print(f"\nscores:       {out_dir}/scores.json, scores.csv")
         if not metrics_only:
             print(f"images:       {out_dir / 'predictions'}")
-        if protocol is not None:
-            scores = {**scores, "official": official_scores(protocol, data, out_dir, on_error, group)}
     return scores
 
 

@@ -2,8 +2,11 @@
 
 import logging
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.annotation.drawing import mask_file
@@ -15,7 +18,7 @@ from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, ScoringCase
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_size
+from dinoseg.utils.images import read_size, write_png
 from dinoseg.utils.ranges import OnError
 
 OFFICIAL_FOLDER = "official"  # in the run folder: predictions in the benchmark's layout
@@ -24,55 +27,76 @@ SCORES = "official_scores.json"  # in the run folder: their scores
 logger = logging.getLogger(__name__)
 
 
-def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, on_error: OnError, tells: bool) -> bool:
-    """Return whether a protocol can score a data set's predictions before any is made; if not, log why.
+@dataclass(frozen=True)
+class OfficialScorer:
+    """Scores the predictions of mode=eval by a benchmark's protocol.
 
     Args:
-        protocol: protocol of the benchmark.
-        data: pairs of image and mask files.
-        out_dir: the run folder.
+        protocol: of the benchmark.
+        out_dir: the run folder; predictions in the benchmark's layout lie in its folder `official`.
         on_error: `stop`: every image must be scorable; `skip`: one image is enough.
-        tells: whether this process warns and writes `problems.json`.
     """
-    try:
-        problems = _problems(protocol, _of_files(data), out_dir / OFFICIAL_FOLDER)
-    except UserError as error:
-        problems, enough = [(out_dir / OFFICIAL_FOLDER, str(error))], False
-    else:
-        enough = len(problems) < len(data) if on_error == "skip" else not problems
-    if tells and not enough:
-        _log_error(Unscorable(problems, "this data set"), out_dir)
-    return enough
 
+    protocol: DatasetProtocol
+    out_dir: Path
+    on_error: OnError = "stop"
 
-def official_scores(
-    protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, on_error: OnError, group: str | None = None
-) -> dict[str, Any] | None:
-    """Score the predictions in `out_dir`/official against the original reference files; write official_scores.json.
+    @property
+    def folder(self) -> Path:
+        """The folder of the predictions."""
+        return self.out_dir / OFFICIAL_FOLDER
 
-    `group` is the regular expression of `data.group`, whose groups are the units of the intervals.
-    If that fails, log the reason and return None, so that the scores computed so far are not lost.
-    """
-    folder = out_dir / OFFICIAL_FOLDER
-    words = f"mode=score {shlex.quote(f'prediction={folder}')} mode.workers=1"
-    remedy = f"Score these predictions separately: {words}, with their reference."
-    listing = Cases([])
-    for pair in _of_files(data).pairs:
+    def can_score(self, data: SegmentationData, *, warns: bool) -> bool:
+        """Return whether the protocol can score a data set's predictions before any is made.
+
+        Args:
+            data: pairs of image and mask files.
+            warns: whether to log why it cannot, and to write `problems.json`.
+        """
         try:
-            listing.cases.append(_case(protocol, pair, folder))
-        except BadFile as error:
-            listing.problems.append((error.path, error.reason))
-    groups, notes = find_groups(group, [case.name for case in listing.cases], "data.group")
-    listing.notes += notes
-    where = f"the data set and {folder}"
-    try:
-        scored = score_cases(protocol, listing, where=where, groups=groups, on_error=on_error, remedy=remedy)
-    except UserError as error:
-        _log_error(error, out_dir)
-        return None
-    result = report(protocol, scored, out_dir / SCORES)
-    print(f"official:     {out_dir}/{SCORES}, predictions for submission in {folder}")
-    return result["scores"]
+            problems = _problems(self.protocol, _of_files(data), self.folder)
+        except UserError as error:
+            problems, enough = [(self.folder, str(error))], False
+        else:
+            enough = len(problems) < len(data) if self.on_error == "skip" else not problems
+        if warns and not enough:
+            _log_error(Unscorable(problems, "this data set"), self.out_dir)
+        return enough
+
+    def write_prediction(self, ids: np.ndarray, name: str) -> None:
+        """Write the class ids (H, W) of an image as the benchmark expects them."""
+        write_png(self.folder / self.protocol.target(name), self.protocol.file_ids(ids))
+
+    def score(self, data: SegmentationData, group: str | None = None) -> dict[str, Any] | None:
+        """Score the predictions against the original reference files, and write official_scores.json; return it.
+
+        If that fails, log the reason and return None, so that the scores computed so far are not lost.
+
+        Args:
+            data: pairs of image and mask files.
+            group: the regular expression of `data.group`, whose groups are the units of the intervals.
+        """
+        words = f"mode=score {shlex.quote(f'prediction={self.folder}')} mode.workers=1"
+        remedy = f"Score these predictions separately: {words}, with their reference."
+        listing = Cases([])
+        for pair in _of_files(data).pairs:
+            try:
+                listing.cases.append(_case(self.protocol, pair, self.folder))
+            except BadFile as error:
+                listing.problems.append((error.path, error.reason))
+        groups, notes = find_groups(group, [case.name for case in listing.cases], "data.group")
+        listing.notes += notes
+        where = f"the data set and {self.folder}"
+        try:
+            scored = score_cases(
+                self.protocol, listing, where=where, groups=groups, on_error=self.on_error, remedy=remedy
+            )
+        except UserError as error:
+            _log_error(error, self.out_dir)
+            return None
+        result = report(self.protocol, scored, self.out_dir / SCORES)
+        print(f"official:     {self.out_dir}/{SCORES}, predictions for submission in {self.folder}")
+        return result
 
 
 def _of_files(data: SegmentationData) -> PairDataset:

@@ -6,14 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinoseg.evaluation.about import TRACKING
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.wording import count_of, join_names
-
-RECORD = "tracking.json"  # in a run folder: settings that its masks depend on
 
 logger = logging.getLogger(__name__)
 _FORM = forms.record(data=forms.table(forms.plain), given=forms.text, tracker=forms.table(forms.plain))
@@ -29,10 +28,10 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
         return None
     folder = Path(restart).expanduser()
     try:
-        before = forms.read_json(folder / RECORD, _FORM)
+        before = forms.read_json(folder / TRACKING, _FORM)
     except (OSError, forms.SchemaError) as error:
         raise UserError(
-            f"mode.restart={restart} holds no readable {RECORD} ({error}): it is not a run folder of mode=eval on "
+            f"mode.restart={restart} holds no readable {TRACKING} ({error}): it is not a run folder of mode=eval on "
             "videos, or it is damaged. Give the run folder of the evaluation to resume, or leave mode.restart out."
         ) from None
     check_same_settings(folder, _settings_of(before), _settings_of(record))

@@ -16,7 +16,8 @@ from PIL import Image
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import VOID, Video
 from dinoseg.data.splits import find_groups
-from dinoseg.evaluation.restart import RECORD, earlier_run, log_copied, take_over
+from dinoseg.evaluation.about import TRACKING
+from dinoseg.evaluation.restart import earlier_run, log_copied, take_over
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.evaluation.video_report import report_videos
@@ -218,7 +219,7 @@ def evaluate_videos(
     )
     if engine.is_main:
         warn_unread(out_dir, first_tracker.unread, first_tracker.unread_because)
-        write_json(out_dir / RECORD, record)
+        write_json(out_dir / TRACKING, record)
     tracked = tracking.track(data.videos[engine.rank :: engine.world_size])
     copied = engine.gather([video.taken_over for video in tracked if video.taken_over is not None])
     reasons = engine.gather([video.problem for video in tracked if video.problem is not None])

@@ -27,7 +27,7 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
-_READ_ELSEWHERE = {"adapter": ("lr",), "head": ("layers", "lr")}  # keys beside the arguments of a part
+_READ_ELSEWHERE = {"adapter": ("lr",), "head": ("layers", "lr", "scoring")}  # keys beside the arguments of a part
 _WITH_WEIGHTS = ("adapter", "head", "loss.criterion")
 
 

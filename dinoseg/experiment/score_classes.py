@@ -9,19 +9,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import to_container
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.splits import find_groups, group_names
 from dinoseg.experiment.command_lines import find_typed_keys
+from dinoseg.experiment.settings import mask_keys
 from dinoseg.inference.class_record import CLASS_RECORD, read_class_record, references
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names
 
-MASK_FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
-GROUP, _MASKS = "data.group", "data.reader.masks."
+GROUP = "data.group"
+_MASKS = "data.reader.masks."
 _READ = (GROUP, "data.on_error")
 _CLASS_KEYS = ("data.classes", "data.palette", "data.ignore_index", "data.root", "data.reader.masks")
 logger = logging.getLogger(__name__)
@@ -146,13 +146,6 @@ def _stored_groups(predictions: Sequence[Path], *, has_layers: bool) -> dict[str
             )
         merged = {**groups, **merged}
     return merged
-
-
-def mask_keys(data: DictConfig) -> dict[str, Any]:
-    """Return a data set's mask encoding, as keys of `Masks`; empty for a fixed format."""
-    node = data.reader.get("masks")
-    keys = {} if node is None else to_container(node, resolve=True)
-    return {key: value for key, value in keys.items() if key not in ("_target_", "described")}
 
 
 def _has_classes(data: DictConfig) -> bool:

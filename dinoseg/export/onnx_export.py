@@ -11,8 +11,7 @@ from dinoseg.export import onnx_file
 from dinoseg.export.export import prepare_model, store_if_verified
 from dinoseg.export.graph import trace
 from dinoseg.export.options import GraphOptions
-from dinoseg.export.runtime.onnx_model import load_onnx
-from dinoseg.export.runtime.runtime import FILES
+from dinoseg.export.runtime.onnx_model import ONNX_FILE, load_onnx
 from dinoseg.utils.ranges import Count
 
 
@@ -50,9 +49,9 @@ class OnnxExport(GraphOptions):
         with prepare_model(source, out_dir, self, opset=self.opset, precision=self.precision) as ready:
             model = onnx_file.to_onnx(trace(ready.model, ready.record), ready.record)
             onnx_file.finish(model, ready.record, ready.facts.description())
-            files = onnx_file.write(model, ready.folder / FILES["onnx"])
+            files = onnx_file.write(model, ready.folder / ONNX_FILE)
             runtime = load_onnx(files[-1], device="cpu", threads=torch.get_num_threads()).runtime
             report = store_if_verified(ready, runtime, files, out_dir, self)
-        path = out_dir / FILES["onnx"]
+        path = out_dir / ONNX_FILE
         print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("{ready.facts.example}")')
         return {"path": str(path), "agreement": report["agreement"]}

@@ -15,8 +15,8 @@ import torch
 from onnx import helper, numpy_helper
 
 from dinoseg.export.graph import cannot
+from dinoseg.export.runtime.onnx_model import ONNX_WEIGHTS
 from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord
-from dinoseg.export.runtime.runtime import ONNX_WEIGHTS
 from dinoseg.utils.errors import UserError
 
 LARGEST = 2**31 - 2**20  # bytes in one protobuf message; larger models store their weights in a second file

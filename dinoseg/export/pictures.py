@@ -13,7 +13,7 @@ from dinoseg.core.channels import PixelFormat
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
 from dinoseg.experiment.builder import SPLITS
-from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import in_bytes
@@ -93,7 +93,7 @@ def _of_split(dataset: Callable[[str], SegmentationData], split: str, count: int
 
 
 def _of_files(images: str, count: int, pixels: PixelFormat) -> Iterator[Picture]:
-    files = [path for path in list_inputs(images, "export.images", pixels.suffixes) if not is_video(path)]
+    files = list_inputs(images, "export.images", pixels.suffixes)
     if not files:
         raise UserError(f"export.images={images}: holds no images. {_REMEDY}")
     for path in _spread(files, count):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ import dinoseg
 from dinoseg.data.annotation.rle import to_text
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
-from dinoseg.inference.outputs import ImagePrediction
+from dinoseg.inference.outputs import FurtherOutputs, ImagePrediction, ImageWriter
 from dinoseg.utils.atomic import atomic_file, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
@@ -123,7 +123,7 @@ def _simpler(points: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class PredictedShapes:
+class PredictedShapes(FurtherOutputs):
     """Conversion of class IDs to shapes.
 
     Args:
@@ -133,6 +133,7 @@ class PredictedShapes:
         min_area: minimum area in pixels; smaller parts are dropped.
     """
 
+    names: ClassVar = ("coco", "labelme")
     format: Literal["polygons", "rle"] = "polygons"
     objects: Literal["component", "class"] = "component"
     tolerance: NotNegative = 1.0
@@ -145,6 +146,11 @@ class PredictedShapes:
                 f"mode.shapes.tolerance={self.tolerance} min_area={self.min_area}: give a tolerance from 0 pixels, "
                 "and an area from 1."
             )
+
+    def make_writer(self, name: str, folder: Path, labels: Labels, background: int | None) -> ImageWriter:
+        """Return the writer of `coco` or `labelme` files into a folder; see `FurtherOutputs`."""
+        kind = CocoAnnotations if name == "coco" else LabelmeAnnotations
+        return kind(folder, labels, background, self)
 
     def parts(self, ids: np.ndarray, background: int | None) -> Iterator[MaskRegion]:
         """Yield the parts of class IDs (H, W) that become objects."""

@@ -14,6 +14,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 
+MASK_FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
 CLASS_RECORD = "classes.json"
 _FORM = forms.record(
     classes=forms.list_of(forms.text),

@@ -9,8 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.inference.annotations import CocoAnnotations, LabelmeAnnotations, PredictedShapes
-from dinoseg.inference.outputs import ImagePrediction, ImageWriter
+from dinoseg.inference.outputs import FurtherOutputs, ImagePrediction, ImageWriter
 from dinoseg.report.indexed import write_indexed_png
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
@@ -80,48 +79,51 @@ def _save(path: Path, values: Tensor) -> None:
         np.save(file, values.cpu().numpy())
 
 
-_MAKERS: Mapping[str, Callable[[Path, Labels, int | None, PredictedShapes], ImageWriter]] = {
-    "coco": CocoAnnotations,
-    "labelme": LabelmeAnnotations,
-    "palette": lambda folder, labels, *_: PalettePictures(folder, labels),
-    "probabilities": lambda folder, *_: Probabilities(folder),
-    "confidence": lambda folder, *_: Confidence(folder),
+_MAKERS: Mapping[str, Callable[[Path, Labels], ImageWriter]] = {
+    "palette": PalettePictures,
+    "probabilities": lambda folder, _: Probabilities(folder),
+    "confidence": lambda folder, _: Confidence(folder),
 }
-_OF_FRAMES = ("palette", "probabilities", "confidence")  # the other formats refer to image files, and frames are none
 
 
 def image_writers(
-    outputs: Sequence[str], folder: Path, labels: Labels, background: int | None, shapes: PredictedShapes
+    outputs: Sequence[str], folder: Path, labels: Labels, background: int | None, shapes: FurtherOutputs | None
 ) -> dict[str, ImageWriter]:
     """Return the requested writers by name; each writes into a subfolder of its name.
 
     Args:
-        outputs: names of outputs, validated by `check_outputs`: some of `coco`, `labelme`, `palette`,
-            `probabilities`, `confidence`.
+        outputs: names of outputs, validated by `check_outputs`.
         folder: the run folder.
         labels: the classes.
         background: ID of the background class, which gets no shapes; None: every class gets shapes.
-        shapes: conversion of class IDs to shapes.
+        shapes: makes the writers of annotation tools; None: there are none.
     """
-    return {name: _MAKERS[name](folder / name, labels, background, shapes) for name in outputs}
+    writers = {}
+    for name in outputs:
+        if shapes is not None and name in shapes.names:
+            writers[name] = shapes.make_writer(name, folder / name, labels, background)
+        else:
+            writers[name] = _MAKERS[name](folder / name, labels)
+    return writers
 
 
 def frame_writer(name: str, folder: Path, labels: Labels) -> ImageWriter:
     """Return the writer of one output of video frames into `folder`; `check_frame_outputs` has validated the name."""
-    return _MAKERS[name](folder, labels, None, PredictedShapes())
+    return _MAKERS[name](folder, labels)
 
 
-def check_outputs(outputs: Sequence[str]) -> None:
-    """Check that `mode.outputs` lists known outputs, each at most once.
+def check_outputs(outputs: Sequence[str], shapes: FurtherOutputs | None) -> None:
+    """Check that `mode.outputs` lists known outputs, each at most once; `shapes`: see `image_writers`.
 
     Raises:
         UserError: a name is unknown or repeated, or the value is not a list.
     """
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
         raise UserError(f"mode.outputs={format_value(outputs)}: give a list, such as mode.outputs=[coco,palette].")
-    unknown = [format_value(name) for name in outputs if name not in _MAKERS]
+    known = [*(() if shapes is None else shapes.names), *_MAKERS]
+    unknown = [format_value(name) for name in outputs if name not in known]
     if unknown:
-        raise UserError(f"mode.outputs names {join_names(unknown)}: choose some of {', '.join(_MAKERS)}.")
+        raise UserError(f"mode.outputs names {join_names(unknown)}: choose some of {', '.join(known)}.")
     if twice := [name for name, count in Counter(outputs).items() if count > 1]:
         raise UserError(f"mode.outputs names {join_names(twice)} more than once: name each output once.")
 
@@ -132,9 +134,9 @@ def check_frame_outputs(outputs: Sequence[str], video: str) -> None:
     Raises:
         UserError: outputs that exist for image files only; the message names them and the video.
     """
-    if tools := [name for name in outputs if name not in _OF_FRAMES]:
+    if tools := [name for name in outputs if name not in _MAKERS]:
         raise UserError(
             f"mode.outputs names {join_names(tools)}, which need image files, but {video} is a video: its frames "
-            f"support {', '.join(_OF_FRAMES)}. Leave videos out, or give a folder of frames (ffmpeg -i IN "
+            f"support {', '.join(_MAKERS)}. Leave videos out, or give a folder of frames (ffmpeg -i IN "
             "FRAMES/%09d.png)."
         )

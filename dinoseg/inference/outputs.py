@@ -1,11 +1,15 @@
 """Prediction of one image, and the protocol of the writers that mode=predict passes it to."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from dinoseg.data.classes.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,20 @@ class ImageWriter(Protocol):
     def finish(self) -> None:
         """Write the files that cover all images, including those of an earlier run that was stopped."""
         ...
+
+
+class FurtherOutputs(ABC):
+    """Base class of what brings outputs of its own to mode=predict, such as the files of annotation tools."""
+
+    names: ClassVar[Sequence[str]]  # of the outputs
+
+    @abstractmethod
+    def make_writer(self, name: str, folder: Path, labels: Labels, background: int | None) -> ImageWriter:
+        """Return the writer of one of its outputs.
+
+        Args:
+            name: of the output.
+            folder: receives its files.
+            labels: the classes.
+            background: ID of the class that is not an object; None: without one.
+        """

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.inference.image_run import DEPTH, ImageRun, SegmentationSettings
 from dinoseg.inference.image_writers import frame_writer
 from dinoseg.inference.memory import check_frames
@@ -17,6 +16,7 @@ from dinoseg.inference.outputs import ImagePrediction
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
+from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import atomic_folder
@@ -27,32 +27,20 @@ _Frame = tuple[np.ndarray, Fraction | None]  # (H, W, 3), and its timestamp
 _Result = tuple[np.ndarray, Tensor | None]  # class IDs (H, W), and probabilities (K, H, W) if requested
 
 
-@dataclass(frozen=True)
-class VideoOptions:
-    """Options of video segmentation.
+class VideoFiles(VideoSegmenter):
+    """Video files as inputs of mode=predict."""
 
-    Args:
-        masks: whether to write the class IDs of each frame.
-        frames: maximum number of frames; None: all.
-        outputs: further outputs per frame, validated by `check_frame_outputs`.
-    """
+    suffixes = VIDEO_SUFFIXES
 
-    masks: bool = False
-    frames: int | None = None
-    outputs: Sequence[str] = ()
+    def check(self, videos: Sequence[VideoInput], batch_size: int) -> None:
+        """Check that at least one video can be segmented; see `check_any`."""
+        check_any(videos, batch_size)
 
-
-@dataclass(frozen=True)
-class VideoInput:
-    """Video to segment.
-
-    Args:
-        name: prefix of its result files.
-        path: the file.
-    """
-
-    name: str
-    path: Path
+    def segment(
+        self, by: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
+    ) -> Throughput | None:
+        """Write the results of a video; see `segment_video`."""
+        return segment_video(by, video, run, options)
 
 
 def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:

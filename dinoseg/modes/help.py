@@ -79,7 +79,7 @@ def overview(further: Sequence[Path] = ()) -> str:
     lines = []
     indent = " " * (_COLUMN + 2)
     for name in sorted({path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/**/*.yaml")}):
-        if name.partition("/")[0] not in ("hydra", "local"):
+        if name.partition("/")[0] not in ("hydra", "local", "runtime"):  # no mode composes these
             start = f"  {name + ':':{_COLUMN - 1}} "
             options = " ".join(options_in((CONFIGS, *further), name))
             lines += wrap(options, 110, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)

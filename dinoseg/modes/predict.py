@@ -3,13 +3,13 @@
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.core.channels import check_rgb
+from dinoseg.config.nodes import expect_type
+from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.task import Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
@@ -17,19 +17,18 @@ from dinoseg.data.sources import VideoFrame, first_file
 from dinoseg.data.splits import find_groups
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.command_lines import find_typed_keys
-from dinoseg.experiment.score_classes import GROUP, MASK_FOLDER, mask_keys
-from dinoseg.experiment.settings import check_same_settings
+from dinoseg.experiment.settings import check_same_settings, mask_keys
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
-from dinoseg.inference.annotations import PredictedShapes
-from dinoseg.inference.class_record import write_class_record
+from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.image_writers import check_frame_outputs, check_outputs, image_writers
-from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.inference.inputs import list_inputs
+from dinoseg.inference.outputs import FurtherOutputs
 from dinoseg.inference.results import mask_names, result_names
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.trained_sizes import limit_to_trained_size
-from dinoseg.inference.video_run import VideoInput, VideoOptions, check_any, segment_video
+from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
 from dinoseg.utils.errors import UserError
@@ -39,6 +38,7 @@ from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
+GROUP = "data.group"
 REFERENCES = "references"  # in a run folder: reference masks of the predicted split, as class IDs
 _RECORD = "predict.json"  # in a run folder: what its results depend on; needed to resume with the same command
 _ANY = forms.table(forms.plain)
@@ -56,7 +56,8 @@ def predict(
     batch_size: Count,
     frames: Count | None = None,
     outputs: Sequence[str] = (),
-    shapes: PredictedShapes = PredictedShapes(),  # noqa: B008 (frozen)
+    shapes: FurtherOutputs | None = None,
+    videos: VideoSegmenter | None = None,
 ) -> dict[str, Any]:
     """Segment every input at its own size into `out_dir`; return counts and rates.
 
@@ -68,72 +69,77 @@ def predict(
     video results in <stem>_overlay.mp4 and, with `masks` true, the class IDs of each frame in <stem>_masks/%09d.png.
 
     `outputs` names further results: a folder each for images, and <stem>_palette and so on for the frames of a video.
-    `shapes` configures the conversion of class IDs to shapes for annotation tools. Unreadable inputs are skipped, and
-    listed at the end. In a folder with results of the same model and settings, the run resumes where it stopped.
+    `shapes` converts class IDs to shapes for annotation tools, and `videos` segments videos; None: there are none.
+    Unreadable inputs are skipped, and listed at the end. In a folder with results of the same model and settings, the
+    run resumes where it stopped.
 
     Raises:
         UserError: nothing can be read, some inputs failed, or the folder holds results of other settings.
     """
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
-    check_outputs(outputs)
+    check_outputs(outputs, shapes)
     build = Builder(cfg)
     split = _split_data(build, input)
-    images, videos = _find_inputs(input, build.pixels.suffixes) if split is None else (_images_of(split), [])
-    if videos:
-        check_rgb(build.pixels, f"the video {videos[0].path}")
-        check_frame_outputs(outputs, str(videos[0].path))
-    if not images:
-        check_any(videos, batch_size)
-    folder = Path(out_dir)
+    _check_parts(shapes, videos)
+    images, films = _find_inputs(input, build.pixels.suffixes, videos) if split is None else (_images_of(split), [])
+    _check_films(films, outputs, build.pixels)
+    if not images and videos is not None:
+        videos.check(films, batch_size)
     options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(build)
     _refuse_slots(trained, build.resume)
-    extra = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
-    shown = {"masks": options.masks, "opacity": opacity, "frames": frames}
-    settings = _settings(build, {**shown, **extra}, folder)
-    _check_earlier(folder, settings)
-    limit_to_trained_size(trained.model, find_trained_sizes(trained, folder))
+    settings = _settings(build, _shown(options, opacity, shapes), out_dir)
+    _check_earlier(out_dir, settings)
+    limit_to_trained_size(trained.model, find_trained_sizes(trained, out_dir))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     layers = labels.classes if trained.model.task.has_layers else ()
     _check_outputs_of_layers(trained.model.task, outputs)
     by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, build.pixels, layers)
-    writers = image_writers(outputs, folder, labels, build.background if outputs and images else None, shapes)
-    run = ImageRun(folder, None if masks is False else folder / MASK_FOLDER, DoneInputs(folder), list(writers.values()))
+    writers = image_writers(outputs, out_dir, labels, build.background if outputs and images else None, shapes)
+    mask_folder = None if masks is False else out_dir / MASK_FOLDER
+    run = ImageRun(out_dir, mask_folder, DoneInputs(out_dir), list(writers.values()))
     try:
-        write_json(folder / _RECORD, settings)
-        remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
+        write_json(out_dir / _RECORD, settings)
+        remove_parts(out_dir, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
         targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
         facts = (labels.classes, labels.palette, labels.ignore_index)
         keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
         if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
-            of_images = _group_images(build, targets, of_data=split is not None, folder=folder)
+            of_images = _group_images(build, targets, of_data=split is not None, folder=out_dir)
             write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
-        totals = _segment_images(by, images, targets, run) | _segment_videos(by, videos, run, options)
+        totals = _segment_images(by, images, targets, run)
+        if videos is not None:
+            totals |= _segment_videos(videos, by, films, run, options)
         if split is not None and run.masks is not None:
-            for index, name in enumerate(split.names):
-                write_masks(folder / REFERENCES, name, split.mask(index), layers)
-        for video in videos:
-            written = folder / f"{video.name}_masks"
-            if options.masks and written.is_dir():
-                groups = {path.stem: video.name for path in written.rglob("*.png")}
-                write_class_record(written, *facts, keys, has_layers=bool(layers), groups=groups)
+            _write_references(split, out_dir / REFERENCES, layers)
+        for video in films if options.masks else ():
+            masks_of = out_dir / f"{video.name}_masks"
+            if masks_of.is_dir():
+                groups = {path.stem: video.name for path in masks_of.rglob("*.png")}
+                write_class_record(masks_of, *facts, keys, has_layers=bool(layers), groups=groups)
     except OSError as error:
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another run folder."
         ) from error
-    _check_failures(run, len(images) + len(videos))
-    reference = None if split is None else folder / REFERENCES
+    _check_failures(run, len(images) + len(films))
+    reference = None if split is None else out_dir / REFERENCES
     print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, by.layers)))
     return {**totals, "run": str(out_dir)}
 
 
-def _find_inputs(source: str | int, suffixes: Sequence[str]) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
+def _find_inputs(
+    source: str | int, suffixes: Sequence[str], videos: VideoSegmenter | None
+) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
     """Return the images with the names of their results, and the videos, that an input refers to."""
-    paths = list_inputs(str(source), suffixes=suffixes)
-    named = list(zip(paths, result_names(paths), strict=True))
-    videos = [VideoInput(name, path) for path, name in named if is_video(path)]
-    return [entry for entry in named if not is_video(entry[0])], videos
+    paths = list_inputs(str(source), suffixes=suffixes, videos=() if videos is None else videos.suffixes)
+    images, films = [], []
+    for path, name in zip(paths, result_names(paths), strict=True):
+        if videos is not None and videos.takes(path):
+            films.append(VideoInput(name, path))
+        else:
+            images.append((path, name))
+    return images, films
 
 
 def _split_data(build: Builder, source: str | int) -> PairDataset | None:
@@ -191,6 +197,35 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
         )
 
 
+def _shown(options: VideoOptions, opacity: float, shapes: FurtherOutputs | None) -> dict[str, Any]:
+    """Return the options of the mode that results depend on."""
+    shown: dict[str, Any] = {"masks": options.masks, "opacity": opacity, "frames": options.frames}
+    if options.outputs:
+        shown |= {"outputs": list(options.outputs), "shapes": None if shapes is None else vars(shapes)}
+    return shown
+
+
+def _write_references(split: PairDataset, folder: Path, layers: Sequence[str]) -> None:
+    """Write the class IDs of a split's own masks."""
+    for index, name in enumerate(split.names):
+        write_masks(folder, name, split.mask(index), layers)
+
+
+def _check_parts(shapes: FurtherOutputs | None, videos: VideoSegmenter | None) -> None:
+    """Refuse values of `mode.shapes` and `mode.videos` that are no such parts."""
+    if shapes is not None:
+        expect_type(FurtherOutputs, shapes, "mode.shapes")  # type: ignore[type-abstract]
+    if videos is not None:
+        expect_type(VideoSegmenter, videos, "mode.videos")  # type: ignore[type-abstract]
+
+
+def _check_films(films: Sequence[VideoInput], outputs: Sequence[str], pixels: PixelFormat) -> None:
+    """Refuse videos for images of other channels, and with outputs that frames do not have."""
+    if films:
+        check_rgb(pixels, f"the video {films[0].path}")
+        check_frame_outputs(outputs, str(films[0].path))
+
+
 def _settings(build: Builder, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings that results depend on, in addition to their inputs."""
     weights = None if build.resume is None else list(stamp(Path(build.resume)) or ())
@@ -237,12 +272,12 @@ def _segment_images(
 
 
 def _segment_videos(
-    by: SegmentationSettings, videos: list[VideoInput], run: ImageRun, options: VideoOptions
+    videos: VideoSegmenter, by: SegmentationSettings, films: list[VideoInput], run: ImageRun, options: VideoOptions
 ) -> dict[str, Any]:
     frames, seconds, earlier = 0, 0.0, 0
-    for video in videos:
+    for video in films:
         try:
-            passed = segment_video(by, video, run, options)
+            passed = videos.segment(by, video, run, options)
         except UserError as error:
             run.failures.append(str(error))
             continue

@@ -10,8 +10,8 @@ from dinoseg.config.nodes import argument_keys
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
-from dinoseg.experiment.score_classes import MASK_FOLDER, find_score_groups, score_protocol, warn_of_unread_data
-from dinoseg.inference.class_record import CLASS_RECORD
+from dinoseg.experiment.score_classes import find_score_groups, score_protocol, warn_of_unread_data
+from dinoseg.inference.class_record import CLASS_RECORD, MASK_FOLDER
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
 from dinoseg.report.scores import difference_table, scores_table

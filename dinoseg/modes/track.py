@@ -19,7 +19,7 @@ from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trackers import tracker_maker
 from dinoseg.experiment.trained import find_trained_sizes, is_trained, load_trained
 from dinoseg.experiment.unread import warn_unread
-from dinoseg.inference.inputs import FrameReader, open_frames
+from dinoseg.inference.frames import FrameReader, open_frames
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.labels import TrackLabels, find_labels
 from dinoseg.tracking.video.mask_folder import MaskColours

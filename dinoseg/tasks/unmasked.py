@@ -14,8 +14,9 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.sources import ImageSource, VideoFrame, source_origin
 from dinoseg.data.unlabelled import fault
 from dinoseg.data.video.index import VideoIndex, find_index
+from dinoseg.data.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.experiment.builder import Builder
-from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.results import mask_names
 from dinoseg.utils.wording import join_names
 from dinoseg.utils.workers import in_processes
@@ -99,7 +100,7 @@ def list_images(
     Raises:
         UserError: nothing is found, a video cannot be read, or images are not RGB and there is a video.
     """
-    paths = list_inputs(source, "trainer.unlabelled", pixels.suffixes)
+    paths = list_inputs(source, "trainer.unlabelled", pixels.suffixes, VIDEO_SUFFIXES)
     names = mask_names(paths, source)
     found: list[UnmaskedImage] = []
     for path, name in zip(paths, names, strict=True):

@@ -276,7 +276,7 @@ def test_hidden_options_are_bases_with_missing_values():
     hidden = sorted(path for path in FOLDER.glob("*/_*.yaml") if path.stem != OPTION)  # which only calls choose
     assert hidden
     for path in hidden:
-        others = [each for each in path.parent.glob("*.yaml") if each != path]
+        others = [each for each in FOLDER.glob("*/*.yaml") if each != path]
         name = re.compile(rf"\b{path.stem}\b")  # and not that of another base, which begins with it
         users = [each for each in others if name.search(each.read_text("utf-8"))]
         assert users, f"nothing starts from {path}"

@@ -163,8 +163,9 @@ def test_elements_of_another_type_are_refused(target, key, value, kind):
 
 @pytest.mark.parametrize("value", [None, 5, "x", [1], {"a": 1}])
 def test_plain_value_for_a_group_of_keys_is_refused(value):
-    with pytest.raises(UserError, match=r"mode\.shapes=.* set one of them, as mode\.shapes\.KEY="):
-        check_arguments("dinoseg.modes.predict.predict", {"shapes": value}, {"shapes": "mode.shapes"})
+    with pytest.raises(UserError, match=r"data\.reader\.layout=.* set one of them, as data\.reader\.layout\.KEY="):
+        target, key = "dinoseg.data.formats.folder.folder_dataset", "data.reader.layout"
+        check_arguments(target, {"layout": value}, {"layout": key})
 
 
 def test_brackets_are_not_suggested_where_they_do_not_help():

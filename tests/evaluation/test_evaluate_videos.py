@@ -20,6 +20,7 @@ from tiny_parts import load_option
 from dinoseg.data.clips.videos import Video
 from dinoseg.evaluation import videos
 from dinoseg.evaluation.scoring import folders
+from dinoseg.evaluation.track_split import track_split
 from dinoseg.evaluation.videos import TrackingOptions, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
@@ -29,8 +30,8 @@ from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.modes import evaluate as mode
 from dinoseg.modes import score
+from dinoseg.modes.evaluate import find_scoring
 from dinoseg.modes.evaluate import run as evaluate
-from dinoseg.modes.evaluate import track_split, tracks_untrained
 from dinoseg.report.indexed import write_indexed_png
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training import engine
@@ -519,12 +520,12 @@ def test_evaluation_tracks_only_untrained_models_on_videos(compose):
     for changes, tracks in (
         ({}, True),
         ({"resume": "run"}, False),
-        ({"data": {"clips": None}}, False),  # images
+        ({"data": {"scoring": None}}, False),  # images
         ({"head": {"weights": "file"}}, False),  # released trained
         ({"head": {"weights": "file", "class_layer": "new"}}, True),
         ({"head": {"weights": None}}, True),
     ):
-        assert tracks_untrained(Builder(OmegaConf.merge(cfg, changes))) == tracks, changes
+        assert (find_scoring(Builder(OmegaConf.merge(cfg, changes))) is not None) == tracks, changes
 
 
 @pytest.mark.parametrize("key", ["restart", "supervision"])

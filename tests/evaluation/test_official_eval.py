@@ -14,7 +14,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.evaluation.official import official_scores, usable
+from dinoseg.evaluation.official import OfficialScorer
 from dinoseg.evaluation.scoring import folders
 from dinoseg.metrics.protocols.idd_lite import IddLite
 from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
@@ -174,20 +174,21 @@ def data_of(names, folder):
 def test_resizing_benchmark_accepts_any_size(tmp_path, caplog):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
     data.longest = 3
-    assert usable(IddLite(), data, tmp_path / "out", on_error="stop", tells=True) and not caplog.records
-    assert not usable(SarRarp50(), data, tmp_path / "out", on_error="stop", tells=False) and not caplog.records
-    assert not usable(SarRarp50(), data, tmp_path / "out", on_error="stop", tells=True)
+    assert OfficialScorer(IddLite(), tmp_path / "out").can_score(data, warns=True) and not caplog.records
+    assert not OfficialScorer(SarRarp50(), tmp_path / "out").can_score(data, warns=False) and not caplog.records
+    assert not OfficialScorer(SarRarp50(), tmp_path / "out").can_score(data, warns=True)
     assert "prediction to 3 x 2" in caplog.text and (tmp_path / "out/problems.json").is_file()
 
 
 def test_names_outside_the_benchmark_are_reported(tmp_path, caplog):
-    assert not usable(SarRarp50(), data_of(["a"], tmp_path / "data"), tmp_path / "out", on_error="skip", tells=True)
+    scorer = OfficialScorer(SarRarp50(), tmp_path / "out", "skip")
+    assert not scorer.can_score(data_of(["a"], tmp_path / "data"), warns=True)
     assert "a is not a frame name of SAR-RARP50" in caplog.text
 
 
 def test_failed_official_scores_leave_the_others(tmp_path, caplog, monkeypatch):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
-    assert official_scores(IddLite(), data, tmp_path / "out", "skip") is None  # no prediction was written
+    assert OfficialScorer(IddLite(), tmp_path / "out", "skip").score(data) is None  # no prediction was written
     (row,) = json.loads((tmp_path / "out/problems.json").read_text())["problems"]
     assert "Nothing is left to score" in caplog.text and "Nothing is left to score" in row["reason"]
 
@@ -195,7 +196,7 @@ def test_failed_official_scores_leave_the_others(tmp_path, caplog, monkeypatch):
         raise UserError(f"A process was killed. {remedy}")
 
     monkeypatch.setattr(folders, "in_processes", kill)
-    assert official_scores(IddLite(), data, tmp_path / "out", "stop") is None
+    assert OfficialScorer(IddLite(), tmp_path / "out").score(data) is None
     folder = tmp_path / "out/official"
     assert f"A process was killed. Score these predictions separately: mode=score prediction={folder} " in caplog.text
 

@@ -149,9 +149,9 @@ def test_without_a_background_every_class_is_written(tmp_path):
 
 test_message_names_value_and_remedy = refusals(
     {
-        "another tool": (lambda: check_outputs(["coko"]), "mode.outputs names coko: choose some of"),
-        "one tool twice": (lambda: check_outputs(["coco", "coco"]), "coco more than once"),
-        "no list": (lambda: check_outputs("coco"), "give a list, such as mode.outputs="),
+        "another tool": (lambda: check_outputs(["coko"], PredictedShapes()), "mode.outputs names coko: choose some of"),
+        "one tool twice": (lambda: check_outputs(["coco", "coco"], PredictedShapes()), "coco more than once"),
+        "no list": (lambda: check_outputs("coco", PredictedShapes()), "give a list, such as mode.outputs="),
         "tolerance": (lambda: PredictedShapes(tolerance=float("nan")), "give a tolerance from 0 pixels"),
     }
 )

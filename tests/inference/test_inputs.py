@@ -5,7 +5,12 @@ from unittest.mock import Mock
 import pytest
 from mistakes import assert_refused, refusals
 
-from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.data.video.length import VIDEO_SUFFIXES, is_video
+from dinoseg.inference import inputs
+
+
+def list_inputs(source):
+    return inputs.list_inputs(source, videos=VIDEO_SUFFIXES)
 
 
 def touch(folder, *names):

@@ -11,7 +11,7 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.config.options import options_of
 from dinoseg.modes import help as mode
 
-FILES = [path for path in Path(CONFIGS).glob("*/*.yaml") if path.parent.name not in ("hydra", "local")]
+FILES = [path for path in Path(CONFIGS).glob("*/*.yaml") if path.parent.name not in ("hydra", "local", "runtime")]
 
 
 def listed_options():
@@ -28,7 +28,7 @@ def test_every_group_and_option_is_listed_and_no_hidden_one():
     expected = {}
     for path in sorted(Path(CONFIGS).glob("*/**/*.yaml")):
         group = path.parent.relative_to(CONFIGS).as_posix()
-        if not path.stem.startswith("_") and group.partition("/")[0] not in ("hydra", "local"):
+        if not path.stem.startswith("_") and group.partition("/")[0] not in ("hydra", "local", "runtime"):
             expected.setdefault(group, set()).add(path.stem)
     assert listed_options().keys() == expected.keys() and len(expected) >= 10
     for group, names in listed_options().items():
@@ -98,7 +98,11 @@ def test_help_of_an_unknown_option_is_the_overview(words):
 
 
 def test_each_shipped_option_has_help():
-    groups = [path for path in Path(CONFIGS).iterdir() if path.is_dir() and path.name not in ("hydra", "local", "mode")]
+    groups = [
+        path
+        for path in Path(CONFIGS).iterdir()
+        if path.is_dir() and path.name not in ("hydra", "local", "mode", "runtime")
+    ]
     options = [f"{group.name}={option}" for group in groups for option in options_of(group)]
     assert len(options) > 150
     for option in options:

@@ -21,6 +21,7 @@ from dinoseg.experiment.trained import Trained
 from dinoseg.inference import image_run, memory
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.video_file import VideoReader
+from dinoseg.inference.video_run import VideoFiles
 from dinoseg.modes import predict as mode
 from dinoseg.modes import score
 from dinoseg.utils.errors import UserError
@@ -68,6 +69,7 @@ CFG = OmegaConf.create({"data": {"reader": {"masks": MASKS}}})
 
 def predict(source, out_dir, cfg=CFG, **changes):
     options = {"masks": False, "opacity": 0.5, "batch_size": 3} | changes
+    options = {"shapes": PredictedShapes(), "videos": VideoFiles(), **options}
     return mode.predict(cfg, out_dir=out_dir, input=source and str(source), **options)
 
 

@@ -34,6 +34,9 @@ def read_by_code(mode):
     """Return the root keys that a mode's code can read, with those that the nodes it reads point to."""
     starts = [read_node("mode", mode)["_target_"]]
     starts += [read_node("export", option)["_target_"] for option in options("export") if mode == "export"]
+    if mode == "eval":  # datasets and heads name what scores them in another way
+        nodes = [read_whole(group, option).get("scoring") for group in ("data", "head") for option in options(group)]
+        starts += [node["_target_"] for node in nodes if node]
     keys = set().union(*(code().reads(start) for start in starts))
     if "trainer.method*" in keys:
         tasks = {read_whole("trainer", option)["method"]["_target_"] for option in options("trainer")}

@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 from mistakes import assert_refused
 
-from dinoseg.data.clips.videos import picture_files, video_folders
+from dinoseg.data.clips.videos import video_folders
 from dinoseg.data.formats.sarrarp_files import png_files
 from dinoseg.data.splits import read_name_list
 from dinoseg.data.video.index import open_decoder
+from dinoseg.data.video.pictures import picture_files
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.utils.files import check_regular, entries, visible_files

@@ -19,7 +19,8 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.video import index as video_index
-from dinoseg.evaluation.restart import RECORD, earlier_run
+from dinoseg.evaluation.about import TRACKING
+from dinoseg.evaluation.restart import earlier_run
 from dinoseg.modes.training_run import _read_split
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.video.state import STATE, read_track_state
@@ -48,7 +49,7 @@ HOSTILE = [  # none of them has the form of anything that is written
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
-    for name in (INDEX, RECORD, "split.json", "train/meta.json"):
+    for name in (INDEX, TRACKING, "split.json", "train/meta.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text)
     (tmp_path / PIXELS).write_bytes(bytes(64))

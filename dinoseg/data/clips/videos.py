@@ -11,9 +11,10 @@ from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.square import square_frame, square_mask
 from dinoseg.data.sources import VideoFrame, read_source, source_origin
 from dinoseg.data.splits import Partition, divide
+from dinoseg.data.video.pictures import picture_files
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
-from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids, read_size
+from dinoseg.utils.images import IMAGE_SUFFIXES, read_ids, read_size
 from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, join_names
 
@@ -182,30 +183,6 @@ def select_split(layout: VideoLayout, split: str, partition: Partition) -> list[
 def video_folders(folder: Path) -> list[Path]:
     """Return the subfolders of a folder in natural order, without hidden ones."""
     return sorted((path for path in entries(folder) if path.is_dir()), key=lambda path: natural_order(path.name))
-
-
-def picture_files(folder: Path) -> dict[str, str]:
-    """Return stem to name of the image files in a folder, in natural order of the stems, without hidden ones.
-
-    Raises:
-        UserError: the folder does not exist, two of its files have one stem, or one is of an unsupported kind.
-    """
-    names: dict[str, str] = {}
-    if not folder.is_dir():
-        raise UserError(f"No folder {folder}. Check data.root, and that the dataset was unpacked completely.")
-    paths = sorted(entries(folder), key=lambda path: (natural_order(path.stem), path.suffix))
-    if unread := [path.name for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]:
-        raise UserError(
-            f"{folder} holds {count_of(unread, 'file')} of unsupported formats: {join_names(unread)}. Convert them to "
-            "PNG, or move them away."
-        )
-    for path in paths:
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        if path.stem in names:
-            raise UserError(f"{folder / names[path.stem]} and {path} are one frame: keep one of them.")
-        names[path.stem] = path.name
-    return names
 
 
 def frames_and_masks(images: Path, masks: Path) -> tuple[FrameFiles, dict[int, Path]]:

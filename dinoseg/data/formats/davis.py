@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, picture_files, require_masks
+from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, require_masks
+from dinoseg.data.video.pictures import picture_files
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.ranges import Count

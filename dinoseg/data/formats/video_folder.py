@@ -4,9 +4,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.data.clips.videos import DecodedFrames, FrameFiles, Video, picture_files
+from dinoseg.data.clips.videos import DecodedFrames, FrameFiles, Video
 from dinoseg.data.video.index import index_videos
 from dinoseg.data.video.length import VIDEO_SUFFIXES
+from dinoseg.data.video.pictures import picture_files
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES

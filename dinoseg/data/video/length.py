@@ -8,6 +8,11 @@ from dinoseg.utils.errors import UserError
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
 
 
+def is_video(path: Path) -> bool:
+    """Return whether the file has a video suffix."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
 def promised_frames(path: Path) -> int:
     """Return the frame count by the header, which may be off by one or two; 0 if it is unknown or not a video."""
     return _frame_count(path, count=False)

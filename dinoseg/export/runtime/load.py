@@ -7,8 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinoseg.config.expansion import read_config
+from dinoseg.config.nodes import instantiate
 from dinoseg.export.runtime.model import Model
-from dinoseg.export.runtime.runtime import FILES, Options, file_in
+from dinoseg.export.runtime.runtime import RUNTIMES, Options, file_in, list_model_files
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import check_annotations
 
@@ -103,16 +105,16 @@ def open_file(path: Path, options: Options, *, key: str = "resume") -> Model:
     """Open a trained model as `load` does, with errors in the terms of a command line with it as `key`."""
     if path.is_dir() and not (path / "checkpoints").is_dir():  # a folder of mode=export or push_to_hub
         path = file_in(path, options.runtime) or path
-    runtime = options.runtime or ("onnx" if path.suffix == ".onnx" else "torch")
-    if runtime not in FILES:
-        raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(FILES)}.")
+    runtimes = list_model_files()
+    usual = path.suffix.removeprefix(".")
+    runtime = options.runtime or (usual if usual in runtimes else "torch")
+    if runtime not in runtimes:
+        raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(runtimes)}.")
     if not path.exists():
         raise UserError(f"File not found: {path}. Give a file that mode=export wrote, a run folder or a checkpoint.")
-    if runtime == "onnx":
-        from dinoseg.export.runtime.onnx_model import load_onnx
-
-        _check_onnx(path, options)
-        return Model(*load_onnx(path, device=options.device))
+    if runtime != "torch":
+        opened: Model = instantiate(read_config(RUNTIMES / f"{runtime}.yaml")[0])(path, options)
+        return opened
     if path.suffix == ".pt2":
         raise UserError(
             f"{path} is a torch.export program, which torch.export.load reads. Give the model.safetensors or "
@@ -128,18 +130,3 @@ def open_file(path: Path, options: Options, *, key: str = "resume") -> Model:
             "give the ONNX file that mode=export export=onnx writes of the model."
         ) from error
     return load_torch(path, options, key=key)
-
-
-def _check_onnx(path: Path, options: Options) -> None:
-    """Refuse options that an ONNX graph does not support."""
-    given = {"backbone.weights": options.backbone, "head.weights": options.head, "inference": options.inference}
-    requested = {
-        key: value for key, value in given.items() if value is not None and (key, value) != ("inference", "whole")
-    }
-    if options.precision not in ("auto", "fp32"):
-        requested["engine.precision"] = options.precision
-    for key, value in requested.items():
-        raise UserError(
-            f"{key}={value}: {path} is an ONNX file, which processes whole images, computes in float32 and holds all "
-            "of its weights. Leave it out, or give the model.safetensors of that model."
-        )

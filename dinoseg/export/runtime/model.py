@@ -16,8 +16,7 @@ import numpy as np
 
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import Picture, is_many_files, is_one, pictures
-from dinoseg.export.runtime.onnx_model import list_model_files
-from dinoseg.export.runtime.runtime import FILES, Options, Runtime
+from dinoseg.export.runtime.runtime import Options, Runtime, list_model_files
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
@@ -200,9 +199,11 @@ class Model:
             raise UserError(_NO_FILE)
         target = Path(path).expanduser()
         with file_errors_as_user_errors(target.parent):
-            for source in list_model_files(self.file, target.name):
-                with atomic_file(target if source == self.file else target.with_name(source.name)) as part:
-                    shutil.copyfile(source, part)
+            self._copy_file(self.file, target)
+
+    def _copy_file(self, file: Path, target: Path) -> None:
+        with atomic_file(target) as part:
+            shutil.copyfile(file, part)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write the model's file and a model card to a folder, for `from_pretrained`; created if missing.
@@ -213,7 +214,7 @@ class Model:
         from dinoseg.export.runtime.hub import write_card
 
         target = Path(folder).expanduser()
-        self.save(target / FILES[self.runtime.name])
+        self.save(target / list_model_files()[self.runtime.name])
         write_card(self.facts, target.absolute().name, target)
 
     @contextmanager
@@ -273,7 +274,7 @@ class Model:
 
         with TemporaryDirectory() as name:
             folder = Path(name)
-            self.save(folder / FILES[self.runtime.name])
+            self.save(folder / list_model_files()[self.runtime.name])
             return push(folder, self.facts, repo_id, private=private, revision=revision, token=token, gated=gated)
 
     def _predict_batches(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:

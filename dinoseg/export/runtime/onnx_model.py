@@ -1,21 +1,62 @@
 """Inference with an ONNX file by onnxruntime, without torch."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dinoseg.export.runtime.facts import ModelFacts
+from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord, parse
-from dinoseg.export.runtime.runtime import FILES, ONNX_WEIGHTS, Opened
+from dinoseg.export.runtime.runtime import Opened, Options
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 
+ONNX_FILE = "model.onnx"
+ONNX_WEIGHTS = "model.onnx.data"  # weights of an ONNX file that would exceed the 2 GiB of a protobuf message
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT = "image"
 _SILENT = 3  # errors only
 # float32; otherwise int8 products round activations to int8
 _ACCURACY = ("session.qdq_matmulnbits_accuracy_level", "1")
+
+
+class OnnxModel(Model):
+    """A trained model in an ONNX file; a large one has its weights in a second file."""
+
+    def _copy_file(self, file: Path, target: Path) -> None:
+        # a model names its weights file in plain bytes
+        if ONNX_WEIGHTS.encode() in file.read_bytes():
+            # other copies in the same folder could overwrite these weights
+            if target.name != ONNX_FILE:
+                raise UserError(
+                    f"{file} has its weights in {ONNX_WEIGHTS}. Name its copy {ONNX_FILE}, not {target.name}."
+                )
+            with atomic_file(target.with_name(ONNX_WEIGHTS)) as part:
+                shutil.copyfile(file.with_name(ONNX_WEIGHTS), part)
+        super()._copy_file(file, target)
+
+
+def open_onnx(path: Path, options: Options) -> OnnxModel:
+    """Return the model in an ONNX file.
+
+    Raises:
+        UserError: as `load_onnx`, or an option is given that an ONNX graph does not support.
+    """
+    given = {"backbone.weights": options.backbone, "head.weights": options.head, "inference": options.inference}
+    requested = {
+        key: value for key, value in given.items() if value is not None and (key, value) != ("inference", "whole")
+    }
+    if options.precision not in ("auto", "fp32"):
+        requested["engine.precision"] = options.precision
+    for key, value in requested.items():
+        raise UserError(
+            f"{key}={value}: {path} is an ONNX file, which processes whole images, computes in float32 and holds all "
+            "of its weights. Leave it out, or give the model.safetensors of that model."
+        )
+    return OnnxModel(*load_onnx(path, device=options.device))
 
 
 def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -> Opened:
@@ -55,21 +96,6 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
             ) from error
 
     return Opened(GraphRuntime(compute, record), facts, path)
-
-
-def list_model_files(path: Path, name: str) -> list[Path]:
-    """Return the files of a model for a copy named `name`: the weights of a large ONNX file, and the model itself last.
-
-    Raises:
-        UserError: if the weights have a file of their own and `name` is not that of an export. Other copies in the
-            same folder could then overwrite these weights.
-    """
-    # a model names its weights file in plain bytes
-    if path.suffix != ".onnx" or ONNX_WEIGHTS.encode() not in path.read_bytes():
-        return [path]
-    if name != FILES["onnx"]:
-        raise UserError(f"{path} has its weights in {ONNX_WEIGHTS}. Name its copy {FILES['onnx']}, not {name}.")
-    return [path.with_name(ONNX_WEIGHTS), path]
 
 
 def open_session(path: Path, *, device: str = "auto", threads: int | None = None) -> Any:

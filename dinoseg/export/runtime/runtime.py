@@ -8,10 +8,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dinoseg.config.composition import SHIPPED
+from dinoseg.config.options import options_of
 from dinoseg.export.runtime.facts import ModelFacts
 
-FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime: name of its file
-ONNX_WEIGHTS = "model.onnx.data"  # weights of an ONNX file that would exceed the 2 GiB of a protobuf message
+MODEL_FILE = "model.safetensors"  # of torch
+RUNTIMES = SHIPPED / "runtime"  # an option for each runtime without torch; it names what opens its files
 
 
 class Runtime(Protocol):
@@ -55,7 +57,13 @@ class Options:
     config_dir: str | PathLike[str] | None = None
 
 
+def list_model_files() -> dict[str, str]:
+    """Return the name of a one-file model for each runtime: torch, and the options of `runtime`."""
+    return {"torch": MODEL_FILE, **{name: f"model.{name}" for name in options_of(RUNTIMES)}}
+
+
 def file_in(folder: Path, runtime: str | None) -> Path | None:
     """Return the one-file model in a folder, for one runtime or any; None where there is none."""
-    names = [FILES[runtime]] if runtime in FILES else FILES.values()
+    files = list_model_files()
+    names = [files[runtime]] if runtime in files else files.values()
     return next((folder / name for name in names if (folder / name).is_file()), None)

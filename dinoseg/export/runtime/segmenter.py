@@ -20,7 +20,7 @@ from dinoseg.experiment.objects import OPTION, lend_objects
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
-from dinoseg.export.runtime.runtime import FILES
+from dinoseg.export.runtime.runtime import MODEL_FILE
 from dinoseg.export.runtime.torch_runtime import TorchRuntime, preserve_global_state, replicate_in_eval_mode
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy
@@ -214,7 +214,7 @@ class Segmenter(GuardedModule, Model):
 
         self._refuse_objects()
         target = Path(folder).expanduser()
-        facts = self._write(target / FILES["torch"], delta=delta, gated=gated)
+        facts = self._write(target / MODEL_FILE, delta=delta, gated=gated)
         write_card(facts, target.absolute().name, target)
 
     def push_to_hub(
@@ -245,7 +245,7 @@ class Segmenter(GuardedModule, Model):
         self._refuse_objects()
         with TemporaryDirectory() as name:
             folder = Path(name)
-            facts = self._write(folder / FILES["torch"], delta=delta, gated=gated)
+            facts = self._write(folder / MODEL_FILE, delta=delta, gated=gated)
             return push(folder, facts, repo_id, private=private, revision=revision, token=token, gated=gated)
 
     def save_adapter(self, folder: str | PathLike[str]) -> None:
@@ -339,7 +339,7 @@ class Segmenter(GuardedModule, Model):
             yield self.source
             return
         with TemporaryDirectory() as folder, lend_objects(self._copy_objects()):
-            file = Path(folder) / FILES["torch"]
+            file = Path(folder) / MODEL_FILE
             self._write(file, delta=False, gated=True)  # the copy does not leave this machine
             yield file
 

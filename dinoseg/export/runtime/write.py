@@ -20,7 +20,7 @@ from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import Trained, find_trained_sizes
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
-from dinoseg.export.runtime.runtime import FILES
+from dinoseg.export.runtime.runtime import MODEL_FILE
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.adapters import check_active
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, stateless_modules, trained_names
@@ -93,7 +93,7 @@ def export_model(
         raise UserError(f"resume={source.resume} is a slot model, which has no classes and cannot be exported.")
     sizes = find_trained_sizes(trained, out_dir)
     facts = facts_of(source, trained, sizes, delta=delta, scores=scores)
-    path = out_dir / FILES["torch"]
+    path = out_dir / MODEL_FILE
     idle = {"format"} if sizes else {"format", KEY}
     info = {key: value for key, value in trained.info.items() if key not in idle}
     count, origin = write_model(path, source, trained.model, facts, info, delta=delta, gated=gated)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.clips.videos import VOID, picture_files
-from dinoseg.inference.inputs import FrameReader
+from dinoseg.data.clips.videos import VOID
+from dinoseg.data.video.pictures import picture_files
+from dinoseg.inference.frames import FrameReader
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, lossy_format, read_ids
 from dinoseg.utils.wording import count_of, join_names

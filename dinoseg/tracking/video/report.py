@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dinoseg import __version__
-from dinoseg.inference.inputs import FrameReader, open_frames
+from dinoseg.inference.frames import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.report.overlay import blend

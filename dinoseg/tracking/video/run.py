@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinoseg.inference.inputs import FrameReader, open_frames
+from dinoseg.inference.frames import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import LabelledFrames, Tracker

@@ -16,7 +16,7 @@ import dinoseg
 from dinoseg import Model
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.hub import fetch_model_file, model_card
-from dinoseg.export.runtime.runtime import ONNX_WEIGHTS
+from dinoseg.export.runtime.onnx_model import ONNX_WEIGHTS, OnnxModel
 from dinoseg.utils.errors import UserError
 
 TOKEN = "hf_nobody_may_read_this"
@@ -127,7 +127,7 @@ def test_names_in_the_card_are_spans_of_code(name):
 
 def upload_onnx(path, name="me/mine", **facts):
     facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255, **facts)
-    Model(SimpleNamespace(name="onnx"), facts, path).push_to_hub(name)
+    OnnxModel(SimpleNamespace(name="onnx"), facts, path).push_to_hub(name)
 
 
 def test_model_card_omits_invalid_numbers_and_control_codes():

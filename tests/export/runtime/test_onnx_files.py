@@ -19,10 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 import dinoseg
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import MaskOutputs
-from dinoseg.export.runtime.onnx_model import load_onnx
+from dinoseg.export.runtime.onnx_model import ONNX_WEIGHTS, load_onnx
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime, bands, pixels
 from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord, Layout
-from dinoseg.export.runtime.runtime import ONNX_WEIGHTS
 from dinoseg.models.heads.semantic import semantic_map
 from dinoseg.utils.images import write_png
 

@@ -13,6 +13,7 @@ from portable_parts import graph_with_weights
 
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
+from dinoseg.export.runtime.onnx_model import OnnxModel
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
 
@@ -193,7 +194,7 @@ def test_invalid_facts_of_a_model_are_refused(key, value):
 @pytest.mark.parametrize("name", ["model.onnx", "renamed.onnx"])
 def test_external_weights_are_saved_under_their_referenced_name(tmp_path, name):
     file = graph_with_weights(tmp_path, "model.onnx.data").rename(tmp_path / name)
-    model = Model(Thresholds(), FACTS, file)
+    model = OnnxModel(Thresholds(), FACTS, file)
     model.save(tmp_path / "copy/model.onnx")
     assert (tmp_path / "copy/model.onnx.data").read_bytes() == b"weights."
     assert (tmp_path / "copy/model.onnx").read_bytes() == file.read_bytes()

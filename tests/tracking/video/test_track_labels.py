@@ -6,7 +6,7 @@ from making import save, write_motion_jpeg
 from mistakes import assert_refused
 from PIL import Image
 
-from dinoseg.inference.inputs import FolderReader, open_frames
+from dinoseg.inference.frames import FolderReader, open_frames
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.utils.errors import UserError

@@ -8,7 +8,7 @@ from films import write_film
 from making import save
 from PIL import Image
 
-from dinoseg.inference.inputs import FolderReader
+from dinoseg.inference.frames import FolderReader
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.palette import default_palette

@@ -16,7 +16,7 @@ from mistakes import assert_refused
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.experiment.settings import check_same_settings
-from dinoseg.inference.inputs import open_frames
+from dinoseg.inference.frames import open_frames
 from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder

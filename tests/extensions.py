@@ -1,0 +1,245 @@
+"""The core and the extensions of the package: which modules and config files belong to which, and who needs whom.
+
+Whatever no extension names is the core, which imports no extension. `python tests/extensions.py` prints both.
+"""
+
+import ast
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dinoseg"
+CONFIGS = PACKAGE / "cfg"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A capability that can be deleted.
+
+    Args:
+        modules: modules and packages below dinoseg.
+        needs: extensions that these import, which must stay with it.
+        configs: config files without a `_target_` of these modules.
+    """
+
+    modules: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ()
+
+
+EXTENSIONS = {
+    "annotations": Extension(("data.annotation", "data.formats.annotated", "data.formats.annotation_files",
+                              "inference.annotations")),
+    "auto": Extension(("autotune", "cli.auto", "modes.plan", "modes.bench", "inference.walk"),
+                      configs=("hparam/auto",)),
+    "cache": Extension(("training.feature_cache", "training.feature_choice", "data.unlabelled")),
+    "clips": Extension(("data.clips", "data.formats.davis", "data.formats.movi", "data.formats.video_folder",
+                        "data.formats.youtube_vis", "data.formats.youtube_vos"), ("annotations", "video")),
+    "compare": Extension(("evaluation.comparison", "evaluation.sides", "modes.compare", "report.html.comparison")),
+    "distillation": Extension(("tasks.distil", "experiment.teacher", "losses.distillation", "tasks.unmasked"),
+                              ("cache", "video")),
+    "doctor": Extension(("data.doctor.examine", "data.doctor.suggestions", "data.doctor.checks.classes",
+                         "data.doctor.checks.duplicates", "data.doctor.checks.layers", "data.doctor.checks.pairing",
+                         "modes.doctor"), ("idd", "video")),
+    "exports": Extension(("export.backbone", "export.graph", "export.onnx_export", "export.onnx_file",
+                          "export.options", "export.pictures", "export.program", "export.proof", "export.strategy",
+                          "export.export", "modes.export", "export.runtime.onnx_model",
+                          "export.runtime.onnx_pictures", "export.runtime.onnx_record")),
+    "idd": Extension(("data.formats.idd", "data.formats.idd_files", "data.label_tables")),
+    "loggers": Extension(("report.loggers.mlflow", "report.loggers.wandb", "report.loggers.remote")),
+    "mask2former": Extension(("models.heads.mask2former", "models.heads.eomt")),
+    "packed": Extension(("data.packed",)),
+    "prepare": Extension(("tasks.preparation", "modes.prepare"), ("idd", "video")),
+    "probe": Extension(("tasks.probing", "modes.probe")),
+    "protocols": Extension(("metrics.protocols", "metrics.clustering", "modes.score", "evaluation.scoring.folders",
+                            "evaluation.scoring.summary", "evaluation.official", "evaluation.score_report",
+                            "experiment.score_classes"), ("idd", "packed")),
+    "rendering": Extension(("synthetic", "modes.render")),
+    "serving": Extension(("serving", "modes.app", "modes.serve", "utils.child"), ("tracking", "video")),
+    "slots": Extension(("models.heads.slots", "losses.feature_reconstruction", "losses.slot_contrast",
+                        "losses.temporal_similarity", "tracking.slots", "tasks.clips"),
+                       ("clips", "protocols", "tracking", "video_scores")),
+    "sweeps": Extension(("cli.sweeps", "modes.summary"), ("compare",)),
+    "tracking": Extension(("tracking", "modes.track", "experiment.trackers"), ("clips", "video")),
+    "video": Extension(("data.video", "inference.video_file", "inference.video_run", "inference.video_writer",
+                        "inference.frames", "data.formats.sarrarp", "data.formats.sarrarp_files")),
+    "video_scores": Extension(("evaluation.videos", "evaluation.video_report", "evaluation.track_split",
+                               "evaluation.restart", "experiment.benchmark_videos"),
+                              ("annotations", "clips", "protocols", "tracking")),
+}  # fmt: skip
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Return the file of each module, by its name below dinoseg; that of the package itself is empty."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def extension_of(name: str) -> str | None:
+    """Return the extension of a module, by the longest name that covers it; None: the core."""
+    names = {module: key for key, extension in EXTENSIONS.items() for module in extension.modules}
+    covering = [module for module in names if name == module or name.startswith(f"{module}.")]
+    return names[max(covering, key=len)] if covering else None
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    """Return the syntax tree of a module."""
+    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+
+
+def statements(name: str) -> int:
+    """Return the number of statements of a module, docstrings apart."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = list(ast.walk(tree(name)))
+    docs = sum(ast.get_docstring(node, clean=False) is not None for node in nodes if isinstance(node, owners))
+    return sum(isinstance(node, ast.stmt) for node in nodes) - docs
+
+
+@cache
+def imports_of(name: str, *, lazy: bool = True) -> frozenset[str]:
+    """Return the modules that a module imports; `lazy`: inside functions and for types only, too."""
+    found = set()
+
+    def visit(node: ast.AST, *, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test) and not lazy:
+                continue
+            if lazy or not inside:
+                found.update(_imported(child))
+            visit(child, inside=inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    visit(tree(name), inside=False)
+    return frozenset(each for each in found if each in modules() and each != name)
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dinoseg":
+        module = str(node.module).removeprefix("dinoseg").removeprefix(".")
+        for alias in node.names:
+            full = f"{module}.{alias.name}".lstrip(".")
+            yield full if full in modules() else module
+    elif isinstance(node, ast.Import):
+        yield from (alias.name.removeprefix("dinoseg.") for alias in node.names if alias.name.startswith("dinoseg."))
+
+
+def imported_with(start: str, *, lazy: bool = False) -> set[str]:
+    """Return all modules that are imported with a module, itself included."""
+    seen: set[str] = set()
+    rest = [start]
+    while rest:
+        name = rest.pop()
+        if name not in seen:
+            seen.add(name)
+            rest += imports_of(name, lazy=lazy)
+    return seen
+
+
+def edges_into_extensions() -> set[tuple[str, str]]:
+    """Return each import of the core from an extension, and each name of a module of an extension in its strings."""
+    core = [name for name in modules() if extension_of(name) is None]
+    found = {(name, other) for name in core for other in imports_of(name) if extension_of(other)}
+    for name in core:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("dinoseg."):
+                target = _module_of(node.value)
+                if target is not None and extension_of(target):
+                    found.add((name, target))
+    return found
+
+
+def _module_of(target: str) -> str | None:
+    """Return the module in the dotted name of a class or function of the package."""
+    parts = target.removeprefix("dinoseg.").split(".")
+    names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((name for name in names if name in modules()), None)
+
+
+@cache
+def config_files() -> dict[str, Path]:
+    """Return the config files by name, such as `head/linear`."""
+    return {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
+
+
+@cache
+def extensions_of_config(name: str) -> frozenset[str]:
+    """Return the extensions of a config file: those of its targets, and of what its defaults list requires."""
+    text = config_files()[name].read_text(encoding="utf-8")
+    targets = re.findall(r"(?:_target_: *|dinoseg\.class_file:[\w.]+,)dinoseg\.([\w.]+)", text)
+    found = {extension_of(_module_of(target) or "") for target in targets}
+    found |= {key for key, extension in EXTENSIONS.items() if name in extension.configs}
+    content = yaml.safe_load(text)
+    for entry in (content.get("defaults") or ()) if isinstance(content, dict) else ():
+        for file in _required_files(entry, name.rpartition("/")[0]):
+            if file in config_files():
+                found |= extensions_of_config(file)
+    return frozenset(each for each in found if each is not None)
+
+
+def _required_files(entry: object, group: str) -> Iterator[str]:
+    """Yield the config files that an entry of a defaults list requires."""
+    if isinstance(entry, str):
+        path = entry.partition("@")[0]
+        yield path.lstrip("/") if path.startswith("/") or not group else f"{group}/{path}"
+        return
+    assert isinstance(entry, dict)
+    ((words, options),) = entry.items()
+    *keywords, where = str(words).split()
+    if "optional" in keywords:
+        return
+    path = where.partition("@")[0]
+    folder = path.lstrip("/") if path.startswith("/") or not group or "override" in keywords else f"{group}/{path}"
+    for option in options if isinstance(options, list) else [options]:
+        yield f"{folder}/{option}"
+
+
+def needed_by(name: str) -> set[str]:
+    """Return an extension with all that need it: they go with it."""
+    gone = {name}
+    while more := {key for key, each in EXTENSIONS.items() if gone & {*each.needs}} - gone:
+        gone |= more
+    return gone
+
+
+def copy_without(gone: set[str], folder: Path) -> None:
+    """Copy the package to a folder, without the modules and config files of some extensions."""
+    shutil.copytree(PACKAGE, folder / "dinoseg", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, path in modules().items():
+        if extension_of(name) in gone:
+            (folder / path.relative_to(ROOT)).unlink()
+    for name, path in config_files().items():
+        if extensions_of_config(name) & gone:
+            (folder / path.relative_to(ROOT)).unlink()
+
+
+def _print_sizes() -> None:
+    sizes: dict[str, list[int]] = {}
+    for name in modules():
+        sizes.setdefault(extension_of(name) or "core", []).append(statements(name))
+    for key, each in sorted(sizes.items(), key=lambda item: -sum(item[1])):
+        print(f"{key:14} {sum(each):6} statements in {sum(size > 0 for size in each)} files")
+    for mode in ("train", "predict"):
+        found = imported_with(f"modes.{mode}")
+        count = sum(map(statements, found))
+        print(f"modes/{mode}.py imports {count} statements in {sum(statements(each) > 0 for each in found)} files")
+    edges = edges_into_extensions()
+    print(f"imports from the core into extensions: {len(edges)}")
+    if "--list" in sys.argv:
+        for name, other in sorted(edges):
+            print(f"  {name} -> {other} ({extension_of(other)})")
+
+
+if __name__ == "__main__":
+    _print_sizes()
