@@ -61,7 +61,7 @@ def _bases(group, entry):
         return
     for key, option in entry.items():
         if group != "mode" and not key.startswith("override "):  # a mode's further groups: see groups_of
-            path = key.split("@")[0]
+            path = key.removeprefix("optional ").split("@")[0]
             yield path.strip("/") if path.startswith("/") else f"{group}/{path}", option
 
 

@@ -64,7 +64,7 @@ AT_RUN_TIME = {
     "optim.optimizer": {"model"},
     "slots": TRACKING,
     "tracker": TRACKING,
-    "trainer.method": {"parts"},
+    "trainer.method": {"builder"},
     "trainer.loop": {"steps", "val_every"},
 }
 # What stands beside the keys of a target for somebody else
@@ -365,7 +365,7 @@ def test_recipe_chooses_its_colour_augmentation(compose, copy):
     cfg = compose_in(copy, "hparam=official", "data.augment.color.hue=0.2", "data.augment.padding=end")
     augment = instantiate(cfg.data.augment)
     assert augment.color == PhotometricDistortion(32 / 255, 0.5, 0.5, 0.2, additive=True, space="hsv")
-    assert (augment.relative_to, augment.padding, augment.fill) == ("short", "end", (124, 116, 104))
+    assert (augment.relative_to, augment.padding, augment.fill) == ("short", "end", [124, 116, 104])
     typed = compose("data/augment/color=photometric")
     assert instantiate(typed.data.augment.color) == PhotometricDistortion(32 / 255, 0.5, 0.5, 0.05)
     assert typed.choices["data/augment/color"] == "photometric"

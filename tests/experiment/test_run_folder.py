@@ -241,6 +241,6 @@ test_message_names_value_and_remedy = refusals(
     {
         "denied file": (use_denied_file, "Cannot read or write b.png: Permission denied. Give your user"),
         "pipe for a log": (lock_pipe, "is a named pipe"),
-        "long name": (command("mode=score", f"hydra.run.dir={'a' * 300}"), "name has 300 characters. Give a shorter"),
+        "long name": (command("mode=score", f"hydra.run.dir={'a' * 300}"), "File name too long. Choose a shorter path"),
     }
 )

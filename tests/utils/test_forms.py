@@ -102,7 +102,7 @@ def test_no_item_of_a_packed_store_is_larger_than_an_image(tmp_path):
         assert (open_store(tmp_path, key, ["a"]) is not None) == there
 
 
-def test_tampered_scan_cache_is_rebuilt(tmp_path, caplog):
+def test_damaged_scan_cache_is_rebuilt(tmp_path, caplog):
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
     mask = tmp_path / "m.png"
     mask.write_bytes(b"x")
@@ -112,10 +112,8 @@ def test_tampered_scan_cache_is_rebuilt(tmp_path, caplog):
     assert scan._read_records(path) == {"m": ([1, 2], record)}
     rows = json.loads(path.read_text())
     for change in (
-        *({"pixels": counts} for counts in ({"256": 1}, {"-1": 1}, {"0": -1}, {"0": 2**64})),
-        *({"image_size": [0, 3]}, {"image_size": [2]}, {"mask_size": ["1", 2]}, {"raw": {"(1": 1}}),
-        *({"problems": {"unreadable_image": 3}}, {"look": 2**64}, {"unknown": 1}, {"decoded": 0}),
-        {"edges": "no base64!"},
+        *({"pixels": counts} for counts in ([1], {"a": 1})),
+        *({"image_size": 3}, {"unknown": 1}, {"edges": "no base64!"}),
     ):
         changed = {"m": {**rows["m"], "record": {**rows["m"]["record"], **change}}}
         path.write_text(json.dumps(changed))

@@ -104,7 +104,8 @@ def _read_records(path: Path) -> StoredRecords:
         return {key: (row["stamps"], _from_json(row["record"])) for key, row in rows.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the records are measured again
+    # RecursionError: too many brackets
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         log.warning("The stored scan in %s is damaged (%s): scanning again.", path, error)
         return {}
 
