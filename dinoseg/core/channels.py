@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.sources import VirtualImage
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, read_image
-from dinoseg.utils.levels import join_levels, read_levels, read_levels_size
+from dinoseg.utils.levels import find_peaks, join_levels, read_levels, read_levels_size
 from dinoseg.utils.ranges import Channels, Natural
 
 
@@ -172,7 +173,7 @@ def check_rgb(pixels: PixelFormat, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class ChannelFiles:
+class ChannelFiles(VirtualImage):
     """Image that is read in a format, as an image source of a dataset.
 
     Args:
@@ -204,9 +205,20 @@ class ChannelFiles:
         except UserError as error:
             raise FileNotFoundError(str(error)) from None
 
+    @property
+    def rule(self) -> PixelFormat:
+        """The format."""
+        return self.format
+
     def read(self) -> np.ndarray:
         """Return the pixels (H, W, C), see `PixelFormat.read`."""
         return self.format.read(self.path)
+
+    def read_peaks(self, pixels: np.ndarray | None = None) -> tuple[int, ...]:
+        """Return the highest level of each channel if the format declares no range; see `VirtualImage`."""
+        if self.format.value_range is not None:
+            return ()
+        return find_peaks(self.read() if pixels is None else pixels)
 
     def size(self) -> tuple[int, int]:
         """Return height and width, see `PixelFormat.size`."""

@@ -7,8 +7,8 @@ import torch
 
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Sample, SegmentationData
+from dinoseg.core.sources import ImageSource, read_source
 from dinoseg.data.pairs.pair import image_hash
-from dinoseg.data.sources import ImageSource, read_source
 from dinoseg.utils.errors import UserError
 
 

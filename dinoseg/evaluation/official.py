@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.annotation.drawing import mask_file
+from dinoseg.core.sources import mask_file
 from dinoseg.data.packed.read import reduced_size
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair

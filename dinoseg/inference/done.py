@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.core.channels import ChannelFiles
-from dinoseg.data.sources import first_file
+from dinoseg.core.sources import first_file
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.files import stamp

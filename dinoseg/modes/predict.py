@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 
 from dinoseg.config.nodes import expect_type
 from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.sources import first_file, has_own_file
 from dinoseg.core.task import Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.sources import VideoFrame, first_file
 from dinoseg.data.splits import find_groups
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.command_lines import find_typed_keys
@@ -151,7 +151,7 @@ def _split_data(build: Builder, source: str | int) -> PairDataset | None:
     if source not in SPLITS or Path(str(source)).exists():
         return None
     data = build.dataset(str(source))
-    if not isinstance(data, PairDataset) or any(isinstance(pair.image, VideoFrame) for pair in data.pairs):
+    if not isinstance(data, PairDataset) or not all(has_own_file(pair.image) for pair in data.pairs):
         raise UserError(
             f"input={source}: the images of data={build.options['data']} are not files. Use mode=eval instead."
         )
@@ -160,7 +160,7 @@ def _split_data(build: Builder, source: str | int) -> PairDataset | None:
 
 def _images_of(data: PairDataset) -> list[tuple[Path, str]]:
     """Return the images of a split with the names of their results."""
-    paths = [first_file(pair.image) for pair in data.pairs if not isinstance(pair.image, VideoFrame)]
+    paths = [first_file(pair.image) for pair in data.pairs]
     return list(zip(paths, result_names(paths), strict=True))
 
 

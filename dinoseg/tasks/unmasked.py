@@ -9,10 +9,11 @@ import numpy as np
 
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.sources import ImageSource, source_origin
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.sources import ImageSource, VideoFrame, source_origin
 from dinoseg.data.unlabelled import fault
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.index import VideoIndex, find_index
 from dinoseg.data.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.experiment.builder import Builder

@@ -24,8 +24,8 @@ from dinoseg.data.packed.pack import pack
 from dinoseg.data.packed.read import downscale_sample, paying_workers
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.sources import VideoFrame
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.models.model import backbone_size
 from dinoseg.utils.locks import hold_lock
 

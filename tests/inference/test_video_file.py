@@ -10,7 +10,7 @@ from chromium import opened_page
 from films import write_film, write_plain
 from mistakes import assert_refused
 
-from dinoseg.data.sources import VideoFrame
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.inference import video_file, video_writer
 from dinoseg.inference.video_file import VideoReader, VideoTraits
 from dinoseg.inference.video_writer import VideoWriter

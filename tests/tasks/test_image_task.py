@@ -7,7 +7,7 @@ import pytest
 from films import write_film
 from mistakes import assert_refused
 
-from dinoseg.data.sources import VideoFrame
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.experiment.builder import Builder
 from dinoseg.tasks import images
 from dinoseg.tasks.images import ImageTraining

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import MAX_PIXELS, Form, Polygons
+from dinoseg.core.sources import MAX_PIXELS
+from dinoseg.data.annotation.drawing import Form, Polygons
 from dinoseg.data.annotation.polygon import check_polygon
 from dinoseg.utils.wording import format_json, format_value, has_surrogates
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from dinoseg.data.annotation.drawing import Drawing, Layers, MaskPage, MaskSource, mask_file
+from dinoseg.core.sources import MaskSource, mask_file
 from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
 from dinoseg.utils.errors import UserError
@@ -117,7 +117,7 @@ class MaskReader:
         Raises:
             UserError: the file is unreadable, or holds a number or colour that has no class.
         """
-        if isinstance(path, Drawing | Layers):
+        if not isinstance(path, Path) and path.has_class_ids:
             return path.read()
         if self.masks.format == "palette" and isinstance(path, Path):
             return self._from_colors(read_image(path), path)
@@ -132,7 +132,7 @@ class MaskReader:
         options = {option.name: getattr(masks, option.name) or None for option in fields(masks) if option.compare}
         return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)
 
-    def _from_ids(self, numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
+    def _from_ids(self, numbers: np.ndarray, path: MaskSource) -> np.ndarray:
         ids: np.ndarray | None = None  # (H, W) int16
         if numbers.dtype == np.uint8:
             ids = cv2.LUT(numbers, self._table[:256])  # less than half the time of indexing
@@ -142,7 +142,7 @@ class MaskReader:
             raise self._foreign_ids_error(numbers, path)
         return ids.astype(np.uint8)
 
-    def _foreign_ids_error(self, numbers: np.ndarray, path: Path | MaskPage) -> UserError:
+    def _foreign_ids_error(self, numbers: np.ndarray, path: MaskSource) -> UserError:
         """Return the error for a mask with ids that no class has."""
         last = 1 if self.has_layers else len(self.labels.classes) - 1
         ignore = self.labels.ignore_index
@@ -219,7 +219,7 @@ def _refuse_options_of_ids(masks: Masks) -> None:
         raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
 
 
-def _from_binary(numbers: np.ndarray, path: Path | MaskPage, *, described: bool) -> np.ndarray:
+def _from_binary(numbers: np.ndarray, path: MaskSource, *, described: bool) -> np.ndarray:
     ids = (numbers == 255).astype(np.uint8)
     other = numbers[(numbers != 0) & (ids == 0)]
     if other.size and numbers.max() == 1 and has_one_bit(mask_file(path)):
@@ -232,7 +232,7 @@ def _from_binary(numbers: np.ndarray, path: Path | MaskPage, *, described: bool)
     return ids
 
 
-def _take_one_channel(numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
+def _take_one_channel(numbers: np.ndarray, path: MaskSource) -> np.ndarray:
     if numbers.ndim == 2:
         return numbers
     first = numbers[..., 0]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dinoseg.data.annotation.drawing import Drawing, MaskSource
+from dinoseg.core.sources import MaskSource
+from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.clips.videos import VOID, Video, VideoLayout, select_split

@@ -7,10 +7,11 @@ from typing import Protocol
 
 import numpy as np
 
+from dinoseg.core.sources import read_source, source_origin
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.square import square_frame, square_mask
-from dinoseg.data.sources import VideoFrame, read_source, source_origin
 from dinoseg.data.splits import Partition, divide
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.pictures import picture_files
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.sources import read_peaks, read_source
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.checks.files import check_files, check_range
@@ -23,7 +24,6 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
-from dinoseg.data.sources import read_peaks, read_source
 from dinoseg.data.splits import regex_group
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names, one_line, printable

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dinoseg.data.annotation.drawing import Drawing, Form, Layers
+from dinoseg.core.sources import Layers
+from dinoseg.data.annotation.drawing import Drawing, Form
 from dinoseg.data.annotation.entry import Entry, LabelledShape, size_of
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks

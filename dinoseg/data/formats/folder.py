@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import Drawing, Layers, MaskPage, mask_file
+from dinoseg.core.sources import Layers, MaskPage, MaskSource, mask_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.pairs.dataset import PairDataset
@@ -176,7 +176,7 @@ def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLa
 
 def _match_layers(
     labels: Labels,
-    read_layer: Callable[[Path | MaskPage | Drawing], np.ndarray],
+    read_layer: Callable[[MaskSource], np.ndarray],
     suffixes: Sequence[str],
     root: Path,
     split: str,
@@ -188,7 +188,7 @@ def _match_layers(
     """
     folder = _find_folder(root, split, layout.images, layout)
     images, unread = _find_files(folder, layout.image_suffix, layout, suffixes)
-    by_class: list[dict[str, Path | MaskPage]] = []
+    by_class: list[dict[str, MaskSource]] = []
     by_name: dict[str, Pair | IncompletePair] = {}
     layouts = class_layouts(layout, labels.classes)
     folders = [_fill_pattern(root, split, each.masks, each) for each in layouts]
@@ -233,7 +233,7 @@ def _match_layers(
 
 def _find_pages(
     root: Path, split: str, layout: FolderLayout, count: int
-) -> tuple[list[dict[str, Path | MaskPage]], dict[str, Path]]:
+) -> tuple[list[dict[str, MaskSource]], dict[str, Path]]:
     """Return name to page of each class, of TIFF masks with a page for each class, and name to unreadable file."""
     folder = _fill_pattern(root, split, layout.masks, layout)
     if "{class}" in layout.masks + layout.mask_suffix or not folder.is_dir():

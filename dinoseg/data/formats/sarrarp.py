@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from dinoseg.core.sources import ImageSource
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.sarrarp_files import (
@@ -19,8 +20,8 @@ from dinoseg.data.formats.sarrarp_files import (
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs
-from dinoseg.data.sources import ImageSource, VideoFrame
 from dinoseg.data.splits import Partition, divide
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.index import index_videos
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries

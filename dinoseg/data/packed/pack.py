@@ -13,10 +13,10 @@ import torch
 
 from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import Sample
+from dinoseg.core.sources import ImageSource
 from dinoseg.data.packed.read import Packed, paying_workers, read_all, reduced_size
 from dinoseg.data.packed.store import PIXELS, Extent, Store, StoreKey, open_store, write_index
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.sources import ImageSource
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import atomic_folder, create_cache_dir
 from dinoseg.utils.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import MAX_PIXELS
+from dinoseg.core.sources import MAX_PIXELS
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError

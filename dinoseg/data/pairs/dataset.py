@@ -11,11 +11,10 @@ from torch import Tensor
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
-from dinoseg.data.annotation.drawing import drawn_size
+from dinoseg.core.sources import first_file, has_own_file, read_source, stated_size
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, ignore_invalid, image_hash
-from dinoseg.data.sources import VideoFrame, first_file, read_source
 
 ComputeMaps = Callable[[Sample], dict[str, Tensor]]
 
@@ -123,7 +122,7 @@ class PairDataset:
         """
         pairs = []
         for pair in self.pairs:
-            if isinstance(pair.image, VideoFrame):
+            if not has_own_file(pair.image):
                 check_rgb(pixels, str(pair.image))
                 pairs.append(pair)
             else:
@@ -145,7 +144,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     """
     image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
-    drawn = drawn_size(pair.mask)
+    drawn = stated_size(pair.mask)
     if drawn is not None:  # before it is drawn: a wrong size in an annotation file could fill the memory
         check_fit(drawn, size, rule, image=pair.image, path=pair.mask)
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)

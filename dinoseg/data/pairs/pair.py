@@ -9,9 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import MaskSource, mask_file
+from dinoseg.core.sources import (
+    ImageSource,
+    MaskSource,
+    mask_file,
+    read_valid_pixels,
+    reading_rule,
+    source_files,
+    source_origin,
+)
 from dinoseg.data.classes.masks import MaskReader, check_fit
-from dinoseg.data.sources import ImageSource, read_valid_pixels, reading_rule, source_files, source_origin
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, check_regular, stamp
 

@@ -11,11 +11,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinoseg.core.channels import ChannelFiles
-from dinoseg.data.annotation.drawing import Layers, MaskPage, MaskSource, drawn_size
+from dinoseg.core.sources import ImageSource, Layers, MaskPage, MaskSource, read_peaks, read_source, stated_size
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, ignore_invalid
-from dinoseg.data.sources import ImageSource, read_peaks, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
@@ -150,7 +148,7 @@ def _header_size(image: ImageSource) -> tuple[int, int] | None:
         UserError: the file is not an image, or ends too early and cannot be decoded either.
     """
     if not isinstance(image, Path):
-        return image.size() if isinstance(image, ChannelFiles) else None
+        return image.size()
     check_regular(image)
     if ends_early(image):
         read_image(image)  # some writers omit the end mark: an image that decodes completely is valid
@@ -164,7 +162,7 @@ def _is_jpeg(path: Path) -> bool:
 
 def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader) -> Record:
     rule = reader.masks.on_size_mismatch
-    if (drawn := drawn_size(mask)) is not None:
+    if (drawn := stated_size(mask)) is not None:
         record = _with_drawn_size(record, drawn, rule, image=image, mask=mask)
         if record.problems:  # of the image: nothing bounds the size of the mask
             return record

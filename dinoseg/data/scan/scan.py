@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinoseg.data.annotation.drawing import mask_file, mask_key
+from dinoseg.core.sources import mask_file, mask_key, reading_rule
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.measure import Record, measure
-from dinoseg.data.sources import reading_rule
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import create_cache_dir, write_text
 from dinoseg.utils.files import stamp

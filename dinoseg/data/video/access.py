@@ -4,11 +4,13 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.sources import VirtualImage
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.utils.errors import UserError
 
@@ -17,6 +19,48 @@ from dinoseg.utils.errors import UserError
 _OPEN = 4  # videos that a thread holds open
 _NEAR = 96  # frames up to which decoding is cheaper than seeking, which decodes from the previous key frame
 _BACK = (0, 32, 256)  # offsets before the wanted frame to seek to, in turn, until a key frame is found
+
+
+@dataclass(frozen=True)
+class VideoFrame(VirtualImage):
+    """Frame `index` of a video file, counted from 0 in decoding order from the start.
+
+    Args:
+        path: the video.
+        index: index of the frame.
+        cache_dir: folder of the video's frame index; None: each process builds it in memory.
+    """
+
+    path: Path
+    index: int
+    cache_dir: Path | None = field(default=None, compare=False)
+    is_file = False
+
+    def __str__(self) -> str:
+        return f"frame {self.index} of {self.path}"
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its only file, the video."""
+        return [self.path]
+
+    @property
+    def rule(self) -> int:
+        """The index."""
+        return self.index
+
+    @property
+    def origin(self) -> str:
+        """The path of the video with symlinks resolved, and the index."""
+        return f"{os.path.realpath(self.path)}:{self.index}"
+
+    def stat(self) -> os.stat_result:
+        """Return the video file's size and times."""
+        return self.path.stat()
+
+    def read(self) -> np.ndarray:
+        """Return the pixels (H, W, 3), see `read_frame`."""
+        return read_frame(self.path, self.index, self.cache_dir)
 
 
 def read_frame(path: Path, number: int, cache_dir: Path | None = None) -> np.ndarray:

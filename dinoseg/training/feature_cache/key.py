@@ -31,7 +31,8 @@ _NOTE = "origin.json"
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow", "av", "opencv-python-headless")
 _SOURCES = (  # source between an image file and its features: folders and files of the package
     *("models", "core/channels.py", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
-    *("data/loader.py", "data/photometric.py", "data/sources.py", "data/transforms.py", "data/video"),
+    "core/sources.py",
+    *("data/loader.py", "data/photometric.py", "data/transforms.py", "data/video"),
     "data/packed/read.py",
     *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
 )

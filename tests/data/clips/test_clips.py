@@ -23,8 +23,8 @@ from dinoseg.data.formats.davis import Davis
 from dinoseg.data.formats.movi import Movi
 from dinoseg.data.formats.video_folder import VideoFolder
 from dinoseg.data.formats.youtube_vos import YoutubeVos
-from dinoseg.data.sources import VideoFrame
 from dinoseg.data.splits import Partition
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.utils.natural_order import natural_order
 
 SIDES = ("train", "val")

@@ -12,8 +12,8 @@ from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.scan.scan import scan
-from dinoseg.data.sources import VideoFrame
 from dinoseg.data.splits import regex_group
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.tasks.preparation.sarrarp import prepare
 from dinoseg.testing import check_dataset
 

@@ -10,9 +10,9 @@ import pytest
 from making import write_video
 from mistakes import assert_refused
 
-from dinoseg.data.sources import VideoFrame
 from dinoseg.data.video import access as video_access
 from dinoseg.data.video import index as video_index
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.index import find_index, index_videos
 
 SIZE = (64, 48)

@@ -10,7 +10,7 @@ import pytest
 from films import append_empty_slots, write_edits, write_plain
 from mistakes import assert_refused
 
-from dinoseg.data.sources import VideoFrame
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.decoder import Decoder, count_slots
 from dinoseg.data.video.index import find_index
 from dinoseg.data.video.length import count_frames, promised_frames

@@ -14,7 +14,7 @@ from torch import nn
 
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import pair as pairs
-from dinoseg.data.sources import VideoFrame
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, frozen_tensors
