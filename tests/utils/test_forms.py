@@ -113,7 +113,7 @@ def test_damaged_scan_cache_is_rebuilt(tmp_path, caplog):
     rows = json.loads(path.read_text())
     for change in (
         *({"pixels": counts} for counts in ([1], {"a": 1})),
-        *({"image_size": 3}, {"unknown": 1}, {"edges": "no base64!"}),
+        *({"image_size": 3}, {"unknown": 1}, {"edges": 3}),
     ):
         changed = {"m": {**rows["m"], "record": {**rows["m"]["record"], **change}}}
         path.write_text(json.dumps(changed))
