@@ -53,6 +53,8 @@ def _keys_of_modes(modes: Sequence[str], folders: Sequence[Path], *, has_runs: b
         return ("backbone.weights", "head.weights")
     from dinoseg.experiment.recipe import SAVED  # imports torch
 
+    if not modes:  # a config file may choose one
+        return SAVED
     read = {group for mode in modes for group in groups_of(folders, mode)}
     return [key for key in SAVED if key in read or "trainer" in read]
 

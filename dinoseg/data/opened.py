@@ -85,7 +85,10 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
     """Return the pairs whose two files are both usable, and log the others."""
     bad = unreadable(scan(dataset.pairs, dataset.reader, workers=workers, cache_dir=cache_dir))
     if len(bad) == len(dataset):
-        raise UserError(f"No image of split {split} has a usable mask:{list_reasons(bad, 3)}")
+        raise UserError(
+            f"No image of split {split} has a usable mask. If images and masks are swapped, swap their folders."
+            f"{list_reasons(bad, 3)}"
+        )
     bad = {**dataset.lacking, **bad}
     if not bad:
         return dataset

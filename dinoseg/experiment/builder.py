@@ -160,7 +160,7 @@ class Builder(ModelBuilder):
         """The training method of `trainer.method` (`dinoseg.tasks.method.TrainingMethod`); it reads no data yet.
 
         Raises:
-            UserError: a teacher is given to a task without distillation, or an option is invalid.
+            UserError: a teacher is given to a method without distillation, or an option is invalid.
         """
         node = self._cfg.trainer.method
         try:

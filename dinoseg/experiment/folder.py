@@ -95,8 +95,9 @@ class RunFolder:
             folder: created if missing.
             wait: seconds to wait for another process.
         """
-        if self._lock is not None and folder == self.path:
+        if self._lock is not None and folder.resolve() == self.path.resolve():
             return True
+        self.release()  # a job holds one folder
         _create(folder)
         log = folder / LOG
         if log.exists():

@@ -13,7 +13,7 @@ from dinoseg.config import expansion
 from dinoseg.config.composition import SHIPPED, Value, compose, compose_options, expand_short_forms, set_values
 from dinoseg.config.job import read_words
 from dinoseg.config.options import choices_of, groups_of, options_in, root_of
-from dinoseg.config.plain import keys_of, to_container, value_at
+from dinoseg.config.plain import has_key, keys_of, to_container, value_at
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored
 from dinoseg.experiment.recipe import INITIAL, METRIC, USE, USES, absolute, data_root, saved_config
 from dinoseg.training.description import PRECISION
@@ -46,7 +46,7 @@ def compose_resumed(
     options, given, _ = read_words(words, folders)
     typed = {group: cfg.choices[group] for group in options if group in cfg.choices}
     stored = _stored_groups(info, typed, path)
-    values = _values_of_run(given, stored, cfg, path)
+    values = [_over_stored(value, stored) for value in _values_of_run(given, stored, cfg, path)]
     names = _names_of(values)
     unused = _unused_groups(info, stored, groups_of(folders, cfg.choices.mode))
     source = Source(f"resume={path}", own_folders, parse_trust(to_container(cfg)["trust"]), names)
@@ -145,6 +145,11 @@ def _join(
     if unused:
         whole |= {VALUES_ONLY: [*unused], **{key: node for key, node in saved.items() if key in unused}}
     return expand_short_forms(OmegaConf.create(whole), {value.key for value in values if value.value is not None})
+
+
+def _over_stored(value: Value, stored: Mapping[str, Any]) -> Value:
+    """Return a typed value, with `++` instead of `+` for a key that the run has added: its own command has `+`."""
+    return value._replace(sign="++") if value.sign == "+" and has_key(stored, value.key) else value
 
 
 def _names_of(values: Sequence[Value]) -> set[str]:

@@ -19,7 +19,7 @@ from dinoseg.utils.errors import UserError
 class TrainingMethod(ABC):
     """Base class of training methods: their data, the checks of their parts, and the evaluation of the best checkpoint.
 
-    A config names a task as `trainer.method._target_`; further keys of that node are its own options. The constructor
+    A config names a method as `trainer.method._target_`; further keys of that node are its own options. The constructor
     reads no files. `open` lists the data, and sets `data_module`, `labels`, `labelled` and `split`.
 
     Args:

@@ -10,7 +10,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
-FORMAT = 1
+FORMAT = 2
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
 GROUPS = ("resolution", "data", "task", *MODEL)
 DESCRIBED_GROUPS = ("hparam", "data", *MODEL)

@@ -142,7 +142,7 @@ OF_EVAL = {"data", "task", "backbone", "adapter", "head", "inference", "slots", 
         ("mode=train resume=null", set()),
         ("mode=train", set()),
         ("mode=summary resume=RUN", set()),  # which uses no checkpoint
-        ("resume=RUN", set()),
+        ("resume=RUN", {*SAVED}),  # a config file may choose the mode
     ],
 )
 def test_only_jobs_with_a_checkpoint_leave_keys_to_it(line, keys):

@@ -124,3 +124,12 @@ def test_records_of_changes_have_stored_and_typed_values(describe, resume, caplo
     resume(info, "mode=train", "data.batch_size=4", "engine.workers=0", "metric=[]", "seed=0", tell=True)
     (line,) = [record.message for record in caplog.records if "resumes with" in record.message]
     assert line.endswith("resumes with metric=[] instead of [nsd], data.batch_size=4 instead of 2")
+
+
+def test_the_command_that_added_a_key_resumes_its_run(describe, resume):
+    added = "+backbone.arch.drop_path_rate"
+    tiny = ("backbone=tiny",)
+    info = describe(*DATA, *tiny, f"{added}=0.1")
+    assert resume(info, "mode=train", *tiny).backbone.arch.drop_path_rate == 0.1
+    for value in (0.1, 0.3):
+        assert resume(info, "mode=train", *tiny, f"{added}={value}").backbone.arch.drop_path_rate == value

@@ -244,3 +244,12 @@ test_message_names_value_and_remedy = refusals(
         "long name": (command("mode=score", f"hydra.run.dir={'a' * 300}"), "File name too long. Choose a shorter path"),
     }
 )
+
+
+def test_a_job_holds_one_folder_by_any_of_its_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with RunFolder(Path("a")) as first, RunFolder(Path("c")) as second:
+        first.enter(Path("a"), remedy="wait")
+        assert first.try_to_enter(tmp_path / "a") and not second.try_to_enter(Path("a"))
+        first.enter(Path("b"), remedy="wait")
+        assert second.try_to_enter(Path("a")) and not second.try_to_enter(Path("b"))

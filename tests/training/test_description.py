@@ -49,7 +49,7 @@ ODD_ROWS = [(key, value, f"its {key} is ") for key, values in ODD.items() for va
     ("progress", {"best": float("-inf")}, "must be finite numbers of step"),
     ("idle", "0", "its idle is 0; it must be a whole number"),
     ("format", FORMAT + 1, "Update dinoseg"),
-    ("format", FORMAT - 1, "written in format 0; this version of dinoseg reads format 1"),
+    ("format", FORMAT - 1, "written in format 1; this version of dinoseg reads format 2"),
 ]
 
 

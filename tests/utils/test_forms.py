@@ -112,8 +112,8 @@ def test_damaged_scan_cache_is_rebuilt(tmp_path, caplog):
     assert scan._read_records(path) == {"m": ([1, 2], record)}
     rows = json.loads(path.read_text())
     for change in (
-        *({"pixels": counts} for counts in ([1], {"a": 1})),
-        *({"image_size": 3}, {"unknown": 1}, {"edges": 3}),
+        *({"pixels": counts} for counts in ([1], {"a": 1}, {"0": "x"})),
+        *({"image_size": 3}, {"unknown": 1}, {"edges": 3}, {"problems": ["a"]}, {"raw": None}),
     ):
         changed = {"m": {**rows["m"], "record": {**rows["m"]["record"], **change}}}
         path.write_text(json.dumps(changed))

@@ -103,8 +103,7 @@ def _read_records(path: Path) -> StoredRecords:
         return {key: (row["stamps"], _from_json(row["record"])) for key, row in rows.items()}
     except FileNotFoundError:
         return {}
-    # RecursionError: too many brackets
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # damaged content may fail anywhere, and is only measured again
         log.warning("The stored scan in %s is damaged (%s): scanning again.", path, error)
         return {}
 
@@ -124,10 +123,13 @@ def _to_json(record: Record) -> dict[str, Any]:
 
 
 def _from_json(row: Mapping[str, Any]) -> Record:
-    pixels = {int(value): count for value, count in row["pixels"].items()}
+    counts = {"pixels": {int(value): int(count) for value, count in row["pixels"].items()}}
+    counts |= {"raw": {value: int(count) for value, count in row["raw"].items()}}
     sizes = {name: row[name] and tuple(row[name]) for name in _SIZES}
     small_copies = {name: b64decode(row[name]) for name in _SMALL_COPIES}
-    return Record(**{**row, **sizes, **small_copies, "pixels": pixels, "peaks": tuple(row["peaks"])})
+    return Record(
+        **{**row, **sizes, **small_copies, **counts, "problems": {**row["problems"]}, "peaks": tuple(row["peaks"])}
+    )
 
 
 def _key(pair: Pair) -> str:
