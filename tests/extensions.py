@@ -37,7 +37,7 @@ class Extension:
 EXTENSIONS = {
     "annotations": Extension(("data.annotation", "data.formats.annotated", "data.formats.annotation_files",
                               "inference.annotations")),
-    "auto": Extension(("autotune", "cli.auto", "modes.plan", "modes.bench", "inference.walk"),
+    "auto": Extension(("autotune", "cli.auto", "modes.plan", "modes.bench", "inference.fake_tensors"),
                       configs=("hparam/auto",)),
     "cache": Extension(("training.feature_cache", "training.feature_choice", "data.unlabelled")),
     "clips": Extension(("data.clips", "data.formats.davis", "data.formats.movi", "data.formats.video_folder",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.results import Results, Scores, html_table, label_of, shown_value
-from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.experiment.command_lines import last_command_line
 from dinoseg.experiment.run_config import BROKEN, config_of, config_text
 from dinoseg.export.runtime.load import load

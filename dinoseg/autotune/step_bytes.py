@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.autotune.random_batch import random_batch
 from dinoseg.core.shapes import Prediction, tree_map
+from dinoseg.inference.fake_tensors import fake_tensor_mode
 from dinoseg.inference.memory import PeakBytes
-from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.frozen_casts import cache_casts

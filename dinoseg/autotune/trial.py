@@ -17,7 +17,7 @@ from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
-from dinoseg.training.tally import Tally
+from dinoseg.training.step_scores import StepScores
 from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.devices import synchronize
 
@@ -94,7 +94,7 @@ class _TimedDataModule:
         synchronize(self.device)
         return time.perf_counter()
 
-    def tally(self, engine: Engine) -> Tally | None:
+    def step_scores(self, engine: Engine) -> StepScores | None:
         """Return None: nothing is counted."""
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import BETTER
-from dinoseg.evaluation.about import EVALUATION, TRACKING
 from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.further_scores import FurtherScore
+from dinoseg.evaluation.run_facts import EVALUATION, TRACKING
 from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.utils import forms

@@ -9,11 +9,11 @@ import numpy as np
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.splits import find_groups
-from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.class_scores import ClassScores, metric_intervals
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.further_scores import further_scores
 from dinoseg.evaluation.image_record import ImageRecord, write_record
+from dinoseg.evaluation.run_facts import about_run
 from dinoseg.evaluation.scoring.intervals import jackknife
 from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.experiment.provenance import Provenance

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.evaluation.about import TRACKING
+from dinoseg.evaluation.run_facts import TRACKING
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_folder

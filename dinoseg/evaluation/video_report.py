@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.core.sizes import evenly_spaced
-from dinoseg.evaluation.about import about_run
+from dinoseg.evaluation.run_facts import about_run
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.report.html.evaluation import video_charts
 from dinoseg.report.html.page import percent, render

@@ -16,8 +16,8 @@ from PIL import Image
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import VOID, Video
 from dinoseg.data.splits import find_groups
-from dinoseg.evaluation.about import TRACKING
 from dinoseg.evaluation.restart import earlier_run, log_copied, take_over
+from dinoseg.evaluation.run_facts import TRACKING
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.evaluation.video_report import report_videos

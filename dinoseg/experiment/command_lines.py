@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-NAME = "overrides.txt"  # in the config folders of a run: the words of a command, one per line
+WORDS_FILE = "overrides.txt"  # in the config folders of a run: the words of a command, one per line
 _LONGEST = 2**18  # maximum bytes of a command: twice Linux's limit of one word; the folder may be untrusted
 
 
 def command_line(folder: Path) -> list[str]:
     """Return the words of the command that started a run; empty if none is stored or its file is too large."""
-    return _read_words(folder / "config" / NAME)
+    return _read_words(folder / "config" / WORDS_FILE)
 
 
 def command_lines(folder: Path) -> list[list[str]]:
     """Return the words of the command that started a run, and of those that resumed it, oldest first."""
-    files = sorted(folder.glob(f"config*/{NAME}"), key=lambda path: path.stat().st_mtime_ns)
+    files = sorted(folder.glob(f"config*/{WORDS_FILE}"), key=lambda path: path.stat().st_mtime_ns)
     return [_read_words(path) for path in files]
 
 

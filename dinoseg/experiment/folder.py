@@ -9,7 +9,7 @@ from typing import IO, Any, Self
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.experiment.command_lines import NAME as WORDS
+from dinoseg.experiment.command_lines import WORDS_FILE
 from dinoseg.utils import locks
 from dinoseg.utils.atomic import remove_dead, remove_parts, write_json
 from dinoseg.utils.errors import UserError
@@ -126,7 +126,7 @@ class RunFolder:
         self._config = folder
         OmegaConf.save(cfg, folder / "config.yaml")
         # file names are bytes and need not be valid text
-        (folder / WORDS).write_text("\n".join(words) + "\n", encoding="utf-8", errors="surrogateescape")
+        (folder / WORDS_FILE).write_text("\n".join(words) + "\n", encoding="utf-8", errors="surrogateescape")
         return folder
 
     def release(self) -> None:

@@ -15,7 +15,7 @@ from dinoseg.export.options import GraphOptions
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.export.runtime.onnx_record import KEY, GraphRecord
 
-NAME = "model.pt2"
+PROGRAM_FILE = "model.pt2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class ProgramExport(GraphOptions):
             UserError: if the model cannot be exported, or the file disagrees with it; no model file is left then.
         """
         with prepare_model(source, out_dir, self) as ready:
-            file = ready.folder / NAME
+            file = ready.folder / PROGRAM_FILE
             about = json.dumps({"graph": ready.record.plain(), **ready.facts.description()}, allow_nan=False)
             torch.export.save(trace(ready.model, ready.record), file, extra_files={f"{KEY}.json": about})
             report = store_if_verified(ready, open_program(file, ready.record), [file], out_dir, self)
-        print(f'use: import torch; outputs = torch.export.load("{out_dir / NAME}").module()(images)')
-        return {"path": str(out_dir / NAME), "agreement": report["agreement"]}
+        print(f'use: import torch; outputs = torch.export.load("{out_dir / PROGRAM_FILE}").module()(images)')
+        return {"path": str(out_dir / PROGRAM_FILE), "agreement": report["agreement"]}
 
 
 def open_program(path: Path, record: GraphRecord) -> GraphRuntime:

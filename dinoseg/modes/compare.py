@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.comparison import (
     MAX_NAME,
     against,
@@ -20,6 +19,7 @@ from dinoseg.evaluation.comparison import (
     write_tables,
 )
 from dinoseg.evaluation.image_report import PAGE
+from dinoseg.evaluation.run_facts import about_run
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data

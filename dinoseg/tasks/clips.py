@@ -17,7 +17,7 @@ from dinoseg.data.clips.cut import Clip, Clips
 from dinoseg.data.clips.videos import VOID
 from dinoseg.data.clips.view import ClipView, clip_batches
 from dinoseg.data.loader import advise_more_workers, check_batch_size
-from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision
 from dinoseg.experiment.builder import Builder
@@ -112,7 +112,7 @@ class ClipDataModule:
         """Return the number of batches in which each clip is seen once."""
         return len(self.train) / self.batch_size
 
-    def tally(self, engine: Engine) -> None:
+    def step_scores(self, engine: Engine) -> None:
         """Return None: clips have no classes to count."""
 
     @torch.no_grad()

@@ -10,10 +10,10 @@ from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.data.transforms import Augment
-from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images
+from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.inference.trained_sizes import TrainedSizes

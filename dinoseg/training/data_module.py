@@ -9,7 +9,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
-from dinoseg.training.tally import Tally
+from dinoseg.training.step_scores import StepScores
 
 SHOWN_SIDE = 384  # maximum side in pixels of a visualised frame, since a run saves many
 
@@ -55,8 +55,8 @@ class DataModule(Protocol):
         """
         ...
 
-    def tally(self, engine: Engine) -> Tally | None:
-        """Return a tally of how well a training step predicts its batches; None: they have no classes."""
+    def step_scores(self, engine: Engine) -> StepScores | None:
+        """Return the scores of how well a training step predicts its batches; None: they have no classes."""
         ...
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:

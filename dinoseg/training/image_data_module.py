@@ -28,7 +28,7 @@ from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
 from dinoseg.training.feature_cache.key import overrides_both
-from dinoseg.training.tally import Tally
+from dinoseg.training.step_scores import StepScores
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count
@@ -144,9 +144,9 @@ class ImageDataModule:
             return self.cache.train_batches(self.train_views, workers=self.workers, **order)
         return train_batches(self.train_views, workers=self.workers, **order)
 
-    def tally(self, engine: Engine) -> Tally:
-        """Return a tally of how well a training step predicts its batches."""
-        return Tally(self.train, engine, self.task)
+    def step_scores(self, engine: Engine) -> StepScores:
+        """Return the scores of how well a training step predicts its batches."""
+        return StepScores(self.train, engine, self.task)
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""

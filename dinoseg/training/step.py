@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
 from dinoseg.training.engine import Engine
-from dinoseg.training.tally import Tally
+from dinoseg.training.step_scores import StepScores
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class StepOutput:
 
     Args:
         device: of the model.
-        make_tally: returns an empty tally of predictions; None: none are counted.
+        make_scores: returns empty scores of predictions; None: none are counted.
 
     Attributes:
         total: sum of the losses' totals, ().
@@ -69,7 +69,7 @@ class StepOutput:
         names: of the samples.
         images: number of images.
         parts: named parts of the loss of the last micro-batch.
-        tally: counts of the predictions.
+        scores: counts of the predictions.
     """
 
     total: Tensor
@@ -77,10 +77,10 @@ class StepOutput:
     names: list[str]
     images: int
     parts: dict[str, Tensor]
-    tally: Tally | None
+    scores: StepScores | None
 
-    def __init__(self, device: torch.device, make_tally: Callable[[], Tally | None] | None) -> None:
-        self._device, self._make_tally = device, make_tally
+    def __init__(self, device: torch.device, make_scores: Callable[[], StepScores | None] | None) -> None:
+        self._device, self._make_scores = device, make_scores
         self.restart()
 
     def restart(self) -> None:
@@ -89,12 +89,12 @@ class StepOutput:
         self.weight = torch.zeros((), device=self._device)
         self.names = []
         self.images = 0
-        self.tally = None if self._make_tally is None else self._make_tally()
+        self.scores = None if self._make_scores is None else self._make_scores()
 
     def add(self, loss: BatchLoss, prediction: Any, batch: Any) -> None:
         """Add a micro-batch after its backward pass."""
-        if self.tally is not None:
-            self.tally.add(prediction, batch)
+        if self.scores is not None:
+            self.scores.add(prediction, batch)
         self.total = self.total + loss.total.detach()
         self.weight = self.weight + loss.weight
         self.names += batch.names

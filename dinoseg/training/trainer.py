@@ -155,7 +155,7 @@ def fit(setup: TrainingSetup) -> Progress:
             engine.seed(data.seed, step)
             rate = set_learning_rates(optimizer, schedule, step, steps)
             model.set_progress(step, steps)
-            output = StepOutput(engine.device, partial(data.tally, engine) if due.log else None)
+            output = StepOutput(engine.device, partial(data.step_scores, engine) if due.log else None)
             for batch in micro.split_step(batches, output):
                 with micro.retry_batch(), engine.sync(net, micro.is_last):
                     batch = batch.to(engine.device)
@@ -248,8 +248,8 @@ def log_step(
     """Log the newest step: loss, highest learning rate, gradient norm, speed, tallied scores and loss terms."""
     row: dict[str, float | None] = {"train/loss": metrics.loss, "train/lr": rate, "train/gradient_norm": metrics.norm}
     row |= speed
-    if output.tally is not None:
-        row |= output.tally.read()
+    if output.scores is not None:
+        row |= output.scores.read()
     if scale is not None and scale.started:
         row["train/loss_scale"] = scale.value.item()
     # parts of the loss of this rank's last batch

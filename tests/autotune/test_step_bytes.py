@@ -23,8 +23,8 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.training_parts import training_parts
+from dinoseg.inference.fake_tensors import fake_tensor_mode
 from dinoseg.inference.memory import PeakBytes
-from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.models.heads.mask2former import pixel_decoder, predictor
 from dinoseg.models.model import trained_names
 from dinoseg.modes import bench

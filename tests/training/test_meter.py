@@ -16,7 +16,7 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import Meter, peak_memory, reset_peak_memory
-from dinoseg.training.tally import Tally, _centres, _subsample
+from dinoseg.training.step_scores import StepScores, _centres, _subsample
 from dinoseg.training.time_limit import TimeLimit
 
 CPU, ENGINE = torch.device("cpu"), Engine("cpu", "fp32", workers=0)
@@ -173,24 +173,24 @@ def prediction_and_batch(scores, mask):
 
 def test_small_images_are_counted_whole():
     draw = torch.Generator().manual_seed(0)
-    tally, whole = Tally(DATA, ENGINE), ConfusionMatrix(3)
+    step_scores, whole = StepScores(DATA, ENGINE), ConfusionMatrix(3)
     for _ in range(2):
         scores = torch.randn(2, 3, 19, 23, generator=draw, requires_grad=True)
         mask = torch.randint(0, 3, (2, 19, 23), generator=draw).to(torch.uint8)
         mask[:, :3] = 255
-        tally.add(*prediction_and_batch(scores, mask))
+        step_scores.add(*prediction_and_batch(scores, mask))
         whole.update(scores.argmax(dim=1), mask)
     expected = whole.compute()
-    assert tally.read() == {"train/accuracy": expected["accuracy"], "train/miou": expected["miou"]}
+    assert step_scores.read() == {"train/accuracy": expected["accuracy"], "train/miou": expected["miou"]}
 
 
 def test_large_images_are_counted_at_sampled_points():
     mask = torch.zeros(1, 540, 957, dtype=torch.uint8)
     mask[:, 200:, 300:] = 1
     scores = torch.nn.functional.one_hot(mask.long(), 3).permute(0, 3, 1, 2).float()
-    tally = Tally(DATA, ENGINE)
-    tally.add(*prediction_and_batch(scores, mask))
-    counted = tally._counts.compute()
+    step_scores = StepScores(DATA, ENGINE)
+    step_scores.add(*prediction_and_batch(scores, mask))
+    counted = step_scores._counts.compute()
     assert 0.9 * 128**2 < counted["pixels"] <= 1.03 * 128**2
     share = counted["classes"][1]["pixels"] / counted["pixels"]
     assert counted["accuracy"] > 0.995 and np.isclose(share, mask.float().mean(), atol=0.01)
@@ -198,25 +198,25 @@ def test_large_images_are_counted_at_sampled_points():
     assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
 
 
-def test_tally_skips_ignored_pixels_and_refuses_unknown_ids():
-    tally, scores = Tally(DATA, ENGINE), torch.zeros(1, 3, 4, 4)
-    tally.add(*prediction_and_batch(scores, torch.full((1, 4, 4), 255, dtype=torch.uint8)))
-    assert tally.read() == {"train/accuracy": None, "train/miou": None}
+def test_step_scores_skips_ignored_pixels_and_refuses_unknown_ids():
+    step_scores, scores = StepScores(DATA, ENGINE), torch.zeros(1, 3, 4, 4)
+    step_scores.add(*prediction_and_batch(scores, torch.full((1, 4, 4), 255, dtype=torch.uint8)))
+    assert step_scores.read() == {"train/accuracy": None, "train/miou": None}
     unknown = prediction_and_batch(scores, torch.full((1, 4, 4), 7, dtype=torch.uint8))
-    assert_refused(lambda: tally.add(*unknown), "found: [7]")
+    assert_refused(lambda: step_scores.add(*unknown), "found: [7]")
 
 
-def test_tally_sums_over_ranks_and_omits_the_ignored_id():
+def test_step_scores_sums_over_ranks_and_omits_the_ignored_id():
     other = SimpleNamespace(classes=DATA.classes, ignore_index=2)
     wrong = ConfusionMatrix(3, ignore_index=2)
     wrong.update(torch.ones(1, 1, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, dtype=torch.uint8))
-    tally = Tally(other, SimpleNamespace(device="cpu", sum=lambda counts: counts + wrong.counts))
+    step_scores = StepScores(other, SimpleNamespace(device="cpu", sum=lambda counts: counts + wrong.counts))
     mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
     mask[:, 2:] = 2
     scores = torch.zeros(1, 3, 4, 4)
     scores[:, 0] = 1
-    tally.add(*prediction_and_batch(scores, mask))
-    assert tally.read() == {"train/accuracy": 0.5, "train/miou": 0.25}
+    step_scores.add(*prediction_and_batch(scores, mask))
+    assert step_scores.read() == {"train/accuracy": 0.5, "train/miou": 0.25}
 
 
 def run_limited(step, *, planned=100, val_every=50, validation=2.0, start=0.0, begin=0.0):

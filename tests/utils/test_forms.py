@@ -19,8 +19,8 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.video import index as video_index
-from dinoseg.evaluation.about import TRACKING
 from dinoseg.evaluation.restart import earlier_run
+from dinoseg.evaluation.run_facts import TRACKING
 from dinoseg.modes.training_run import _read_split
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.video.state import STATE, read_track_state

@@ -71,7 +71,7 @@ def comparison_page(
         subtitle: a line below the title.
         intervals: note on the units of the intervals.
         seeds: note on other seeds.
-        about: see `evaluation.about.about_run`.
+        about: see `evaluation.run_facts.about_run`.
     """
     classes, units = evaluated.classes, evaluated.count_units()
     means = {key: MEANS.get(key, key) for key in first.scores if not key.startswith("iou/")}

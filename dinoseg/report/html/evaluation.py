@@ -98,7 +98,7 @@ def evaluation_page(
         errors: by image, distance from boundaries and confidence.
         title: plain text.
         subtitle: a line below the title.
-        about: see `evaluation.about.about_run`.
+        about: see `evaluation.run_facts.about_run`.
         training: rows of the training's metrics.jsonl; None without these.
         selecting: score of its validations that selected the checkpoint; None if unknown.
     """

@@ -13,7 +13,7 @@ from dinoseg.training.engine import Engine
 _POINTS = 128 * 128  # maximum per image, evenly spread: enough for shares, at a few percent of a step's time
 
 
-class Tally:
+class StepScores:
     """Class counts of one step over its batches and all ranks; they depend on the step only, also after a resume.
 
     Only `read` waits for an accelerator.
