@@ -20,8 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoseg.training.feature_cache.key import hash_of, weights_hash
+from dinoseg.training.feature_cache.key import weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
+from dinoseg.utils.hashes import hash_of
 
 SHAPES = {  # of what is stored of an image
     "ViT-S/16, 512 x 512, one map, float16": [(384, 32, 32)],

@@ -48,9 +48,11 @@ def written_targets(group, option):
     """Count the `_target_` lines of an option's file and of those it starts from; its own first replaces theirs."""
     entries = [entry for entry in read(group, option).get("defaults", []) if entry != "_self_"]
     bases = [base for entry in entries for base in _bases(group, entry)]
+    here = [entry for entry in entries if isinstance(entry, str) or "@" not in next(iter(entry))]
+    same_place = [base for entry in here for base in _bases(group, entry)]
     own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
     places = {path for path, _ in nodes(read_node(group, option))}
-    replaced = sum(path in places for base in bases for path, _ in nodes(read_node(*base)))
+    replaced = sum(path in places for base in same_place for path, _ in nodes(read_node(*base)))
     return own + sum(written_targets(*base) for base in bases) - replaced
 
 
@@ -60,7 +62,8 @@ def _bases(group, entry):
         yield group, entry.partition("@")[0]
         return
     for key, option in entry.items():
-        if group != "mode" and not key.startswith("override "):  # a mode's further groups: see groups_of
+        # a mode's further groups: see groups_of
+        if not key.startswith("override ") and (group != "mode" or str(option).startswith("_")):
             path = key.removeprefix("optional ").split("@")[0]
             yield path.strip("/") if path.startswith("/") else f"{group}/{path}", option
 

@@ -71,7 +71,7 @@ def test_a_training_imports_no_extension():
 def use_copy(folder, gone, *words):
     """Run `one_copy.py` on a copy of the package without some extensions; return what it printed."""
     copy_without(gone, folder)
-    write_data(folder)
+    write_data(folder / "data")
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(TESTS / "one_copy.py"), str(folder), *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)

@@ -1,12 +1,12 @@
 """Dataset preparation as configured: label subset, skipped files, and packing into one file."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import incomplete_pairs_error
 from dinoseg.data.scan.scan import scan, unreadable
@@ -26,6 +26,7 @@ def prepare_dataset(
     reduced: bool = False,
     on_error: OnError = "stop",
     cache: Literal["packed"] | None = None,
+    pack: Callable[..., SegmentationData] | None = None,
     cache_dir: str | Path = "outputs/.cache",
     longest: Count | None = None,
     workers: Count | None = None,
@@ -45,15 +46,16 @@ def prepare_dataset(
             files once and leave out unusable ones; `skipped` of the dataset names them.
         cache: `packed`: read images and masks from one file of raw pixels, which is created first; with several ranks
             by the first one. None: read the files.
+        pack: packs a dataset for `packed`, as `dinoseg.data.packed.pack.pack`.
         cache_dir: folder of the packed files and of the cached scan results.
-        longest: see `pack`.
+        longest: pixels of the longer side to which larger packed images are reduced; None: original size.
         workers: threads that read all files once, for `skip`, and processes for `packed`; None: one per core.
         labelled: selects the masks to use, see `labelled_names`; None: all.
         group: see `labelled_names`.
         seed: see `labelled_names`.
 
     Raises:
-        UserError: an image without mask or a mask without image, or no usable image.
+        UserError: an image without mask or a mask without image, or no usable image; or `packed` without `pack`.
     """
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
@@ -68,6 +70,8 @@ def prepare_dataset(
     elif dataset.lacking:
         raise incomplete_pairs_error(dataset, split)
     if cache == "packed":
+        if pack is None:
+            raise UserError("cache=packed is not part of this installation. Leave it out.")
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset
 

@@ -23,11 +23,11 @@ from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
-from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, explain_score, selects_checkpoints
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
+from dinoseg.utils.hashes import hash_of
 from dinoseg.utils.ranges import Count, Natural, Positive, check_value
 from dinoseg.utils.wording import join_names
 

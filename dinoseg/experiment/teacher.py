@@ -19,10 +19,11 @@ from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache.key import code_hash, hash_of
+from dinoseg.training.feature_cache.key import code_hash
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
+from dinoseg.utils.hashes import hash_of
 from dinoseg.utils.transfer import to_device
 from dinoseg.utils.wording import format_override, format_value, join_names
 

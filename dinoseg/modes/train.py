@@ -1,5 +1,6 @@
 """mode=train: training, and evaluation of the checkpoint that `trainer.evaluate` chooses."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dinoseg.experiment.initial import check_initial, has_initial, load_initial_
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
+from dinoseg.models.model import SegmentationModel
 from dinoseg.modes.training_run import open_run
 from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.errors import UserError
@@ -24,6 +26,7 @@ def train(
     metrics_only: bool = False,
     pictures: Natural = 4,
     report: bool = True,
+    init_head: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Train, then evaluate the best or last weights on the validation split; return the scores.
 
@@ -33,6 +36,8 @@ def train(
         metrics_only: write no figures of the final evaluation.
         pictures: number of validation samples shown in a figure at each validation, always the same ones.
         report: write report.html of the final evaluation, and the files that mode=compare reads.
+        init_head: initialises the head of a model as `head.init` says, see `dinoseg.tasks.probing.initial.init_head`;
+            None: that is refused.
     """
     build = Builder(cfg)
     build.check_values()
@@ -46,6 +51,7 @@ def train(
     model = build.model()
     if run.start is None:  # a resumed run has checked the model's outline
         run.check_model(model)
+        _check_head_init(model, init_head)
     announce("Checking the data")
     # one rank is enough: its measurements are cached, and its error ends all ranks
     sizes = method.check_data() if engine.is_main else None
@@ -54,8 +60,8 @@ def train(
         load_initial_weights(build, model, list(method.labels.classes), engine.broadcast)
     model = engine.place(model)
     loss = method.wrap_loss(build.loss(method.labelled)).to(engine.device)
-    if run.start is None and model.head.init is not None:
-        method.init_head(model, engine)
+    if run.start is None and model.head.init is not None and init_head is not None:
+        init_head(build, model, method.labelled, engine)
     optimizer = build.optimizer(model)
     checkpoints = run.open_checkpoints(sizes)
     schedule = run.build_schedule(settings.steps, optimizer)
@@ -89,7 +95,13 @@ def check(cfg: DictConfig) -> None:
     if has_initial(build):
         check_initial(build, model)
     method.check_parts(model, 1)
+    _check_head_init(model, build.value("mode.init_head"))
     logger_factories(build)
     with torch.device("meta"):
         build.optimizer(model)
     method.check_sources()
+
+
+def _check_head_init(model: SegmentationModel, init_head: object) -> None:
+    if model.head.init is not None and init_head is None:
+        raise UserError(f"head.init={model.head.init} is not part of this installation. Leave it out.")

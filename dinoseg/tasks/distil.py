@@ -27,10 +27,12 @@ from dinoseg.tasks.unmasked import find_unmasked_images
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import LazyFeatureBatch
 from dinoseg.training.feature_cache.form import MAX_BYTES
-from dinoseg.training.feature_cache.key import hash_of, image_hash, origin, overrides_both
+from dinoseg.training.feature_cache.key import image_hash, origin
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.hashes import hash_of
+from dinoseg.utils.inheritance import overrides_both
 from dinoseg.utils.ranges import Count, NotNegative, Positive, Temperature
 from dinoseg.utils.wording import count_of
 

@@ -7,7 +7,6 @@ from typing import Any
 from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.doctor.errors import check_for_errors
-from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.collected import Collector
@@ -21,9 +20,7 @@ from dinoseg.metrics.confusion import commonest_class
 from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.method import TrainingMethod
-from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, stored_as
 from dinoseg.training.image_data_module import OBJECT_SCORE, SCORE_NAMES, ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -140,13 +137,11 @@ class ImageTraining(TrainingMethod):
         self, model: SegmentationModel, engine: Engine, epochs: float, *, previous_choices: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed cache the features of a model's frozen part, if there is one and `engine.cache` allows it."""
-        if not has_frozen_part(model, engine):
-            return {}
-        plan = _cache_options(self.builder, epochs, previous_choices)
-        cache = self.data_module.cache = feature_cache(self.data_module, model, engine, plan)
-        if cache is None or cache.place is None:
-            return {}
-        return {"engine.cache": cache.place, "features.dtype": plan.dtype}
+        if self.builder.value("features") is None:
+            return super().cache_features(model, engine, epochs, previous_choices=previous_choices)
+        cache_features = self.builder.part("features")
+        chosen: dict[str, str] = cache_features(self.builder, self.data_module, model, engine, epochs, previous_choices)
+        return chosen
 
     def check_data(self) -> TrainedSizes | None:
         """Refuse data with errors; return the sizes of the training images, if they are files."""
@@ -169,31 +164,6 @@ class ImageTraining(TrainingMethod):
             scaled = (augment.scaled_size(size, 1) for size in sizes[0])
             sizes[0] = [(round(height), round(width)) for height, width in scaled]
         return TrainedSizes.of(*sizes, longest=longest, enlarged=builder.value("data.augment.scale")[1])
-
-    def init_head(self, model: SegmentationModel, engine: Engine) -> None:
-        """Set the head to the closed-form linear probe, which `head.init` asks for."""
-        if engine.sharded:
-            raise UserError(
-                f"head.init={model.head.init} needs the full weights on each rank, but engine.sharding shards them. "
-                "Leave one of the two out."
-            )
-        data = self.data_module.train
-        counts = class_counts(data, self.builder.cache_dir).tolist()
-        places = list(range(model.backbone.num_layers))
-        grid = Grid(group=self.builder.value("data.group"), seed=self.data_module.seed)
-        probe = Probe(model, data, counts, engine, {"head": places}, grid)
-        probe.fit()
-        (found,) = probe.choose()
-        found.start(model.head, sharpened=True)
-        logger.info(
-            "head.init=%s: mIoU %.4f on %d of %d training images, held out (ridge %g, balance %g)",
-            model.head.init,
-            found.choice.miou,
-            len(probe.held_out),
-            len(data),
-            found.strength,
-            found.balance,
-        )
 
     def evaluate(
         self, model: SegmentationModel, engine: Engine, provenance: Provenance, *, metrics_only: bool, report: bool
@@ -239,12 +209,3 @@ class ImageTraining(TrainingMethod):
     def skipped(self) -> dict[str, Mapping[str, str]]:
         """Return the files that were left out, with their reasons, by split."""
         return {"train": self.data_module.train.skipped, "val": self.data_module.val.skipped}
-
-
-def _cache_options(builder: Builder, epochs: float, previous_choices: Mapping[str, str | None]) -> CacheOptions:
-    options = builder.arguments(CacheOptions, {"gib": "features.gib"})
-    options["dtype"] = stored_as(builder.value("features.dtype"), previous_choices)
-    hashes = {group: builder.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
-    augmentation = builder.digest("data.augment")
-    previous = previous_choices.get("engine.cache")
-    return CacheOptions(builder.cache_dir, epochs, augmentation, hashes, **options, previous=previous)

@@ -70,9 +70,6 @@ class TrainingMethod(ABC):
         """Report faults of the data; return the sizes of the training images, if they are known."""
         return None
 
-    def init_head(self, model: SegmentationModel, engine: Engine) -> None:  # noqa: B027
-        """Initialise the head of a new training according to `head.init`, which is not None."""
-
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss to minimise, built from the loss of the config."""
         return loss

@@ -1,12 +1,15 @@
 """Interface of training data: batches to train on, and a validation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import evenly_spaced
+from dinoseg.data.loader import TrainViews
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.step_scores import StepScores
@@ -62,6 +65,28 @@ class DataModule(Protocol):
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Score the model; each rank scores its share, and all ranks get the scores of the whole dataset."""
         ...
+
+
+class BatchCache(ABC):
+    """Base class of caches of what a model's frozen part computes: they replace the batches of images and masks.
+
+    Their batches have the members of those of `DataModule.train_batches` but `image`, and `size`, the (H, W) of the
+    images. `to(device)` returns a batch that the model takes.
+    """
+
+    @abstractmethod
+    def train_batches(
+        self, drawn: TrainViews, *, workers: int, batch_size: int, start: int, rank: int, world_size: int
+    ) -> Iterator[Any]:
+        """Yield this rank's share of each training batch, with the same views as `loader.train_batches`."""
+
+    @abstractmethod
+    def eval_batches(self, data: SegmentationData, *, workers: int, rank: int, world_size: int) -> Iterator[Any]:
+        """Yield this rank's samples once and in order, each in a batch of its own and not augmented."""
+
+    @abstractmethod
+    def remedy(self, workers: int) -> str:
+        """Return advice on loading batches faster with `workers` processes, in a sentence or two."""
 
 
 def spread(samples: int, wanted: int, world_size: int) -> list[int]:

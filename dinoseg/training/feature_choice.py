@@ -17,10 +17,11 @@ from dinoseg.models.model import SegmentationModel, frozen_tensors
 from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import TYPES, Stored, size_of
-from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
+from dinoseg.training.feature_cache.key import code_hash, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.hashes import hash_of
 from dinoseg.utils.ranges import Positive
 from dinoseg.utils.wording import count_of, in_bytes
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
-from dinoseg.data.packed.pack import PackedDataset
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.photometric import ColorTransform
 from dinoseg.data.transforms import Augment
 from dinoseg.inference.strategy import InferenceStrategy
@@ -24,13 +25,12 @@ from dinoseg.metrics.confusion import SCORES
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
-from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
+from dinoseg.training.data_module import SHOWN_SIDE, BatchCache, Validation, spread
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
-from dinoseg.training.feature_cache.key import overrides_both
 from dinoseg.training.step_scores import StepScores
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.inheritance import overrides_both
 from dinoseg.utils.ranges import Count
 
 SCORE_NAMES = tuple(sorted(["loss", *SCORES]))
@@ -54,7 +54,7 @@ class ImageDataModule:
         world_size: number of ranks.
         pictures: number of validation images that each validation visualises, the same ones every time.
         views: fixed augmentations of each training image, used in turn; None: new ones in each epoch.
-        cache: feature cache of the model's frozen part; None: batches consist of images.
+        cache: cache of what the model's frozen part computes; None: batches consist of images.
         metrics: further metrics of validations.
         task: form of the masks.
     """
@@ -71,7 +71,7 @@ class ImageDataModule:
     world_size: int = 1
     pictures: int = 0
     views: Count | None = None
-    cache: FeatureCache | None = None
+    cache: BatchCache | None = None
     metrics: Sequence[Metric] = ()
     task: Task = SEMANTIC
     score_names: Sequence[str] = field(init=False)
@@ -127,17 +127,15 @@ class ImageDataModule:
     @property
     def remedy(self) -> str:
         """Return advice on loading batches faster, in a sentence or two."""
-        if self.cache is not None and self.cache.place == "memory":
-            return "Features are cached in memory: images are read only until each view was used once."
         if self.cache is not None:
-            advice = "Features are cached: use a cache_dir on a faster disk, or features.dtype=int8 for smaller files."
-        elif isinstance(self.train, PackedDataset):
+            return self.cache.remedy(self.workers)
+        if isinstance(self.train, PairDataset) and not self.train.decodes_files:
             advice = "Images are packed: data.cache=packed with a lower resolution.longest reads less per image."
         else:
             advice = "Decode images only once (data.cache=packed)."
         return f"{advice} {advise_more_workers(self.workers)}"
 
-    def train_batches(self, start: int) -> Iterator[Batch | LazyFeatureBatch]:
+    def train_batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's share of every batch from number `start` on, without end."""
         order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world_size": self.world_size}
         if self.cache is not None:
@@ -165,10 +163,8 @@ class ImageDataModule:
         by_class = {f"iou/{self.val.classes[row['id']]}": row["iou"] for row in scores["classes"]}
         return Validation(scores | by_class, collector.pictures)
 
-    def _cached_batches(
-        self, cache: FeatureCache, model: SegmentationModel, engine: Engine
-    ) -> Iterator[Batch | LazyFeatureBatch]:
-        """Yield cached features of the validation images, or the image itself if the strategy does not see it whole."""
+    def _cached_batches(self, cache: BatchCache, model: SegmentationModel, engine: Engine) -> Iterator[Any]:
+        """Yield cached batches of the validation images, or the image itself if the strategy does not see it whole."""
         strategy = self.strategy or Whole()
         samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world_size=self.world_size)
         for index, views in zip(count(self.rank, self.world_size), samples, strict=False):

@@ -7,6 +7,7 @@ from mistakes import assert_refused
 
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import prepare_dataset
+from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.experiment.builder import Builder
 
@@ -50,7 +51,7 @@ def test_split_without_usable_images_is_an_error(data, tmp_path):
 
 def test_packed_and_skipped_together(data, tmp_path):
     (tmp_path / "data/train/images/n1.png").write_bytes(b"no picture")
-    whole, options = data(), {"cache": "packed", "longest": 15}
+    whole, options = data(), {"cache": "packed", "pack": pack, "longest": 15}
     packed = skip(whole, tmp_path, reduced=True, **options)
     assert packed.names == ["n0", "n2", "n3", "n4", "n5"] and list(packed.skipped) == ["n1"]
     assert max(packed[0]["image"].shape) == 15 and packed[0]["mask"].shape == packed[0]["image"].shape[1:]
@@ -74,7 +75,7 @@ def test_incomplete_pairs_are_refused_or_skipped(data, tmp_path):
     assert message.startswith("Split train has 4 images with a mask, and 2 incomplete pairs:\n- n1: ")
     assert message.endswith("on_error=skip.")
     for cache in (None, "packed"):
-        kept = skip(data(), tmp_path, cache=cache)
+        kept = skip(data(), tmp_path, cache=cache, pack=pack)
         assert kept.names == ["n0", "n2", "n3"] and list(kept.skipped) == ["n1", "n4", "n5"] and not kept.lacking
         assert kept.keep(["n0"]).skipped == kept.skipped
     assert list(found.keep(["n0"]).lacking) == ["n1", "n4"]
@@ -85,3 +86,8 @@ def test_only_training_images_are_reduced(data, tmp_path, compose):
     cfg = compose(root, kept, "data.classes=[a,b]", "data.cache=packed", "data.workers=1", "resolution.longest=15")
     scored, trained = Builder(cfg).dataset("train"), Builder(cfg).dataset("train", reduced=True)
     assert [scored[0]["mask"].shape, trained[0]["mask"].shape] == [(20, 30), (10, 15)]
+
+
+def test_packed_is_refused_where_nothing_packs(data, tmp_path, compose):
+    cfg = compose(f"data.root={tmp_path / 'data'}", "data.classes=[a,b]", "data.cache=packed", "pack=null")
+    assert_refused(lambda: Builder(cfg).dataset("train"), "data.cache=packed", "not part of this installation")

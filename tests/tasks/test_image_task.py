@@ -9,7 +9,7 @@ from mistakes import assert_refused
 
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.experiment.builder import Builder
-from dinoseg.tasks import images
+from dinoseg.tasks import cached_features
 from dinoseg.tasks.images import ImageTraining
 from dinoseg.tasks.unmasked import _seconds, list_images
 from dinoseg.utils.images import write_png
@@ -20,8 +20,8 @@ GREY = np.zeros((4, 4, 3), np.uint8)
 @pytest.fixture
 def plan(compose, monkeypatch):
     """Return a function that gives the plan of a config."""
-    monkeypatch.setattr(images, "has_frozen_part", lambda model, engine: True)
-    monkeypatch.setattr(images, "feature_cache", lambda *parts: SimpleNamespace(plan=parts[-1], place=None))
+    monkeypatch.setattr(cached_features, "has_frozen_part", lambda model, engine: True)
+    monkeypatch.setattr(cached_features, "feature_cache", lambda *parts: SimpleNamespace(plan=parts[-1], place="disk"))
 
     def plan_cache(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
@@ -49,7 +49,7 @@ def test_feature_cache_key_depends_on_the_relevant_settings(plan):
 
 def test_resumed_run_preserves_the_dtype_of_its_features(plan):
     found = plan("features.dtype=int8", "features.gib=3", before={"engine.cache": "disk"})
-    assert (found.dtype, found.gib, found.epochs, found.before) == ("int8", 3, 3.0, "disk")
+    assert (found.dtype, found.gib, found.epochs, found.previous) == ("int8", 3, 3.0, "disk")
     assert plan().dtype == "float16" == plan(before={}).dtype
     kept = {"engine.cache": "disk", "features.dtype": "float32"}
     assert plan(before=kept).dtype == "float32" and plan("features.dtype=int8", before=kept).dtype == "int8"
@@ -92,3 +92,12 @@ def test_frames_without_valid_times_are_evenly_spaced(fps, step):
 
     Index.fps = fps
     assert _seconds(Index()) == pytest.approx([0, step, 2 * step])
+
+
+def test_installation_without_a_feature_cache_trains_on_images(compose):
+    words = ("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", "features=null")
+    method = ImageTraining(Builder(compose(*words)))
+    engine = SimpleNamespace(cache="auto")
+    assert method.cache_features(None, engine, 3.0, previous_choices={}) == {}
+    engine.cache = "disk"
+    assert_refused(lambda: method.cache_features(None, engine, 3.0, previous_choices={}), "engine.cache=disk")

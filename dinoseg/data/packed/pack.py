@@ -42,6 +42,8 @@ class PackedDataset(PairDataset):
         rows: rows of the store, one per item; None: all.
     """
 
+    decodes_files = False
+
     def __init__(
         self, source: PairDataset, store: Store, longest: int | None, rows: Collection[int] | None = None
     ) -> None:

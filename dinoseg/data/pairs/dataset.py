@@ -32,7 +32,12 @@ class PairDataset:
 
     Raises:
         UserError: when an item is read: an unreadable file, differing sizes, or ids without class.
+
+    Attributes:
+        decodes_files: whether reading an item decodes an image file.
     """
+
+    decodes_files = True
 
     def __init__(
         self,

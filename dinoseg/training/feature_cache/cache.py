@@ -15,16 +15,19 @@ from dinoseg.core.geometry import unify_depth
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SampleLabels, SegmentationData, split_slices, stack_labels
 from dinoseg.core.sizes import Size
-from dinoseg.data.loader import TrainViews, Transform, load_in_order, sample_batches
+from dinoseg.data.loader import TrainViews, Transform, advise_more_workers, load_in_order, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.measure import digest
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.strategy import Autocast
 from dinoseg.models.model import SegmentationModel, describe_tensors
-from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
+from dinoseg.training.data_module import BatchCache
+from dinoseg.training.feature_cache.key import image_hash
 from dinoseg.training.feature_cache.store import FeatureStore
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.hashes import hash_of
+from dinoseg.utils.inheritance import overrides_both
 from dinoseg.utils.transfer import to_device
 from dinoseg.utils.wording import join_names
 
@@ -114,7 +117,7 @@ class LazyFeatureBatch:
 
 
 @dataclass
-class FeatureCache:
+class FeatureCache(BatchCache):
     """Cache of the outputs of a model's frozen part for views of images.
 
     Each image goes through the frozen part by itself, so that its features do not depend on its batch.
@@ -168,6 +171,13 @@ class FeatureCache:
         samples = load_in_order(read, range(rank, len(data), world_size), workers)
         self._validated = True
         return (self._remember_views([sample]) for sample in samples)
+
+    def remedy(self, workers: int) -> str:
+        """Return advice on loading batches faster with `workers` processes, in a sentence or two."""
+        if self.place == "memory":
+            return "Features are cached in memory: images are read only until each view was used once."
+        advice = "Features are cached: use a cache_dir on a faster disk, or features.dtype=int8 for smaller files."
+        return f"{advice} {advise_more_workers(workers)}"
 
     def complete_batch(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; missing features are computed and cached."""

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError
+from dinoseg.utils.hashes import KEY_LENGTH
 
 Stored = Literal["float32", "float16", "bfloat16", "int8"]
 TYPES: tuple[Stored, ...] = get_args(Stored)
-KEY_LENGTH = 32
 MAX_BYTES = 2**30  # maximum size of a sample's file
 
 _CHECKSUM = 4  # bytes, of everything after it

@@ -18,10 +18,11 @@ import dinoseg
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.unlabelled import Unmasked
-from dinoseg.training.feature_cache.form import KEY_LENGTH
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import create_cache_dir, write_json
 from dinoseg.utils.cores import count_cores
+from dinoseg.utils.hashes import hash_of
+from dinoseg.utils.inheritance import overrides_both
 from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import join_names
 
@@ -62,11 +63,6 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
     return name
 
 
-def hash_of(*parts: object) -> str:
-    """Return a hash of numbers, strings, and tuples of them."""
-    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:KEY_LENGTH]
-
-
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of tensors: names, shapes, types and all values, in the given order."""
     named = list(tensors)
@@ -90,6 +86,7 @@ def code_hash(parts: Iterable[nn.Module], augment: Any = None) -> str:
     package = Path(dinoseg.__file__).parent
     for source in _SOURCES:
         files |= {*(package / source).rglob("*.py")} if not source.endswith(".py") else {package / source}
+    files = {path for path in files if path.exists()}  # an installation may lack packed data or videos
     contents = sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
     return hash_of(*contents, *((library, _version(library)) for library in _LIBRARIES))
 
@@ -100,12 +97,6 @@ def image_hash(data: SegmentationData, index: int) -> str:
         return data.image_hash(index)
     pixels = data[index]["image"].numpy()
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-
-
-def overrides_both(kind: type, name: str, other: str) -> bool:
-    """Return whether the class that overrides the method `other`, or a subclass of it, also overrides `name`."""
-    owner = next(base for base in kind.__mro__ if other in vars(base))
-    return any(name in vars(base) for base in kind.__mro__[: kind.__mro__.index(owner) + 1])
 
 
 def _tensor_hash(tensor: Tensor) -> str:

@@ -19,6 +19,7 @@ from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.opened import prepare_dataset
+from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.transforms import Affine, Augment
@@ -241,7 +242,7 @@ def test_masks_larger_than_their_image_are_refused(tmp_path, monkeypatch):
 def test_options_that_need_one_class_per_pixel_are_refused(tmp_path):
     write_overlaps(tmp_path, train=1)
     data = folder(tmp_path)
-    assert_refused(lambda: prepare_dataset(data, split="train", cache="packed"), "packed")
+    assert_refused(lambda: prepare_dataset(data, split="train", cache="packed", pack=pack), "packed")
     write_coco(tmp_path / "coco")
     given = {"kind": "coco", "classes": ["background", *CLASSES], "layers": True}
     assert_refused(lambda: annotated_dataset(tmp_path / "coco", "train", **given), "unlabelled")

@@ -19,8 +19,9 @@ from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, frozen_tensors
 from dinoseg.training.feature_cache import key
-from dinoseg.training.feature_cache.key import code_hash, hash_of, image_hash, origin, weights_hash
+from dinoseg.training.feature_cache.key import code_hash, image_hash, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
+from dinoseg.utils.hashes import hash_of
 
 PARTS = {"weights": "w1", "code": "c1", "type": "float16", "cut": "maps of blocks 2, 5"}
 
