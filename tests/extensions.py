@@ -17,6 +17,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinoseg"
 CONFIGS = PACKAGE / "cfg"
+PLUGINS = ROOT / "hydra_plugins"  # of sweeps
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ EXTENSIONS = {
     "slots": Extension(("models.heads.slots", "losses.feature_reconstruction", "losses.slot_contrast",
                         "losses.temporal_similarity", "tracking.slots", "tasks.clips"),
                        ("clips", "protocols", "tracking", "video_scores")),
-    "sweeps": Extension(("cli.sweeps", "modes.summary"), ("compare",)),
+    "sweeps": Extension(("cli.sweeps", "modes.summary"), ("compare",), ("hydra/sweeper/optuna",)),
     "tracking": Extension(("tracking", "modes.track", "experiment.trackers"), ("clips", "video")),
     "video": Extension(("data.video", "inference.video_file", "inference.video_run", "inference.video_writer",
                         "inference.frames", "data.formats.sarrarp", "data.formats.sarrarp_files")),
@@ -216,13 +217,20 @@ def needed_by(name: str) -> set[str]:
 
 def copy_without(gone: set[str], folder: Path) -> None:
     """Copy the package to a folder, without the modules and config files of some extensions."""
-    shutil.copytree(PACKAGE, folder / "dinoseg", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in (PACKAGE, PLUGINS):
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    if "sweeps" in gone:
+        # an empty module: without one, Python finds that of this repository, since all folders of the name count
+        (folder / "hydra_plugins/dinoseg.py").write_text("")
     for name, path in modules().items():
         if extension_of(name) in gone:
             (folder / path.relative_to(ROOT)).unlink()
     for name, path in config_files().items():
         if extensions_of_config(name) & gone:
             (folder / path.relative_to(ROOT)).unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()  # a group without options is none
 
 
 def _print_sizes() -> None:

@@ -5,7 +5,9 @@ The folder has data/ with images and masks. Printed is one line for each step.
 
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 SMALL = (  # a run of a second
     *("data=folder", "data.classes=[dark,bright]", "data.root=data", "data.batch_size=2", "resolution.crop=[32,48]"),
@@ -24,19 +26,40 @@ def run(*words: str) -> None:
 
 
 def compose_all() -> int:
-    """Compose each recipe that is left, for the first mode that reads its groups; return their number."""
+    """Compose each mode, dataset and recipe that is left; return their number.
+
+    A recipe is composed for the first mode that reads its groups.
+    """
     from dinoseg.__main__ import CONFIGS
     from dinoseg.api.compose import compose
     from dinoseg.config.options import options_in
     from dinoseg.utils.errors import UserError
 
-    recipes = options_in([Path(CONFIGS)], "hparam")
+    modes, datasets, recipes = (options_in([Path(CONFIGS)], group) for group in ("mode", "data", "hparam"))
+    for mode in modes:
+        check_targets(compose([f"mode={mode}"]))
+    for dataset in datasets:
+        check_targets(compose(["mode=eval", f"data={dataset}"]))
     for recipe in recipes:
         with suppress(UserError):
             compose(["mode=train", f"hparam={recipe}", "data.root=data"])
             continue
         compose(["mode=eval", f"hparam={recipe}", "data.root=data"])
-    return len(recipes)
+    return len(modes) + len(datasets) + len(recipes)
+
+
+def check_targets(cfg: Any) -> None:
+    """Check that the modules of a config's targets exist, and that its choices are options."""
+    from dinoseg.__main__ import CONFIGS
+    from dinoseg.config.plain import to_container, walk
+
+    for _, node in walk(to_container(cfg)):
+        target = node.get("_target_", "") if isinstance(node, dict) else ""
+        if target.startswith("dinoseg."):
+            assert find_spec(target.rpartition(".")[0]), target
+    for group, option in to_container(cfg)["choices"].items():
+        names = [option] if isinstance(option, str) else option or []
+        assert all((Path(CONFIGS, group.partition("@")[0]) / f"{name}.yaml").is_file() for name in names), group
 
 
 def use_whole_core() -> None:
@@ -68,7 +91,7 @@ def main() -> None:
     is_whole_core = "all" in sys.argv[2:]
     assert Path(dinoseg.__file__).is_relative_to(folder), dinoseg.__file__
     run("--help")
-    print("recipes", compose_all())
+    print("composed", compose_all())
     run("mode=train", *SMALL, *FAST, "trainer.steps=2", "hydra.run.dir=run")
     if is_whole_core:
         use_whole_core()

@@ -17,6 +17,7 @@ from dinoseg.config.plain import BUILDS, to_container, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, check_value
 
+CHOOSER = "chooser"  # root key of a recipe: the function that chooses another recipe, for the launcher alone
 _CONFIGS = Path(__file__).parents[1] / "cfg"
 _LAUNCH_VALUES = {  # annotations of keys of a mode that the launcher reads
     "resume_from": Literal["best", "last"] | None,
@@ -85,6 +86,7 @@ def _check_hidden(override: Override) -> None:
     hidden = [part for part in name.split(".") if part.startswith("_")]
     hidden += [str(steps[-1]) for steps, _ in walk(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]
     hidden += [key for key in FILE_KEYS if f"{name}.".startswith(f"mode.{key}.")]
+    hidden += [CHOOSER] if f"{name}.".startswith(f"{CHOOSER}.") else []
     if hidden:
         raise UserError(
             f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "

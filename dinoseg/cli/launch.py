@@ -14,10 +14,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.cli.job_checks import check_job
+from dinoseg.cli.job_checks import CHOOSER, check_job
 from dinoseg.cli.joined_ranks import has_other_ranks, is_first_rank, join_ranks
 from dinoseg.cli.ranks import run_ranks
 from dinoseg.cli.run_mode import run_mode, shortages_as_user_errors
+from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.auto_resume import Action, StartPoint
 from dinoseg.experiment.folder import LOG, RunFolder, has_results, remove_empty, write_origin
@@ -133,6 +134,8 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
             return PreparedJob(composed, read_result(run.path))
         whole = _take_checkpoint(composed, job.words, start, run)
         folder = start.folder or move_below_recipe(folder, composed.choices.hparam, whole.choices.hparam)
+    if CHOOSER in whole:  # records and ranks need the choices alone
+        whole = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != CHOOSER])
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
         run.move_to(folder)
         return PreparedJob(whole)
@@ -150,18 +153,17 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
 
 
 def _choose_recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
-    """Return the `ChosenRecipe` of `hparam=auto`; None for other recipes and resumed runs.
+    """Return what the function of `chooser` returns, with `cfg` and `write`; None without it and for resumed runs.
 
     Raises:
         UserError: nothing can be chosen.
     """
-    if cfg.choices.hparam != "auto" or cfg.resume not in (None, AUTO):  # a resumed run has its choices
+    if CHOOSER not in cfg or cfg.resume not in (None, AUTO):  # a resumed run has its choices
         return None
     if "trainer" not in cfg:
-        raise UserError(f"hparam=auto chooses a training, which mode={cfg.choices.mode} does not read. Leave it out.")
-    from dinoseg.cli.auto.recipe import choose_recipe
-
-    return choose_recipe(cfg, overrides)
+        given = f"hparam={cfg.choices.hparam}"
+        raise UserError(f"{given} chooses a training, which mode={cfg.choices.mode} does not read. Leave it out.")
+    return instantiate(cfg[CHOOSER])(cfg, overrides)
 
 
 def _find_start(cfg: DictConfig, typed: Sequence[Override], location: RunLocation, run: RunFolder) -> StartPoint:

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dinoseg.config import mistakes
 from dinoseg.config.expansion import DefaultsEntry, Expansion, merge, read_config, read_entry
-from dinoseg.config.options import list_groups
+from dinoseg.config.options import existing_choices, list_groups
 from dinoseg.config.plain import flatten, has_key, is_below, to_container, value_at
 
 SHIPPED = Path(__file__).parents[1] / "cfg"
@@ -82,7 +82,8 @@ def compose(
     expansion.check_used()
     single = {key: option for key, option in expansion.choices.items() if not isinstance(option, list)}
     whole["hydra"]["runtime"] = {"choices": single, "cwd": os.getcwd()}
-    choices = {key: option for key, option in expansion.choices.items() if key not in lists}
+    found = existing_choices(expansion.choices, searched)
+    choices = {key: option for key, option in found.items() if key not in lists}
     for group in sorted(lists):
         option = expansion.choices.get(group) or []
         choices[group] = [option] if isinstance(option, str) else option

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.composition import SHIPPED, Value, expand_short_forms
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.mistakes import unknown_option
-from dinoseg.config.options import is_group, list_groups
+from dinoseg.config.options import existing_choices, is_group, list_groups
 from dinoseg.config.plain import to_container
 
 SEARCH_PATH = "hydra.searchpath"
@@ -34,10 +34,11 @@ def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     folders = [_folder(source["schema"], source["path"]) for source in hydra.runtime["config_sources"]]
     own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
     # Hydra does not record lists of options; each file of these groups has a key of its own name
-    lists = sorted(list_groups([SHIPPED, *map(Path, filter(None, own))]))
+    searched = [SHIPPED, *map(Path, filter(None, own))]
+    lists = sorted(list_groups(searched))
     listed = {group: [*(job.get(group) or ())] for group in lists}
     chosen = {group: option for group, option in hydra.runtime["choices"].items() if not group.startswith("hydra/")}
-    choices = {**chosen, **listed}
+    choices = {**existing_choices(chosen, searched), **listed}
     whole = {**decode_keys(job), "choices": choices, "config_dirs": own}
     return expand_short_forms(OmegaConf.create(whole), keys_with_values(typed))
 

@@ -1,12 +1,13 @@
 """Instantiation of config nodes: the only caller of hydra's instantiate; imports no torch."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
+from hydra.utils import get_method
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,6 +66,18 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
     factory = Factory(part.func, *part.args, **part.keywords)
     factory.keys = keys
     return factory
+
+
+def import_function(name: str, key: str) -> Callable[..., Any]:
+    """Return the function of a dotted name in a config file.
+
+    Raises:
+        UserError: it cannot be imported, naming the key.
+    """
+    try:
+        return get_method(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{key}: {name} cannot be imported ({error}). Correct it in the YAML file.") from error
 
 
 def argument_keys(node: Any) -> dict[str, str]:

@@ -78,6 +78,25 @@ def is_group(folders: Iterable[Path], name: str) -> bool:
     return any(os.path.isdir(folder / name) for folder in folders)  # False for a name that no folder can have
 
 
+def has_options(folders: Sequence[Path], command: str) -> bool:
+    """Return whether the folders have each option that a command line names; an extension may have been deleted."""
+    words = [word.split("=", 1) for word in command.split() if "=" in word]
+    named = [(group, option) for group, options in words if is_group(folders, group) for option in options.split(",")]
+    return all(option in options_in(folders, group) for group, option in named)
+
+
+def existing_choices(choices: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the choices of options that exist: a defaults list names others as `optional`, such as `local: default`.
+
+    A checkpoint that stored them could not be resumed, since nothing has their group.
+    """
+
+    def exists(group: str, option: str) -> bool:
+        return any((folder / group.partition("@")[0] / f"{option}.yaml").is_file() for folder in folders)
+
+    return {group: option for group, option in choices.items() if not isinstance(option, str) or exists(group, option)}
+
+
 def choices_of(choices: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     """Return the chosen options of the groups, nested ones included, that fill some root keys of a config."""
     return {group: option for group, option in choices.items() if root_of(group) in keys}

@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from dinoseg.config.nodes import instantiate, not_set
+from dinoseg.config.nodes import import_function, instantiate, not_set
+from dinoseg.config.plain import to_container
 from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import KeyNotSet, UserError
 from dinoseg.utils.wording import join_names
@@ -36,7 +37,8 @@ def register_resolvers() -> None:
 
     - `${dinoseg.len:${.classes}}` is the length of a list.
     - `${dinoseg.class_file:KEY}` is the value of a key in `classes.yaml`. With `${dinoseg.class_file:KEY,shapes}`, the
-      annotation files replace an absent `classes.yaml`.
+      annotation files replace an absent `classes.yaml`; `${dinoseg.class_file:classes,MODULE.FUNCTION}` names the
+      function that reads the classes there.
     - `${dinoseg.cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training
       crop; null if the patch size is null.
     - `${dinoseg.now:%H-%M}` is the time, as that of `now` in Hydra.
@@ -83,7 +85,8 @@ def _is_of_file(value: Any) -> bool:
 def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
     """Return the value of a key in `classes.yaml` in `data.root`; if `data.classes` is given, the file is not read.
 
-    Without the file, and with masks drawn from `shapes`, the labels of the shapes are the classes.
+    Without the file, and with masks drawn from `shapes`, the labels of the shapes are the classes: for `classes`,
+    `shapes` names the function that reads them.
     """
     from dinoseg.data.classes.file import CLASS_FILE, LABELS, NOT_DESCRIBED
 
@@ -101,7 +104,7 @@ def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
             )
         return described[key]
     if shapes and key in ("classes", "background") and root is not None:
-        return _classes_of_labels(data, Path(str(root)).expanduser()) if key == "classes" else _ground(data)
+        return _classes_of_labels(data, root, shapes) if key == "classes" else _ground(data)
     if key in NOT_DESCRIBED:
         return NOT_DESCRIBED[key]
     if shapes:
@@ -144,23 +147,22 @@ def _ground(data: DictConfig) -> str | None:
     return None if data.unlabelled == "ignore" else data.unlabelled
 
 
-def _classes_of_labels(data: DictConfig, root: Path) -> list[str]:
-    """Return the class of unlabelled pixels, if any, and the labels that are not mapped to another class."""
-    from dinoseg.data.formats.annotation_files import KINDS, AnnotationLayout, labels_below
-
-    values = OmegaConf.to_container(data.reader.layout, resolve=True)
-    assert isinstance(values, dict)
-    layout = AnnotationLayout(**{str(key): value for key, value in values.items() if key != "_target_"})
-    named, grouped = data.reader.shapes.labels or {}, bool(data.reader.shapes.get("grouped"))
+def _classes_of_labels(data: DictConfig, root: str, function: str) -> list[str]:
+    """Return the classes that a function reads from annotation files; see `annotation_files.classes_of_labels`."""
+    layout, shapes = data.reader.layout, data.reader.shapes
     try:
-        labels = [
-            label for label in labels_below(KINDS[data.kind], root, layout, grouped=grouped) if label not in named
-        ]
+        return list(
+            import_function(function, "data.classes")(
+                Path(str(root)).expanduser(),
+                kind=data.kind,
+                layout={key: value for key, value in to_container(layout, resolve=True).items() if key != "_target_"},
+                labels=[*(shapes.labels or ())],
+                grouped=bool(shapes.get("grouped")),
+                background=_ground(data),
+            )
+        )
     except UserError as error:
         raise _Unmet(str(error)) from None
-    if pointer := next((label for label in labels if "${" in label), None):
-        raise _Unmet(f"The label {pointer} would be read as a reference to a key. Rename it, or map it to a class.")
-    return list(dict.fromkeys([*filter(None, [_ground(data)]), *labels]))
 
 
 def _read_class_file(path: Path, ignore_index: int) -> Mapping[str, Any] | None:

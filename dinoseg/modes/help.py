@@ -9,14 +9,15 @@ from typing import Any
 
 import yaml
 
-from dinoseg.config.options import config_folders, groups_of, option_files, options_in
+from dinoseg.config.options import config_folders, groups_of, has_options, option_files, options_in
 
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
-COMMANDS = """\
+USAGE = """\
 dinoseg turns DINO backbones into segmenters. Docs: docs/index.md; first steps: docs/first_training.md.
 
 usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE ...]
-
+"""
+COMMANDS = """\
   python -m dinoseg mode=doctor data=folder data.root=DIR data.classes=[background,leaf]
                                                                      validate your own dataset
   python -m dinoseg mode=train hparam=auto budget.minutes=30 data=folder data.root=DIR data.classes=[background,leaf]
@@ -48,8 +49,6 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg head=mlp --help                                  keys of an option
   python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         print the composed config
   python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
-
-Groups and their options (choose with GROUP=OPTION):
 """
 _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
     "trainer/supervised": (
@@ -76,14 +75,20 @@ def overview(further: Sequence[Path] = ()) -> str:
     Args:
         further: further folders of config groups, in addition to the shipped one.
     """
-    lines = []
+    lines = [USAGE, *_commands(), "", "Groups and their options (choose with GROUP=OPTION):"]
     indent = " " * (_COLUMN + 2)
     for name in sorted({path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/**/*.yaml")}):
         if name.partition("/")[0] not in ("hydra", "local", "runtime"):  # no mode composes these
             start = f"  {name + ':':{_COLUMN - 1}} "
             options = " ".join(options_in((CONFIGS, *further), name))
             lines += wrap(options, 110, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
-    return COMMANDS + "\n".join(lines)
+    return "\n".join(lines)
+
+
+def _commands() -> list[str]:
+    """Return the commands whose options exist."""
+    commands = re.findall(r"^  .*(?:\n {15}.*)?$", COMMANDS, re.MULTILINE)  # some take two lines
+    return [command for command in commands if has_options([CONFIGS], command)]
 
 
 def help_for(arguments: Sequence[str]) -> str:
@@ -122,7 +127,7 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
         mode: option of the group mode.
         folders: of config groups.
     """
-    commands = re.findall(rf"^ .*mode={mode} .*(?:\n {{15}}.*)?$", COMMANDS, re.MULTILINE)  # some take two lines
+    commands = [command for command in _commands() if f"mode={mode} " in command]
     files = [path for path in option_files(folders, "mode", mode) if not path.stem.startswith("_")]
     lines = ["\n".join(commands), "", f"Keys of mode={mode} and their defaults:", *_key_lines(files, "mode")]
     # options of a group with the mode's name, such as the formats of mode=export

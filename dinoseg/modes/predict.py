@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.config.composition import SHIPPED
 from dinoseg.config.nodes import expect_type
+from dinoseg.config.options import has_options
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.sources import first_file, has_own_file
 from dinoseg.core.task import Task, refuse_layers
@@ -300,6 +302,14 @@ def _log(what: str, passed: Throughput, count: str) -> None:
         logger.info("%s: %s", what, report)
 
 
+def _score_line(run: ImageRun, reference: Path | None, layers: Sequence[str]) -> str:
+    """Return the command that scores the masks of a run."""
+    protocol = ("protocol=multilabel",) if layers else ()
+    words = ("mode=score", *protocol, f"prediction={run.folder}", f"reference={reference or 'FOLDER'}")
+    names = "" if reference else "  # FOLDER: masks of the same names"
+    return f"score them:   python -m dinoseg {shlex.join(words)}{names}"
+
+
 def _summary_lines(
     run: ImageRun,
     totals: Mapping[str, Any],
@@ -314,11 +324,9 @@ def _summary_lines(
         if run.masks is not None:
             count = count_of(run.count, "PNG")
             files = f"/CLASS, {count} of 0 and 1 for each class" if layers else f", {count} of class ids"
-            protocol = ("protocol=multilabel",) if layers else ()
             yield f"masks:        {run.masks}{files}"
-            words = ("mode=score", *protocol, f"prediction={run.folder}", f"reference={reference or 'FOLDER'}")
-            names = "" if reference else "  # FOLDER: masks of the same names"
-            yield f"score them:   python -m dinoseg {shlex.join(words)}{names}"
+            if has_options([SHIPPED], "mode=score"):
+                yield _score_line(run, reference, layers)
     if run.count and outputs:
         yield f"also:         {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):

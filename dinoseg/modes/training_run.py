@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import folder_words
+from dinoseg.config.options import has_options
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
@@ -317,13 +319,19 @@ def _warn_of_other_sizes(build: Builder) -> None:
 
 
 def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool) -> list[str]:
-    """Return a line for each command that uses a finished training, and for the one that advises on its data."""
+    """Return a line for each command that uses a finished training, and for the one that advises on its data.
+
+    Commands of extensions that are not installed are left out.
+    """
+    folders = [SHIPPED, *map(Path, config_dirs)]
     uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
     resume = shlex.quote(f"resume={run}")
     own = shlex.join(folder_words(config_dirs))
-    commands = (f"python -m dinoseg {use.format(resume)} {own}".rstrip() for use in ("mode=eval {}", *uses))
-    lines = ["next:", *(f"  {command}" for command in commands)]
-    return lines if on_clips else [*lines, "data advice:  mode=doctor with the same data settings"]
+    there = [use for use in ("mode=eval {}", *uses) if has_options(folders, use)]
+    lines = ["next:", *(f"  python -m dinoseg {use.format(resume)} {own}".rstrip() for use in there)]
+    if not on_clips and has_options(folders, "mode=doctor"):
+        lines.append("data advice:  mode=doctor with the same data settings")
+    return lines
 
 
 def _read_start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, SegmentationModel]:

@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
-from dinoseg.config.options import options_of
+from dinoseg.config.options import existing_choices, has_options, options_of
 from dinoseg.modes import help as mode
 
 FILES = [path for path in Path(CONFIGS).glob("*/*.yaml") if path.parent.name not in ("hydra", "local", "runtime")]
@@ -62,6 +62,17 @@ def test_training_help_lists_keys_of_groups_and_commands(compose):
         assert yaml.safe_load(value) == OmegaConf.select(cfg, key), line
     assert any("choose a recipe for it, and train that" in line for line in lines)
     assert "Keys of other groups" not in mode.of_mode("eval")
+
+
+def test_commands_of_modes_that_were_deleted_are_not_shown(tmp_path, monkeypatch):
+    for name in ("train", "eval"):
+        (tmp_path / "mode").mkdir(exist_ok=True)
+        (tmp_path / f"mode/{name}.yaml").write_text("")
+    assert has_options([tmp_path], "mode=eval resume=a=b") and not has_options([tmp_path], "mode=export resume=RUN")
+    choices = {"mode": "eval", "protocol@mode.scorer": "_scorer", "local": "default", "metric": ["nsd"], "data": None}
+    assert existing_choices(choices, [tmp_path]) == {"mode": "eval", "metric": ["nsd"], "data": None}
+    monkeypatch.setattr(mode, "CONFIGS", tmp_path)
+    assert "mode=eval" in mode.overview() and "mode=export" not in mode.overview()
 
 
 def keys_of(text):

@@ -1,9 +1,10 @@
 """Lookup and parsing of annotation files below a folder; imports no torch."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dinoseg.data.annotation.coco import read_coco
 from dinoseg.data.annotation.entry import LARGEST_FILE, Annotations, Entry
@@ -152,6 +153,36 @@ def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: b
             break
     held = (read_annotations(kind, path, grouped=grouped) for path in places)
     return list(dict.fromkeys(label for annotations in held for label in annotations.labels))
+
+
+def classes_of_labels(
+    root: Path,
+    *,
+    kind: str,
+    layout: Mapping[str, Any],
+    labels: Collection[str],
+    grouped: bool = False,
+    background: str | None = None,
+) -> list[str]:
+    """Return the classes of annotation files: that of unlabelled pixels, and the labels that are no other class.
+
+    Args:
+        root: folder of the data.
+        kind: of the files, coco or labelme.
+        layout: arguments of `AnnotationLayout`.
+        labels: that are mapped to a class or ignored.
+        grouped: replace labels by their groups.
+        background: class of unlabelled pixels; None: they are ignored.
+
+    Raises:
+        UserError: there is no file, one cannot be read, or a label holds an interpolation.
+    """
+    found = labels_below(KINDS[kind], root, AnnotationLayout(**layout), grouped=grouped)
+    names = [label for label in found if label not in labels]
+    pointer = next((name for name in names if "${" in name), None)
+    if pointer is not None:
+        raise UserError(f"The label {pointer} would be read as a reference to a key. Rename it, or map it to a class.")
+    return list(dict.fromkeys([*filter(None, [background]), *names]))
 
 
 def _insert_split(pattern: str, name: str) -> str:

@@ -133,6 +133,8 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
     third = call(folder, "mode=train", "hparam=auto", f"resume={run}", "trainer.steps=6", *machine)
     assert third.status == 0 and "hparam=auto:" not in third.out, third.err
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["batch_size"] == 2
+    configs = [OmegaConf.load(path) for path in run.glob("config*/config.yaml")]
+    assert len(configs) == 3 and not any("chooser" in cfg for cfg in configs)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,7 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
         ("trainer.accumulate=0", "trainer.accumulate=0 is out of range"),
         ("resolution.crop=[x,y]", "resolution.crop=['x', 'y'] is of type list of str"),
         ("budget.minutes=null", "budget.minutes=null"),
+        ("+chooser.words=[]", "chooser can be set in config files only"),
         ("hparam=base budget.minutes=3", "Options that have it: hparam=auto."),
         ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
         ("trainer=slots", "not for trainer=slots"),
