@@ -12,7 +12,7 @@ CONFIGS = ("cfg", "_cfg")  # what a config is called
 BUILDERS = ("ModelBuilder", "Builder", "ModelSource")
 BUILDER = ("value", "part", "settings", "digest", "arguments")  # methods of a builder that take full keys
 WHOLE = ("part", "settings", "digest")  # those of them that read all that the node says
-CALLED = {"build", "_build", "builder", "parts", "source"}  # what a builder is called; in its own modules also:
+CALLED = {"builder", "_builder", "parts", "source"}  # what a builder is called; in its own modules also:
 INSIDE = {"self", "each"}
 
 

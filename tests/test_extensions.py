@@ -29,7 +29,7 @@ CORE_CONFIGS = (  # what a first training, evaluation and prediction compose
     *("loss/cross_entropy", "optim/adamw", "trainer/supervised", "inference/auto", "engine/auto", "task/semantic"),
     *("logger/tensorboard", "metric/boundary_iou", "export/safetensors"),
 )
-LARGEST_CORE = 0  # statements
+LARGEST_CORE = 9_900  # statements that `modes/train.py` imports
 
 
 def test_the_table_names_modules_that_exist_and_has_no_circles():

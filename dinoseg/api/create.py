@@ -102,18 +102,18 @@ def create_model(
         if no_effect:
             raise UserError(no_effect)
         with preserve_global_state(), lend_objects(objects):
-            build = ModelBuilder(cfg)
-            labels = _read_labels(build, num_classes)
-            model, strategy = build.model().to("cpu"), build.part("inference")
+            builder = ModelBuilder(cfg)
+            labels = _read_labels(builder, num_classes)
+            model, strategy = builder.model().to("cpu"), builder.part("inference")
             if init is not None:
-                check_initial(build, model)
-                load_initial_weights(build, model, list(labels.classes))
+                check_initial(builder, model)
+                load_initial_weights(builder, model, list(labels.classes))
             if objects and model.head.slots is None:
                 check_fit(model, len(labels.classes))
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
-        facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=build.pixels.as_dict())
-        return Segmenter(model, facts, build.config, info={}, strategy=strategy).train()
+        facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=builder.pixels.as_dict())
+        return Segmenter(model, facts, builder.config, info={}, strategy=strategy).train()
 
 
 def _no_effect(overrides: Mapping[str, Any]) -> str:
@@ -149,11 +149,11 @@ def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
         return weights
 
 
-def _read_labels(build: ModelBuilder, num_classes: int | None) -> Labels:
+def _read_labels(builder: ModelBuilder, num_classes: int | None) -> Labels:
     """Return the classes; refuse a single one where each pixel has one class."""
-    if not build.task.has_layers:
-        whole_number(len(build.labels.classes), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
-    return build.labels
+    if not builder.task.has_layers:
+        whole_number(len(builder.labels.classes), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
+    return builder.labels
 
 
 def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] | None:

@@ -13,7 +13,7 @@ from dinoseg.utils.errors import UserError
 
 
 def evaluate_tracking(
-    build: Builder,
+    builder: Builder,
     out_dir: Path,
     split: str,
     supervision: str | None,
@@ -26,7 +26,7 @@ def evaluate_tracking(
     """Track the objects of a split's videos, and return the scores of their masks.
 
     Args:
-        build: of the whole config.
+        builder: of the whole config.
         out_dir: the run folder, for all files.
         split: train, val or test.
         supervision: `first_frame`, `none`, or None for the data set's default.
@@ -38,13 +38,13 @@ def evaluate_tracking(
     Raises:
         UserError: the config does not fit, see `evaluate_videos`.
     """
-    trained = load_trained(build) if is_trained(build) else None
+    trained = load_trained(builder) if is_trained(builder) else None
     options = TrackingOptions(metrics_only=metrics_only, official=official, restart=restart, report=report)
-    return track_split(build, trained, out_dir, split, supervision, options)
+    return track_split(builder, trained, out_dir, split, supervision, options)
 
 
 def track_split(
-    build: Builder,
+    builder: Builder,
     trained: Trained | None,
     out_dir: Path,
     split: str,
@@ -52,18 +52,18 @@ def track_split(
     options: TrackingOptions,
 ) -> dict[str, Any]:
     """Track the objects with the slots of a trained model, or with the backbone alone; see `evaluate_tracking`."""
-    if trained is None and chosen_supervision(build, supervision or "first_frame") == "none":
+    if trained is None and chosen_supervision(builder, supervision or "first_frame") == "none":
         raise UserError(
             "mode.supervision=none needs a model that finds objects without masks: set resume=RUN of one with "
             "head=slots. Without resume, masks of first frames are propagated (mode.supervision=first_frame)."
         )
-    if metrics := build.value("metric"):
+    if metrics := builder.value("metric"):
         raise UserError(f"metric=[{','.join(metrics)}] scores images, not tracked objects. Leave it out.")
-    data = benchmark_videos(build, split, supervision or ("first_frame" if trained is None else None))
+    data = benchmark_videos(builder, split, supervision or ("first_frame" if trained is None else None))
     if trained is not None and trained.model.head.slots is not None:
         num_slots = trained.model.head.slots.num_slots
-        lock_on = bool(build.value("slots.lock_on"))
+        lock_on = bool(builder.value("slots.lock_on"))
         check_slots(data, num_slots, lock_on=lock_on, official=options.official)
-    engine = build.engine() if trained is None else trained.engine
-    make_tracker = tracker_maker(build, engine, trained, batch_size=engine.images_at_once())
-    return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance_of(build, out_dir))
+    engine = builder.engine() if trained is None else trained.engine
+    make_tracker = tracker_maker(builder, engine, trained, batch_size=engine.images_at_once())
+    return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance_of(builder, out_dir))

@@ -46,16 +46,16 @@ class BenchmarkVideos:
     skip: bool
 
 
-def chosen_supervision(build: Builder, supervision: str | None) -> str:
+def chosen_supervision(builder: Builder, supervision: str | None) -> str:
     """Return the supervision of a tracker: `supervision` if given, else the default of the data set.
 
     Raises:
         UserError: the supervision is unknown, or the data set has no masks.
     """
-    tracking = build.value("data.tracking")
+    tracking = builder.value("data.tracking")
     if tracking is None:
         raise UserError(
-            f"data={build.options['data']} has no masks of objects, which mode=eval needs as prompts and references. "
+            f"data={builder.options['data']} has no masks of objects, which mode=eval needs as prompts and references. "
             "Choose data=davis2016, davis2017, youtube_vos or movi; mode=track follows objects through videos of your "
             "own."
         )
@@ -65,11 +65,11 @@ def chosen_supervision(build: Builder, supervision: str | None) -> str:
     return supervision
 
 
-def benchmark_videos(build: Builder, split: str, supervision: str | None) -> BenchmarkVideos:
+def benchmark_videos(builder: Builder, split: str, supervision: str | None) -> BenchmarkVideos:
     """Return the videos of a split for tracking.
 
     Args:
-        build: of the whole config; `data` is read.
+        builder: of the whole config; `data` is read.
         split: train, val or test.
         supervision: `first_frame`, `none`, or None for the data set's default.
 
@@ -78,15 +78,15 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
             for the supervision.
     """
     check_split(split)
-    supervision = chosen_supervision(build, supervision)
-    data = build.value("data")
+    supervision = chosen_supervision(builder, supervision)
+    data = builder.value("data")
     protocol = None
     tracking = data.tracking
     if (node := tracking.protocols[supervision]) is not None:
         key = f"data.tracking.protocols.{supervision}"
         protocol = expect_type(ScoreProtocol, instantiate(node), key)  # type: ignore[type-abstract]
     annotations = {} if protocol is None or protocol.annotations is None else {"annotations": protocol.annotations}
-    videos = _videos(build.with_changes({"data": annotations}), split)
+    videos = _videos(builder.with_changes({"data": annotations}), split)
     prompts = "none"
     if supervision != "none":
         if not any(video.masks for video in videos):
@@ -98,14 +98,14 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
     written = None
     annotated = to_container(tracking.written)
     if any(data[key] != value for key, value in annotated.items()):
-        annotated_videos = _videos(build.with_changes({"data": annotated}), split)
+        annotated_videos = _videos(builder.with_changes({"data": annotated}), split)
         written = {video.name: set(video.frame_names) for video in annotated_videos}
     source = {key: to_container(data.clips[key], resolve=True) for key in ("layout", "partition")}
-    if (side := build.value("data.clips.eval_square")) is not None:
+    if (side := builder.value("data.clips.eval_square")) is not None:
         source["eval_square"] = side
     source["layout"]["root"] = str(Path(source["layout"]["root"]).expanduser().resolve())  # the same from any folder
     return BenchmarkVideos(
-        name=build.options["data"],
+        name=builder.options["data"],
         split=split,
         source={"split": split, **source},
         videos=videos,
@@ -114,12 +114,12 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
         protocol=protocol,
         folder=tracking.folder,
         written=written,
-        skip=build.skips_faulty_files,
+        skip=builder.skips_faulty_files,
     )
 
 
-def _videos(build: Builder, split: str) -> list[Video]:
-    check_rgb(build.pixels, f"data={build.options['data']}")
-    videos = select_split(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
-    side = None if split == "train" else build.value("data.clips.eval_square")
+def _videos(builder: Builder, split: str) -> list[Video]:
+    check_rgb(builder.pixels, f"data={builder.options['data']}")
+    videos = select_split(builder.part("data.clips.layout"), split, builder.part("data.clips.partition"))
+    side = None if split == "train" else builder.value("data.clips.eval_square")
     return videos if side is None else [replace(video, square=side) for video in videos]

@@ -24,12 +24,15 @@ _BASE = ".base_layer."  # part of the names of the original tensors of a layer w
 
 
 def load_initial_weights(
-    build: ModelBuilder, model: SegmentationModel, classes: list[str], share: Callable[[Any], Any] = lambda value: value
+    builder: ModelBuilder,
+    model: SegmentationModel,
+    classes: list[str],
+    share: Callable[[Any], Any] = lambda value: value,
 ) -> None:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
     Args:
-        build: of the whole config, for which `has_initial` is True.
+        builder: of the whole config, for which `has_initial` is True.
         model: as built, on the CPU.
         classes: class names of the data.
         share: broadcasts a value from rank 0.
@@ -38,10 +41,10 @@ def load_initial_weights(
         UserError: the run does not exist, nothing of it fits, backbone weights that it trained would be left out, or
             ranks read different checkpoints of it.
     """
-    init = build.value("init")
+    init = builder.value("init")
     offered = _read_init_run(init, checkpoint.outline)
     fitting, left = _select_tensors(init, model, offered)
-    _check_head(build, model, offered, fitting)
+    _check_head(builder, model, offered, fitting)
     # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _checkpoint_tensors(model, offered) if name not in left}
     saved = _read_init_run(init, partial(checkpoint.read, only=room))
@@ -54,40 +57,40 @@ def load_initial_weights(
     if Path(init).expanduser().is_dir():
         logger.info("init=%s: reading %s.", init, saved.path)
     taken, _ = _select_tensors(init, model, saved)
-    _check_frozen(init, model, saved, build.config)
-    _check_scale(init, saved, build.settings("adapter"))
+    _check_frozen(init, model, saved, builder.config)
+    _check_scale(init, saved, builder.settings("adapter"))
     model.load_state_dict(taken, strict=False)
     _log_loaded(init, model, saved, taken, left, classes)
 
 
-def has_initial(build: ModelBuilder) -> bool:
+def has_initial(builder: ModelBuilder) -> bool:
     """Return whether a run is new and starts from the weights of another run.
 
     Raises:
         UserError: the recipe requires such a run, and none is named.
     """
-    if build.resume is not None:
+    if builder.resume is not None:
         return False
-    init = build.value("init")
+    init = builder.value("init")
     if str(init).startswith(_NEEDED):
         recipe = str(init).removeprefix(_NEEDED)
         raise UserError(
-            f"hparam={build.options['hparam']} starts from the weights of a run with hparam={recipe}: train that one "
+            f"hparam={builder.options['hparam']} starts from the weights of a run with hparam={recipe}: train that one "
             "first. Then set init=RUN, its run folder; or init=null to start without."
         )
     return init is not None
 
 
-def check_initial(build: ModelBuilder, model: SegmentationModel) -> None:
+def check_initial(builder: ModelBuilder, model: SegmentationModel) -> None:
     """Run the checks of `load_initial_weights` that need only names and shapes; the model may be on the meta device."""
-    init = build.value("init")
+    init = builder.value("init")
     if model.head.init is not None:
         raise UserError(
             f"init={init} and head.init={model.head.init} both set the initial weights of the head. Leave one out."
         )
     offered = _read_init_run(init, checkpoint.outline)
     fitting, _ = _select_tensors(init, model, offered)
-    _check_head(build, model, offered, fitting)
+    _check_head(builder, model, offered, fitting)
 
 
 def _read_init_run(init: Any, read: Callable[..., Checkpoint]) -> Checkpoint:
@@ -133,7 +136,7 @@ def _select_tensors(init: str, model: SegmentationModel, saved: Checkpoint) -> t
 
 
 def _check_head(
-    build: ModelBuilder, model: SegmentationModel, offered: Checkpoint, fitting: Mapping[str, Tensor]
+    builder: ModelBuilder, model: SegmentationModel, offered: Checkpoint, fitting: Mapping[str, Tensor]
 ) -> None:
     """Refuse a checkpoint without a tensor of the model's head, unless its head differs in the number of classes only.
 
@@ -143,9 +146,9 @@ def _check_head(
         {name for name in names if name.startswith("head.")}
         for names in ([name for _, name, _ in _checkpoint_tensors(model, offered)], trained_names(model))
     )
-    if theirs.isdisjoint(fitting) and (theirs != ours or len(build.labels.classes) == len(offered.info["classes"])):
+    if theirs.isdisjoint(fitting) and (theirs != ours or len(builder.labels.classes) == len(offered.info["classes"])):
         raise UserError(
-            f"init={build.value('init')}: its {count_of(len(offered.part('model')), 'tensor')} do not match this "
+            f"init={builder.value('init')}: its {count_of(len(offered.part('model')), 'tensor')} do not match this "
             "model's head. Use the head and the backbone of its config, or leave init out."
         )
 

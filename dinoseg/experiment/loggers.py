@@ -15,20 +15,20 @@ _REMEDY = (
 )
 
 
-def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
+def logger_factories(builder: ModelBuilder) -> dict[str, LoggerFactory]:
     """Return a function for each logger of a config, by name, that opens it for a run.
 
     Raises:
         UserError: a config node makes no logger, holds credentials, or needs a package that is not installed. The class
             is only known when the function is called.
     """
-    check_credentials(build.value("logger"))
-    return {str(name): _factory(build, f"logger.{name}") for name in build.value("logger") or ()}
+    check_credentials(builder.value("logger"))
+    return {str(name): _factory(builder, f"logger.{name}") for name in builder.value("logger") or ()}
 
 
-def _factory(build: ModelBuilder, key: str) -> LoggerFactory:
+def _factory(builder: ModelBuilder, key: str) -> LoggerFactory:
     with type_errors_as_user_errors(key, _REMEDY):
-        factory = build.part(key)
+        factory = builder.part(key)
         # here, since a TypeError inside the constructor drops the logger, but one of its arguments ends the run
         signature(factory).bind(Path(), start_step=0)
     target = factory.func if isinstance(factory, partial) else factory

@@ -33,21 +33,21 @@ class Provenance:
     score: str | None
 
 
-def provenance_of(build: ModelBuilder, out_dir: Path, best: Path | None = None) -> Provenance:
+def provenance_of(builder: ModelBuilder, out_dir: Path, best: Path | None = None) -> Provenance:
     """Return the provenance of an evaluation into `out_dir`, or of the evaluation of `best` that ends a training."""
     folder, training = out_dir, None
     if best is not None:
         folder = training = best.parent.parent
-    elif build.resume is not None:
-        training = Path(build.resume).parent.parent
-    root = build.value("data").get("root")
+    elif builder.resume is not None:
+        training = Path(builder.resume).parent.parent
+    root = builder.value("data").get("root")
     return Provenance(
-        choices={str(group): str(option) for group, option in build.options.items()},
-        config=build.yaml,
+        choices={str(group): str(option) for group, option in builder.options.items()},
+        config=builder.yaml,
         root="" if root is None else str(Path(str(root)).expanduser().resolve()),
-        group=build.value("data.group"),
-        model=str(best or build.resume or to_container(build.value("head")).get("weights")),
+        group=builder.value("data.group"),
+        model=str(best or builder.resume or to_container(builder.value("head")).get("weights")),
         folder=folder,
         training=training,
-        score=build.value("trainer.score"),
+        score=builder.value("trainer.score"),
     )

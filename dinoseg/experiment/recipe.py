@@ -29,10 +29,10 @@ SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint 
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every", "score")
 
 
-def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dict[str, Any]:
+def run_description(builder: ModelBuilder, data: SegmentationData | Labels) -> dict[str, Any]:
     """Return the description that a run's checkpoints store in addition to their progress."""
     return {
-        **config_description(build),
+        **config_description(builder),
         "classes": list(data.classes),
         "palette": [list(colour) for colour in data.palette],
         "ignore_index": data.ignore_index,
@@ -40,23 +40,23 @@ def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dic
     }
 
 
-def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def config_description(builder: ModelBuilder, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the part of the description that depends only on the config.
 
     Args:
-        build: of the whole config.
+        builder: of the whole config.
         info: description of the checkpoint that the config comes from, for groups of which it holds only values.
 
     Raises:
         UserError: see `describe`; or a group has no option, which no checkpoint could store.
     """
-    held = build.config.get(VALUES_ONLY, ())
-    unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
-    saved = [key for key in SAVED if key not in unsaid and build.config.get(key) is not None]
-    description = describe(build.cfg, saved)
+    held = builder.config.get(VALUES_ONLY, ())
+    unsaid = () if builder.value("loss.class_weights") is None else (FOLLOWING,)
+    saved = [key for key in SAVED if key not in unsaid and builder.config.get(key) is not None]
+    description = describe(builder.cfg, saved)
     config, choices, targets = (description[part] for part in ("config", "choices", "targets"))
     if held and info is not None:
-        config |= {group: {key: build.config[group][key] for key in info["config"][group]} for group in held}
+        config |= {group: {key: builder.config[group][key] for key in info["config"][group]} for group in held}
         targets |= {place: name for place, name in info["targets"].items() if place.split(".")[0] in held}
     if empty := [group for group, option in choices.items() if option is None]:
         raise UserError(
@@ -67,11 +67,11 @@ def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = Non
     for key in (TEACHER, INITIAL):
         if key in config:
             config[key] = absolute(config[key])
-    exact = build.value("engine.precision") == "fp32"  # half precisions depend on the machine
+    exact = builder.value("engine.precision") == "fp32"  # half precisions depend on the machine
     return {
         **({PRECISION: "fp32"} if exact else {}),
         "config": {key: config[key] for key in saved},
-        "choices": {"hparam": build.options["hparam"], **dict(sorted(choices.items()))},
+        "choices": {"hparam": builder.options["hparam"], **dict(sorted(choices.items()))},
         "targets": dict(sorted(targets.items())),
         "folder": str(Path.cwd()),
     }

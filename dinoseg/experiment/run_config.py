@@ -54,11 +54,11 @@ def config_of(text: str) -> dict[str, Any]:
     return config
 
 
-def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> SegmentationData:
+def open_saved_data(builder: Builder, folder: Path, *, root: str, split: str) -> SegmentationData:
     """Return the data set of an evaluation, built from its saved config under the rules for checkpoint configs.
 
     Args:
-        build: of the config composed from the command line.
+        builder: of the config composed from the command line.
         folder: folder of the evaluation.
         root: folder of the data set, as the evaluation recorded it.
         split: train, val or test.
@@ -70,9 +70,9 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
     try:
         config = as_read_back(config_of(config_text(path)))
         config["data"]["root"] = root
-        source = Source(str(path), build.config.get("config_dirs", ()), parse_trust(build.config["trust"]))
+        source = Source(str(path), builder.config.get("config_dirs", ()), parse_trust(builder.config["trust"]))
         description = description_of(config, ("seed", "resolution", "data", "task"), source)
-        return Builder.of({**build.config, **compose_stored(description, source)}).dataset(split)
+        return Builder.of({**builder.config, **compose_stored(description, source)}).dataset(split)
     except BROKEN as error:
         raise UserError(f"{path} does not define the dataset ({error}).") from None
 

@@ -14,15 +14,15 @@ from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.wording import format_override
 
 
-def settings_of(build: ModelBuilder) -> dict[str, Any]:
+def settings_of(builder: ModelBuilder) -> dict[str, Any]:
     """Return the settings that distinguish runs in a table, such as `optim.optimizer.lr`.
 
     They are the seed, the chosen options, the batch size, and the values of `resolution` and of the groups in `MODEL`.
     """
-    groups = {group: build.settings(group) for group in ("resolution", *MODEL)}
-    choices = {group: build.options[group] for group in DESCRIBED_GROUPS}
-    batch = {"batch_size": build.value("data.batch_size")}
-    nested = {"seed": build.seed, "choices": choices, "data": batch, **groups}
+    groups = {group: builder.settings(group) for group in ("resolution", *MODEL)}
+    choices = {group: builder.options[group] for group in DESCRIBED_GROUPS}
+    batch = {"batch_size": builder.value("data.batch_size")}
+    nested = {"seed": builder.seed, "choices": choices, "data": batch, **groups}
     return {
         name: value if isinstance(value, int | float) else str(value)
         for name, value in flatten(nested)

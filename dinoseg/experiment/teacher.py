@@ -38,7 +38,7 @@ class Teacher:
     """Trained segmenter that scores images with the settings of its own checkpoint; loads it at the first call.
 
     Args:
-        build: of the student's whole config; `teacher` names a run folder or a checkpoint.
+        builder: of the student's whole config; `teacher` names a run folder or a checkpoint.
         engine: device and precision of the forward passes.
         labels: dataset whose classes the teacher must have.
 
@@ -46,15 +46,15 @@ class Teacher:
         UserError: the run does not exist, its classes differ, or its checkpoint is not to be trusted.
     """
 
-    def __init__(self, build: ModelBuilder, engine: Engine, labels: SegmentationData) -> None:
-        self._given = build.value("trainer.teacher")
+    def __init__(self, builder: ModelBuilder, engine: Engine, labels: SegmentationData) -> None:
+        self._given = builder.value("trainer.teacher")
         self._engine = engine
         check_named(self._given)
         self._path = checkpoint.find(self._given, "best", key=_KEY)
         self._info = checkpoint.describe(self._path, key=_KEY)
-        self._build = ModelBuilder(standalone_config(self._path, self._info, {}, job=build.config, key=_KEY))
+        self._builder = ModelBuilder(standalone_config(self._path, self._info, {}, job=builder.config, key=_KEY))
         self._check_classes(labels)
-        mine, theirs = build.pixels.channels, self._build.pixels.channels
+        mine, theirs = builder.pixels.channels, self._builder.pixels.channels
         if mine != theirs:
             raise UserError(
                 f"teacher={self._given} takes images of {theirs} channels, and data.channels={mine}. Choose a teacher "
@@ -62,8 +62,8 @@ class Teacher:
             )
         outline = checkpoint.outline(self._path, key=_KEY)
         with self._name_teacher():
-            self._outline = self._build.check_fits(outline)
-            crop = self._build.settings("resolution")["crop"]
+            self._outline = self._builder.check_fits(outline)
+            crop = self._builder.settings("resolution")["crop"]
             if not forms.fits(crop, _CROP):
                 raise UserError(
                     f"its resolution.crop={format_value(crop)} must be [height, width] in pixels, each at least 1. "
@@ -85,7 +85,7 @@ class Teacher:
         return {
             "teacher": self._digest,
             "code": code_hash([self._outline.backbone, self._outline.head], self.__call__),
-            "inference": hash_of(repr(self._build.settings("inference"))),
+            "inference": hash_of(repr(self._builder.settings("inference"))),
             "precision": hash_of(self._engine.precision, self._engine.tf32, self._engine.device.type),
         }
 
@@ -123,8 +123,8 @@ class Teacher:
         with self._name_teacher(), torch.random.fork_rng(devices):
             if self._hash_file() != self._digest:
                 raise UserError(f"{self._path} has changed since this run started. Start it again.")
-            model, _ = restore(self._build, self._path, key=_KEY)
-            strategy = self._build.part("inference")
+            model, _ = restore(self._builder, self._path, key=_KEY)
+            strategy = self._builder.part("inference")
             limit_to_trained_size(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
             model = model.to(self._engine.device).requires_grad_(False)
             predictor = Predictor(model, self._engine.device, self._engine.autocast, strategy)
@@ -134,7 +134,7 @@ class Teacher:
     def _cells(self, model: SegmentationModel) -> tuple[float, float]:
         """Return the number of score cells per pixel of an image that is not reduced, along height and width."""
         most = math.ceil(_PROBED / model.scale)
-        height, width = (min(side, most) for side in self._build.settings("resolution")["crop"])
+        height, width = (min(side, most) for side in self._builder.settings("resolution")["crop"])
         with self._engine.autocast():
             shape = (1, model.backbone.channels, height, width)
             seen = model(torch.zeros(shape, dtype=torch.uint8, device=self._engine.device), reduce=False)

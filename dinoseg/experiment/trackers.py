@@ -16,7 +16,7 @@ _REMEDY = "Set its `_target_` to a class that inherits from dinoseg.tracking.tra
 
 
 def tracker_maker(
-    build: ModelBuilder,
+    builder: ModelBuilder,
     engine: Engine,
     trained: Trained | None = None,
     *,
@@ -29,7 +29,7 @@ def tracker_maker(
     The settings are validated before the backbone's weights are read.
 
     Args:
-        build: of the whole config.
+        builder: of the whole config.
         engine: device and precision.
         trained: the trained model; None: the backbone alone tracks, without adapter.
         batch_size: frames per forward pass.
@@ -40,8 +40,8 @@ def tracker_maker(
         UserError: the config node makes no tracker, or one that does not take `smoothing`.
     """
     follows_slots = trained is not None and trained.model.head.slots is not None
-    group, node = ("slots", build.value("slots")) if follows_slots else ("tracker", build.value("tracker"))
-    name = f"{group}={build.options[group]}"
+    group, node = ("slots", builder.value("slots")) if follows_slots else ("tracker", builder.value("tracker"))
+    name = f"{group}={builder.options[group]}"
     make = tracker_factory(node, name)
     takes = signature(make).parameters
     options: dict[str, Any] = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
@@ -53,7 +53,7 @@ def tracker_maker(
         options["sizes"] = sizes
     elif trained is not None:
         limit_to_trained_size(trained.model, sizes)
-    model = build.backbone().to(engine.device) if trained is None else trained.model
+    model = builder.backbone().to(engine.device) if trained is None else trained.model
     return lambda: expect_type(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
 
 

@@ -53,7 +53,7 @@ class Trained:
         return Predictor(self.model, self.device, self.autocast, self.strategy)
 
 
-def load_trained(build: ModelBuilder) -> Trained:
+def load_trained(builder: ModelBuilder) -> Trained:
     """Return the model that `resume` names, in eval mode; the config is already merged with its checkpoint.
 
     Without `resume`, a head with trained weights from a file is used unchanged, with the classes of the dataset.
@@ -61,29 +61,29 @@ def load_trained(build: ModelBuilder) -> Trained:
     Raises:
         UserError: neither is given, or the checkpoint does not fit.
     """
-    if not is_trained(build):
+    if not is_trained(builder):
         raise UserError(
             "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use "
             "released head weights, as hparam=ade20k_m2f head.weights=FILE does."
         )
-    labels = build.labels if build.resume is None else None
-    engine, strategy = build.engine(), build.part("inference")
+    labels = builder.labels if builder.resume is None else None
+    engine, strategy = builder.engine(), builder.part("inference")
     if labels is None:
-        model, info = restore(build, Path(str(build.resume)))
+        model, info = restore(builder, Path(str(builder.resume)))
         labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])
     else:
         announce("Building the released model and reading its weights")
-        model = build.model()
+        model = builder.model()
         # the class entries of a checkpoint's description
         info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
     model = engine.place(model).eval()
     return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, strategy)
 
 
-def is_trained(build: ModelBuilder) -> bool:
+def is_trained(builder: ModelBuilder) -> bool:
     """Return whether a config names a trained model: a checkpoint, or a head that was released trained."""
-    head = to_container(build.value("head"))
-    return build.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
+    head = to_container(builder.value("head"))
+    return builder.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
 
 
 def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], where: str) -> None:
@@ -110,11 +110,11 @@ def longest_is_typed(out_dir: Path) -> bool:
     return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
 
 
-def restore(build: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[SegmentationModel, Mapping[str, Any]]:
+def restore(builder: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[SegmentationModel, Mapping[str, Any]]:
     """Return the model of a checkpoint in eval mode on the CPU, and the description in the file.
 
     Args:
-        build: of the config, already merged with the checkpoint's.
+        builder: of the config, already merged with the checkpoint's.
         path: the checkpoint file.
         key: of the config, which names the file in messages.
 
@@ -123,12 +123,12 @@ def restore(build: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[Se
     """
     # checks without tensors come first: reading tensors may take minutes
     outline = checkpoint.outline(path, key=key)
-    check_classes(build.labels, outline.info, outline.where)
-    empty = build.check_fits(outline)
+    check_classes(builder.labels, outline.info, outline.where)
+    empty = builder.check_fits(outline)
     announce(f"{outline.where}: reading weights and building the model")
     saved = checkpoint.read(path, key=key)
-    whole = build.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
+    whole = builder.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
     is_allocated = whole and non_persistent_buffers(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
-    model = empty if is_allocated else build.model(initialised=not whole)
+    model = empty if is_allocated else builder.model(initialised=not whole)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info

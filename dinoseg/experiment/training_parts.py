@@ -14,19 +14,19 @@ _NEVER = 10**9  # steps
 _QUANTISED = (4, 8)  # bits
 
 
-def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -> TrainingParts:
+def training_parts(builder: Builder, overrides: Mapping[str, Any] | None = None) -> TrainingParts:
     """Return the parts of a config's training, for estimates and trials; see `check_trainer`.
 
     Args:
-        build: of the whole config.
+        builder: of the whole config.
         overrides: new values of keys and groups.
 
     Raises:
         UserError: the crop is invalid, or the shape of a sample is unknown.
     """
-    build = build.with_options(overrides) if overrides else build
-    bits = build.value("adapter.bits")
-    whole = build.with_changes({"adapter": {"bits": None}}) if bits in _QUANTISED else build
+    builder = builder.with_options(overrides) if overrides else builder
+    bits = builder.value("adapter.bits")
+    whole = builder.with_changes({"adapter": {"bits": None}}) if bits in _QUANTISED else builder
 
     def outline() -> SegmentationModel:
         model = whole.outline()
@@ -34,60 +34,60 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
         return model
 
     def settings(steps: int) -> Settings:
-        return build.part("trainer.loop")(steps=steps, val_every=_NEVER, save_every=None, max_minutes=None)
+        return builder.part("trainer.loop")(steps=steps, val_every=_NEVER, save_every=None, max_minutes=None)
 
-    shape = _sample_shape(build)
-    checkpointing = {name: build.value(f"{name}.checkpointing") for name in ("backbone", "head")}
+    shape = _sample_shape(builder)
+    checkpointing = {name: builder.value(f"{name}.checkpointing") for name in ("backbone", "head")}
     return TrainingParts(
-        model=partial(build.model, untrained=True),
+        model=partial(builder.model, untrained=True),
         outline=outline,
-        loss=build.unweighted_loss,
-        optimizer=build.optimizer,
+        loss=builder.unweighted_loss,
+        optimizer=builder.optimizer,
         settings=settings,
-        schedule=build.schedule,
+        schedule=builder.schedule,
         shape=shape,
-        num_classes=len(build.class_names) if len(shape) == 3 else 0,
-        has_layers=build.task.has_layers,
-        scale=build.value("resolution.scale"),
-        batch_size=build.value("data.batch_size"),
-        accumulate=build.value("trainer.accumulate"),
-        has_ema=bool(build.value("trainer.ema")),
+        num_classes=len(builder.class_names) if len(shape) == 3 else 0,
+        has_layers=builder.task.has_layers,
+        scale=builder.value("resolution.scale"),
+        batch_size=builder.value("data.batch_size"),
+        accumulate=builder.value("trainer.accumulate"),
+        has_ema=bool(builder.value("trainer.ema")),
         bits=bits if bits in _QUANTISED else None,
-        seed=build.seed,
-        score=build.value("trainer.score"),
-        loss_name=build.options["loss"],
+        seed=builder.seed,
+        score=builder.value("trainer.score"),
+        loss_name=builder.options["loss"],
         checkpointing={name: value for name, value in checkpointing.items() if value is not None},
     )
 
 
-def check_trainer(build: Builder) -> None:
+def check_trainer(builder: Builder) -> None:
     """Refuse trainers with unlabelled images: estimates cover labelled images only.
 
     Raises:
         UserError: naming the overrides to give instead.
     """
-    if "unlabelled" in build.value("trainer"):
-        option = build.options["trainer"]
+    if "unlabelled" in builder.value("trainer"):
+        option = builder.options["trainer"]
         raise UserError(
             f"trainer={option} is not supported: its step also uses images without masks. Leave trainer out to "
             "estimate the images with masks; a batch of both needs the memory of all its images."
         )
 
 
-def _sample_shape(build: Builder) -> tuple[int, ...]:
+def _sample_shape(builder: Builder) -> tuple[int, ...]:
     """Return the shape of a training sample's pixels, (C, H, W) or (T, 3, H, W).
 
     Raises:
         UserError: the crop is invalid, the data has no clips, or clips have no fixed length.
     """
-    crop = build.value("resolution.crop")
-    if build.loss_has_classes:
-        build.part("data.augment")
-        return (build.pixels.channels, *crop)
-    if build.value("data.clips") is None:
-        raise UserError(f"data={build.options['data']} has no clips. Choose data=davis2017, movi or videos.")
-    build.part("data.view")
-    length = build.value("data.clips.cut.length")
+    crop = builder.value("resolution.crop")
+    if builder.loss_has_classes:
+        builder.part("data.augment")
+        return (builder.pixels.channels, *crop)
+    if builder.value("data.clips") is None:
+        raise UserError(f"data={builder.options['data']} has no clips. Choose data=davis2017, movi or videos.")
+    builder.part("data.view")
+    length = builder.value("data.clips.cut.length")
     if not isinstance(length, int) or length < 1:
         raise UserError(
             f"data.clips.cut.length={length}: the number of frames per clip is needed. Give a number of at least 1."

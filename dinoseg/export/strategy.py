@@ -46,8 +46,8 @@ def missing_strategy(trained: Trained, sizes: Sequence[Size], folders: Sequence[
     if stored.get(USE) is None:
         return None
     description = {**trained.info, "config": {key: stored[key] for key in (USE, "resolution")}}
-    build = ModelBuilder.of(compose_stored(description, Source("resume", folders)))
-    strategy, values = build.part(USE), build.settings(USE)
+    builder = ModelBuilder.of(compose_stored(description, Source("resume", folders)))
+    strategy, values = builder.part(USE), builder.settings(USE)
     if all(strategy.equals_single_pass(trained.model, size, trained.autocast) for size in sizes):
         return None
     defaults = {name: each.default for name, each in inspect.signature(type(strategy)).parameters.items()}

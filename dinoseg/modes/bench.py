@@ -103,11 +103,11 @@ def bench(
     Raises:
         UserError: the recipe cannot be trained on this device, or memory does not suffice.
     """
-    build = Builder(cfg)
-    check_trainer(build)
-    build.engine()  # refuses a missing device before anything is built
-    build.training_method.check_parts(build.outline(), 1)
-    values = build.config
+    builder = Builder(cfg)
+    check_trainer(builder)
+    builder.engine()  # refuses a missing device before anything is built
+    builder.training_method.check_parts(builder.outline(), 1)
+    values = builder.config
     training = _run_in_process(partial(time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
     prediction = _run_in_process(partial(time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
     peak = max(training.peak_flops, prediction.peak_flops)
@@ -129,12 +129,12 @@ def bench(
 
 def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthetic: bool) -> SpeedMeasurement:
     """Time training steps of a plain config after `warmup` untimed ones; run it in a process of its own."""
-    build = Builder.of(values)
-    engine, parts = build.engine(), training_parts(build)
+    builder = Builder.of(values)
+    engine, parts = builder.engine(), training_parts(builder)
     if synthetic:
         batches = repeat(random_batch(parts, parts.batch_size))
     else:
-        method = build.training_method
+        method = builder.training_method
         method.open(engine)
         batches = method.data_module.train_batches(start=0)
     trial = try_steps(parts, engine, batches, steps=steps, warmup=warmup)
@@ -142,7 +142,7 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthet
     # operations that checkpointing repeats do not count; counted last, since the process keeps the memory that this
     # frees, so the peak would miss its reuse
     off = {f"{name}.checkpointing": False for name, is_on in parts.checkpointing.items() if is_on}
-    flops = parts.accumulate * step_flops(training_parts(build, off), parts.batch_size, bf16=engine.half)
+    flops = parts.accumulate * step_flops(training_parts(builder, off), parts.batch_size, bf16=engine.half)
     return SpeedMeasurement(
         device=engine.device.type,
         precision=engine.precision,
@@ -158,15 +158,15 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthet
 
 def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, synthetic: bool) -> SpeedMeasurement:
     """Time predictions of a plain config, from an image in memory to its class ids; run it in a process of its own."""
-    build = Builder.of(values)
-    engine, parts = build.engine(), training_parts(build)
+    builder = Builder.of(values)
+    engine, parts = builder.engine(), training_parts(builder)
     noise = synthetic or not parts.has_masks
-    shown = [random_image(parts)] if noise else first_images(build.dataset("val"))
+    shown = [random_image(parts)] if noise else first_images(builder.dataset("val"))
     reset_peak_memory(engine.device)
     before = used_memory(engine.device)
     # FlopCounterMode hooks into trainable modules, which fails if no gradient is computed (slots)
     model = engine.place(parts.model()).eval().requires_grad_(False)
-    predictor = Predictor(model, engine.device, engine.autocast, build.part("inference"))
+    predictor = Predictor(model, engine.device, engine.autocast, builder.part("inference"))
     with FlopCounterMode(display=False) as counter:
         predictor.ids([shown[0]])
     seconds = []

@@ -86,8 +86,8 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
     """
     sides = sides_of(runs)
     first, record = sides[0], sides[0].records[0]
-    build = Builder(cfg)
-    open_data = partial(open_saved_data, build, first.places[0], root=record.root, split=record.split)
+    builder = Builder(cfg)
+    open_data = partial(open_saved_data, builder, first.places[0], root=record.root, split=record.split)
     others = against(sides, open_data)
     units, intervals, seeds = record.count_units(), units_note(sides), seeds_note(sides)
     rows = run_rows(sides)
@@ -119,7 +119,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         subtitle=f"data={record.data}, split {record.split}, {count_of(record.images, 'image')}",
         intervals=intervals,
         seeds=seeds,
-        about=about_run(out_dir, build.yaml, facts),
+        about=about_run(out_dir, builder.yaml, facts),
     )
     write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}, compare.csv, compare.json, images.csv")

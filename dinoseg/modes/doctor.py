@@ -59,8 +59,8 @@ def doctor(
     Raises:
         UserError: the data have errors; only after all files are written.
     """
-    build = Builder(cfg)
-    datasets, findings = _open_splits(build, str(cfg.data.root))
+    builder = Builder(cfg)
+    datasets, findings = _open_splits(builder, str(cfg.data.root))
     splits = [
         describe_split(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
         for split, data in datasets.items()
@@ -113,10 +113,10 @@ def _printable(value: Any) -> Any:
     return [_printable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _open_splits(build: Builder, root: str) -> tuple[dict[str, DoctorData], list[Finding]]:
+def _open_splits(builder: Builder, root: str) -> tuple[dict[str, DoctorData], list[Finding]]:
     """Return the splits that can be listed, with findings for the others and for incomplete pairs."""
-    reader = build.reader()
-    name = build.options["data"]
+    reader = builder.reader()
+    name = builder.options["data"]
     datasets: dict[str, DoctorData] = {}
     findings = []
     for split in _SPLITS:

@@ -48,29 +48,29 @@ def run(
         scorer: makes the scorer of a benchmark's protocol; None: no official scores.
     """
     check_split(split)
-    build = Builder(cfg)
+    builder = Builder(cfg)
     options = {"metrics_only": metrics_only, "official": official, "report": report}
-    instead = find_scoring(build)
+    instead = find_scoring(builder)
     if instead is not None:
-        return instead(build, out_dir, split, supervision, restart=restart, **options)
+        return instead(builder, out_dir, split, supervision, restart=restart, **options)
     for key, value in (("supervision", supervision), ("restart", restart)):
         if value is not None:
             raise UserError(
                 f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
                 "predicts classes of single images: leave it out."
             )
-    return evaluate_split(build, out_dir, split, scorer=scorer, **options)
+    return evaluate_split(builder, out_dir, split, scorer=scorer, **options)
 
 
-def find_scoring(build: Builder) -> Callable[..., dict[str, Any]] | None:
+def find_scoring(builder: Builder) -> Callable[..., dict[str, Any]] | None:
     """Return the function that scores a split in another way than by its images; None: images are scored."""
-    key = "head.scoring" if is_trained(build) else "data.scoring"
-    scoring: Callable[..., dict[str, Any]] | None = None if build.value(key) is None else build.part(key)
+    key = "head.scoring" if is_trained(builder) else "data.scoring"
+    scoring: Callable[..., dict[str, Any]] | None = None if builder.value(key) is None else builder.part(key)
     return scoring
 
 
 def evaluate_split(
-    build: Builder,
+    builder: Builder,
     out_dir: Path,
     split: str,
     *,
@@ -80,23 +80,23 @@ def evaluate_split(
     scorer: Callable[..., Any] | None,
 ) -> dict[str, Any]:
     """Score a trained model on the images of a split; arguments as of `run`."""
-    cfg = build.cfg
-    trained = load_trained(build)
-    check_score_names(build.metrics)
-    data = build.dataset(split)
+    cfg = builder.cfg
+    trained = load_trained(builder)
+    check_score_names(builder.metrics)
+    data = builder.dataset(split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
     limit_to_trained_size(trained.model, TrainedSizes.from_info(trained.info), reduces=False)
     engine = trained.engine
     benchmark = None
-    if official and scorer is not None and build.value("data.official") is not None:
-        benchmark = scorer(build.part("data.official"), out_dir, cfg.data.on_error)
+    if official and scorer is not None and builder.value("data.official") is not None:
+        benchmark = scorer(builder.part("data.official"), out_dir, cfg.data.on_error)
     if benchmark is not None and not benchmark.can_score(data, warns=engine.is_main):
         benchmark = None
     place = (data, engine.rank, engine.world_size)
-    collector, background = Collector(*place) if report else None, build.background
-    rows = MetricRows(build.metrics, *place)
-    provenance = provenance_of(build, out_dir)
+    collector, background = Collector(*place) if report else None, builder.background
+    rows = MetricRows(builder.metrics, *place)
+    provenance = provenance_of(builder, out_dir)
     scores = evaluate_images(
         trained.model,
         data,
@@ -107,7 +107,7 @@ def evaluate_split(
         background=background,
         write_prediction=None if benchmark is None else benchmark.write_prediction,
         collector=collector,
-        rows=rows if build.metrics else None,
+        rows=rows if builder.metrics else None,
     )
     by_protocol = None
     if benchmark is not None and engine.is_main:

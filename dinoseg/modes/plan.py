@@ -52,24 +52,24 @@ def plan(
     Raises:
         UserError: no known change makes the step fit, or a value is invalid.
     """
-    build = Builder(cfg)
-    check_trainer(build)
-    target = _target(build, memory, device)
-    build.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
-    build.training_method.check_parts(build.outline(), target.world_size)
+    builder = Builder(cfg)
+    check_trainer(builder)
+    target = _target(builder, memory, device)
+    builder.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
+    builder.training_method.check_parts(builder.outline(), target.world_size)
     if cfg.data.batch_size % target.world_size:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world_size} devices: use a multiple of "
             f"{target.world_size}."
         )
-    recipe = partial(training_parts, build)
+    recipe = partial(training_parts, builder)
     search = FitSearch(recipe, target)
     whole = search.as_it_is
     _print_step(whole, target)
     found = _require_fit(search)
     command = _command(cfg, out_dir, found.words)
     _print_changes(found, target, command)
-    duration = None if tflops is None else _duration(build, found, target, tflops)
+    duration = None if tflops is None else _duration(builder, found, target, tflops)
     result = {
         "device": target.kind,
         "memory": target.memory,
@@ -83,18 +83,18 @@ def plan(
     return result
 
 
-def _target(build: Builder, memory: str | float | None, device: str | None) -> Target:
+def _target(builder: Builder, memory: str | float | None, device: str | None) -> Target:
     """Return the target of the plan."""
     if device not in (None, *KINDS):
         raise UserError(f"mode.device={device} is unknown. Choose {' or '.join(KINDS)}, or leave it out.")
     amount = None if memory is None else memory_of(memory)
-    world_size = build.value("engine.devices")
-    if (sharding := build.value("engine.sharding")) != "none":
+    world_size = builder.value("engine.devices")
+    if (sharding := builder.value("engine.sharding")) != "none":
         raise UserError(
             f"engine.sharding={sharding}: mode=plan counts all weights on each device and does not support sharding. "
             "Leave it out: with a large backbone, a sharded training needs less memory than the estimate."
         )
-    engine = build.engine(devices=1)
+    engine = builder.engine(devices=1)
     kind = device or engine.device.type
     if kind not in KINDS:
         raise UserError(
@@ -103,7 +103,7 @@ def _target(build: Builder, memory: str | float | None, device: str | None) -> T
     if kind != engine.device.type:
         if amount is None:
             raise UserError(f"mode.device={kind} is not the device here. Set its memory, such as mode.memory=24GiB.")
-        return Target(kind, amount, bf16=build.value("engine.precision") != "fp32", world_size=world_size)
+        return Target(kind, amount, bf16=builder.value("engine.precision") != "fp32", world_size=world_size)
     sharing = world_size if kind == "cpu" else 1  # ranks on a CPU share its memory
     free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
@@ -150,11 +150,11 @@ def _print_changes(found: Fit, target: Target, command: str) -> None:
     print(f"\n  {command}")
 
 
-def _duration(build: Builder, found: Fit, target: Target, tflops: float) -> dict[str, float | None]:
+def _duration(builder: Builder, found: Fit, target: Target, tflops: float) -> dict[str, float | None]:
     """Print and return the floating-point operations of a step, and the hours if the number of steps is known."""
     parts = found.parts
     flops = step_flops(parts, parts.batch_size, bf16=target.bf16) * parts.accumulate
-    steps = build.value("trainer.steps") if build.value("trainer.epochs") is None else None
+    steps = builder.value("trainer.steps") if builder.value("trainer.epochs") is None else None
     hours = None if steps is None else steps * flops / (tflops * 1e12 * 3600)
     length = "set trainer.steps for the hours" if hours is None else f"{hours:.3g} h for {steps} steps"
     print(

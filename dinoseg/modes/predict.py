@@ -81,24 +81,24 @@ def predict(
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
     check_outputs(outputs, shapes)
-    build = Builder(cfg)
-    split = _split_data(build, input)
+    builder = Builder(cfg)
+    split = _split_data(builder, input)
     _check_parts(shapes, videos)
-    images, films = _find_inputs(input, build.pixels.suffixes, videos) if split is None else (_images_of(split), [])
-    _check_films(films, outputs, build.pixels)
+    images, films = _find_inputs(input, builder.pixels.suffixes, videos) if split is None else (_images_of(split), [])
+    _check_films(films, outputs, builder.pixels)
     if not images and videos is not None:
         videos.check(films, batch_size)
     options = VideoOptions(masks is True, frames, tuple(outputs))
-    trained = load_trained(build)
-    _refuse_slots(trained, build.resume)
-    settings = _settings(build, _shown(options, opacity, shapes), out_dir)
+    trained = load_trained(builder)
+    _refuse_slots(trained, builder.resume)
+    settings = _settings(builder, _shown(options, opacity, shapes), out_dir)
     _check_earlier(out_dir, settings)
     limit_to_trained_size(trained.model, find_trained_sizes(trained, out_dir))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     layers = labels.classes if trained.model.task.has_layers else ()
     _check_outputs_of_layers(trained.model.task, outputs)
-    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, build.pixels, layers)
-    writers = image_writers(outputs, out_dir, labels, build.background if outputs and images else None, shapes)
+    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, builder.pixels, layers)
+    writers = image_writers(outputs, out_dir, labels, builder.background if outputs and images else None, shapes)
     mask_folder = None if masks is False else out_dir / MASK_FOLDER
     run = ImageRun(out_dir, mask_folder, DoneInputs(out_dir), list(writers.values()))
     try:
@@ -108,7 +108,7 @@ def predict(
         facts = (labels.classes, labels.palette, labels.ignore_index)
         keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
         if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
-            of_images = _group_images(build, targets, of_data=split is not None, folder=out_dir)
+            of_images = _group_images(builder, targets, of_data=split is not None, folder=out_dir)
             write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
         totals = _segment_images(by, images, targets, run)
         if videos is not None:
@@ -144,7 +144,7 @@ def _find_inputs(
     return images, films
 
 
-def _split_data(build: Builder, source: str | int) -> PairDataset | None:
+def _split_data(builder: Builder, source: str | int) -> PairDataset | None:
     """Return the dataset of the split that an input names; None if it names a path.
 
     Raises:
@@ -152,10 +152,10 @@ def _split_data(build: Builder, source: str | int) -> PairDataset | None:
     """
     if source not in SPLITS or Path(str(source)).exists():
         return None
-    data = build.dataset(str(source))
+    data = builder.dataset(str(source))
     if not isinstance(data, PairDataset) or not all(has_own_file(pair.image) for pair in data.pairs):
         raise UserError(
-            f"input={source}: the images of data={build.options['data']} are not files. Use mode=eval instead."
+            f"input={source}: the images of data={builder.options['data']} are not files. Use mode=eval instead."
         )
     return data
 
@@ -166,12 +166,12 @@ def _images_of(data: PairDataset) -> list[tuple[Path, str]]:
     return list(zip(paths, result_names(paths), strict=True))
 
 
-def _group_images(build: Builder, names: Sequence[str], *, of_data: bool, folder: Path) -> dict[str, str | None]:
+def _group_images(builder: Builder, names: Sequence[str], *, of_data: bool, folder: Path) -> dict[str, str | None]:
     """Return the group of each image, None without one; warn if the pattern does not fit.
 
     The dataset's pattern is for the names of its own images: others (`of_data` false) need a typed `data.group`.
     """
-    pattern = build.value(GROUP) if of_data or GROUP in find_typed_keys(folder) else None
+    pattern = builder.value(GROUP) if of_data or GROUP in find_typed_keys(folder) else None
     groups, notes = find_groups(pattern, names, GROUP)
     for note in notes:
         logger.warning("%s", note)
@@ -228,17 +228,17 @@ def _check_films(films: Sequence[VideoInput], outputs: Sequence[str], pixels: Pi
         check_frame_outputs(outputs, str(films[0].path))
 
 
-def _settings(build: Builder, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _settings(builder: Builder, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings that results depend on, in addition to their inputs."""
-    weights = None if build.resume is None else list(stamp(Path(build.resume)) or ())
-    model = {key: build.settings(key) for key in _SETTINGS if build.value(key) is not None}
+    weights = None if builder.resume is None else list(stamp(Path(builder.resume)) or ())
+    model = {key: builder.settings(key) for key in _SETTINGS if builder.value(key) is not None}
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
     pixels = {
         "data.channels" if name == "channels" else f"data.pixels.{name}": value
-        for name, value in build.pixels.as_dict().items()
+        for name, value in builder.pixels.as_dict().items()
     }
-    return {"resume": build.resume, "stamp": weights, **model, **pixels, **typed, "mode": options}
+    return {"resume": builder.resume, "stamp": weights, **model, **pixels, **typed, "mode": options}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:

@@ -50,14 +50,14 @@ def probe(
         balances: see `Grid`.
         held_out: see `Grid`.
     """
-    build = Builder(cfg)
-    refuse_layers(build.task, "mode=probe", "Train head=linear instead.")
-    engine = build.engine()
-    grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed)
-    train = build.dataset("train", reduced=True)
-    val = build.dataset("val")
+    builder = Builder(cfg)
+    refuse_layers(builder.task, "mode=probe", "Train head=linear instead.")
+    engine = builder.engine()
+    grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, builder.seed)
+    train = builder.dataset("train", reduced=True)
+    val = builder.dataset("val")
     counts = class_counts(train, cfg.cache_dir)
-    model, readings = _model(build, layers)
+    model, readings = _model(builder, layers)
     found = Probe(model.to(engine.device), train, counts.tolist(), engine, readings, grid)
     logger.info(
         "%d training images, %d of them held out for the choice; sums of %.2f GB",
@@ -85,18 +85,18 @@ def probe(
     return {"miou": best.scores["miou"], "best": best.name, "run": str(out_dir)}
 
 
-def _model(build: Builder, layers: Sequence[int] | None) -> tuple[SegmentationModel, Readings]:
+def _model(builder: Builder, layers: Sequence[int] | None) -> tuple[SegmentationModel, Readings]:
     """Return a segmenter whose backbone returns all probed maps, and the sets of maps that are read together."""
-    depth = build.outline().backbone.depth
+    depth = builder.outline().backbone.depth
     with name_parameters({"layers": "mode.layers"}):
         alone = resolve_layers(list(range(depth)) if layers is None else list(layers), depth)
-    together = resolve_layers(build.settings("head")["layers"], depth)
+    together = resolve_layers(builder.settings("head")["layers"], depth)
     blocks = sorted({*alone, *together})
     sets = dict.fromkeys([*((block,) for block in sorted(alone)), tuple(together)])
     readings = {"+".join(map(str, each)): [blocks.index(block) for block in each] for each in sets}
-    backbone = build.with_changes({"backbone": {"layers": blocks}}).backbone()
-    head = LinearHead(backbone.dim, backbone.num_layers, build.value("data.num_classes"))
-    sizes = {key: build.value(f"resolution.{key}") for key in ("scale", "longest")}
+    backbone = builder.with_changes({"backbone": {"layers": blocks}}).backbone()
+    head = LinearHead(backbone.dim, backbone.num_layers, builder.value("data.num_classes"))
+    sizes = {key: builder.value(f"resolution.{key}") for key in ("scale", "longest")}
     return SegmentationModel(backbone, head, **sizes), readings
 
 

@@ -71,16 +71,16 @@ def track(
     Raises:
         UserError: an option is out of range, or input, labels or the run to resume cannot be used.
     """
-    build = Builder(cfg)
-    if smoothing is not None and not is_trained(build):
+    builder = Builder(cfg)
+    if smoothing is not None and not is_trained(builder):
         raise UserError(_NO_SMOOTHING.format(smoothing))
-    check_rgb(build.pixels, f"a frame of {input}")
+    check_rgb(builder.pixels, f"a frame of {input}")
     given = _read_palette(palette)
     folder = Path(out_dir if restart is None else restart).expanduser()
     with _unfinished_run(folder, restart) as state:
-        frames, masks = _open_input(input, labels, needs_labels=not is_trained(build))
+        frames, masks = _open_input(input, labels, needs_labels=not is_trained(builder))
         with frames:
-            tracker, colours = _build_tracker(build, batch_size, smoothing, labels, out_dir)
+            tracker, colours = _build_tracker(builder, batch_size, smoothing, labels, out_dir)
             colours = replace(colours, palette=(*given, *colours.palette[len(given) :]))
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if state is None else _go_on(tracker, state, folder)
@@ -138,21 +138,21 @@ def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) ->
 
 
 def _build_tracker(
-    build: Builder, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
+    builder: Builder, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
 ) -> tuple[Tracker, MaskColours]:
     """Return the tracker, and how its masks are displayed.
 
     Raises:
         UserError: the model does not support `smoothing` or `labels`, or the tracker cannot be built.
     """
-    if not is_trained(build):
-        return tracker_maker(build, build.engine(), batch_size=batch_size)(), MaskColours()
-    trained = load_trained(build)
+    if not is_trained(builder):
+        return tracker_maker(builder, builder.engine(), batch_size=batch_size)(), MaskColours()
+    trained = load_trained(builder)
     if trained.model.head.slots is not None:
         if smoothing is not None:
             raise UserError(_NO_SMOOTHING.format(smoothing))
-        make_tracker = tracker_maker(build, trained.engine, trained, batch_size=batch_size)
-        if build.value("slots.lock_on") and labels is None:
+        make_tracker = tracker_maker(builder, trained.engine, trained, batch_size=batch_size)
+        if builder.value("slots.lock_on") and labels is None:
             raise UserError(
                 "slots.lock_on=true creates slots from the first frame's mask, but none is given. Set labels=MASK, or "
                 "slots=free to find segments without a mask."
@@ -161,12 +161,12 @@ def _build_tracker(
     if labels is not None:
         raise UserError(
             f"labels={labels}: a trained segmenter needs no masks. Leave labels out; or leave "
-            f"{'head.weights' if build.resume is None else 'resume'} out to track the objects of a mask."
+            f"{'head.weights' if builder.resume is None else 'resume'} out to track the objects of a mask."
         )
     refuse_layers(trained.model.task, "mode=track", "mode=predict segments each frame of a video.")
     sizes = find_trained_sizes(trained, out_dir)
     make_tracker = tracker_maker(
-        build, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes
+        builder, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes
     )
     return make_tracker(), MaskColours(palette=tuple(trained.palette), background=None)
 

@@ -39,16 +39,16 @@ def train(
         init_head: initialises the head of a model as `head.init` says, see `dinoseg.tasks.probing.initial.init_head`;
             None: that is refused.
     """
-    build = Builder(cfg)
-    build.check_values()
-    engine = build.engine()
+    builder = Builder(cfg)
+    builder.check_values()
+    engine = builder.engine()
     announce(f"data={cfg.choices.data}: listing the files")
-    method = build.training_method
+    method = builder.training_method
     method.open(engine, pictures=pictures)
-    settings = build.loop_settings(len(method.data_module.train))
-    run = open_run(build, out_dir, method, engine)
-    announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
-    model = build.model()
+    settings = builder.loop_settings(len(method.data_module.train))
+    run = open_run(builder, out_dir, method, engine)
+    announce(f"Building the model, with backbone.weights={builder.value('backbone').get('weights')}")
+    model = builder.model()
     if run.start is None:  # a resumed run has checked the model's outline
         run.check_model(model)
         _check_head_init(model, init_head)
@@ -56,13 +56,13 @@ def train(
     # one rank is enough: its measurements are cached, and its error ends all ranks
     sizes = method.check_data() if engine.is_main else None
     engine.wait()
-    if has_initial(build):
-        load_initial_weights(build, model, list(method.labels.classes), engine.broadcast)
+    if has_initial(builder):
+        load_initial_weights(builder, model, list(method.labels.classes), engine.broadcast)
     model = engine.place(model)
-    loss = method.wrap_loss(build.loss(method.labelled)).to(engine.device)
+    loss = method.wrap_loss(builder.loss(method.labelled)).to(engine.device)
     if run.start is None and model.head.init is not None and init_head is not None:
-        init_head(build, model, method.labelled, engine)
-    optimizer = build.optimizer(model)
+        init_head(builder, model, method.labelled, engine)
+    optimizer = builder.optimizer(model)
     checkpoints = run.open_checkpoints(sizes)
     schedule = run.build_schedule(settings.steps, optimizer)
     run.log_start(model, settings.steps)
@@ -89,16 +89,16 @@ def train(
 
 def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
-    build = Builder(cfg)
-    build.check_values()
-    method, model = build.training_method, build.outline()
-    if has_initial(build):
-        check_initial(build, model)
+    builder = Builder(cfg)
+    builder.check_values()
+    method, model = builder.training_method, builder.outline()
+    if has_initial(builder):
+        check_initial(builder, model)
     method.check_parts(model, 1)
-    _check_head_init(model, build.value("mode.init_head"))
-    logger_factories(build)
+    _check_head_init(model, builder.value("mode.init_head"))
+    logger_factories(builder)
     with torch.device("meta"):
-        build.optimizer(model)
+        builder.optimizer(model)
     method.check_sources()
 
 

@@ -91,7 +91,7 @@ class TrainingRun:
     """A training in its run folder.
 
     Args:
-        build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
+        builder: of the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
         method: data and checks of the training method.
         engine: device and ranks.
@@ -99,7 +99,7 @@ class TrainingRun:
         loggers: functions that open the loggers of the run, by name.
     """
 
-    build: Builder
+    builder: Builder
     out_dir: Path
     method: TrainingMethod
     engine: Engine
@@ -111,15 +111,15 @@ class TrainingRun:
 
         So is a backbone that is trained by an adapter without a learning rate.
         """
-        if has_initial(self.build):
-            check_initial(self.build, model)
+        if has_initial(self.builder):
+            check_initial(self.builder, model)
         self.method.check_parts(model, self.engine.world_size)
         with torch.device("meta"):
-            optimizer = self.build.optimizer(model)
-        has_rate = "lr" in self.build.config["adapter"] or self.build.value("optim.optimizer.lr") is not None
+            optimizer = self.builder.optimizer(model)
+        has_rate = "lr" in self.builder.config["adapter"] or self.builder.value("optim.optimizer.lr") is not None
         if not has_rate and any(group.get("backbone") for group in optimizer.param_groups):
             raise UserError(
-                f"adapter={self.build.options['adapter']} trains the backbone and has no learning rate. Add "
+                f"adapter={self.builder.options['adapter']} trains the backbone and has no learning rate. Add "
                 "`lr: 1.0e-4` to its YAML file, or set optim.optimizer.lr."
             )
 
@@ -130,10 +130,10 @@ class TrainingRun:
             steps: length of the training.
             optimizer: whose parameter groups the schedule is for.
         """
-        build = self.build
+        builder = self.builder
         if self.engine.is_main:
             trains_backbone = any(group["backbone"] for group in optimizer.param_groups)
-            backbone_warmup = build.value("optim.schedule.backbone_warmup")
+            backbone_warmup = builder.value("optim.schedule.backbone_warmup")
             if backbone_warmup is not None and not trains_backbone:
                 logger.warning(
                     "optim.schedule.backbone_warmup=%s has no effect: the backbone is not trained. Set it to null, or "
@@ -141,8 +141,8 @@ class TrainingRun:
                     backbone_warmup,
                 )
                 backbone_warmup = None
-            warn_of_long_warmup(steps, build.value("optim.schedule.warmup", 0), backbone_warmup or 0)
-        return build.schedule()
+            warn_of_long_warmup(steps, builder.value("optim.schedule.warmup", 0), backbone_warmup or 0)
+        return builder.schedule()
 
     def open_checkpoints(self, sizes: TrainedSizes | None) -> Checkpointer:
         """Return the checkpoints of the run, and record which images it trains on.
@@ -150,12 +150,12 @@ class TrainingRun:
         Args:
             sizes: sizes of the training images, if they are known.
         """
-        info = run_description(self.build, self.method.labels) | (sizes.as_info() if sizes else {})
+        info = run_description(self.builder, self.method.labels) | (sizes.as_info() if sizes else {})
         writes = self.engine.is_main
         if writes:
             write_split(self.out_dir, self.method.split)
         folder = self.out_dir / checkpoint.CHECKPOINT_FOLDER
-        return Checkpointer(folder, info, self.start, writes, metric=self.build.score_metric)
+        return Checkpointer(folder, info, self.start, writes, metric=self.builder.score_metric)
 
     @property
     def previous_choices(self) -> Mapping[str, str | None]:
@@ -167,7 +167,7 @@ class TrainingRun:
         chosen = self.start.info.get(CHOICES_KEY, {}) if self.start else {}
         if not forms.fits(chosen, _FORM):
             raise UserError(
-                f"resume={self.build.resume}: its {CHOICES_KEY} is {format_value(chosen)}; its values must be text. "
+                f"resume={self.builder.resume}: its {CHOICES_KEY} is {format_value(chosen)}; its values must be text. "
                 "Choose another checkpoint."
             )
         return chosen
@@ -202,15 +202,15 @@ class TrainingRun:
             model: that is trained.
             steps: length of the training.
         """
-        build, method, engine = self.build, self.method, self.engine
+        builder, method, engine = self.builder, self.method, self.engine
         if self.start is not None:
             _log_resume(self.start, steps)
-        options, counts = build.options, count_numbers(model.parameters())
+        options, counts = builder.options, count_numbers(model.parameters())
         parts = " ".join(f"{group}={options[group]}" for group in ("backbone", "adapter", "head"))
         ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
-        accumulate = build.value("trainer.accumulate")
+        accumulate = builder.value("trainer.accumulate")
         batches = f", {accumulate} batches per step" if accumulate > 1 else ""
-        samples = build.value("data.batch_size")
+        samples = builder.value("data.batch_size")
         train, val = len(method.data_module.train), len(method.data_module.val)
         logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)
         logger.info("model:       %s", parts)
@@ -219,8 +219,8 @@ class TrainingRun:
         logger.info("data:        %d training and %d validation %s", train, val, method.what)
         logger.info("run folder:  %s", self.out_dir)
         if engine.is_main:
-            _warn_of_other_sizes(build)
-            warn_of_unused_channels(model.backbone, build.value("backbone.channel_weights"), options["adapter"])
+            _warn_of_other_sizes(builder)
+            warn_of_unused_channels(model.backbone, builder.value("backbone.channel_weights"), options["adapter"])
             warning = model.head.length_warning(steps)
             if warning:
                 logger.warning("%s", warning)
@@ -235,7 +235,7 @@ class TrainingRun:
             validation_pending=progress.get("validation_pending", False),
             visible=self.engine.is_main,
         )
-        log.config(settings_of(self.build))
+        log.config(settings_of(self.builder))
         return log
 
     def finish(
@@ -251,16 +251,16 @@ class TrainingRun:
             report: write its report.html.
         """
         checkpoints.load_best(model)
-        provenance = provenance_of(self.build, self.out_dir, checkpoints.best)
+        provenance = provenance_of(self.builder, self.out_dir, checkpoints.best)
         scores = self.method.evaluate(model, self.engine, provenance, metrics_only=metrics_only, report=report)
         best_step = checkpoints.progress.best_step
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
-            curves = draw_curves(self.out_dir, self.build.value("trainer.score"), best_step)
+            curves = draw_curves(self.out_dir, self.builder.value("trainer.score"), best_step)
             print(f"curves:       {curves}")
             self.finish_log(log, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
-            print("\n".join(next_commands(self.out_dir, self.build.config_dirs, on_clips=self.method.on_clips)))
+            print("\n".join(next_commands(self.out_dir, self.builder.config_dirs, on_clips=self.method.on_clips)))
         return {**scores, **cost, "best_step": best_step, "run": str(self.out_dir)}
 
     def finish_log(self, log: RunLog, scores: Mapping[str, Any], checkpoints: Checkpointer) -> None:
@@ -274,11 +274,11 @@ class TrainingRun:
         list_skipped(self.method.skipped, self.out_dir)
 
 
-def open_run(build: Builder, out_dir: Path, method: TrainingMethod, engine: Engine) -> TrainingRun:
+def open_run(builder: Builder, out_dir: Path, method: TrainingMethod, engine: Engine) -> TrainingRun:
     """Return the training of a run folder, with the checkpoint that it resumes.
 
     Args:
-        build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
+        builder: of the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
         method: data and checks of the training method.
         engine: device and ranks.
@@ -286,11 +286,11 @@ def open_run(build: Builder, out_dir: Path, method: TrainingMethod, engine: Engi
     Raises:
         UserError: a part does not fit, or the checkpoint is of another model.
     """
-    run = TrainingRun(build, out_dir, method, engine)
-    if build.resume:
-        run.start, outline = _read_start(build, method.labels)
+    run = TrainingRun(builder, out_dir, method, engine)
+    if builder.resume:
+        run.start, outline = _read_start(builder, method.labels)
         run.check_model(outline)
-    run.loggers = logger_factories(build)  # refuses unknown options before a model is built
+    run.loggers = logger_factories(builder)  # refuses unknown options before a model is built
     if engine.is_main and method.unread:
         warn_unread(out_dir, method.unread, method.unread_because)
     return run
@@ -307,9 +307,9 @@ def _log_resume(start: Checkpoint, steps: int) -> None:
         )
 
 
-def _warn_of_other_sizes(build: Builder) -> None:
+def _warn_of_other_sizes(builder: Builder) -> None:
     """Warn if training resizes images to a size to which inference does not resize them."""
-    relative_to, inference = build.config["data"]["augment"].get("relative_to", "image"), build.value("inference")
+    relative_to, inference = builder.config["data"]["augment"].get("relative_to", "image"), builder.value("inference")
     if relative_to != "image" and inference.get("shortest") is None:
         logger.warning(
             "data.augment.relative_to=%s trains on resized images, but validation and inference do not resize. Set "
@@ -334,11 +334,11 @@ def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool) -> l
     return lines
 
 
-def _read_start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, SegmentationModel]:
+def _read_start(builder: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, SegmentationModel]:
     """Return the checkpoint that `resume` names, and the outline of the model, after checking that they fit."""
     # tensors last: an untrusted file may describe more than fits in memory
-    file = checkpoint.outline(Path(str(build.resume)))
+    file = checkpoint.outline(Path(str(builder.resume)))
     check_classes(labels, file.info, f"resume={file.path}")
-    outline = build.check_fits(file)
+    outline = builder.check_fits(file)
     check_resumable(file)
     return checkpoint.read(file.path), outline

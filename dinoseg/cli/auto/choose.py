@@ -168,11 +168,11 @@ def _choose_steps(length: Length, per_step: int, budget: Budget) -> RecipeChoice
     )
 
 
-def _time(build: Builder, budget: Budget, *, trains: bool, freezes: bool, ranks: int) -> RecipeTimes:
+def _time(builder: Builder, budget: Budget, *, trains: bool, freezes: bool, ranks: int) -> RecipeTimes:
     """Time a recipe in a separate process, until a share of the budget is spent; estimate its times after that."""
     seconds = budget.for_timing
-    height, width = build.value("resolution.crop")
-    what = f"adapter={build.options['adapter']} head={build.options['head']}"
+    height, width = builder.value("resolution.crop")
+    what = f"adapter={builder.options['adapter']} head={builder.options['head']}"
     _log(f"times {what} on crops of {height} x {width} (height x width), for at most {max(0.0, seconds):.0f} s")
     least = 60 * _MIN_TIMED * budget.minutes
     if seconds < least:
@@ -186,7 +186,7 @@ def _time(build: Builder, budget: Budget, *, trains: bool, freezes: bool, ranks:
         until=monotonic() + _MEASURING * seconds,
     )
     try:
-        times = run_in_process(work, build.config, timeout=seconds)
+        times = run_in_process(work, builder.config, timeout=seconds)
     except TimeoutError:
         _log("estimates the speed: timing took too long")
         return estimate_times(seconds)
@@ -200,14 +200,14 @@ def time_config(
 ) -> RecipeTimes:
     """Time a plain config with a trained backbone, a frozen one, or both; see `time_recipe`."""
     began = time.perf_counter()
-    build = Builder.of(values)
-    engine = build.engine(devices=1)
-    build = build.with_changes({"data": {"batch_size": max(1, build.value("data.batch_size") // ranks)}})
-    method = build.training_method
+    builder = Builder.of(values)
+    engine = builder.engine(devices=1)
+    builder = builder.with_changes({"data": {"batch_size": max(1, builder.value("data.batch_size") // ranks)}})
+    method = builder.training_method
     method.open(engine)
     return time_recipe(
-        training_parts(build) if trains else None,
-        training_parts(build, _FROZEN if trains else None) if freezes else None,
+        training_parts(builder) if trains else None,
+        training_parts(builder, _FROZEN if trains else None) if freezes else None,
         method.data_module,
         engine,
         began=began,

@@ -98,11 +98,11 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     Raises:
         UserError: a value is out of range, or nothing fits.
     """
-    build = Builder(cfg)
-    _check(build)
+    builder = Builder(cfg)
+    _check(builder)
     given = typed_keys(words)
-    train, val = build.dataset("train", reduced=True), build.dataset("val")
-    path = _path(build, given, (train, val))
+    train, val = builder.dataset("train", reduced=True), builder.dataset("val")
+    path = _path(builder, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
     create_cache_dir(path.parent)
     others = [*_without(words, "budget"), f"+budget.minutes={cfg.budget.minutes}"]  # which the chosen recipe lacks
@@ -115,7 +115,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
                 return compose_recipe(others, cfg.config_dirs, recipe_text("trying", drop_typed(choices, given)[0]))
 
             data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
-            stored = choose(compose_with, data, build.engine(devices=1), given, Budget(cfg.budget.minutes))
+            stored = choose(compose_with, data, builder.engine(devices=1), given, Budget(cfg.budget.minutes))
             source = "chosen now"
             try:
                 write_choices(path, *stored)
@@ -137,13 +137,13 @@ def _without(words: Sequence[str], *roots: str) -> list[str]:
     return [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in roots]
 
 
-def _check(build: Builder) -> None:
+def _check(builder: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
-    build.arguments(Budget, {"minutes": "budget.minutes"})
-    refuse_layers(build.task, "hparam=auto", "Choose loss=bce_dice and a head yourself, with hparam=base.")
-    if build.training_method.on_clips or "unlabelled" in build.value("trainer"):
+    builder.arguments(Budget, {"minutes": "budget.minutes"})
+    refuse_layers(builder.task, "hparam=auto", "Choose loss=bce_dice and a head yourself, with hparam=base.")
+    if builder.training_method.on_clips or "unlabelled" in builder.value("trainer"):
         raise UserError(
-            f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
+            f"hparam=auto chooses for images and their masks, not for trainer={builder.options['trainer']}. Choose a "
             "recipe: mode=help lists them."
         )
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -151,32 +151,32 @@ def _check(build: Builder) -> None:
             "hparam=auto chooses before the ranks start, not in ranks of torchrun or Slurm. Choose with mode=plan in "
             "one process and train with the command that it prints, or let engine.devices=N start the ranks."
         )
-    check_trainer(build)
-    build.lengths(samples=1)
-    build.arguments(ImageDataModule, SAMPLING)
-    build.part("data.augment")  # refuses an invalid crop
-    build.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
+    check_trainer(builder)
+    builder.lengths(samples=1)
+    builder.arguments(ImageDataModule, SAMPLING)
+    builder.part("data.augment")  # refuses an invalid crop
+    builder.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
 
 
-def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData]) -> Path:
+def _path(builder: Builder, given: frozenset[str], data: Sequence[SegmentationData]) -> Path:
     """Return the file that stores the choices, named by a hash of their inputs.
 
     The machine's current speed is not part of the hash.
     """
     depends = {
         "version": __version__,
-        "recipe": {key: value for key, value in recipe_of(config_description(build)).items() if key != "seed"},
+        "recipe": {key: value for key, value in recipe_of(config_description(builder)).items() if key != "seed"},
         "given": sorted(key for key in given if _root(key) not in _RUN_KEYS and key.rpartition(".")[2] not in LENGTHS),
-        "minutes": float(build.value("budget.minutes")),
+        "minutes": float(builder.value("budget.minutes")),
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
         "engine": {
-            key: to_container(build.value("engine"))[key]
+            key: to_container(builder.value("engine"))[key]
             for key in ("device", "precision", "cache", "devices", "sharding")
         },
         "machine": (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
-    return build.cache_dir / f"choices_{key[:16]}.json"
+    return builder.cache_dir / f"choices_{key[:16]}.json"
 
 
 def _root(key: str) -> str:

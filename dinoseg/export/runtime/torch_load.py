@@ -44,9 +44,9 @@ def load_torch(path: Path, options: Options, *, key: str = "resume") -> Segmente
         cfg = standalone_config(file, info, changes, inference=use, trust=trust, config_dir=own, key=key)
         strategy: InferenceStrategy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
-        build = ModelBuilder(cfg)
-        model = restore(build, file, key=key)[0].to(device)
-        facts = replace(facts, pixels=build.pixels.as_dict())
+        builder = ModelBuilder(cfg)
+        model = restore(builder, file, key=key)[0].to(device)
+        facts = replace(facts, pixels=builder.pixels.as_dict())
     if model.head.slots is not None:
         raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
     limit_to_trained_size(model, sizes)

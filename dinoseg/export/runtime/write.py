@@ -284,9 +284,9 @@ def _tensors(
     Raises:
         UserError: they are not the tensors from which the config's model can be loaded.
     """
-    build = ModelBuilder.of(config)
-    empty = build.outline()
-    build.name_weights(empty)
+    builder = ModelBuilder.of(config)
+    empty = builder.outline()
+    builder.name_weights(empty)
     if not delta:
         empty.backbone.weights, empty.head.weights = "random", None
     state, wanted = model.state_dict(), empty.state_dict()
