@@ -17,6 +17,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinoseg"
 CONFIGS = PACKAGE / "cfg"
+_CHECK = re.compile(r"_*(check|refuse|validate|expect|require)")
 PLUGINS = ROOT / "hydra_plugins"  # of sweeps
 
 
@@ -233,6 +234,39 @@ def copy_without(gone: set[str], folder: Path) -> None:
             path.rmdir()  # a group without options is none
 
 
+def guards(name: str) -> int:
+    """Return the number of statements of a module that only guard.
+
+    They are `raise` and `assert` with the `if` or handler around them, calls of functions that check, and functions
+    whose only effect is to raise.
+    """
+    found: set[int] = set()
+    for node in ast.walk(tree(name)):
+        match node:
+            case ast.Raise() | ast.Assert():
+                found.add(id(node))
+            case ast.If(body=[*_, ast.Raise()]):
+                found |= {id(node), *map(id, node.body)}
+            case ast.ExceptHandler() if any(isinstance(each, ast.Raise) for each in node.body):
+                found |= set(map(id, node.body))
+            case ast.Expr(value=ast.Call(func=ast.Attribute(attr=called) | ast.Name(id=called))) if _CHECK.match(
+                called
+            ):
+                found.add(id(node))
+            case ast.FunctionDef() if _CHECK.match(node.name) or _only_raises(node):
+                found |= {id(each) for each in ast.walk(node) if isinstance(each, ast.stmt)}
+    return sum(isinstance(node, ast.stmt) and id(node) in found for node in ast.walk(tree(name)))
+
+
+def _only_raises(function: ast.FunctionDef) -> bool:
+    """Return whether a function returns, yields and stores nothing, and raises an error somewhere."""
+    nodes = list(ast.walk(function))
+    has_effect = any(isinstance(node, ast.Yield | ast.YieldFrom) for node in nodes)
+    has_effect |= any(isinstance(node, ast.Return) and node.value is not None for node in nodes)
+    has_effect |= any(isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) for node in nodes)
+    return not has_effect and any(isinstance(node, ast.Raise) for node in nodes)
+
+
 def _print_sizes() -> None:
     sizes: dict[str, list[int]] = {}
     for name in modules():
@@ -243,6 +277,9 @@ def _print_sizes() -> None:
         found = imported_with(f"modes.{mode}")
         count = sum(map(statements, found))
         print(f"modes/{mode}.py imports {count} statements in {sum(statements(each) > 0 for each in found)} files")
+    core = [name for name in modules() if extension_of(name) is None]
+    share = 100 * sum(map(guards, core)) / sum(map(statements, core))
+    print(f"guards in the core: {share:.1f} % of the statements")
     edges = edges_into_extensions()
     print(f"imports from the core into extensions: {len(edges)}")
     if "--list" in sys.argv:
