@@ -16,7 +16,7 @@ def cache_features(
     data_module: ImageDataModule,
     model: SegmentationModel,
     engine: Engine,
-    epochs: float,
+    epochs: Positive,
     previous_choices: Mapping[str, str | None],
     *,
     dtype: Any = "auto",
