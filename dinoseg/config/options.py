@@ -92,7 +92,7 @@ def existing_choices(choices: Mapping[str, Any], folders: Sequence[Path]) -> dic
     """
 
     def exists(group: str, option: str) -> bool:
-        return any((folder / group.partition("@")[0] / f"{option}.yaml").is_file() for folder in folders)
+        return any(os.path.isfile(folder / group.partition("@")[0] / f"{option}.yaml") for folder in folders)
 
     return {group: option for group, option in choices.items() if not isinstance(option, str) or exists(group, option)}
 
