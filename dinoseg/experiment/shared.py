@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored, describe
 
-_NOT_SHARED = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")  # keys in another form, or of each rank
+# keys in another form, or of each rank
+_NOT_SHARED = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger", "pack", "chooser")
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:
