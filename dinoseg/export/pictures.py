@@ -94,8 +94,6 @@ def _of_split(dataset: Callable[[str], SegmentationData], split: str, count: int
 
 def _of_files(images: str, count: int, pixels: PixelFormat) -> Iterator[Picture]:
     files = list_inputs(images, "export.images", pixels.suffixes)
-    if not files:
-        raise UserError(f"export.images={images}: holds no images. {_REMEDY}")
     for path in _spread(files, count):
         height, width, _ = pixels.read(path).shape
         yield Picture(path, path.name, (height, width), pixels)

@@ -7,10 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinoseg.config.expansion import read_config
-from dinoseg.config.nodes import instantiate
 from dinoseg.export.runtime.model import Model
-from dinoseg.export.runtime.runtime import RUNTIMES, Options, file_in, list_model_files
+from dinoseg.export.runtime.runtime import Options, file_in, list_model_files, load_opener
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import check_annotations
 
@@ -113,7 +111,7 @@ def open_file(path: Path, options: Options, *, key: str = "resume") -> Model:
     if not path.exists():
         raise UserError(f"File not found: {path}. Give a file that mode=export wrote, a run folder or a checkpoint.")
     if runtime != "torch":
-        opened: Model = instantiate(read_config(RUNTIMES / f"{runtime}.yaml")[0])(path, options)
+        opened: Model = load_opener(runtime)(path, options)
         return opened
     if path.suffix == ".pt2":
         raise UserError(

@@ -1,19 +1,18 @@
 """The interface of runtimes: torch, or another one where torch is not installed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dinoseg.config.composition import SHIPPED
-from dinoseg.config.options import options_of
 from dinoseg.export.runtime.facts import ModelFacts
 
 MODEL_FILE = "model.safetensors"  # of torch
-RUNTIMES = SHIPPED / "runtime"  # an option for each runtime without torch; it names what opens its files
+_RUNTIMES = Path(__file__).parents[2] / "cfg/runtime"  # an option for each runtime without torch
 
 
 class Runtime(Protocol):
@@ -59,7 +58,20 @@ class Options:
 
 def list_model_files() -> dict[str, str]:
     """Return the name of a one-file model for each runtime: torch, and the options of `runtime`."""
-    return {"torch": MODEL_FILE, **{name: f"model.{name}" for name in options_of(RUNTIMES)}}
+    names = sorted(path.stem for path in _RUNTIMES.glob("*.yaml"))
+    return {"torch": MODEL_FILE, **{name: f"model.{name}" for name in names}}
+
+
+def load_opener(runtime: str) -> Callable[[Path, Options], Any]:
+    """Return the function that opens the files of a runtime, which the `_target_` of its option names.
+
+    The line is read without a YAML parser: predictions of ONNX files need NumPy, Pillow and onnxruntime alone.
+    """
+    text = (_RUNTIMES / f"{runtime}.yaml").read_text(encoding="utf-8")
+    target = next(line.removeprefix("_target_: ") for line in text.splitlines() if line.startswith("_target_: "))
+    module, _, name = target.strip().rpartition(".")
+    opener: Callable[[Path, Options], Any] = getattr(import_module(module), name)
+    return opener
 
 
 def file_in(folder: Path, runtime: str | None) -> Path | None:
