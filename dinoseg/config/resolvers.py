@@ -152,7 +152,7 @@ def _classes_of_labels(data: DictConfig, root: str, function: str) -> list[str]:
     layout, shapes = data.reader.layout, data.reader.shapes
     try:
         return list(
-            import_function(function, "data.classes")(
+            import_function(str(function), "data.classes")(
                 Path(str(root)).expanduser(),
                 kind=data.kind,
                 layout={key: value for key, value in to_container(layout, resolve=True).items() if key != "_target_"},
@@ -163,6 +163,8 @@ def _classes_of_labels(data: DictConfig, root: str, function: str) -> list[str]:
         )
     except UserError as error:
         raise _Unmet(str(error)) from None
+    except TypeError as error:
+        raise _Unmet(f"data.classes: {function} cannot be called ({error}). Correct it in the YAML file.") from error
 
 
 def _read_class_file(path: Path, ignore_index: int) -> Mapping[str, Any] | None:

@@ -124,6 +124,8 @@ class ModelBuilder:
 
     def _instantiate(self, key: str) -> Any:
         node = self.value(key)
+        if not OmegaConf.is_dict(node):  # which names no key of its own
+            raise UserError(f"{key}={node} has no `_target_`, which this config node needs. Leave it out.")
         exclude = [*_READ_ELSEWHERE.get(key, ())]
         if key == "head" and OmegaConf.is_missing(node, "weights"):  # which an outline does not read
             exclude.append("weights")

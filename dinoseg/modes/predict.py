@@ -80,10 +80,10 @@ def predict(
     """
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
+    _check_parts(shapes, videos)
     check_outputs(outputs, shapes)
     builder = Builder(cfg)
     split = _split_data(builder, input)
-    _check_parts(shapes, videos)
     images, films = _find_inputs(input, builder.pixels.suffixes, videos) if split is None else (_images_of(split), [])
     _check_films(films, outputs, builder.pixels)
     if not images and videos is not None:

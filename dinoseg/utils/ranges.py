@@ -27,10 +27,11 @@ _LONGEST_VALUE = 200  # characters of a value in a message
 _PLAIN: dict[Any, Any] = {  # annotation to the types that a config may give for it
     **{int: Integral, float: Real, str: str, bool: bool, NoneType: NoneType},
     **{Path: (str, Path), PathLike: PathLike, Sequence: _LIST, Iterable: _LIST, tuple: _LIST, Mapping: Mapping},
+    Callable: Callable,
 }
 _CONFIG_WORDS: dict[Any, str] = {  # types in messages about configs
     **{int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"},
-    **{Path: "a path", PathLike: "a path", Mapping: "a mapping"},
+    **{Path: "a path", PathLike: "a path", Mapping: "a mapping", Callable: "a function"},
 }
 _PYTHON_WORDS = {**_CONFIG_WORDS, bool: "True or False", NoneType: "None"}
 _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a path": "paths"}

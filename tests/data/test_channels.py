@@ -19,6 +19,7 @@ from PIL import Image
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.geometry import to_unit_range
 from dinoseg.core.shapes import Batch, join_batches
+from dinoseg.core.sources import has_own_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.doctor.checks.files import check_range
@@ -31,6 +32,7 @@ from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.utils import levels as levels_module
@@ -448,6 +450,13 @@ def test_a_changed_file_or_format_is_other_data(tmp_path):
     for each in (data, data.read_as(PixelFormat(4, ("rgb", "nir"), order=(3, 0, 1, 2)))):
         seen.append((each.fingerprint(), each.image_hash(0)))
     assert all(len(set(values)) == 3 for values in zip(*seen, strict=True))
+
+
+def test_frames_of_videos_are_rgb_and_stay_frames():
+    frame = VideoFrame(Path("film.avi"), 3)
+    data = PairDataset([Pair("a", frame, Path("a.png"))], Labels.of(["a", "b"], None, 255), Masks())
+    assert data.read_as(PixelFormat()).pairs[0].image is frame and not has_own_file(frame)
+    assert_refused(lambda: data.read_as(PixelFormat(4)), "Frame 3 of film.avi has 3 channels", "data.channels=4")
 
 
 def test_the_stamp_of_an_image_is_that_of_its_newest_file(tmp_path):

@@ -528,6 +528,13 @@ def test_evaluation_tracks_only_untrained_models_on_videos(compose):
         assert (find_scoring(Builder(OmegaConf.merge(cfg, changes))) is not None) == tracks, changes
 
 
+def test_a_value_instead_of_a_scoring_function_is_refused(compose):
+    cfg = compose("mode=eval", "data=davis2016", "data.root=none")
+    for side, changes in (("data", {}), ("head", {"resume": "run"})):
+        builder = Builder(OmegaConf.merge(cfg, changes, {side: {"scoring": "os.system"}}))
+        assert_refused(lambda builder=builder: find_scoring(builder), f"{side}.scoring=os.system has no `_target_`")
+
+
 @pytest.mark.parametrize("key", ["restart", "supervision"])
 def test_keys_of_tracking_are_refused_for_images(compose, tmp_path, monkeypatch, key):
     images = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=None)))

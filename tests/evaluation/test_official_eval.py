@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dinoseg.evaluation.official import OfficialScorer
 from dinoseg.evaluation.scoring import folders
 from dinoseg.metrics.protocols.idd_lite import IddLite
 from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
+from dinoseg.modes import evaluate as evaluate_mode
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
@@ -178,6 +180,21 @@ def test_resizing_benchmark_accepts_any_size(tmp_path, caplog):
     assert not OfficialScorer(SarRarp50(), tmp_path / "out").can_score(data, warns=False) and not caplog.records
     assert not OfficialScorer(SarRarp50(), tmp_path / "out").can_score(data, warns=True)
     assert "prediction to 3 x 2" in caplog.text and (tmp_path / "out/problems.json").is_file()
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_the_first_rank_alone_scores_and_warns(tmp_path, monkeypatch, is_main):
+    for name in ("check_score_names", "check_classes", "limit_to_trained_size", "TrainedSizes", "MetricRows"):
+        monkeypatch.setattr(evaluate_mode, name, Mock())
+    for name in ("load_trained", "provenance_of", "list_skipped"):
+        monkeypatch.setattr(evaluate_mode, name, Mock())
+    monkeypatch.setattr(evaluate_mode, "evaluate_images", lambda *_, **__: {"miou": 0.5})
+    evaluate_mode.load_trained.return_value.engine.is_main = is_main
+    benchmark = MagicMock()
+    options = {"metrics_only": True, "official": True, "report": False, "scorer": lambda *_: benchmark}
+    scores = evaluate_mode.evaluate_split(Mock(), tmp_path, "val", **options)
+    assert benchmark.can_score.call_args.kwargs == {"warns": is_main}
+    assert benchmark.score.called == is_main == ("official" in scores)
 
 
 def test_names_outside_the_benchmark_are_reported(tmp_path, caplog):

@@ -112,6 +112,12 @@ def test_stored_values_count_before_local_ones(describe, resume, compose, tmp_pa
     assert (typed.data.batch_size, typed.data.root) == (9, "/local")
 
 
+def test_only_a_new_run_takes_init_from_a_config_file(describe, resume, tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/default.yaml").write_text("# @package _global_\ninit: another\n", encoding="utf-8")
+    assert resume(describe(*DATA), "mode=train", folders=[tmp_path]).init is None
+
+
 def test_options_of_a_missing_folder_are_named(describe, resume):
     info = describe(*DATA)
     info["choices"]["head"] = "mine"

@@ -68,6 +68,16 @@ def test_failed_job_leaves_files_with_content_alone(tmp_path):
     assert (other / "run.log").exists() and (other / "config").exists() and not has_results(other)
 
 
+def test_a_crashed_job_leaves_its_config_and_releases_its_folder(tmp_path):
+    with pytest.raises(RuntimeError), RunFolder(tmp_path / "run") as run:
+        run.claim(tmp_path / "run")
+        run.write_config({}, [])
+        raise RuntimeError("a fault of the program")
+    assert (tmp_path / "run/config/config.yaml").is_file()
+    with RunFolder(tmp_path / "run") as other:
+        assert other.try_to_enter(tmp_path / "run")
+
+
 def test_failed_resume_removes_its_config_only(tmp_path):
     with RunFolder(tmp_path / "run") as run:
         run.claim(tmp_path / "run")

@@ -112,6 +112,12 @@ def test_a_folder_of_several_sizes_and_equal_stems(trained_model, tmp_path, capl
     assert max(batch[0] for batch in trained_model.model.batches) == 3  # batched by size, never above the limit
 
 
+def test_parts_of_other_classes_are_refused(tmp_path):
+    for key in ("shapes", "videos"):
+        part = {key: SimpleNamespace()}
+        assert_refused(lambda part=part: predict("x", tmp_path, **part), f"mode.{key}: SimpleNamespace is not a ")
+
+
 def test_a_video_gives_an_overlay_and_masks(trained_model, tmp_path, caplog):
     video = random_video(tmp_path / "v.avi")
     with caplog.at_level("INFO"):

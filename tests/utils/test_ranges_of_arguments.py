@@ -2,9 +2,11 @@
 
 import math
 import re
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
+from mistakes import assert_refused
 
 from dinoseg.utils import ranges
 
@@ -25,3 +27,12 @@ def test_rule_states_the_ends_of_its_range(name):
     assert stated == [end for end in (least, most) if math.isfinite(end)]
     assert (least not in rule) == ("above" in words)
     assert (most not in rule) == ("below" in words)
+
+
+def test_only_functions_are_given_for_functions():
+    annotation = Callable[..., Any] | None
+    for value in (None, len, dict):
+        ranges.check_value("pack", value, annotation)
+    for value, kind in ((5, "int"), ("os.system", "str"), ([len], "list of builtin_function_or_method")):
+        said = f"is of type {kind}. Give a function or null."
+        assert_refused(lambda value=value: ranges.check_value("pack", value, annotation), said)
