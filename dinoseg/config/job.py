@@ -106,3 +106,10 @@ def folder_words(folders: Sequence[str]) -> list[str]:
 def keys_with_values(typed: Sequence[Override]) -> set[str]:
     """Return the keys that overrides set to another value than null."""
     return {override.key_or_group for override in typed if override.value() is not None}
+
+
+def mask_keys(data: DictConfig) -> dict[str, Any]:
+    """Return a data set's mask encoding, as keys of `Masks`; empty for a fixed format."""
+    node = data.reader.get("masks")
+    keys = {} if node is None else to_container(node, resolve=True)
+    return {key: value for key, value in keys.items() if key not in ("_target_", "described")}

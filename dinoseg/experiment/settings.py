@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from dinoseg.config.plain import flatten, to_container
+from dinoseg.config.plain import flatten
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.description import DESCRIBED_GROUPS, MODEL
 from dinoseg.utils.errors import UserError
@@ -59,10 +57,3 @@ def check_same_settings(
 
 def _value_text(settings: Mapping[str, Any], name: str) -> str:
     return format_override(settings[name]) if name in settings else "not set"
-
-
-def mask_keys(data: DictConfig) -> dict[str, Any]:
-    """Return a data set's mask encoding, as keys of `Masks`; empty for a fixed format."""
-    node = data.reader.get("masks")
-    keys = {} if node is None else to_container(node, resolve=True)
-    return {key: value for key, value in keys.items() if key not in ("_target_", "described")}

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.config.composition import SHIPPED
+from dinoseg.config.job import mask_keys
 from dinoseg.config.nodes import expect_type
 from dinoseg.config.options import has_options
 from dinoseg.core.channels import PixelFormat, check_rgb
@@ -19,7 +20,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import find_groups
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.command_lines import find_typed_keys
-from dinoseg.experiment.settings import check_same_settings, mask_keys
+from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.done import DoneInputs

@@ -72,7 +72,7 @@ def test_parameter_counts_of_variants(keys, more):
 def test_the_config_gives_the_published_head(compose):
     cfg = compose("hparam=dinosavi_s256d", "data.root=.")
     with torch.device("meta"):
-        head = instantiate(cfg.head, exclude=("layers", "lr"))(in_dim=384, num_layers=1)
+        head = instantiate(cfg.head, exclude=("layers", "lr", "scoring"))(in_dim=384, num_layers=1)
     assert type(head) is SlotHead and count(head) == 4_279_745 and list(cfg.backbone.layers) == [-1]
 
 
