@@ -47,15 +47,19 @@ from dinoseg.experiment.objects import OPTION
 from dinoseg.experiment.recipe import INITIAL, SAVED, TEACHER, absolute, config_description
 
 TRACKING = {"model", "device", "autocast", "batch_size"}
-# What build, launch and fit hand over; every other argument stands in a config or has a default
+# What builder, launch and fit hand over; every other argument stands in a config or has a default
+SCORING = {"builder", "out_dir", "split", "supervision", "metrics_only", "official", "restart", "report"}
 AT_RUN_TIME = {
+    "chooser": {"cfg", "words"},
     "data.clips": {"split"},
     "data.opened": {"dataset", "split", "reduced"},
     "data.opened.pack": {"dataset", "cache_dir"},
     "data.reader": {"split"},
+    "data.scoring": SCORING,
     "export": {"source", "out_dir"},
     "features": {"builder", "data_module", "model", "engine", "epochs", "previous_choices"},
     "head": {"in_dim", "num_layers"},
+    "head.scoring": SCORING,
     "logger.*": {"out_dir", "start_step"},
     "loss.class_weights": {"counts", "classes"},
     "loss.counts": {"dataset"},
@@ -64,6 +68,7 @@ AT_RUN_TIME = {
     "mode": {"cfg", "out_dir"},
     "mode.check": {"cfg"},
     "mode.init_head": {"builder", "model", "data", "engine"},
+    "mode.scorer": {"protocol", "out_dir"},
     "optim.optimizer": {"model"},
     "pack": {"dataset", "cache_dir"},
     "slots": TRACKING,
@@ -73,7 +78,7 @@ AT_RUN_TIME = {
 }
 OF_MAIN = 1  # `_target_` of options that main.yaml chooses
 # What stands beside the keys of a target for somebody else
-FOR_OTHERS = {"mode": set(LAUNCH_KEYS), "head": {"layers", "lr"}, "adapter": {"lr"}}
+FOR_OTHERS = {"mode": set(LAUNCH_KEYS), "head": {"layers", "lr", "scoring"}, "adapter": {"lr"}}
 
 
 def check_binds(path, node):
@@ -167,7 +172,7 @@ def test_every_recipe_composes_resolves_and_is_restored(recipes):
         given += check_restored(cfg)
         OmegaConf.resolve(deepcopy(cfg))  # as `--cfg job --resolve` does
         written = {group: written_targets(group, option) for group, option in choice.items()}
-        targets += sum(written.values())
+        targets += sum(written.values()) + ("chooser" in read("hparam", hparam))
         saved += sum(count for group, count in written.items() if group in SAVED)
     assert len(recipes) == len(list((FOLDER / "hparam").rglob("[!_]*.yaml"))) >= 50
     assert checked - OF_MAIN * len(recipes) == targets >= 14 * len(recipes) and given == saved >= 10 * len(recipes)
@@ -255,7 +260,8 @@ def test_some_options_compose_and_are_restored(compose):
 def test_every_option_of_every_other_group_composes(rows):
     checked, values = map(sum, zip(*(check_row(*each) for each in rows), strict=True))
     tried = {pair for chosen, *_ in rows for pair in chosen.items()}
-    files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("hydra", "local", "hparam")]
+    others = ("hydra", "local", "hparam", "runtime")
+    files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in others]
     assert len(tried) == len([path for path in files if path.stem[0] != "_"]) >= 40
     assert checked >= 10 * len(rows) and values > 4 * len(tried)
 
