@@ -29,7 +29,7 @@ CORE_CONFIGS = (  # what a first training, evaluation and prediction compose
     *("loss/cross_entropy", "optim/adamw", "trainer/supervised", "inference/auto", "engine/auto", "task/semantic"),
     *("logger/tensorboard", "metric/boundary_iou", "export/safetensors"),
 )
-LARGEST_CORE = 9_900  # statements that `modes/train.py` imports
+MAX_TRAINING_STATEMENTS = 9_900  # statements that `modes/train.py` imports
 
 
 def test_the_table_names_modules_that_exist_and_has_no_circles():
@@ -65,7 +65,7 @@ def test_configs_of_the_core_require_no_extension():
 def test_a_training_imports_no_extension():
     found = imported_with("modes.train", lazy=True)
     assert not {name: extension_of(name) for name in found if extension_of(name)}
-    assert sum(map(statements, imported_with("modes.train"))) <= LARGEST_CORE
+    assert sum(map(statements, imported_with("modes.train"))) <= MAX_TRAINING_STATEMENTS
 
 
 def use_copy(folder, gone, *words):

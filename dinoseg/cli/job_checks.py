@@ -81,7 +81,7 @@ def _check_length(typed: Sequence[Override]) -> None:
 
 
 def _check_hidden(override: Override) -> None:
-    """Refuse keys that only files may set: names of classes, and what a mode says to the launcher."""
+    """Refuse keys that only files may set: names of classes, and keys of a mode for the launcher."""
     name = override.key_or_group
     hidden = [part for part in name.split(".") if part.startswith("_")]
     hidden += [str(steps[-1]) for steps, _ in walk(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]

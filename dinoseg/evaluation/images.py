@@ -39,7 +39,7 @@ def evaluate_images(
 
     Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
     ids at full size), or <class>/<name>_pred.png of a mask with layers. `write_prediction`
-    receives the class ids (H, W) and the name of each image, to write them in another layout.
+    gets the class ids (H, W) and the name of each image, to write them in another layout.
     The collector and the rows of further metrics receive every batch of this rank.
     """
 

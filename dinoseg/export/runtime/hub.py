@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.runtime import file_in, list_model_files
+from dinoseg.export.runtime.runtime import file_in, names_of_files
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.wording import printable
@@ -27,8 +27,7 @@ def fetch_model_file(
     Raises:
         UserError: if the source holds no model, or the hub does not answer and nothing is cached.
     """
-    files = list_model_files()
-    names = [files[runtime]] if runtime in files else list(files.values())
+    names = names_of_files(runtime)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         with _client_errors_as_user_errors(str(source), token):

@@ -76,6 +76,10 @@ def load_opener(runtime: str) -> Callable[[Path, Options], Any]:
 
 def file_in(folder: Path, runtime: str | None) -> Path | None:
     """Return the one-file model in a folder, for one runtime or any; None where there is none."""
+    return next((folder / name for name in names_of_files(runtime) if (folder / name).is_file()), None)
+
+
+def names_of_files(runtime: str | None) -> list[str]:
+    """Return the names of one-file models of a runtime; of all for None or an unknown one."""
     files = list_model_files()
-    names = [files[runtime]] if runtime in files else files.values()
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return [files[runtime]] if runtime in files else [*files.values()]
