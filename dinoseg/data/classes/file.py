@@ -10,7 +10,7 @@
 - `classes`: a mapping in id order, or a list of names alone.
 - `masks: ids` (the default): a mask file holds numbers. `ids` lists those of a class; without it, a class has its
   position. `color` is only for drawing.
-- `masks: palette`: a mask file holds colours. A class has a `color`, or several `colors` that are merged.
+- `masks: palette`: a mask file holds colours. The `color` and the `colors` of a class are merged.
 - `masks: binary`: a mask file holds 0 and 255: two classes, or with `task=multilabel` one class of any number.
 - `masks: labels`: masks are labelled shapes of an annotation tool. A class has `labels`; without them, its own name is
   its label.
@@ -24,14 +24,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from dinoseg.data.classes.labels import as_color
-from dinoseg.data.classes.mask_advice import HIGHEST_ID
-from dinoseg.data.classes.masks import MaskFormat
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import Stamp, check_regular, stamp
-from dinoseg.utils.forms import SchemaError
+from dinoseg.utils.files import Stamp, stamp
 from dinoseg.utils.yaml_text import read_yaml
 
 CLASS_FILE = "classes.yaml"
@@ -49,6 +46,12 @@ NOT_DESCRIBED: dict[str, Any] = {
     "described": None,
 }
 LABELS = "labels"  # masks are labelled shapes in a file of an annotation tool
+_KEYS = {  # of a class, by the kind of masks; `ignore` has the same, without `color`
+    "ids": ("ids", "color"),
+    "palette": ("color", "colors"),
+    "binary": ("color",),
+    LABELS: ("labels", "color"),
+}
 _LARGEST = 65536  # bytes: 255 classes need a quarter of it
 
 
@@ -58,10 +61,6 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is too large, is not YAML, or is inconsistent.
     """
-    try:
-        check_regular(path)
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check data.root.") from None
     return _read(path, ignore_index, stamp(path))
 
 
@@ -70,121 +69,77 @@ def _read(path: Path, ignore_index: int, _stamp: Stamp | None) -> dict[str, Any]
     """Parse a file once per state, since the config interpolates each key separately."""
     try:
         return _parse_content(read_yaml(path, _LARGEST), ignore_index)
-    except (OSError, SchemaError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Correct the file.") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {str(error).rstrip('.')}.") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {str(error).rstrip('.')}. Correct the file.") from None
 
 
 def _parse_content(content: Any, ignore_index: int) -> dict[str, Any]:
-    whole = _check_mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
-    classes = _classes(whole.get("classes"))
-    ignored = _check_mapping(whole.get("ignore", {}), "ignore", ("ids", "colors", "labels"))
-    masks = whole.get("masks", "ids")
-    formats = (*get_args(MaskFormat), LABELS)
-    if masks not in formats:
-        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join(formats)}")
-    _refuse_idle(classes, ignored, masks)
-    colors = [_colors(entry, f"class {name}") for name, entry in classes.items()]
+    _check_mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
+    masks, ignored = content.get("masks", "ids"), content.get("ignore", {})
+    if masks not in _KEYS:
+        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join(_KEYS)}")
+    classes = _classes(content.get("classes"))
+    for name, entry in classes.items():
+        _check_entry(entry, f"class {name}", masks, _KEYS[masks])
+    _check_entry(ignored, "ignore", masks, [key for key in _KEYS[masks] if key != "color"])
+    description = {**NOT_DESCRIBED, "classes": list(classes), "format": masks}
+    for key in ("background", "others"):
+        description[key] = content.get(key)
+        if description[key] not in (None, *classes):
+            raise ValueError(f"{key}: {description[key]} is not a class: name one of {', '.join(classes)}")
+    colors = list(map(_colors, classes.values()))
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):
         bare = ", ".join(name for name, class_colors in zip(classes, colors, strict=True) if not class_colors)
         raise ValueError(f"no color for {bare}: give one to every class{' or to none' * (masks != 'palette')}")
-    description = {**NOT_DESCRIBED, "classes": list(classes), "format": masks, "background": whole.get("background")}
-    if description["background"] not in (None, *classes):
-        raise ValueError(
-            f"background: {description['background']} is not a class: name one of {', '.join(classes)}, or none"
-        )
     description["palette"] = [class_colors[0] for class_colors in colors] if any(colors) else None
-    description["others"] = others = whole.get("others")
-    if others not in (None, *classes):
-        raise ValueError(f"others: {others} is not a class: name one of {', '.join(classes)}")
-    if others is not None and masks not in ("ids", LABELS):
-        raise ValueError(f"others has no effect with masks: {masks}: remove it, or write `masks: ids`")
     if masks == LABELS:
-        description["labels"] = _labels(classes, ignored)
+        description["labels"] = _labels(classes, ignored.get("labels", []))
     if masks == "ids":
-        unnamed = _whole_numbers(ignored.get("ids", []), "ignore")
-        description["ids"] = _ids(classes, unnamed, ignore_index, others) or None
+        description["ids"] = _ids(classes, ignored.get("ids", []), ignore_index, description["others"]) or None
     if masks == "palette":
-        unseen = _colors(ignored, "ignore")
-        owners = [
-            (tuple(color), name) for name, class_colors in zip(classes, colors, strict=True) for color in class_colors
-        ]
-        _refuse_shared([*owners, *((tuple(color), "ignore") for color in unseen)], "colour")
         description["colors"] = {
             index: class_colors[1:] for index, class_colors in enumerate(colors) if class_colors[1:]
         } or None
-        description["ignore_colors"] = unseen
+        description["ignore_colors"] = _colors(ignored)
     return {**description, "described": {"ids": description["ids"]}}
 
 
 def _classes(node: Any) -> dict[str, dict[str, Any]]:
     """Return a mapping from class name to its `ids`, `color`, `colors` and `labels`."""
-    example = "list names in id order, such as `classes: [background, leaf]`"
     if isinstance(node, list):
-        if twice := [str(name) for name, count in Counter(map(str, node)).items() if count > 1]:
+        if twice := [str(name) for name, count in Counter(node).items() if count > 1]:
             raise ValueError(f"classes names {', '.join(twice)} more than once: make each name unique")
-        node = dict.fromkeys(map(_name, node))
+        node = dict.fromkeys(node)
     if not isinstance(node, dict) or not node:
-        raise ValueError(f"classes is {node if node else 'not given'}: {example}")
-    keys = ("ids", "color", "colors", "labels")
-    return {
-        _name(name): _check_mapping({} if entry is None else entry, f"class {name}", keys)
-        for name, entry in node.items()
-    }
+        raise ValueError(f"classes is {node}: list names in id order, such as `classes: [background, leaf]`")
+    return {_name(name): {} if entry is None else entry for name, entry in node.items()}
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r} is not a class name: YAML reads it as {type(value).__name__}. Write it in quotes")
-    if "${" in value or value.strip() == "???":
-        raise ValueError(
-            f"{value!r} is not a class name: it would be read as a reference or a missing value. Rename it"
-        )
+    # a "${...}" would be resolved by OmegaConf and refused in the checkpoint, and it takes ??? for a missing value
+    if not isinstance(value, str) or "${" in value or value.strip() in ("", "???"):
+        raise ValueError(f"{value!r} is not a name, but {type(value).__name__} in YAML: write text, without ${{")
     return value
 
 
-def _check_mapping(node: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(node, dict):
-        raise ValueError(f"{where} holds {node!r:.60}; it must be a mapping with the keys {', '.join(keys)}")
-    if unknown := [str(key) for key in node if key not in keys]:
-        raise ValueError(f"{where} has the unknown keys {', '.join(unknown)}: it takes {', '.join(keys)}")
-    return node
+def _check_mapping(node: Any, where: str, keys: Sequence[str]) -> None:
+    unknown = [key for key in node if key not in keys] if isinstance(node, dict) else [node]
+    if unknown:
+        raise ValueError(f"{where} has {unknown[0]!r:.60}: give a mapping with the keys {', '.join(keys) or 'none'}")
 
 
-def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str, Any], masks: str) -> None:
-    """Raise a ValueError for keys without effect for this kind of mask."""
-    idle = {
-        "ids": ("colors", "labels"),
-        "palette": ("ids", "labels"),
-        "binary": ("ids", "colors", "labels"),
-        LABELS: ("ids", "colors"),
-    }[masks]
-    user = {"colors": "palette", "ids": "ids", "labels": LABELS}
-    for where, entry in [*((f"class {name}", entry) for name, entry in classes.items()), ("ignore", ignored)]:
-        if idle_keys := [key for key in idle if key in entry]:
-            remedy = f"remove it, or write `masks: {user[idle_keys[0]]}`"
-            raise ValueError(f"{idle_keys[0]} of {where} has no effect with masks: {masks}: {remedy}")
+def _check_entry(node: Any, where: str, masks: str, keys: Sequence[str]) -> None:
+    """Refuse what is not a mapping of lists, with keys that have an effect for this kind of masks."""
+    _check_mapping(node, f"with `masks: {masks}`, {where}", keys)
+    for key, value in node.items():
+        if not isinstance(value, list):
+            raise ValueError(f"{key} of {where} is {value!r:.60}: give a list")
 
 
-def _colors(entry: Mapping[str, Any], where: str) -> list[list[int]]:
+def _colors(entry: Mapping[str, Any]) -> list[list[int]]:
     """Return the colours of a class; the first one is for drawing."""
-    if "color" in entry and "colors" in entry:
-        raise ValueError(f"{where} has both color and colors: give one of them")
-    colors = [entry["color"]] if "color" in entry else entry.get("colors", [])
-    if not isinstance(colors, list) or not all(isinstance(color, list) for color in colors):
-        raise ValueError(
-            f"the colours of {where} are {colors!r:.60}: give color: [r, g, b] or colors: [[r, g, b], ...]"
-        )
-    return [list(as_color(color)) for color in colors]
-
-
-def _whole_numbers(numbers: Any, where: str) -> list[int]:
-    if not isinstance(numbers, list) or not all(
-        type(number) is int and 0 <= number <= HIGHEST_ID for number in numbers
-    ):
-        raise ValueError(f"the ids of {where} are {numbers!r:.60}: give a list of numbers from 0 to {HIGHEST_ID}")
-    return numbers
+    colors = [entry["color"]] if "color" in entry else []
+    return [list(as_color(color)) for color in (*colors, *entry.get("colors", []))]
 
 
 def _ids(
@@ -200,38 +155,30 @@ def _ids(
             f"no ids for {', '.join(bare)}: give ids to every class, or to none to number them by position"
         )
     file_ids = {
-        name: _whole_numbers(entry.get("ids", []), f"class {name}") if named else [position]
-        for position, (name, entry) in enumerate(classes.items())
+        name: entry.get("ids", []) if named else [position] for position, (name, entry) in enumerate(classes.items())
     }
-    owners = [(number, name) for name, numbers in file_ids.items() for number in numbers]
-    _refuse_shared([*owners, *((number, "ignore") for number in ignored)], "id")
+    owners = _map_to_owner([*file_ids.items(), ("ignore", ignored)])
     table = dict.fromkeys(ignored, ignore_index)
     if named:
         order = {name: position for position, name in enumerate(classes)}
-        table |= {number: order[name] for number, name in owners}
+        table |= {number: order[name] for number, name in owners.items() if number not in table}
         rest = -1 if others is None else order[others]
         table |= {number: rest for number in range(len(classes)) if number not in table and number != ignore_index}
     return table
 
 
-def _labels(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str, Any]) -> dict[str, str]:
+def _labels(classes: Mapping[str, Mapping[str, Any]], ignored: Sequence[str]) -> dict[str, str]:
     """Return a mapping from label to class, or to `ignore`."""
-    texts = {name: _texts(entry.get("labels", [name]), f"class {name}") for name, entry in classes.items()}
-    unseen = _texts(ignored.get("labels", []), "ignore")
-    owners = [(label, name) for name, labels in texts.items() for label in labels]
-    _refuse_shared([*owners, *((label, "ignore") for label in unseen)], "label")
-    return dict(owners) | dict.fromkeys(unseen, "ignore")
+    labels = {name: list(map(_name, entry.get("labels", [name]))) for name, entry in classes.items()}
+    return _map_to_owner([*labels.items(), ("ignore", list(map(_name, ignored)))])
 
 
-def _texts(labels: Any, where: str) -> list[str]:
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"the labels of {where} are {labels!r:.60}: give a list of names")
-    return labels
-
-
-def _refuse_shared(owners: Iterable[tuple[Any, str]], what: str) -> None:
-    first: dict[Any, str] = {}
-    for value, owner in owners:
-        if value in first:
-            raise ValueError(f"the {what} {value} is given for {first[value]} and for {owner}: keep one of them")
-        first[value] = owner
+def _map_to_owner(values: Iterable[tuple[str, Sequence[Any]]]) -> dict[Any, str]:
+    """Return a mapping from each value to its class, or to `ignore`."""
+    owners: dict[Any, str] = {}
+    for owner, own_values in values:
+        for value in own_values:
+            if value in owners:
+                raise ValueError(f"{value} is given for {owners[value]} and for {owner}: keep one of them")
+            owners[value] = owner
+    return owners

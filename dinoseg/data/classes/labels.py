@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from dinoseg.report.palette import default_palette, layer_colours
 from dinoseg.utils.errors import UserError
@@ -38,27 +39,18 @@ class Labels:
             UserError: there is no class or over 255; a name is repeated, empty, long or not printable; colours and
                 classes differ in number; a colour or ignore_index is outside 0..255.
         """
-        if isinstance(classes, str) or not isinstance(classes, Sequence):
-            raise UserError(f"data.classes={format_value(classes)}: give a list of names, such as [background, leaf].")
-        names = tuple(str(name) for name in classes)
-        if not 1 <= len(names) <= 255:
-            raise UserError(f"data.classes has {len(names)} names: give 1 to 255, since masks are 8-bit.")
-        odd = next((name for name in names if not (0 < len(name) <= LONGEST_NAME and name.isprintable())), None)
-        if odd is not None:
+        names = tuple(map(str, classes))
+        has_odd = any(not (0 < len(name) <= LONGEST_NAME and name.isprintable()) for name in names)
+        if isinstance(classes, str) or not 1 <= len(names) <= 255 or has_odd:
             raise UserError(
-                f"data.classes names {format_value(odd)}: give names of 1 to {LONGEST_NAME} printable characters."
+                f"data.classes={format_value(classes)}: give a list of 1 to 255 names, since masks are 8-bit, each of "
+                f"1 to {LONGEST_NAME} printable characters."
             )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
-        if not isinstance(ignore_index, int) or not 0 <= ignore_index <= 255:
-            raise UserError(
-                f"data.ignore_index={format_value(ignore_index)}: give an id from 0 to 255, since masks are 8-bit."
-            )
-        if isinstance(palette, int | float | str):
-            raise UserError(
-                f"data.palette={format_value(palette)}: give [[r, g, b], ...], one colour per class, or null."
-            )
+        if ignore_index not in range(256):
+            raise UserError(f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit.")
         if palette is None:
             colors = tuple(default_palette(len(names) + has_layers)[has_layers:])
         else:
@@ -76,7 +68,7 @@ def as_color(values: Sequence[int]) -> Color:
     Raises:
         UserError: the values are not three whole numbers in that range.
     """
-    numbers = tuple(values) if not isinstance(values, int | float | str) else ()
-    if len(numbers) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in numbers):
-        raise UserError(f"Colour {list(numbers)}: give three whole numbers from 0 to 255 (red, green, blue).")
-    return numbers[0], numbers[1], numbers[2]
+    numbers = tuple(values) if isinstance(values, Iterable) else ()
+    if len(numbers) != 3 or not all(isinstance(v, Integral) and 0 <= v <= 255 for v in numbers):
+        raise UserError(f"Colour {values}: give three whole numbers from 0 to 255 (red, green, blue).")
+    return int(numbers[0]), int(numbers[1]), int(numbers[2])

@@ -74,8 +74,8 @@ def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], 
     """Return advice on coloured masks that are read as ids; `counts`: pixels of each colour."""
     if len(counts) > MAX_IDS:
         return (
-            "There are more colours than classes: JPEG and smooth resizing add colours. Save the masks again, as PNG "
-            "and without smoothing."
+            "There are more colours than classes: JPEG and smooth resizing add colours, or images and masks are "
+            "swapped. Save the masks again, as PNG and without smoothing."
         )
     if len(counts) < len(classes):
         return (

@@ -98,8 +98,11 @@ class MaskReader:
         self.masks = masks
         self.has_layers = has_layers
         values = Labels.of(LAYER_VALUES, None, labels.ignore_index) if has_layers else labels
-        if has_layers:
-            _refuse_options_of_ids(masks)
+        if has_layers and (masks.format == "palette" or masks.reduce_zero_label):
+            raise UserError(
+                "data.reader.masks.format=palette and reduce_zero_label are for masks of all classes. Leave them out "
+                "where each class has masks of its own (task=multilabel)."
+            )
         if masks.format == "ids":
             rest = -1 if masks.others is None else _find_class(masks.others, values, has_layers)
             self._table = _make_id_table(values, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
@@ -201,22 +204,14 @@ def check_fit(found: tuple[int, int], size: tuple[int, int], rule: str, *, image
     """Refuse a mask of a size `found` (H, W) that `fit_mask` refuses, whose other arguments are the same."""
     if found == size:
         return
-    sizes = f"{image} is {size[1]} x {size[0]} (width x height), its mask {path} is {found[1]} x {found[0]}."
     height, width = size[0] / found[0], size[1] / found[1]
-    if abs(height / width - 1) > _PROPORTIONS:
+    if rule == "error" or abs(height / width - 1) > _PROPORTIONS:
         raise UserError(
-            f"{sizes} Make them equal, or remove the pair: their aspect ratios differ by more than {_PROPORTIONS:.0%}, "
-            "so resizing cannot align them. Was one of them cropped or rotated? Images are turned by their EXIF "
-            "orientation, masks are not."
+            f"{image} is {size[1]} x {size[0]} (width x height), its mask {path} is {found[1]} x {found[0]}. Make them "
+            "equal: images are turned by their EXIF orientation, masks are not. "
+            f"data.reader.masks.on_size_mismatch=resize_mask resizes masks whose aspect ratio differs by up to "
+            f"{_PROPORTIONS:.0%}."
         )
-    if rule == "error":
-        raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
-
-
-def _refuse_options_of_ids(masks: Masks) -> None:
-    given = {"format=palette": masks.format == "palette", "reduce_zero_label": masks.reduce_zero_label}
-    if wrong := next((name for name, is_set in given.items() if is_set), None):
-        raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
 
 
 def _from_binary(numbers: np.ndarray, path: MaskSource, *, described: bool) -> np.ndarray:
@@ -259,38 +254,30 @@ def _make_id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int
     The first class has the file id `first`; lower ids are ignored, and ids without class map to `rest`.
     """
     count, ignore = len(labels.classes), labels.ignore_index
+    for source, target in ids.items():
+        if source not in range(HIGHEST_ID + 1) or target not in (*range(-1, count), ignore):
+            raise UserError(
+                f"data.reader.masks.ids maps {source!r} to {target!r}: map numbers from 0 to {HIGHEST_ID} to a class "
+                f"id from 0 to {count - 1}, {ignore} to ignore them, or -1 to refuse them."
+            )
     table = np.full(HIGHEST_ID + 1, rest, dtype=np.int16)
     table[:first] = ignore
     table[first : first + count] = np.arange(count)
-    if ids:
-        _map_ids(table, labels, ids, first, rest)
-    table[ignore] = ids.get(ignore, ignore)
-    return table
-
-
-def _map_ids(table: np.ndarray, labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> None:
-    """Write `data.reader.masks.ids` into the table of `_make_id_table`."""
-    count, ignore = len(labels.classes), labels.ignore_index
-    for source, target in ids.items():
-        if not isinstance(source, int) or not 0 <= source <= HIGHEST_ID:
-            raise UserError(f"data.reader.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
-        if not isinstance(target, int) or not (-1 <= target < count or target == ignore):
-            raise UserError(
-                f"data.reader.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
-                f"{ignore} to ignore it, or -1 to refuse it."
-            )
     moved = {source - first: target for source, target in ids.items() if 0 <= target < count}
     moved = {class_id: target for class_id, target in moved.items() if class_id != target}
     if moved.keys() & set(moved.values()):  # renumbering: {1: 0, 2: 1} drops file id 0; {2: 1} alone merges
         table[first : first + count] = rest
-    table[list(ids)] = list(ids.values())
+    for source, target in ids.items():
+        table[source] = target
+    table[ignore] = ids.get(ignore, ignore)
+    return table
 
 
 def _make_color_table(
     labels: Labels, further: Mapping[int, Sequence[Sequence[int]]], ignored: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted colour codes and the class id or ignore_index of each."""
-    if unknown := [key for key in further if not isinstance(key, int) or not 0 <= key < len(labels.classes)]:
+    if unknown := [key for key in further if key not in range(len(labels.classes))]:
         raise UserError(
             f"data.reader.masks.colors has colours for {unknown[0]!r}: give class ids from 0 to "
             f"{len(labels.classes) - 1}, such as {{0: [[255, 255, 255]]}}."

@@ -35,7 +35,7 @@ masks: palette
 classes:
   ground: {colors: [[0, 0, 0], [90, 60, 30]]}
   leaf: {color: [0, 255, 0]}
-  stem: {colors: [[0, 128, 0], [0, 100, 0], [0, 90, 0]]}
+  stem: {color: [0, 128, 0], colors: [[0, 100, 0], [0, 90, 0]]}
 ignore: {colors: [[255, 255, 255], [1, 2, 3]]}
 """
 
@@ -174,13 +174,13 @@ def test_missing_classes_and_file_are_reported(load, tmp_path):
     assert_refused(lambda: instantiate(cfg.head), *words)
     assert config_description(Builder(cfg))["config"]["data"]["classes"] == "???"
     describe(tmp_path, "[1]")
-    assert_refused(lambda: load(tmp_path).data.num_classes, "classes.yaml: the file holds [1]")
+    assert_refused(lambda: load(tmp_path).data.num_classes, "classes.yaml: the file has [1]")
 
 
 @pytest.mark.parametrize(
     ("root", "problem"),
     [
-        ("nowhere", "data.root=nowhere is not a folder. Give the folder that holds the dataset. "),
+        ("nowhere", "No folder nowhere/train/images for split train (pattern {split}/images). . holds the folders "),
         ("flat", "No folder flat/train/images for split train (pattern {split}/images). flat holds the folders images"),
         ("split", "data.classes is not set. Give the class names in id order: "),
     ],
@@ -220,49 +220,52 @@ def test_a_changed_file_is_read_again(tmp_path):
     os.utime(file, ns=(1, 1))
     assert read_class_file(file, 255) == {**NOT_DESCRIBED, "classes": ["a", "c"], "described": {"ids": None}}
     gone = tmp_path / "gone"
-    assert_refused(lambda: read_class_file(gone, 255), "Cannot read ", "gone: No such file", "Check data.root")
+    assert_refused(lambda: read_class_file(gone, 255), "Cannot read ", "No such file", "gone")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file holds None; it must be a mapping with the keys classes, background, others, ignore, masks"),
-        ("[a, b]", "must be a mapping"),
-        ("clases: [a]", "unknown keys clases: it takes classes, background, others, ignore, masks"),
-        ("masks: ids", "classes is not given: list names in id order"),
-        ("classes: {}", "classes is not given"),
+        ("", "the file has None: give a mapping with the keys classes, background, others, ignore, masks"),
+        ("[a, b]", "give a mapping"),
+        (
+            "clases: [a]",
+            "the file has 'clases': give a mapping with the keys classes, background, others, ignore, masks",
+        ),
+        ("masks: ids", "classes is None: list names in id order"),
+        ("classes: {}", "classes is {}"),
         ("classes: leaf", "classes is leaf: list names"),
         ("classes: [a, b, a]", "classes names a more than once"),
         ("classes:\n  a: {ids: [0]}\n  a: {ids: [1]}", "a occurs more than once in one mapping"),
-        ("classes: [a, no]", "False is not a class name: YAML reads it as bool. Write it in quotes"),
-        ("classes: {1: {ids: [0]}}", "1 is not a class name"),
-        ("classes: ['${oc.env:HOME}', b]", "'.{oc.env:HOME}' is not a class name: it would be read as a reference"),
-        ("classes: ['???', b]", "'...' is not a class name"),
-        ("classes: {' ': {ids: [0]}}", "' ' is not a class name"),
-        ("classes: {a: 0, b: 1}", "class a holds 0; it must be a mapping with the keys ids, color, colors"),
-        ("classes: {a: {id: [0]}}", "class a has the unknown keys id: it takes ids, color, colors"),
-        ("classes: {a: {ids: 0}}", "the ids of class a are 0: give a list of numbers from 0 to 65535"),
-        ("classes: {a: {ids: [-1]}}", "ids of class a are"),
-        ("classes: {a: {ids: [65536]}}", "ids of class a are"),
-        ("classes: {a: {ids: [true]}}", "ids of class a are"),
+        ("classes: [a, no]", "False is not a name, but bool in YAML: write text"),
+        ("classes: {1: {ids: [0]}}", "1 is not a name"),
+        ("classes: ['${oc.env:HOME}', b]", "'.{oc.env:HOME}' is not a name"),
+        ("classes: ['???', b]", "'...' is not a name"),
+        ("classes: {' ': {ids: [0]}}", "' ' is not a name"),
+        ("classes: {a: 0, b: 1}", "class a has 0: give a mapping with the keys ids, color"),
+        ("classes: {a: {id: [0]}}", "with `masks: ids`, class a has 'id': give a mapping with the keys ids, color"),
+        ("classes: {a: {ids: 0}}", "ids of class a is 0: give a list"),
+        ("classes: {a: {ids: [[0]]}}", "unhashable type: 'list'. Correct the file"),
         ("classes: {a: {ids: [0]}, b: }", "no ids for b: give ids to every class, or to none"),
-        ("classes: {a: {ids: [0, 1]}, b: {ids: [1]}}", "the id 1 is given for a and for b"),
-        ("classes: [a, b]\nignore: {ids: [1]}", "the id 1 is given for b and for ignore"),
-        ("classes: [a]\nignore: [7]", "ignore holds .7.; it must be a mapping with the keys ids, colors"),
-        ("classes: [a]\nignore: {colors: [[0, 0, 0]]}", "colors of ignore has no effect with masks: ids.*palette"),
+        ("classes: {a: {ids: [0, 1]}, b: {ids: [1]}}", "1 is given for a and for b"),
+        ("classes: [a, b]\nignore: {ids: [1]}", "1 is given for b and for ignore"),
+        ("classes: [a]\nignore: [7]", "ignore has .7.: give a mapping with the keys ids"),
+        ("classes: [a]\nignore: {colors: [[0, 0, 0]]}", "with `masks: ids`, ignore has 'colors'"),
+        ("classes: [a]\nignore: {color: [0, 0, 0]}", "ignore has 'color'"),
         ("classes: [a]\nmasks: rgb", "masks: rgb is unknown: choose one of ids, palette, binary"),
         ("classes: [a, b]\nmasks: palette", "no color for a, b: give one to every class"),
         ("classes: {a: , b: {color: [9, 9, 9]}}\nmasks: binary", "no color for a: give one to every class or to none"),
         ("classes: {a: {color: [0, 0]}}", "three whole numbers"),
         ("classes: {a: {color: [0, 0, 256]}}", r"Colour \[0, 0, 256\]"),
-        ("classes: {a: {color: red}}", "the colours of class a are .'red'.: give color: "),
-        ("classes: {a: {color: [0, 0, 0], colors: [[1, 1, 1]]}}\nmasks: palette", "class a has both color and colors"),
-        ("classes: {a: {color: [1, 1, 1]}, b: {color: [1, 1, 1]}}\nmasks: palette", r"colour \(1, 1, 1\) is given for"),
-        ("classes: {a: {colors: [[1, 1, 1]]}}", "colors of class a has no effect with masks: ids"),
-        ("classes: {a: {ids: [0], color: [0, 0, 0]}}\nmasks: palette", "ids of class a has no effect.*`masks: ids`"),
-        ("classes: [a, b]\nmasks: binary\nignore: {ids: [3]}", "ids of ignore has no effect"),
+        ("classes: {a: {color: red}}", "color of class a is 'red': give a list"),
+        ("classes: {a: {colors: [0, 0, 0]}}\nmasks: palette", "Colour 0: give three"),
+        ("classes: {a: {colors: [[1, 1, 1]]}}", "with `masks: ids`, class a has 'colors'"),
+        ("classes: {a: {ids: [0], color: [0, 0, 0]}}\nmasks: palette", "with `masks: palette`, class a has 'ids'"),
+        ("classes: [a, b]\nmasks: binary\nignore: {ids: [3]}", "ignore has 'ids': give a mapping with the keys none"),
+        ("classes: {a: {labels: [no]}}\nmasks: labels", "False is not a name"),
+        ("classes: [a, b]\nmasks: labels\nignore: {labels: [b]}", "b is given for b and for ignore"),
         ("classes: [a, b]\nothers: c", "others: c is not a class: name one of a, b"),
-        ("classes: [a, b]\nmasks: binary\nothers: b", "others has no effect with masks: binary"),
+        ("classes: [a, b]\nbackground: c", "background: c is not a class: name one of a, b"),
         ("classes: {a: {ids: [0]}, b: , c: }\nothers: c", "no ids for b: give ids"),
         ("classes: [a", "it is not plain YAML: .*Correct the file"),
         ("classes: !!python/name:os.system ''", "it has the tag .*Correct the file"),
@@ -275,6 +278,21 @@ def test_invalid_class_file_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         read_class_file(file, 255)
     assert str(file) in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("classes: {a: {ids: [65536]}, b: {ids: [1]}}", "masks.ids maps 65536 to 0: map numbers from 0 to 65535"),
+        ("classes: {a: {ids: [x]}, b: {ids: [1]}}", "masks.ids maps 'x' to 0"),
+        ("classes: {a: {color: [1, 1, 1]}, b: {color: [1, 1, 1]}}\nmasks: palette", "Colour (1, 1, 1) is used twice"),
+        ("classes: [a, b]\nmasks: binary\nothers: b", "others has no effect with data.reader.masks.format=binary"),
+    ],
+)
+def test_contents_that_do_not_fit_masks_are_refused(tmp_path, text, words):
+    describe(tmp_path, text)
+    put(tmp_path, [[0]])
+    assert_refused(lambda: mask_of(data_of(tmp_path)), words)
 
 
 def test_documented_class_files_are_valid(load, tmp_path):
