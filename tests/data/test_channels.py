@@ -520,7 +520,7 @@ def test_dark_channels_next_to_a_bright_one_are_named(most, tmp_path, caplog):
     (finding,) = check_range([describe_split("train", train, records)])
     assert "247 (channel 0), 255 (channel 1), 255 (channel 2)" in finding.message
     assert ("(channel 3)" in finding.message) == ("value_range=[0,4095]" in finding.remedy) == (most == 4095)
-    assert "images of 8 bits" in finding.remedy
+    assert "scale each to 0..65535" in finding.remedy
     check_for_errors(train, val, cache_dir=tmp_path)
     assert caplog.text.count("247 (channel 0), 255 (channel 1), 255 (channel 2)") == 1
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from dinoseg.data.doctor.checks.classes import check_coverage
 from dinoseg.data.doctor.checks.duplicates import check_duplicates
-from dinoseg.data.doctor.checks.files import check_orientation, check_range, check_resized
+from dinoseg.data.doctor.checks.files import check_range
 from dinoseg.data.doctor.checks.layers import check_layers
-from dinoseg.data.doctor.checks.pairing import check_pairing
+from dinoseg.data.doctor.checks.pairing import check_orientation, check_pairing, check_resized
 from dinoseg.data.doctor.errors import find_errors
 from dinoseg.data.doctor.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.doctor.suggestions import constant_class, suggest

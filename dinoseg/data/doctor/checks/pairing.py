@@ -1,12 +1,15 @@
-"""Checks for masks paired with the wrong image, by how well mask borders match image edges."""
+"""Checks for masks that do not match their image: paired with a wrong one, resized, or beside a rotated one."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from dinoseg.data.doctor.checks.files import format_sizes
 from dinoseg.data.doctor.findings import Finding, ScannedSplit
 from dinoseg.data.scan.measure import SMALL, Record
+from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned
 from dinoseg.utils.wording import count_of
 
 _ROWS = 512  # images compared at once
@@ -145,3 +148,53 @@ def _report_shared_masks(part: ScannedSplit) -> Iterator[Finding]:
             "Check them: a copied mask is wrong for all images but one.",
             tuple((part.split, record.name) for record in shared[0][:2]),
         )
+
+
+def check_resized(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
+    """Yield a finding of the masks that are resized to their images when they are read."""
+    records = [record for part in splits for record in part.records]
+    resized = [record for record in records if _has_other_size(record) and "size_mismatch" not in record.problems]
+    if resized:
+        yield Finding(
+            "warning",
+            "resized_masks",
+            f"{len(resized)} of {len(records)} masks of another size (width x height) than their image. They are "
+            "resized by nearest neighbour when they are read.",
+            tuple(record.mask for record in resized),
+            "Create them again from their source at the image's size; until then borders are as coarse as in the "
+            "smaller masks.",
+            reasons=tuple(map(format_sizes, resized)),
+        )
+
+
+def check_orientation(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
+    """Yield a finding of the images that are rotated on reading while their masks are not."""
+    turned = [(part, record) for part in splits for record in part.records if _is_turned(record.image)]
+    if turned:
+        total = sum(len(part.records) for part in splits)
+        yield Finding(
+            "warning",
+            "turned_by_exif",
+            f"{len(turned)} of {total} images with an EXIF orientation: they are rotated or mirrored when they are "
+            "read, but their masks are not.",
+            tuple(record.image for _, record in turned),
+            "Compare images and masks. If a mask matches the stored pixels, remove the orientation from the image file "
+            "(exiftool -Orientation= FILE); if it matches the image as viewers show it, nothing is wrong.",
+            tuple((part.split, record.name) for part, record in turned[:4]),
+        )
+
+
+def _is_turned(image: str) -> bool:
+    if Path(image).suffix.lower() not in IMAGE_SUFFIXES:  # a video frame has no file of its own
+        return False
+    try:
+        return is_turned(image)
+    except Exception:  # a decoder may raise anything on a damaged file, which other checks report
+        return False
+
+
+def _has_other_size(record: Record) -> bool:
+    """Return whether image and mask have known and different sizes."""
+    if record.image_size is None or record.mask_size is None:
+        return False
+    return tuple(record.image_size) != tuple(record.mask_size)
