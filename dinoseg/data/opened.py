@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_dataset(
-    dataset: SegmentationData,
+    dataset: PairDataset | CustomDataset,
     *,
     split: str,
     reduced: bool = False,
@@ -57,13 +57,17 @@ def prepare_dataset(
     Raises:
         UserError: an image without mask or a mask without image, or no usable image; or `packed` without `pack`.
     """
-    assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole = len(dataset)
         dataset = dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
         logger.info("%d of %d images of split %s with their masks (labelled=%s)", len(dataset), whole, split, labelled)
     if not isinstance(dataset, PairDataset):
-        _refuse_options_of_files(dataset, on_error=on_error, cache=cache)
+        if on_error == "skip" or cache == "packed":
+            raise UserError(
+                f"on_error={on_error} with cache={cache}: `skip` and `packed` need a reader that returns a "
+                f"dinoseg.data.pairs.dataset.PairDataset, and this one gives a {type(dataset.samples).__name__}. Leave "
+                "them out."
+            )
         return dataset
     if on_error == "skip":
         dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
@@ -74,15 +78,6 @@ def prepare_dataset(
             raise UserError("cache=packed is not part of this installation. Leave it out.")
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset
-
-
-def _refuse_options_of_files(dataset: CustomDataset, **options: str | None) -> None:
-    for key, value in options.items():
-        if value in ("skip", "packed"):
-            raise UserError(
-                f"{key}={value} needs a reader that returns a dinoseg.data.pairs.dataset.PairDataset, and this one "
-                f"gives a {type(dataset.samples).__name__}. Leave it out."
-            )
 
 
 def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> PairDataset:

@@ -10,12 +10,9 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.utils.bounded_regex import Pattern
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import IMAGE_SUFFIXES
 from dinoseg.utils.ranges import Count, Natural, OpenShare
 from dinoseg.utils.wording import count_of, join_names
-
-_LONGEST = 4096  # most characters in a line of a file list: the longest possible path
 
 
 class Named(Protocol):
@@ -61,13 +58,11 @@ class Partition:
 
     def __post_init__(self) -> None:
         """Reject an unknown `by`, and incomplete or invalid fold settings."""
-        if (self.fold is None) != (self.folds is None):
+        fold, folds = self.fold, self.folds
+        if (fold is None) != (folds is None) or fold is not None and folds is not None and not fold < folds >= 2:
             raise UserError(
-                f"fold={self.fold} with folds={self.folds}: k-fold cross-validation needs both, such as fold=0 folds=5."
-            )
-        if self.folds is not None and self.fold is not None and not (self.folds >= 2 and 0 <= self.fold < self.folds):
-            raise UserError(
-                f"fold={self.fold} folds={self.folds}: give two folds or more, and a fold below them, from 0."
+                f"fold={fold} with folds={folds}: k-fold cross-validation needs two folds or more, and a fold below "
+                "them, from 0, such as fold=0 folds=5."
             )
 
 
@@ -194,13 +189,11 @@ def regex_group(pattern: str | None, parameter: str = "group") -> Callable[[str]
 
     def group(name: str) -> str:
         match = expression.search(name)
-        if match is None:
-            raise UserError(f"{parameter}={pattern} does not match the name {name}: widen it.")
-        key = match.group(1 if expression.groups else 0)
+        key = None if match is None else match.group(1 if expression.groups else 0)
         if key is None:
             raise UserError(
-                f"{parameter}={pattern} matches the name {name}, but its first parenthesised group, which defines the "
-                "data group, does not: let it match each name, or write other parentheses as (?:...)."
+                f"{parameter}={pattern} does not match the name {name}, or its first parenthesised group, which "
+                "defines the data group, does not. Widen it, or write other parentheses as (?:...)."
             )
         return key
 
@@ -252,22 +245,16 @@ def read_name_list(path: Path, parameter: str = "lists") -> list[str]:
         UserError: the file is missing, not text, empty, or holds a name twice.
     """
     try:
-        check_regular(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{parameter}={path}: cannot read this file list ({error}). Check the path.") from None
-    lines = text.splitlines()
-    if longest := next((number for number, line in enumerate(lines, 1) if len(line) > _LONGEST), 0):
+    names = [_strip_extension(line.strip()) for line in text.splitlines() if line.strip()]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice or not names:
         raise UserError(
-            f"{parameter}={path}: line {longest} of this file list has {len(lines[longest - 1])} characters, more than "
-            "any file name. Write one name per line."
+            f"The file list {path} has {count_of(names, 'name')}, more than once: {join_names(twice) or 'none'}. Write "
+            "each name once, on a line of its own."
         )
-    names = [_strip_extension(line.strip()) for line in lines if line.strip()]
-    if not names:
-        raise UserError(f"The file list {path} is empty: write one name per line.")
-    if len(set(names)) < len(names):
-        twice = sorted(name for name, count in Counter(names).items() if count > 1)
-        raise UserError(f"The file list {path} names {', '.join(twice[:5])} more than once: keep one line each.")
     return names
 
 

@@ -187,9 +187,8 @@ class Augment:
             rng: random generator.
 
         Raises:
-            UserError: see `check_maps`; or a map holds distances, and the sides of the image change unequally.
+            UserError: a map holds distances, and the sides of the image change unequally.
         """
-        self.check_maps(kinds)
         matrix, zoom, _ = self._geometry(mask, rng)
         return warp_maps(maps, kinds, matrix, zoom, self.crop, self.ignore_index)
 
@@ -263,8 +262,6 @@ class Augment:
         """Return whether a view shows several classes, the largest with a share below `cat_max_ratio`, if it is set."""
         if self.cat_max_ratio is None:
             return True
-        if mask.ndim > 2:
-            raise UserError("cat_max_ratio needs one class per pixel, and these masks have layers. Leave it out.")
         counts = cv2.calcHist([self._warp_mask(mask, matrix)], [0], None, [256], [0, 256]).ravel().astype(np.float64)
         counts[self.ignore_index] = 0
         return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < self.cat_max_ratio)

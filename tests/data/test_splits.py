@@ -50,10 +50,7 @@ def test_name_lists_are_read(tmp_path):
     assert labelled_names(NAMES, str(path)) == ["v3/013", "v0/000"]
     begin = time.process_time()
     path.write_text("".join(f"{number}\n" for number in range(100_000)) + "7\n")
-    assert_refused(lambda: read_name_list(path), "names 7 more than once")
-    path.write_text("a\n" + "b" * 10_000_000)
-    words = "line 2 of this file list has 10000000 characters, more than any file name"
-    assert len(assert_refused(lambda: read_name_list(path), words)) < 1000
+    assert_refused(lambda: read_name_list(path), "has 100001 names, more than once: 7. ")
     assert time.process_time() - begin < 2
 
 
@@ -115,11 +112,14 @@ def share(split, group=None):
 
 test_message_names_value_and_remedy = refusals(
     {
-        "fold alone": (lambda: Partition(fold=0), "fold=0 with folds=None: k-fold cross-validation needs both"),
+        "fold alone": (lambda: Partition(fold=0), "fold=0 with folds=None: k-fold cross-validation needs"),
         "folds alone": (lambda: Partition(folds=3), "fold=None with folds=3"),
-        "a fold too much": (lambda: Partition(fold=3, folds=3), "fold=3 folds=3: give two folds or more, and a fold "),
-        "one fold": (lambda: Partition(fold=0, folds=1), "fold=0 folds=1"),
-        "negative fold": (lambda: Partition(fold=-1, folds=3), "fold=-1"),
+        "a fold too much": (
+            lambda: Partition(fold=3, folds=3),
+            "fold=3 with folds=3: ",
+            "two folds or more",
+        ),
+        "one fold": (lambda: Partition(fold=0, folds=1), "fold=0 with folds=1"),
         "more folds than groups": (lambda: folds(0, 9), "partition.folds=9: there are only 7 groups"),
         "no group": (lambda: folds(0, 2, "^w"), "partition.group=", "does not match the name v0/train_0"),
         "a split of no share": (lambda: share("test"), "train and val only, not test"),
@@ -128,15 +128,15 @@ test_message_names_value_and_remedy = refusals(
         "no expression": (lambda: regex_group("("), "group=( is not a regular expression"),
         "a group without match": (
             lambda: regex_group(r"^(w\d+_)?v\d")("v0"),
-            *("matches the name v0, but its first parenthesised group, ", ", does not: ", "(?:...)"),
+            *("does not match the name v0, or its first parenthesised group, ", "(?:...)"),
         ),
         "unknown names": (
             lambda: labelled_names(NAMES, str(list_of(b"v3/013\nv3/999\n"))),
             "1 of its names are not in the training split: v3/999. Names have the form",
         ),
         "no list of masks": (lambda: labelled_names(NAMES, "absent.txt"), "labelled=", "absent.txt: cannot read this"),
-        "a name twice": (lambda: read_name_list(list_of(b"a\nb\na\n")), "names a more than once"),
-        "empty list": (lambda: read_name_list(list_of(b"\n \n")), "is empty"),
+        "a name twice": (lambda: read_name_list(list_of(b"a\nb\na\n")), "more than once: a."),
+        "empty list": (lambda: read_name_list(list_of(b"\n \n")), "has 0 names"),
         "no text": (lambda: read_name_list(list_of(b"\xff\xfe\x00")), "cannot read this file list"),
     }
 )

@@ -20,7 +20,6 @@ from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES, TIFF_SUFFIXES, UNREAD_SUFFIXES
-from dinoseg.utils.mask_files import check_layer_names
 from dinoseg.utils.wording import count_of, join_names
 
 log = logging.getLogger(__name__)
@@ -29,6 +28,7 @@ _REMEDY = (
     "Add the missing files or remove the others; an image and its mask have the same name except for the suffixes in "
     "data.reader.layout."
 )
+_PER_CLASS = " Masks of one class each need task=multilabel."
 _FLAT = " For masks NAME_CLASS.png in one folder, set 'data.reader.layout.mask_suffix=\"_{class}\"'."
 _CONVERT = "Convert such files to PNG, or move them away."
 _MASK_FOLDER = re.compile("mask|label|annot|seg|gt|truth", re.IGNORECASE)  # in the name of a mask folder
@@ -88,7 +88,7 @@ def folder_dataset(
     """
     labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
     top = Path(root).expanduser()
-    _check_source(top, layout, partition)
+    _check_source(layout, partition)
 
     def find(side: str) -> list[Pair | IncompletePair]:
         """Return the pairs that the folders or the file list of a split name."""
@@ -96,7 +96,7 @@ def folder_dataset(
             read_layer = MaskReader(labels, masks, has_layers=True).read
             by_name = _match_layers(labels, read_layer, suffixes, top, side, layout)
         else:
-            by_name = _match_masks(labels, suffixes, top, side, layout)
+            by_name = _match_masks(suffixes, top, side, layout)
         names = (
             _read_listed_names(top, side, layout, partition, by_name) if partition.by == "lists" else sorted(by_name)
         )
@@ -126,24 +126,13 @@ def _read_listed_names(
 
 
 def _match_masks(
-    labels: Labels, suffixes: Sequence[str], root: Path, split: str, layout: FolderLayout
+    suffixes: Sequence[str], root: Path, split: str, layout: FolderLayout
 ) -> dict[str, Pair | IncompletePair]:
     """Return the pairs of images and masks of all classes, and what lacks a counterpart, by name."""
-    if "{class}" in layout.mask_suffix:
-        raise UserError(
-            f"data.reader.layout.mask_suffix={layout.mask_suffix}: {{class}} is read only with task=multilabel. Set "
-            "that task, or remove {class}."
-        )
     folders = _find_folder(root, split, layout.images, layout), _find_folder(root, split, layout.masks, layout)
     images, unread = _find_files(folders[0], layout.image_suffix, layout, suffixes)
     masks, unread_masks = _find_files(folders[1], layout.mask_suffix, layout)
-    of_classes = sorted({name.partition("/")[0] for name in masks if "/" in name})
-    if images and of_classes and set(of_classes) <= set(labels.classes) and not masks.keys() & images.keys():
-        raise UserError(
-            f"{folders[1]} has the masks of each class in a folder: {join_names(of_classes, 10)}. Set task=multilabel, "
-            "or put one mask of all classes for each image there."
-        )
-    by_name = pair_by_name(images, masks, folders, _REMEDY)
+    by_name = pair_by_name(images, masks, folders, _REMEDY + _PER_CLASS)
     unread = {**unread_masks, **unread}
     return by_name | _report_unread({name: path for name, path in unread.items() if name not in images.keys() & masks})
 
@@ -157,11 +146,7 @@ def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLa
 
     `{class}` in the mask folder or the mask suffix stands for the class's name. If neither has it, the mask folder has
     a folder for each class, or TIFF files with a page for each class.
-
-    Raises:
-        UserError: see `check_layer_names`.
     """
-    check_layer_names(classes)
     if "{class}" not in layout.masks + layout.mask_suffix:
         layout = replace(layout, masks=f"{layout.masks}/{{class}}")
     return [
@@ -314,7 +299,7 @@ def _has_images(folder: Path) -> bool:
 def find_problem(root: Path, layout: FolderLayout, partition: Partition) -> str:
     """Return the error message on a missing root, or on missing folders of the training split; "" for none."""
     try:
-        _check_source(root, layout, partition)
+        _check_source(layout, partition)
         for pattern in (layout.images, layout.masks):
             _find_folder(root, "train", pattern, layout)
     except UserError as error:
@@ -329,18 +314,11 @@ def split_folders(layout: FolderLayout) -> list[str]:
     return list(dict.fromkeys(pattern.replace("{split}", name) for name in names for pattern in patterns))
 
 
-def _check_source(root: Path, layout: FolderLayout, partition: Partition) -> None:
-    if not root.is_dir():
-        raise UserError(f"data.root={root} is not a folder. Give the folder that holds the dataset.")
-    named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
-    if partition.by == "folder" and not all(named):
+def _check_source(layout: FolderLayout, partition: Partition) -> None:
+    patterns = (layout.images, layout.masks)
+    if partition.by != "lists" and any(("{split}" in pattern) != (partition.by == "folder") for pattern in patterns):
         raise UserError(
-            f"data.reader.layout.images={layout.images} and data.reader.layout.masks={layout.masks} must both contain "
-            "{split}; otherwise all splits are the same files. For one folder of images, set "
-            "data.reader.partition.by=fraction or lists."
-        )
-    if partition.by == "fraction" and any(named):
-        raise UserError(
-            f"data.reader.layout.images={layout.images} and data.reader.layout.masks={layout.masks} contain {{split}}, "
-            "but data.reader.partition.by=fraction splits one folder: name it without {split}."
+            f"data.reader.layout.images={layout.images} and data.reader.layout.masks={layout.masks}: with "
+            "data.reader.partition.by=folder, both must contain {split}, or all splits are the same files; with "
+            "by=fraction, which splits one folder, neither may."
         )

@@ -105,11 +105,7 @@ class PairDataset:
         return read_mask(self.pairs[index], self.reader)
 
     def image_hash(self, index: int) -> str:
-        """Return a hash of the bytes that an image is read from.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """Return a hash of the bytes that an image is read from."""
         return image_hash(self.pairs[index].image)
 
     def keep(self, names: Collection[str]) -> "PairDataset":

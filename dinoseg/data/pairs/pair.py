@@ -19,8 +19,7 @@ from dinoseg.core.sources import (
     source_origin,
 )
 from dinoseg.data.classes.masks import MaskReader, check_fit
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import Stamp, check_regular, stamp
+from dinoseg.utils.files import Stamp, stamp
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,12 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
 
 
 def image_hash(source: ImageSource) -> str:
-    """Return a hash of the bytes of an image's files and its `reading_rule`; unchanged files are read only once.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        hashes = [_file_hash(path, stamp(path)) for path in source_files(source)]
-    except OSError as error:
-        raise UserError(f"Cannot read {source} ({error.strerror}). Check that file, or leave it out.") from error
+    """Return a hash of the bytes of an image's files and its `reading_rule`; unchanged files are read only once."""
+    hashes = [_file_hash(path, stamp(path)) for path in source_files(source)]
     return hashlib.sha256(f"{' '.join(hashes)} {reading_rule(source)}".encode()).hexdigest()
 
 
 @functools.lru_cache(2**17)
 def _file_hash(path: Path, stamped: Stamp | None) -> str:
-    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -193,9 +193,9 @@ def test_wrong_folders_and_files_are_named(fill):
     refused(root, "val", "No folder ", "val/images for split val ", "holds the folders train.")
     layout = FolderLayout(masks="{split}/labels")
     refused(root, "train", "No folder ", "train/labels ", "holds the folders images, masks", layout=layout)
-    words = "and data.reader.layout.masks=masks must both contain {split}; otherwise"
+    words = "and data.reader.layout.masks=masks: with data.reader.partition.by=folder, both must contain {split}"
     refused(root, "train", words, layout=FLAT)
-    refused(root, "train", "name it without {split}", partition=Partition("fraction"))
+    refused(root, "train", "with by=fraction, which splits one folder, neither may", partition=Partition("fraction"))
     save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
     refused(root, "train", "x.jpg and ", "x.png have the same name (x)")
 
@@ -211,7 +211,7 @@ def test_size_mismatches_are_refused(fill):
     np.testing.assert_array_equal(data[0]["mask"], expected)
     np.testing.assert_array_equal(data.mask(0), expected)
     save(root / "train/masks/x.png", mask.T)
-    assert_refused(lambda: data[0], "20 x 30", "aspect ratios differ by more than 5%", "EXIF")
+    assert_refused(lambda: data[0], "20 x 30", "aspect ratio differs by up to 5%", "EXIF")
 
 
 def test_fingerprint_follows_files_and_rules(fill):
