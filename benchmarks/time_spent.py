@@ -51,7 +51,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "loss made": "build:loss",
     "optimizer made": "build:optimizer",
     "short doctor": "tasks.images:ImageTraining.check_data",
-    "class counts": "data.scan.class_counts:class_counts",
+    "class counts": "data.scan.scan:class_counts",
     "reading, augmenting": "training.image_data_module:train_batches tasks.clips:clip_batches "
     "training.validation:eval_batches data.clips.cut:Clips.__getitem__",
     "to the device": "shapes:Batch.to shapes:ClipBatch.to",

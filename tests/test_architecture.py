@@ -75,7 +75,6 @@ ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of user
     "api/objects",
     "core/metric",
     "core/shapes",
-    "data/custom",
     "experiment/log_file",
     "export/runtime/inputs",
     "models/backbones",

@@ -9,7 +9,7 @@ from making import save, write_video
 
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed.pack import pack
-from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.scan.scan import class_counts
 from dinoseg.data.video.index import find_index
 from dinoseg.experiment.location import remember_folder
 from dinoseg.training.feature_cache.key import origin

@@ -11,7 +11,7 @@ import numpy as np
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size, evenly_spaced
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.scan.scan import class_counts
 from dinoseg.utils.wording import count_of, join_names
 
 _CHECKED = 48  # evenly spaced masks that are read to measure parts

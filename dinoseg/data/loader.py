@@ -139,10 +139,9 @@ def sample_batches(
 def check_batch_size(batch_size: int, samples: int, world_size: int, what: str = "image") -> None:
     """Raise a UserError if a batch is larger than the dataset, or is not a multiple of the number of ranks."""
     if not 1 <= batch_size <= samples:
-        fitting = f"a number from 1 to {samples}" if samples > 1 else "1"
         raise UserError(
-            f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose {fitting}, or add "
-            f"{what}s."
+            f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose a number from 1 to "
+            f"{samples}, or add {what}s."
         )
     if batch_size % world_size:
         raise UserError(

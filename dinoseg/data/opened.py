@@ -7,8 +7,7 @@ from typing import Literal
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pairing import incomplete_pairs_error
+from dinoseg.data.pairs.dataset import PairDataset, incomplete_pairs_error
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
 from dinoseg.utils.cores import count_cores

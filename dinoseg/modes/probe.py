@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.core.task import refuse_layers
-from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.scan.scan import class_counts
 from dinoseg.experiment.builder import Builder
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.heads.linear import LinearHead

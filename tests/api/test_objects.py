@@ -247,7 +247,6 @@ def fit(**overrides):
     return lambda: train("run", **{"data": data(), **overrides})
 
 
-TENSORS = torch.utils.data.TensorDataset(torch.zeros(2))
 FOLDERS = {"train": "FOLDER/train", "val": "FOLDER/val"}
 test_wrong_objects_of_a_training_are_refused = refusals(
     {
@@ -256,7 +255,6 @@ test_wrong_objects_of_a_training_are_refused = refusals(
         "another split": (fit(data=data() | {"valid": Discs(["a"])}), "and the key valid. Give ", " train, val, test"),
         "folders": (fit(data=FOLDERS), "FOLDER/train is not a dataset", 'data={"root": FOLDER}'),
         "classes": (fit(data=data() | {"val": OtherClasses(["d"])}), "of train is ", "'disc'", " of val ", "'leaf'"),
-        "names": (fit(data=data() | {"val": TENSORS}), "data, val: ", " lacks `names`"),
         "type": (fit(data=data() | {"val": FloatDiscs(["d"])}), "data, val: ", "FloatDiscs: the image of d is float32"),
         "layers": (fit(**MULTILABEL), "data, ", "the mask of ", " int64 (", "Return an integer tensor (2, "),
         "loss": (fit(loss=lambda logits, masks: 0), "function is not a dinoseg.core.contracts.Loss"),

@@ -81,8 +81,8 @@ class OneProcess(Squares):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (changed(palette=None), "`palette` needs an RGB color for each of 2 classes"),
-        (changed(names=["a"] * 4), "Give each sample a unique name"),
+        (changed(palette=[(0, 0, 0)]), "data.palette has 1 colours for 2 classes"),
+        (changed(names=["a"] * 4), "each with a unique name"),
         (changed(classes=["ground", "ground"]), "names ground more than once: make each name unique"),
         (changed(palette=[(0, 0, 0), (256, 0, 0)]), "three whole numbers from 0 to 255"),
         (changed(lambda sample: {"mask": 2 * sample["mask"]}), "train/0 holds 2, 510. Return ids from 0 to 1, or 255"),

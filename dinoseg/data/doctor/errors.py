@@ -9,7 +9,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -81,8 +80,10 @@ def check_for_errors(
     if not (isinstance(train, PairDataset) and isinstance(val, PairDataset)):
         return []
     sides = {"train": train, "val": val}
-    read_masks = partial(scan, images=False, workers=workers, cache_dir=cache_dir)
-    splits = [describe_split(split, data, read_masks(data.pairs, data.reader)) for split, data in sides.items()]
+    splits = []
+    for split, data in sides.items():
+        records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
+        splits.append(describe_split(split, data, records))
     findings = find_errors(splits, data_name=data_name, group=group)
     errors = [finding for finding in findings if finding.severity == "error" and finding.stops]
     for finding in findings:
@@ -152,13 +153,11 @@ def _check_binary_as_ids(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
             continue
         for where, values in _collect_mask_values(part).items():
             if values == {"0", "255"}:
-                meaning = (
-                    "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is not a class"
-                )
                 yield Finding(
                     "error" if part.split == "train" else "warning",
                     "binary_read_as_ids",
-                    f"The masks of {where} hold only 0 and 255, and are read as class numbers: {meaning}.",
+                    f"The masks of {where} hold only 0 and 255, and are read as class numbers: 255 is ignored or no "
+                    "class, so there is nothing to learn.",
                     remedy="If they mean background and object, "
                     + (
                         "write `masks: binary` in classes.yaml."
@@ -230,12 +229,10 @@ def check_same_files(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
         if not both:
             continue
         most = _NEARLY_ALL * min(len(first.records), len(second.records))
-        nearly_all = len(both) >= most
-        prefix = f"{first.split} and {second.split} are the same data: " if nearly_all else ""
         yield Finding(
             "error",
             "same_files",
-            f"{prefix}{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} also in "
+            f"{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} also in "
             f"{first.split}. Scores of training images are meaningless.",
             tuple(f"{one.image} = {two.image}" for one, two in both),
             f"Give {second.split} separate images: other folders (data.reader.layout), other lists, or a share of one "

@@ -19,9 +19,8 @@ from dinoseg.data.formats.annotation_files import (
     find_annotations,
     read_annotations,
 )
-from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.dataset import IncompletePair, PairDataset, collect_pairs
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs
 from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size

@@ -13,9 +13,8 @@ import numpy as np
 from dinoseg.core.sources import Layers, MaskPage, MaskSource, mask_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.dataset import IncompletePair, PairDataset, collect_pairs, pair_by_name
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs, pair_by_name
 from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files

@@ -20,9 +20,8 @@ from dinoseg.data.formats.idd_files import (
     prepare_command,
 )
 from dinoseg.data.label_tables.read import label_table
-from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.dataset import IncompletePair, PairDataset, collect_pairs
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs
 from dinoseg.data.splits import Partition, divide
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries

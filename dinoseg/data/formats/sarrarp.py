@@ -17,9 +17,8 @@ from dinoseg.data.formats.sarrarp_files import (
     frame_files,
     png_files,
 )
-from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.dataset import IncompletePair, PairDataset, collect_pairs
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import IncompletePair, collect_pairs
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.index import index_videos

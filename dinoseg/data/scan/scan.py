@@ -1,4 +1,4 @@
-"""Measurement of all pairs of a dataset by several threads, stored between runs."""
+"""Measurement of all pairs of a dataset by several threads, stored between runs, and the pixels of each class."""
 
 import hashlib
 import json
@@ -11,12 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sources import mask_file, mask_key, reading_rule
 from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.measure import Record, measure
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import create_cache_dir, write_text
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
 
 log = logging.getLogger(__name__)
@@ -72,6 +77,26 @@ def scan(
 def unreadable(records: Iterable[Record]) -> dict[str, str]:
     """Return name to reason of the pairs that would stop a run when they are read."""
     return {record.name: "; ".join(record.problems.values()) for record in records if record.problems}
+
+
+def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray:
+    """Return the number of pixels (K,) int64 of each class; ignored pixels do not count.
+
+    Masks that are scanned already, by the check before a training or by an earlier run, are taken from the cached
+    records in `cache_dir`. Datasets other than `PairDataset` are counted on every call.
+
+    Raises:
+        UserError: a mask is unreadable or holds a value without class.
+    """
+    if not isinstance(dataset, PairDataset):
+        return _count_samples(dataset)
+    files = dataset.source  # the masks of a packed dataset may be reduced
+    records = scan(files.pairs, files.reader, images=False, cache_dir=cache_dir)
+    for record in records:
+        if record.problems and not record.pixels:
+            raise UserError("; ".join(record.problems.values()))
+    pixels = sum((record.counts for record in records), np.zeros(256, dtype=np.int64))
+    return _counts_of_classes(pixels, len(files.classes), files.ignore_index)
 
 
 def _measure_all(pairs: Sequence[Pair], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:
@@ -143,3 +168,20 @@ def _key(pair: Pair) -> str:
 def _stamps(pair: Pair) -> list[int] | None:
     of_image, of_mask = stamp(pair.image), stamp(pair.mask)
     return None if of_image is None or of_mask is None else [*of_image, *of_mask]
+
+
+def _count_samples(dataset: SegmentationData) -> np.ndarray:
+    pixels = np.zeros(256, dtype=np.int64)
+    for index in Bar(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False):
+        mask = dataset[index]["mask"].numpy()
+        if mask.ndim > 2:  # layers
+            pixels[: len(mask)] += (mask == 1).sum(axis=(1, 2))
+        else:
+            pixels += np.bincount(mask.ravel(), minlength=256)
+    return _counts_of_classes(pixels, len(dataset.classes), dataset.ignore_index)
+
+
+def _counts_of_classes(pixels: np.ndarray, num_classes: int, ignore_index: int) -> np.ndarray:
+    """Return the pixels (K,) of the classes, with 0 for an ignored class."""
+    pixels[ignore_index] = 0
+    return pixels[:num_classes]

@@ -3,7 +3,7 @@
 import logging
 
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.scan.scan import class_counts
 from dinoseg.experiment.builder import Builder
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.probing.probe import Grid, Probe

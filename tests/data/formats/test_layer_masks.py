@@ -20,8 +20,8 @@ from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.packed.pack import pack
-from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import measure
+from dinoseg.data.scan.scan import class_counts
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.inference.class_record import references
 from dinoseg.testing import check_dataset

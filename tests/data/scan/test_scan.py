@@ -19,9 +19,8 @@ from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan as scan_module
-from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import perceptual_hash
-from dinoseg.data.scan.scan import scan, unreadable
+from dinoseg.data.scan.scan import class_counts, scan, unreadable
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 from dinoseg.utils.wording import list_reasons
