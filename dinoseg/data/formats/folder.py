@@ -87,7 +87,7 @@ def folder_dataset(
     """
     labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
     top = Path(root).expanduser()
-    _check_source(layout, partition)
+    _check_source(top, layout, partition)
 
     def find(side: str) -> list[Pair | IncompletePair]:
         """Return the pairs that the folders or the file list of a split name."""
@@ -298,7 +298,7 @@ def _has_images(folder: Path) -> bool:
 def find_problem(root: Path, layout: FolderLayout, partition: Partition) -> str:
     """Return the error message on a missing root, or on missing folders of the training split; "" for none."""
     try:
-        _check_source(layout, partition)
+        _check_source(root, layout, partition)
         for pattern in (layout.images, layout.masks):
             _find_folder(root, "train", pattern, layout)
     except UserError as error:
@@ -313,7 +313,9 @@ def split_folders(layout: FolderLayout) -> list[str]:
     return list(dict.fromkeys(pattern.replace("{split}", name) for name in names for pattern in patterns))
 
 
-def _check_source(layout: FolderLayout, partition: Partition) -> None:
+def _check_source(root: Path, layout: FolderLayout, partition: Partition) -> None:
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is not a folder. Give the folder that holds the dataset.")
     patterns = (layout.images, layout.masks)
     if partition.by != "lists" and any(("{split}" in pattern) != (partition.by == "folder") for pattern in patterns):
         raise UserError(
