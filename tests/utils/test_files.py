@@ -10,7 +10,6 @@ from mistakes import assert_refused
 
 from dinoseg.data.clips.videos import video_folders
 from dinoseg.data.formats.sarrarp_files import png_files
-from dinoseg.data.splits import read_name_list
 from dinoseg.data.video.index import open_decoder
 from dinoseg.data.video.pictures import picture_files
 from dinoseg.inference.inputs import list_inputs
@@ -89,7 +88,7 @@ def test_irregular_files_are_refused_without_waiting(tmp_path):
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(tmp_path / ".s"))
         assert_refused(lambda: check_regular(tmp_path / ".s"), "is a socket")
-    for read in (read_image, read_ids, read_size, read_name_list, VideoReader, open_decoder, has_one_bit):
+    for read in (read_image, read_ids, read_size, VideoReader, open_decoder, has_one_bit):
         assert_refused(partial(read, pipe), "pipe.png is a named pipe. Put a file there, or remove it")
     assert_refused(lambda: read_image("/dev/zero"), "is a device. Put a file there")
     assert_refused(lambda: read_image(folder), "folder.png is a folder")

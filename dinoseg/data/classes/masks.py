@@ -255,7 +255,8 @@ def _make_id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int
     """
     count, ignore = len(labels.classes), labels.ignore_index
     for source, target in ids.items():
-        if source not in range(HIGHEST_ID + 1) or target not in (*range(-1, count), ignore):
+        is_id = type(source) is int and 0 <= source <= HIGHEST_ID  # NumPy would take True for a whole table
+        if not is_id or target not in (*range(-1, count), ignore):
             raise UserError(
                 f"data.reader.masks.ids maps {source!r} to {target!r}: map numbers from 0 to {HIGHEST_ID} to a class "
                 f"id from 0 to {count - 1}, {ignore} to ignore them, or -1 to refuse them."

@@ -285,6 +285,7 @@ def test_invalid_class_file_is_refused(tmp_path, text, message):
     [
         ("classes: {a: {ids: [65536]}, b: {ids: [1]}}", "masks.ids maps 65536 to 0: map numbers from 0 to 65535"),
         ("classes: {a: {ids: [x]}, b: {ids: [1]}}", "masks.ids maps 'x' to 0"),
+        ("classes: {a: {ids: [yes]}, b: {ids: [2]}}", "masks.ids maps True to 0"),
         ("classes: {a: {color: [1, 1, 1]}, b: {color: [1, 1, 1]}}\nmasks: palette", "Colour (1, 1, 1) is used twice"),
         ("classes: [a, b]\nmasks: binary\nothers: b", "others has no effect with data.reader.masks.format=binary"),
     ],
