@@ -17,7 +17,6 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from tabulate import tabulate
 
-from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.image_record import find_evaluation, read_record
 from dinoseg.evaluation.scoring.intervals import (
     Difference,
@@ -26,8 +25,9 @@ from dinoseg.evaluation.scoring.intervals import (
     jackknife,
     leave_one_out,
     mean_of,
+    unit_sums,
 )
-from dinoseg.evaluation.scoring.units import unit_sums
+from dinoseg.evaluation.unit_scores import ClassScores
 
 UNITS = (5, 10, 13, 30, 100)
 DRAWS = 1000  # of a bootstrap

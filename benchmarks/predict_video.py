@@ -34,9 +34,9 @@ from rows import Row, tell
 from tabulate import tabulate
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageRun, SegmentationSettings
 from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.results import DoneInputs
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video

@@ -14,8 +14,8 @@ import torch
 from scipy import stats
 
 import dinoseg
-from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.scoring.intervals import leave_one_out
+from dinoseg.evaluation.unit_scores import ClassScores
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TELL = "import sys; sys.path.insert(0, {folder!r}); from rows import Row, tell\n"

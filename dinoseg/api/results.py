@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from dinoseg.report.html.page import format_interval, percent, render
-from dinoseg.report.table import MEANS
+from dinoseg.report.html.page import format_interval, render
+from dinoseg.report.table import MEANS, percent
 from dinoseg.utils.errors import UserError
 
 _FIRST = 4  # values in a `repr`

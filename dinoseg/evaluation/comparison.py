@@ -15,9 +15,7 @@ from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.collected import image_mious
-from dinoseg.evaluation.further_scores import further_difference
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.scoring.intervals import (
     Difference,
@@ -27,14 +25,15 @@ from dinoseg.evaluation.scoring.intervals import (
     jackknife,
     leave_one_out,
     mean_of,
+    unit_sums,
 )
-from dinoseg.evaluation.scoring.units import unit_sums
 from dinoseg.evaluation.sides import Side
+from dinoseg.evaluation.unit_scores import ClassScores, further_difference
 from dinoseg.report.html.comparison import OtherRun
-from dinoseg.report.html.page import format_interval, percent
+from dinoseg.report.html.page import format_interval
 from dinoseg.report.html.pictures import PairShot
 from dinoseg.report.overlay import downscale
-from dinoseg.report.table import MEANS
+from dinoseg.report.table import MEANS, percent
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size

@@ -9,13 +9,11 @@ import numpy as np
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.splits import find_groups
-from dinoseg.evaluation.class_scores import ClassScores, metric_intervals
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
-from dinoseg.evaluation.further_scores import further_scores
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.run_facts import about_run
-from dinoseg.evaluation.scoring.intervals import jackknife
-from dinoseg.evaluation.scoring.units import has_labels, unit_sums
+from dinoseg.evaluation.scoring.intervals import has_labels, jackknife, unit_sums
+from dinoseg.evaluation.unit_scores import ClassScores, further_scores, metric_intervals
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
@@ -150,7 +148,7 @@ def _training(folder: Path | None) -> list[dict[str, Any]] | None:
         return None
     try:
         return read_rows(folder / "metrics.jsonl")
-    except UserError:
+    except (OSError, UserError):
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dinoseg.evaluation.scoring.folders import ScoringResult
 from dinoseg.evaluation.scoring.summary import summary
 from dinoseg.metrics.protocols.contract import ScoreProtocol
-from dinoseg.report.scores import few_units, scores_table
+from dinoseg.report.table import few_units, scores_table
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.wording import count_of
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.evaluation.further_scores import FurtherScore, shared_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.evaluation.run_facts import EVALUATION
+from dinoseg.evaluation.unit_scores import FurtherScore, shared_scores
 from dinoseg.experiment import run_config
 from dinoseg.experiment.command_lines import command_line
 from dinoseg.utils.errors import UserError

@@ -9,9 +9,9 @@ from dinoseg.core.sizes import evenly_spaced
 from dinoseg.evaluation.run_facts import about_run
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.report.html.evaluation import video_charts
-from dinoseg.report.html.page import percent, render
+from dinoseg.report.html.page import render
 from dinoseg.report.overlay import downscale
-from dinoseg.report.scores import few_units
+from dinoseg.report.table import few_units, percent
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.files import entries
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_image

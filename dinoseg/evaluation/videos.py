@@ -26,9 +26,8 @@ from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol, ScoringCase
-from dinoseg.report.indexed import write_indexed_png
 from dinoseg.report.overlay import blend
-from dinoseg.report.palette import default_palette
+from dinoseg.report.palette import default_palette, write_indexed_png
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.training.engine import Engine

@@ -71,7 +71,7 @@ def _take(name: str, argument: str) -> Any:
     if name not in objects:
         raise UserError(
             f"{name.partition('.')[0]}={OPTION} is an object of a Python call, and this call or process lacks "
-            f"{argument}. Give it; or make it an option (docs/extending.md), for several devices, hparam=auto and "
-            "other commands."
+            f"{argument}. Give it; or make it an option (docs/extending.md), for files, several devices and other "
+            "commands."
         )
     return objects[name]

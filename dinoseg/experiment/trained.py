@@ -17,7 +17,7 @@ from dinoseg.experiment.models import ModelBuilder
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Whole
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers
 from dinoseg.models.no_init import allocate
 from dinoseg.training import checkpoint

@@ -10,8 +10,7 @@ from dinoseg.core.shapes import Prediction
 from dinoseg.inference.memory import PassCost, describe_images, free_bytes, measure
 from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
-from dinoseg.inference.whole import Whole
-from dinoseg.inference.windows import Flips, Overlap, Placement, Weights, Windows
+from dinoseg.inference.windows import Flips, Overlap, Placement, Weights, Whole, Windows
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.ranges import Count, HighShare, Scale, check_annotations
 from dinoseg.utils.wording import in_bytes

@@ -1,5 +1,6 @@
 """`classes.json` of a prediction folder: the classes of its IDs, the reference masks' encoding, images' groups."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,20 +11,11 @@ import numpy as np
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
-from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 
 MASK_FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
 CLASS_RECORD = "classes.json"
-_FORM = forms.record(
-    classes=forms.list_of(forms.text),
-    palette=forms.list_of(forms.list_of(forms.whole(0, 255), 3)),
-    ignore_index=forms.whole(0, 255),
-    masks=forms.table(forms.plain),
-    has_layers=forms.flag,
-    groups=forms.table(forms.text),
-)
 
 
 @dataclass(frozen=True)
@@ -108,16 +100,18 @@ def read_class_record(folder: Path, *, has_layers: bool = False) -> ClassRecord 
     if not path.is_file():
         return None
     try:
-        record = forms.read_json(path, _FORM)
-        labels = Labels.of(record["classes"], record["palette"], record["ignore_index"])
-    except (OSError, forms.SchemaError, UserError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        labels = Labels.of(content["classes"], content["palette"], content["ignore_index"])
+        record = ClassRecord(labels, content["masks"], content["groups"])
+        recorded = content["has_layers"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{path} is not a valid class record ({error}). Remove it and give num_classes, or predict again."
         ) from None
-    if record["has_layers"] != has_layers:
-        task = "multilabel" if record["has_layers"] else "semantic"
+    if recorded != has_layers:
+        task = "multilabel" if recorded else "semantic"
         raise UserError(f"{folder} holds predictions of task={task}. Set protocol={task}, or give other predictions.")
-    return ClassRecord(labels, record["masks"], record["groups"])
+    return record
 
 
 def references(labels: Labels, masks: Mapping[str, Any], *, has_layers: bool = False) -> References:

@@ -9,12 +9,10 @@ import numpy as np
 
 from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
-from dinoseg.inference.done import DoneInputs
-from dinoseg.inference.large import is_large
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
-from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.results import write_image_results
+from dinoseg.inference.predictor import Predictor, is_large
+from dinoseg.inference.results import DoneInputs, write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError

@@ -37,16 +37,16 @@ def list_inputs(
         "'frames/**/*.png'."
     )
     path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() in kinds:
+        return [path]
     if path.is_dir():
         nothing = f"The folder {path} holds no {wanted} directly."
-    elif path.exists():
-        if path.suffix.lower() not in kinds:
-            raise UserError(f"{path} is of an unknown kind ({path.suffix or 'no suffix'}). {accepted}")
-        return [path]
     elif is_pattern(source):
         nothing = f"The pattern {source} matches no {wanted}."
+    elif path.exists():
+        nothing = f"{path} is of an unknown kind ({path.suffix or 'no suffix'})."
     else:
-        raise UserError(f"File or folder not found: {key}={source}. Check the path. {accepted}")
+        nothing = f"File or folder not found: {key}={source}."
     media, unread = find_files(source, kinds), find_files(source, UNREAD_SUFFIXES)
     left_out = f"{count_of(unread, 'file')} of unsupported formats: {join_names([path.name for path in unread])}."
     if not media:

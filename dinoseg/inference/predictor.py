@@ -11,16 +11,18 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Prediction
 from dinoseg.core.task import refuse_layers
-from dinoseg.inference.large import read_rows
-from dinoseg.inference.memory import OutOfMemory, telling_shortage
+from dinoseg.inference.memory import OutOfMemory, free_bytes, telling_shortage
 from dinoseg.inference.rows import MemoryRows
 from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
-from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Whole
 from dinoseg.models.model import SegmentationModel, Size
-from dinoseg.utils.images import write_png
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import ImageTooLarge, lift_pixel_limit, read_image, read_size, write_png
 from dinoseg.utils.transfer import to_device
+from dinoseg.utils.wording import in_bytes
 
 T = TypeVar("T")
+_DECODING_BYTES = 24  # of memory per pixel: WebP takes 22, other formats up to 16 (docs/log/memory.md)
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,33 @@ class Predictor:
 
     def _stack_images(self, images: Sequence[np.ndarray]) -> Tensor:
         return to_device(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()
+
+
+def is_large(path: str | Path) -> bool:
+    """Return whether an image file has more pixels than `read_image` reads."""
+    try:
+        read_size(path)
+    except ImageTooLarge:
+        return True
+    except UserError:  # raised again when the image is read
+        return False
+    return False
+
+
+def read_rows(path: str | Path, device: torch.device) -> MemoryRows:
+    """Read an image file of any size; its rows are copied to the device as they are requested.
+
+    Raises:
+        UserError: the file is missing, truncated or no image, or memory does not suffice.
+    """
+    with lift_pixel_limit():
+        height, width = read_size(path)
+        needed = _DECODING_BYTES * height * width
+        free = free_bytes(torch.device("cpu"))
+        if needed > free:
+            raise UserError(
+                f"{path} of {width} x {height} pixels (width x height) needs {in_bytes(needed)} of memory to be read, "
+                f"and {in_bytes(free)} are free. Free some, or reduce or split the image."
+            )
+        pixels = torch.from_numpy(read_image(path).copy())
+    return MemoryRows(pixels.permute(2, 0, 1)[None], device)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.inference.image_run import DEPTH, ImageRun, SegmentationSettings
-from dinoseg.inference.image_writers import frame_writer
 from dinoseg.inference.memory import check_frames
-from dinoseg.inference.outputs import ImagePrediction
+from dinoseg.inference.outputs import ImagePrediction, frame_writer
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter

@@ -16,7 +16,7 @@ class VideoOptions:
     Args:
         masks: whether to write the class IDs of each frame.
         frames: maximum number of frames; None: all.
-        outputs: further outputs per frame, validated by `check_frame_outputs`.
+        outputs: further outputs per frame, validated by `check_outputs`.
     """
 
     masks: bool = False

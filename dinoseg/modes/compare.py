@@ -24,7 +24,7 @@ from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.report.html.comparison import ComparedRun, comparison_page
-from dinoseg.report.scores import few_units
+from dinoseg.report.table import few_units
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json, write_text

@@ -23,12 +23,10 @@ from dinoseg.experiment.command_lines import find_typed_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
-from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
-from dinoseg.inference.image_writers import check_frame_outputs, check_outputs, image_writers
 from dinoseg.inference.inputs import list_inputs
-from dinoseg.inference.outputs import FurtherOutputs
-from dinoseg.inference.results import mask_names, result_names
+from dinoseg.inference.outputs import FurtherOutputs, check_outputs, image_writers
+from dinoseg.inference.results import DoneInputs, mask_names, result_names
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
@@ -226,7 +224,7 @@ def _check_films(films: Sequence[VideoInput], outputs: Sequence[str], pixels: Pi
     """Refuse videos for images of other channels, and with outputs that frames do not have."""
     if films:
         check_rgb(pixels, f"the video {films[0].path}")
-        check_frame_outputs(outputs, str(films[0].path))
+        check_outputs(outputs, None, str(films[0].path))
 
 
 def _settings(builder: Builder, options: dict[str, Any], folder: Path) -> dict[str, Any]:

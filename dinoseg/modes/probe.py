@@ -14,8 +14,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.scores import FEW
-from dinoseg.report.table import class_table
+from dinoseg.report.table import FEW, class_table
 from dinoseg.tasks.probing.probe import Grid, Probe, Readings, Solution
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.csv_text import write_csv_table

@@ -14,7 +14,7 @@ from dinoseg.experiment.score_classes import find_score_groups, score_protocol, 
 from dinoseg.inference.class_record import CLASS_RECORD, MASK_FOLDER
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
-from dinoseg.report.scores import difference_table, scores_table
+from dinoseg.report.table import difference_table, scores_table
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count, OnError

@@ -1,11 +1,15 @@
-"""Class colours: a default palette, and a table of colours by class id."""
+"""Class colours: a default palette, a table of colours by class id, and palette images of ids."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
+
+from dinoseg.utils.atomic import atomic_file
 
 if TYPE_CHECKING:
     from dinoseg.core.shapes import Palette
@@ -33,8 +37,6 @@ def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
     The first nine also differ for deuteranopes and protanopes. Each further one is the candidate farthest from all
     previous colours, so a longer palette starts with any shorter one.
     """
-    if not 1 <= num_classes <= 256:
-        raise ValueError(f"A palette has 1 to 256 colours, not {num_classes}.")
     if num_classes <= len(_FIRST):
         return list(_FIRST[:num_classes])  # the search for the others takes 10 ms
     return list(_farthest_colours()[:num_classes])
@@ -73,3 +75,33 @@ def _distance(colours: np.ndarray, colour: np.ndarray) -> np.ndarray:
     redness = (colours[:, 0] + colour[0]) / 2 / 256
     weights = np.stack([2 + redness, np.full_like(redness, 4), 3 - redness], axis=1)
     return np.sqrt((weights * (colours - colour) ** 2).sum(axis=1))
+
+
+@lru_cache
+def voc_palette() -> tuple[tuple[int, int, int], ...]:
+    """Return PASCAL VOC's 256 colours.
+
+    Bits 0, 3 and 6 of an id give red from its highest bit down; bits 1, 4 and 7 give green, and so on.
+    """
+    return tuple(
+        (_channel(index), _channel(index >> 1), _channel(index >> 2))  # red, green, blue
+        for index in range(256)
+    )
+
+
+def palette_image(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
+    """Return ids (H, W) uint8 as a palette image; the default palette is PASCAL VOC's."""
+    picture = Image.fromarray(ids)
+    picture.putpalette([level for colour in palette or voc_palette() for level in colour])
+    return picture
+
+
+def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None = None) -> None:
+    """Write ids (H, W) uint8 atomically as a palette PNG; the default palette is PASCAL VOC's."""
+    with atomic_file(Path(path)) as part:
+        palette_image(ids, palette).save(part, format="PNG", compress_level=1)
+
+
+def _channel(bits: int) -> int:
+    """Return a colour level 0..255 from bits 0, 3 and 6, where the lowest bit is the most significant."""
+    return sum((bits >> 3 * level & 1) << 7 - level for level in range(3))

@@ -10,9 +10,8 @@ from PIL import Image
 
 from dinoseg.core.shapes import Palette
 from dinoseg.data.classes.labels import Labels
-from dinoseg.report.indexed import palette_image
 from dinoseg.report.overlay import blend
-from dinoseg.report.palette import lookup_table
+from dinoseg.report.palette import lookup_table, palette_image
 
 MAX_RADIUS = 100  # pixels, of the brush
 _MAX_STROKES = 50  # that can be undone

@@ -20,7 +20,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.photometric import ColorTransform
 from dinoseg.data.transforms import Augment
 from dinoseg.inference.strategy import InferenceStrategy
-from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Whole
 from dinoseg.metrics.confusion import SCORES
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel

@@ -15,7 +15,7 @@ from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationDat
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy, Place
-from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Whole
 from dinoseg.metrics.layer_counts import make_counts
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel, Size

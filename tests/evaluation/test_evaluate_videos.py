@@ -32,7 +32,7 @@ from dinoseg.modes import evaluate as mode
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import find_scoring
 from dinoseg.modes.evaluate import run as evaluate
-from dinoseg.report.indexed import write_indexed_png
+from dinoseg.report.palette import write_indexed_png
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training import engine
 from dinoseg.utils.errors import UserError

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.comparison import _verdict, differences, image_contributions, mean_scores
 from dinoseg.evaluation.scoring.intervals import Estimate
+from dinoseg.evaluation.unit_scores import ClassScores
 
 KIND = ClassScores(3)
 

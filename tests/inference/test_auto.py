@@ -18,7 +18,7 @@ from dinoseg.inference import auto, memory
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
-from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Whole
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils import cores

@@ -10,11 +10,10 @@ from PIL import Image
 from tiny_parts import tiny_vit
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.inference import large
-from dinoseg.inference.done import DoneInputs
+from dinoseg.inference import predictor as predictor_module
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
-from dinoseg.inference.large import is_large, read_rows
-from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.predictor import Predictor, is_large, read_rows
+from dinoseg.inference.results import DoneInputs
 from dinoseg.inference.windows import Windows
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
@@ -68,11 +67,11 @@ def test_rows_are_copied_to_the_device(tmp_path):
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_images_that_do_not_fit_into_memory_are_refused(tmp_path, name, small_limit, monkeypatch):
     path = saved(tmp_path / name)
-    needed = large._DECODING_BYTES * 301 * 97
-    monkeypatch.setattr(large, "free_bytes", lambda device: needed)
+    needed = predictor_module._DECODING_BYTES * 301 * 97
+    monkeypatch.setattr(predictor_module, "free_bytes", lambda device: needed)
     read_rows(path, CPU)
-    monkeypatch.setattr(large, "free_bytes", lambda device: needed - 1)
-    monkeypatch.setattr(large, "read_image", lambda path: pytest.fail("decoded"))
+    monkeypatch.setattr(predictor_module, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(predictor_module, "read_image", lambda path: pytest.fail("decoded"))
     assert_refused(lambda: read_rows(path, CPU), name, "97 x 301", "MiB of memory", "reduce or split")
     assert_refused(lambda: read_image(path), name, "too large")
 

@@ -10,9 +10,8 @@ import pytest
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference import image_run, results
 from dinoseg.inference.class_record import ClassRecord, read_class_record, write_class_record
-from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
-from dinoseg.inference.results import mask_names, result_names, write_image_results
+from dinoseg.inference.results import DoneInputs, mask_names, result_names, write_image_results
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_image, write_png
 

@@ -19,8 +19,7 @@ from dinoseg.core.geometry import upsample
 from dinoseg.core.sizes import with_shorter_side
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.rows import MemoryRows, ResizedRows, at_size, mean
-from dinoseg.inference.whole import Whole
-from dinoseg.inference.windows import TURNS, Windows, apply_turn, profile, starts, sum_weights, undo_turn
+from dinoseg.inference.windows import TURNS, Whole, Windows, apply_turn, profile, starts, sum_weights, undo_turn
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.model import SegmentationModel
 

@@ -10,7 +10,7 @@ from test_metric_contract import CLASSES, MeanError, score, ugly_case
 from test_metric_rows import add_scores
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
-from dinoseg.evaluation.class_scores import metric_intervals
+from dinoseg.evaluation.unit_scores import metric_intervals
 from dinoseg.metrics.layers import LayerMetric
 from dinoseg.metrics.wrapped import WrappedMetric
 from dinoseg.testing import check_metric

@@ -1,8 +1,6 @@
 import csv
-import io
 import json
 import logging
-import os
 import re
 import shutil
 from functools import partial
@@ -226,7 +224,7 @@ def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
         (None, "runs=null names no run. Give at least two run folders"),
         ("first", "runs=first names 1 run. Give"),
         (["first", "first"], "first more than once. Give"),
-        (["first", "nowhere"], "runs: nowhere is not a folder"),
+        (["first", "nowhere"], "runs: nowhere holds no evaluation.json"),
         ([["first", "second"]], "runs=[[first,second]] makes 1 side. Give"),
         (["first", []], "runs=[first,[]] has a side without a separate run. Give"),
     ],
@@ -251,38 +249,16 @@ def test_there_are_at_most_32_sides(runs):
 def test_there_are_at_most_160_runs(tmp_path):
     folders = [str(tmp_path / str(number)) for number in range(161)]
     assert_refused(lambda: sides_of(folders), "names 161 runs", "and 160 runs can be compared")
-    assert_refused(lambda: sides_of(folders[:160]), "0 is not a folder")
-
-
-def stored_score(record, name, *, value=0.5, left_out=0.5):
-    units = len(set(record["units"]))
-    score = {"better": "max", "settings": "", "value": value}
-    return {name: {**score, "left_out": [left_out] * units, "scored": [True] * units}}
+    assert_refused(lambda: sides_of(folders[:160]), "0 holds no evaluation.json")
 
 
 def test_damaged_record_is_refused(runs):
-    for change in (
-        lambda record: record.pop("split"),
-        lambda record: record.update(units=["a"]),
-        lambda record: record.update(images=[], units=[]),
-        lambda record: record.update(palette=[[0, 0, 300]] * 2),
-        lambda record: record.update(scores=stored_score(record, "rare", value=1.5)),
-        lambda record: record.update(scores=stored_score(record, "rare", left_out=1e308)),
-        lambda record: record.update(scores=stored_score(record, "miou")),
-    ):
-        with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
-            read_record(copy_second_run(runs, "damaged", change))
-    by_columns, framed = io.BytesIO(), (runs / "second" / COUNTS).read_bytes()
-    np.savez(by_columns, classes=np.asfortranarray(np.zeros((2, 3, 2), "<i8")))
-    garbled = framed[:40] + b"x" + framed[41:]  # the archive's own message would quote all of it
-    for content in (by_columns.getvalue(), garbled, b"", b"PK\x03\x04 none", np.array([{}], dtype=object).tobytes()):
+    with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
+        read_record(copy_second_run(runs, "damaged", lambda record: record.pop("split")))
+    for name, content in ((RECORD, b"{"), (COUNTS, b""), (COUNTS, (runs / "second" / COUNTS).read_bytes()[:200])):
         folder = copy_second_run(runs, "damaged")
-        (folder / COUNTS).write_bytes(content)
-        assert len(assert_refused(partial(read_record, folder), "damaged")) < 700 + len(str(folder))
-    for name in (RECORD, COUNTS):
-        folder = copy_second_run(runs, "damaged")
-        os.truncate(folder / name, 2**40)
-        assert_refused(partial(read_record, folder), "damaged ", f"{name} has 1099511627776 bytes")
+        (folder / name).write_bytes(content)
+        assert_refused(partial(read_record, folder), "damaged ")
 
 
 def test_the_evaluation_at_the_end_of_a_training_is_one(runs):

@@ -20,8 +20,7 @@ from dinoseg.experiment.resume import compose_resumed
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_export, onnx_file, program
 from dinoseg.inference.auto import Auto
-from dinoseg.inference.whole import Whole
-from dinoseg.inference.windows import Windows
+from dinoseg.inference.windows import Whole, Windows
 from dinoseg.models.model import SegmentationModel
 from dinoseg.serving.source import load_served
 from dinoseg.training import checkpoint

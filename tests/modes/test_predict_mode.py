@@ -363,7 +363,7 @@ def test_inputs_that_fit_no_option_are_refused_before_loading(monkeypatch, tmp_p
     random_image(tmp_path / "in/a.png")
     random_video(tmp_path / "in/v.avi")
     monkeypatch.setattr(memory, "free_bytes", lambda device: 7 * 3 * 4 * 32 * 48 - 1)
-    annotations = ("outputs names coco, labelme, which need image files", "in/v.avi is a video: ", "palette, prob")
+    annotations = ("outputs names coco, labelme: choose some of palette, prob", " frames of ", "in/v.avi")
     for source, outputs, words in (
         (None, [], ("give input=<image, folder, glob or video>",)),
         (tmp_path / "in", ["palette", "coco", "labelme"], annotations),

@@ -1,12 +1,10 @@
 import json
-import os
 import signal
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
-from mistakes import assert_refused, refusals
+from mistakes import assert_refused
 from tensorboard.summary.writer import event_file_writer
 from test_background_logger import RecordingLogger
 
@@ -83,9 +81,7 @@ def test_a_validation_that_is_made_again_is_logged_once(tmp_path, pending):
     assert rows == [(3, False), (3, True), (6, False), (6, True)][: 3 if pending else 4]
 
 
-@pytest.mark.parametrize(
-    "torn", [b"", b"{", b'{"step": 3, "a": 1', b"\x00\x00\x00", b"tru", b"5", b'{"step": 3, "\xc3']
-)
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 3, "a": 1', b"\x00\x00\x00", b"tru", b'{"step": 3, "\xc3'])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\n{"step": 2}\n' + torn)
@@ -94,32 +90,11 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["nonsense", "[1]", '{"step": 1e999}', '{"step": NaN}', '{"step": "1"}', '{"step": 1, "a": [1]}']
-    + ['{"step": 1, "a": "x"}', '{"step": ' + "9" * 400 + "}", '{"step": 1, "a": ' + "[" * 10**5, '{"step": null}']
-    + ['{"loss": 1}'],
-    ids=lambda line: line[:20],
-)
-def test_rows_of_anything_but_numbers_are_one_error(tmp_path, line):
+def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    words = ("Line 2 of ", "metrics.jsonl", " is not a JSON object of numbers with a step", "Repair or remove")
-    assert_refused(lambda: read_rows(path), *words)
-    assert line in path.read_text()
-
-
-def read_pipe():
-    os.mkfifo("metrics.jsonl")
-    read_rows(Path("metrics.jsonl"))
-
-
-test_files_that_cannot_be_read_are_named = refusals(
-    {
-        "a missing file": (lambda: read_rows(Path("metrics.jsonl")), "Cannot read ", "metrics.jsonl"),
-        "a pipe, which is not waited for": (read_pipe, "is a named pipe"),
-    }
-)
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    assert_refused(lambda: read_rows(path), "Line 2 of ", "metrics.jsonl", " is not JSON", "Repair or remove")
+    assert "nonsense" in path.read_text()
 
 
 def test_only_the_first_rank_writes(tmp_path):

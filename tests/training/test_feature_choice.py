@@ -17,8 +17,7 @@ from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import dataset as pairs
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.inference.whole import Whole
-from dinoseg.inference.windows import Windows
+from dinoseg.inference.windows import Whole, Windows
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.detail import DetailHead

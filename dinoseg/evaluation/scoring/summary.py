@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.evaluation.scoring.folders import ScoringResult, sums_by_unit
-from dinoseg.evaluation.scoring.intervals import METHOD, Difference, jackknife
-from dinoseg.evaluation.scoring.units import scored_sums
+from dinoseg.evaluation.scoring.intervals import METHOD, Difference, jackknife, scored_sums
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 
 

@@ -92,10 +92,6 @@ def _client_errors_as_user_errors(repo: str, token: str | None) -> Iterator[None
     """Turn every exception of a hub's client into one message that does not contain the token."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{repo}: a hub needs {error.name}, which is not installed: pip install {error.name}"
-        ) from error
     except Exception as error:  # the client's libraries raise their own types
         reason = str(error).replace(token, "...") if token else str(error)
         first_line = reason.strip().partition("\n")[0][:300]
@@ -116,15 +112,9 @@ def write_card(facts: ModelFacts, name: str, folder: Path) -> None:
 
 
 def model_card(facts: ModelFacts, name: str) -> str:
-    """Return the text of a model card; text from the file is escaped, so that it renders as text alone.
+    """Return the text of a model card; text from the file is escaped, so that it renders as text alone."""
+    from jinja2 import Environment  # which predictions do not need
 
-    Raises:
-        UserError: if jinja2 is missing, which predictions do not need.
-    """
-    try:
-        from jinja2 import Environment
-    except ModuleNotFoundError as error:
-        raise UserError("Model cards need jinja2: pip install jinja2.") from error
     templates = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     templates.filters |= {"code": _code, "percent": _percent}
     return templates.from_string(_CARD.read_text(encoding="utf-8")).render(facts=facts, name=name)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from dinoseg.utils.images import as_rgb
 from dinoseg.utils.levels import WHITE, to_levels
 
 logger = logging.getLogger(__name__)
-ON_ERROR = ("stop", "skip")
+OnError = Literal["stop", "skip"]
 _ACCEPTED = "Give a path, an array (H, W, 3), a torch tensor (3, H, W), a Pillow image, or a list of them."
 _SLACK = 0.5 / 255  # resizing of floats rounds: 1.0000001 is white
 
@@ -38,7 +38,7 @@ def is_many_files(source: Any) -> bool:
 def pictures(
     source: Any,
     *,
-    on_error: str = "stop",
+    on_error: OnError = "stop",
     pixels: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
 ) -> Iterator[Picture]:
     """Return an iterator over the images of a source, in order; files in natural order: x2 before x10.
@@ -52,12 +52,10 @@ def pictures(
     Raises:
         UserError: if an image is invalid or there is none; the message names the accepted kinds.
     """
-    if on_error not in ON_ERROR:
-        raise UserError(f"on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     return _read(_ones(source, pixels), on_error, pixels)
 
 
-def _read(ones: Iterable[Any], on_error: str, pixels: PixelFormat) -> Iterator[Picture]:
+def _read(ones: Iterable[Any], on_error: OnError, pixels: PixelFormat) -> Iterator[Picture]:
     for number, one in enumerate(ones):
         try:
             picture = _picture(one, f"image {number}", pixels)
@@ -69,71 +67,32 @@ def _read(ones: Iterable[Any], on_error: str, pixels: PixelFormat) -> Iterator[P
         yield picture
 
 
-def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> np.ndarray:
-    """Convert an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of levels to (H, W, 3) uint8; alpha is dropped.
-
-    Floats are levels in 0..1, uint16 in 0..65535.
-
-    Args:
-        array: the levels, RGB.
-        name: begins an error message.
-        channels_first: whether its axes are (C, H, W), as torch's.
-
-    Raises:
-        UserError: if it has other axes or numbers.
-    """
-    if channels_first and array.ndim == 3:
-        if array.shape[0] not in (1, 3, 4):
-            raise UserError(f"{name} is a tensor {list(array.shape)}: give (3, H, W), as tensor.permute(2, 0, 1) does.")
-        array = array.transpose(1, 2, 0)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        hint = " Transpose it: array.transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
-        raise UserError(f"{name} is an array of {list(array.shape)}: give (H, W, 3) RGB, or (H, W) grey.{hint}")
-    if not array.size:
-        raise UserError(f"{name} is an array of {list(array.shape)}, which holds no pixels.")
-    levels = _levels(array, name)
-    levels = levels[..., None] if levels.ndim == 2 else levels
-    rgb = levels.repeat(3, axis=2) if levels.shape[2] == 1 else levels[..., :3]
-    return np.ascontiguousarray(rgb)
-
-
-def _as_channels(array: np.ndarray, name: str, pixels: PixelFormat, *, channels_first: bool) -> np.ndarray:
-    """Convert an array to (H, W, C), uint8 or uint16.
+def _as_levels(array: np.ndarray, name: str, pixels: PixelFormat, *, channels_first: bool = False) -> np.ndarray:
+    """Convert an array to (H, W, C), uint8 or uint16; for RGB, also grey (H, W) and RGBA, to uint8 without alpha.
 
     An array (H, W, C) has the values of a file; without a range, floats are 0..1. A tensor (C, H, W) has levels, as the
     items of a dataset.
     """
-    channels = pixels.channels
-    value_range = None if channels_first else pixels.value_range
     if array.ndim == 2:
         array = array[..., None]
     elif channels_first and array.ndim == 3:
         array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] != channels or not array.size:
-        wanted = f"({channels}, H, W)" if channels_first else f"(H, W, {channels})"
-        raise UserError(f"{name} is of {list(array.shape)} (H, W, C): give {wanted}, the channels of this model.")
+    channels = (1, 3, 4) if pixels.is_rgb else (pixels.channels,)
+    if array.ndim != 3 or array.shape[2] not in channels or not array.size:
+        axes = f"({pixels.channels}, H, W)" if channels_first else f"(H, W, {pixels.channels})"
+        raise UserError(f"{name} is of {list(array.shape)} (H, W, C): give {axes}, the channels of this model.")
+    value_range = None if channels_first else pixels.value_range
     if value_range is None and np.issubdtype(array.dtype, np.floating):
         check_levels(float(array.min()), float(array.max()), name)
-        array = np.round(array.clip(0, 1) * WHITE).astype(np.uint16)
+        white, dtype = (255, np.uint8) if pixels.is_rgb else (WHITE, np.uint16)
+        array = np.round(array.clip(0, 1) * white).astype(dtype)
     if array.dtype not in (np.uint8, np.uint16) and (value_range is None or array.dtype.kind not in "uif"):
-        hint = " Give the values of a file as a NumPy array (H, W, C)." if channels_first else ""
-        raise UserError(f"{name} is of {array.dtype}: give uint8, uint16 or floats in 0..1.{hint}")
-    return np.ascontiguousarray(to_levels(array, value_range, name))
-
-
-def _levels(array: np.ndarray, name: str) -> np.ndarray:
-    """Convert levels to uint8."""
-    if array.dtype == np.uint8:
-        return array
+        raise UserError(f"{name} is of {array.dtype}: give uint8 in 0..255, uint16, or floats in 0..1.")
+    if not pixels.is_rgb:
+        return np.ascontiguousarray(to_levels(array, value_range, name))
     if array.dtype == np.uint16:
-        return np.round(array * (255 / WHITE)).astype(np.uint8)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise UserError(
-            f"{name} is an array of {array.dtype}: give uint8 in 0..255 (array.astype('uint8')), uint16 or floats in "
-            "0..1."
-        )
-    check_levels(float(array.min()), float(array.max()), name)
-    return np.round(array.clip(0, 1) * 255).astype(np.uint8)
+        array = np.round(array * (255 / WHITE)).astype(np.uint8)
+    return np.ascontiguousarray(array.repeat(3, axis=2) if array.shape[2] == 1 else array[..., :3])
 
 
 def check_levels(least: float, most: float, name: str) -> None:
@@ -155,40 +114,30 @@ def check_levels(least: float, most: float, name: str) -> None:
 
 
 def _ones(source: Any, pixels: PixelFormat) -> Iterable[Any]:
-    if is_one(source):
-        return [source]
     if is_many_files(source):
         return _files(source, pixels)
-    if isinstance(source, Iterable) or _is_array(source):
-        return source
-    raise UserError(f"{type(source).__name__} is not an image. {_ACCEPTED}")
+    is_several = not is_one(source) and (isinstance(source, Iterable) or _is_array(source))
+    return source if is_several else [source]
 
 
 def _files(source: str | PathLike[str], pixels: PixelFormat) -> list[Path]:
     """Return the images in a folder or matched by a pattern; raise an error if there are none."""
     files = find_files(source, pixels.suffixes)
     if not files:
-        where = f"The folder {source} holds no image directly" if _is_folder(source) else f"{source} matches no image"
-        raise UserError(f"{where}. Image files end in {' '.join(pixels.suffixes)}.")
+        raise UserError(f"{source} holds or matches no image. Image files end in {' '.join(pixels.suffixes)}.")
     return files
 
 
 def _picture(one: Any, name: str, pixels: PixelFormat) -> Picture:
     if isinstance(one, str | PathLike):
         path = Path(fspath(one)).expanduser()
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: give its images, or only the folder.")
         return path, pixels.read(path)
-    if not pixels.is_rgb and (_is_array(one) or isinstance(one, Image.Image)):
-        is_tensor = not isinstance(one, np.ndarray | Image.Image)
-        array = _from_tensor(one) if is_tensor else np.asarray(one)
-        return None, _as_channels(array, name, pixels, channels_first=is_tensor)
     if isinstance(one, Image.Image):
-        return None, as_rgb(one, name)
+        return None, as_rgb(one, name) if pixels.is_rgb else _as_levels(np.asarray(one), name, pixels)
     if isinstance(one, np.ndarray):
-        return None, as_pixels(one, name)
+        return None, _as_levels(one, name, pixels)
     if _is_array(one):
-        return None, as_pixels(_from_tensor(one), name, channels_first=True)
+        return None, _as_levels(_from_tensor(one), name, pixels, channels_first=True)
     raise UserError(f"{name} is of type {type(one).__name__}, not an image. {_ACCEPTED}")
 
 

@@ -108,23 +108,9 @@ def open_file(path: Path, options: Options, *, key: str = "resume") -> Model:
     runtime = options.runtime or (usual if usual in runtimes else "torch")
     if runtime not in runtimes:
         raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(runtimes)}.")
-    if not path.exists():
-        raise UserError(f"File not found: {path}. Give a file that mode=export wrote, a run folder or a checkpoint.")
     if runtime != "torch":
         opened: Model = load_opener(runtime)(path, options)
         return opened
-    if path.suffix == ".pt2":
-        raise UserError(
-            f"{path} is a torch.export program, which torch.export.load reads. Give the model.safetensors or "
-            "model.onnx of that model."
-        )
-    if path.suffix == ".onnx":
-        raise UserError(f"{path} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
-    try:
-        from dinoseg.export.runtime.torch_load import load_torch
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{path}: needs {error.name}, which is not installed: pip install . in a clone of dinoseg, or "
-            "give the ONNX file that mode=export export=onnx writes of the model."
-        ) from error
+    from dinoseg.export.runtime.segmenter import load_torch
+
     return load_torch(path, options, key=key)

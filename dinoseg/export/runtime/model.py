@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.inputs import Picture, is_many_files, is_one, pictures
+from dinoseg.export.runtime.inputs import OnError, Picture, is_many_files, is_one, pictures
 from dinoseg.export.runtime.runtime import Options, Runtime, list_model_files
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
 from dinoseg.utils.mask_files import write_masks
-from dinoseg.utils.ranges import AT_LEAST_1, whole_number
+from dinoseg.utils.ranges import Count, check_annotations
 from dinoseg.utils.wording import format_value
 
 
@@ -165,7 +165,8 @@ class Model:
         """The mask value of pixels without a label."""
         return self.facts.ignore_index
 
-    def predict(self, source: Any, *, batch_size: int = 4, on_error: str = "stop") -> Any:
+    @check_annotations
+    def predict(self, source: Any, *, batch_size: Count = 4, on_error: OnError = "stop") -> Any:
         """Segment one image or several.
 
         Args:
@@ -182,7 +183,6 @@ class Model:
         Raises:
             UserError: if an image is invalid; the message names it and the accepted kinds.
         """
-        batch_size = whole_number(batch_size, "batch_size", AT_LEAST_1)
         results = self._predict_batches(pictures(source, on_error=on_error, pixels=self.facts.format), batch_size)
         if is_one(source):
             found = list(results)

@@ -14,27 +14,33 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Backbone, GuardedModule, Head
 from dinoseg.core.shapes import Prediction
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.objects import OPTION, lend_objects
+from dinoseg.experiment.resume import standalone_config
+from dinoseg.experiment.trained import restore
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
-from dinoseg.export.runtime.runtime import MODEL_FILE
+from dinoseg.export.runtime.runtime import MODEL_FILE, Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime, preserve_global_state, replicate_in_eval_mode
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy
-from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models import adapters
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names, stateless_modules
-from dinoseg.training.checkpoint import find
+from dinoseg.training.checkpoint import describe, find
+from dinoseg.training.engine import choose_device
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.files import Stamp, stamp
 from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
-_ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's error of BatchNorm
+_HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
 
 
@@ -111,19 +117,10 @@ class Segmenter(GuardedModule, Model):
                 of logits: `mask_classification_loss` needs it, others save the memory of logits at full size.
 
         Raises:
-            UserError: the images have another shape, type or range, or are one patch in train mode.
+            UserError: the images have another shape, type or range.
         """
         self._check_images(images)
-        try:
-            prediction = self.model(images)
-        except ValueError as error:
-            if not str(error).startswith(_ONE_VALUE):
-                raise
-            height, width = images.shape[-2:]
-            raise UserError(
-                f"A batch of {count_of(len(images), 'image')} of {height} x {width} is one patch, and BatchNorm of the "
-                "head needs several in train mode. Give larger images or batches, or call model.eval()."
-            ) from error
+        prediction = self.model(images)
         return prediction if as_prediction else prediction.logits().contiguous()
 
     def logits(self, images: Tensor) -> Tensor:
@@ -162,7 +159,6 @@ class Segmenter(GuardedModule, Model):
     @property
     def runtime(self) -> TorchRuntime:
         """Inference with this model on the device that it is on, in eval mode; the model's own mode does not change."""
-        self._check_values()
         device = self.device
         dtype = compute_dtype(self._precision, device)
         context = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
@@ -201,7 +197,6 @@ class Segmenter(GuardedModule, Model):
         Raises:
             UserError: if the file cannot be written, or the licence of the weights needs `gated` or `delta`.
         """
-        self._refuse_objects()
         self._write(Path(path).expanduser(), delta=delta, gated=gated)
 
     def save_pretrained(self, folder: str | PathLike[str], *, delta: bool = False, gated: bool = False) -> None:
@@ -212,7 +207,6 @@ class Segmenter(GuardedModule, Model):
         """
         from dinoseg.export.runtime.hub import write_card
 
-        self._refuse_objects()
         target = Path(folder).expanduser()
         facts = self._write(target / MODEL_FILE, delta=delta, gated=gated)
         write_card(facts, target.absolute().name, target)
@@ -242,7 +236,6 @@ class Segmenter(GuardedModule, Model):
         """
         from dinoseg.export.runtime.hub import push
 
-        self._refuse_objects()
         with TemporaryDirectory() as name:
             folder = Path(name)
             facts = self._write(folder / MODEL_FILE, delta=delta, gated=gated)
@@ -359,16 +352,6 @@ class Segmenter(GuardedModule, Model):
             )
         return {group: copy.deepcopy(part) for group, part in objects.items()}
 
-    def _refuse_objects(self) -> None:
-        """Refuse a file of a model with objects, which could not be loaded."""
-        for group, part in self._objects.items():
-            raise UserError(
-                f"The {group} is an object of {type(part).__name__}, and a file names the options of its parts. Write "
-                f"{group}/NAME.yaml into a folder, as docs/extending.md#{group} shows, and create the model with "
-                f'{group}="NAME", config_dir="FOLDER". Or save the weights alone: '
-                "torch.save(model.state_dict(), PATH)."
-            )
-
     def _refuse_additions(self) -> None:
         """Refuse parameters and buffers that were added to the model: the optimizer and a file would omit them."""
         added = [name for name in self.state_dict() if not name.startswith("model.")]
@@ -411,7 +394,6 @@ class Segmenter(GuardedModule, Model):
 
         Modules without either are their class.
         """
-        self._check_values()
         skipped = quantised_names(self.model)
         state = self.model.state_dict() | non_persistent_buffers(self.model)
         sums = {
@@ -421,28 +403,14 @@ class Segmenter(GuardedModule, Model):
         }
         return {**sums, **stateless_modules(self.model)}
 
-    def _check_values(self) -> None:
-        """Refuse a model on the meta device, whose tensors hold no values."""
-        if self.device.type == "meta":
-            raise UserError(
-                "The model is on the meta device, which holds no values. Call model.to_empty(device=DEVICE) and "
-                "model.load_state_dict(STATE)."
-            )
-
     def _check_images(self, images: Tensor) -> None:
         """Refuse all but tensors (B, C, H, W) of uint8, uint16 or floats in 0..1, with at least one pixel.
 
         Levels on an accelerator are read from the first batch only, since that waits for it; compiled calls read none.
         """
-        if not isinstance(images, Tensor):
-            kind = type(images).__name__
-            raise UserError(
-                f"Images are {kind}. Give a tensor (B, 3, H, W), or call model.predict, which takes arrays."
-            )
         channels = self.backbone.channels
         if images.ndim != 4 or images.shape[1] != channels or not images.numel():
-            wanted = "(B, 3, H, W), RGB" if channels == 3 else f"(B, {channels}, H, W)"
-            raise UserError(f"Images have the shape {list(images.shape)}. Give {wanted}, at least one image.")
+            raise UserError(f"Images have the shape {list(images.shape)}. Give (B, {channels}, H, W), B at least 1.")
         if images.dtype in (torch.uint8, torch.uint16):
             return
         if not images.is_floating_point():
@@ -452,3 +420,60 @@ class Segmenter(GuardedModule, Model):
             least, most = images.detach().aminmax()
             check_levels(float(least), float(most), "The batch of images")
             self._has_checked_levels = True
+
+
+def load_torch(path: Path, options: Options, *, key: str = "resume") -> Segmenter:
+    """Load the model of an existing file, checkpoint or run folder, in eval mode.
+
+    Raises:
+        UserError: in the terms of a command line with the file as `key`.
+    """
+    device = choose_device(options.device)
+    compute_dtype(options.precision, device)  # refuse a wrong precision before weights are read
+    file = find(path, "best", key=key)
+    origin = (file.absolute(), stamp(file))  # before it is read
+    own = None if options.config_dir is None else Path(options.config_dir).expanduser().absolute()
+    if own is not None and not own.is_dir():
+        raise UserError(f"config_dir={options.config_dir} is not a folder. Give the folder of your config groups.")
+    with preserve_global_state():
+        info = describe(file, key=key)
+        facts = ModelFacts.of(info, str(file))
+        changes = {"engine.device": options.device, **_weights(file, info, options)}
+        trust, use = options.trust, options.inference
+        cfg = standalone_config(file, info, changes, inference=use, trust=trust, config_dir=own, key=key)
+        strategy: InferenceStrategy = instantiate(cfg.inference)
+        sizes = TrainedSizes.from_info(info)
+        builder = ModelBuilder(cfg)
+        model = restore(builder, file, key=key)[0].to(device)
+        facts = replace(facts, pixels=builder.pixels.as_dict())
+    if model.head.slots is not None:
+        raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
+    limit_to_trained_size(model, sizes)
+    is_whole = "facts" in info
+    loaded = Segmenter(
+        model,
+        facts,
+        to_container(cfg),
+        info=info,
+        strategy=strategy,
+        precision=cfg.engine.precision if options.precision == "auto" else options.precision,
+        file=file if is_whole else None,
+        checkpoint=origin,
+    )
+    return loaded.eval()
+
+
+def _weights(file: Path, info: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """Return config overrides for weights that are given instead of those that the file names.
+
+    Raises:
+        UserError: if the file names none, since it holds them.
+    """
+    changes = {}
+    for part, path in (("backbone", options.backbone), ("head", options.head)):
+        if path is None:
+            continue
+        if info["config"][part].get("weights") in _HELD:
+            raise UserError(f"{part}.weights={path}: {file} holds its own {part}. Leave it out.")
+        changes[f"{part}.weights"] = str(path)
+    return changes

@@ -63,8 +63,7 @@ def replicate_in_eval_mode(model: T) -> T:
     if any(part.training for part in scripted):
         raise UserError("The model holds a TorchScript module in training mode. Call model.eval() before predict.")
     for part in parts:
-        plain = part._modules.get("_orig_mod", part)  # a module of `torch.compile` always calls the original
-        assert plain is not None
+        plain: Any = part._modules.get("_orig_mod", part)  # a module of `torch.compile` always calls the original
         if id(plain) not in replicas:
             # not the class's own `__new__`: that of torch.fx makes a class without a forward pass
             replicas[id(plain)] = object.__new__(type(plain))

@@ -29,9 +29,8 @@ from dinoseg.training.checkpoint import CHECKPOINT_FOLDER
 from dinoseg.training.description import PRECISION
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
 from dinoseg.training.progress import Progress
-from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, format_value
+from dinoseg.utils.wording import count_of
 from dinoseg.utils.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -43,12 +42,9 @@ _UNCHANGED = (  # keys whose names or regular expressions may look like paths, a
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 COUNTED = "every pixel of the split counted once, ignored pixels excluded"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
-_SHARE = forms.maybe(forms.number(0, 1))
-_SCORES = forms.object_with(miou=_SHARE, pixels=forms.whole(), classes=forms.list_of(forms.object_with(iou=_SHARE)))
-_OFFICIAL = forms.object_with(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
-_EVALUATED = forms.object_with(resume=forms.text, mode=forms.object_with(split=forms.text))  # config of a mode=eval run
+_OFFICIAL = ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
+_SCORES = "scores.json"  # in the folder of an evaluation
 _LARGEST = 2**17  # bytes of a config file; dinoseg's have a twentieth
-_SPLIT = forms.table(forms.list_of(forms.text))
 _PACKAGED = "dinoseg:"
 _NO_SOURCE = ("random", None)  # values for weights without a third-party source
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -176,7 +172,6 @@ def facts_of(
         delta: whether the file holds only what was trained.
         scores: as of `export_model`.
     """
-    assert source.resume is not None  # exports check it first
     # facts of a checkpoint that is itself an exported file
     before = with_evidence(ModelFacts.of(trained.info, f"resume={source.resume}"), source, scores)
     return complete(before, source, trained.model, trained.info, sizes, delta=delta)
@@ -405,20 +400,38 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         UserError: if the folder holds no scores, those of another checkpoint, or of an earlier state of it.
     """
     if evaluation is None:
-        folder, split = path.parent.parent / "evaluation", "val"
-        has_scores = (
-            path.parent.name == CHECKPOINT_FOLDER and path.stem == "best" and (folder / "scores.json").is_file()
-        )
-        # an evaluation older than the checkpoint scored an earlier best
-        if not has_scores or (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
+        folder = path.parent.parent / "evaluation"
+        is_best = path.parent.name == CHECKPOINT_FOLDER and path.stem == "best" and (folder / _SCORES).is_file()
+        if not is_best or _is_older(folder, path):
             return None
-    else:
-        folder = Path(evaluation).expanduser()
-        split = _split_of(folder, path)
-    where = f"export.scores={folder}"
-    scores = _read(folder / "scores.json", _SCORES, where)
-    if (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
-        raise UserError(f"{where}: those scores are older than {path}, which was saved again. Run mode=eval again.")
+        return _read_scores(folder, classes, "val")
+    folder = Path(evaluation).expanduser()
+    try:
+        config = read_yaml(folder / "config" / "config.yaml", _LARGEST)
+        resumed = Path(config["resume"])
+        found = _read_scores(folder, classes, config["mode"]["split"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"export.scores={folder} is not a run folder of mode=eval with scores of images ({error}). Give one."
+        ) from None
+    if resumed.resolve() != path.resolve():
+        raise UserError(
+            f"export.scores={folder}: those scores belong to {resumed}, not to {path}. Evaluate this checkpoint."
+        )
+    if _is_older(folder, path):
+        raise UserError(
+            f"export.scores={folder}: those scores are older than {path}, which was saved again. Run mode=eval again."
+        )
+    return found
+
+
+def _is_older(folder: Path, path: Path) -> bool:
+    """Return whether the scores in a folder are older than a checkpoint, so that they belong to an earlier state."""
+    return (folder / _SCORES).stat().st_mtime < path.stat().st_mtime
+
+
+def _read_scores(folder: Path, classes: Sequence[str], split: str) -> dict[str, Any]:
+    scores = json.loads((folder / _SCORES).read_text(encoding="utf-8"))
     found = {
         "split": split,
         "protocol": COUNTED,
@@ -427,11 +440,10 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         "ci95": scores.get("ci95"),
         "per_class": {name: row["iou"] for name, row in zip(classes, scores["classes"], strict=False)},
     }
-    if (folder / "official_scores.json").is_file():
-        official = _read(folder / "official_scores.json", _OFFICIAL, where)
-        found["official"] = {
-            key: official.get(key) for key in ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
-        }
+    file = folder / "official_scores.json"
+    if file.is_file():
+        official = json.loads(file.read_text(encoding="utf-8"))
+        found["official"] = {key: official.get(key) for key in _OFFICIAL}
     return found
 
 
@@ -444,33 +456,10 @@ def data_of(path: Path, name: str) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"name": name}
     try:
-        split = forms.read_json(path.parent.parent / "split.json", _SPLIT)
-    except (OSError, forms.SchemaError, UserError):
+        split = json.loads((path.parent.parent / "split.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return found
     for side, names in split.items():
         digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         found[side] = {"count": len(names), "names_sha256": digest}
     return found
-
-
-def _split_of(folder: Path, path: Path) -> str:
-    """Return the split on which a mode=eval run scored this checkpoint."""
-    try:
-        config = read_yaml(folder / "config" / "config.yaml", _LARGEST)
-        _EVALUATED(config, "it")
-        resumed, same = config["resume"], Path(config["resume"]).resolve() == path.resolve()
-    except (OSError, ValueError) as error:  # a name may be no valid path
-        raise UserError(f"export.scores={folder} is not a run folder of mode=eval ({error}). Give one.") from None
-    if not same:
-        raise UserError(
-            f"export.scores={folder}: those scores belong to {format_value(resumed, 500)}, not to {path}. Evaluate "
-            "this checkpoint."
-        )
-    return config["mode"]["split"]
-
-
-def _read(path: Path, form: forms.Form, where: str) -> Mapping[str, Any]:
-    try:
-        return forms.read_json(path, form)
-    except (OSError, forms.SchemaError) as error:
-        raise UserError(f"{where}: {path.name} is invalid ({error}). Run mode=eval again.") from None

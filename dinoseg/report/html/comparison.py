@@ -8,8 +8,7 @@ from dinoseg.core.sizes import evenly_spaced
 from dinoseg.report.html.charts import Axes, line_chart, range_around, scatter_chart, thin
 from dinoseg.report.html.page import render
 from dinoseg.report.html.pictures import EvaluatedImages, PairShot, pair_card
-from dinoseg.report.scores import few_units
-from dinoseg.report.table import MEANS
+from dinoseg.report.table import MEANS, few_units
 from dinoseg.utils.wording import count_of
 
 _MAX_DOTS = 2000  # dots per chart: with more, a page takes seconds to open

@@ -11,8 +11,7 @@ from dinoseg.core.metric import Metric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
 from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
-from dinoseg.report.scores import few_units
-from dinoseg.report.table import MEANS, metric_text
+from dinoseg.report.table import MEANS, few_units, metric_text
 from dinoseg.utils.wording import count_of
 
 _HISTOGRAM_BARS = 20

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from dinoseg.report.table import percent
 from dinoseg.utils.wording import count_of, printable
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -59,11 +60,6 @@ def _environment() -> Environment:
 def _make_printable(value: Any) -> Any:
     """Escape what controls a terminal or the direction of text; the environment itself escapes HTML."""
     return printable(value) if type(value) is str else value
-
-
-def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
-    """Return a share in 0..1 as percent; a dash if undefined."""
-    return "-" if value is None else f"{100 * value:{sign}.{digits}f}"
 
 
 def format_interval(limits: Sequence[float] | None, digits: int = 1, sign: str = "") -> str:

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 
 from dinoseg.core.shapes import Palette
-from dinoseg.report.html.page import percent
 from dinoseg.report.overlay import blend, legend_of
+from dinoseg.report.table import percent
 
 WRONG, RIGHT, BOTH_WRONG = (224, 46, 34), (70, 150, 255), (240, 196, 60)  # colour-blind safe
 _DARKEST = 0.45  # brightness of a frame below an error map

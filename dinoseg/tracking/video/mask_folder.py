@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinoseg.core.shapes import Palette
-from dinoseg.report.indexed import write_indexed_png
-from dinoseg.report.palette import default_palette
+from dinoseg.report.palette import default_palette, write_indexed_png
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.video.state import MASKS, TrackState, save_track_state
 

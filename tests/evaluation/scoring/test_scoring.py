@@ -18,7 +18,7 @@ from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jac
 from dinoseg.evaluation.scoring.summary import difference, summary
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
-from dinoseg.report.scores import difference_table, scores_table
+from dinoseg.report.table import difference_table, scores_table
 from dinoseg.utils.errors import UserError
 
 

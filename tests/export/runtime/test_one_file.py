@@ -372,10 +372,8 @@ def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound
         assert "resume=" not in str(refused.value) and ("Update dinoseg" in str(refused.value)) == (
             path.stem == "newer"
         )
-    (tmp_path / "model.pt2").write_bytes(b"PK")
     for path, options, *words in (
-        (tmp_path / "none", {}, "File not found"),
-        (tmp_path / "model.pt2", {}, "is a torch.export program, ", " Give the model.safetensors"),
+        (tmp_path / "none", {}, "none: file or folder not found"),
         (tmp_path, {}, "it holds neither checkpoints/best.safetensors"),
         (trained / "slots", {}, "slots/checkpoints/", "is a slot model"),
         (file, {"runtime": "tpu"}, "runtime=tpu"),

@@ -94,21 +94,19 @@ def test_grey_and_channels_first_images_are_converted(model):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((3, 5, 7), np.uint8), "array.transpose"),
-        (torch.zeros(5, 7, 3, dtype=torch.uint8), "permute"),
-        (np.zeros((5, 7, 2), np.uint8), "give \\(H, W, 3\\) RGB"),
-        (np.zeros((0, 7, 3), np.uint8), "holds no pixel"),
-        (np.zeros((5, 7, 3), np.int64), "astype\\('uint8'\\)"),
-        (np.zeros((5, 7, 3), bool), "array of bool"),
+        (np.zeros((3, 5, 7), np.uint8), "\\[3, 5, 7\\] \\(H, W, C\\): give \\(H, W, 3\\)"),
+        (torch.zeros(5, 7, 3, dtype=torch.uint8), "give \\(3, H, W\\)"),
+        (np.zeros((5, 7, 2), np.uint8), "give \\(H, W, 3\\)"),
+        (np.zeros((0, 7, 3), np.uint8), "is of \\[0, 7, 3\\]"),
+        (np.zeros((5, 7, 3), np.int64), "is of int64: give uint8"),
         (np.full((5, 7, 3), 200.0), "floats from 200 to 200"),
         (np.full((5, 7, 3), -1.5), "Do not normalise"),
         (np.full((5, 7, 3), np.nan), "floats from nan"),
         (np.zeros(5, np.uint8), "give \\(H, W, 3\\)"),
-        (3, "int is not an image"),
-        (None, "NoneType is not an image"),
+        (None, "image 0 is of type NoneType, not an image"),
         ([{"image": 1}], "image 0 is of type dict"),
         ("nowhere.png", "File not found"),
-        ("nowhere/*.png", "matches no image"),
+        ("nowhere/*.png", "nowhere/\\*.png holds or matches no image"),
         (Image.fromarray(np.zeros((5, 7), np.float32)), "holds floating-point values"),
     ],
 )
@@ -140,7 +138,7 @@ def test_a_folder_is_read_as_it_goes_in_the_order_of_numbers(model, tmp_path, ca
     assert [out.source.name for out in kept] == ["x1.png", "x2.png", "x10.png"] and "x3.png" in caplog.text
     endless = model.predict(picture() for _ in iter(int, 1))
     assert next(endless).mask.shape == (5, 7)
-    assert_refused(lambda: model.predict(tmp_path.parent), "holds no image directly")
+    assert_refused(lambda: model.predict(tmp_path.parent), "holds or matches no image")
     assert_refused(lambda: model.predict(tmp_path, on_error="pass"), "on_error=pass")
 
 

@@ -10,8 +10,7 @@ from PIL import Image
 
 from dinoseg.inference.frames import FolderReader
 from dinoseg.inference.video_file import VideoReader
-from dinoseg.report.indexed import voc_palette, write_indexed_png
-from dinoseg.report.palette import default_palette
+from dinoseg.report.palette import default_palette, voc_palette, write_indexed_png
 from dinoseg.tracking.video.report import ObjectRow, object_rows, write_track_report
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
