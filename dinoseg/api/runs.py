@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.results import Results, Scores, html_table, label_of, shown_value
 from dinoseg.evaluation.run_facts import EVALUATION
-from dinoseg.experiment.command_lines import last_command_line
-from dinoseg.experiment.run_config import BROKEN, config_of, config_text
+from dinoseg.experiment.folder import last_command_line
+from dinoseg.experiment.run_config import BROKEN, read_config
 from dinoseg.export.runtime.load import load
 from dinoseg.export.runtime.model import Model
 from dinoseg.report.curves import curves_figure
@@ -68,7 +68,7 @@ class Run:
         files = self.folder.glob("config*/config.yaml")
         path = max(files, key=lambda path: path.stat().st_mtime_ns)
         try:
-            return config_of(config_text(path))
+            return read_config(path)
         except BROKEN as error:
             raise UserError(f"{path} is not a config ({error}). Choose another run.") from None
 

@@ -17,7 +17,7 @@ from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
-from dinoseg.training.step_scores import StepScores
+from dinoseg.training.step import StepScores
 from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.devices import synchronize
 

@@ -13,7 +13,7 @@ from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation
 from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.evaluation.unit_scores import FurtherScore, shared_scores
 from dinoseg.experiment import run_config
-from dinoseg.experiment.command_lines import command_line
+from dinoseg.experiment.folder import command_line
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, is_sweep_folder
 from dinoseg.utils.wording import count_of, format_override, join_names

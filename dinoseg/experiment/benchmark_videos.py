@@ -9,7 +9,7 @@ from dinoseg.config.nodes import expect_type, instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
 from dinoseg.data.clips.videos import Video, select_split
-from dinoseg.experiment.builder import Builder, check_split
+from dinoseg.experiment.builder import Builder
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.utils.errors import UserError
 
@@ -77,7 +77,6 @@ def benchmark_videos(builder: Builder, split: str, supervision: str | None) -> B
         UserError: split or supervision are unknown, the data set has no masks, or the split has no videos or no masks
             for the supervision.
     """
-    check_split(split)
     supervision = chosen_supervision(builder, supervision)
     data = builder.value("data")
     protocol = None

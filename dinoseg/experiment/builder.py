@@ -138,7 +138,7 @@ class Builder(ModelBuilder):
 
     def check_values(self) -> None:
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
-        check_value("seed", self._cfg.seed, Natural)
+        check_value("seed", self.seed, Natural)
         self.loop_settings(samples=1)
         self._check_head_file()
         with torch.device("meta"):
@@ -162,14 +162,8 @@ class Builder(ModelBuilder):
         Raises:
             UserError: a teacher is given to a method without distillation, or an option is invalid.
         """
-        node = self._cfg.trainer.method
-        try:
-            return self.part("trainer.method")(self)
-        except TypeError as error:
-            raise UserError(
-                f"trainer.method={node.get('_target_')} cannot be built ({error}). Name a class that inherits from "
-                "dinoseg.tasks.method.TrainingMethod, and set `_partial_: true`."
-            ) from error
+        check_partial(self._cfg.trainer.method, "trainer.method")
+        return self.part("trainer.method")(self)
 
     def reader(self) -> Callable[[str], SegmentationData]:
         """Return the function that maps a split to the dataset as read from its files, before `data.opened`.
@@ -178,12 +172,8 @@ class Builder(ModelBuilder):
             UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
                 `check_custom_dataset`.
         """
-        node = self._cfg.data.get("reader")
-        if not OmegaConf.is_dict(node) or "_target_" not in node or not node.get("_partial_"):
-            raise UserError(
-                f"data={self.options['data']}: `reader` must name a class or function that takes `split`. Set in its "
-                "YAML file `_target_: MODULE.NAME` and `_partial_: true` below `reader`."
-            )
+        node = self._cfg.data.get("reader") or {}
+        check_partial(node, "data.reader")
         try:
             find = self.part("data.reader")
         except KeyNotSet as error:
@@ -210,7 +200,8 @@ class Builder(ModelBuilder):
         Raises:
             UserError: the split is unknown, or the dataset has a fault.
         """
-        check_split(split)
+        if split not in SPLITS:
+            raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
         pairs = self.reader()(split)
         more: dict[str, Any] = {}
         names = {"cache": "data.cache"}
@@ -226,9 +217,8 @@ class Builder(ModelBuilder):
         """Return one split of the videos as clips of frames (`dinoseg.data.clips.cut.Clips`).
 
         Raises:
-            UserError: the split is unknown, the data are no videos, or the dataset has a fault.
+            UserError: the data are no videos, or the dataset has a fault.
         """
-        check_split(split)
         if self.value("data.clips") is None:
             raise UserError(
                 f"data={self.options['data']} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or "
@@ -291,17 +281,13 @@ class Builder(ModelBuilder):
             UserError: a config node makes no metric, or its options do not fit the classes.
         """
         nodes = self.value(METRIC) or {}
-        if "_target_" in nodes:
-            raise UserError(
-                f"metric: the YAML file of {nodes['_target_']} lacks its outer key. Put `_target_` and its arguments "
-                "below the key NAME:, the name of the file."
-            )
         has_layers = self.task.has_layers
         metrics: list[Metric] = []
         for name, node in nodes.items():
             if not OmegaConf.is_dict(node):
                 raise UserError(
-                    f"metric.{name}={node} is not a metric. Choose options of the group metric: metric=[NAME]."
+                    f"metric.{name}={node} is not a metric. Choose options of the group metric: metric=[NAME]. In its "
+                    "YAML file, `_target_` and its arguments are below the key NAME:."
                 )
             metric = expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             with name_parameters(argument_keys(node)):
@@ -353,13 +339,3 @@ def _expected_files(layout: Mapping[str, Any] | None) -> str:
         for kind, suffix, ending in kinds
     ]
     return "\n- ".join(["\nExpected files:", *dict.fromkeys(paths)])
-
-
-def check_split(split: str) -> None:
-    """Refuse an unknown name of a split.
-
-    Raises:
-        UserError: the name is not one of `SPLITS`.
-    """
-    if split not in SPLITS:
-        raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")

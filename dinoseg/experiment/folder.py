@@ -3,19 +3,20 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.experiment.command_lines import WORDS_FILE
 from dinoseg.utils import locks
 from dinoseg.utils.atomic import remove_dead, remove_parts, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, is_sweep_folder
 
 LOG = "run.log"  # created by the job that claims a folder, and locked by the one that writes to it
+WORDS_FILE = "overrides.txt"  # in the config folders of a run: the words of a command, one per line
 ORIGIN = "origin.json"  # in a config folder: what the command was part of
 _PARTS = (".*.part", "checkpoints/.*.part", "checkpoints/.tmp??????")  # .tmp: written by safetensors
 _new_folders: set[Path] = set()  # created by this process, Hydra's included: it may remove them again
@@ -54,12 +55,8 @@ class RunFolder:
         self.release()
 
     def claim(self, path: Path) -> None:
-        """Create and lock a new folder; if another run or a sweep has claimed its name, try `_2`, `_3`, ... instead.
-
-        Raises:
-            UserError: there are too many folders of this name.
-        """
-        for number in range(1, 1000):
+        """Create and lock a new folder; if another run or a sweep has claimed its name, try `_2`, `_3`, ... instead."""
+        for number in count(1):
             folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
             if is_sweep_folder(folder):
                 continue
@@ -72,7 +69,6 @@ class RunFolder:
             self._log = folder / LOG
             self.enter(folder)
             return
-        raise UserError(f"{path} and its 998 numbered variants exist. Remove old runs.")
 
     def enter(self, folder: Path, *, wait: float = 0.0, remedy: str = "start a new run without resume") -> None:
         """Write to a folder of exactly this name, and to the run that it may hold; see `try_to_enter`.
@@ -164,6 +160,35 @@ def write_origin(config_folder: Path, job: str | None, plan: Mapping[str, Any] |
         in_sweep: whether the command was a job of a multirun.
     """
     write_json(config_folder / ORIGIN, {"job": job, "sweep": in_sweep, "plan": plan})
+
+
+def command_line(folder: Path) -> list[str]:
+    """Return the words of the command that started a run; empty if none is stored."""
+    return _read_words(folder / "config" / WORDS_FILE)
+
+
+def command_lines(folder: Path) -> list[list[str]]:
+    """Return the words of the command that started a run, and of those that resumed it, oldest first."""
+    files = sorted(folder.glob(f"config*/{WORDS_FILE}"), key=lambda path: path.stat().st_mtime_ns)
+    return [_read_words(path) for path in files]
+
+
+def last_command_line(folder: Path) -> list[str]:
+    """Return the words of the newest command in a folder: the one that started or last resumed the run."""
+    return next(reversed(command_lines(folder)), [])
+
+
+def find_typed_keys(folder: Path) -> set[str]:
+    """Return the keys and groups that the newest command in a folder sets."""
+    return {word.partition("=")[0].lstrip("+") for word in last_command_line(folder)}
+
+
+def _read_words(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    # not splitlines: a word may hold other line separators
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    return [word for word in lines if word]
 
 
 def has_results(folder: Path) -> bool:

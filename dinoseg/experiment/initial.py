@@ -14,7 +14,6 @@ from dinoseg.models.model import SegmentationModel, fingerprint, quantised_names
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.tensor_files import check_weights
 from dinoseg.utils.wording import count_of, format_value, join_names
 
 logger = logging.getLogger(__name__)
@@ -23,37 +22,23 @@ _UPDATES = ".lora_"  # part of the names of LoRA's tensors
 _BASE = ".base_layer."  # part of the names of the original tensors of a layer with LoRA
 
 
-def load_initial_weights(
-    builder: ModelBuilder,
-    model: SegmentationModel,
-    classes: list[str],
-    share: Callable[[Any], Any] = lambda value: value,
-) -> None:
+def load_initial_weights(builder: ModelBuilder, model: SegmentationModel, classes: list[str]) -> None:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
     Args:
         builder: of the whole config, for which `has_initial` is True.
-        model: as built, on the CPU.
+        model: as built, on the CPU; `check_initial` has accepted it.
         classes: class names of the data.
-        share: broadcasts a value from rank 0.
 
     Raises:
-        UserError: the run does not exist, nothing of it fits, backbone weights that it trained would be left out, or
-            ranks read different checkpoints of it.
+        UserError: backbone weights that the run trained would be left out, or it was trained on other frozen ones.
     """
     init = builder.value("init")
     offered = _read_init_run(init, checkpoint.outline)
-    fitting, left = _select_tensors(init, model, offered)
-    _check_head(builder, model, offered, fitting)
+    _, left = _select_tensors(init, model, offered)
     # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _checkpoint_tensors(model, offered) if name not in left}
     saved = _read_init_run(init, partial(checkpoint.read, only=room))
-    progress = saved.info["progress"]
-    if share(progress) != progress:
-        raise UserError(
-            f"init={init}: that run wrote a new checkpoint while the ranks of this one were reading it. Wait until it "
-            "ends, or give a copy of its checkpoint."
-        )
     if Path(init).expanduser().is_dir():
         logger.info("init=%s: reading %s.", init, saved.path)
     taken, _ = _select_tensors(init, model, saved)
@@ -82,7 +67,11 @@ def has_initial(builder: ModelBuilder) -> bool:
 
 
 def check_initial(builder: ModelBuilder, model: SegmentationModel) -> None:
-    """Run the checks of `load_initial_weights` that need only names and shapes; the model may be on the meta device."""
+    """Refuse a run of which nothing fits the model's head; the model may be on the meta device.
+
+    Raises:
+        UserError: it does not exist, nothing of it fits, or backbone weights that it trained would be left out.
+    """
     init = builder.value("init")
     if model.head.init is not None:
         raise UserError(
@@ -93,9 +82,7 @@ def check_initial(builder: ModelBuilder, model: SegmentationModel) -> None:
     _check_head(builder, model, offered, fitting)
 
 
-def _read_init_run(init: Any, read: Callable[..., Checkpoint]) -> Checkpoint:
-    if not isinstance(init, str):
-        raise UserError(f"init={init} names no run. Give a run folder or a checkpoint, or leave init out.")
+def _read_init_run(init: str, read: Callable[..., Checkpoint]) -> Checkpoint:
     return read(checkpoint.find(init, "best", key="init"), key="init")
 
 
@@ -120,7 +107,6 @@ def _select_tensors(init: str, model: SegmentationModel, saved: Checkpoint) -> t
     trained = trained_names(model)
     have = {name: value for _, name, value in _checkpoint_tensors(model, saved)}
     alike = {name: value for name, value in have.items() if name in trained and value.shape == state[name].shape}
-    check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={init}", state)  # checks dtypes
     taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
     # a file may also hold frozen tensors, which the model already has
     left = [name for name, value in have.items() if name not in taken and not _already_holds(value, state.get(name))]

@@ -24,7 +24,6 @@ from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError, name_parameters
-from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
 _READ_ELSEWHERE = {"adapter": ("lr",), "head": ("layers", "lr", "scoring")}  # keys beside the arguments of a part
@@ -135,28 +134,14 @@ class ModelBuilder:
 
     @property
     def seed(self) -> int:
-        """The seed of all random numbers of a run.
-
-        Raises:
-            UserError: the seed is not a non-negative integer.
-        """
-        check_value("seed", self._cfg.seed, Natural)
+        """The seed of all random numbers of a run."""
         return self._cfg.seed
 
     @cached_property
     def labels(self) -> Labels:
-        """The classes, palette and ignored ID of the dataset; no file but `classes.yaml` is needed.
-
-        Raises:
-            UserError: one of them is not set.
-        """
-        data = self.value("data")
-        absent = {"classes", "palette", "ignore_index"} - data.keys()
-        if absent:
-            raise not_set(f"data.{min(absent)}")
-        if OmegaConf.is_list(data.classes) and (unnamed := OmegaConf.missing_keys(data.classes)):
-            raise not_set(f"data.classes{min(unnamed)}")
-        return Labels.of(data.classes, data.palette, data.ignore_index, has_layers=self.task.has_layers)
+        """The classes, palette and ignored ID of the dataset; no file but `classes.yaml` is needed."""
+        classes, palette, ignore_index = map(self.value, ("data.classes", "data.palette", "data.ignore_index"))
+        return Labels.of(classes, palette, ignore_index, has_layers=self.task.has_layers)
 
     @cached_property
     def task(self) -> Task:

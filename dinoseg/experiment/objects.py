@@ -59,10 +59,6 @@ def take_dataset(split: str) -> SegmentationData:
     Raises:
         UserError: the call, or this process, has none.
     """
-    given = [name for name in _OBJECTS.get() if name.startswith("data.")]
-    if given and f"data.{split}" not in given:
-        splits = ", ".join(f'"{name.removeprefix("data.")}": DATASET' for name in (*given, f"data.{split}"))
-        raise UserError(f"data has no dataset for {split}, which this call reads. Give data={{{splits}}}.")
     return _take(f"data.{split}", f'data={{"{split}": DATASET}}')
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from dinoseg.config.plain import flatten
 from dinoseg.experiment.auto_resume import LENGTH, PastRun, Plan
-from dinoseg.experiment.command_lines import command_line
-from dinoseg.experiment.folder import LOG, ORIGIN
+from dinoseg.experiment.folder import LOG, ORIGIN, command_line
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.training import checkpoint
 from dinoseg.training.description import DESCRIBED_GROUPS
@@ -24,10 +23,6 @@ from dinoseg.utils.wording import printable
 END = "training.json"  # in the run folder: step at which the training ended, and the result of the final evaluation
 _MAX_DEPTH = 5  # folders below the searched one: outputs/RECIPE/SWEEP/JOB, and one more
 _OPTIONS = tuple(group for group in DESCRIBED_GROUPS if group != "hparam")  # a recipe of another name may be the same
-_ANY = forms.max_depth(32)
-_PLAN = forms.record(settings=forms.table(_ANY), length=forms.table(_ANY), options=forms.table(forms.text))
-_ORIGIN = forms.record(job=forms.maybe(forms.text), sweep=forms.flag, plan=forms.maybe(_PLAN))
-_END = forms.record(step=forms.whole(), result=forms.maybe(forms.table(_ANY)))
 
 
 def plan_of(info: Mapping[str, Any]) -> Plan:
@@ -56,7 +51,7 @@ def read_run(folder: Path) -> PastRun | None:
     Raises:
         UserError: its checkpoint cannot be read.
     """
-    origins = [origin for path in sorted(folder.glob(f"config*/{ORIGIN}")) if (origin := _read(path, _ORIGIN))]
+    origins = [origin for path in sorted(folder.glob(f"config*/{ORIGIN}")) if (origin := _read(path))]
     jobs = frozenset(origin["job"] for origin in origins if origin["job"])
     in_sweep = any(origin["sweep"] for origin in origins)
     words = compared_words(command_line(folder))
@@ -112,9 +107,11 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def _read_end(folder: Path) -> dict[str, Any]:
-    return _read(folder / END, _END) or {"step": None, "result": None}
+    return _read(folder / END) or {"step": None, "result": None}
 
 
-def _read(path: Path, form: forms.Form) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any] | None:
     """Return the content of a record; None if it is missing or damaged, which is logged."""
-    return read_valid_note(path, lambda path: forms.read_json(path, form), damaged="%s is damaged (%s): it is ignored.")
+    return read_valid_note(
+        path, lambda path: forms.read_json(path, forms.object_with()), damaged="%s is damaged (%s): it is ignored."
+    )

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config import expansion
 from dinoseg.config.composition import SHIPPED, Value, compose, compose_options, expand_short_forms, set_values
 from dinoseg.config.job import read_words
-from dinoseg.config.options import choices_of, groups_of, options_in, root_of
+from dinoseg.config.options import choices_of, groups_of, root_of
 from dinoseg.config.plain import has_key, keys_of, to_container, value_at
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored
 from dinoseg.experiment.recipe import INITIAL, METRIC, USE, USES, absolute, data_root, saved_config
@@ -49,7 +49,7 @@ def compose_resumed(
     values = [_over_stored(value, stored) for value in _values_of_run(given, stored, cfg, path)]
     names = _names_of(values)
     unused = _unused_groups(info, stored, groups_of(folders, cfg.choices.mode))
-    source = Source(f"resume={path}", own_folders, parse_trust(to_container(cfg)["trust"]), names)
+    source = Source(f"resume={path}", own_folders, to_container(cfg)["trust"] or (), names)
     replaced = _names_of([value for value in values if not value.sign])  # `++` adds to a stored mapping
     saved = compose_stored({**info, "config": stored}, source, unused=unused, replaced=replaced)
     saved.setdefault(INITIAL, None)  # only a new run takes it from a config file
@@ -101,13 +101,10 @@ def standalone_config(
     """
     folders = [] if config_dir is None else [str(config_dir)]
     folders += [] if job is None else job.get("config_dirs", ())
-    trust = trust if job is None else [*trust, *parse_trust(job["trust"])]
+    trust = trust if job is None else [*trust, *(job["trust"] or ())]
     chosen = {"engine": "auto"}
     stored = {key: value for key, value in saved_config(info).items() if key != METRIC}
     if inference is not None:
-        known = options_in([SHIPPED, *map(Path, folders)], USE)
-        if inference not in known:
-            raise UserError(f"inference={inference} is unknown. Choose one of {', '.join(known)}.")
         chosen[USE] = inference
         stored.pop(USE, None)
     source = Source(f"{key}={path}", folders, trust, [*changes])
@@ -176,14 +173,6 @@ def to_evaluation(cfg: DictConfig, step: int) -> DictConfig:
 def without_resume(cfg: DictConfig) -> DictConfig:
     """Return `cfg` without a run to resume."""
     return OmegaConf.create({**to_container(cfg), "resume": None})
-
-
-def parse_trust(trust: Any) -> list[str]:
-    """Return the value of `trust`, or raise a UserError if it is not a list of names."""
-    names = trust or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"trust={names}: give a list of hub ids, such as trust=[my-org/my-dino].")
-    return names
 
 
 def _stored_groups(info: Mapping[str, Any], typed: Mapping[str, Any], path: Path) -> dict[str, Any]:

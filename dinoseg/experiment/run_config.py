@@ -13,10 +13,9 @@ from dinoseg.config.stored import Source, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
-from dinoseg.experiment.resume import parse_trust
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import SchemaError, as_read_back, read_regular
-from dinoseg.utils.yaml_text import parse_yaml
+from dinoseg.utils.forms import SchemaError, as_read_back
+from dinoseg.utils.yaml_text import read_yaml
 
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaError, OmegaConfBaseException)
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
@@ -31,26 +30,9 @@ def config_file(folder: Path) -> Path:
     return next((path for path in places if path.is_file()), places[0])
 
 
-def config_text(path: Path) -> str:
-    """Return the text of a config file.
-
-    Raises:
-        UserError: the file is not a regular file.
-        SchemaError: the file is too large for a config.
-        OSError: the file is missing.
-    """
-    return read_regular(path, _LARGEST).decode()
-
-
-def config_of(text: str) -> dict[str, Any]:
-    """Parse the text of a config file, with interpolations unresolved.
-
-    Raises:
-        SchemaError: the text is not a config.
-    """
-    config = parse_yaml(text)
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise SchemaError("it is not a config")
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config file, with interpolations unresolved; errors are among `BROKEN`."""
+    config: dict[str, Any] = read_yaml(path, _LARGEST)
     return config
 
 
@@ -68,9 +50,9 @@ def open_saved_data(builder: Builder, folder: Path, *, root: str, split: str) ->
     """
     path = config_file(folder)
     try:
-        config = as_read_back(config_of(config_text(path)))
+        config = as_read_back(read_config(path))
         config["data"]["root"] = root
-        source = Source(str(path), builder.config.get("config_dirs", ()), parse_trust(builder.config["trust"]))
+        source = Source(str(path), builder.config.get("config_dirs", ()), builder.config["trust"] or ())
         description = description_of(config, ("seed", "resolution", "data", "task"), source)
         return Builder.of({**builder.config, **compose_stored(description, source)}).dataset(split)
     except BROKEN as error:
@@ -102,7 +84,7 @@ def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:
 
 def _recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
     try:
-        config = config_of(config_text(config_file(folder)))
+        config = read_config(config_file(folder))
         whole = dict(flatten({key: config[key] for key in SAVED if key in config}))
         options = dict(flatten({"choices": choices_of(config.get("choices", {}), SAVED)}))
     except (UserError, *BROKEN):

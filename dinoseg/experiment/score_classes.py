@@ -13,7 +13,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.splits import find_groups, group_names
-from dinoseg.experiment.command_lines import find_typed_keys
+from dinoseg.experiment.folder import find_typed_keys
 from dinoseg.inference.class_record import CLASS_RECORD, read_class_record, references
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence

@@ -11,7 +11,7 @@ import torch
 from dinoseg.config.plain import to_container
 from dinoseg.core.shapes import Palette, SegmentationData
 from dinoseg.data.classes.labels import Labels
-from dinoseg.experiment.command_lines import last_command_line
+from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.inference.predictor import Predictor

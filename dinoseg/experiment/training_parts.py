@@ -78,18 +78,16 @@ def _sample_shape(builder: Builder) -> tuple[int, ...]:
     """Return the shape of a training sample's pixels, (C, H, W) or (T, 3, H, W).
 
     Raises:
-        UserError: the crop is invalid, the data has no clips, or clips have no fixed length.
+        UserError: the crop is invalid, or the data has no clips of a fixed length.
     """
     crop = builder.value("resolution.crop")
     if builder.loss_has_classes:
         builder.part("data.augment")
         return (builder.pixels.channels, *crop)
-    if builder.value("data.clips") is None:
-        raise UserError(f"data={builder.options['data']} has no clips. Choose data=davis2017, movi or videos.")
-    builder.part("data.view")
     length = builder.value("data.clips.cut.length")
     if not isinstance(length, int) or length < 1:
         raise UserError(
             f"data.clips.cut.length={length}: the number of frames per clip is needed. Give a number of at least 1."
         )
+    builder.part("data.view")
     return (length, 3, *crop)

@@ -8,7 +8,7 @@ from torch import nn
 
 from dinoseg.config.plain import is_below
 from dinoseg.core.contracts import Backbone
-from dinoseg.experiment.command_lines import last_command_line
+from dinoseg.experiment.folder import last_command_line
 from dinoseg.utils.wording import join_names, printable
 
 logger = logging.getLogger(__name__)

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
-from dinoseg.experiment.builder import Builder, check_split
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trained import check_classes, is_trained, load_trained
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
@@ -24,7 +24,7 @@ def run(
     cfg: DictConfig,
     *,
     out_dir: Path,
-    split: str = "val",
+    split: Literal["train", "val", "test"] = "val",
     metrics_only: bool = False,
     official: bool = True,
     supervision: str | None = None,
@@ -47,7 +47,6 @@ def run(
         report: write report.html, and the files that mode=compare reads.
         scorer: makes the scorer of a benchmark's protocol; None: no official scores.
     """
-    check_split(split)
     builder = Builder(cfg)
     options = {"metrics_only": metrics_only, "official": official, "report": report}
     instead = find_scoring(builder)

@@ -16,7 +16,7 @@ from dinoseg.autotune.target import KINDS, Target, memory_of
 from dinoseg.config.job import folder_words
 from dinoseg.config.plain import is_below
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.command_lines import last_command_line
+from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.training_parts import check_trainer, training_parts
 from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.atomic import write_json

@@ -19,7 +19,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import find_groups
 from dinoseg.experiment.builder import SPLITS, Builder
-from dinoseg.experiment.command_lines import find_typed_keys
+from dinoseg.experiment.folder import find_typed_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record

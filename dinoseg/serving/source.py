@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.task import refuse_layers
-from dinoseg.experiment.command_lines import command_line
+from dinoseg.experiment.folder import command_line
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import Trained, find_trained_sizes
 from dinoseg.experiment.unread import warn_unread

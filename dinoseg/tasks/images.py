@@ -39,21 +39,21 @@ class ImageTraining(TrainingMethod):
     """
 
     what = "images"
-    score_names = (*SCORE_NAMES, OBJECT_SCORE)
     data_module: ImageDataModule
 
     def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
         super().__init__(builder)
         self._val_images = val_images
         self._loss = builder.loss_outline
+        self._check_masks()  # before masks of another form are listed
         self._metrics = builder.metrics
         check_score_names(self._metrics)
-        self.score_names = (*self.score_names, *(name for metric in self._metrics for name in metric.scores))
+        objects = () if builder.background is None else (OBJECT_SCORE,)
+        self.score_names = (*SCORE_NAMES, *objects, *(name for metric in self._metrics for name in metric.scores))
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
         builder = self.builder
-        self._check_masks()  # before masks of another form are listed
         options = builder.arguments(ImageDataModule, SAMPLING)
         train, val = builder.dataset("train", reduced=True), builder.dataset("val")
         self._val_total = len(val)
@@ -99,16 +99,10 @@ class ImageTraining(TrainingMethod):
                 f"loss={options['loss']} learns from clips, without labels. Choose trainer=slots with "
                 "head=slots, or a loss on labels, such as loss=cross_entropy."
             )
-        if builder.value("trainer.score") == "miou_no_background" and builder.background is None:
-            raise UserError(
-                f"trainer.score=miou_no_background: data={options['data']} has no background. Set its class "
-                "(data.background=NAME), or use another score, such as trainer.score=miou."
-            )
         if builder.value("loss.weights") != "none":
             names = builder.class_names
             builder.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name
         head = model.head
-        self._check_masks()
         if head.init is not None:
             refuse_layers(model.task, f"head.init={head.init}", "Leave it out.")
         if head.slots is not None:

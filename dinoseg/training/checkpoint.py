@@ -7,8 +7,9 @@ object with the step, the scores, the unresolved config, classes, palette and ve
 
 import json
 import logging
+import math
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,6 @@ from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.description import FORMAT, IDLE, changed_prediction, locate_weights, read_description
 from dinoseg.training.loading import (
     CASTS,
-    CONSTANTS,
     Checkpoint,
     check_fits,
     copy_trained,
@@ -37,10 +37,8 @@ from dinoseg.training.loading import (
 )
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
-from dinoseg.training.progress import Progress
 from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
 from dinoseg.utils.wording import count_of, format_value, suggest_nearest
@@ -48,7 +46,6 @@ from dinoseg.utils.wording import count_of, format_value, suggest_nearest
 logger = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "checkpoints"
 ONE_FILE = "model"  # stem of the file that mode=export writes
-_PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
 _MAX_TENSORS = 50_000  # ten times those of the largest backbone with its training state
 
 
@@ -123,30 +120,20 @@ def _read(
 ) -> Checkpoint:
     where = f"{key}={path}"
     try:
-        check_regular(path)
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), where)
             info["config"] = locate_weights(info["config"], path.parent / info["folder"])
-            names = _check_names(file.keys(), where) if value_of else ()
+            names = file.keys() if value_of else ()
+            if len(names) > _MAX_TENSORS:
+                raise UserError(
+                    f"{where}: it holds {len(names)} tensors; the limit is {_MAX_TENSORS}. Choose another one."
+                )
             wanted = [name for name in names if only is None or name in only]
             return Checkpoint(path, {name: value_of(file, name) for name in wanted if value_of}, info, key)
     except FileNotFoundError:
         raise UserError(f"{where}: file not found. Give a run folder or a checkpoint in it.") from None
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # TypeError: a dimension exceeds 64 bits
         raise UserError(f"{where}: not a readable checkpoint ({error}). Choose another one.") from error
-
-
-def _check_names(names: Sequence[str], where: str) -> Sequence[str]:
-    """Return the names of a checkpoint's tensors if they are not too many and each has a known prefix."""
-    odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
-    if odd is not None or len(names) > _MAX_TENSORS:
-        wrong = (
-            f"{len(names)} tensors, above the limit of {_MAX_TENSORS}"
-            if odd is None
-            else f"a tensor {format_value(odd)}"
-        )
-        raise UserError(f"{where}: it holds {wrong}, which dinoseg does not write. Choose another checkpoint.")
-    return names
 
 
 def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
@@ -158,20 +145,11 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
         key: of the config, which names the file in messages.
 
     Raises:
-        UserError: there is no checkpoint, or the path cannot be read or is a pipe or a device.
+        UserError: there is no checkpoint.
     """
-    try:
-        path = Path(target).expanduser()
-        if path.is_file():
-            return path
-        is_special = path.exists() and not path.is_dir()
-    except (OSError, RuntimeError) as error:  # too long, not allowed, or of an unknown user
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise UserError(
-            f"{key}={format_value(str(target))}: {reason}. Give a run folder or a checkpoint in it."
-        ) from None
-    if is_special:
-        raise UserError(f"{key}={target} is a pipe or a device. Give a run folder or a checkpoint in it.")
+    path = Path(target).expanduser()
+    if path.is_file():
+        return path
     other = {"best": "last", "last": "best"}[prefer]
     for name in (prefer, other, ONE_FILE):
         for folder in (path / CHECKPOINT_FOLDER, path):
@@ -186,6 +164,43 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
         f"{key}={target}: file or folder not found.{suggest_nearest(str(path), there, f'{key}=')} Give a run folder or "
         "a checkpoint file; your runs are below outputs/."
     )
+
+
+@dataclass
+class Progress:
+    """Progress of a run."""
+
+    step: int = 0  # optimizer steps done
+    # best validation score so far: the mean of the finite images if `best_infinite` others have an infinite value
+    best: float | None = None
+    best_infinite: int = 0
+    best_step: int = 0
+    stale: int = 0  # validations since the best one
+    validation_pending: bool = False  # whether a validation is pending at this step: a resumed run starts with it
+
+    @property
+    def has_best(self) -> bool:
+        """Whether a validation has selected a checkpoint."""
+        return self.best is not None or self.best_infinite > 0
+
+    def rank(self, *, lowest: bool) -> tuple[float, float]:
+        """Return the sort key of the best score: fewer infinite images first, then the better mean of the others."""
+        if self.best is None:
+            return self.best_infinite or math.inf, math.inf
+        return self.best_infinite, self.best if lowest else -self.best
+
+    def after_validation(self, score: float | None, infinite: int = 0, *, lowest: bool) -> "Progress":
+        """Return the progress after a validation.
+
+        Args:
+            score: of the images of finite value; None if there are none.
+            infinite: number of images of infinite value.
+            lowest: whether the lowest score is the best.
+        """
+        found = Progress(self.step, best=score, best_infinite=infinite, best_step=self.step)
+        if found.rank(lowest=lowest) < self.rank(lowest=lowest):
+            return found
+        return replace(self, stale=self.stale + 1, validation_pending=False)
 
 
 @dataclass
@@ -221,8 +236,7 @@ class Checkpointer:
             load_optimizer(optimizer, self.start)
             load_average(ema, self.start)
             if scale is not None:
-                device = next(model.parameters()).device
-                scale.restore(self.start.part("loss_scale"), device, self.start.where)
+                scale.restore(self.start.part("loss_scale"), next(model.parameters()).device)
             self.progress = comparable(Progress(**self.start.info["progress"]), self.start.info, self.info, self.metric)
         return self.progress
 
@@ -280,17 +294,9 @@ class Checkpointer:
             model: of this run.
 
         Raises:
-            UserError: the file is missing, of another model or not finite.
+            UserError: the file is missing or of another model.
         """
-        path = self.best
-        if not path.is_file():
-            last = self.start.path if self.start else self.folder / "last.safetensors"
-            raise UserError(
-                f"{path} is missing, though step {self.progress.best_step} was saved as the best one. Restore it, or "
-                f"evaluate the last checkpoint: mode=eval resume={last}."
-            )
-        saved = Checkpoint(path, dict(read_tensor_file(path, "resume")), self.info)
-        check_finite(saved.tensors, f"resume={path}")
+        saved = Checkpoint(self.best, dict(read_tensor_file(self.best, "resume")), self.info)
         check_fits(model, saved)
         copy_trained(model, saved.part("model"))
 

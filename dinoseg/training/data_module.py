@@ -12,7 +12,7 @@ from dinoseg.core.sizes import evenly_spaced
 from dinoseg.data.loader import TrainViews
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
-from dinoseg.training.step_scores import StepScores
+from dinoseg.training.step import StepScores
 
 SHOWN_SIDE = 384  # maximum side in pixels of a visualised frame, since a run saves many
 

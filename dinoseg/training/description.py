@@ -8,7 +8,6 @@ from typing import Any
 from dinoseg.data.classes.labels import LONGEST_NAME
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
 
 FORMAT = 2
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
@@ -16,7 +15,6 @@ GROUPS = ("resolution", "data", "task", *MODEL)
 DESCRIBED_GROUPS = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
-_LONGEST_TARGET = 1000  # characters of a dotted name
 _MAX_OPTIONS = 100  # of one group
 PRECISION = "precision"  # key of an explicit `engine.precision=fp32`, which later runs of the model keep
 IDLE = "idle"  # key in `last`: number of parameters without optimizer state
@@ -28,43 +26,20 @@ def read_description(text: str | None, where: str) -> dict[str, Any]:
     """Return the description in a safetensors file's header; `where` starts messages.
 
     Raises:
-        UserError: there is none, it has another format, or it has an entry that dinoseg does not write.
+        UserError: there is none, it has another format, or an entry does not have the form that dinoseg writes.
     """
-    if text is not None and len(text) > _LARGEST:
-        raise UserError(f"{where}: its description has {len(text)} characters, above the limit of {_LARGEST}. {_OTHER}")
-    try:
-        info = json.loads(text or "null")  # not forms.parse_json: a config may hold .inf, which recipes can set
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: its description cannot be read ({type(error).__name__}). {_OTHER}") from error
-    if not isinstance(info, dict):
+    if text is None:
         raise UserError(
             f"{where}: a safetensors file, but not a checkpoint of dinoseg. {_OTHER} For backbone weights, set "
             "backbone.weights."
         )
-    absent = [key for key in RULES if key not in info]
-    if absent:
-        raise UserError(f"{where}: its description lacks {', '.join(absent)}. {_OTHER}")
-    if not forms.fits(info, forms.max_depth(_DEEPEST)):
-        raise UserError(f"{where}: its description is nested deeper than {_DEEPEST} levels. {_OTHER}")
-    for key, (form, rule) in RULES.items():
-        if key == "format" and forms.fits(info[key], _COUNT) and info[key] != FORMAT:
-            remedy = (
-                "Update dinoseg." if info[key] > FORMAT else "Use the version of dinoseg that wrote it, or train again."
-            )
-            raise UserError(
-                f"{where}: written in format {info[key]}; this version of dinoseg reads format {FORMAT}. {remedy}"
-            )
-        if not forms.fits(info[key], form):
-            raise UserError(f"{where}: its {key} is {format_value(info[key])}; it must be {rule}. {_OTHER}")
-    if info.get(PRECISION) not in (None, "fp32"):
-        raise UserError(f"{where}: its precision is {format_value(info[PRECISION])}; it must be fp32. {_OTHER}")
-    if not forms.fits(info.get(IDLE, 0), _COUNT):
-        raise UserError(f"{where}: its {IDLE} is {format_value(info[IDLE])}; it must be a whole number. {_OTHER}")
-    if len(info["palette"]) != len(info["classes"]):
-        raise UserError(
-            f"{where}: it has {len(info['palette'])} colours for {len(info['classes'])} classes; it must have one for "
-            f"each. {_OTHER}"
-        )
+    if len(text) > _LARGEST:
+        raise UserError(f"{where}: its description has {len(text)} characters, above the limit of {_LARGEST}. {_OTHER}")
+    try:
+        info = json.loads(text)  # not forms.parse_json: a config may hold .inf, which recipes can set
+        _check_description(info)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: its description is invalid ({error}). {_OTHER}") from error
     return info
 
 
@@ -105,72 +80,53 @@ def _whole_path(weights: Any, folder: Path) -> dict[str, str]:
         return {}
 
 
+def _check_description(info: Any) -> None:
+    forms.max_depth(_DEEPEST)(info, "it")
+    forms.object_with(format=_COUNT)(info, "it")
+    if info["format"] != FORMAT:
+        raise forms.SchemaError(
+            f"it has format {info['format']}, and this version of dinoseg reads format {FORMAT}: use that of the file"
+        )
+    forms.object_with(**_ENTRIES)({IDLE: 0, PRECISION: None, **info}, "it")
+    forms.list_of(_COLOUR, len(info["classes"]))(info["palette"], "it.palette")
+
+
 def _name(value: Any, where: str) -> None:
-    if not (isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()):
-        raise forms.SchemaError(f"{where} is not a name")
+    """Check a name that is printed, or goes into a config, where an interpolation would be resolved."""
+    is_name = isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
+    if not is_name or "${" in value or value == "???":
+        raise forms.SchemaError(f"{where} is {value!r:.60}; it must be a name of 1 to {LONGEST_NAME} characters")
 
 
-def _names(value: Any, where: str) -> None:
-    forms.list_of(_name)(value, where)
-    if not 1 <= len(value) <= 255:
-        raise forms.SchemaError(f"{where} are missing, or too many")
-
-
-def _names_by_name(value: Any, where: str) -> None:
-    forms.table(_name)(value, where)
-    for name in value:
-        _name(name, where)
-
-
-def _choices(value: Any, where: str) -> None:
-    """Validate an option name for each group; interpolations are refused, since the names go into the config."""
-    forms.table(_option)(value, where)
-    for group in value:
-        _name(group, where)
+def _options(value: Any, where: str) -> None:
+    """Check an option of each group, or several of a group."""
     forms.object_with(**dict.fromkeys(DESCRIBED_GROUPS, _name))(value, where)
+    for group, option in value.items():
+        _name(group, where)
+        options = option if isinstance(option, list) else [option]
+        if len(options) > _MAX_OPTIONS:
+            raise forms.SchemaError(f"{where}.{group} has more than {_MAX_OPTIONS} options")
+        forms.list_of(_name)(options, f"{where}.{group}")
 
 
-def _option(value: Any, where: str) -> None:
-    """Validate the name of an option, or of several."""
-    names = value if isinstance(value, list) else [value]
-    if len(names) > _MAX_OPTIONS:
-        raise forms.SchemaError(f"{where} has more than {_MAX_OPTIONS} options")
-    for name in names:
-        _name(name, where)
-        if "${" in name or name == "???":
-            raise forms.SchemaError(f"{where} holds an interpolation")
+def _precision(value: Any, where: str) -> None:
+    if value not in (None, "fp32"):
+        raise forms.SchemaError(f"{where} is {value!r:.60}; it must be fp32")
 
 
-def _target(value: Any, where: str) -> None:
-    if not (isinstance(value, str) and len(value) <= _LONGEST_TARGET):
-        raise forms.SchemaError(f"{where} is not a name of a class")
-
-
-def _folder(value: Any, where: str) -> None:
-    if not (isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value):
-        raise forms.SchemaError(f"{where} is not a folder")
-
-
-_FINITE = forms.number()
-RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value, and a description of that form
-    "format": (_COUNT, "a whole number"),
-    "progress": (
-        forms.some_of(**dict.fromkeys(_COUNTS, _COUNT), best=forms.maybe(_FINITE), validation_pending=forms.flag),
-        f"finite numbers of {', '.join(_COUNTS)} and best, without other keys",
+_COLOUR = forms.list_of(forms.whole(0, 255), 3)
+_ENTRIES: Mapping[str, forms.Form] = {
+    "progress": forms.some_of(
+        **dict.fromkeys(_COUNTS, _COUNT), best=forms.maybe(forms.number()), validation_pending=forms.flag
     ),
-    "frozen": (_names_by_name, "a hash for backbone and for head"),
-    "config": (
-        forms.object_with(seed=_COUNT, **dict.fromkeys(GROUPS, forms.object_with())),
-        f"a seed and the groups {', '.join(GROUPS)}, each with its keys",
-    ),
-    "choices": (_choices, f"an option of each of {', '.join(DESCRIBED_GROUPS)}"),
-    "targets": (forms.table(_target), "a name of a class for each place"),
-    "folder": (_folder, "a folder"),
-    "classes": (_names, f"1 to 255 names of at most {LONGEST_NAME} printable characters"),
-    "palette": (
-        forms.list_of(forms.list_of(forms.whole(0, 255), 3)),
-        "colours, each of three whole numbers from 0 to 255",
-    ),
-    "ignore_index": (forms.whole(0, 255), "a whole number from 0 to 255"),
+    "frozen": forms.table(forms.text),
+    "config": forms.object_with(seed=_COUNT, **dict.fromkeys(GROUPS, forms.object_with())),
+    "choices": _options,
+    "targets": forms.table(forms.text),
+    "folder": forms.text,
+    "classes": forms.list_of(_name),
+    "ignore_index": forms.whole(0, 255),
+    PRECISION: _precision,
+    IDLE: _COUNT,
 }
 _OTHER = "Choose another checkpoint."

@@ -21,8 +21,7 @@ from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import clip_gradients, scale_gradients
-from dinoseg.training.rank_messages import decode_message, encode_message
-from dinoseg.training.rendezvous import open_store, reach_ranks
+from dinoseg.training.rendezvous import decode_message, encode_message, open_store, reach_ranks
 from dinoseg.training.sharding import ForwardSync, shard
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
@@ -39,19 +38,17 @@ def choose_device(name: str = "auto") -> torch.device:
     """Return the device of the given name; `auto` prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        UserError: the device is unknown or not available on this machine.
+        UserError: the device is not available on this machine.
     """
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in have.items() if there))
-    if name not in have:
-        raise UserError(
-            f"engine.device={name} is unknown. Choose auto, cuda, mps or cpu; to use one of several CUDA devices, set "
-            "CUDA_VISIBLE_DEVICES."
-        )
-    if not have[name]:
+    if not have.get(name):
         there = ", ".join(kind for kind, there in have.items() if there)
-        raise UserError(f"engine.device={name} is not available here. This machine has: {there}.")
+        raise UserError(
+            f"engine.device={name} is not available here. This machine has: {there}. To use one of several CUDA "
+            "devices, set CUDA_VISIBLE_DEVICES."
+        )
     return torch.device(name)
 
 

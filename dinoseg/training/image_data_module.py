@@ -27,7 +27,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
 from dinoseg.training.data_module import SHOWN_SIDE, BatchCache, Validation, spread
 from dinoseg.training.engine import Engine
-from dinoseg.training.step_scores import StepScores
+from dinoseg.training.step import StepScores
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.inheritance import overrides_both

@@ -189,10 +189,9 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     """Load the optimizer's state by parameter name.
 
     Raises:
-        UserError: the checkpoint has no optimizer state, or that of other parameters.
+        UserError: the checkpoint lacks state that it had when it was saved, or has that of other parameters.
     """
     saved = checkpoint.part("optimizer")
-    check_resumable(checkpoint)
     absent = parameters_without_state(optimizer, saved)
     if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(
@@ -217,35 +216,24 @@ def parameters_without_state(optimizer: Optimizer, saved: Mapping[str, Tensor]) 
 
 
 def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) -> None:
-    """Refuse state of an unknown parameter, and state that is not a float scalar or of the parameter's shape."""
+    """Refuse state of an unknown parameter, or not of its shape and type: fused kernels read it without a check."""
     named = {
         name: parameter
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }
     for key, value in saved.items():
-        parameter = named.get(key.rpartition("/")[0])
-        if parameter is None or value.shape not in ((), parameter.shape) or value.dtype not in CASTS:
+        name, _, kind = key.rpartition("/")
+        parameter = named.get(name)
+        is_scalar = kind == "step" or (value.shape == () and not isinstance(optimizer, AdamW))
+        fits = value.dtype in CASTS and value.shape == ()
+        if parameter is not None and not is_scalar:
+            fits = value.dtype == parameter.dtype and value.shape == parameter.shape
+        if parameter is None or not fits:
             raise UserError(
                 f"{where}: its optimizer state {format_value(key)} ({list(value.shape)}, {value.dtype}) fits no "
                 "parameter of this model. Resume from another checkpoint."
             )
-    if isinstance(optimizer, AdamW):
-        for name in {key.rpartition("/")[0] for key in saved}:
-            _check_moments(name, named[name], saved, where)
-
-
-def _check_moments(name: str, parameter: Tensor, saved: Mapping[str, Tensor], where: str) -> None:
-    """Refuse AdamW state that is not a step and two moments of the parameter's shape and type, or is negative."""
-    state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
-    alike = state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"].shape == ()
-    for moment in ("exp_avg", "exp_avg_sq") if alike else ():
-        alike &= state[moment].shape == parameter.shape and state[moment].dtype == parameter.dtype
-    if not alike or state["step"] < 0 or (state["exp_avg_sq"] < 0).any():
-        raise UserError(
-            f"{where}: its optimizer state of {format_value(name)} is not that of AdamW: it needs step, exp_avg and "
-            "exp_avg_sq of the parameter's shape and type, no step or square below 0. Resume from another checkpoint."
-        )
 
 
 def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
@@ -254,14 +242,11 @@ def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: `trainer.ema` was switched on or off, or the average is of other tensors.
     """
-    saved = checkpoint.part("ema")
-    if (ema is None) == bool(saved):
+    average, saved = {} if ema is None else ema.average, checkpoint.part("ema")
+    if parts := misfits(average, saved):
         raise UserError(
-            f"{checkpoint.where}: trainer.ema is {'off' if ema is None else 'on'} now and was "
-            f"{'on' if saved else 'off'} when this run was saved. Set it to the saved value."
+            f"{checkpoint.where}: of its moving average {parts}. Set trainer.ema as in that run, or resume from "
+            "another checkpoint."
         )
-    if ema is not None:
-        if parts := misfits(ema.average, saved):
-            raise UserError(f"{checkpoint.where}: of its moving average {parts}. Resume from another checkpoint.")
-        for name, value in ema.average.items():
-            value.copy_(shard_like(saved[name], value))
+    for name, value in average.items():
+        value.copy_(shard_like(saved[name], value))

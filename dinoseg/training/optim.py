@@ -63,9 +63,6 @@ def parameter_groups(
         Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `frozen_until` is the
         share of the training before which they are not trained. `backbone` states whether they belong to the backbone,
         which has no gradients until then.
-
-    Raises:
-        UserError: nothing is trainable.
     """
     backbone_lr = lr if backbone_lr is None else backbone_lr
     of_backbone = {id(parameter) for parameter in model.backbone.parameters()}
@@ -88,8 +85,6 @@ def parameter_groups(
         group = groups.setdefault((*values.values(),), {"params": [], "names": [], "lr": rate, **values})
         group["params"].append(parameter)
         group["names"].append(name)
-    if not groups:
-        raise UserError("Nothing is trainable: choose another adapter or head.")
     return list(groups.values())
 
 
@@ -133,7 +128,7 @@ def adamw(
     on features that do not change (Kumar et al., arXiv 2202.10054).
 
     Raises:
-        UserError: no learning rate is set, or nothing is trainable.
+        UserError: no learning rate is set.
     """
     rate, backbone_rate = (head_lr, backbone_lr) if lr is None else (lr, None)
     if rate is None:

@@ -15,7 +15,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import FINITE_MEAN, INFINITE_IMAGES, Metric, find_infinite_score, split_infinite
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
-from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint
+from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint, Progress
 from dinoseg.training.data_module import DataModule
 from dinoseg.training.engine import Engine
 from dinoseg.training.freeze import build_freeze
@@ -23,7 +23,6 @@ from dinoseg.training.loss_scale import LossScale, widen_predictions
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import MovingAverage, Schedule, build_ema, set_learning_rates
-from dinoseg.training.progress import Progress
 from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
@@ -108,19 +107,27 @@ class TrainingSetup:
     log: RunLog
     settings: Settings
 
+    def __post_init__(self) -> None:
+        """Refuse a score that selects no checkpoint; which scores do depends on the data, too.
+
+        Raises:
+            UserError: the score is unknown, or counts only some of the images.
+        """
+        if not selects_checkpoints(self.settings.score, self.data.score_names):
+            raise explain_score(self.settings.score, self.data.score_names)
+
 
 def fit(setup: TrainingSetup) -> Progress:
     """Train from where the checkpoint stands until all steps are done, and return the progress of the run.
 
     Raises:
-        UserError: `settings.score` is unknown, or the checkpoint does not fit.
+        UserError: the checkpoint does not fit.
         NonFiniteLoss: with the step and the samples; no step is saved then, since the last ones led to it.
         Interrupted: by a signal; the first one waits for the end of the step. This and any other error except
             `NonFiniteLoss` save the last completed step.
     """
     model, criterion, optimizer = setup.model, setup.criterion, setup.optimizer
     data, engine, settings = setup.data, setup.engine, setup.settings
-    check_score(settings.score, data.score_names)
     net = engine.prepare(model)
     # each of these is None in a training without it
     ema = build_ema(model, settings.ema)
@@ -202,12 +209,6 @@ def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
 def selects_checkpoints(score: str, names: Sequence[str]) -> bool:
     """Return whether a score can select the best checkpoint: it is one of a validation's, and counts all images."""
     return score in names and find_infinite_score(score, names) is None
-
-
-def check_score(score: str, names: Sequence[str]) -> None:
-    """Refuse a score that selects no checkpoint; `names` are the scores of the validation."""
-    if not selects_checkpoints(score, names):
-        raise explain_score(score, names)
 
 
 def explain_score(

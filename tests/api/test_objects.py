@@ -251,7 +251,7 @@ FOLDERS = {"train": "FOLDER/train", "val": "FOLDER/val"}
 test_wrong_objects_of_a_training_are_refused = refusals(
     {
         "one dataset": (fit(data=Discs(["a"])), "data is one dataset", "random_split"),
-        "no dataset of val": (fit(data={"train": Discs(["a"])}), "no dataset for val, ", '"val": DATASET}'),
+        "no dataset of val": (fit(data={"train": Discs(["a"])}), "lacks data=", '"val": DATASET}'),
         "another split": (fit(data=data() | {"valid": Discs(["a"])}), "and the key valid. Give ", " train, val, test"),
         "folders": (fit(data=FOLDERS), "FOLDER/train is not a dataset", 'data={"root": FOLDER}'),
         "classes": (fit(data=data() | {"val": OtherClasses(["d"])}), "of train is ", "'disc'", " of val ", "'leaf'"),

@@ -228,7 +228,7 @@ def test_clips_as_long_as_their_videos_have_no_size(compose):
     endless = compose(*SLOTS, "data.clips.cut.length=null")
     assert_refused(lambda: parts_of(endless), "data.clips.cut.length=None: the number of frames")
     images = compose("data=camvid", "data.root=x", "loss=feature_reconstruction")
-    assert_refused(lambda: parts_of(images), "data=camvid has no clips")
+    assert_refused(lambda: parts_of(images), "data.clips.cut.length=None: the number of frames")
 
 
 def test_step_flops_equal_a_count_by_hand(compose):

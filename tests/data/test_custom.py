@@ -42,7 +42,7 @@ def run(folder, *words):
 
 def check_bare_reader(folder, mode):
     done = run(folder, "data=bare", f"mode={mode}")
-    assert done.status == 1 and "data=bare: `reader` must name a class or function" in done.err, done.err
+    assert done.status == 1 and "data.reader: its YAML file must set `_target_" in done.err, done.err
     assert "Traceback" not in done.err
 
 

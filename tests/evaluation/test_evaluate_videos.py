@@ -459,7 +459,6 @@ def test_missing_and_unscorable_masks_are_reported(track, davis, tmp_path):
     [
         ("davis2017", {"supervision": "all"}, "mode.supervision=all is unknown. Choose one of none, first"),
         ("davis2017", {"supervision": "none"}, "mode.supervision=none needs a model that finds objects"),
-        ("davis2017", {"split": "vla"}, "split=vla is unknown"),
         ("videos", {}, "data=videos has no masks of objects"),
     ],
 )

@@ -276,7 +276,7 @@ def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch
 def test_auto_skips_unreadable_checkpoints_with_a_reason(where, run, find_run, capsys):
     path = run / "checkpoints/last.safetensors"
     saved = checkpoint.read(path)
-    reasons = {"cut": "not a readable", "new": "written in format 99", "other": "not a checkpoint of"}
+    reasons = {"cut": "not a readable", "new": "it has format 99", "other": "not a checkpoint of"}
     beside = {name: where / f"outputs/base/train_{name}/checkpoints/last.safetensors" for name in reasons}
     checkpoint.write(beside["new"], saved.tensors, {**saved.info, "format": 99})
     write_tensors(beside["other"], saved.tensors, {})

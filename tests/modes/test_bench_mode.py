@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from command_line import SLOTS, SMALL, call, in_this_process, succeed, write_data
-from mistakes import assert_refused
 
 from dinoseg.autotune.trial import Trial
 from dinoseg.config.plain import to_container
@@ -79,8 +78,6 @@ def test_bench_shares_use_the_best_rate_and_check_the_config(compose, tmp_path, 
     cfg = compose(*SMALL)
     found = benching.bench(cfg, out_dir=tmp_path)
     assert found["matrix_peak_flops_per_s"] == 20 and found["train"]["share_of_matrix_peak"] == 0.25
-    cfg.trainer.score = "miou_no_background"
-    assert_refused(lambda: benching.bench(cfg, out_dir=tmp_path), "data=folder has no background")
 
 
 def test_killed_bench_process_is_reported_as_out_of_memory(tmp_path, monkeypatch):

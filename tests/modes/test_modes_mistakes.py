@@ -35,7 +35,7 @@ TRAIN = {
     "mode=train trainer.evaluate=newest": "trainer.evaluate=newest is unknown. Choose one of best, last",
     "mode=train mode.pictures=-1": "mode.pictures=-1 is out of range. Give a whole number of at least 0.",
     "mode=train logger=[tensorboard,board]": "logger=board is unknown. Choose from mlflow, tensorboard, wandb.",
-    "mode=train trainer.score=miou_no_background": "has no background. Set its class (data.background=NAME)",
+    "mode=train trainer.score=miou_no_background": "is not a score. Choose one of accuracy, dice",
     "mode=train trainer.score=nsd": "Add metric=[nsd]",
     "mode=train metric=cldice metric.cldice.classes=[5]": "metric.cldice.classes=[5]: give ids...from 0 to 1",
     "mode=train metric=[../loss/bce]": "is not a metric. Choose options of the group metric",

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 from functools import partial
 
@@ -13,9 +12,9 @@ from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpointer, comparable, find, load_weights, read, write
+from dinoseg.training.checkpoint import Checkpointer, Progress, comparable, find, load_weights, read, write
+from dinoseg.training.loading import check_resumable
 from dinoseg.training.optim import MovingAverage, adamw
-from dinoseg.training.progress import Progress
 from dinoseg.utils.errors import UserError
 
 ADAPTERS = {"frozen": Frozen(), "full": Full(), "lora": Lora(rank=2, alpha=2)}
@@ -104,16 +103,15 @@ def test_checkpoint_of_another_model_is_refused(model, tmp_path):
     assert_refused(lambda: load_weights(wider, best), "2 tensors of another shape (such as head.classify.bias")
     assert_refused(lambda: load_weights(frozen, best), "unexpected (such as backbone", "lora_")
     assert_refused(lambda: load_weights(other, best), "trained on other frozen backbone weights")
-    assert_refused(
-        lambda: begin(tmp_path, source, start=best), "holds no optimizer state", "Resume from last.safetensors"
-    )
+    assert_refused(lambda: begin(tmp_path, source, start=best), "its optimizer state lacks parameters")
+    assert_refused(lambda: check_resumable(best), "holds no optimizer state", "Resume from last.safetensors")
 
 
 def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):
     source = model("lora")
     checkpoints, _ = begin(tmp_path, source)
     load = partial(checkpoints.load_best, source)
-    assert_refused(load, "best.safetensors is missing, ", f" mode=eval resume={tmp_path / LAST}")
+    assert_refused(load, "best.safetensors: file not found")
     checkpoints.save_if_best(source, {"miou": 0.5})
     weight = source.head.classify.weight.detach().clone()
     with torch.no_grad():
@@ -122,10 +120,6 @@ def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):
     assert torch.equal(source.head.classify.weight, weight)
     words = ("belongs to another model: ", "unexpected (such as backbone", "lora_")
     assert_refused(lambda: checkpoints.load_best(model("frozen")), *words)
-    with torch.no_grad():
-        source.head.classify.weight.fill_(torch.nan)
-    Checkpointer(tmp_path, dict(INFO)).save_if_best(source, {"miou": 0.5})
-    assert_refused(load, "1 of its tensors hold NaN or infinity")
     checkpoints.best.write_bytes(b"no tensors")
     assert_refused(load, "not a readable safetensors file")
 
@@ -172,9 +166,7 @@ def test_find_takes_runs_checkpoint_folders_files_and_links(tmp_path):
         ("runs/first", r": file or folder not found\."),
         ("broken", r": file or folder not found\."),
         ("loop", r": file or folder not found\."),
-        ("pipe", r"^resume=pipe is a pipe or a device\. Give a run folder or a checkpoint in it\.$"),
         ("runs", f"^resume=runs: it holds neither {NAMED} nor model.safetensors. Give a run folder"),
-        ("~nobody_of_this_name/run", r"^resume=~nobody_of_this_name/run: Could not determine home directory\. Give"),
         ("", f"it holds neither {NAMED}"),
     ],
 )
@@ -184,7 +176,6 @@ def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, s
         (tmp_path / "runs" / name / checkpoint.CHECKPOINT_FOLDER).mkdir(parents=True)
     (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
-    os.mkfifo(tmp_path / "pipe")
     for prefer in ("best", "last"):
         with pytest.raises(UserError, match=said):
             find(target, prefer)
@@ -201,8 +192,6 @@ def test_invalid_checkpoint_files_are_refused(tmp_path, reader):
     for content in (b"hello", whole[:-100], len(too_long).to_bytes(8, "little") + too_long):
         (tmp_path / "file").write_bytes(content)
         assert_refused(lambda: reader(tmp_path / "file"), "not a readable checkpoint")
-    os.mkfifo(tmp_path / "pipe")
-    assert_refused(lambda: reader(tmp_path / "pipe"), "pipe is a named pipe")
     assert_refused(lambda: reader(tmp_path / "absent"), "file not found")
 
 

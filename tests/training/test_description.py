@@ -30,26 +30,25 @@ ODD = {  # what an entry may not be
         *(["x"], {"head": "x"}, {**CHOICES, "metric": ["x"] * 101}, {**CHOICES, "metric": ["${oc.env:HOME}"]}),
         *({**CHOICES, "head": odd} for odd in (3, ["x"], "${oc.env:HOME}", "???", "\x1b[2J")),
     ],
-    "folder": [3, "a\0b"],
-    "classes": ["ab", [], ["a", ""], ["a", "\x1b]0;x\x07"], ["a", "\ud800"], [str(number) for number in range(256)]],
+    "folder": [3],
+    "classes": ["ab", [], ["a", ""], ["a", "\x1b]0;x\x07"], ["a", "\ud800"]],
     "palette": [{}, [[0, 0], [1, 1]], [[256, 0, 0], [1, 1, 1]]],
     "frozen": [{"head": 3}],
     "progress": [{"step": -1}, {"step": 0.5}],
     "ignore_index": ["255", 256],
     "format": ["1", True],
 }
-ODD_ROWS = [(key, value, f"its {key} is ") for key, values in ODD.items() for value in values] + [
-    ("config", {**CONFIG, "data": None}, "each with its keys"),
-    ("config", {**CONFIG, "data": {"a": HALF_DEEP}}, "nested deeper than"),
-    ("folder", 3, "its folder is 3; it must be a folder"),
+ODD_ROWS = [(key, value, "its description is invalid (it.") for key, values in ODD.items() for value in values] + [
+    ("config", {**CONFIG, "data": None}, "it.config.data is None; it must be an object"),
+    ("config", {**CONFIG, "data": {"a": HALF_DEEP}}, "nested too deeply"),
     ("folder", "x" * 2**20, "characters, above the limit"),
-    ("classes", ["a", "b" * 3000], "at most 100 printable characters"),
-    ("palette", [[0, 0, 0]], "1 colours for 2 classes"),
-    ("progress", {"best": float("nan")}, "must be finite numbers of step"),
-    ("progress", {"best": float("-inf")}, "must be finite numbers of step"),
-    ("idle", "0", "its idle is 0; it must be a whole number"),
-    ("format", FORMAT + 1, "Update dinoseg"),
-    ("format", FORMAT - 1, "written in format 1; this version of dinoseg reads format 2"),
+    ("classes", ["a", "b" * 3000], "it must be a name of 1 to 100 characters"),
+    ("palette", [[0, 0, 0]], "it must be a list of 2"),
+    ("progress", {"best": float("nan")}, "it.progress.best is nan; it must be a number"),
+    ("progress", {"best": float("-inf")}, "it.progress.best is -inf; it must be a number"),
+    ("idle", "0", "it.idle is '0'; it must be a whole number"),
+    ("precision", "${oc.env:HOME}", "it must be fp32"),
+    ("format", FORMAT + 1, "it has format 3, and this version of dinoseg reads format 2"),
 ]
 
 
@@ -68,7 +67,7 @@ def test_invalid_description_value_is_refused(tmp_path, key, value, says, look):
 
 @pytest.mark.parametrize("text", [DEEP, "{", "9" * 5000, "[]", "null", "", None, "{}"], ids=lambda text: str(text)[:8])
 def test_text_without_a_description_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match="cannot be read|but not a checkpoint|lacks"):
+    with pytest.raises(UserError, match="its description is invalid|but not a checkpoint"):
         describe(file_of(tmp_path / "x.safetensors", text))
 
 
@@ -135,23 +134,18 @@ def test_state_of_another_shape_type_or_name_is_refused(tmp_path):
 
 MOMENTS = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(3, 2), "exp_avg_sq": torch.ones(3, 2)}
 ODD_STATE = {
-    "no step": {"step": None},
-    "no moment": {"exp_avg": None},
-    "one more": {"evil": torch.tensor(1.0)},
-    "a step before the first": {"step": torch.tensor(-5.0)},
     "a step for each weight": {"step": torch.ones(3, 2)},
     "a moment of one number": {"exp_avg": torch.tensor(1.0)},
     "a moment of half precision": {"exp_avg": torch.zeros(3, 2).half()},
-    "squares below zero": {"exp_avg_sq": -torch.ones(3, 2)},
 }
 
 
 @pytest.mark.parametrize("changes", [*ODD_STATE.values(), {}], ids=[*ODD_STATE, "sound"])
-def test_state_of_another_optimizer_than_adamw_is_refused(tmp_path, changes):
+def test_state_that_fused_adamw_cannot_read_is_refused(tmp_path, changes):
     optimizer = optimizer_of(nn.Linear(2, 3, bias=False))
-    state = {f"optimizer/weight/{key}": value for key, value in (MOMENTS | changes).items() if value is not None}
+    state = {f"optimizer/weight/{key}": value for key, value in (MOMENTS | changes).items()}
     write(tmp_path / "x.safetensors", state, INFO)
-    with pytest.raises(UserError, match="state of weight is not that of AdamW") if changes else nullcontext():
+    with pytest.raises(UserError, match="fits no parameter of this model") if changes else nullcontext():
         load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
 
 

@@ -16,7 +16,7 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import Meter, peak_memory, reset_peak_memory
-from dinoseg.training.step_scores import StepScores, _centres, _subsample
+from dinoseg.training.step import StepScores, _centres, _subsample
 from dinoseg.training.time_limit import TimeLimit
 
 CPU, ENGINE = torch.device("cpu"), Engine("cpu", "fp32", workers=0)

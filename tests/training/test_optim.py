@@ -104,7 +104,6 @@ test_message_names_value_and_remedy = refusals(
         "a warm-up of all steps": (lambda: schedule(warmup=1.0), f"schedule.warmup=1.0: {SHARE}"),
         "half a step": (lambda: schedule(backbone_warmup=50.5), f"schedule.backbone_warmup=50.5: {SHARE}"),
         "no learning rate": (lambda: adamw(segmenter()), "lr is not set"),
-        "no trained part": (lambda: adamw(smallest().requires_grad_(False), lr=1.0), "Nothing is trainable"),
         "a decay to 0": (lambda: schedule("exponential"), "min_lr_ratio=0: ", "never reaches 0. Give the final share"),
     }
 )

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from dinoseg.cli.joined_ranks import listen_on_loopback
 from dinoseg.cli.ranks import run_ranks
 from dinoseg.training import rendezvous
-from dinoseg.training.rank_messages import decode_message, encode_message
+from dinoseg.training.rendezvous import decode_message, encode_message
 from dinoseg.utils.errors import UserError
 
 Pair = namedtuple("Pair", "left right")

@@ -25,10 +25,9 @@ from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.adapters import check_active
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, stateless_modules, trained_names
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import CHECKPOINT_FOLDER
+from dinoseg.training.checkpoint import CHECKPOINT_FOLDER, Progress
 from dinoseg.training.description import PRECISION
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
-from dinoseg.training.progress import Progress
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 from dinoseg.utils.yaml_text import read_yaml

@@ -180,7 +180,7 @@ def test_file_uses_the_inference_of_its_training_by_default(compose, tmp_path, c
     assert model.facts.sizes["inference"]["option"] == "windows" and model.facts.sizes["inference"]["size"] == 16
     ours, theirs, other = (each.predict(image).probabilities for each in (model, run, whole))
     assert (ours == theirs).all() and np.abs(ours - other).max() > 1e-3
-    words = ("inference=half is unknown. Choose one of auto, whole, windows",)
+    words = ("inference=half is not an option on this machine",)
     assert_refused(lambda: dinoseg.load(file, inference="half"), *words)
 
 
@@ -315,7 +315,6 @@ def changed(value, name="model/head.classify.weight"):
         (changed(lambda one: one[:1].clone()), "of another shape"),
         (changed(lambda one: one.to(torch.complex64)), "has the type C64"),
         (lambda sound: {"model/head.more": torch.zeros(1)}, "unexpected"),
-        (lambda sound: {"x": torch.zeros(1)}, "a tensor x, which dinoseg does not write"),
         (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "unexpected"),
         (lambda sound: {"constants/backbone.mean": torch.zeros(9, 9)}, "of another shape"),
     ],
@@ -327,7 +326,7 @@ def test_foreign_tensors_are_refused(tmp_path, sound, tensors, message):
 
 def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch):
     monkeypatch.setattr(checkpoint, "_MAX_TENSORS", 20)
-    assert_refused(lambda: dinoseg.load(file), "tensors, above the limit of 20, which dinoseg does not write")
+    assert_refused(lambda: dinoseg.load(file), "tensors; the limit is 20")
 
 
 def test_large_images_are_reduced_to_the_training_scale(tmp_path, sound):
@@ -369,7 +368,7 @@ def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound
     for path in tmp_path.glob("*.safetensors"):
         with pytest.raises(UserError, match=path.name) as refused:
             dinoseg.load(path)
-        assert "resume=" not in str(refused.value) and ("Update dinoseg" in str(refused.value)) == (
+        assert "resume=" not in str(refused.value) and ("reads format 2" in str(refused.value)) == (
             path.stem == "newer"
         )
     for path, options, *words in (
