@@ -49,9 +49,6 @@ def _command(arguments: list[str]) -> None:
     if "--version" in arguments:
         print(versions())
         return
-    if sys.flags.optimize > 1:
-        _print_error("PYTHONOPTIMIZE=2 (python -OO) removes docstrings, which transformers reads. Set it to 1 or 0.")
-        sys.exit(1)
     import hydra
 
     from dinoseg.cli.checkpoint_keys import root_config

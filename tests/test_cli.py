@@ -125,11 +125,6 @@ def test_processes_run_the_tested_package(tmp_path):
     assert done.stdout.split() == [str(here)] == list(dinoseg.__path__)
 
 
-def test_python_without_docstrings_is_refused_in_a_message(tmp_path):
-    done = process(tmp_path, "-OO", "-m", "dinoseg", "mode=train", "hparam=demo")
-    assert done.returncode == 1 and done.stderr.startswith("error: PYTHONOPTIMIZE=2") and done.stderr.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,10 +186,10 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["head=liner"], "head=liner is unknown. Did you mean head=linear? Choose from cnn, detail, dpt,"),
         (["-m", "head=linear,mlpp"], "head=mlpp is unknown. Did you mean head=mlp?"),
         (["mode=predict", "mode.shapes.x._target_=os.system"], "mode.shapes.x._target_"),
-        (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from can be set in config files only."),
+        (["mode=eval", "mode.resume_from=last"], "mode.resume_from can be set in config files only."),
         (["resolution.crop.height=3"], "resolution.crop.height"),
         (["train"], "Write key and value as one word, without spaces. Did you mean mode=train?"),
-        (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
+        (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. A run with each of them needs -m"),
         (["data.classes=[a,b"], "data.classes=[a,b cannot be parsed"),
         (["data.reader.masks.ids={3: 255"], "not closed. Write 'data.reader.masks.ids={3: 255}'."),
         (['data.classes=[a "b,c]'], "Quote the whole word, and the text inside it"),
@@ -209,9 +204,8 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["engine=1"], "engine=1 is unknown. Choose from auto, cpu"),
         (["hparam="], "hparam= is unknown. Choose from"),
         ([f"hparam={'n' * 3000}"], "nnn is unknown. Choose from"),
-        (["=3"], "=3 has no key before the equals sign. Write KEY=3,"),
-        (["data.root", "=", "data"], "= has no key before the equals sign. Write data.root=data, without spaces."),
-        (["data.root", "=data"], "=data has no key before the equals sign. Write data.root=data, without spaces."),
+        (["data.root", "=", "data"], "data.root is not KEY=VALUE. Write key and value as one word, without spaces."),
+        (["data.root", "=data"], "data.root is not KEY=VALUE. Write key and value as one word, without spaces."),
         (["data.root=", "data"], "error: data is not KEY=VALUE. Write key and value as one word, without spaces."),
         (["resolution.crop=[64,96", "seed=1"], "a bracket or brace is not closed. Write 'resolution.crop=[64,96]'."),
         (["resolution.crop=[64,", "96]"], "split it at a space. Quote the whole word: 'resolution.crop=[64, 96]'."),
@@ -245,11 +239,7 @@ def test_an_unknown_option_lists_those_there_are(site, group):
             marks=pytest.mark.heavy,
         ),
         (["--steps=3"], "--steps=3 is not a flag. The flags are --help"),
-        *(
-            ([f"hydra.searchpath=[{source}]"], f"{source} is not found")
-            for source in ("http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no")
-        ),
-        (["mode=train", "+seed=3"], "+seed=3: seed is a key of the config already. Write seed=3, without +."),
+        (["mode=train", "+seed=3"], "An item is already at 'seed'"),
         (["mode=train", "hydra/launcher=slurm"], "'hydra/launcher/slurm'. Choose from basic, joblib, "),
         (["mode=train", "+head@extra=mlp"], "error: +head@extra adds a key that nothing reads"),
         pytest.param(["mode=train", "+tracker=dinov3"], "+tracker adds a key that nothing", marks=pytest.mark.heavy),
@@ -280,12 +270,10 @@ NO_FILE = "mine.yaml is not a config file"
         pytest.param("head", "null: 1", f"{NO_FILE} (Incompatible key type", marks=pytest.mark.heavy),
         pytest.param("head", "layers: " + "[" * 600, f"{NO_FILE} (maximum recursion depth", marks=pytest.mark.heavy),
         ("head", "defaults: [mine]", "includes that file again. Remove the entry."),
-        ("head", "defaults: {}", f"{NO_FILE} (its defaults list holds {{}})"),
+        ("head", "defaults: {}", f"{NO_FILE} (it must hold keys, and `defaults` a list)"),
         ("head", "defaults: [mlp, /loss: null, _self_]", "a config file sets loss@head.loss to null"),
         ("mode", "split: val", "mode=mine: its YAML file must set `_target_"),
         ("mode", "[first, second]", "mode=mine: its YAML file must set `_target_"),
-        ("mode", "{_target_: a.b, _partial_: true, resume_from: newest}", "mode=mine: resume_from=newest is unknown"),
-        ("mode", "{_target_: a.b, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type"),
         ("mode", "{defaults: data, _target_: a.b, _partial_: true}", "defaults"),
         ("hparam", "# @package _global_\nmode:\n  # steps: 3\n", "error: mode is null, "),
         pytest.param("hparam", "# @package _global_\nhead:\n", "error: head is null, ", marks=pytest.mark.heavy),
@@ -324,7 +312,7 @@ def test_refused_resume_leaves_no_config(trained, words):
         pytest.param(["head.lr=1e20"], ["head.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
         pytest.param(
             ["head=cnn", "head.channels=100000"],
-            ["head.channels=100000 is out of range"],
+            ["head.channels=100000 is refused"],
             marks=pytest.mark.heavy,
         ),
         (["data.root=nowhere"], ["data.root=nowhere is not a folder"]),
@@ -491,7 +479,7 @@ def test_composed_config_is_shown(tmp_path):
 
 @pytest.mark.heavy
 def test_a_model_that_no_memory_holds_is_one_message(site, monkeypatch):
-    monkeypatch.setattr("dinoseg.config.stored.check_numbers", lambda values: None)  # it would refuse this head
+    monkeypatch.setattr("dinoseg.config.stored.check_values", lambda *_: None)  # it would refuse this head
     huge = ("head=detail", "head.layers=[-1]", f"head.fine={10**9}", "hydra.run.dir=R")
     said = error_message(site, *TRAIN, "data.root=data", *huge)
     (line,) = [line for line in said.splitlines() if " INFO " not in line]

@@ -11,8 +11,8 @@ from dinoseg.utils.errors import KeyNotSet, UnknownKey, UnknownOption
 
 PACKAGE = Path(dinoseg.__file__).parent
 READERS = {  # functions that compare, replace or parse the text of an error, and whose it is
-    "cli/plugin_errors.py _explain_launcher": "of a launcher, without its colours",
-    "cli/plugin_errors.py _find_missing_package": "of Hydra, on a plug-in that is not installed",
+    "cli/typos.py _explain_launcher": "of a launcher, without its colours",
+    "cli/typos.py _find_missing_package": "of Hydra, on a plug-in that is not installed",
     "config/nodes.py _call_target": "of Hydra, on a target and its arguments",
     "config/nodes.py _missing_key": "of OmegaConf",
     "data/loader.py wait_for_item": "of torch, on processes of a loader",

@@ -88,11 +88,10 @@ def read_call(
     another key.
 
     Raises:
-        UserError: a word cannot be parsed, or a value is of a type that no config holds, such as an array.
+        UserError: a word cannot be parsed, or a group has a value that is no name of an option.
     """
     folders = config_folders(config_dir)
     words = as_text(words)
-    _check_single(words)
     check_words(words, folders)
     options, values, more = read_words(words, folders)
     given = Given(options, values, [*folders, *more])
@@ -103,31 +102,19 @@ def read_call(
     return given
 
 
-def _check_single(words: Sequence[str]) -> None:
-    """Refuse a word with several values."""
-    for word in words:
-        override = parse_word(word)
-        if override is not None and override.is_sweep_override():
-            key, _, text = word.partition("=")
-            raise UserError(
-                f"{word} gives several values, and a call runs one job. For a list use brackets: '{key}=[{text}]'. "
-                "For a run with each of them, write a loop."
-            )
-
-
 def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[str]) -> None:
     """Add an override of a call to what it gives."""
     path = key.partition("@")[0].replace(".", "/")
     group = path if path in nested else key.partition("@")[0]
     chooses = group in nested or is_group(given.folders, group)
     if chooses and not isinstance(value, Mapping):
-        option = _plain_value(value, key)
+        option = _plain_value(value)
         if not isinstance(option, str | list):
-            raise unknown_option(group, write_value(option), given.folders)
+            raise unknown_option(group, format_value(write_value(option)), given.folders)
         given.options[sign + (group if path in nested else key)] = option
         return
     if not isinstance(value, Mapping):
-        given.values.append(Value(key, _plain_value(value, key), sign))
+        given.values.append(Value(key, _plain_value(value), sign))
         return
     keys = dict(value)
     if chooses and keys.get("name") in options_in(given.folders, group):
@@ -136,7 +123,7 @@ def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[st
         for name, each in keys.items():
             _read_override(f"{path.replace('/', '.')}.{name}", each, sign, given, nested)
     elif keys or not chooses:
-        given.values.append(Value(path.replace("/", "."), _plain_value(keys, key), sign))
+        given.values.append(Value(path.replace("/", "."), _plain_value(keys), sign))
 
 
 def words_of(options: Mapping[str, Any], values: Sequence[Value]) -> list[str]:
@@ -162,15 +149,14 @@ def _word_of(value: Value) -> str:
             continue
         if repr(decode_keys(override.value())) == repr(value.value):
             return f"{key}={text}"
-    if set(value.key) & set("/+~"):
-        raise UserError(f"{key} is not the name of a key. Write its words with dots, such as head.layers.")
     raise UserError(
-        f"{key}={format_value(value.value)} cannot be written as an override. Set it in a YAML file of your own."
+        f"{key}={format_value(value.value)} cannot be written as an override. Give plain values, and keys with dots "
+        "such as head.layers; set other names in a YAML file of your own."
     )
 
 
-def _plain_value(value: Any, key: str) -> Any:
-    """Return a value as None, bool, number, text, or lists and dicts of these."""
+def _plain_value(value: Any) -> Any:
+    """Return a value as None, bool, number, text, or lists and dicts of these; of other types as it is."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, torch.device | torch.dtype):
@@ -178,14 +164,13 @@ def _plain_value(value: Any, key: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
-        return {_plain_value(name, key): _plain_value(each, key) for name, each in value.items()}
+        return {_plain_value(name): _plain_value(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_value(each, key) for each in value]
+        return [_plain_value(each) for each in value]
     if isinstance(value, PathLike):
         return os.fsdecode(value)
     if isinstance(value, str):  # a subclass, such as a member of an enumeration
         return str.__str__(value)
     if isinstance(value, int | float):
         return int(value) if isinstance(value, int) else float(value)
-    kind = type(value).__name__
-    raise UserError(f"{key} is of type {kind}. Give text, a number, true or false, null, or a list or dict of these.")
+    return value

@@ -1,7 +1,7 @@
 """`dinoseg.create_model`: a new model from options of the config groups."""
 
 from collections.abc import Iterable, Mapping, Set
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import preserve_global_state
 from dinoseg.utils.errors import NoMode, UnknownKey, UserError
+from dinoseg.utils.files import path_exists
 from dinoseg.utils.ranges import Range, whole_number
-from dinoseg.utils.wording import format_value, suggest_nearest
+from dinoseg.utils.wording import suggest_nearest
 
 _ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "init", "config_dir")
 _READ = (  # groups and keys that change a model, its parameter groups or its file
@@ -31,9 +32,7 @@ _NOT_READ = (  # of these groups: what the caller's own loop does
     *("optim.optimizer.betas", "optim.optimizer.freeze_backbone_until"),
     *(f"data.{key}" for key in (*TRAINING_KEYS, "folds", "fold", "cache")),
 )
-_RULE = "2 to 255. For one kind of object, give two: the background and the object"
-_CLASSES = Range(_RULE, 2, 255)
-_LAYERS = Range(_RULE, 1, 255)  # task=multilabel
+_CLASSES = Range("2 to 255. For one kind of object, give two: the background and the object", 2, 255)
 
 
 def create_model(
@@ -134,19 +133,8 @@ def _is_used(key: str) -> bool:
 
 def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
     """Return an existing file or folder as its whole path: the current folder may change before the model is saved."""
-    if not isinstance(weights, str | PathLike) or weights in ("", "random"):
-        return weights
-    try:
-        path = Path(weights).expanduser()
-        return path.absolute() if path.exists() else weights
-    except RuntimeError as error:  # the home folder of an unknown user
-        raise UserError(f"weights={format_value(weights)}: {error} Give a hub id, a folder or a file.") from None
-    except OSError as error:  # too long
-        raise UserError(
-            f"weights={format_value(weights)}: {error.strerror}. Give a hub id, a folder or a file."
-        ) from None
-    except ValueError:  # no valid path, which the loader reports
-        return weights
+    is_path = weights not in ("", "random") and path_exists(fspath(weights))
+    return Path(weights).expanduser().absolute() if is_path else weights
 
 
 def _read_labels(builder: ModelBuilder, num_classes: int | None) -> Labels:
@@ -160,25 +148,13 @@ def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] 
     """Return the names of the classes; None if neither is given.
 
     Raises:
-        UserError: the number is not one of 1 to 255, or differs from that of the names, or a name is invalid.
+        UserError: the number differs from that of the names, or these are text, or without an order.
     """
-    if isinstance(classes, str):
-        raise UserError(f"classes={classes!r} is one text. Give a list of names.")
-    if num_classes is not None:
-        num_classes = whole_number(num_classes, "num_classes", _LAYERS)
+    if isinstance(classes, str | Mapping | Set):
+        raise UserError(f"classes={classes!r} is not a list. Give the names of the classes in the order of their ids.")
     if classes is None:
         return None if num_classes is None else [f"class_{number}" for number in range(num_classes)]
-    if not isinstance(classes, Iterable) or isinstance(classes, Mapping | Set):  # a set has no order
-        raise UserError(f"classes={classes!r} is not a list. Give the names of the classes, or num_classes=2.")
-    names = list(classes)
-    if others := [name for name in names if not isinstance(name, str)]:
-        raise UserError(f"classes: {others[0]!r} is of type {type(others[0]).__name__}. Give names, which are text.")
-    names = [str(name) for name in names]  # such as NumPy's
+    names = [str(name) for name in classes]
     if num_classes not in (None, len(names)):
         raise UserError(f"num_classes={num_classes}, but classes has {len(names)} names. Give one of them.")
-    whole_number(len(names), "len(classes)", _LAYERS)
-    if wrong := next((name for name in names if "${" in name), None):
-        raise UserError(f"classes: {wrong} holds ${{, which refers to another key of the config. Rename the class.")
-    if "???" in names:
-        raise UserError("classes: ??? marks a value that a config lacks. Rename the class.")
     return names

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import Given, compose_job, read_call
-from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
+from dinoseg.api.objects import split_datasets, split_modules
 from dinoseg.api.session import preserve_process_state
 from dinoseg.cli.launch import Job, launch, resumes_in_folder
 from dinoseg.cli.typos import explain_errors
@@ -49,24 +49,18 @@ def run_mode(
         UserError: any error that the user can fix.
         KeyboardInterrupt: on Ctrl-C; its message states how to resume.
     """
-    for word in words:
-        if not isinstance(word, str):
-            kind = type(word).__name__
-            raise UserError(f"{word} is of type {kind}, not a word such as trainer.steps=20. Give a dict as **DICT.")
-        if word.startswith("-"):
-            raise UserError(f"{word} is for the command line. Python runs one job per call: write a loop for several.")
     stopped: Interrupted | None = None
     try:
         with preserve_process_state():
             try:
-                refuse_modules(overrides, "backbone", "head")
                 given, datasets = split_datasets(given or {})
                 overrides, more = split_datasets(overrides)
                 overrides, modules = split_modules(overrides, "loss")
                 fixed = read_call((), {"mode": mode, **given}, config_dir)
                 call = read_call(words, overrides, config_dir)
                 _check_fixed(fixed, call)
-                values = [*fixed.values, *call.values, *_run_folder(out_dir)]
+                run_folder = [] if out_dir is None else [Value("hydra.run.dir", str(Path(out_dir).expanduser()))]
+                values = [*fixed.values, *call.values, *run_folder]
                 job = compose_job(Given({**fixed.options, **call.options}, values, call.folders))
                 if job.location.is_given and not exist_ok:
                     _check_unused(job)
@@ -87,14 +81,6 @@ def run_mode(
     if stopped.number != signal.SIGINT and threading.current_thread() is threading.main_thread():
         signal.raise_signal(stopped.number)
     raise KeyboardInterrupt(stopped.note)
-
-
-def _run_folder(out_dir: Folder | None) -> list[Value]:
-    """Return the key of the run folder."""
-    try:
-        return [] if out_dir is None else [Value("hydra.run.dir", str(Path(out_dir).expanduser()))]
-    except RuntimeError as error:  # the home folder of an unknown user
-        raise UserError(f"out_dir={format_value(out_dir)}: {error} Choose another folder.") from None
 
 
 def _check_fixed(fixed: Given, call: Given) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from dinoseg.api.jobs import Folder, run_mode
 from dinoseg.api.objects import is_dataset
-from dinoseg.api.options import list_backbones
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
 from dinoseg.core.shapes import SegmentationData
@@ -25,7 +24,6 @@ from dinoseg.export.runtime.model import Model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import check_annotations
-from dinoseg.utils.wording import suggest_nearest
 
 Source = Run | Model | str | PathLike[str]
 
@@ -212,12 +210,7 @@ def track(
         >>> found["frames"], found.folder.is_dir()
         (4, True)
     """
-    backbones = list_backbones(config_dir=config_dir)
     is_backbone = isinstance(model, str) and not exists(expanduser(model))
-    if is_backbone and model not in backbones:
-        raise UserError(
-            f"model={model} is neither a file, a folder nor a backbone.{suggest_nearest(str(model), backbones)}"
-        )
     with _model_override(None if is_backbone else model) as override:
         given = {**override, **({"backbone": model} if is_backbone else {}), "input": input}
         return Results.of(run_mode("track", words, overrides, out_dir, exist_ok, config_dir, given=given))
@@ -250,8 +243,6 @@ def compare(
         >>> sorted(compared["half"]["miou"])
         ['ci95', 'p', 'value', 'verdict']
     """
-    if not isinstance(runs, list | tuple):
-        raise UserError(f"runs is of type {type(runs).__name__}. Give a list: compare([FIRST, SECOND]).")
     sides = [[*map(_folder_of, run)] if isinstance(run, list | tuple) else _folder_of(run) for run in runs]
     result = run_mode("compare", words, overrides, out_dir, exist_ok, config_dir, given={"runs": sides})
     return Comparison(read_json(Path(result["run"]) / "compare.json"), result["run"])
@@ -314,18 +305,11 @@ def _model_override(model: Source | None) -> Iterator[dict[str, Any]]:
     elif isinstance(model, Model):
         with model.stored() as path, _model_override(path) as override:
             yield override
-    elif not isinstance(model, str | PathLike):
-        raise UserError(
-            f"The model is of type {type(model).__name__}. Give a Run, a run folder, a checkpoint, or a model from "
-            "dinoseg.load; of a parallel or compiled model the one inside, model.module or model._orig_mod."
-        )
     elif str(model).endswith(".onnx"):
         raise UserError(f"{model} is an ONNX file, which modes do not run. Give the run or the model.safetensors.")
     else:
         yield {"resume": str(Path(model).expanduser())}
 
 
-def _folder_of(run: Run | Results | Folder) -> str:
-    if not isinstance(run, Run | Results | str | PathLike):
-        raise UserError(f"runs: {type(run).__name__} is not a run. Give runs, results of `evaluate`, or their folders.")
+def _folder_of(run: Any) -> str:
     return str(run.folder) if isinstance(run, Run | Results) else fspath(run)

@@ -1,7 +1,6 @@
 """Objects where option names are accepted: modules of `create_model`, datasets and losses of modes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -20,43 +19,28 @@ from dinoseg.experiment.builder import SPLITS
 from dinoseg.experiment.objects import OPTION
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value, join_names
+from dinoseg.utils.wording import join_names
 
 CONTRACTS: Mapping[str, type[nn.Module]] = {"backbone": Backbone, "head": Head, "loss": Loss}
-_BACKBONE_ATTRIBUTES = ("dim", "depth", "patch_size", "num_layers", "mean", "std")  # attributes without a default
 
 
 def split_modules(overrides: Mapping[str, Any], *groups: str) -> tuple[dict[str, Any], dict[str, nn.Module]]:
     """Return overrides in which an object of a group is the option `_object`, and these objects by group.
 
     Raises:
-        UserError: an object is not of the group's base class, or is a class, or a backbone lacks an attribute.
+        UserError: an object is not of the group's base class, or a key has no effect on it.
     """
     options, objects = dict(overrides), {}
     for group in groups:
         value = overrides.get(group)
-        if isinstance(value, type):
-            raise UserError(f"{group} is the class {value.__name__}. Give an object of it, or the name of an option.")
         if isinstance(value, nn.Module) or callable(value):
             objects[group] = expect_type(CONTRACTS[group], value, group)
             options[group] = OPTION
-    if "backbone" in objects:
-        _check_backbone(objects["backbone"], overrides)
+    unread = {"backbone.weights", "head.layers"}.intersection(keys_of(overrides))
+    if "backbone" in objects and unread:
+        key = min(unread).replace("backbone.weights", "weights")
+        raise UserError(f"{key} has no effect on a backbone that is an object, which has its own. Leave it out.")
     return options, objects
-
-
-def refuse_modules(overrides: Mapping[str, Any], *groups: str) -> None:
-    """Refuse objects of groups that a checkpoint has to name.
-
-    Raises:
-        UserError: there is one.
-    """
-    for group in groups:
-        if isinstance(overrides.get(group), nn.Module | type):
-            raise UserError(
-                f"{group} is an object, which the checkpoints of a run could not name. Make it an option "
-                f"(docs/extending.md#{group}); or give it to dinoseg.create_model, and train in a loop of your own."
-            )
 
 
 def is_dataset(value: Any) -> bool:
@@ -78,15 +62,10 @@ def split_datasets(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         )
     if not isinstance(given, Mapping) or given.keys().isdisjoint(SPLITS):
         return dict(overrides), {}
-    if others := [key for key in given if key not in SPLITS]:
+    if others := [key for key, value in given.items() if key not in SPLITS or isinstance(value, str | PathLike)]:
         raise UserError(
-            f"data has datasets for splits, and the key {others[0]}. Give datasets only, for {join_names(SPLITS)}; or "
-            "only keys of an option."
-        )
-    if path := next((each for each in given.values() if isinstance(each, str | PathLike)), None):
-        raise UserError(
-            f"data: {format_value(str(path))} is not a dataset. Give an object, such as one of dinoseg.open_dataset; "
-            'or, for a folder with all splits, data={"root": FOLDER}.'
+            f"data: {others[0]} is not a dataset of a split. Give dataset objects only, for {join_names(SPLITS)}; or, "
+            'for a folder with all splits, data={"root": FOLDER}.'
         )
     datasets = {split: _check_dataset(each, split) for split, each in given.items()}
     first, *others = datasets
@@ -119,25 +98,11 @@ def _check_dataset(given: Any, split: str) -> Any:
     return given if isinstance(given, PairDataset | CustomDataset) else CustomDataset(given, where=f"data, {split}")
 
 
-def _check_backbone(backbone: nn.Module, overrides: Mapping[str, Any]) -> None:
-    """Refuse a backbone object without the attributes that others read, and keys that it does not read."""
-    missing = [name for name in _BACKBONE_ATTRIBUTES if not hasattr(backbone, name)]
-    if missing:
-        raise UserError(
-            f"backbone: {type(backbone).__name__} lacks {', '.join(missing)}. Set them in its constructor, mean and "
-            "std by register_colours, as docs/extending.md#backbone shows."
-        )
-    unread = {"backbone.weights", "head.layers"}.intersection(keys_of(overrides))
-    if unread:
-        key = min(unread).replace("backbone.weights", "weights")
-        raise UserError(f"{key} has no effect on a backbone that is an object, which has its own. Leave it out.")
-
-
 def check_fit(model: SegmentationModel, num_classes: int) -> None:
     """Refuse objects that do not fit, by one pass of a small image through the model.
 
     Raises:
-        UserError: maps or scores have another shape than promised, or a part raises an error.
+        UserError: maps or scores have another shape than promised.
     """
     backbone = model.backbone
     names = {"backbone": type(backbone).__name__, "head": type(model.head).__name__}
@@ -145,8 +110,7 @@ def check_fit(model: SegmentationModel, num_classes: int) -> None:
     images = torch.zeros(1, backbone.channels, side, side)
     model.eval()
     with torch.no_grad():
-        with _errors_as_user_errors(f"backbone: {names['backbone']} fails for an image of {side} x {side}"):
-            found = [list(each.shape) for each in backbone(images)]
+        found = [list(each.shape) for each in backbone(images)]
         promised = [[1, width, 2, 2] for width in widths(backbone.dim, backbone.num_layers)]
         if backbone.is_pyramid:  # only the coarsest map has a grid of patches
             promised = [[*sizes[:2], *given[2:]] for sizes, given in zip(promised, found, strict=False)]
@@ -155,20 +119,9 @@ def check_fit(model: SegmentationModel, num_classes: int) -> None:
                 f"backbone: {names['backbone']} returns maps {found} for an image of {side} x {side}, but its dim, "
                 f"num_layers and patch_size promise {promised}. Correct them, or `forward`."
             )
-        with _errors_as_user_errors(f"head: {names['head']} fails for maps {found}"):
-            scores = list(model(images).scores().shape)
+        scores = list(model(images).scores().shape)
     if scores != [1, num_classes, side, side]:
         raise UserError(
             f"head: {names['head']} returns scores {scores} for an image of {side} x {side}, and the model has "
             f"{num_classes} classes. Return {[1, num_classes, side, side]}."
         )
-
-
-@contextmanager
-def _errors_as_user_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the caller's own code may raise any
-        raise UserError(f"{what} ({type(error).__name__}: {error}). Check its sizes.") from error

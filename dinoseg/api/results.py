@@ -196,14 +196,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a run folder.
 
     Raises:
-        UserError: the file is missing or is not a JSON object.
+        UserError: the file is missing or is not JSON.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read {path} ({error}). Give the folder of a finished run.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object. Give the folder of a finished run.")
     return content
 
 

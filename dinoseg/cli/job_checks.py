@@ -2,28 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.cli.run_mode import FILE_KEYS
 from dinoseg.config.credentials import check_credentials
-from dinoseg.config.grammar import decode_keys
 from dinoseg.config.job import keys_with_values
 from dinoseg.config.mistakes import no_mode
 from dinoseg.config.nodes import check_partial
-from dinoseg.config.plain import BUILDS, to_container, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, check_value
 
 CHOOSER = "chooser"  # root key of a recipe: the function that chooses another recipe, for the launcher alone
 _CONFIGS = Path(__file__).parents[1] / "cfg"
-_LAUNCH_VALUES = {  # annotations of keys of a mode that the launcher reads
-    "resume_from": Literal["best", "last"] | None,
-    "keeps_folder": bool | None,
-    "resumes_with": str | None,
-}
 
 
 def check_job(cfg: DictConfig, typed: Sequence[Override]) -> None:
@@ -38,8 +30,10 @@ def check_job(cfg: DictConfig, typed: Sequence[Override]) -> None:
     """
     _check_mode(cfg, typed)
     _check_groups(cfg)
-    _check_launch_keys(cfg)
-    _check_length(typed)
+    check_partial(cfg.mode if OmegaConf.is_dict(cfg.mode) else {}, f"mode={cfg.choices.mode}")
+    check_value("engine.devices", cfg.mode.get("devices", 1), Count)
+    if {"trainer.steps", "trainer.epochs"} <= keys_with_values(typed):
+        raise UserError("trainer.steps and trainer.epochs both set the length of the training: set one of them.")
     for override in typed:
         _check_hidden(override)
         _check_addition(cfg, override)
@@ -63,35 +57,12 @@ def _check_groups(cfg: DictConfig) -> None:
             )
 
 
-def _check_launch_keys(cfg: DictConfig) -> None:
-    """Refuse a mode's file without a function, and wrong values of the keys that the launcher reads."""
-    where = f"mode={cfg.choices.mode}"
-    check_partial(cfg.mode if OmegaConf.is_dict(cfg.mode) else {}, where)
-    for key, annotation in _LAUNCH_VALUES.items():
-        check_value(f"{where}: {key}", cfg.mode.get(key), annotation)
-    check_value("engine.devices", cfg.mode.get("devices", 1), Count)
-    if not isinstance(cfg.get("cache_dir", ""), str):
-        raise UserError(f"cache_dir={to_container(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
-
-
-def _check_length(typed: Sequence[Override]) -> None:
-    """Refuse two lengths of a training: steps would silently replace epochs."""
-    if {"trainer.steps", "trainer.epochs"} <= keys_with_values(typed):
-        raise UserError("trainer.steps and trainer.epochs both set the length of the training: set one of them.")
-
-
 def _check_hidden(override: Override) -> None:
-    """Refuse keys that only files may set: names of classes, and keys of a mode for the launcher."""
+    """Refuse keys that only files may set: names of classes, and where a mode resumes."""
     name = override.key_or_group
-    hidden = [part for part in name.split(".") if part.startswith("_")]
-    hidden += [str(steps[-1]) for steps, _ in walk(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]
-    hidden += [key for key in FILE_KEYS if f"{name}.".startswith(f"mode.{key}.")]
-    hidden += [CHOOSER] if f"{name}.".startswith(f"{CHOOSER}.") else []
-    if hidden:
-        raise UserError(
-            f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "
-            "own, write GROUP/NAME.yaml in a folder and add --config-dir FOLDER."
-        )
+    root, *below = name.split(".")
+    if any(part.startswith("_") for part in below) or (root == "mode" and below and below[0] in FILE_KEYS):
+        raise UserError(f"{name} can be set in config files only. Choose a component by GROUP=OPTION.")
 
 
 def _check_addition(cfg: DictConfig, override: Override) -> None:

@@ -1,19 +1,18 @@
-"""Checks of a command line: the words alone, then its keys in the config that its options compose."""
+"""Checks of a command line: its words alone, then its keys in the composed config; errors of Hydra and its plug-ins."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dinoseg.cli.checkpoint_keys import checkpoint_keys
-from dinoseg.cli.plugin_errors import explain_plugin_error
 from dinoseg.cli.words import assignments, is_sweep, lists_of, parse_word, values_of
 from dinoseg.config.composition import Value, compose
 from dinoseg.config.grammar import write_value
@@ -23,6 +22,18 @@ from dinoseg.config.options import is_group, list_groups, nested_groups, options
 from dinoseg.config.plain import has_key, to_container, value_at
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names, suggest_nearest
+
+_INSTALLED_BY = {
+    "hydra/launcher": {
+        "joblib": ".[joblib]",
+        "submitit_local": ".[submitit]",
+        "submitit_slurm": ".[submitit]",
+        "ray": "hydra-ray-launcher",  # no extra: its cloudpickle below 3 would pin everybody in one lock file
+    },
+    "hydra/sweeper": {"optuna": ".[optuna]"},
+}
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+_LAUNCHER = re.compile(r"hydra_plugins\.\w+_launcher\.")  # modules of launchers, as Hydra's plug-ins are named
 
 
 @contextmanager
@@ -53,7 +64,7 @@ def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterato
 
 
 def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse words that are not KEY=VALUE, unknown options of groups, values that need a sweep, and lost sweeps.
+    """Refuse words that are not KEY=VALUE, unknown options of groups, and several values that no or one run takes.
 
     Args:
         arguments: the command line, without the program's name.
@@ -64,7 +75,6 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     """
     several = is_sweep(arguments)
     words = [word for _, word in assignments(arguments)]
-    searches = several and any(word.startswith("hydra/sweeper=") for word in words)
     has_more_folders = any(word.startswith(f"{SEARCH_PATH}=") for word in words)  # whose options only Hydra finds
     swept: dict[str, str] = {}  # words with several values, by key
     for position, word in enumerate(words):
@@ -72,31 +82,17 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
         if override is None:
             raise UserError(_explain_unparsed(word, words[position + 1 :], folders))
         key = override.get_key_element().lstrip("+")
-        if isinstance(override.value(), IntervalSweep) and not searches:
-            raise UserError(f"{word} is an interval: add -m hydra/sweeper=optuna to search it, or list values.")
         if override.is_sweep_override() and not several:
             raise UserError(
-                f"{word} gives several values. For a list use brackets: '{key}=[{word.partition('=')[2]}]'. For a run "
-                "with each of them, add -m."
+                f"{word} gives several values. For a list use brackets: '{key}=[{word.partition('=')[2]}]'. A run "
+                "with each of them needs -m, or a loop in Python."
             )
         if key in swept:
             raise UserError(f"{swept[key]} and {word} set the same key, and a sweep runs only the last. Give one.")
         if override.is_sweep_override():
             swept[key] = word
-        for source in chain(*lists_of(override)) if key == SEARCH_PATH else ():
-            if not _is_source(str(source)):
-                raise UserError(f"{word}: {source} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
         if _is_group(override, folders) and not (override.is_delete() or has_more_folders):
             _check_options(override, folders)
-
-
-def _is_source(source: str) -> bool:
-    """Return whether an entry of Hydra's search path is a folder or package; one that refers to a key may be."""
-    schema, _, name = source.rpartition("://")
-    with suppress(ModuleNotFoundError):  # of the package above
-        if "${" in source or (schema == "pkg" and find_spec(name)):
-            return True
-    return schema in ("", "file") and Path(name).is_dir()
 
 
 def _explain_unparsed(word: str, following: Sequence[str], folders: Sequence[Path]) -> str:
@@ -150,9 +146,6 @@ def _compose_again(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     options, values, more = read_words([word for word in ours if parse_word(word)], folders)
     further = [*folders[1:], *more]
     config = to_container(compose(options, (), further).cfg)
-    removed = [group for group in options if group.startswith("~")]
-    if removed:
-        raise UserError(f"{removed[0]} leaves out a group that is read. Choose another of its options.")
     for value in values:
         _check_kind(value, config, folders)
     compose(options, values, further, checkpoint_keys(arguments, folders))
@@ -169,19 +162,17 @@ def _first_job(word: str, folders: Sequence[Path]) -> str:
 
 
 def _check_kind(value: Value, config: Mapping[str, Any], folders: Sequence[Path]) -> None:
-    """Refuse a value that is no table or list where the config of the chosen options has one, and a removed key."""
-    key, word = value.key, value.word
-    node = value_at(config, key.split("."))
-    if value.sign == "~" and has_key(config, key):
-        raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
-    if isinstance(node, list) and isinstance(value.value, Mapping):
-        raise UserError(f"{key} is a list. Write it in brackets: {key}=[...].")
-    group = key.replace(".", "/")  # of a nested group, such as data/pixels
+    """Refuse one value for a group of keys, and a removed key."""
+    if value.sign == "~" and has_key(config, value.key):
+        raise UserError(f"~{value.key} removes a key that is read. Leave it out, or set it to another value.")
+    node = value_at(config, value.key.split("."))
+    group = value.key.replace(".", "/")  # of a nested group, such as data/pixels
     options = [f"{group}={each}" for each in options_in(folders, group)] if group in nested_groups(folders) else []
     is_table = isinstance(value.value, Mapping) and not (options and "name" in value.value)
     if isinstance(node, Mapping) and not is_table and value.value is not None:
-        keys = [f"{key}.{name}=VALUE" for name in node if not str(name).startswith("_")]
-        raise UserError(f"{word}: {key} is a group of keys. Set one of them: {join_names(options or keys, 8)}.")
+        keys = [f"{value.key}.{name}=VALUE" for name in node if not str(name).startswith("_")]
+        known = join_names(options or keys, 8)
+        raise UserError(f"{value.word}: {value.key} is a group of keys. Set one of them: {known}.")
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> str:
@@ -201,4 +192,49 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
         options = [each for each in getattr(error, "options", None) or () if not each.startswith("_")]
         remedy = f"Choose from {', '.join(options)}" if options else "Correct that word or config file"
         return f"{str(error).strip().splitlines()[0].rstrip('.')}. {remedy}."
+    return ""
+
+
+def explain_plugin_error(arguments: Sequence[str], error: Exception) -> str:
+    """Return the message on an error of Hydra's launchers, or on a package that they miss; "" for other errors.
+
+    Args:
+        arguments: the command line, without the program's name.
+        error: raised while Hydra ran the command line.
+    """
+    return _find_missing_package(arguments, error) or _explain_launcher(arguments, error)
+
+
+def _explain_launcher(arguments: Sequence[str], error: Exception) -> str:
+    """Return which launcher raised an error, and the error in one line; "" if none did."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    plugin = next((name.split(".")[1] for name in modules if _LAUNCHER.match(name)), None)
+    if plugin is None:
+        return ""
+    typed = [word for _, word in assignments(arguments) if word.startswith("hydra/launcher=")]
+    text = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    cause = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+    return (
+        f"{typed[0] if typed else plugin} failed ({type(error).__name__}: {cause}). Check the keys of hydra.launcher, "
+        "and that its cluster runs and accepts jobs. Jobs that have ended keep their run folders."
+    )
+
+
+def _find_missing_package(arguments: Sequence[str], error: Exception) -> str:
+    """Return which override needs a package that is not installed, and how to install it; "" if none does.
+
+    Args:
+        arguments: the command line, without the program's name.
+        error: raised by Hydra when it created its launcher or sweeper.
+    """
+    unknown = isinstance(error, RuntimeError) and "Unknown plugin class" in str(error)
+    if not unknown and not isinstance(error, ImportError):
+        return ""
+    for _, word in assignments(arguments):
+        group, _, option = word.partition("=")
+        if package := _INSTALLED_BY.get(group, {}).get(option):
+            message = str(error).split("\n")[0]
+            location = "in your clone of dinoseg, " if package.startswith(".") else ""
+            return f"{word} needs a package that is not installed ({message}): {location}pip install '{package}'"
     return ""

@@ -12,7 +12,6 @@ from hydra.errors import HydraException
 from dinoseg.config.grammar import write_value
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import path_exists
-from dinoseg.utils.wording import ESCAPED_BYTES, has_surrogates
 
 FILES = {  # keys whose values are paths
     *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
@@ -51,21 +50,15 @@ def as_text(arguments: Sequence[str]) -> list[str]:
         arguments: the command line, without the program's name.
 
     Raises:
-        UserError: an unknown flag, a value without a key, or a name that no file can have.
+        UserError: an unknown flag.
     """
-    for position, word in enumerate(arguments):
+    for word in arguments:
         flag = word.split("=")[0]
         if flag.startswith("-") and flag not in (*_FLAGS, *_TAKES_A_VALUE):
             raise UserError(
                 f"{word} is not a flag. The flags are --help, -m for several runs, and --cfg job to print the config; "
                 "write keys as KEY=VALUE, without dashes."
             )
-        if has_surrogates(word.translate(ESCAPED_BYTES)):
-            raise UserError(f"{word!a} holds half of a surrogate pair. Give valid Unicode.")
-        if word.lstrip("+~").startswith("="):
-            key = arguments[position - 1] if position and "=" not in arguments[position - 1] else "KEY"
-            value = word[1:] or next(iter(arguments[position + 1 :]), "VALUE")
-            raise UserError(f"{word} has no key before the equals sign. Write {key}={value}, without spaces.")
     several = is_sweep(arguments)
     words = list(arguments)
     for position, word in assignments(arguments):

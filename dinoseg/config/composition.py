@@ -166,11 +166,8 @@ def set_values(
     for key, value, sign, _ in leaves:
         if is_below(key, later):
             continue
-        before = value_at(plain, key.split("."))
-        if sign == "+" and before is not None and not isinstance(value, Mapping | list):
-            raise mistakes.existing_key(key, value)
         try:
-            _set_value(cfg, key, value, sign, before)
+            _set_value(cfg, key, value, sign)
         except (ConfigAttributeError, ConfigKeyError):
             unknown = ((name, each) for name, each in flatten({key: value}) if not has_key(plain, name))
             raise mistakes.unknown_key(*next(unknown, (key, value)), plain, choices, folders) from None
@@ -189,12 +186,8 @@ def _leaves(value: Value, node: Any) -> Iterator[Value]:
         yield from _leaves(value._replace(key=f"{value.key}.{name}", value=each), node.get(name))
 
 
-def _set_value(cfg: DictConfig, key: str, value: Any, sign: str, before: Any) -> None:
+def _set_value(cfg: DictConfig, key: str, value: Any, sign: str) -> None:
     if sign == "~":
-        if before is None:
-            raise ConfigKeyError(key)
-        if value not in (None, before):
-            raise ValueError(f"it is {before}")
         above, _, last = key.rpartition(".")
         node: Any = OmegaConf.select(cfg, above) if above else cfg
         with open_dict(node):

@@ -148,7 +148,10 @@ class Expansion:
         listed = [*content.pop("defaults", []), *chosen]
         if "_self_" not in listed:
             listed.append("_self_")
-        entries = [read_entry(entry, file.group, place) for entry in listed]
+        try:
+            entries = [read_entry(entry, file.group, place) for entry in listed]
+        except (AttributeError, ValueError):
+            raise mistakes.unreadable_file(path, f"its defaults list holds {listed}") from None
         for entry in entries:
             if "override" in entry.keywords and entry.key not in self._given:
                 self._given[entry.key] = entry.option
@@ -164,14 +167,12 @@ class Expansion:
 
     def check_used(self) -> None:
         """Refuse options of groups that no defaults list names."""
-        for key in self._given:
-            if key not in self._used and not key.startswith("hydra/"):  # Hydra's own groups are not composed
-                raise mistakes.group_not_read(
-                    key, self._given[key], self._origins.get(key), self.choices, self._folders
-                )
-        for key in self._removed:
-            if f"~{key}" not in self._used:
-                raise mistakes.group_not_read(key, None, None, self.choices, self._folders)
+        unread = [key for key in self._given if key not in self._used and not key.startswith("hydra/")]
+        unread += [key for key in self._removed if f"~{key}" not in self._used]
+        for key in unread:
+            raise mistakes.group_not_read(
+                key, self._given.get(key), self._origins.get(key), self.choices, self._folders
+            )
 
 
 def _resolve(option: str, choices: Mapping[str, Any]) -> Any:
@@ -231,21 +232,8 @@ def _parse(path: Path, _: Stamp | None) -> tuple[dict[str, Any], str | None]:
         content: Any = OmegaConf.load(StringIO(text))
     except (OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError) as error:
         raise mistakes.unreadable_file(path, error) from None
-    if not OmegaConf.is_dict(content):
-        raise mistakes.unreadable_file(path, "it holds no keys")
-    plain = to_container(content)
-    _check_defaults(path, plain.get("defaults", []))
+    plain: Any = OmegaConf.to_container(content)
+    if not isinstance(plain, dict) or not isinstance(plain.get("defaults", []), list):
+        raise mistakes.unreadable_file(path, "it must hold keys, and `defaults` a list")
     header = _PACKAGE.search(text)
-    return plain, header and header[1]
-
-
-def _check_defaults(path: Path, entries: Any) -> None:
-    """Refuse a defaults list that is no list of names and of options by group."""
-    for entry in entries if isinstance(entries, list) else [entries]:
-        options = [*entry.values()] if isinstance(entry, Mapping) else []
-        names = options[0] if options and isinstance(options[0], list) else options
-        is_option = len(options) == 1 and all(isinstance(name, str | None) for name in names)
-        if not (isinstance(entries, list) and (isinstance(entry, str) or is_option)):
-            raise mistakes.unreadable_file(path, f"its defaults list holds {entry}")
-    if isinstance(entries, list) and entries.count("_self_") > 1:
-        raise mistakes.unreadable_file(path, "its defaults list holds _self_ twice")
+    return {str(key): value for key, value in plain.items()}, header and header[1]

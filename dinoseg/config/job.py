@@ -10,8 +10,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.composition import SHIPPED, Value, expand_short_forms
-from dinoseg.config.grammar import decode_keys, write_value
-from dinoseg.config.mistakes import unknown_option
+from dinoseg.config.grammar import decode_keys
 from dinoseg.config.options import existing_choices, is_group, list_groups
 from dinoseg.config.plain import to_container
 
@@ -49,9 +48,6 @@ def read_words(words: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str,
     Args:
         words: overrides that Hydra can parse.
         folders: of config groups, the shipped one first.
-
-    Raises:
-        UserError: a group has a value that is no name of an option.
     """
     overrides = OverridesParser.create().parse_overrides(list(words))
     sources: list[Any] = []
@@ -68,8 +64,6 @@ def read_words(words: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str,
         if not is_group((*folders, *more), key) or isinstance(value, dict):
             sign = _SIGNS.get(override.type, "")
             values.append(Value(key, decode_keys(value), sign, override.input_line or ""))
-        elif not isinstance(value, str | list) and not override.is_delete():
-            raise unknown_option(key, write_value(value), folders)
         else:
             options[override.get_key_element()] = value
     return options, values, more

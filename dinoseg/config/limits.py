@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import KeyPath, dotted_name, resolve_node, walk
+from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, resolve_node, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
 from dinoseg.utils.wording import format_value
@@ -26,50 +26,48 @@ LARGEST: Mapping[KeyPath, float] = {  # maximum of a number at or below a key; t
 _LARGEST_ELSEWHERE = 2**20
 _MAX_PIXELS = 2**30  # of all images of a training batch
 _LONGEST_TEXT = 4096
+_MAX_VALUES = 5_000  # OmegaConf takes half a minute for 15,000; our largest config holds a thousand values
+_CLASS_WEIGHTS = ("loss", "weights")  # its keys are class names, with any letters and signs
 _TRACKED = ("data", "tracking", "folder")  # folder for masks of tracked videos, below the run folder
 
 
-def check_text(text: str, what: str) -> None:
-    """Refuse a text of the file that is too long, or that is not plain.
+def check_values(values: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Refuse what no checkpoint may set: keys that build something, interpolations, and values out of bounds.
 
     Args:
-        text: content of the file.
-        what: file, key and value, for the message.
+        values: plain, by root key.
+        where: name of the file or config in errors.
+        remedy: last sentence of errors.
+
+    Raises:
+        UserError: naming the key and its value.
     """
-    if len(text) > _LONGEST_TEXT:
-        raise UserError(f"{what} has {len(text)} characters, above the limit of {_LONGEST_TEXT}. {REMEDY}.")
-    if "${" in text:
-        raise UserError(f"{what}: this interpolation is refused. A checkpoint stores plain values only.")
-
-
-def check_value(value: Any, key_path: KeyPath, what: str) -> None:
-    """Refuse a value that writes elsewhere or requests too much."""
-    if key_path == _TRACKED and isinstance(value, str):
-        if not re.fullmatch(r"\w+(/\w+)*", value):
+    for count, (key_path, value) in enumerate(walk(values)):
+        if count > _MAX_VALUES or not (_is_key(key_path) and _is_allowed(value, key_path)):
+            what = f"{format_value(dotted_name(key_path))}={format_value(value)}"
             raise UserError(
-                f"{what} is refused. A config from a checkpoint may only name folders below its run folder."
+                f"{where}: {what} is refused: a checkpoint sets no key that builds something, at most {_MAX_VALUES} "
+                f"values, numbers up to {_largest(key_path)}, short text without ${{, and folders below its run "
+                f"folder. {remedy}."
             )
-    elif key_path == _TRACKED:
-        raise UserError(f"{what} is refused: it is not a folder name. {REMEDY}.")
-    if value is None or isinstance(value, bool | str | list | Mapping):
-        return
-    if not isinstance(value, int | float):
-        raise UserError(
-            f"{what} is of type {type(value).__name__}; a config from a checkpoint holds plain values only."
-        )
-    most = _largest(key_path)
-    if not abs(value) <= most:
-        raise UserError(f"{what} is refused: a checkpoint may set at most {most}. {REMEDY}.")
 
 
-def check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuse numbers of a run's config that `check_value` refuses in its checkpoint: it could not be resumed."""
-    for key_path, value in walk(values):
-        if isinstance(value, int | float) and not abs(value) <= (most := _largest(key_path)):
-            raise UserError(
-                f"{dotted_name(key_path)}={format_value(str(value))} is out of range: a run with it could not be "
-                f"resumed. Give {f'{most} at most' if abs(value) < math.inf else 'a finite number'}."
-            )
+def _is_key(key_path: KeyPath) -> bool:
+    """Return whether a checkpoint may hold a key: text that builds nothing; in names of classes, `_` may be first."""
+    key = key_path[-1] if key_path else "config"
+    if not isinstance(key, str):
+        return True  # a position in a list
+    hidden = key in BUILDS if key_path[:-1] == _CLASS_WEIGHTS else key.startswith("_")
+    return key.isprintable() and key != "" and not hidden
+
+
+def _is_allowed(value: Any, key_path: KeyPath) -> bool:
+    """Return whether a value is within the bounds; those of lists and mappings are checked one by one."""
+    if key_path == _TRACKED:
+        return isinstance(value, str) and re.fullmatch(r"\w+(/\w+)*", value) is not None
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_TEXT and "${" not in value
+    return not isinstance(value, int | float) or abs(value) <= _largest(key_path)
 
 
 def _largest(key_path: KeyPath) -> float:

@@ -98,12 +98,6 @@ def unreadable_file(path: Path, reason: Any) -> UserError:
     return UserError(f"{path} is not a config file ({text}). Write keys and values into it, as UTF-8.")
 
 
-def existing_key(key: str, value: Any) -> UserError:
-    """Return the error on a key that `+` adds and the config has."""
-    word = f"{key}={format_override(value)}"
-    return UserError(f"+{word}: {key} is a key of the config already. Write {word}, without +.")
-
-
 def invalid_value(key: str, value: Any, reason: Any) -> UserError:
     """Return the error on a value that a key of the config cannot take."""
     text = (str(reason).strip() or type(reason).__name__).splitlines()[0]

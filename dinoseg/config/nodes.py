@@ -1,23 +1,28 @@
-"""Instantiation of config nodes: the only caller of hydra's instantiate; imports no torch."""
+"""Instantiation of config nodes, checked against the signatures of their targets; imports no torch.
 
+Here is the only call of hydra's `instantiate`.
+"""
+
+import inspect
+import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_method
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.checks import check_arguments
 from dinoseg.config.plain import KeyPath, dotted_name, texts_of, walk
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
+from dinoseg.utils.ranges import check_value
 from dinoseg.utils.wording import format_value
 
 Part = TypeVar("Part")
+_TRUSTED = ("dinoseg.", "torch.nn.", "torch.optim.")  # packages whose targets are imported and inspected
 _SELECTED = re.compile(r"\$\{oc\.select:([\w.]+),")  # `${oc.select:KEY,DEFAULT}`, which is no node of its key
 
 
@@ -32,7 +37,7 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
         overrides: values that override the node's own.
 
     Raises:
-        UserError: a value is missing, the target cannot be imported, or it does not take a key or its value.
+        UserError: a value is missing, or the target does not take a key or its value.
     """
     try:
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -60,7 +65,7 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
             arguments = {key: value for key, value in table.items() if not str(key).startswith("_")}
             names = {key: _full_key(node, (*key_path, key)) for key in arguments}
             check_arguments(table["_target_"], arguments, names)
-    part = _call_target(values, where, keys)
+    part = _call_target(values, keys)
     if not isinstance(part, partial):
         return part
     factory = Factory(part.func, *part.args, **part.keywords)
@@ -68,16 +73,32 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
     return factory
 
 
-def import_function(name: str, key: str) -> Callable[..., Any]:
-    """Return the function of a dotted name in a config file.
+def check_arguments(target: str, arguments: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+    """Refuse keys that a target does not take, and values that its annotations do not allow.
+
+    Args:
+        target: a dotted path; targets outside the trusted packages are not checked.
+        arguments: its keyword arguments.
+        names: full config keys of these arguments, for messages; an argument without one appears by its own name.
 
     Raises:
-        UserError: it cannot be imported, naming the key.
+        UserError: naming the key and what the target takes.
     """
     try:
-        return get_method(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{key}: {name} cannot be imported ({error}). Correct it in the YAML file.") from error
+        part = pkgutil.resolve_name(target) if target.startswith(_TRUSTED) else None
+    except (ImportError, AttributeError, ValueError):  # hydra's own error names the module that is missing
+        part = None
+    if part is None:
+        return
+    parameters = inspect.signature(part).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [str(key) for key in arguments if key not in parameters]
+    if unknown and not takes_any:
+        raise UserError(f"{target} does not take {', '.join(unknown)}. It takes: {', '.join(parameters)}.")
+    with name_parameters(names or {}):
+        for key, value in arguments.items():
+            if key in parameters:
+                check_value(key, value, parameters[key].annotation)
 
 
 def argument_keys(node: Any) -> dict[str, str]:
@@ -98,24 +119,13 @@ class Factory(partial[Any]):
             return super().__call__(*args, **kwargs)
 
 
-def _call_target(values: Mapping[str, Any], where: str, keys: Mapping[str, str]) -> Any:
-    """Return what the target of a node returns; `keys` are its `argument_keys`, `where` is its full key."""
+def _call_target(values: Mapping[str, Any], keys: Mapping[str, str]) -> Any:
+    """Return what the target of a node returns; `keys` are its `argument_keys`."""
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
-        if str(error).startswith("Error locating target") and isinstance(error.__cause__, ImportError):
-            message = " ".join(str(error.__cause__).split())
-            raise UserError(
-                f"{where or 'A config node'}: its `_target_` cannot be imported ({message}). Correct it in the YAML "
-                "file, install the missing module, or add the folder of your own package to PYTHONPATH."
-            ) from error
         place = re.search(r"\nfull_key: (\S+)$", str(error))  # of a part within the node
         part = f"{place[1]}." if place else "."
-        if place and re.search(r"missing (\d+|a) required", str(error.__cause__)):
-            raise UserError(
-                f"{where}.{place[1]} cannot be built ({error.__cause__}). Set `_partial_: true` there if "
-                "dinoseg passes these arguments later, else set them."
-            ) from error
         inner = {name.removeprefix(part): keys[name] for name in keys if name.startswith(part)}
         with name_parameters({**keys, **inner}):
             raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
@@ -143,12 +153,10 @@ def expect_type(contract: type[Part], part: object, key: str) -> Part:
     Raises:
         UserError: it is not, naming the class to inherit from.
     """
-    if isinstance(part, Factory):
-        raise UserError(f"{key}: its YAML file sets `_partial_: true`, so that nothing is built. Remove that line.")
     if not isinstance(part, contract):
         raise UserError(
-            f"{key}: {type(part).__name__} is not a {contract.__module__}.{contract.__name__}. Inherit from that "
-            "class, which defines the interface and its defaults."
+            f"{key}: {format_value(str(part))} is not an object of {contract.__module__}.{contract.__name__}. Inherit "
+            "from that class; a YAML file with `_partial_: true` gives no object, so remove that line."
         )
     return part
 

@@ -1,6 +1,7 @@
 """OmegaConf resolvers for config files, and configs with the run-specific ones already resolved."""
 
 import math
+import pkgutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from dinoseg.config.nodes import import_function, instantiate, not_set
+from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import KeyNotSet, UserError
@@ -152,7 +153,7 @@ def _classes_of_labels(data: DictConfig, root: str, function: str) -> list[str]:
     layout, shapes = data.reader.layout, data.reader.shapes
     try:
         return list(
-            import_function(str(function), "data.classes")(
+            pkgutil.resolve_name(function)(
                 Path(str(root)).expanduser(),
                 kind=data.kind,
                 layout={key: value for key, value in to_container(layout, resolve=True).items() if key != "_target_"},
@@ -163,8 +164,6 @@ def _classes_of_labels(data: DictConfig, root: str, function: str) -> list[str]:
         )
     except UserError as error:
         raise _Unmet(str(error)) from None
-    except TypeError as error:
-        raise _Unmet(f"data.classes: {function} cannot be called ({error}). Correct it in the YAML file.") from error
 
 
 def _read_class_file(path: Path, ignore_index: int) -> Mapping[str, Any] | None:

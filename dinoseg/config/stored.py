@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
+from dinoseg.config.limits import REMEDY, check_batch, check_values
 from dinoseg.config.mistakes import ADD_FOLDER
-from dinoseg.config.options import choices_of, list_groups, root_of
-from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, is_below, nests, texts_of, to_container, value_at, walk
+from dinoseg.config.options import choices_of, list_groups
+from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, is_below, nests, texts_of, to_container, value_at
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import path_exists
@@ -27,13 +27,10 @@ logger = logging.getLogger(__name__)
 VALUES_ONLY = "values_only"  # root key of a config: groups that it does not build, whose values alone it holds
 _MACHINE_KEYS = ("cache_dir",)
 _RUN_INTERPOLATIONS = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
-_CLASS_WEIGHTS = ("loss", "weights")  # its keys are class names, with any letters and signs
-_MAX_VALUES = 5_000  # OmegaConf takes half a minute for 15,000; our largest config holds a thousand values
 _GROUP = re.compile(r"\w+(/\w+)*(@\w+(\.\w+)*)?")
 _OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no part is `..`: a file cannot name options outside the groups
 _AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
 _BUILT_IN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
-_PATH = re.compile(r"[/~.].*|.*\\.*|.*\.(safetensors|pth|pt|bin)")
 
 
 def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
@@ -58,7 +55,7 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
     targets: dict[str, str] = {}
     values = _values_of(cfg, given, options, (), targets, is_argument=False)
     values |= {key: config[key] for key in keys if key not in given}
-    check_numbers(values)
+    check_values(values, "This config", "A run with it could not be resumed: choose another value")
     return {"choices": choices, "config": values, "targets": targets}
 
 
@@ -106,7 +103,7 @@ def _values_of(
         elif isinstance(value, Mapping) and _is_node(usual, is_argument=is_argument):
             values[str(key)] = _values_of(node[key], value, usual, place, targets, is_argument=is_argument)
         elif not (_interpolates(value) and value == usual and not str(value).startswith(_RUN_INTERPOLATIONS)):
-            values[str(key)] = _resolve_value(node, key, dotted_name(place))
+            values[str(key)] = _resolve_value(node, key)
     return values
 
 
@@ -124,16 +121,13 @@ def _interpolates(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
-def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
+def _resolve_value(node: DictConfig, key: Any) -> Any:
     """Return a value as a file stores it; `???` if it is not set or cannot be resolved."""
     try:
         value = node[key]
-        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except (InterpolationResolutionError, MissingMandatoryValue):
         return "???"
-    if nests(value) or any("${" in text for text in texts_of(value)):
-        raise UserError(f"{name}={format_value(str(value))} holds ${{ or a component, which a checkpoint cannot store.")
-    return value
 
 
 class Source(NamedTuple):
@@ -169,12 +163,11 @@ def compose_stored(
             of bounds. The message names it.
     """
     where, stored = source.where, description["config"]
-    _check_values(stored, where)
+    check_values(stored, where, REMEDY)
     used = [key for key in stored if key not in unused]
     composed = _compose(description["choices"], used, source)
     if unused:  # without the root keys of options that are not composed, such as `teacher` of trainer=distil
         used = [key for key in used if key in composed or choices_of(description["choices"], [key])]
-    _check_groups(description["choices"], used, source)
     _check_targets(description["targets"], composed, where)
     weights = value_at(composed, ("backbone", "weights"))
     added: list[str] = []
@@ -205,20 +198,6 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     groups = {path.name for folder in (SHIPPED, *source.folders) for path in Path(folder).glob("*/")}
     others = {*groups, *compose_options({}, ())}  # groups that an option brings, and root keys without any option
     return {key: value for key, value in composed.items() if key in keys or key not in others}
-
-
-def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Source) -> None:
-    """Refuse a choice of a group that no folder of config groups has: no option would be composed for it.
-
-    Of root keys that are not composed, the nested groups may be missing here.
-    """
-    for group in choices:
-        name = group.partition("@")[0] if root_of(group) in used else root_of(group)
-        if not any((Path(folder) / name).is_dir() for folder in (SHIPPED, *source.folders)):
-            raise UserError(
-                f"{source.where}: it chooses an option of {format_value(name)}, which is not a config group on this "
-                f"machine. {ADD_FOLDER}"
-            )
 
 
 def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:
@@ -271,24 +250,6 @@ def _plain_group(values: Any) -> dict[str, Any]:
     return {**values, "num_classes": len(classes)} if isinstance(classes, list) else dict(values)
 
 
-def _check_values(stored: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that build something, and values that are not plain or out of bounds."""
-    for count, (key_path, value) in enumerate(walk(stored)):
-        what = f"{where}: {dotted_name(key_path)}={format_value(value)}"
-        if count > _MAX_VALUES:
-            raise UserError(f"{where}: its config holds more than {_MAX_VALUES} values. {REMEDY}.")
-        for key in value if isinstance(value, Mapping) else ():
-            hidden = key in BUILDS if key_path == _CLASS_WEIGHTS else str(key).startswith("_")
-            if not isinstance(key, str) or hidden or not key.isprintable() or not key:
-                raise UserError(
-                    f"{where}: {dotted_name(key_path)} is refused: a checkpoint stores no key "
-                    f"{format_value(key)}. {REMEDY}."
-                )
-        if isinstance(value, str):
-            check_text(value, what)
-        check_value(value, key_path, what)
-
-
 def _check_targets(targets: Mapping[str, str], composed: Mapping[str, Any], where: str) -> None:
     """Refuse options that are another class on this machine than where the checkpoint was written."""
     for place, target in targets.items():
@@ -328,16 +289,14 @@ def _set_values(
     for key, value in values.items():
         place = (*key_path, key)
         name = names.get(key, key)
-        what = f"{where}: {dotted_name(place)}={format_value(value)}"
         option = node.get(name)
-        if key in _MACHINE_KEYS:
-            raise UserError(f"{what} is refused: a checkpoint must not choose where files are written. {REMEDY}.")
-        if name not in node and not is_argument:
-            raise UserError(f"{what} is refused: the options on this machine lack this key. {REMEDY}.")
-        if _is_node(option, is_argument=is_argument) and isinstance(value, Mapping):
+        is_group = _is_node(option, is_argument=is_argument)
+        is_known = (name in node or is_argument) and key not in _MACHINE_KEYS
+        if is_group and isinstance(value, Mapping):
             _set_values(node[name], value, place, added, where, replaced, is_argument=is_argument)
-        elif value is not None and (nests(option) or _is_node(option, is_argument=is_argument)):
-            raise UserError(f"{what} is refused: it is a group of keys, which a checkpoint can only unset. {REMEDY}.")
+        elif not is_known or (value is not None and (is_group or nests(option))):
+            what = f"{where}: {dotted_name(place)}={format_value(value)}"
+            raise UserError(f"{what} is refused: the options on this machine have another form. {REMEDY}.")
         elif not _is_replaced(dotted_name(place), value, replaced):
             node[name] = value
     for key, option in node.items():
@@ -353,21 +312,13 @@ def _is_replaced(key: str, value: Any, replaced: Collection[str]) -> bool:
 
 def _check_weights(weights: Any, usual: Any, source: Source) -> None:
     """Refuse weights from a place that only the file names, since they would be downloaded."""
-    if weights is None:
-        return
-    if isinstance(weights, str):
-        at_commit = _AT_COMMIT.fullmatch(weights)
-        name = at_commit[1] if at_commit else weights
-        if name == usual or {name, weights} & {*source.trust} or _BUILT_IN_WEIGHTS.fullmatch(weights):
-            return
-    if not isinstance(weights, str) or not path_exists(weights):
-        message = (
-            f"{source.where}: its config sets backbone.weights={format_value(weights)}, which is neither a file nor a "
-            "folder on this machine"
-        )
-        if isinstance(weights, str) and _PATH.fullmatch(weights):
-            raise UserError(f"{message}. Set its current path: backbone.weights=PATH.")
+    text = str(weights)
+    at_commit = _AT_COMMIT.fullmatch(text)
+    name = at_commit[1] if at_commit else text
+    is_named = name == usual or not {name, text}.isdisjoint(source.trust) or _BUILT_IN_WEIGHTS.fullmatch(text)
+    if weights is not None and not is_named and not path_exists(text):
         raise UserError(
-            f"{message}, and its option does not name it, so nothing is downloaded. Set backbone.weights=PATH, or "
-            f"allow this source: trust=[{format_value(weights)}]."
+            f"{source.where}: its config sets backbone.weights={format_value(weights)}, which is neither a file nor a "
+            "folder on this machine, and its option does not name it, so nothing is downloaded. Set its current path: "
+            f"backbone.weights=PATH. Or allow this source: trust=[{format_value(weights)}]."
         )

@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dinoseg.config.checks import check_arguments
 from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate
+from dinoseg.config.nodes import argument_keys, check_arguments, check_partial, expect_type, instantiate
 from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb

@@ -10,8 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.checks import check_arguments
-from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate, not_set
+from dinoseg.config.nodes import argument_keys, check_arguments, check_partial, expect_type, instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.channels import PixelFormat

@@ -7,9 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.checks import check_arguments
 from dinoseg.config.job import mask_keys
-from dinoseg.config.nodes import instantiate
+from dinoseg.config.nodes import check_arguments, instantiate
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.splits import find_groups, group_names

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import mask_keys
-from dinoseg.config.nodes import expect_type
 from dinoseg.config.options import has_options
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.sources import first_file, has_own_file
@@ -44,7 +43,6 @@ REFERENCES = "references"  # in a run folder: reference masks of the predicted s
 _RECORD = "predict.json"  # in a run folder: what its results depend on; needed to resume with the same command
 _ANY = forms.table(forms.plain)
 _SETTINGS = ("resolution", "task", "backbone", "adapter", "head", "inference")
-_MODEL = ("resume", "stamp")  # keys in that file that identify the model
 
 
 def predict(
@@ -79,7 +77,6 @@ def predict(
     """
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
-    _check_parts(shapes, videos)
     check_outputs(outputs, shapes)
     builder = Builder(cfg)
     split = _split_data(builder, input)
@@ -100,29 +97,24 @@ def predict(
     writers = image_writers(outputs, out_dir, labels, builder.background if outputs and images else None, shapes)
     mask_folder = None if masks is False else out_dir / MASK_FOLDER
     run = ImageRun(out_dir, mask_folder, DoneInputs(out_dir), list(writers.values()))
-    try:
-        write_json(out_dir / _RECORD, settings)
-        remove_parts(out_dir, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
-        targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
-        facts = (labels.classes, labels.palette, labels.ignore_index)
-        keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
-        if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
-            of_images = _group_images(builder, targets, of_data=split is not None, folder=out_dir)
-            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
-        totals = _segment_images(by, images, targets, run)
-        if videos is not None:
-            totals |= _segment_videos(videos, by, films, run, options)
-        if split is not None and run.masks is not None:
-            _write_references(split, out_dir / REFERENCES, layers)
-        for video in films if options.masks else ():
-            masks_of = out_dir / f"{video.name}_masks"
-            if masks_of.is_dir():
-                groups = {path.stem: video.name for path in masks_of.rglob("*.png")}
-                write_class_record(masks_of, *facts, keys, has_layers=bool(layers), groups=groups)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another run folder."
-        ) from error
+    write_json(out_dir / _RECORD, settings)
+    remove_parts(out_dir, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
+    targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
+    facts = (labels.classes, labels.palette, labels.ignore_index)
+    keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
+    if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
+        of_images = _group_images(builder, targets, of_data=split is not None, folder=out_dir)
+        write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
+    totals = _segment_images(by, images, targets, run)
+    if videos is not None:
+        totals |= _segment_videos(videos, by, films, run, options)
+    if split is not None and run.masks is not None:
+        _write_references(split, out_dir / REFERENCES, layers)
+    for video in films if options.masks else ():
+        masks_of = out_dir / f"{video.name}_masks"
+        if masks_of.is_dir():
+            groups = {path.stem: video.name for path in masks_of.rglob("*.png")}
+            write_class_record(masks_of, *facts, keys, has_layers=bool(layers), groups=groups)
     _check_failures(run, len(images) + len(films))
     reference = None if split is None else out_dir / REFERENCES
     print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, by.layers)))
@@ -212,14 +204,6 @@ def _write_references(split: PairDataset, folder: Path, layers: Sequence[str]) -
         write_masks(folder, name, split.mask(index), layers)
 
 
-def _check_parts(shapes: FurtherOutputs | None, videos: VideoSegmenter | None) -> None:
-    """Refuse values of `mode.shapes` and `mode.videos` that are no such parts."""
-    if shapes is not None:
-        expect_type(FurtherOutputs, shapes, "mode.shapes")  # type: ignore[type-abstract]
-    if videos is not None:
-        expect_type(VideoSegmenter, videos, "mode.videos")  # type: ignore[type-abstract]
-
-
 def _check_films(films: Sequence[VideoInput], outputs: Sequence[str], pixels: PixelFormat) -> None:
     """Refuse videos for images of other channels, and with outputs that frames do not have."""
     if films:
@@ -241,24 +225,16 @@ def _settings(builder: Builder, options: dict[str, Any], folder: Path) -> dict[s
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse settings other than those of the results that an earlier run left in this folder."""
+    """Refuse another model or other settings than those of the results that an earlier run left in this folder."""
     try:
         before = forms.read_json(folder / _RECORD, _ANY)
     except FileNotFoundError:
         return
     except forms.SchemaError as error:
         raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another run folder.") from None
-    if before.get("stamp") != settings["stamp"]:  # one file may have several paths
-        was, now = before.get("resume"), settings["resume"]
-        change = f"{now} has changed" if was == now else f"it was {was}, and is {now}"
-        raise UserError(
-            f"{folder} holds predictions of another model: {change}. Use that model again to resume "
-            "there, or another run folder for this one."
-        )
-    check_same_settings(
-        folder, *({key: value for key, value in each.items() if key not in _MODEL} for each in (before, settings)),
-        key="hydra.run.dir",
-    )  # fmt: skip
+    if before.get("stamp") == settings["stamp"]:  # one file may have several paths
+        before = {**before, "resume": settings["resume"]}
+    check_same_settings(folder, before, settings, key="hydra.run.dir")
 
 
 def _segment_images(

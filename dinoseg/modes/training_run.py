@@ -41,12 +41,11 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import read_valid_note
-from dinoseg.utils.wording import format_override, format_value, join_names
+from dinoseg.utils.wording import format_override, join_names
 
 logger = logging.getLogger(__name__)
 CHOICES_KEY = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
 _EXACT = "float32"  # features cached in this type give the same numbers as no cache
-_FORM = forms.table(forms.maybe(forms.text))
 
 
 def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
@@ -159,18 +158,8 @@ class TrainingRun:
 
     @property
     def previous_choices(self) -> Mapping[str, str | None]:
-        """Return the engine's choices in the run to resume, by key; empty for a new run.
-
-        Raises:
-            UserError: the checkpoint's entry has another form.
-        """
-        chosen = self.start.info.get(CHOICES_KEY, {}) if self.start else {}
-        if not forms.fits(chosen, _FORM):
-            raise UserError(
-                f"resume={self.builder.resume}: its {CHOICES_KEY} is {format_value(chosen)}; its values must be text. "
-                "Choose another checkpoint."
-            )
-        return chosen
+        """Return the engine's choices in the run to resume, by key; empty for a new run."""
+        return self.start.info.get(CHOICES_KEY, {}) if self.start else {}
 
     def record_choices(self, checkpoints: Checkpointer, cached: Mapping[str, str]) -> None:
         """Store the engine's choices in the run's checkpoints, and warn if a resumed run changes them.

@@ -1,6 +1,6 @@
 """Types and value ranges of arguments, as annotations of signatures.
 
-`check_annotations` enforces them in Python, and `dinoseg.config.checks` in config files. Both name the parameter;
+`check_annotations` enforces them in Python, and `dinoseg.config.nodes` in config files. Both name the parameter;
 `dinoseg.utils.errors.name_parameters` puts the config key in front.
 """
 

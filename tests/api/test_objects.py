@@ -145,14 +145,24 @@ def create(**options):
 
 test_objects_that_do_not_fit_are_refused = refusals(
     {
-        "input of a head": (create(head=BottleneckHead(5, 1, 2)), "BottleneckHead fails for maps [[1, 3, 2, 2]]"),
         "classes": (create(head=BottleneckHead(3, 1, 7)), "BottleneckHead scores 7 classes, and the model has 2"),
-        "class of a head": (create(head=BottleneckHead), "head is the class BottleneckHead. Give an object"),
-        "a module": (create(head=nn.Conv2d(3, 2, 1)), "Conv2d is not a dinoseg.core.contracts.Head"),
-        "a function": (create(head=lambda maps: maps), "function is not a dinoseg.core.contracts.Head"),
+        "class of a head": (
+            create(head=BottleneckHead),
+            "head: <class ",
+            "BottleneckHead'> is not an object of dinoseg.core.contracts.Head",
+        ),
+        "a module": (
+            create(head=nn.Conv2d(3, 2, 1)),
+            "head: Conv2d(3, 2",
+            " is not an object of dinoseg.core.contracts.Head",
+        ),
+        "a function": (create(head=lambda maps: maps), "is not an object of dinoseg.core.contracts.Head"),
         "an option without its object": (create(head=OPTION), "head=_object is an object of a Python call"),
-        "no backbone": (create(backbone=nn.Conv2d(3, 2, 1)), "Conv2d is not a dinoseg.core.contracts.Backbone"),
-        "keys of a backbone": (create(backbone=Backbone()), "Backbone lacks dim, depth"),
+        "no backbone": (
+            create(backbone=nn.Conv2d(3, 2, 1)),
+            "backbone: Conv2d(3, 2",
+            " is not an object of dinoseg.core.contracts.Backbone",
+        ),
         "maps": (create(backbone=PatchBackbone(num_layers=3)), "PatchBackbone returns maps ", " promise"),
         "weights": (create(backbone=PatchBackbone(), weights="random"), "weights has no effect on a backbone that is"),
         "layers": (create(backbone=PatchBackbone(), head={"layers": [0]}), "head.layers has no effect"),
@@ -251,14 +261,18 @@ FOLDERS = {"train": "FOLDER/train", "val": "FOLDER/val"}
 test_wrong_objects_of_a_training_are_refused = refusals(
     {
         "one dataset": (fit(data=Discs(["a"])), "data is one dataset", "random_split"),
-        "no dataset of val": (fit(data={"train": Discs(["a"])}), "lacks data=", '"val": DATASET}'),
-        "another split": (fit(data=data() | {"valid": Discs(["a"])}), "and the key valid. Give ", " train, val, test"),
-        "folders": (fit(data=FOLDERS), "FOLDER/train is not a dataset", 'data={"root": FOLDER}'),
+        "no dataset of val": (fit(data={"train": Discs(["a"])}), "no dataset for val, ", '"val": DATASET}'),
+        "another split": (
+            fit(data=data() | {"valid": Discs(["a"])}),
+            "data: valid is not a dataset of a split",
+            " train, val, test",
+        ),
+        "folders": (fit(data=FOLDERS), "data: train is not a dataset of a split", 'data={"root": FOLDER}'),
         "classes": (fit(data=data() | {"val": OtherClasses(["d"])}), "of train is ", "'disc'", " of val ", "'leaf'"),
         "type": (fit(data=data() | {"val": FloatDiscs(["d"])}), "data, val: ", "FloatDiscs: the image of d is float32"),
         "layers": (fit(**MULTILABEL), "data, ", "the mask of ", " int64 (", "Return an integer tensor (2, "),
-        "loss": (fit(loss=lambda logits, masks: 0), "function is not a dinoseg.core.contracts.Loss"),
+        "loss": (fit(loss=lambda logits, masks: 0), "is not an object of dinoseg.core.contracts.Loss"),
         "weights": (fit(loss=CountedLoss(), **{"loss.weights": {"disc": 2}}), "loss.weights has no effect"),
-        "head": (fit(head=BottleneckHead(3, 1, 2)), "head is an object", "extending.md#head", "create_model"),
+        "head": (fit(head=BottleneckHead(3, 1, 2)), 'head="BottleneckHead(', " is unknown. Choose from "),
     }
 )

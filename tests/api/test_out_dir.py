@@ -82,7 +82,3 @@ def test_files_that_no_run_has_written_are_not_mixed_with_a_run(here):
     assert_refused(partial(score, out_dir="mine"), "mine holds files already")
     assert contents() == before
     assert score(out_dir="mine", exist_ok=True).folder == here / "mine"
-
-
-def test_a_folder_of_an_unknown_user_is_an_error(here):
-    assert_refused(partial(evaluate, out_dir="~nosuchuser/x"), "nosuchuser")

@@ -24,7 +24,6 @@ MISTAKES = {  # after mode=summary
     "-m head=[1],[2]": "head=[1] is a list, and head takes one option. Choose one of cnn, ",
     "-m mode=train metric=[nsd],[nsdd]": "metric=nsdd is unknown. Did you mean metric=nsd?",
     "-m mode=train metric=[nsd],[] metric.nsd.tolerance=3": "metric is not a key of all",
-    "~hparam": "~hparam leaves out a group that is read.",
     "--config-dir own hparam=mine trainer.stpes=3": "trainer.stpes is not a key of the config. Did you mean trainer.st",
     "--config-dir own hparam=mien": "hparam=mien is unknown. Did you mean hparam=mine? Choose from ade20k_m2f, auto, b",
     "--config-dir own hparam=sarrarp/lora": "hparam=sarrarp/lora is unknown. Did you mean hparam=sarrarp_lora?",
@@ -34,7 +33,6 @@ MISTAKES = {  # after mode=summary
     "-m seed=1,2 seed=5": "seed=1,2 and seed=5 set the same key",
     # shapes, before the input is searched
     "mode=predict input=nothing mode.shapes=[1]": "mode.shapes is a group of keys. Set one of them: mode.shapes.f",
-    "mode=predict input=nothing mode.outputs={a:1}": "mode.outputs is a list. Write it in brackets: mode.outputs=[",
     "mode=predict input=nothing mode.outputs=[coko]": "mode.outputs names coko: choose some of coco, ",
 }
 

@@ -184,7 +184,6 @@ test_message_names_option_or_key_and_remedy = refusals(
         "key below a value": (composing(("seed.x", 3), mode="train"), "seed.x"),
         "root key": (composing(("teacher", "x"), mode="train"), "teacher=x", "trainer=distil"),
         "key of another mode": (composing(("tracker.size", 1), mode="train"), "tracker.size=1: mode=train"),
-        "added key that exists": (composing(("seed", 1, "+"), mode="train"), "Write seed=1, without +"),
         "removed key": (composing(("nothing", None, "~"), mode="train"), "nothing is not a key"),
         "removed group": (composing(**{"mode": "train", "~tracker": None}), "tracker", "mode=train"),
         "defaults of itself": (in_file("head/again", "defaults: [again]"), "again.yaml", "includes that file again"),

@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from dinoseg.cli.run_mode import LAUNCH_KEYS
-from dinoseg.config import checks
+from dinoseg.config import nodes as config_nodes
 from dinoseg.config.composition import compose as compose_config
 from dinoseg.config.job import read_words
 from dinoseg.config.nodes import instantiate
@@ -100,7 +100,7 @@ def check_binds(path, node):
     assert bool(later) <= bool(node.get("_partial_")), f"{path} waits for {later}, but is not _partial_"
     assert {key for key in node if key.startswith("_")} <= {"_target_", "_partial_"}, path
     inspect.signature(target).bind(**dict.fromkeys(given | later))
-    checks.check_arguments(node["_target_"], {key: node[key] for key in given})
+    config_nodes.check_arguments(node["_target_"], {key: node[key] for key in given})
 
 
 def check(node, path=""):

@@ -11,8 +11,7 @@ from hydra.utils import get_object
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 
-from dinoseg.config.checks import check_arguments
-from dinoseg.config.nodes import check_partial, import_function, instantiate
+from dinoseg.config.nodes import check_arguments, check_partial, instantiate
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.utils.errors import UserError, name_parameters
 
@@ -24,13 +23,6 @@ def test_numbers_of_numpy_are_accepted():
     assert (loss.ignore_index, loss.label_smoothing) == (3, 0.5)
     message = "hard_fraction=1.5 is out of range. Give a number above 0 and at most 1."
     assert assert_refused(lambda: CrossEntropy(WEIGHTS, hard_fraction=np.float32(1.5)), message) == message
-
-
-def test_a_function_that_cannot_be_imported_names_its_key():
-    assert import_function("math.sqrt", "data.classes")(4) == 2
-    for name in ("nowhere.read", "math.pi", "math.nothing"):
-        message = f"data.classes: {name} cannot be imported"
-        assert assert_refused(lambda name=name: import_function(name, "data.classes"), message).startswith(message)
 
 
 DATA = ("data.root=x", "data.classes=[a,b]")

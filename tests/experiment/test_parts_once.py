@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from command_line import SMALL, succeed, write_data
+from omegaconf import OmegaConf
 
 from dinoseg.api.compose import compose
 from dinoseg.config import nodes
@@ -43,7 +44,7 @@ def made(tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(nodes, "_call_target", lambda values, where, keys: where)
+    count(nodes, "argument_keys", lambda node: node._get_full_key(None) if OmegaConf.is_config(node) else "")
     count(Builder, "criterion", lambda *_, **__: "a loss")
     count(Builder, "optimizer", lambda *_: "an optimizer")
     count(custom, "check_custom_dataset", lambda data, *_, **__: f"split of {data.names}")

@@ -57,32 +57,6 @@ def test_single_task_environment_is_left_alone(environment, own):
     assert {name: environment[name] for name in before} == before and environment.keys() - before <= {"OMP_NUM_THREADS"}
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("SLURM_STEP_NUM_TASKS", "two", "SLURM_STEP_NUM_TASKS=two must be a whole number from 1 to"),
-        ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS=0 must be"),
-        ("SLURM_STEP_NUM_TASKS", "4294967296", "=4294967296 must be a whole number from 1 to 1000000"),
-        ("SLURM_PROCID", "4", "SLURM_PROCID=4 must be a whole number from 0 to 3"),
-        ("SLURM_PROCID", None, "SLURM_PROCID is missing: it must be"),
-        ("SLURM_LOCALID", "-1", "SLURM_LOCALID=-1 must be"),
-        ("SLURM_JOB_ID", "12_3", "SLURM_JOB_ID=12_3 must be"),
-        ("SLURM_STEP_ID", "9" * 5000, "SLURM_STEP_ID=9999.* must be"),
-        ("SLURM_STEP_NODELIST", None, "SLURM_STEP_NODELIST is missing: it must name the machines of the step"),
-        ("SLURM_STEP_NODELIST", "[", "SLURM_STEP_NODELIST=\\[ must name"),
-    ],
-)
-def test_invalid_slurm_variable_is_named(environment, name, value, said):
-    environment |= TASK
-    del environment[name]
-    if value is not None:
-        environment[name] = value
-    before = dict(environment)
-    with pytest.raises(UserError, match=f"{said}.*Start the ranks by `srun"):
-        join_slurm()
-    assert environment.keys() <= before.keys() | {"MASTER_ADDR"} and "WORLD_SIZE" not in environment
-
-
 NODES = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
 
 

@@ -18,7 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from dinoseg.cli.sweeps.job_results import JobResults
-from dinoseg.config.checks import check_arguments
+from dinoseg.config.nodes import check_arguments
 from dinoseg.core.metric import INFINITE_IMAGES, find_infinite_score
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError

@@ -146,7 +146,6 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
         ("trainer.accumulate=0", "trainer.accumulate=0 is out of range"),
         ("resolution.crop=[x,y]", "resolution.crop=['x', 'y'] is of type list of str"),
         ("budget.minutes=null", "budget.minutes=null"),
-        ("+chooser.words=[]", "chooser can be set in config files only"),
         ("hparam=base budget.minutes=3", "Options that have it: hparam=auto."),
         ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
         ("trainer=slots", "not for trainer=slots"),

@@ -209,7 +209,7 @@ def test_checkpoint_stores_the_values_of_the_class_file(load, tmp_path):
     text = json.dumps(kept["config"])
     assert "class_file" not in text and "${" not in text
     kept["config"]["data"]["classes"] = "${dinoseg.class_file:classes}"
-    assert_refused(lambda: compose_stored(kept, Source("resume=file")), "interpolation is refused")
+    assert_refused(lambda: compose_stored(kept, Source("resume=file")), "is refused: a checkpoint sets no key")
 
 
 def test_a_changed_file_is_read_again(tmp_path):
