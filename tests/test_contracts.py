@@ -102,7 +102,7 @@ def test_blocks_are_those_that_a_backbone_keeps():
     model = Backbone()
     model.blocks = nn.Sequential(nn.Identity())  # as timm keeps them
     assert isinstance(model.blocks, nn.Sequential) and len(model.blocks) == 1
-    assert_refused(lambda: Lora(1, 1)(Frozen()(Backbone())), "no linear layers")
+    assert_refused(lambda: Lora(1, 1)(Frozen()(Backbone())), "matches no linear layer")
 
 
 def test_a_part_that_keeps_no_contract_is_refused(compose):

@@ -19,7 +19,6 @@ READERS = {  # functions that compare, replace or parse the text of an error, an
     "export/runtime/hub.py _client_errors_as_user_errors": "of huggingface_hub and the network",
     "export/runtime/load.py load": "ours: whether it names the file",
     "inference/memory.py is_shortage": "of torch and CUDA, on memory",
-    "models/backbones/arch.py _of_another_type": "of transformers, on a field of a config",
     "serving/decoding.py _send_error": "of any library: the path of an upload is removed",
     "utils/errors.py file_errors_as_user_errors": "of pathlib, on a home folder",
     "utils/errors.py name_parameters": "ours: the only place that puts keys into messages",

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, Protocol, Self, TypedDict
 
 import torch
@@ -134,7 +133,6 @@ class FrozenFeatures:
     tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); uint8 and uint16 ones are pixels, never converted
     size: tuple[int, int]  # (H, W) of the images
     seen: tuple[int, int]  # (H, W) at which they enter the backbone
-    folder: Path | None = None  # of the files they may come from; None: computed by this process
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import Tensor
 from dinoseg.core.geometry import LATTICE, lattice
 from dinoseg.core.metric import LabelledImage, plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
-from dinoseg.metrics.boundary_errors import boundary_errors
 from dinoseg.metrics.miou import MeanIoU, count_classes
+from dinoseg.metrics.surface import boundary_errors
 from dinoseg.report.html.pictures import Shot
 from dinoseg.report.overlay import downscale, downscale_mask
 from dinoseg.utils.levels import to_display

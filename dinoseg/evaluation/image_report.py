@@ -15,10 +15,10 @@ from dinoseg.evaluation.run_facts import about_run
 from dinoseg.evaluation.scoring.intervals import has_labels, jackknife, unit_sums
 from dinoseg.evaluation.unit_scores import ClassScores, further_scores, metric_intervals
 from dinoseg.experiment.provenance import Provenance
-from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.metrics.miou import count_decisions
 from dinoseg.metrics.rows import MetricRows
+from dinoseg.metrics.surface import DISTANCES
 from dinoseg.report.html.evaluation import ErrorAnalysis, EvaluationScores, evaluation_page
 from dinoseg.report.log import read_rows
 from dinoseg.training.engine import Engine

@@ -18,8 +18,7 @@ from dinoseg.evaluation.scoring.intervals import (
     scored_sums,
     unit_sums,
 )
-from dinoseg.metrics.counts import mean_defined
-from dinoseg.metrics.flat import FlatMetric, flatten_counts
+from dinoseg.metrics.counts import FlatMetric, flatten_counts, mean_defined
 from dinoseg.metrics.miou import MeanIoU
 
 

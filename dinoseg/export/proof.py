@@ -17,7 +17,7 @@ from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.runtime import Runtime
-from dinoseg.metrics.layer_counts import make_counts
+from dinoseg.metrics.confusion import make_counts
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 

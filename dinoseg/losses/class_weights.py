@@ -1,21 +1,29 @@
 """Class weights, computed from pixel counts or given by name."""
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import LowShare
+from dinoseg.utils.ranges import LowShare, Range, check_annotations
 from dinoseg.utils.wording import format_value, join_names
 
-_MIN, _MAX = 1e-6, 1e6  # range of a weight: float32 sums stay accurate
 _NAMED = 30  # maximum number of classes listed in a message
-SCHEMES = ("none", "one_minus_frequency", "inverse", "median", "effective_number")
+Scheme = Literal["none", "one_minus_frequency", "inverse", "median", "effective_number"]
+# float32 sums stay accurate
+Weight = Annotated[float, Range("a number from 1e-6 to 1e6 (1 is neutral)", 1e-6, 1e6)]
 
 
+@check_annotations
 def class_weights(
-    counts: Sequence[int], classes: Sequence[str], scheme: str | Mapping[str, float], *, beta: LowShare = 0.9999
+    counts: Sequence[int] | np.ndarray,
+    classes: Sequence[str],
+    scheme: Scheme | Mapping[str, Weight],
+    *,
+    beta: LowShare = 0.9999,
 ) -> Tensor:
     """Return one weight (K,) float32 per class, by a scheme from the pixel counts of the training masks.
 
@@ -28,20 +36,20 @@ def class_weights(
     Weights may also be given by class name; these are used unchanged, and classes without one get 1.
 
     Raises:
-        UserError: unknown scheme, no labelled pixel, unknown class name, or a weight outside 1e-6 to 1e6.
+        UserError: unknown scheme, unknown class name, or a weight outside 1e-6 to 1e6.
     """
     if isinstance(scheme, Mapping):
-        return _checked_weights(scheme, classes)
-    if scheme not in SCHEMES:
-        raise UserError(
-            f"scheme={scheme} is unknown. Choose one of {', '.join(SCHEMES)}, or give numbers by name: "
-            f"'scheme={{{classes[-1]}: 3}}'."
-        )
+        named = {str(name): float(weight) for name, weight in scheme.items()}  # YAML parses a class named 1 as a number
+        unknown = [name for name in named if name not in classes]
+        if unknown:
+            raise UserError(
+                f"scheme: {format_value(unknown[0])} is not a class. The classes are {join_names(classes, _NAMED)}. "
+                "Give weights for these only; scheme=none weights all classes equally."
+            )
+        return torch.tensor([named.get(name, 1.0) for name in classes])
     n = torch.tensor(counts, dtype=torch.float64)
     if scheme == "none":
         return torch.ones(len(n))
-    if n.sum() == 0:
-        raise UserError(f"scheme={scheme}: the training masks hold no labelled pixel. Check the masks.")
     frequency = n / n.sum()
     present = n > 0
     if scheme == "one_minus_frequency":
@@ -53,25 +61,6 @@ def class_weights(
     else:
         weights = _mean_one((1 - beta) / (1 - beta ** (n / 1e4)), present)
     return torch.where(present, weights, 1.0).float()
-
-
-def _checked_weights(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
-    found = dict.fromkeys(classes, 1.0)
-    for key, weight in weights.items():
-        name = str(key)  # YAML parses a class named 1 as a number
-        if name not in found:
-            raise UserError(
-                f"scheme: {format_value(name)} is not a class. The classes are {join_names(classes, _NAMED)}. "
-                "Give weights for these only; scheme=none weights all classes equally."
-            )
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (number and _MIN <= weight <= _MAX):
-            raise UserError(
-                f"scheme: {name}={format_value(weight)} is not a weight. Give a number from {_MIN:g} to "
-                f"{_MAX:g}; 1 is neutral."
-            )
-        found[name] = float(weight)
-    return torch.tensor([found[name] for name in classes])
 
 
 def _mean_one(weights: Tensor, present: Tensor) -> Tensor:

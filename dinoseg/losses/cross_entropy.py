@@ -4,7 +4,6 @@ from torch import Tensor
 
 from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.fused import KernelSpec
-from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import Average, PixelMean
 from dinoseg.utils.ranges import HighShare, LowShare, check_annotations
 
@@ -42,7 +41,7 @@ class CrossEntropy(PixelMean):
         With q = (1 - s) w_t for the label t, plus s w_k / K for each class k, the loss is the sum over k of -q_k log
         p_k.
         """
-        weights = weights_of(self.weight, scores)
+        weights = self.weight.to(scores.dtype)
         index = target.clamp(min=0)[None]
         weight = weights[index[0]] * counted
         label_weight = (1 - self.label_smoothing) * weight  # (N,)

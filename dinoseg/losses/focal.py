@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from dinoseg.losses.full_resolution import Vjp
-from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import Average, PixelMean
 from dinoseg.utils.ranges import HighShare, NotNegative, check_annotations
 
@@ -39,7 +38,7 @@ class Focal(PixelMean):
     def pixel_cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""
         index = target.clamp(min=0)[None]
-        weight = weights_of(self.weight, scores)[index[0]] * counted  # (N,)
+        weight = self.weight.to(scores.dtype)[index[0]] * counted  # (N,)
         scores.sub_(scores.amax(0))
         label_score = scores.gather(0, index)[0]
         norm = scores.exp_().sum(0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.losses.class_weights import Scheme
 from dinoseg.losses.class_weights import class_weights as weights_by_scheme
 from dinoseg.losses.cldice import SoftClDice
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -26,8 +27,6 @@ from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 from dinoseg.losses.multilabel import BinaryCrossEntropy, BinaryDice
 from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import INTEGERS, whole_number
-from dinoseg.utils.wording import format_value
 
 ClassWeights = Tensor | Sequence[float] | None
 
@@ -334,8 +333,6 @@ def mask_classification_loss(
         >>> loss.shape, loss.item() > 0
         (torch.Size([]), True)
     """
-    if not isinstance(prediction, Prediction):
-        raise UserError("mask_classification_loss needs model(images, as_prediction=True), and was given a tensor.")
     return _value(
         MaskClassification,
         prediction,
@@ -350,7 +347,7 @@ def mask_classification_loss(
     )
 
 
-def compute_class_weights(counts: Sequence[int] | Tensor, scheme: str = "median") -> Tensor:
+def compute_class_weights(counts: Sequence[int] | Tensor, scheme: Scheme = "median") -> Tensor:
     """Return a weight (K,) for each class from its number of pixels, for `class_weights` of the losses.
 
     Args:
@@ -384,19 +381,14 @@ def _value(
     """Return the value () of a loss class with these options; `has_layers`: of targets (B, K, H, W)."""
     prediction = logits if isinstance(logits, Prediction) else _as_prediction(logits)
     device, images, classes = _form_of(prediction)
-    ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
-    _check_targets(targets, device, (images, classes), ignore_index, has_layers=has_layers)
+    _check_targets(targets, (images, classes), ignore_index, has_layers=has_layers)
     options = {name: _plain(name, value) for name, value in options.items()}
     if class_weights is None:
         loss = _unweighted_loss(kind, classes, device, ignore_index, **options)
     else:
         weights = torch.as_tensor(class_weights, dtype=torch.float32).detach()
-        if weights.shape != (classes,):
-            raise UserError(f"class_weights has the shape {list(weights.shape)}. Give one weight per class: {classes}.")
-        if not (torch.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-            raise UserError(
-                f"class_weights={weights.tolist()}: give finite numbers of at least 0, one of them above 0."
-            )
+        if weights.shape != (classes,) or not ((weights >= 0) & (weights < torch.inf)).all():
+            raise UserError(f"class_weights={weights.tolist()}: give {classes} numbers of at least 0, one per class.")
         loss = _build_loss(kind, weights, ignore_index, options).to(device)
     batch = Batch.of_masks(targets)
     return loss(prediction, batch)[0]
@@ -406,11 +398,7 @@ def _plain(name: str, value: Any) -> Any:
     """Return an option as a plain value, which the cache of losses needs; tables and lists are tuples."""
     if isinstance(value, Tensor | np.ndarray | np.generic) and (name == "classes" or not value.ndim):
         value = value.tolist()
-    if name == "classes" and isinstance(value, Iterable) and not isinstance(value, str):
-        return tuple(value)
-    if value is None or isinstance(value, str | int | float) or name in ("factors", "classes"):
-        return value
-    raise UserError(f"{name}={format_value(str(value))} is of type {type(value).__name__}. Give a single value.")
+    return tuple(value) if name == "classes" and isinstance(value, Iterable) else value
 
 
 @lru_cache(maxsize=64, typed=True)  # 1 is not taken for True, whose loss is there already
@@ -431,11 +419,10 @@ def _as_prediction(logits: Tensor) -> Prediction:
     """Return logits (B, K, H, W) as a prediction.
 
     Raises:
-        UserError: they have another shape or type.
+        UserError: they have another shape.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 4 or not logits.is_floating_point():
-        form = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"The logits are {form}. Give floats (B, K, H, W), or a Prediction.")
+    if logits.ndim != 4:
+        raise UserError(f"The logits are {list(logits.shape)}. Give floats (B, K, H, W), or a Prediction.")
     size = (logits.shape[2], logits.shape[3])
     return Prediction(logits, size, (1.0, 1.0), upsample, grid=logits)
 
@@ -449,15 +436,12 @@ def _form_of(prediction: Prediction) -> tuple[torch.device, int, int]:
     return scores.device, scores.shape[0], scores.shape[1]
 
 
-def _check_targets(
-    targets: Tensor, device: torch.device, sizes: tuple[int, int], ignore_index: int, *, has_layers: bool
-) -> None:
-    """Refuse targets of another shape, type or device than the prediction's, and ids that are no class.
+def _check_targets(targets: Tensor, sizes: tuple[int, int], ignore_index: int, *, has_layers: bool) -> None:
+    """Refuse targets of another shape or type than the prediction needs, and ids that are no class.
 
     Args:
         targets: class ids (B, H, W), or layers (B, K, H, W).
-        device: of the prediction.
-        sizes: its numbers B of images and K of classes.
+        sizes: numbers B of images and K of classes of the prediction.
         ignore_index: target of pixels that do not count.
         has_layers: whether the targets must be layers.
 
@@ -465,31 +449,19 @@ def _check_targets(
         UserError: naming what to give.
     """
     images, classes = sizes
-    form = "a layer for each class (B, K, H, W)" if has_layers else "class ids (B, H, W)"
     last = 1 if has_layers else classes - 1
-    if not isinstance(targets, Tensor):
-        raise UserError(f"The targets are {type(targets).__name__}. Give a tensor of {form}.")
-    is_integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
-    if targets.ndim != 3 + has_layers or not is_integer:
+    leading = [images, classes] if has_layers else [images]
+    if list(targets.shape[:-2]) != leading or targets.is_floating_point():
+        form = f"{'layers' if has_layers else 'class ids'} ({', '.join(map(str, leading))}, H, W)"
         others = "cross_entropy_loss take (B, H, W)" if has_layers else "bce_loss take (B, K, H, W)"
         raise UserError(
             f"The targets are {targets.dtype} {list(targets.shape)}. Give {form} of integers; losses such as {others}."
         )
-    if has_layers and targets.shape[1] != classes:
-        raise UserError(
-            f"The targets have {targets.shape[1]} layers, and the logits {classes}. Give one of each class."
-        )
     if has_layers and ignore_index in (0, 1):
         raise UserError(f"ignore_index={ignore_index}: layers hold 0 and 1. Give another value, such as 255.")
-    if targets.device != device:
-        raise UserError(f"The targets are on {targets.device}, and the logits on {device}. Move the targets there.")
-    if images != len(targets):
-        raise UserError(f"There are {images} logits and {len(targets)} targets. Give one for each image.")
-    if not targets.numel():
-        raise UserError(f"The targets are {list(targets.shape)}: an empty batch. Give at least one image.")
     ids = targets.long()
     wrong = ((ids < 0) | (ids > last)) & (ids != ignore_index)
-    if device.type != "cpu":  # without waiting for the device
+    if targets.device.type != "cpu":  # without waiting for the device
         torch._assert_async(~wrong.any(), f"The targets hold ids outside 0..{last} and {ignore_index}.")
     elif wrong.any():
         found = ids[wrong].unique()[:5].tolist()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.geometry import cell_weights
-from dinoseg.losses.labelled import weights_of
 from dinoseg.utils.transfer import to_device
 
 ENLARGED = 16  # minimum pixels per grid cell: the kernel stores gradients for the four corners of each cell
@@ -97,7 +96,7 @@ class Fused:
                 bounds.
         """
         if self.form.weights is not None:
-            return weights_of(self.form.weights, grid[0]).to(grid).expand(2, -1).contiguous()
+            return self.form.weights.to(grid).expand(2, -1).contiguous()
         return grid.new_zeros(2, grid.shape[1]) if upstream is None else upstream.view(3, -1)[:2].contiguous()
 
 

@@ -1,4 +1,6 @@
-"""Shared functions of the losses: logits and labels at mask size, class weights and numbers of images."""
+"""Shared functions of the losses: logits and labels at mask size, factors of terms and numbers of images."""
+
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -35,18 +37,16 @@ def check_classes(class_weights: Tensor) -> None:
         )
 
 
-def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
-    """Return class weights (K,) with the dtype of scores (K, N).
+def checked_factors(factors: Mapping[str, float], terms: Iterable[str]) -> dict[str, float]:
+    """Return one factor per term, in the order of the terms.
 
     Raises:
-        RuntimeError: the scores have another number of classes.
+        UserError: a term without a factor, or a factor without a term.
     """
-    if len(class_weights) != len(scores):
-        raise RuntimeError(
-            f"The loss has weights for {len(class_weights)} classes, but the head scores {len(scores)}. Give both the "
-            "number of classes of the data."
-        )
-    return class_weights.to(scores.dtype)
+    names = list(terms)
+    if factors.keys() != {*names}:
+        raise UserError(f"factors={dict(factors)}: give one for each of the terms {', '.join(names)}, and no other.")
+    return {name: float(factors[name]) for name in names}
 
 
 def labelled_images(mask: Tensor, ignore_index: int) -> Tensor:

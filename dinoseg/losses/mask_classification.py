@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
-from dinoseg.losses.factors import checked_factors
-from dinoseg.losses.labelled import UNLABELLED, labels
+from dinoseg.losses.labelled import UNLABELLED, checked_factors, labels
 from dinoseg.losses.points import (
     random_points,
     sample_labels,
@@ -247,7 +246,7 @@ class MaskClassification(Loss):
         self,
         class_weights: Tensor,
         ignore_index: int = 255,
-        factors: Mapping[str, float] = FACTORS,
+        factors: Mapping[str, NotNegative] = FACTORS,
         no_object: NotNegative = 0.1,
         num_points: Count = 12544,
         oversample: Oversampling = 3.0,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Loss
 from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.shapes import Batch, ClipBatch, Prediction
-from dinoseg.losses.factors import checked_factors
+from dinoseg.losses.labelled import checked_factors
 from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.ranges import NotNegative, check_annotations
 
 
 class WeightedSum(Loss):
@@ -20,14 +21,15 @@ class WeightedSum(Loss):
 
     Args:
         terms: maps names to factories of losses, called with `class_weights` if they accept them.
-        factors: maps names to the factors of the terms.
+        factors: maps names to the factors of the terms; 0 switches a term off.
         class_weights: one weight (K,) per class; None if no term uses classes.
     """
 
+    @check_annotations
     def __init__(
         self,
         terms: Mapping[str, Callable[..., Loss]],
-        factors: Mapping[str, float],
+        factors: Mapping[str, NotNegative],
         class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()

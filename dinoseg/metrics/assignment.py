@@ -5,11 +5,5 @@ from scipy.optimize import linear_sum_assignment
 
 
 def best_assignment(scores: np.ndarray) -> np.ndarray:
-    """Return a distinct column for each row of scores (R, C), R <= C, so that the total score is greatest.
-
-    Raises:
-        ValueError: there are more rows than columns, or a score is not a number.
-    """
-    if len(scores) > scores.shape[1]:
-        raise ValueError(f"{len(scores)} rows cannot each have a column of their own among {scores.shape[1]}.")
+    """Return a distinct column for each row of scores (R, C), R <= C, so that the total score is greatest."""
     return linear_sum_assignment(scores, maximize=True)[1]

@@ -1,4 +1,4 @@
-"""Confusion matrix of a whole data set, and the scores derived from it."""
+"""Confusion matrix of a whole data set, pixel counts of multi-label masks, and the scores derived from both."""
 
 from copy import copy
 from typing import Any, Self
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.task import Task
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import AT_LEAST_1, INTEGERS, Range, whole_number
 
@@ -168,6 +169,59 @@ class ConfusionMatrix:
         return ids[((ids < 0) | (ids >= self.num_classes)) & (ids != self.ignore_index)].tolist()
 
 
+class LayerCounts:
+    """Pixel counts of each class in layers of 0, 1 and `ignore_index`, exact in int64.
+
+    `counts` (4 K + 1,) holds the hits, the reference's pixels, the predicted pixels and the labelled pixels of each
+    class, the first three over its labelled pixels, and the number of ignored pixels of all layers.
+
+    Args:
+        num_classes: K.
+        ignore_index: mask value of unlabelled pixels of a class.
+        background: ID of the class that `miou_no_background` leaves out; None without one.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:
+        self.num_classes, self.ignore_index, self.background = num_classes, ignore_index, background
+        self.counts = torch.zeros(4 * num_classes + 1, dtype=torch.int64)
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """Count predicted layers (..., K, H, W) of 0 and 1 against reference layers of the same shape."""
+        labelled, reference = mask != self.ignore_index, mask == 1
+        predicted = (prediction == 1) & labelled
+        layers = (-1, *mask.shape[-3:])
+        parts = (predicted & reference, reference, predicted, labelled)
+        by_class = [part.view(layers).sum(dim=(0, 2, 3)) for part in parts]
+        added = torch.cat([*by_class, (~labelled).sum()[None]])
+        self.counts = self.counts.to(added.device) + added
+
+    def compute(self) -> dict[str, Any]:
+        """Return the scores of `ConfusionMatrix.compute`, without a matrix.
+
+        `pixels` counts the reference's pixels of all classes. `accuracy` is the share of correct decisions, present or
+        absent, over the labelled pixels of all classes.
+        """
+        hits, reference, predicted, labelled = self.counts[:-1].view(4, -1).tolist()
+        rows = zip(hits, reference, predicted, strict=True)
+        classes = [class_scores(index, *row) for index, row in enumerate(rows)]
+        correct = sum(labelled) - sum(reference) - sum(predicted) + 2 * sum(hits)
+        return {
+            **mean_scores(classes, sum(hits), self.background),
+            "accuracy": correct / sum(labelled) if any(labelled) else None,
+            "ignored_pixels": int(self.counts[-1]),
+            "matrix": None,
+            "classes": classes,
+        }
+
+
+def make_counts(
+    task: Task, num_classes: int, ignore_index: int, background: int | None = None
+) -> ConfusionMatrix | LayerCounts:
+    """Return empty counts for the masks of a task."""
+    kind = LayerCounts if task.has_layers else ConfusionMatrix
+    return kind(num_classes, ignore_index, background)
+
+
 def mean_scores(classes: list[dict[str, Any]], hits: int, background: int | None) -> dict[str, Any]:
     """Return the scores over all classes from those of each (`class_scores`) and the number of correct pixels."""
     pixels = sum(row["pixels"] for row in classes)
@@ -197,14 +251,12 @@ def as_tensor(value: Any, name: str) -> Tensor:
     """Return a tensor, or an array as one.
 
     Raises:
-        UserError: it is neither, a masked array, or not of numbers; the message begins with its name.
+        UserError: it is a list or a masked array; the message begins with its name.
     """
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):  # torch would ignore the mask
         raise UserError(f"{name} is of type {type(value).__name__}. Give a tensor or an array.")
-    if value.dtype.kind not in "biufc":
-        raise UserError(f"{name} is an array of {value.dtype}. Give one of numbers.")
     # torch takes no read-only arrays, no flipped ones, and no bytes in the other order
     return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
 

@@ -1,6 +1,5 @@
 """Scores of predictions as functions of tensors or arrays, computed in integers and float64."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from dinoseg.metrics import calibration, surface
 from dinoseg.metrics.confusion import ConfusionMatrix, as_tensor
 from dinoseg.metrics.region_boundary import object_scores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import AT_LEAST_1, INTEGERS, whole_number
+from dinoseg.utils.ranges import Count, HighShare, NotNegative, Positive, check_annotations
 
 Values = Tensor | np.ndarray
 
@@ -64,20 +63,21 @@ def pixel_accuracy(predictions: Values, targets: Values, num_classes: int, *, ig
     return _score("accuracy", predictions, targets, num_classes, ignore_index)
 
 
+@check_annotations
 def region_and_boundary(
-    prediction: Values, target: Values, num_objects: int, *, void: Values | None = None
+    prediction: Values, target: Values, num_objects: Count, *, void: Values | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return DAVIS's region similarity J and boundary measure F of each object of a frame, (G,) float64.
 
     Args:
         prediction: object ids (H, W) of any integer type: 1..G, anything else is background.
         target: object ids (H, W) in the same form.
-        num_objects: G, at most 255.
+        num_objects: G.
         void: (H, W) bool or integers, True or not 0 where a pixel is background in both; None: nowhere.
 
     Raises:
         UserError: an argument holds no ids, or `num_objects` is below 1.
-        ValueError: the maps or `void` differ in size, or there are more than 255 objects.
+        ValueError: the maps differ in size.
 
     Examples:
         >>> import torch
@@ -88,15 +88,13 @@ def region_and_boundary(
         (tensor([1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
-    num_objects = whole_number(num_objects, "num_objects", AT_LEAST_1)
     hidden = None if void is None else _array(_as_ids(void, "void"))
-    if hidden is not None and hidden.shape != _array(target).shape:
-        raise ValueError(f"void has the shape {list(hidden.shape)}. Give that of the target, {list(target.shape)}.")
     region, boundary = object_scores(_array(target), _array(prediction), num_objects, hidden)
     return torch.from_numpy(region.copy()), torch.from_numpy(boundary.copy())
 
 
-def boundary_iou(prediction: Values, target: Values, num_classes: int, *, ratio: float = 0.02) -> Tensor:
+@check_annotations
+def boundary_iou(prediction: Values, target: Values, num_classes: Count, *, ratio: HighShare = 0.02) -> Tensor:
     """Return the Boundary IoU (B. Cheng et al., 2021) of each class of an image, (K,) float64; NaN without pixels.
 
     Args:
@@ -118,14 +116,12 @@ def boundary_iou(prediction: Values, target: Values, num_classes: int, *, ratio:
         tensor([1., 1.], dtype=torch.float64)
     """
     prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
-    if not 0 < ratio <= 1:
-        raise UserError(f"ratio={ratio}: give a number above 0 and at most 1.")
-    classes = range(whole_number(num_classes, "num_classes", AT_LEAST_1))
-    both, either = surface.boundary_ious(_array(target), _array(prediction), classes, ratio).T
+    both, either = surface.boundary_ious(_array(target), _array(prediction), range(num_classes), ratio).T
     return _ratio(both, either)
 
 
-def surface_dice(prediction: Values, target: Values, num_classes: int, *, tolerance: float) -> Tensor:
+@check_annotations
+def surface_dice(prediction: Values, target: Values, num_classes: Count, *, tolerance: NotNegative) -> Tensor:
     """Return the normalised surface Dice (NSD) of each class of an image, (K,) float64; NaN for absent classes.
 
     Args:
@@ -135,8 +131,8 @@ def surface_dice(prediction: Values, target: Values, num_classes: int, *, tolera
         tolerance: distance in pixels up to which outlines agree, at least 0.
 
     Raises:
-        UserError: an argument holds no ids, or `num_classes` is below 1.
-        ValueError: the maps differ in size, or the tolerance is invalid.
+        UserError: an argument holds no ids, or a number is out of its range.
+        ValueError: the maps differ in size.
 
     Examples:
         >>> import torch
@@ -147,13 +143,13 @@ def surface_dice(prediction: Values, target: Values, num_classes: int, *, tolera
         tensor([1., 1.], dtype=torch.float64)
     """
     prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
-    classes = range(whole_number(num_classes, "num_classes", AT_LEAST_1))
-    near, total = surface.surface_counts(_array(target), _array(prediction), classes, tolerance).T
+    near, total = surface.surface_counts(_array(target), _array(prediction), range(num_classes), tolerance).T
     return _ratio(near, total)
 
 
+@check_annotations
 def expected_calibration_error(
-    logits: Values, targets: Values, *, ignore_index: int = 255, temperature: float = 1.0
+    logits: Values, targets: Values, *, ignore_index: int = 255, temperature: Positive = 1.0
 ) -> float:
     """Return the expected calibration error (C. Guo et al., 2017) over 15 bins of the confidence; NaN without pixels.
 
@@ -173,8 +169,6 @@ def expected_calibration_error(
         >>> expected_calibration_error(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
         0.5
     """
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature={temperature}: give a number above 0.")
     found = calibration.reliability(*_select_labelled(logits, targets, ignore_index), temperature).ece
     return float("nan") if found is None else found
 
@@ -214,14 +208,11 @@ def _score(name: str, predictions: Values, targets: Values, num_classes: int, ig
 def _select_labelled(logits: Values, targets: Values, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits (N, K) and ids (N,) of labelled pixels."""
     logits, targets = as_tensor(logits, "logits"), _as_ids(targets, "targets")
-    ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
     if logits.ndim != 4 or targets.shape != (len(logits), *logits.shape[2:]):
         raise UserError(
             f"Logits {list(logits.shape)} and targets {list(targets.shape)} do not fit. Give (B, K, H, W) and "
             "(B, H, W)."
         )
-    if logits.shape[1] < 2:
-        raise UserError("With 1 class every probability is 1. Give logits of at least two classes.")
     rows = logits.detach().movedim(1, -1).flatten(0, 2)
     ids = targets.flatten().long()
     known = ids != ignore_index

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from dinoseg.metrics.surface import check_sizes
+
 TOLERANCE = 0.008  # share of the image diagonal within which boundaries match
 
 
@@ -30,14 +32,14 @@ def pair_scores(
     Args:
         reference: object ids (H, W) of any integer type: 1..G, anything else is background.
         prediction: proposal ids (H, W): 1..P, anything else is background.
-        num_objects: G, at most 255.
-        num_proposals: P, at most 255.
+        num_objects: G.
+        num_proposals: P.
         void: (H, W) bool, True where a pixel is background in both.
 
     Raises:
-        ValueError: the maps differ in size, or there are more than 255 masks.
+        ValueError: the maps differ in size.
     """
-    _check_frame(reference, prediction, max(num_objects, num_proposals))
+    check_sizes(reference, prediction)
     objects = _masks(reference, num_objects, void)
     proposals = _masks(prediction, num_proposals, void)
     scores = [_score(proposal, one) for proposal in proposals for one in objects]
@@ -55,13 +57,13 @@ def object_scores(
     Args:
         reference: object ids (H, W) of any integer type: 1..G, anything else is background.
         prediction: proposal ids (H, W), in the same form.
-        num_objects: G, at most 255.
+        num_objects: G.
         void: (H, W) bool, True where a pixel is background in both.
 
     Raises:
-        ValueError: the maps differ in size, or there are more than 255 masks.
+        ValueError: the maps differ in size.
     """
-    _check_frame(reference, prediction, num_objects)
+    check_sizes(reference, prediction)
     pairs = zip(_masks(prediction, num_objects, void), _masks(reference, num_objects, void), strict=True)
     scores = [_score(proposal, one) for proposal, one in pairs]
     region, boundary = np.array(scores, dtype=np.float64).reshape(num_objects, 2).T
@@ -108,13 +110,6 @@ def _mean(values: np.ndarray) -> np.ndarray:
     count = defined.sum(axis=-1)
     total = np.where(defined, values, 0.0).sum(axis=-1)
     return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
-
-
-def _check_frame(reference: np.ndarray, prediction: np.ndarray, count: int) -> None:
-    if reference.shape != prediction.shape or reference.ndim != 2:
-        raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape}: give ids (H, W) of one size.")
-    if count > 255:
-        raise ValueError(f"A frame has {count} masks; the limit is 255.")
 
 
 def _masks(ids: np.ndarray, count: int, void: np.ndarray | None) -> list[Mask]:

@@ -1,4 +1,4 @@
-"""Boundary agreement: normalised surface dice and Boundary IoU, exact, for all classes at once; no torch."""
+"""Boundaries of all classes at once: surface dice, Boundary IoU, and errors by distance from them; no torch."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from itertools import groupby
 import cv2
 import numpy as np
 
+DISTANCES = (1, 2, 4, 8, 16)  # upper ends of the bands in pixels; one more band holds all farther pixels
+_BAND_ROWS = 1024  # rows per chunk of `boundary_errors`, to limit the memory for huge images
 _CV2_DTYPES = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
 
 
@@ -68,7 +70,7 @@ def surface_counts(
     Returns:
         (K, 2) int64; 0 and 0 where both maps lack the class.
     """
-    _check_sizes(reference, prediction)
+    check_sizes(reference, prediction)
     reaches = _reaches(tolerance, reference.shape)
     counts = np.zeros((len(classes), 2), np.int64)
     outlines = zip(_outlines(reference, classes), _outlines(prediction, classes), strict=True)
@@ -94,7 +96,7 @@ def boundary_ious(
         classes: ids to compare.
         ratio: band width as a share of the image diagonal.
     """
-    _check_sizes(reference, prediction)
+    check_sizes(reference, prediction)
     ours, theirs = _band(reference, ratio), _band(prediction, ratio)
     shared = reference[ours & theirs & (reference == prediction)]
     held = reference[ours], prediction[theirs]
@@ -103,7 +105,12 @@ def boundary_ious(
     return np.stack((both, each - both), axis=1).reshape(-1, 2)
 
 
-def _check_sizes(reference: np.ndarray, prediction: np.ndarray) -> None:
+def check_sizes(reference: np.ndarray, prediction: np.ndarray) -> None:
+    """Refuse ids of two sizes, and those of several images.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
     if reference.shape != prediction.shape or reference.ndim != 2:
         raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape}: give ids (H, W) of one size.")
 
@@ -127,8 +134,6 @@ def _outlines(ids: np.ndarray, classes: Sequence[int]) -> list[np.ndarray]:
 
 def _reaches(tolerance: float, shape: tuple[int, ...]) -> list[int]:
     """Return the maximum column distance for each row distance 0, 1, 2 ..., limited by the image size."""
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance={tolerance} is not a distance in pixels: give a number of at least 0.")
     square = min(math.floor(Fraction(tolerance) ** 2), shape[0] ** 2 + shape[1] ** 2)
     return [math.isqrt(square - rows * rows) for rows in range(math.isqrt(square) + 1)]
 
@@ -163,3 +168,41 @@ def _band(ids: np.ndarray, ratio: float) -> np.ndarray:
     band = np.ones(ids.shape, bool)
     band[inner] = (cv2.erode(ids, square) != cv2.dilate(ids, square))[inner]
     return band
+
+
+def boundary_errors(reference: np.ndarray, prediction: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Return labelled and wrong pixels in bands around the reference's boundaries: (len(DISTANCES) + 1, 2) int64.
+
+    A boundary pixel is a labelled pixel that shares an edge with a labelled pixel of another class. A pixel lies within
+    k pixels of a boundary if it is less than k pixels (Euclidean, between centres) from a boundary pixel. Boundary
+    pixels themselves therefore lie within 1. Each pixel counts in one band, the nearest.
+
+    Args:
+        reference: ids (H, W).
+        prediction: ids (H, W).
+        ignore_index: id of unlabelled pixels in the reference.
+    """
+    counts = np.zeros((len(DISTANCES) + 1, 2), np.int64)
+    reach, height = DISTANCES[-1], len(reference)
+    for top in range(0, height, _BAND_ROWS):
+        bottom = min(top + _BAND_ROWS, height)
+        # one row beyond the reach: the boundary test compares neighbouring rows
+        first, last = max(top - reach - 1, 0), min(bottom + reach + 1, height)
+        nearby = reference[first:last]
+        near = _distance_bands(neighbour_edges(nearby, nearby != ignore_index))[top - first : bottom - first]
+        ids = reference[top:bottom]
+        labelled = ids != ignore_index
+        wrong = labelled & (ids != prediction[top:bottom])
+        counts[:, 0] += np.bincount(near[labelled], minlength=len(counts))
+        counts[:, 1] += np.bincount(near[wrong], minlength=len(counts))
+    return counts
+
+
+def _distance_bands(boundary: np.ndarray) -> np.ndarray:
+    """Return the band (H, W) uint8 of each pixel."""
+    if not boundary.any():
+        return np.full(boundary.shape, len(DISTANCES), np.uint8)
+    distance = cv2.distanceTransform((~boundary).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # distances are roots of integers: slightly lowered ends make the comparison robust to rounding
+    ends = np.array(DISTANCES, np.float32) - np.float32(1e-3)
+    return np.digitize(distance, ends, right=True).astype(np.uint8)

@@ -18,8 +18,7 @@ from dinoseg.core.metric import (
 )
 from dinoseg.metrics.counts import ratio
 from dinoseg.utils.errors import UserError
-
-_METHODS = ("update", "compute", "reset")
+from dinoseg.utils.ranges import check_annotations
 
 
 class WrappedMetric(Metric):
@@ -39,29 +38,18 @@ class WrappedMetric(Metric):
         ignored: what the metric receives for ignored pixels. "remove": ids (1, P) of the other pixels, for metrics that
             count pixels. "match": ids (1, H, W), where both masks have the same class at these pixels, for metrics of
             shape: the ignored class, or class 0 if `ignore_index` is no class.
-
-    Raises:
-        UserError: `ignored` is missing, or the metric lacks a method.
     """
 
+    @check_annotations
     def __init__(
         self,
         name: str,
         metric: Any,
         better: Literal["max", "min"] = "max",
         is_share: bool = True,
-        ignored: Literal["remove", "match"] | None = None,
+        *,
+        ignored: Literal["remove", "match"],
     ) -> None:
-        if ignored not in ("remove", "match"):
-            raise UserError(
-                f"ignored={ignored}: choose what {name} receives for ignored pixels. Set ignored=remove for a metric "
-                "that counts pixels, such as an IoU; or ignored=match for one of shape, such as a distance of outlines."
-            )
-        if missing := [method for method in _METHODS if not callable(getattr(metric, method, None))]:
-            raise UserError(
-                f"metric: {type(metric).__name__} has no {' and no '.join(missing)}. Wrap it in a class with "
-                f"{', '.join(_METHODS)}."
-            )
         self.scores = {name: better}
         if not is_share:
             self.scores |= {f"{name}{INFINITE_IMAGES}": "min", f"{name}{FINITE_MEAN}": better}

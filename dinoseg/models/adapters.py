@@ -29,15 +29,14 @@ class Frozen:
 
     Args:
         bits: 4 or 8 to quantise the linear layers of the blocks to this many bits, or None.
-        device: target device of the model, such as auto, cpu or cuda.
 
     Raises:
-        UserError: `bits` is not supported on this device.
+        UserError: `bits` is neither 4 nor 8, or bitsandbytes is not installed.
     """
 
-    def __init__(self, bits: int | None = None, device: str = "auto") -> None:
+    def __init__(self, bits: int | None = None) -> None:
         if bits is not None:
-            check_bits(bits, device)
+            check_bits(bits)
         self.bits = bits
 
     def __call__(self, backbone: Backbone) -> Backbone:
@@ -49,14 +48,7 @@ class Frozen:
 
 
 class Full:
-    """Train every backbone weight that the features depend on.
-
-    Raises:
-        UserError: `bits` is not None.
-    """
-
-    def __init__(self, bits: int | None = None) -> None:
-        _refuse_bits(bits, "full")
+    """Train every backbone weight that the features depend on."""
 
     def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with all used parameters trainable."""
@@ -71,14 +63,12 @@ class LastBlocks:
 
     Args:
         blocks: number of blocks to train, counted back from the last tapped one.
-        bits: must be None; accepted only to raise a clear error, since quantised weights cannot be trained.
 
     Raises:
-        UserError: `blocks` is below 1 or exceeds the number of blocks, or `bits` is not None.
+        UserError: `blocks` is below 1 or exceeds the number of blocks.
     """
 
-    def __init__(self, blocks: Count, bits: int | None = None) -> None:
-        _refuse_bits(bits, "last_blocks")
+    def __init__(self, blocks: Count) -> None:
         self.blocks = blocks
 
     def __call__(self, backbone: Backbone) -> Backbone:
@@ -110,7 +100,6 @@ class Lora:
         blocks: adapt only this many last blocks; earlier blocks then store no activations. None: all blocks.
         bits: 4 (NF4, double quantisation, bfloat16 compute: QLoRA, Dettmers et al., arXiv 2305.14314) or 8 to
             quantise the frozen linear layers to this many bits, or None.
-        device: target device of the model, such as auto, cpu or cuda.
 
     Raises:
         UserError: rank below 1, dropout outside [0, 1), targets without a match, more blocks than the backbone has,
@@ -128,11 +117,10 @@ class Lora:
         rslora: bool = False,
         blocks: Count | None = None,
         bits: int | None = None,
-        device: str = "auto",
     ) -> None:
         self.pattern = Pattern(TARGETS.get(targets, targets), "targets")
         if bits is not None:
-            check_bits(bits, device)
+            check_bits(bits)
         self.bits, self.blocks, self.targets = bits, blocks, targets
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
 
@@ -144,11 +132,6 @@ class Lora:
         where = backbone.blocks if self.blocks is None else last_blocks(backbone, self.blocks)
         inside = {part for block in where for part in block.modules()}
         linear = [name for name, part in backbone.named_modules() if isinstance(part, nn.Linear) and part in inside]
-        if not linear:
-            raise UserError(
-                "The blocks of this backbone have no linear layers, which LoRA updates. Choose the adapter last_blocks "
-                "or full."
-            )
         names = [name for name in linear if self.pattern.search(f".{name}.")]
         passed_over = sorted(set(names) & backbone.uncalled_linears)
         if passed_over:
@@ -158,10 +141,10 @@ class Lora:
                 "layers, such as targets=proj, or the adapter last_blocks."
             )
         if not names:
-            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "there are none"
             raise UserError(
-                f"targets={self.targets} matches no linear layer of this backbone. Choose {', '.join(TARGETS)} "
-                f"or an expression that matches one of its layers: {', '.join(kinds)}."
+                f"targets={self.targets} matches no linear layer of this backbone's blocks ({kinds}). Choose "
+                f"{', '.join(TARGETS)}, an expression that matches one, or the adapter last_blocks."
             )
         backbone.requires_grad_(False)
         if self.bits is not None:
@@ -305,11 +288,11 @@ def dequantised_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def check_bits(bits: int, device: str) -> None:
-    """Raise an error if the model cannot be quantised to this number of bits.
+def check_bits(bits: int) -> None:
+    """Refuse another number of bits than 4 and 8, and a missing library, before any weights are loaded.
 
     Raises:
-        UserError: `bits` is neither 4 nor 8, bitsandbytes is not installed, or it does not support this device.
+        UserError: `bits` is neither 4 nor 8, or bitsandbytes is not installed.
     """
     if bits not in (4, 8):
         raise UserError(f"bits={bits}: give 4, 8, or null for none.")
@@ -317,12 +300,6 @@ def check_bits(bits: int, device: str) -> None:
         raise UserError(
             f"bits={bits} needs bitsandbytes, which is not installed: in your clone of dinoseg, pip install "
             f"'.[quantised]', or leave bits out."
-        )
-    mps = device == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available()
-    if mps or device.split(":")[0] not in ("auto", "cpu", "cuda"):
-        raise UserError(
-            f"bits={bits}: bitsandbytes does not work on the device {'mps' if mps else device}, only on cuda "
-            f"and cpu. Leave bits out, or set device=cpu."
         )
 
 
@@ -377,12 +354,4 @@ def _refuse_half(backbone: nn.Module, name: str) -> None:
         raise UserError(
             f"The adapter {name} trains weights of the backbone, and in bfloat16 small updates would be rounded away. "
             "Give the backbone dtype=float32 (autocast still computes in bfloat16), or choose the adapter lora."
-        )
-
-
-def _refuse_bits(bits: int | None, name: str) -> None:
-    if bits is not None:
-        raise UserError(
-            f"bits={bits} with the adapter {name}: quantised weights cannot be trained. The adapter qlora trains LoRA "
-            f"on 4-bit weights, lora_8bit on 8-bit ones; or leave bits out."
         )

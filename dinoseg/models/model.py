@@ -1,7 +1,7 @@
 """The segmentation model: a backbone, a head and the preprocessing of images."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from dinoseg.core.sizes import Size, backbone_size
 from dinoseg.core.task import SEMANTIC, Task, refuse_layers
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Scale, check_annotations
-from dinoseg.utils.wording import join_names
 
 _SAMPLES = 1024  # values per tensor that enter the fingerprint
 
@@ -68,7 +67,7 @@ class SegmentationModel(nn.Module):
         head = self.head
         if isinstance(images, FrozenFeatures):
             size, seen = images.size, images.seen
-            outputs = self._forward_cached(images)
+            outputs = head.forward_trainable(self.backbone, images.tensors, seen)
         else:
             pixels = self.pixels(images, reduce=reduce)
             size, seen = _size(images), _size(pixels)
@@ -111,35 +110,6 @@ class SegmentationModel(nn.Module):
         pixels = self.pixels(images)
         return FrozenFeatures(self.head.forward_frozen(self.backbone, pixels), _size(images), _size(pixels))
 
-    def _forward_cached(self, features: FrozenFeatures) -> Any:
-        """Return the head's outputs for features.
-
-        Raises:
-            UserError: features from a file have other shapes or kinds of numbers than those of this model.
-        """
-        try:
-            return self.head.forward_trainable(self.backbone, features.tensors, features.seen)
-        except (RuntimeError, ValueError, IndexError):
-            if features.folder is not None:
-                self._check_cached(features)
-            raise
-
-    def _check_cached(self, features: FrozenFeatures) -> None:
-        """Refuse features from files whose shapes or kinds of numbers differ from those of a black image.
-
-        Raises:
-            UserError: a file was changed.
-        """
-        black = torch.zeros(
-            1, self.backbone.channels, *features.size, dtype=torch.uint8, device=features.tensors[0].device
-        )
-        found, expected = (describe_tensors(part) for part in (features.tensors, self.frozen(black).tensors))
-        if found != expected:
-            raise UserError(
-                f"{features.folder}: features of {join_names(found)} do not fit this model, which has "
-                f"{join_names(expected)}. A file was changed. Remove this folder: features are recomputed."
-            )
-
     def train(self, mode: bool = True) -> "SegmentationModel":
         """Switch mode, but leave frozen modules in eval mode: their dropout is off, their running means are fixed."""
         super().train(mode)
@@ -173,13 +143,6 @@ class SegmentationModel(nn.Module):
         if size == tuple(images.shape[-2:]):
             return images
         return resize(images.flatten(0, -4), size).unflatten(0, images.shape[:-3])
-
-
-def describe_tensors(tensors: Sequence[Tensor]) -> list[str]:
-    """Return the shape of each tensor (B, ...) without the batch, and whether it holds numbers or pixels."""
-    kinds = ["numbers" if tensor.is_floating_point() else "pixels" for tensor in tensors]
-    shapes = [" x ".join(map(str, tensor.shape[1:])) for tensor in tensors]
-    return [f"{shape} {kind}" for shape, kind in zip(shapes, kinds, strict=True)]
 
 
 def _size(images: Tensor) -> Size:

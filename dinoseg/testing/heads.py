@@ -17,6 +17,7 @@ from dinoseg.testing.modules import (
     are_close,
     autocast,
     check_class,
+    check_unchanged,
     fixed_seed,
     random_images,
     require,
@@ -83,7 +84,8 @@ def check_head(
 
         head = make().eval()
         check_class(head, Head)
-        check_features(head, used)
+        if type(head).run is Head.run:
+            check_unchanged(type(head).__name__, head, used.maps(random_images(1)))
         for size in SIZES:
             check_scores(head, predict(head, random_images(1, size)), num_classes)
         prediction = predict(head, random_images(2))
@@ -100,20 +102,6 @@ def check_head(
             rule(case)
         with autocast():  # bfloat16 scores would tie neighbouring classes
             check_scores(head, predict(head, random_images(1)), num_classes)
-
-
-def check_features(head: Head[Any], backbone: Backbone) -> None:
-    """Check that the feature maps stay unchanged: the feature cache reads them too."""
-    if type(head).run is not Head.run:
-        return
-    maps = backbone.maps(random_images(1))
-    given = [part.clone() for part in maps]
-    head(given)
-    require(
-        all(map(torch.equal, given, maps)),
-        f"{type(head).__name__}: a head must not change its feature maps, but they changed; use no operations in "
-        "place on them.",
-    )
 
 
 def check_scores(head: Head[Any], prediction: Prediction, num_classes: int) -> None:

@@ -29,6 +29,16 @@ def check_class(part: nn.Module, base: type[nn.Module]) -> None:
     )
 
 
+def check_unchanged(name: str, run: Callable[[list[Tensor]], object], given: Sequence[Tensor]) -> None:
+    """Check that a part leaves its input as it was: others read it too, such as the feature cache."""
+    copies = [part.clone() for part in given]
+    run(copies)
+    require(
+        all(map(torch.equal, copies, given)),
+        f"{name}: it must not change its input, but the input changed; use no operations in place on it.",
+    )
+
+
 @contextmanager
 def fixed_seed(seed: int = 0) -> Iterator[None]:
     """Seed the random numbers of the CPU, and restore their state afterwards."""

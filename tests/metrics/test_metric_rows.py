@@ -5,18 +5,18 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
+from dinoseg.training.rank_messages import decode_message, encode_message
 from mistakes import assert_refused, refusals
 from test_metric_contract import CLASSES, METRICS, OUTLINES, Share, score, ugly_case
 
 from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import LabelledImage, PredictedImage, sum_counts
 from dinoseg.core.shapes import Batch
-from dinoseg.metrics.flat import FlatMetric, flatten_counts
+from dinoseg.metrics.counts import FlatMetric, flatten_counts
 from dinoseg.metrics.layers import LayerMetric
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.testing import check_metric
-from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.utils.errors import UserError
 
 

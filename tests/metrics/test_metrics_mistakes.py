@@ -12,10 +12,9 @@ from test_metric_contract import NO_MEAN
 from dinoseg import metrics
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.metrics import BoundaryIoU, ClDice, ConfusionMatrix, LayerMetric, MeanIoU, SurfaceDice
-from dinoseg.metrics.assignment import best_assignment
 from dinoseg.metrics.calibration import fit_temperature
 from dinoseg.metrics.clustering import contingency
-from dinoseg.metrics.region_boundary import object_scores, pair_scores
+from dinoseg.metrics.region_boundary import pair_scores
 from dinoseg.metrics.rows import check_score_names
 from dinoseg.metrics.surface import boundary_ious, surface_dices
 
@@ -49,15 +48,17 @@ test_message_names_value_and_remedy = refusals(
         "ids of halves": (lambda: metrics.region_and_boundary(IDS.half(), IDS, 1), "is torch.float16. Give ids"),
         "targets of floats": (lambda: calibrate(LOGITS, IDS[None].float()), "is torch.float32. Give ids"),
         "temperature of 0": (lambda: calibrate(LOGITS, IDS[None], temperature=0.0), "temperature=", "above 0"),
-        "infinite temperature": (lambda: calibrate(LOGITS, IDS[None], temperature=math.inf), "temperature=", "above 0"),
+        "infinite temperature": (
+            lambda: calibrate(LOGITS, IDS[None], temperature=math.inf),
+            "temperature=inf",
+            "finite",
+        ),
         "ratio of 0": (lambda: metrics.boundary_iou(IDS, IDS, 1, ratio=0.0), "ratio=", "above 0 and at most 1"),
         "ratio of 1.1": (lambda: metrics.boundary_iou(IDS, IDS, 1, ratio=1.1), "ratio=", "above 0 and at most 1"),
-        "0 classes": (lambda: metrics.boundary_iou(IDS, IDS, 0), "num_classes=0: give a whole number of at least 1"),
-        "0 objects": (lambda: metrics.region_and_boundary(IDS, IDS, 0), "num_", "=0: give a whole number of at least"),
+        "0 classes": (lambda: metrics.boundary_iou(IDS, IDS, 0), "num_classes=0 ", "at least 1"),
+        "0 objects": (lambda: metrics.region_and_boundary(IDS, IDS, 0), "num_objects=0 ", "at least 1"),
         "calibration of NaN": (lambda: calibrate(LOGITS * math.nan, IDS[None]), "logits of labelled pixels are NaN"),
         "masked array": (lambda: metrics.mean_iou(np.ma.array(PAIRS, mask=PAIRS), PAIRS, 2), "prediction is ", "array"),
-        "objects": (lambda: metrics.mean_iou(PAIRS.astype(object), PAIRS, 2), "prediction is ", "array"),
-        "calibration of one class": (lambda: calibrate(LOGITS[:, :1], IDS[None]), "two classes"),
         "two ids of no class": (lambda: count_outsiders(3, 7), "2 mask pixels ", "0..2", "found: [3, 7", "255"),
         "negative ids": (lambda: count_outsiders(-1), "1 mask pixels ", "0..2", "found: [-1", "255"),
         "ids above a byte": (lambda: count_outsiders(256), "1 mask pixels ", "0..2", "found: [256", "255"),
@@ -85,7 +86,6 @@ test_message_names_value_and_remedy = refusals(
         "classes of clDice": (lambda: ClDice(classes=[1, 4]).check_classes(4), "classes=[1, 4]", "from 0 to 3"),
         "an unknown class": (lambda: count(PAIRS, PAIRS, metric=ClDice([1, 2])), "classes=[1, 2]", "from 0 to 1"),
         "classes of layers": (lambda: ClDice(classes=[0]).check_classes(4, has_layers=True), "classes=[0]: each class"),
-        "no classes of clDice": (lambda: ClDice(classes=[]), "classes=[]"),
         "no images": (lambda: MeanIoU().score([]), "counts", "at least one image"),
         "counts of one image": (lambda: MeanIoU().score(count(PAIRS, PAIRS)), "rows: these", "Give a list"),
         "one score twice": (lambda: check_score_names([SurfaceDice(), SurfaceDice(0)]), "the score nsd of SurfaceDice"),
@@ -96,25 +96,19 @@ test_message_names_value_and_remedy = refusals(
 
 test_function_names_arrays_that_it_cannot_use = refusals(
     {
-        "void of another size": (lambda: metrics.region_and_boundary(IDS, IDS, 1, void=IDS[:1]), "the shape [1, 4]"),
         "predicted ids of 5": (lambda: ConfusionMatrix(3).update(IDS + 5, IDS), "16 predicted ids"),
         "masks of another size": (lambda: ConfusionMatrix(2).update(PAIRS, PAIRS[:2]), "mask (2, 4) differ"),
         "predicted floats": (lambda: ConfusionMatrix(2).update(IDS.float(), IDS), "prediction is torch.float32"),
         "masks of booleans": (lambda: ConfusionMatrix(2).update(IDS, IDS.bool()), "mask is torch.bool"),
         "merge of other classes": (lambda: ConfusionMatrix(2).merge(ConfusionMatrix(3)), "Cannot merge 3 classes"),
-        "3 rows, 2 columns": (lambda: best_assignment(np.zeros((3, 2))), "3 rows cannot each have a column", "among 2"),
         "no logits": (lambda: fit_temperature(np.zeros((0, 3)), np.zeros(0, int)), "two classes"),
         "logits of one class": (lambda: fit_temperature(np.zeros((4, 1)), np.zeros(4, int)), "two classes"),
         "segments of two sizes": (lambda: contingency(PAIRS, PAIRS[:2]), "must be equal"),
         "negative segments": (lambda: contingency(PAIRS, PAIRS.astype(int) - 1), "negative"),
-        "256 proposals": (lambda: pair_scores(PAIRS, PAIRS, 256, 1), "256 masks; the limit is 255"),
-        "256 objects": (lambda: object_scores(PAIRS, PAIRS, 256), "256 masks; the limit is 255"),
         "objects of two sizes": (lambda: pair_scores(PAIRS, PAIRS[:, 1:], 1, 1), "(4, 4) and prediction (4, 3)"),
         "objects of a stack": (lambda: pair_scores(LAYERS, LAYERS, 1, 1), "of one size"),
         "surfaces of two sizes": (lambda: surface_dices(PAIRS, PAIRS[:2], [1], 1), "(4, 4)", "(2, 4)"),
         "bands of two sizes": (lambda: boundary_ious(PAIRS, PAIRS[:2], [1]), "(4, 4)", "(2, 4)"),
-        "tolerance below 0": (lambda: surface_dices(PAIRS, PAIRS, [1], -1.0), "at least 0"),
-        "infinite tolerance": (lambda: surface_dices(PAIRS, PAIRS, [1], math.inf), "at least 0"),
     },
     error=ValueError,
 )

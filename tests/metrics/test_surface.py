@@ -6,9 +6,8 @@ import score_making
 from scipy import ndimage
 from score_making import band_sizes
 
-from dinoseg.metrics import boundary_errors as module
-from dinoseg.metrics.boundary_errors import DISTANCES, boundary_errors
-from dinoseg.metrics.surface import boundary_ious, surface_counts, surface_dices
+from dinoseg.metrics import surface as module
+from dinoseg.metrics.surface import DISTANCES, boundary_errors, boundary_ious, surface_counts, surface_dices
 
 
 def surface_dice(reference, prediction, tolerance):
@@ -145,5 +144,5 @@ def test_an_image_in_parts_gives_the_same(monkeypatch):
     mask = np.kron(draw.integers(0, 3, (5, 4)), np.ones((20, 20), int)).astype(np.uint8)
     prediction = draw.integers(0, 3, mask.shape).astype(np.uint8)
     whole = boundary_errors(mask, prediction, 255)
-    monkeypatch.setattr(module, "_ROWS", 7)
+    monkeypatch.setattr(module, "_BAND_ROWS", 7)
     assert np.array_equal(boundary_errors(mask, prediction, 255), whole)

@@ -148,11 +148,6 @@ test_message_names_the_setting_to_change = refusals(
             "set better=min",
         ),
         "an infinite share": (lambda: add_scores(wrap("min"), *MISSED), "outside 0..1", "is_share=false"),
-        "no ignored": (lambda: WrappedMetric("x", MeanError()), "ignored=None: ", "ignored=remove", "ignored=match"),
-        "a metric without its methods": (
-            lambda: WrappedMetric("iou", type("MeanPool", (), {})(), ignored="remove"),
-            "MeanPool has no update and no compute and no reset",
-        ),
         "predictions of no class": (count_outsider, "x: ", f" holds {CLASSES}", f"0..{CLASSES - 1}"),
     }
 )

@@ -99,7 +99,7 @@ def test_a_head_that_keeps_its_contract_passes(head, sizes):
     ("head", "message"),
     [
         (nn.Identity, "it must inherit dinoseg.core.contracts.Head, .* derive the class"),
-        (with_features(lambda part: part.mul_(2)), "must not change its feature maps"),
+        (with_features(lambda part: part.mul_(2)), "must not change its input"),
         (OneClassMore, r"must return float32 scores of shape \(1, 3, 37, 50\) .* but .*\(1, 4, 37, 50\); resize"),
         (ImageSizeOnly, r"size=\(23, 61\).*scores of shape \(1, 3, 23, 61\) .* but .*\(1, 3, 37, 50\)"),
         (with_predict(lambda *given: upsample(*given).double()), "must return float32 .* returned torch.float64"),

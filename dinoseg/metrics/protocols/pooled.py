@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
-from dinoseg.metrics.flat import FlatMetric, flatten_counts
+from dinoseg.metrics.counts import FlatMetric, flatten_counts
 
 # keys of the protocols, and names of the metrics' scores and values by class
 _SCORES = {

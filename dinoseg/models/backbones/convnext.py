@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinoseg.core.contracts import Backbone
-from dinoseg.models.backbones.arch import configuration
-from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.backbones.layers import Layers, resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.patch_projection import adapt_input
-from dinoseg.models.backbones.pretrained import exported_state, load_model
+from dinoseg.models.backbones.pretrained import configuration, exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
 
@@ -51,7 +50,7 @@ class ConvNext(Backbone):
         arch: Mapping[str, Any],
         weights: str,
         patch_size: Count,
-        layers: Sequence[int] | str = (-1,),
+        layers: Layers = (-1,),
         mean: Sequence[ColourMean] | None = None,
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
@@ -64,7 +63,12 @@ class ConvNext(Backbone):
         self.layers = resolve_layers(layers, self.depth)
         self.num_layers = len(self.layers)
         self.patch_size = patch_size
-        _check_patch_size(patch_size, STEM * 2 ** max(self.layers))
+        stride = STEM * 2 ** max(self.layers)
+        if patch_size != stride:
+            raise UserError(
+                f"patch_size={patch_size}: the coarsest of these layers has a stride of {stride} px: set "
+                f"patch_size={stride}."
+            )
         widths = [config.hidden_sizes[layer] for layer in self.layers]
         self.dim: int | list[int] = widths if self.num_layers > 1 else widths[0]
         self.weights = weights
@@ -116,11 +120,3 @@ class ConvNext(Backbone):
         for block in stage.layers:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return x
-
-
-def _check_patch_size(patch_size: int, stride: int) -> None:
-    if patch_size != stride:
-        raise UserError(
-            f"patch_size={patch_size}: the coarsest of these layers has a stride of {stride} px: set "
-            f"patch_size={stride}."
-        )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import DEVIATIONS, MEANS
+from dinoseg.utils.ranges import ColourMean, ColourStd, check_annotations
 
 logger = logging.getLogger(__name__)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # RGB mean and standard deviation, in 0..1
@@ -65,7 +65,8 @@ def _for_channels(name: str, given: Sequence[float] | None, rgb: Sequence[float]
     return values
 
 
-def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+@check_annotations
+def register_colours(module: nn.Module, mean: Sequence[ColourMean], std: Sequence[ColourStd]) -> None:
     """Register the mean and standard deviation of each channel as non-persistent buffers `mean` and `std`, (C, 1, 1).
 
     Their length C is the number of channels of the images; three are RGB.
@@ -75,7 +76,5 @@ def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[flo
     """
     if not 0 < len(mean) == len(std):
         raise UserError(f"mean={list(mean)} and std={list(std)}: give one number each per channel, three for RGB.")
-    for name, values, rule in (("mean", mean, MEANS), ("std", std, DEVIATIONS)):
-        if not all(value in rule for value in values):
-            raise UserError(f"{name}={list(values)} is out of range. Give {rule.rule} for each.")
+    for name, values in (("mean", mean), ("std", std)):
         module.register_buffer(name, torch.tensor([float(value) for value in values]).view(-1, 1, 1), persistent=False)

@@ -1,4 +1,4 @@
-"""Loading of weights for transformers models: hub, folder, file, packaged asset, or random."""
+"""Configurations of transformers models, and their weights: hub, folder, file, packaged asset, or random."""
 
 import contextlib
 import re
@@ -16,19 +16,56 @@ from torch import Tensor, nn
 from dinoseg.models.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.tensor_files import PICKLED, check_unquantised, check_weights, outline, read_tensor_file
+from dinoseg.utils.tensor_files import PICKLED, check_weights, outline, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
 _SHARDS = forms.object_with(weight_map=forms.table(forms.text))
-_TIMM = "timm/"  # owner of timm's weights on the hub
 _INPUT_KERNELS = {  # hub's names of the weights that read the pixels, (dim, channels, h, w)
     "embeddings.patch_embeddings.weight",
     "embeddings.patch_embeddings.projection.weight",
     "stages.0.downsample_layers.0.weight",
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
+    """Return a transformers configuration of a model type, which refuses values of a wrong type itself.
+
+    Args:
+        model_type: name of the model type in transformers.
+        values: the values of `arch`, plus `patch_size` for models that have one.
+
+    Raises:
+        UserError: unknown key, or a value that transformers would accept and compute something else with.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    # keys common to all transformers models (labels, dtypes, names) do not belong to the architecture
+    known = AutoConfig.for_model(model_type).to_dict().keys() - PretrainedConfig().to_dict().keys()
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise UserError(f"arch: {model_type} has no {', '.join(unknown)}. Check the key's spelling.")
+    config = AutoConfig.for_model(model_type, **values)
+    drop_path = getattr(config, "drop_path_rate", 0)
+    if not 0 <= drop_path < 1:
+        raise UserError(f"arch.drop_path_rate={drop_path}: give a probability, at least 0 and below 1.")
+    if model_type == "dinov3_convnext":
+        if len(config.hidden_sizes) != len(config.depths):
+            raise UserError(
+                f"arch.depths={config.depths} and arch.hidden_sizes={config.hidden_sizes} differ in length. Give one "
+                "of each for every stage."
+            )
+        return config
+    heads = config.num_attention_heads
+    part = 4 * heads if model_type == "dinov3_vit" else heads  # 2D RoPE: channel pairs along two axes
+    if config.hidden_size % part:
+        raise UserError(
+            f"arch.num_attention_heads={heads} with arch.hidden_size={config.hidden_size}: the width must be a "
+            f"multiple of {part}. Change one of the two."
+        )
+    return config
 
 
 def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_norm: nn.Module | None = None) -> Any:
@@ -65,9 +102,6 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
 
 
 def _from_hub(weights: str, cut: Callable[[Any], None], config: Any) -> nn.Module:
-    name = weights.removeprefix(_TIMM)
-    if name != weights or _is_timm_model(name):
-        raise UserError(f"weights={weights} is a model of timm. Choose backbone=timm with name={name}.")
     if not _HUB_ID.fullmatch(weights) or Path(weights).suffix in (".safetensors", *PICKLED):
         raise UserError(f"weights={weights}: file or folder not found. Check the path.")
     name, _, revision = weights.partition("@")
@@ -115,11 +149,7 @@ def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config:
 def _check_loaded(weights: str, model: nn.Module, loaded: Iterable[Path]) -> None:
     """Refuse a model with non-finite weights, or loaded files that store them in a non-float type."""
     for path in loaded:
-        where = f"weights={weights}: {path.name}"
-        try:
-            check_weights(outline(path), where)
-        except SafetensorError as error:
-            raise UserError(f"{where}: {error}. Download or export the weights again, unquantised.") from error
+        check_weights(outline(path), f"weights={weights}: {path.name}")
     state = model.state_dict()
     check_weights(state, f"weights={weights}", state)
 
@@ -166,13 +196,6 @@ def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
         ) from None
 
 
-def _is_timm_model(name: str) -> bool:
-    """Return whether timm has a model of this name, which may end in a tag such as `.augreg_in21k`."""
-    import timm
-
-    return timm.is_model(name.partition(".")[0])
-
-
 def exported_state(model: Any) -> dict[str, Tensor]:
     """Return a model's weights under the names of the hub's files, which all versions of transformers read.
 
@@ -216,9 +239,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_norm: nn.Module | None) -> nn.Module:
     from transformers import MODEL_MAPPING
 
-    where, stored = f"weights={path}", read_weights(path)
-    check_unquantised(stored, where)  # reports the names of the file
-    state = _with_hub_names(stored, config, path)
+    state = _with_hub_names(read_weights(path), config, path)
     checked = dict(state)
     for name in _INPUT_KERNELS & state.keys():
         config.num_channels = state[name].shape[1]
@@ -227,9 +248,14 @@ def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_no
     model: Any = _from_pretrained(
         str(path), None, cut, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
     )
-    check_weights(checked, where)  # after the loader has checked the names
+    check_weights(checked, f"weights={path}")  # after the loader has checked the names
     if frequencies is not None:
-        check_weights({INV_FREQ: frequencies}, where, {INV_FREQ: model.rope_embeddings.inv_freq})
+        if frequencies.shape != model.rope_embeddings.inv_freq.shape:  # no other shape depends on the heads
+            heads = config.hidden_size // (4 * frequencies.numel())
+            raise UserError(
+                f"weights={path}: the file belongs to a model with {heads} heads, the backbone has "
+                f"{config.num_attention_heads}. Set arch.num_attention_heads={heads}."
+            )
         model.rope_embeddings.inv_freq.copy_(frequencies)
     if local_cls_norm is not None and local:
         local_cls_norm.load_state_dict({name.removeprefix(LOCAL_CLS_NORM): value for name, value in local.items()})
@@ -239,14 +265,7 @@ def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_no
 def _with_hub_names(state: dict[str, Tensor], config: Any, path: Path) -> dict[str, Tensor]:
     if is_meta(state):
         return from_meta(state, config, str(path))
-    if not is_meta_convnext(state):
-        return state
-    if config.model_type != "dinov3_convnext":
-        raise UserError(
-            f"weights={path}: the file holds a DINOv3 ConvNeXt, but the backbone is another architecture. "
-            "Choose the backbone dinov3_convnext_tiny, _small, _base or _large."
-        )
-    return convnext_names(state)
+    return convnext_names(state) if is_meta_convnext(state) else state
 
 
 def _from_pretrained(
@@ -280,7 +299,7 @@ def _from_pretrained(
     if wrong:
         raise UserError(
             f"weights={weights}: {len(wrong)} tensors are missing, unexpected or of another shape "
-            f"({', '.join(sorted(wrong)[:3])}, ...). Choose the backbone of these weights."
+            f"({', '.join(sorted(wrong)[:3])}, ...). Choose the backbone of these weights, or set its arch."
         )
     return model
 

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.contracts import Backbone
-from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.backbones.layers import Layers, resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Channels, ColourMean, ColourStd, Count, check_annotations
 
 
@@ -37,7 +36,7 @@ class RgbBackbone(Backbone):
     def __init__(
         self,
         patch_size: Count = 8,
-        layers: Sequence[int] | str = (-1,),
+        layers: Layers = (-1,),
         mean: Sequence[ColourMean] | None = None,
         std: Sequence[ColourStd] | None = None,
         channels: Channels = 3,
@@ -52,11 +51,3 @@ class RgbBackbone(Backbone):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the mean normalised colour of each patch, (B, C, h, w), once for each of `layers`."""
         return [F.avg_pool2d(self.pixels(images), self.patch_size)] * self.num_layers
-
-    def export_state(self) -> dict[str, Tensor]:
-        """Raise an error: this backbone has no weights.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError("Patches of RGB have no weights to export. Export another backbone.")

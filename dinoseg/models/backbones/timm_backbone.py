@@ -1,7 +1,6 @@
 """Backbones from timm: any vision transformer or feature pyramid that takes images of any size."""
 
 import contextlib
-import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinoseg.core.contracts import Backbone
-from dinoseg.models.backbones.attention import attend_fastest
-from dinoseg.models.backbones.class_attention import class_maps, key_maps, plain_attention, watch_timm
-from dinoseg.models.backbones.cut import Block, run_frozen_blocks, run_trained_blocks
-from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.backbones.attention import attend_fastest, class_maps, key_maps, plain_attention, watch_timm
+from dinoseg.models.backbones.layers import Block, Layers, resolve_layers, run_frozen_blocks, run_trained_blocks
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.patch_projection import adapt_input
 from dinoseg.utils.errors import UserError
@@ -26,7 +23,6 @@ from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model has one of these options or none
 _UNUSED = "mask_token"  # left over from masked pre-training in some files
 _WRAPPERS = ("state_dict", "model")  # keys under which training scripts store the tensors
-_CALLED = 3  # names per kind in an error message
 
 
 class TimmBackbone(Backbone):
@@ -69,7 +65,7 @@ class TimmBackbone(Backbone):
         name: str,
         weights: str,
         patch_size: Count | None,
-        layers: Sequence[int] | str = (-1,),
+        layers: Layers = (-1,),
         mean: Sequence[ColourMean] | None = None,
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
@@ -82,20 +78,24 @@ class TimmBackbone(Backbone):
         self.weights = weights
         state = None if weights in ("timm", "random") else read_state(Path(weights).expanduser())
         self.model = _create(name, download=weights == "timm", channels=_stored_channels(name, state))
-        levels = _levels(self.model, name)
+        notes = self.model.feature_info  # `module` and `reduction` of each block or stage
+        levels = list(notes if isinstance(notes, list) else notes.info)
         self.layers = resolve_layers(layers, len(levels))
         self.depth = len(levels)
         self.num_layers = len(self.layers)
         self.is_pyramid = len({level["reduction"] for level in levels}) > 1
         self._normed = final_norm and not self.is_pyramid
         self.patch_size: int = max(levels[layer]["reduction"] for layer in self.layers)
-        if patch_size is not None:
-            _check_patch_size(name, patch_size, self.patch_size, self.is_pyramid)
+        if patch_size not in (None, self.patch_size):
+            kind = "a stride of {} px at the coarsest of these layers" if self.is_pyramid else "patches of {} px"
+            raise UserError(
+                f"patch_size={patch_size}: {name} has {kind.format(self.patch_size)}: set patch_size={self.patch_size}."
+            )
         self._taps = [level["module"] for level in levels[: max(self.layers) + 1]]
         spare = {*self.model.state_dict(), *dict(self.model.named_buffers()), *_classifier(self.model), _UNUSED}
         self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=not self._normed, prune_head=True)
         if state is not None:
-            load_exactly(self.model, state, spare=spare, source=weights)
+            load_weights(self.model, state, spare=spare, source=weights)
         elif weights == "timm":
             downloaded = self.model.state_dict()
             check_weights(downloaded, f"weights=timm ({name})", downloaded)
@@ -120,7 +120,7 @@ class TimmBackbone(Backbone):
         self._takes_tokens = not self.is_pyramid and _is_plain(self.model)
         attend_fastest(self.model)
         if checkpointing:
-            _enable_checkpointing(self.model, name)
+            self.model.set_grad_checkpointing(True)
         known = self.model.pretrained_cfg
         register_colours(self, *resolve_colours(weights, mean, std, (known["mean"], known["std"]), channels))
 
@@ -252,20 +252,6 @@ def _stored_channels(name: str, state: Mapping[str, Tensor] | None) -> int:
 
 
 def _create(name: str, download: bool, channels: int) -> Any:
-    import timm
-
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        raise UserError(
-            f"name={name} is not a model of timm {timm.__version__}. "
-            + (f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists their names.")
-        )
-    tags = timm.list_models(f"{architecture}.*", pretrained=True)
-    if tag and name not in tags:
-        raise UserError(f"name={name}: timm does not have this tag. It has {', '.join(tags) or architecture}.")
-    if download and not tags:
-        raise UserError(f"weights=timm: timm has no weights for {name}. Give a file, or weights=random.")
     try:
         return _create_any_size(name, download, channels)
     except (OSError, RuntimeError, ValueError) as error:
@@ -290,23 +276,6 @@ def _create_any_size(name: str, download: bool, channels: int) -> Any:
     return timm.create_model(name, **settings)
 
 
-def _levels(model: Any, name: str) -> list[dict[str, Any]]:
-    """Return timm's `feature_info` of each block or stage: its `module` and `reduction`."""
-    if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
-        raise UserError(
-            f"name={name}: timm cannot return the outputs of its blocks or stages. Choose another, such as "
-            "vit_small_patch16_224 or convnext_tiny."
-        )
-    notes = model.feature_info
-    return list(notes if isinstance(notes, list) else notes.info)
-
-
-def _check_patch_size(name: str, patch_size: int, stride: int, is_pyramid: bool) -> None:
-    if patch_size != stride:
-        kind = "a stride of {} px at the coarsest of these layers" if is_pyramid else "patches of {} px"
-        raise UserError(f"patch_size={patch_size}: {name} has {kind.format(stride)}: set patch_size={stride}.")
-
-
 def _is_plain(model: Any) -> bool:
     """Return whether the model is a plain sequence of blocks that take only tokens."""
     from timm.models.vision_transformer import VisionTransformer
@@ -322,15 +291,6 @@ def _classifier(model: Any) -> list[str]:
 
 def _grids(maps: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(part.shape[2:]) for part in maps]
-
-
-def _enable_checkpointing(model: Any, name: str) -> None:
-    try:
-        model.set_grad_checkpointing(True)
-    except (AssertionError, AttributeError) as error:
-        raise UserError(
-            f"checkpointing=true: {name} does not support activation checkpointing. Set it to false."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -400,17 +360,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file or PyTorch checkpoint, without running pickled code.
 
     Raises:
-        UserError: the file does not exist, is not readable, or holds anything but tensors.
+        UserError: the file does not exist, is not readable, or needs code to be read.
     """
     content = read_tensor_file(path, "weights")
     inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-    state = inner[0] if inner else content
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"weights={path}: it holds objects other than tensors. Save only the model's state dict.")
-    return dict(state)
+    return dict(inner[0] if inner else content)
 
 
-def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[str], source: str) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[str], source: str) -> None:
     """Load tensors into a model; every tensor must be present, fit and be used.
 
     Args:
@@ -420,24 +377,13 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[st
         source: origin of the weights, for the error message.
 
     Raises:
-        UserError: tensors are missing, unexpected, of another shape or not finite; the message names the first ones.
+        RuntimeError: tensors are missing, unexpected or of another shape; the message names them.
+        UserError: a tensor is quantised or not finite.
     """
     expected = model.state_dict()
-    left = [key for key in state if key not in expected and not any(f"{key}.".startswith(f"{name}.") for name in spare)]
-    wrong = {
-        "missing": [key for key in expected if key not in state],
-        "unexpected": left,
-        "of another shape": [key for key in expected if key in state and expected[key].shape != state[key].shape],
-    }
-    if any(wrong.values()):
-        problems = [
-            f"{len(keys)} {kind} ({', '.join(keys[:_CALLED])}{', ...' if len(keys) > _CALLED else ''})"
-            for kind, keys in wrong.items()
-            if keys
-        ]
-        raise UserError(f"weights={source}: tensors are {'; '.join(problems)}. Choose the name of these weights.")
+    spared = {key for key in state.keys() - expected if any(f"{key}.".startswith(f"{name}.") for name in spare)}
+    model.load_state_dict({key: value for key, value in state.items() if key not in spared})
     check_weights(state, f"weights={source}", expected)
-    model.load_state_dict({key: state[key] for key in expected})
 
 
 def exported_state(model: nn.Module) -> dict[str, Tensor]:

@@ -10,20 +10,27 @@ from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.core.geometry import resize
-from dinoseg.models.backbones.arch import configuration
-from dinoseg.models.backbones.attention import mask_queries_only, register_query_mask
-from dinoseg.models.backbones.class_attention import class_maps, key_maps, watch_transformers
-from dinoseg.models.backbones.cut import run_blocks, run_frozen_blocks, run_trained_blocks
-from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.backbones.attention import (
+    class_maps,
+    key_maps,
+    mask_queries_only,
+    register_query_mask,
+    watch_transformers,
+)
+from dinoseg.models.backbones.layers import (
+    Layers,
+    resolve_layers,
+    run_blocks,
+    run_frozen_blocks,
+    run_trained_blocks,
+)
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.patch_projection import PatchProjection, adapt_input
-from dinoseg.models.backbones.pretrained import exported_state, load_model
-from dinoseg.utils.errors import UserError
+from dinoseg.models.backbones.pretrained import configuration, exported_state, load_model
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 register_query_mask()
 
 
@@ -67,7 +74,7 @@ class TransformersVit(Backbone):
             channel that starts without influence, see `adapt_input_kernel`; None: as timm adapts it.
 
     Raises:
-        UserError: unknown family, invalid key or value in `arch`, layer out of range, invalid colour statistics, or
+        UserError: invalid key or value in `arch`, layer out of range, invalid colour statistics, or
             weights that are not available or do not fit.
     """
 
@@ -76,11 +83,11 @@ class TransformersVit(Backbone):
 
     def __init__(
         self,
-        family: str,
+        family: Literal["vit", "dinov2", "dinov2_with_registers", "dinov3_vit"],
         arch: Mapping[str, Any],
         weights: str,
         patch_size: Count,
-        layers: Sequence[int] | str = (-1,),
+        layers: Layers = (-1,),
         mean: Sequence[ColourMean] | None = None,
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
@@ -245,8 +252,6 @@ class TransformersVit(Backbone):
 
 
 def _config(family: str, values: dict[str, Any]) -> Any:
-    if family not in FAMILIES:
-        raise UserError(f"family={family} is unknown. Choose one of {', '.join(FAMILIES)}.")
     defaults = {"pos_embed_rescale": None} if family == "dinov3_vit" else {}
     return configuration(family, {**defaults, **values})
 

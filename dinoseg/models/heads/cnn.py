@@ -55,7 +55,17 @@ class CnnHead(Head[Tensor]):
         pixel_shuffle: Natural = 2,
     ) -> None:
         super().__init__()
-        _check_blocks(patch_size, num_blocks, channels, pixel_shuffle)
+        most = patch_size.bit_length()
+        if num_blocks > most:
+            raise UserError(
+                f"num_blocks={num_blocks}: each block after the first doubles the resolution, up to the patch size, "
+                f"{patch_size}. Give a number from 1 to {most}."
+            )
+        if pixel_shuffle >= num_blocks:
+            raise UserError(
+                f"pixel_shuffle={pixel_shuffle}: the first of num_blocks={num_blocks} blocks cannot upsample by "
+                f"pixel shuffle, since its factor is not fixed. Give a number from 0 to {num_blocks - 1}."
+            )
         if kernel_size % 2 == 0:
             raise UserError(
                 f"kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
@@ -114,22 +124,3 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
 
 def _normed_conv(channels: int, kernel_size: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(channels), _conv(channels, channels, kernel_size))
-
-
-def _check_blocks(patch_size: int, num_blocks: int, channels: int, pixel_shuffle: int) -> None:
-    most = patch_size.bit_length()
-    if num_blocks > most:
-        raise UserError(
-            f"num_blocks={num_blocks}: each block after the first doubles the resolution, up to the patch size, "
-            f"{patch_size}. Give a number from 1 to {most}."
-        )
-    if pixel_shuffle >= num_blocks:
-        raise UserError(
-            f"pixel_shuffle={pixel_shuffle}: the first of num_blocks={num_blocks} blocks cannot upsample by "
-            f"pixel shuffle, since its factor is not fixed. Give a number from 0 to {num_blocks - 1}."
-        )
-    if channels % 4**pixel_shuffle:
-        raise UserError(
-            f"channels={channels}: each of pixel_shuffle={pixel_shuffle} shuffles divides the channels by "
-            f"four. Give a multiple of {4**pixel_shuffle}, or fewer shuffles."
-        )

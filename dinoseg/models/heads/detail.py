@@ -60,7 +60,11 @@ class DetailHead(Head[Tensor]):
         channels: Count = 3,
     ) -> None:
         super().__init__()
-        _check_patch_size(patch_size)
+        if patch_size % _FINEST:
+            raise UserError(
+                f"patch_size={patch_size} is not a multiple of {_FINEST} px, the output stride of this head. Choose a "
+                "backbone with an even patch size, or the head mlp."
+            )
         total = sum(widths(in_dim, num_layers))
         self.patch_size, self.jitter = patch_size, jitter
         self.stem = nn.Sequential(
@@ -191,11 +195,3 @@ def _first(scores: Tensor, height: int, width: int) -> Tensor:
     """
     rows, columns = (torch.arange(side, device=scores.device) for side in (height, width))
     return scores.index_select(-2, rows).index_select(-1, columns)
-
-
-def _check_patch_size(patch_size: int) -> None:
-    if patch_size % _FINEST:
-        raise UserError(
-            f"patch_size={patch_size} is not a multiple of {_FINEST} px, the output stride of this head. Choose a "
-            "backbone with an even patch size, or the head mlp."
-        )

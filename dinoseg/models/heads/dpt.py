@@ -48,8 +48,9 @@ class DptHead(Head[Tensor]):
     ) -> None:
         super().__init__()
         refuse_unless_four("dpt", num_layers)
-        _check_channels(out_channels)
         channels = _default_channels(in_dim) if out_channels is None else list(out_channels)
+        if len(channels) != NUM_LEVELS:
+            raise UserError(f"out_channels={channels}: give four numbers, the channels from the finest level on.")
         self.reassemble = Reassemble(in_dim, channels)
         self.adapt = nn.ModuleList(nn.Conv2d(width, features, 3, padding=1, bias=False) for width in channels)
         self.fuse = nn.ModuleList(
@@ -110,11 +111,3 @@ def _default_channels(in_dim: int | Sequence[int]) -> list[int]:
     shares = (8, 4, 2, 1) if isinstance(in_dim, int) else (1, 1, 1, 1)
     widths_and_shares = zip(widths(in_dim, NUM_LEVELS), shares, strict=True)
     return [max(1, min(width, WIDEST) // share) for width, share in widths_and_shares]
-
-
-def _check_channels(out_channels: Sequence[int] | None) -> None:
-    if out_channels is not None and len(out_channels) != NUM_LEVELS:
-        raise UserError(
-            f"out_channels={list(out_channels)}: give four whole numbers of at least 1, the channels of the "
-            f"levels from fine to coarse, or null to follow the backbone's width."
-        )

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from dinoseg.core.contracts import Head
 from dinoseg.models.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, check_annotations
 
 
@@ -23,7 +22,7 @@ class UperNetHead(Head[Tensor]):
         channels: width of the decoder.
 
     Raises:
-        UserError: the number of maps is not four; in training, batches of one image.
+        UserError: the number of maps is not four.
     """
 
     min_batch_size = 2  # minimum images per rank in training: BatchNorm on 1x1 pooled maps needs two values
@@ -44,11 +43,6 @@ class UperNetHead(Head[Tensor]):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Return class scores (B, K, 4h, 4w) for a transformer, or on the finest grid of a pyramid."""
-        if self.training and len(features[0]) == 1:
-            raise UserError(
-                "UPerNet cannot train on batches of one image: it applies BatchNorm to one average per image. Give "
-                "batches of at least 2 images for each device, or choose the head dpt."
-            )
         return self.decoder(self.reassemble(features))
 
     def grid_scores(self, outputs: Tensor) -> Tensor:

@@ -21,15 +21,13 @@ from dinoseg.data.scan.measure import digest
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.strategy import Autocast
-from dinoseg.models.model import SegmentationModel, describe_tensors
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.data_module import BatchCache
 from dinoseg.training.feature_cache.key import image_hash
 from dinoseg.training.feature_cache.store import FeatureStore
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.hashes import hash_of
 from dinoseg.utils.inheritance import overrides_both
 from dinoseg.utils.transfer import to_device
-from dinoseg.utils.wording import join_names
 
 _MAX = 2**28  # bytes
 
@@ -182,21 +180,11 @@ class FeatureCache(BatchCache):
     def complete_batch(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; missing features are computed and cached."""
         rows = [self._features(view, device) for view in views]
-        self._check_equal_shapes(rows)
         stacks = [to_device(torch.stack(unify_depth(part)), device) for part in zip(*rows, strict=True)]
         tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # others are pixels
         size = _size(views[0].labels["mask"])
-        frozen = FrozenFeatures(tensors, size, self.model.input_size(size), self.store.folder)
+        frozen = FrozenFeatures(tensors, size, self.model.input_size(size))
         return FeatureBatch(frozen, **stack_labels([view.labels for view in views])).to(device)
-
-    def _check_equal_shapes(self, rows: list[list[Tensor]]) -> None:
-        """Refuse features of images of one size that differ in shape: the model compares those of a whole batch."""
-        shapes = [join_names(describe_tensors([part[None] for part in row])) for row in rows]
-        if len(set(shapes)) > 1:
-            raise UserError(
-                f"{self.store.folder}: images of one size have features of {' and of '.join(sorted(set(shapes)))}. A "
-                "file was changed. Remove this folder: features are recomputed."
-            )
 
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         if view.features is not None:

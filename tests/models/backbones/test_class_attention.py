@@ -10,7 +10,7 @@ from mistakes import assert_refused
 from torch import nn
 
 from dinoseg.models.adapters import Frozen, Full, Lora, merge
-from dinoseg.models.backbones.class_attention import class_weights, plain_attention
+from dinoseg.models.backbones.attention import class_weights, plain_attention
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 

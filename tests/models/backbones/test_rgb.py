@@ -63,13 +63,12 @@ test_message_names_value_and_remedy = refusals(
         for adapter in ("full", "lora", "last_blocks")
     }
     | {
-        "LoRA": (lambda: Lora(rank=1, alpha=1)(RgbBackbone()), "blocks of this backbone have no linear layers"),
+        "LoRA": (lambda: Lora(rank=1, alpha=1)(RgbBackbone()), "matches no linear layer"),
         "last blocks": (lambda: LastBlocks(1)(RgbBackbone()), "blocks=1: this backbone reads 0 blocks"),
         "EoMT": (
             lambda: SegmentationModel(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1)),
             "EoMT needs a backbone whose blocks take queries",
         ),
-        "export": (lambda: RgbBackbone().export_state(), "no weights to export"),
         "four maps": (lambda: RgbBackbone(layers=[-4, -3, -2, -1]), "layers=", "this backbone has 1"),
     }
 )

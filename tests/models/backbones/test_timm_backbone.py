@@ -169,21 +169,14 @@ def test_tapped_layers_pass_the_final_norm_unless_it_is_off(final_norm):
 FIXED = "this model does not support arbitrary image sizes "
 test_message_names_value_and_remedy = refusals(
     {
-        name: (partial(TimmBackbone, name, "random", None, **options), *words)
-        for name, options, *words in (
-            ("vit_tini_patch16_224", {}, "name=vit_tini_patch16_224 is not a model", "vit_tiny_patch16_224"),
-            ("qqqq", {}, "is not a model of timm ", "list_models"),
-            ("test_vit.nothing", {}, "does not have this tag. It has test_vit.r160_in1k"),
-            ("mixer_s32_224", {}, f"name=mixer_s32_224: {FIXED}", "Choose"),
-            ("test_vit_relpos", {}, f"name=test_vit_relpos: {FIXED}", "Choose"),
-            ("dla46_c", {"checkpointing": True}, "checkpointing=true: dla46_c does not support", "Set it to false"),
-        )
+        name: (partial(TimmBackbone, name, "random", None), f"name={name}: {FIXED}", "Choose")
+        for name in ("mixer_s32_224", "test_vit_relpos")
     }
     | {
         "patches": (partial(build, patch_size=14), "patch_size=14: test_vit has patches of 16 px: set patch_size=16"),
         "stride": (partial(build, "test_convnext", patch_size=16), "patch_size=16: ", "of 32 px", "patch_size=32"),
         "stride of two": (partial(build, "test_convnext", (0, 1), patch_size=32), "of 8 px at", "set patch_size=8"),
-        "no weights": (partial(build, "levit_512", weights="timm"), "weights=timm: timm has no weights for levit_512"),
+        "no weights": (partial(build, "levit_512", weights="timm"), "weights=timm: ", "weights exist for levit_512"),
         "LoRA exported": (lambda: Lora(2, 2)(build()).export_state(), "LoRA updates", "merge=true"),
     }
 )
@@ -253,7 +246,7 @@ def test_weights_load_and_export_without_the_final_norm(tmp_path):
     loaded = build(weights=whole, final_norm=False)
     save_file(loaded.export_state(), cut)
     build(weights=cut, final_norm=False)
-    with pytest.raises(UserError, match=r"2 missing \(norm.weight, norm.bias\)"):
+    with pytest.raises(RuntimeError, match="norm.weight.*norm.bias"):
         build(weights=cut)
 
 
@@ -288,12 +281,15 @@ def load_saved(content):
 ONE = torch.zeros(1)
 test_message_names_file_and_tensors = refusals(
     {
-        "one missing": (partial(load_changed, {"norm.bias": None}), "w.pth: tensors are 1 missing (norm.bias)"),
-        "one more": (partial(load_changed, {"extra": ONE}), "1 unexpected (extra). Choose the name"),
-        "a second head": (partial(load_changed, {"head2.weight": ONE}), "1 unexpected (head2.weight)"),
-        "other shape": (partial(load_changed, {"pos_embed": ONE}), "1 of another shape (pos_embed)"),
-        "few": (partial(load_saved, {"norm.bias": ONE}), " missing (", ", ...); 1 of another shape (norm.bias)"),
         "no file": (partial(build, weights="nowhere.pth"), "nowhere.pth: file not found"),
-        "no tensors": (partial(load_saved, {"step": 3}), "w.pth: it holds objects other than tensors"),
+        "int8": (partial(load_changed, {"norm.bias": torch.zeros(64, dtype=torch.int8)}), "w.pth: norm.bias is int8"),
     }
 )
+
+
+@pytest.mark.parametrize("name", ["norm.bias", "extra", "head2.weight", "pos_embed"])
+def test_a_missing_additional_or_misshapen_tensor_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensor = None if name == "norm.bias" else ONE
+    with pytest.raises(RuntimeError, match=name):
+        load_changed({name: tensor})

@@ -146,18 +146,12 @@ def write_folder(kind):
     return kind
 
 
-TIMMS = "vit_tiny_patch16_224.augreg_in21k"
-
-
 test_message_names_value_and_remedy = refusals(
     {
         "wide": (lambda: build(weights=write_folder("wide")), "wide: ", "Choose the backbone"),
         "pickled": (lambda: build(weights=write_folder("pickled")), "safetensors"),
         "no file": (lambda: build(weights="nowhere.safetensors"), "nowhere.safetensors: file or folder not found"),
-        "timm's repository": (lambda: build(weights=f"timm/{TIMMS}"), f"backbone=timm with name={TIMMS}"),
-        "timm's name": (lambda: build(weights=TIMMS), f"backbone=timm with name={TIMMS}"),
         "LoRA exported": (lambda: Lora(rank=1, alpha=1)(build()).export_state(), "merge them first, merge=true"),
-        "unknown family": (lambda: TransformersVit("resnet", {}, "random", 16), "family=resnet is unknown"),
     }
 )
 

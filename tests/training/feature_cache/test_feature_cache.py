@@ -2,26 +2,21 @@
 
 import pickle
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mistakes import assert_refused
 from small_trainings import write_pairs
 from torch import nn
 
-import dinoseg
 from dinoseg.core.shapes import FrozenFeatures
 from dinoseg.data.loader import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
 from dinoseg.training.feature_cache.cache import CachedMasks, FeatureCache, View
-from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
+from dinoseg.training.feature_cache.store import MemoryStore
 
 CPU = torch.device("cpu")
 
@@ -86,20 +81,6 @@ def test_features_read_by_another_process_are_trusted(cache_and_view):
     view.features = [torch.ones(2, 3)]
     kept._remember_views([view])
     assert trusted == [view.key]
-
-
-@pytest.mark.parametrize("changed", [[0], [0, 1]])
-def test_files_of_other_shapes_end_in_one_error(tmp_path, changed):
-    model = dinoseg.create_model("rgb", num_classes=2).model
-    store = DiskStore(tmp_path, "folder", "float32")
-    stored = FeatureCache(model, nullcontext, lambda: store, "drawing", 2, "disk")
-    image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
-    views = [View(f"{number:032}", {"mask": mask, "name": str(number)}, None, image) for number in range(2)]
-    model(stored.complete_batch(views, CPU).image)
-    for number in changed:
-        store.path(views[number].key).write_bytes(to_bytes(views[number].key, [torch.zeros(5, 7, 7)]))
-    complete = partial(stored.complete_batch, views, CPU)
-    assert_refused(lambda: model(complete().image), "folder: ", "5 x 7 x 7 numbers", " Remove this folder")
 
 
 def mask(height, width, seed=0):

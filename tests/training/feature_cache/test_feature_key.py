@@ -64,7 +64,7 @@ def test_scales_of_quantised_weights_count(bits):
         backbone = tiny_vit()
         for block in backbone.blocks:
             block.mlp.up_proj.weight.data *= factor  # the same whole numbers, of another scale
-        model = SegmentationModel(Frozen(bits=bits, device="cpu")(backbone).to("cpu"), LinearHead(24, 1, 3))
+        model = SegmentationModel(Frozen(bits=bits)(backbone).to("cpu"), LinearHead(24, 1, 3))
         first = weights_hash(frozen_tensors(model))
         model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
         assert weights_hash(frozen_tensors(model)) == first
