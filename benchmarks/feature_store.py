@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dinoseg.training.feature_cache.key import weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
-from dinoseg.utils.hashes import hash_of
+from dinoseg.utils.units import hash_of
 
 SHAPES = {  # of what is stored of an image
     "ViT-S/16, 512 x 512, one map, float16": [(384, 32, 32)],

@@ -1,4 +1,4 @@
-"""Image files whose pixels could be read wrongly are refused: missing data, blocks that do not fit, ambiguous tags."""
+"""Image files whose pixels could be read wrongly are refused: missing data, blocks that do not fit."""
 
 import io
 import struct
@@ -35,17 +35,6 @@ def deflated_tiff(*tags, order="<", block=bytes(256 * 256)):
     return tiff_file(entries, content, order)
 
 
-def with_type(data, number, kind):
-    """Return a TIFF file whose tag of that number has another type."""
-    return data.replace(struct.pack("<HHI", number, 4, 1), struct.pack("<HHI", number, kind, 1))
-
-
-def skipped_tag(data, number):
-    """Return a TIFF file whose tag of that number is in 8 bytes that Pillow skips, after a tag of the file's length."""
-    length = struct.pack("<HHII", 285, 1, len(data), 0)
-    return with_type(data, number, 16).replace(struct.pack("<HHII", 277, 4, 1, 1), length)
-
-
 def read_file(path):
     """Read an image file as one that was opened by a caller."""
     return as_rgb(Image.open(io.BytesIO(path.read_bytes())), "The image")
@@ -67,25 +56,6 @@ def check_read(path, data):
 
 TILED = ((324, 0), (325, 0))
 TILE = deflated_tiff(*TILED, (322, 256), (323, 256))
-STRIP = deflated_tiff((273, 0), (279, 0))
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (deflated_tiff(*TILED, (322, 256), (322, 512), (323, 256)), "the TIFF tag 322 twice"),
-        (with_type(TILE, 322, 17), "the TIFF tag 322 in an unsupported form"),
-        (with_type(TILE, 323, 99), "the TIFF tag 323 in an unsupported form"),
-        (with_type(STRIP, 273, 99), "the TIFF tag 273 in an unsupported form"),
-        (skipped_tag(TILE, 322), "the TIFF tag 322 in an unsupported form"),
-        (with_type(TILE, 262, 99), "the TIFF tag 262 in an unsupported form"),
-    ],
-    ids=["two tiles", "width", "height", "strips", "long", "photometric"],
-)
-@pytest.mark.filterwarnings("ignore:Tag data larger than file", "ignore:Metadata Warning")
-def test_ambiguous_layout_tags_are_refused(tmp_path, data, reason):
-    check_refused(tmp_path / "a.tif", data, "a.tif has ", reason, by=[read_image])
-    check_refused(tmp_path / "a.tif", data, "The image has ", reason, by=[read_file])
 
 
 def short_png(width, height):
@@ -135,8 +105,8 @@ def strips_of(rows, strips, missing=()):
     [
         (strips_of(24, 100), "has 100 TIFF blocks, but its pixels need 1"),
         (strips_of(6, 3), "has 3 TIFF blocks, but its pixels need 4"),
-        (strips_of(6, 4).replace(struct.pack("<HHI", 279, 4, 4), struct.pack("<HHI", 279, 4, 3)), "has 3 lengths for"),
-        (strips_of(6, 4, missing=[2]), "no data for its TIFF block 2"),
+        (strips_of(6, 4).replace(struct.pack("<HHI", 279, 4, 4), struct.pack("<HHI", 279, 4, 3)), "has 4 TIFF blocks"),
+        (strips_of(6, 4, missing=[2]), "its TIFF block 2 lacks data"),
     ],
     ids=["more", "fewer", "without a length", "without data"],
 )
@@ -175,7 +145,7 @@ def test_blocks_with_too_few_rows_are_refused(tmp_path, kind, tile):
         tifffile.imwrite(path, iter(coded), shape=(24, 32), dtype=np.uint8, **options)
         if not lacking:
             read_ids(path)
-    check_refused(path, path.read_bytes(), "a.tif is damaged: its TIFF block 0")
+    check_refused(path, path.read_bytes(), "a.tif as an image (corrupted ")
 
 
 XMP = b"\xff\xe1\0\x09http://"

@@ -112,7 +112,7 @@ def test_volumes_and_incomplete_palettes_are_refused(tmp_path):
     grey, palette = (struct.pack("<HHIH", 262, 3, 1, photometric) for photometric in (1, 3))
     (tmp_path / "b.tif").write_bytes((tmp_path / "b.tif").read_bytes().replace(grey, palette))
     for read in (read_image, read_ids):
-        assert_refused(partial(read, tmp_path / "a.tif"), "volume of 2 slices", "Save each slice")
+        assert_refused(partial(read, tmp_path / "a.tif"), "volume of 2 slices", "one slice")
     assert_refused(lambda: read_image(tmp_path / "b.tif"), "b.tif", "index 4")
 
 
@@ -154,7 +154,7 @@ def test_sixteen_bit_grey_images_are_scaled_with_one_warning(tmp_path, caplog):
     remedy = "data.pixels.value_range"
     assert_refused(lambda: read_image(tmp_path / "odd.tif"), "odd.tif holds values from -1 to 65534, ", remedy)
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "real.tif")
-    words = ("real.tif holds floating-point values", "data.channels=1", remedy)
+    words = ("real.tif holds floating-point values", remedy)
     assert_refused(lambda: read_image(tmp_path / "real.tif"), *words)
 
 
@@ -167,8 +167,7 @@ def test_file_without_read_permission_is_refused(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Image, "open", refuse)
-    remedy = "Give your user read permission"
-    text = assert_refused(lambda: read_ids(tmp_path / "a.png"), "a.png: permission denied. ", remedy)
+    text = assert_refused(lambda: read_ids(tmp_path / "a.png"), "a.png (Permission denied). Check the path")
     assert "truncated" not in text
 
 

@@ -4,7 +4,7 @@ from omegaconf import DictConfig
 
 from dinoseg.config.plain import dotted_name, to_container, walk
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.urls import has_credentials
+from dinoseg.utils.wording import has_credentials
 
 
 def check_credentials(node: DictConfig | None) -> None:

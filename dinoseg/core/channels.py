@@ -12,7 +12,6 @@ import numpy as np
 
 from dinoseg.core.sources import VirtualImage
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import is_name
 from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, read_image
 from dinoseg.utils.levels import find_peaks, join_levels, read_levels, read_levels_size
 from dinoseg.utils.ranges import Channels, Natural
@@ -48,16 +47,8 @@ class PixelFormat:
         for name in ("files", "order", "value_range"):  # tuples, so that it can be hashed
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else tuple(value))
-        if len(self.files) == 1 or len(set(self.files)) < len(self.files) or not all(map(is_name, self.files)):
-            raise UserError(
-                f"files={list(self.files)}: give different words, at least two, such as [images,nir], of names and not "
-                "of paths."
-            )
-        if self.order is not None and len(self.order) != self.channels:
-            raise UserError(
-                f"order={list(self.order)} has {len(self.order)} numbers, and data.channels={self.channels}. Give "
-                "one for each channel."
-            )
+        if len(self.files) == 1 or len(set(self.files)) < len(self.files):
+            raise UserError(f"files={list(self.files)}: give different words, at least two, such as [images,nir].")
         if self.value_range is not None and not 0 < self.value_range[1] - self.value_range[0] < math.inf:
             raise UserError(
                 f"value_range={list(self.value_range)}: give finite numbers [lowest, highest] with lowest < highest."
@@ -99,20 +90,15 @@ class PixelFormat:
         _check_sizes(files, [(part.shape[0], part.shape[1]) for part in parts])
         pixels = join_levels(parts)
         counts = " + ".join(f"{part.shape[2]}" for part in parts)
-        if self.order is not None:
-            if max(self.order) >= pixels.shape[2]:
-                raise UserError(
-                    f"{path} has {counts} channels, and data.pixels.order={list(self.order)}. Give numbers from 0 to "
-                    f"{pixels.shape[2] - 1}."
-                )
-            pixels = pixels[..., self.order]
-        if pixels.shape[2] != self.channels:
+        order = range(pixels.shape[2]) if self.order is None else self.order
+        if len(order) != self.channels or max(order) >= pixels.shape[2]:
+            chosen = "" if self.order is None else f" data.pixels.order={list(order)} and"
             raise UserError(
-                f"{path} has {counts} channels, and data.channels={self.channels}. Set "
-                f"data.channels={pixels.shape[2]}; or set data/pixels=files, and name further files by "
+                f"{path} has {counts} channels, and{chosen} data.channels={self.channels}. Set "
+                f"data.channels={len(order)}; or set data/pixels=files, and name further files by "
                 "data.pixels.files, such as [images,nir], or choose channels by data.pixels.order, such as [0,1,2]."
             )
-        return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(pixels if self.order is None else pixels[..., self.order])
 
     def size(self, path: Path) -> tuple[int, int]:
         """Return height and width of an image from the headers of its files.
@@ -129,7 +115,7 @@ class PixelFormat:
         """Return all files of an image, whose first one is `path`.
 
         Raises:
-            UserError: one is missing, or the path lacks the first of `files`.
+            UserError: one is missing.
         """
         return [path, *(self._counterpart(path, word) for word in self.files[1:])]
 
@@ -141,9 +127,6 @@ class PixelFormat:
         for number in places[-1:]:
             parts[number] = pattern.sub(lambda _: word, parts[number])
         renamed = pattern.sub(lambda _: word, path.stem)
-        words = f"data.pixels.files=[{','.join(self.files)}]"
-        if not places and renamed == path.stem:
-            raise UserError(f"{path} has no `{self.files[0]}` in its path, as {words} demands. Give such a file.")
         folder = Path(*parts)
         # a folder above, or the name, may have the word by chance
         targets = [folder / renamed, parent / renamed, folder / path.stem]
@@ -153,7 +136,10 @@ class PixelFormat:
                 raise UserError(f"{path} has two files of `{word}`: {found[0]} and {found[1]}. Keep one of them.")
             if found:
                 return found[0]
-        raise UserError(f"{path} has no file of `{word}`: {targets[0]}.* is missing. Add it, or correct {words}.")
+        raise UserError(
+            f"{path} has no file of `{word}`, such as {targets[0]}.*. Add it, or correct "
+            f"data.pixels.files=[{','.join(self.files)}]: the path has to hold its first word."
+        )
 
 
 _RGB = PixelFormat()

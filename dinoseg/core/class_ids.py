@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.geometry import Span, cell_weights, spans, upsample, upsample_tile
+from dinoseg.utils.devices import threads
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.threads import threads
 
 _BAND = 2**17  # scores of a grid processed at once
 _AT_ONCE = 2**17  # upsampled numbers held at a time, to stay in a core's cache

@@ -69,7 +69,7 @@ class Backbone(GuardedModule):
     if TYPE_CHECKING:  # nn.Module's own, which is untyped
 
         def __call__(self, images: Tensor) -> list[Tensor]:
-            """Run `forward`."""
+            """Return L maps (B, C, h, w), by `forward`."""
             ...
 
     # looked up in `_modules`: a class attribute would hide a submodule of the same name
@@ -92,10 +92,6 @@ class Backbone(GuardedModule):
     def pixels(self, images: Tensor) -> Tensor:
         """Return images normalised and padded, as input of the blocks."""
         return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return L maps (B, C, h, w)."""
-        raise NotImplementedError
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Run `forward`, in chunks of at most 4 images if the backbone is frozen and on the CPU.
@@ -214,7 +210,7 @@ class Head(GuardedModule, Generic[Outputs]):
     if TYPE_CHECKING:
 
         def __call__(self, features: list[Tensor]) -> Outputs:
-            """Run `forward`."""
+            """Return the outputs for L maps (B, C, h, w), by `forward`."""
             ...
 
     @property
@@ -269,10 +265,6 @@ class Head(GuardedModule, Generic[Outputs]):
         """Return the outputs for the result of `forward_frozen` for images passed to the backbone at `size` (H, W)."""
         return self(backbone.forward_trainable(frozen, size))
 
-    def forward(self, features: list[Tensor]) -> Outputs:
-        """Return the outputs for L maps (B, C, h, w)."""
-        raise NotImplementedError
-
     def grid_scores(self, outputs: Outputs) -> Tensor | None:
         """Return class scores (B, K, h, w) if `predict` only applies `geometry.upsample` to them, else None.
 
@@ -296,7 +288,10 @@ class Head(GuardedModule, Generic[Outputs]):
 
 
 class Loss(nn.Module):
-    """Base class of losses: map a prediction and a batch to a scalar and its named parts."""
+    """Base class of losses: map a prediction and a batch to a scalar and its named parts.
+
+    `forward` returns a mean, and its parts by name; a part `weight` is the divisor of the mean.
+    """
 
     needs_masks: bool = False  # whether it needs `MaskOutputs`
     needs_slots: bool = False  # whether it needs `SlotOutputs`, and no labels
@@ -314,10 +309,6 @@ class Loss(nn.Module):
         def __call__(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
             """Run `forward`: on clips where it needs slots, else on images."""
             ...
-
-    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a mean, and its parts by name; a part `weight` is the divisor of the mean."""
-        raise NotImplementedError
 
     def divisors(self, batch: Any) -> Tensor:
         """Return what a batch's labels add to the divisors (D,); the batch may not have been completed by `to` yet."""
@@ -344,3 +335,9 @@ class Loss(nn.Module):
 def safe_divide(part: Tensor, total: Tensor) -> Tensor:
     """Return part / total; 0 where both are 0."""
     return part / torch.where(total > 0, total, 1)
+
+
+def overrides_both(kind: type, name: str, other: str) -> bool:
+    """Return whether the class that overrides the method `other`, or a subclass of it, also overrides `name`."""
+    owner = next(base for base in kind.__mro__ if other in vars(base))
+    return any(name in vars(base) for base in kind.__mro__[: kind.__mro__.index(owner) + 1])

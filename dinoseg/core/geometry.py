@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.levels import EXACT
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.transfer import to_device
 
 LATTICE = 1024  # pixels that represent an image
 _READ = 48  # cells per piece of a run on a CPU: weights of all cells of a fine grid would be mostly zeros

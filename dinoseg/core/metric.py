@@ -14,7 +14,6 @@ BETTER = ("max", "min")  # whether the highest or the lowest value of a score is
 # suffixes of the scores that stand beside a score which may be infinite
 INFINITE_IMAGES, FINITE_MEAN = "_infinite_images", "_finite_mean"
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
-_NUMBERS = "buif"  # kinds of NumPy's types: booleans, integers, floats
 
 Counts = Mapping[str, np.ndarray]  # int64 or float64, by name
 
@@ -137,10 +136,8 @@ class Metric(ABC):
         """Return the scores over images from the counts of each; None where undefined.
 
         Raises:
-            UserError: there are no images, or `rows` is one image's counts.
+            UserError: there are no images.
         """
-        if isinstance(rows, Mapping):
-            raise UserError("rows: these are the counts of one image. Give a list: [metric.count(...)].")
         sums = sum_counts(rows)
         if not sums:
             raise UserError("rows: there are no counts. Give those of at least one image.")
@@ -199,19 +196,14 @@ def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImag
     """Return the counts of one image by `metric.count`.
 
     Raises:
-        UserError: they are not finite numbers by name.
+        UserError: they are not finite.
     """
     counts = metric.count(prediction, sample)
-    where = f"metric: `count` of {metric.class_name} returns"
-    if not isinstance(counts, Mapping):
-        raise UserError(f"{where} a {type(counts).__name__}. Return a dict of numbers by name.")
     arrays = {name: np.asarray(value) for name, value in counts.items()}
     for name, value in arrays.items():
-        if value.dtype.kind not in _NUMBERS:
-            raise UserError(f"{where} {name} of type {value.dtype}. Return integers or floats.")
         if not np.isfinite(value).all():
             raise UserError(
-                f"{where} {name}={value} for the image {sample.name}. "
+                f"metric: `count` of {metric.class_name} returns {name}={value} for the image {sample.name}. "
                 "Return 0 in all counts of an image that has nothing to count, and count infinite values by themselves."
             )
     return arrays

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, check_value
 
 _LARGEST_RATIO = 1.1  # of the zooms of both axes: sides are rounded to whole pixels, a large share of a small image
 
@@ -23,14 +22,10 @@ class MapKind:
         layers: N of maps (N, H, W); None: maps are (H, W).
     """
 
-    layers: Count | None = None
+    layers: int | None = None
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     is_interpolated: ClassVar[bool] = True  # bilinear; otherwise values are copied from the nearest pixel
     is_length: ClassVar[bool] = False  # whether values are in pixels, and grow with the image
-
-    def __post_init__(self) -> None:
-        """Refuse layers that are no number."""
-        check_value("layers", self.layers, Count | None)
 
     def fill_value(self, ignore_index: int) -> float:
         """Return the value outside the image, for a dataset with this `ignore_index`."""
@@ -107,11 +102,6 @@ class ValueMap(MapKind):
 
     fill: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Refuse a value that is no finite number."""
-        super().__post_init__()
-        check_value("fill", self.fill, float)
-
     def fill_value(self, ignore_index: int) -> float:
         """Return `fill`."""
         return self.fill
@@ -127,26 +117,6 @@ class DistanceMap(ValueMap):
 def get_map_kinds(data: object) -> Mapping[str, MapKind]:
     """Return the kinds by name of the maps that a dataset declares as `maps`; by default it has none."""
     return getattr(data, "maps", {})
-
-
-def check_map_kinds(kinds: object, where: str) -> dict[str, MapKind]:
-    """Return the kinds of maps by name.
-
-    Args:
-        kinds: what was declared.
-        where: what declares them, for the message.
-
-    Raises:
-        UserError: they are no mapping of names to kinds.
-    """
-    if not isinstance(kinds, Mapping) or not all(
-        isinstance(name, str) and isinstance(kind, MapKind) for name, kind in kinds.items()
-    ):
-        raise UserError(
-            f"{where}: `maps` is {kinds!r}. Give a dict of name to LabelMap(), IdMap(), ValueMap() or DistanceMap() of "
-            "dinoseg.core.sample_maps. Fields of vectors are not supported: augmentation would have to turn them."
-        )
-    return dict(kinds)
 
 
 def check_needed_maps(needed: Mapping[str, MapKind], kinds: Mapping[str, MapKind], loss: str, data: str) -> None:
@@ -171,8 +141,10 @@ def check_needed_maps(needed: Mapping[str, MapKind], kinds: Mapping[str, MapKind
             )
 
 
-def check_maps(maps: object, kinds: Mapping[str, MapKind], size: tuple[int, int], where: str) -> dict[str, Tensor]:
-    """Return the maps of a sample.
+def check_maps(
+    maps: Mapping[str, Any], kinds: Mapping[str, MapKind], size: tuple[int, int], where: str
+) -> dict[str, Tensor]:
+    """Return the declared maps of a sample.
 
     Args:
         maps: of the sample, by name.
@@ -183,14 +155,8 @@ def check_maps(maps: object, kinds: Mapping[str, MapKind], size: tuple[int, int]
     Raises:
         UserError: a map is missing, or has another shape or type than declared.
     """
-    found = maps if isinstance(maps, Mapping) else {}
-    if odd := [name for name in {**found, **kinds} if name not in found or name not in kinds]:
-        raise UserError(
-            f"{where} has the maps {sorted(map(str, found))}, and `maps` of the dataset declares {sorted(kinds)}. "
-            f"Return the same; differing: {', '.join(map(str, odd))}."
-        )
     for name, kind in kinds.items():
-        value = found[name]
+        value = maps.get(name)
         if not isinstance(value, Tensor) or value.shape != kind.shape(size) or value.dtype not in kind.dtypes:
             form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             dtypes = " or ".join(str(dtype) for dtype in kind.dtypes)
@@ -198,7 +164,7 @@ def check_maps(maps: object, kinds: Mapping[str, MapKind], size: tuple[int, int]
                 f"{where}: the map {name} is {form}. As {type(kind).__name__}, it has to be a tensor of {dtypes} "
                 f"{kind.shape(size)}."
             )
-    return {name: found[name] for name in kinds}
+    return {name: maps[name] for name in kinds}
 
 
 def make_random_maps(

@@ -18,7 +18,7 @@ from torch import Tensor
 from dinoseg.core.class_ids import argmax_ids, class_ids, mixed_class_ids
 from dinoseg.core.geometry import unify_depth, upsample_at
 from dinoseg.core.task import SEMANTIC, Task
-from dinoseg.utils.transfer import to_device
+from dinoseg.utils.devices import to_device
 
 Palette = Sequence[tuple[int, int, int]]
 

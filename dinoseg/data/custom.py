@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.channels import PixelFormat
-from dinoseg.core.sample_maps import check_map_kinds, check_maps, get_map_kinds
+from dinoseg.core.sample_maps import check_maps, get_map_kinds
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
@@ -62,7 +62,7 @@ class CustomDataset:
         self.ignore_index = labels.ignore_index
         self.names = [names[row] for row in self.rows]
         self.lacking: Mapping[str, str] = {}
-        self.maps = check_map_kinds(get_map_kinds(samples), self._where)
+        self.maps = dict(get_map_kinds(samples))
         self.skipped: Mapping[str, str] = {}
         self.split_local_names = False
         self._is_known = torch.zeros(256, dtype=torch.bool)
@@ -84,7 +84,7 @@ class CustomDataset:
         )
         if self.maps or "maps" in item:
             size = (item["image"].shape[1], item["image"].shape[2])
-            sample["maps"] = check_maps(item.get("maps"), self.maps, size, f"{self._where}: the sample {name}")
+            sample["maps"] = check_maps(item.get("maps", {}), self.maps, size, f"{self._where}: the sample {name}")
         return sample
 
     def keep(self, names: Collection[str]) -> "CustomDataset":

@@ -13,9 +13,8 @@ from dinoseg.report.html.page import render
 from dinoseg.report.overlay import downscale
 from dinoseg.report.table import few_units, percent
 from dinoseg.utils.atomic import write_text
-from dinoseg.utils.files import entries
+from dinoseg.utils.files import entries, natural_order
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_image
-from dinoseg.utils.natural_order import natural_order
 
 PAGE = "report.html"  # in a run folder
 _SHOWN = 6  # worst videos

@@ -26,8 +26,8 @@ from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, explain_score, selects_checkpoints
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
-from dinoseg.utils.hashes import hash_of
 from dinoseg.utils.ranges import Count, Natural, Positive, check_value
+from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)

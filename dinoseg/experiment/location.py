@@ -88,7 +88,7 @@ def remember_folder(cache_dir: Path, folder: Path) -> None:
 def remembered_folders(cache_dir: Path) -> Iterator[Path]:
     """Yield the run folders that commands in the current folder have named and that still exist."""
     with suppress(OSError, UserError, forms.SchemaError):
-        for line in forms.read_regular(_folder_list(cache_dir), 2**24).splitlines():
+        for line in forms.read_regular(_folder_list(cache_dir)).splitlines():
             with suppress(forms.SchemaError):
                 folder = Path(forms.parse_json(line, forms.text))
                 if folder.is_dir():

@@ -18,7 +18,6 @@ from dinoseg.utils.forms import SchemaError, as_read_back
 from dinoseg.utils.yaml_text import read_yaml
 
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaError, OmegaConfBaseException)
-_LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
 # interpolation in a training's config; its evaluations store the value
 _CLASS_FILE_INTERPOLATION = f"${{{CLASS_FILE}:"
 _ELSEWHERE = ("seed", "data.root", "metric.", "choices.metric")  # may differ within a recipe
@@ -32,7 +31,7 @@ def config_file(folder: Path) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config file, with interpolations unresolved; errors are among `BROKEN`."""
-    config: dict[str, Any] = read_yaml(path, _LARGEST)
+    config: dict[str, Any] = read_yaml(path)
     return config
 
 

@@ -21,10 +21,10 @@ from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import code_hash
 from dinoseg.utils import forms
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
-from dinoseg.utils.hashes import hash_of
-from dinoseg.utils.transfer import to_device
+from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import format_override, format_value, join_names
 
 _KEY = "teacher"  # of the config, which names the checkpoint in messages

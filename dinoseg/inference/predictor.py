@@ -16,9 +16,9 @@ from dinoseg.inference.rows import MemoryRows
 from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
 from dinoseg.inference.windows import Whole
 from dinoseg.models.model import SegmentationModel, Size
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import ImageTooLarge, lift_pixel_limit, read_image, read_size, write_png
-from dinoseg.utils.transfer import to_device
 from dinoseg.utils.wording import in_bytes
 
 T = TypeVar("T")

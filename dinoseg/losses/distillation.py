@@ -10,7 +10,7 @@ from torch import Tensor
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.full_resolution import Vjp, pixel_sums
 from dinoseg.losses.points import sample_maps
-from dinoseg.utils.transfer import to_device
+from dinoseg.utils.devices import to_device
 
 _INSIDE, _OUTSIDE = 0, 255
 

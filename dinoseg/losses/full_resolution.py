@@ -16,8 +16,8 @@ from dinoseg.core.geometry import Span, reduce_tile, spans, upsample_tile
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.fused import Fused, KernelSpec, PixelSums, choose_faster
 from dinoseg.losses.labelled import UNLABELLED, labels
+from dinoseg.utils.devices import threads
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.threads import threads
 
 ROWS = 32  # rows of a tile
 CACHED = 2**18  # values per tile on a CPU: 1 MiB of float32

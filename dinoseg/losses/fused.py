@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.geometry import cell_weights
-from dinoseg.utils.transfer import to_device
+from dinoseg.utils.devices import to_device
 
 ENLARGED = 16  # minimum pixels per grid cell: the kernel stores gradients for the four corners of each cell
 _TILE, _PIXELS = 2048, 64  # scores in registers and pixels, per iteration

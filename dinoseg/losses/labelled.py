@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import to_device
 
 UNLABELLED = -100  # internal ignore value for all data sets; the default `ignore_index` of torch's cross_entropy
 

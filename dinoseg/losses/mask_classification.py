@@ -20,10 +20,10 @@ from dinoseg.losses.points import (
     sample_membership,
     uncertain_points,
 )
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count, NotNegative, Range, Share, check_annotations
-from dinoseg.utils.transfer import to_device
 
 Oversampling = Annotated[float, Range("a number of at least 1", 1)]
 TERMS = ("class", "mask", "dice")

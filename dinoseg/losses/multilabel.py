@@ -8,7 +8,7 @@ from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.labelled import ImageLoss, labelled_images
 from dinoseg.losses.overlap import tversky_loss
-from dinoseg.utils.transfer import to_device
+from dinoseg.utils.devices import to_device
 
 
 class BinaryCrossEntropy(Loss):

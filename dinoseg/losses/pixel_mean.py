@@ -13,9 +13,9 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.full_resolution import Vjp, pixel_sums, pixel_values
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import UNLABELLED, check_classes, labels
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare
-from dinoseg.utils.transfer import to_device
 
 Average = Literal["labelled", "all"]
 

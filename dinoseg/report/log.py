@@ -16,8 +16,7 @@ from dinoseg.report.loggers.logger import BackgroundLogger, Logger, Status
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.urls import without_credentials
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_value, without_credentials
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d+)")  # folder with the images of one validation

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss, safe_divide
+from dinoseg.core.contracts import Loss, overrides_both, safe_divide
 from dinoseg.core.shapes import Batch, Prediction, SegmentationData, join_batches
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.loader import TrainViews, sample_batches
@@ -31,9 +31,8 @@ from dinoseg.training.feature_cache.key import image_hash, origin
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.hashes import hash_of
-from dinoseg.utils.inheritance import overrides_both
 from dinoseg.utils.ranges import Count, NotNegative, Positive, Temperature
+from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.tracking.provenance import model_settings, precision_of
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, Tracker
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import to_device
 
 _COUNTED = {"masks": TensorForm(torch.uint8, "2 H W"), "counts": TensorForm(torch.int64, "3", 0)}
 _PROPAGATED = {

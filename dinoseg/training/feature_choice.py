@@ -21,8 +21,8 @@ from dinoseg.training.feature_cache.key import code_hash, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.hashes import hash_of
 from dinoseg.utils.ranges import Positive
+from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import count_of, in_bytes
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss
+from dinoseg.core.contracts import Loss, overrides_both
 from dinoseg.core.metric import Metric
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
@@ -30,7 +30,6 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.step import StepScores
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError, name_parameters
-from dinoseg.utils.inheritance import overrides_both
 from dinoseg.utils.ranges import Count
 
 SCORE_NAMES = tuple(sorted(["loss", *SCORES]))

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dinoseg.utils.errors import UserError
-
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # of Linux control groups, versions 1 and 2
 _SPINS = "300"  # compared with others in `benchmarks/busy.py`
 _written: set[str] = set()  # values of OMP_NUM_THREADS that `limit_threads_to_share` set
@@ -37,18 +35,9 @@ def cores_here() -> int:
 
 
 def ranks_here() -> int:
-    """Return the number of ranks that share this machine's cores: LOCAL_WORLD_SIZE, else WORLD_SIZE, else 1.
-
-    Raises:
-        UserError: if the environment variable is no number of ranks.
-    """
+    """Return the number of ranks that share this machine's cores: LOCAL_WORLD_SIZE, else WORLD_SIZE, else 1."""
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         if value := os.environ.get(name):
-            if not re.fullmatch("[1-9][0-9]{0,5}", value):
-                raise UserError(
-                    f"{name}={value:.60} must be a whole number of ranks, 1 or more, as torchrun sets it. Unset it, or "
-                    "let torchrun start the ranks."
-                )
             return int(value)
     return 1
 

@@ -1,6 +1,12 @@
-"""Common features of accelerators (CUDA, MPS) that a CPU lacks: queued work, and a caching allocator."""
+"""Common features of accelerators (CUDA, MPS) that a CPU lacks, and threads of a CPU that each compute alone."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def synchronize(device: torch.device) -> None:
@@ -13,3 +19,33 @@ def empty_cache(device: torch.device) -> None:
     """Release the memory that an accelerator's allocator caches to the system; no-op on a CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to `device`, on CUDA without waiting for the copy.
+
+    Only CUDA copies asynchronously, and only from pinned memory: a tensor that is not pinned yet (loaders pin their
+    batches ahead) is pinned here. MPS would read host memory later, which may have been reused by then.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def threads(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a `map` whose calls, such as parts of one image, share the CPU's threads; Python's own for another device.
+
+    It is for operations too short to run in parallel themselves. On a loaded machine, their threads would wait for one
+    another at the end of each operation.
+    """
+    count = torch.get_num_threads()
+    if device.type != "cpu" or count == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            torch.set_num_threads(1)  # here too: parallel operations of this thread would wait for the busy workers
+            yield pool.map
+    finally:
+        torch.set_num_threads(count)  # new threads use the value last set in any thread

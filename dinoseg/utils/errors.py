@@ -20,7 +20,7 @@ _REMEDIES = {  # for errors of files and disks; others, such as a network's, pas
     (errno.EIO, errno.ENXIO, errno.ENODEV): "Check that disk.",
     (errno.EMFILE, errno.ENFILE): "Raise the limit of open files (`ulimit -n`) or use fewer workers.",
 }
-_NO_HOME = "Could not determine home directory."  # message of pathlib's expanduser
+_NO_HOME = "Could not determine home directory."  # message of pathlib's expanduser, which names no path
 
 
 class UserError(ValueError):

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import stat
 import sys
 from collections.abc import Collection, Iterator
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.natural_order import natural_order
 
 Stamp = tuple[int, int, int, int]
+# natsort, called folder by folder, sorts ASCII names in the same way and no faster; it sorts whole paths
+# and other scripts' digits differently, and the order of frames must not depend on a library's version
+_NUMBER = re.compile(r"([0-9]+)")
 _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -52,6 +55,15 @@ def find_files(source: str | PathLike[str], kinds: Collection[str]) -> list[Path
     paths = entries(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     files = [each for each in paths if each.suffix.lower() in kinds and each.name[0] != "." and not each.is_dir()]
     return sorted(files, key=lambda each: natural_order(each.as_posix()))
+
+
+def natural_order(name: str) -> tuple:
+    """Return a key for natural order, frame2 before frame10: folder by folder, with runs of digits as numbers."""
+    parts = tuple(
+        tuple(int(piece) if index % 2 else piece for index, piece in enumerate(_NUMBER.split(part)))
+        for part in name.split("/")
+    )
+    return parts, name  # tie-break: 01 and 1 are the same number
 
 
 def is_pattern(source: str | PathLike[str]) -> bool:

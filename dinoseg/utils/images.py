@@ -50,8 +50,11 @@ _RAW_MODES = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow 
 _RAW_MODES_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
 _LOSSY = ("JPEG", "MPO", "WEBP")  # Pillow's names; lossless WebP is rare
 _warned: list[str | Path] = []  # the file that the warning about scaling named
-# what Pillow raises for damaged files
-_DAMAGE = (OSError, SyntaxError, ArithmeticError, LookupError, TypeError, ValueError, struct.error)
+# what Pillow, tifffile and NumPy raise for damaged files
+_DAMAGE = (
+    *(OSError, SyntaxError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, struct.error),
+    *(MemoryError, Image.DecompressionBombError),
+)
 _NO_PICTURE = "is truncated or not an image: replace or remove it"
 _FULL_DEPTH = "data/pixels=files data.pixels.value_range=[LOWEST,HIGHEST]"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
@@ -86,17 +89,11 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
     Raises:
         UserError: if it is truncated, or holds other values than levels of 8 or 16 bits; `name` begins the message.
     """
-    try:
+    with explain_errors(name):
         # not loaded yet: Pillow would change or refuse some
         if isinstance(image, TiffImageFile) and image.tile and image.fp is not None:
             return _rgb_of_page(name, TiffFile(image.fp).stored_pages[image.tell()])
         return np.asarray(_upright_rgb(name, image))
-    except UserError:
-        raise
-    except Unfit as error:
-        raise UserError(f"{name} {error}.") from None
-    except _DAMAGE as error:
-        raise UserError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
 
 
 def read_ids(path: str | Path) -> np.ndarray:
@@ -276,8 +273,6 @@ def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
 
 def _rgb_of_page(path: str | Path, page: TiffPage) -> np.ndarray:
     """Return a page of a TIFF file as (H, W, 3) uint8 RGB."""
-    if page.is_float:
-        raise Unfit(_unknown_range(page.samples))
     levels = page.read_levels()
     colors = levels.shape[2] - (page.has_alpha and page.photometric in (BLACK_IS_ZERO, WHITE_IS_ZERO))
     if colors not in (1, 3) and page.photometric != RGB:
@@ -289,18 +284,12 @@ def _rgb_of_page(path: str | Path, page: TiffPage) -> np.ndarray:
     return np.ascontiguousarray(_eight_bits(path, levels, white=page.white if page.bits < 16 else 65535))
 
 
-def _unknown_range(channels: int) -> str:
-    """Return the text about floats as RGB."""
-    named = "" if channels == 3 else f"data.channels={channels} "
-    return f"holds floating-point values of unknown range. Declare it: {named}{_FULL_DEPTH}; or convert it to 8 bits"
-
-
 def _eight_bits(path: str | Path, levels: np.ndarray, white: int) -> np.ndarray:
     """Scale levels of 0..white to uint8."""
     if levels.dtype == np.uint8:
         return levels
     if levels.dtype.kind == "f":
-        raise Unfit(_unknown_range(1))
+        raise Unfit(f"holds floating-point values of unknown range. Declare it: {_FULL_DEPTH}; or convert it to 8 bits")
     if levels.min() < 0 or levels.max() > white:
         raise Unfit(
             f"holds values from {levels.min()} to {levels.max()}, not levels from 0 to {white}. Declare their range: "
@@ -423,18 +412,28 @@ def decode(path: str | Path, take: Callable[[Image.Image], T], take_tiff: Callab
         UserError: if the file is missing, truncated or no image of these formats, or one of the two raises an error of
             a reader or `Unfit`.
     """
+    with explain_errors(path), open_regular(path) as file:
+        if is_tiff(file):
+            opened = TiffFile(file)
+            _check_size(opened.pages[0])
+            return take_tiff(opened)
+        with Image.open(file, formats=FORMATS) as image:
+            return take(image)
+
+
+@contextmanager
+def explain_errors(name: str | Path) -> Iterator[None]:
+    """Turn errors in reading an image into messages that begin with its name.
+
+    Raises:
+        UserError: the file is missing, truncated or damaged, or a reader has raised `Unfit`.
+    """
     try:
-        with open_regular(path) as file:
-            if is_tiff(file):
-                opened = TiffFile(file)
-                _check_size(opened.pages[0])
-                return take_tiff(opened)
-            with Image.open(file, formats=FORMATS) as image:
-                return take(image)
+        yield
     except UserError:
         raise
-    except (*_DAMAGE, MemoryError, Image.DecompressionBombError, Unfit) as error:
-        raise _explain(Path(path), error) from error
+    except (*_DAMAGE, Unfit) as error:
+        raise _explain(name, error) from error
 
 
 def _check_size(page: TiffPage) -> None:
@@ -444,13 +443,11 @@ def _check_size(page: TiffPage) -> None:
         raise Image.DecompressionBombError(f"Image size ({pixels} pixels) exceeds limit of {limit} pixels")
 
 
-def _explain(path: Path, error: Exception) -> UserError:
+def _explain(path: str | Path, error: Exception) -> UserError:
     """Return the message for an error in reading an image."""
     unreadable = f"Cannot read {path} as an image"
     if isinstance(error, FileNotFoundError):
         return UserError(f"File not found: {path}. Check the path.")
-    if isinstance(error, PermissionError):
-        return UserError(f"Cannot read {path}: permission denied. Give your user read permission.")
     if isinstance(error, MemoryError):
         return UserError(f"Not enough memory to read {path} as an image. Free some, or reduce or split the image.")
     if isinstance(error, Image.DecompressionBombError):

@@ -1,10 +1,7 @@
 """Reading of image files with any number of channels at full depth, as levels of 8 or 16 bits; imports no torch."""
 
-import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -14,6 +11,7 @@ from dinoseg.utils.files import open_regular
 from dinoseg.utils.images import (
     ARRAY_SUFFIX,
     decode,
+    explain_errors,
     find_packing,
     load_upright,
     read_orientation,
@@ -25,7 +23,6 @@ from dinoseg.utils.tiff import TiffFile, turn
 WHITE = 65535  # highest level of 16 bits
 EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
 MAX_NUMBERS = 2**29  # numbers of a file that are read: as many as Pillow opens as RGB
-_MAX_HEADER = 2**14  # bytes of a .npy file's header: more than numpy parses
 # whose arrays are the stored values
 _PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "I;16", "I;16L", "I;16B", "I", "F")
 _AS = {"1": "L", "P": "RGB"}  # mode to the one that it is converted to; all others to RGB
@@ -47,6 +44,7 @@ def read_levels(path: Path, value_range: Sequence[float] | None) -> np.ndarray:
     """
     if path.suffix.lower() == ARRAY_SUFFIX:
         values = _read_array(path)
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
         return to_levels(values[..., None] if values.ndim == 2 else values, value_range, path)
     return decode(
         path,
@@ -86,9 +84,8 @@ def read_levels_size(path: Path) -> tuple[int, int]:
     """
     if path.suffix.lower() != ARRAY_SUFFIX:
         return read_size(path)
-    with _open_array(path) as file:
-        shape, _, _ = _read_header(file, path)
-    return shape[0], shape[1]
+    height, width, *_ = _read_array(path, header=True).shape
+    return height, width
 
 
 def to_16_bits(levels: np.ndarray) -> np.ndarray:
@@ -134,7 +131,8 @@ def _read_pages(file: TiffFile, value_range: Sequence[float] | None, path: Path)
     sizes = {page.size for page in file.pages}
     if len(sizes) > 1:
         raise Unfit("has pages of different sizes. Save its channels as pages of one size")
-    _check_numbers(sum(page.height * page.width * page.samples for page in file.pages))
+    if sum(page.height * page.width * page.samples for page in file.pages) > MAX_NUMBERS:
+        raise Unfit(f"has more than {MAX_NUMBERS} numbers. Split it")
     pages = []
     for page in file.pages:
         values = page.read_levels()
@@ -155,7 +153,6 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     orientation = read_orientation(image)
     # OpenCV returns blue, green, red and alpha, also of the grey and alpha of a PNG
     channels = [0, 3] if find_packing(image).startswith("LA") else [2, 1, 0, 3][: len(image.getbands())]
-    _check_numbers(image.height * image.width * len(channels))
     file = image.fp  # type: ignore[attr-defined]
     file.seek(0)
     # not the further frames of a PNG, which Pillow counts as one page
@@ -165,46 +162,14 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     return turn(pages[0][..., channels], orientation)
 
 
-def _check_numbers(count: int) -> None:
-    if count > MAX_NUMBERS:
-        raise Unfit(f"has more than {MAX_NUMBERS} numbers. Split it")
-
-
-def _open_array(path: Path) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except FileNotFoundError:
-        raise UserError(f"File not found: {path}. Check the path.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its disk.") from error
-
-
-def _read_array(path: Path) -> np.ndarray:
-    with _open_array(path) as file:
-        shape, is_fortran, dtype = _read_header(file, path)
-        length = math.prod(shape) * dtype.itemsize
-        data = file.read(length)
-    if len(data) < length:
-        raise UserError(f"{path} is truncated: it has {len(data)} of {length} bytes. Replace it.")
-    values = np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
-    return values.astype(dtype.newbyteorder("="))  # a copy that can be written
-
-
-def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, memory order and type of a .npy file; never unpickles anything."""
-    head = io.BytesIO(file.read(_MAX_HEADER))  # numpy reads a header of any length before it refuses it
-    try:
-        version = np.lib.format.read_magic(head)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(head)
-    except Exception:  # numpy parses it as a Python literal, which fails in many ways
-        raise UserError(f"{path} cannot be read as an array. Save it again by numpy.save.") from None
-    is_shape = len(shape) in (2, 3) and all(type(side) is int and side > 0 for side in shape)
-    if not is_shape or math.prod(shape) > MAX_NUMBERS:
-        raise UserError(
-            f"{path} holds an array of {list(shape)}. Save (H, W) or (H, W, C), with 1 to {MAX_NUMBERS} numbers."
+def _read_array(path: Path, *, header: bool = False) -> np.ndarray:
+    """Return the array of a .npy file, mapped instead of read for its `header` alone; never unpickles anything."""
+    with explain_errors(path), open_regular(path) as file:
+        values = (
+            np.lib.format.open_memmap(path, mode="r") if header else np.lib.format.read_array(file, allow_pickle=False)
         )
-    if dtype.kind not in "uif":
-        raise UserError(f"{path} holds {dtype} values. Save uint8, uint16 or floats.")
-    file.seek(head.tell())
-    return shape, is_fortran, dtype
+        if values.ndim not in (2, 3) or not values.size or values.dtype.kind not in "uif":
+            raise Unfit(
+                f"holds {values.dtype} values {list(values.shape)}. Save (H, W) or (H, W, C) of uint8, uint16 or floats"
+            )
+    return values

@@ -1,6 +1,5 @@
 """Files of predicted masks: one PNG for all classes, or one for each class of a mask with layers; imports no torch."""
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,7 @@ import numpy as np
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
-# names of files or folders that some system refuses
-_FORBIDDEN = {*'/\\:*?"<>|'}
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_LONGEST = 255  # bytes
+_FORBIDDEN = {*'/\\:*?"<>|'}  # in names of files, by some system
 
 
 def check_layer_names(classes: Sequence[str]) -> None:
@@ -24,14 +20,11 @@ def check_layer_names(classes: Sequence[str]) -> None:
     """
     known: dict[str, str] = {}
     for name in classes:
-        is_odd = _FORBIDDEN & {*name} or name.strip(". ") != name or _RESERVED.fullmatch(name)
-        if is_odd or len(name.encode()) > _LONGEST:
-            raise UserError(f"The class {name} has masks of its own, and its name cannot be that of a file. Rename it.")
         other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
-        if other != name:
+        if other != name or _FORBIDDEN & {*name} or name.strip(". ") != name:
             raise UserError(
-                f"The classes {other} and {name} have masks of their own, and some systems take both names for one "
-                "file. Rename one of them."
+                f"The class {name} has masks of its own, and its name cannot be that of a file which differs from all "
+                "others on every system. Rename it."
             )
 
 

@@ -1,14 +1,14 @@
 """Tensor files: published ones, read without running code from them, and our own."""
 
 import argparse
-import io
 import os
 import pickletools
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +24,10 @@ _TYPES = {  # names in a safetensors header
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
-_LONGEST = 2**63 - 1  # largest side of a tensor
-_EXACT = (torch.int16, torch.int32, torch.int64)  # types of counters, not of quantised weights
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SERIAL = 2**15  # values in an operation that torch does not distribute over threads (at::internal::GRAIN_SIZE)
 _FEW = 2**22  # values of a tensor that is processed in such pieces
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are read as safetensors
-_MAX_STEPS = 2_000_000  # of a pickle, 64 to 216 bytes each; a ViT-7B with its optimizer's state takes 200,000
 _PARTS = 5  # pickles that torch's format without a zip archive begins with
 _NAMES = re.compile(  # of what weights are saved with: tensors in dicts, and plain options of the training
     r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) (set|complex)"
@@ -81,17 +78,14 @@ def meta_tensor(file: Any, key: str) -> Tensor:
     """Return the shape and type of a tensor in an open safetensors file, on the meta device; no values are read.
 
     Raises:
-        SafetensorError: if its type is unsupported, such as F4, or a side exceeds the limit of a tensor.
+        SafetensorError: if its type is unsupported, such as F4.
     """
     part = file.get_slice(key)
     if (kind := part.get_dtype()) not in _TYPES:
         raise SafetensorError(
             f"{format_value(key)} has the type {format_value(kind)}, which is not one of {', '.join(_TYPES)}"
         )
-    shape = part.get_shape()
-    if any(side > _LONGEST for side in shape):
-        raise SafetensorError(f"{format_value(key)} has the shape {shape}, but the limit per side is {_LONGEST}")
-    return torch.empty(shape, dtype=_TYPES[kind], device="meta")
+    return torch.empty(part.get_shape(), dtype=_TYPES[kind], device="meta")
 
 
 def outline(path: Path) -> dict[str, Tensor]:
@@ -134,8 +128,8 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
     Args:
         tensors: by name.
         where: config key and file, which begin the message.
-        expected: the model's own tensors, which determine the required shapes. Tensors that are not floating-point,
-            such as counters, need values that their type can represent. Tensors missing here are not checked.
+        expected: the model's own tensors, which determine the required shapes. Those that are not floating-point, such
+            as counters, may have any type. Tensors missing here are not checked.
 
     Raises:
         UserError: if any tensor is invalid; the message names the first one and the number of others.
@@ -144,15 +138,12 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
     wrong = {}
     for name, value in known.items():
         reference = value if expected is None else expected[name]
-        kind = str(value.dtype).removeprefix("torch.")
+        is_weight = expected is None or reference.is_floating_point()
         if value.shape != reference.shape:
             wrong[name] = f"has the shape {list(value.shape)} instead of {list(reference.shape)}"
-        elif expected is not None and not reference.is_floating_point():
-            if value.dtype != reference.dtype and not _casts_exactly(value, reference.dtype):
-                wrong[name] = f"is {kind} instead of {str(reference.dtype).removeprefix('torch.')}"
-        elif value.dtype not in _WEIGHTS:
-            wrong[name] = f"is {kind}; weights must be floating-point"
-        elif not value.is_meta and not is_finite(value):
+        elif is_weight and value.dtype not in _WEIGHTS:
+            wrong[name] = f"is {str(value.dtype).removeprefix('torch.')}; weights must be floating-point"
+        elif is_weight and not value.is_meta and not is_finite(value):
             wrong[name] = "holds NaN or infinity"
     if wrong:
         name, what = next(iter(wrong.items()))
@@ -160,12 +151,6 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
         raise UserError(
             f"{where}: {format_value(name)} {what}{others}. Download or export the weights again, unquantised."
         )
-
-
-def _casts_exactly(value: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether an unquantised tensor casts to `dtype` without changing its values; those on meta are unknown."""
-    exact = value.dtype in (*_WEIGHTS, *_EXACT)
-    return exact and (value.is_meta or torch.equal(value.to(dtype).to(value.dtype), value))
 
 
 def check_file(path: Path, key: str) -> None:
@@ -189,81 +174,35 @@ def _read_safetensors(path: Path, key: str) -> Any:
 
 def _read_pickled(path: Path, key: str) -> Any:
     try:
-        check_pickles(path)
+        is_archive = zipfile.is_zipfile(path)  # the format since torch 1.6
+        _check_pickles(path, is_archive)
         # DINO's full checkpoints store their command line in a Namespace, which is harmless to construct
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
-        check_views(content, path.stat().st_size)
-        return content
-    except ForeignObject as error:
-        raise UserError(
-            f"{key}={path}: holds objects besides tensors ({error}), and reading those could run code or exhaust "
-            "memory. Give a file of tensors only, or a safetensors file."
-        ) from error
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # a broken file raises many exception types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{key}={path}: not a readable PyTorch file ({reason}). Download it again.") from error
+        raise UserError(
+            f"{key}={path}: not a readable PyTorch file of tensors only ({reason}). Download it again, or give a "
+            "safetensors file."
+        ) from error
 
 
-class ForeignObject(ValueError):
-    """Error for a pickle that names an object which no file of weights needs; its text is that name."""
+def _check_pickles(path: Path, is_archive: bool) -> None:
+    """Refuse a PyTorch file from which torch would create other objects than tensors, or unpack more than its bytes.
 
-
-def is_archive(path: Path) -> bool:
-    """Return whether torch reads a file as a zip archive: the format since torch 1.6."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def check_pickles(path: Path) -> None:
-    """Refuse a PyTorch file that may run code or take much more memory than it has bytes.
-
-    Raises:
-        ForeignObject: its pickle names an object that weights do not consist of.
-        ValueError: it has too many steps, is compressed or damaged.
-        zipfile.BadZipFile: it is no zip archive, although it begins like one.
+    torch refuses to run code, but not to fill the memory.
     """
-    with open(path, "rb") as file:
-        if not is_archive(path):
-            return _check_steps(file, _PARTS)
-        with zipfile.ZipFile(file) as archive:
+    with ExitStack() as stack:
+        file: IO[bytes] = stack.enter_context(open(path, "rb"))
+        streams = [file] * _PARTS
+        if is_archive:
+            archive = stack.enter_context(zipfile.ZipFile(file))
             entries = archive.infolist()
-            names = {entry.filename.lower() for entry in entries}  # torch ignores case
-            size = path.stat().st_size
-            if len(names) < len(entries) or sum(entry.file_size for entry in entries) > size:
-                raise ValueError("entries of its archive have the same name or are larger than the file")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("entries of its archive are compressed")
-            for entry in entries:
-                if entry.filename.lower().endswith(".pkl"):
-                    with io.BufferedReader(archive.open(entry)) as stream:  # type: ignore[type-var]
-                        _check_steps(stream, 1)
-
-
-def check_views(content: Any, most: int) -> None:
-    """Refuse tensors of more than `most` bytes, in dicts of dicts: a view may repeat one stored value.
-
-    Raises:
-        ValueError: there is one.
-    """
-    seen: set[int] = set()
-    values = [content]
-    while values:
-        value = values.pop()
-        if isinstance(value, dict) and id(value) not in seen:
-            seen.add(id(value))
-            values += value.values()
-        elif isinstance(value, Tensor) and value.numel() * value.element_size() > most:
-            raise ValueError(f"a tensor of the shape {list(value.shape)} is larger than the file")
-
-
-def _check_steps(stream: BinaryIO, parts: int) -> None:
-    """Refuse pickles, one after another in a stream, by their names and their number of steps."""
-    steps = 0
-    for _ in range(parts):
-        for code, argument, _ in pickletools.genops(stream):
-            steps += 1
-            if code.name == "GLOBAL" and not _NAMES.fullmatch(str(argument)):
-                raise ForeignObject(str(argument).replace(" ", "."))
-            if steps > _MAX_STEPS:
-                raise ValueError(f"its pickle has more than {_MAX_STEPS} steps")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("the entries of its archive are larger than the file")
+            # torch ignores case
+            streams = [archive.open(entry) for entry in entries if entry.filename.lower().endswith(".pkl")]
+        for stream in streams:
+            for code, argument, _ in pickletools.genops(stream):
+                if code.name == "GLOBAL" and not _NAMES.fullmatch(str(argument)):
+                    raise ValueError(f"it holds {str(argument).replace(' ', '.')}")

@@ -4,6 +4,7 @@ A unit is a video's masks or its frames, a packed data set, a count. It is a "un
 results, which must not be mixed with results made otherwise.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TypeVar
 from dinoseg.utils.forms import SchemaError
 
 T = TypeVar("T")
+KEY_LENGTH = 32
 logger = logging.getLogger(__name__)
 
 
@@ -47,3 +49,8 @@ def read_valid_note(
     if unfit:
         logger.warning("%s", unfit)
     return None
+
+
+def hash_of(*parts: object) -> str:
+    """Return a hash of the inputs of a unit: numbers, strings, and tuples of them."""
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:KEY_LENGTH]

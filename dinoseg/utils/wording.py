@@ -1,4 +1,4 @@
-"""Text helpers for messages: lists, counts, suggestions, and escaping of unprintable names."""
+"""Text helpers for messages: lists, counts, suggestions, escaping of unprintable names, URLs without passwords."""
 
 import difflib
 import json
@@ -10,6 +10,9 @@ from typing import Any, TextIO
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Python reads bytes of file names that are no UTF-8 as these; `str.translate` deletes them
 ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00))
+# scheme://USER:PASSWORD@ or scheme://TOKEN@. A password may hold unescaped / ? # and @: what follows the first colon is
+# a password, unless it is a port. [ begins an IPv6 address.
+_CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?:[^/\s?#:@[]*:(?!\d+(?:[/?#]|$))\S*@|[^/\s?#]*@)")
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x200E, 0x200F)  # reverse the direction of text
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_DIRECTIONS)
 _SHOWN = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS if chr(code) not in "\n\t"}
@@ -109,3 +112,16 @@ def format_value(value: Any, limit: int = 80) -> str:
     """Format a value from a file for a message: one line, no control characters, at most `limit` characters."""
     text = value if isinstance(value, str) and value.isprintable() else ascii(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def has_credentials(text: str) -> bool:
+    """Return whether text holds a URL with a user or a password, such as `https://USER:PASSWORD@HOST`."""
+    return _CREDENTIALS.search(text) is not None
+
+
+def without_credentials(text: str) -> str:
+    """Return text with users and passwords removed from its URLs.
+
+    Everything up to the last @ of a URL with a colon is removed, as an unescaped password may hold any character.
+    """
+    return _CREDENTIALS.sub(r"\1", text)

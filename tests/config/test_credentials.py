@@ -7,7 +7,7 @@ from mistakes import assert_refused
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.report.log import RunLog
-from dinoseg.utils.urls import has_credentials, without_credentials
+from dinoseg.utils.wording import has_credentials, without_credentials
 
 
 @pytest.mark.parametrize(

@@ -158,12 +158,6 @@ def test_unreadable_data_is_opened_and_reported_once(tmp_path, caplog):
     assert all("config.yaml does not define the dataset" in other.no_pictures for other in others)
 
 
-def open_large_config():
-    Path("config").mkdir()
-    Path("config/config.yaml").write_bytes(b"#" * (2**20 + 1))
-    open_saved_data(None, Path(), root="", split="val")
-
-
 def show_image_outside():
     write_png("outside_pred.png", np.zeros((4, 6), np.uint8))
     Path("a/predictions").mkdir(parents=True)
@@ -174,7 +168,6 @@ def show_image_outside():
 
 test_message_names_value_and_remedy = refusals(
     {
-        "a config larger than any": (open_large_config, "has 1048577 bytes; the limit is 131072"),
         "a name that leads out": (show_image_outside, "names an image outside its own folder"),
     }
 )

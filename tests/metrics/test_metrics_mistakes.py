@@ -87,7 +87,6 @@ test_message_names_value_and_remedy = refusals(
         "an unknown class": (lambda: count(PAIRS, PAIRS, metric=ClDice([1, 2])), "classes=[1, 2]", "from 0 to 1"),
         "classes of layers": (lambda: ClDice(classes=[0]).check_classes(4, has_layers=True), "classes=[0]: each class"),
         "no images": (lambda: MeanIoU().score([]), "counts", "at least one image"),
-        "counts of one image": (lambda: MeanIoU().score(count(PAIRS, PAIRS)), "rows: these", "Give a list"),
         "one score twice": (lambda: check_score_names([SurfaceDice(), SurfaceDice(0)]), "the score nsd of SurfaceDice"),
         "a score of every evaluation": (lambda: check_score_names([MeanIoU()]), "the score miou of MeanIoU"),
         "infinite images without a mean": (lambda: check_score_names([NO_MEAN]), "area_error_finite_mean"),

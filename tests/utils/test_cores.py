@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dinoseg.utils import cores
-from dinoseg.utils.threads import threads
+from dinoseg.utils.devices import threads
 
 TOLD_AT_IMPORT = """
 import os, sys

@@ -150,11 +150,11 @@ def npy(kind, shape, content=b""):
 def test_arrays_of_another_form_are_refused_before_they_are_made(tmp_path, content):
     npz(tmp_path / "a.npz", a=content)
     with pytest.raises(SchemaError):
-        read_arrays(tmp_path / "a.npz", {"a": ArrayForm("<f8", 1, 2**20)})
+        read_arrays(tmp_path / "a.npz", {"a": ArrayForm("<f8", 1)})
 
 
 def test_unreadable_array_archives_are_refused(tmp_path, caplog):
-    path, form = tmp_path / "a.npz", {"a": ArrayForm("<f8", 1, 2**20)}
+    path, form = tmp_path / "a.npz", {"a": ArrayForm("<f8", 1)}
     np.savez(path, a=np.arange(3.0))
     assert read_arrays(path, form)["a"].tolist() == [0, 1, 2]
     whole = path.read_bytes()
@@ -162,14 +162,11 @@ def test_unreadable_array_archives_are_refused(tmp_path, caplog):
         path.write_bytes(torn)
         with pytest.raises(SchemaError):
             read_arrays(path, form)
-    npz(path, compress=True, a=npy("<f8", (1,), bytes(8)))
-    assert_refused(lambda: read_arrays(path, form), "a is compressed", error=SchemaError)
     for times, sums in (([0.0, np.nan], [1, 2]), ([0.0], [1, 2]), ([], [])):
         np.savez(path, times=np.array(times, np.float64), sums=np.array(sums, np.uint32), fps=25.0)
         assert video_index._load(path) is None and not path.exists()
     assert caplog.text.count("is damaged (") == 3
-    with pytest.raises(FileNotFoundError):
-        read_arrays(path, form)
+    assert_refused(lambda: read_arrays(path, form), "No such file", error=SchemaError)
 
 
 ROWS = forms.record(rows=forms.list_of(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
@@ -184,9 +181,9 @@ test_forms_say_where_and_what = refusals(
         "a short row": (lambda: parse_json('{"rows": [[0, null], [9]]}', ROWS), "it.rows[1] is [9]; it must be a list"),
         "another key": (lambda: parse_json('{"row": []}', ROWS), "must be an object of rows"),
         "a key more": (lambda: parse_json('{"rows": [[0, null], [9, "a"]], "more": 1}', ROWS), "an object of rows"),
-        "a number too large": (lambda: parse_json('{"rows": 1e999}', ROWS), "1e999 is not a number"),
+        "a number too large": (lambda: parse_json("1e999", forms.number()), "is inf; it must be a number"),
         "a name twice": (lambda: parse_json('{"rows": [], "rows": []}', ROWS), "a name occurs twice"),
-        "infinity": (lambda: parse_json('{"rows": -Infinity}', ROWS), "-Infinity is not a number"),
+        "no number": (lambda: parse_json("NaN", forms.number()), "is nan; it must be a number"),
         "a number above 1": (lambda: parse_json("2", forms.number(0, 1)), "is 2; it must be a number from 0 to 1"),
         "no float": (lambda: parse_json("1" + "0" * 400, forms.number()), "must be a number"),
         "no flag": (lambda: parse_json("1", forms.flag), "must be true or false"),
@@ -205,16 +202,6 @@ def test_a_long_name_is_not_repeated_for_each_entry_below_it():
     form = forms.table(forms.list_of(lambda _, where: seen.append(len(where))))
     parse_json(json.dumps({"k" * 10_000: [1] * 5}), form)
     assert len(seen) == 5 and max(seen) < 80
-
-
-@pytest.mark.parametrize("text", [r'"\ud800"', r'{"\uDBFF": 1}', r'[["a\udfff"]]', r'"\ude00\ud83d"', r'"\udd00"'])
-def test_json_with_half_of_a_surrogate_pair_is_refused(text):
-    for content in (text, text.encode()):
-        assert_refused(partial(parse_json, content, forms.plain), "half of a surrogate pair", error=SchemaError)
-
-
-def test_json_keeps_pairs_and_bytes_of_file_names():
-    assert parse_json(r'["\ud83d\ude00", "a\udcff"]', forms.plain) == ["\U0001f600", "a\udcff"]
 
 
 def test_names_that_lead_elsewhere_are_invalid():
@@ -241,37 +228,3 @@ def test_tensors_of_a_state_have_their_form(change, message):
     check_state(state, forms)
     with pytest.raises(ValueError, match=message):
         check_state({**state, **change}, forms)
-
-
-def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
-    """A sparse file is read as zeros, which take memory although it takes no space."""
-    path, form = tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)}
-    npz(path, a=npy("|u1", (2**21,), bytes(2**21)))
-    limit = "bytes; the limit is 1048576"
-    assert_refused(lambda: read_arrays(path, form, most=2**20), limit, error=SchemaError)
-    assert len(read_arrays(path, form)["a"]) == 2**21
-    monkeypatch.setattr(forms, "_SMALL", 2**20)
-    monkeypatch.setattr(forms, "machine_memory", lambda: 2**22)
-    for read in (lambda path: read_arrays(path, form), lambda path: forms.read_json(path, forms.plain)):
-        assert_refused(partial(read, path), limit, error=SchemaError)
-
-
-def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monkeypatch):
-    """A sparse archive may be consistent: its zeros take no space on the disk, but memory once they are read."""
-    npz(tmp_path / "a.npz", a=npy("|u1", (2**20,), bytes(2**20)), b=npy("|u1", (5,), bytes(2**20)))
-    assert len(read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20)})["a"]) == 2**20
-    sizes, read = [], zipfile.ZipExtFile.read
-
-    def read_and_count(self, size=-1):
-        content = read(self, size)
-        sizes.append(len(content))
-        return content
-
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", read_and_count)
-    for name, message in (
-        ("a", r"a is \|u1\[1048576\] in 1048576 bytes; .* in at most 1048575"),
-        ("b", r"b is \|u1\[5\] in 1048576 bytes"),  # its header states another size
-    ):
-        with pytest.raises(SchemaError, match=message):
-            read_arrays(tmp_path / "a.npz", {name: ArrayForm("|u1", 1, 2**20 - 1)})
-    assert max(sizes) < 1000

@@ -11,7 +11,6 @@ import pytest
 import torch
 from mistakes import assert_refused
 
-from dinoseg.utils import tensor_files
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import read_tensor_file
 
@@ -64,37 +63,17 @@ def test_file_that_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, mon
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read it"))
     path = write(tmp_path / "x.pth", ASKING[kind], zipped=zipped)
     assert path.stat().st_size < 2000
-    with pytest.raises(UserError, match=r"^w=.*x\.pth: holds objects besides tensors \(\S+\).* exhaust memory. Give"):
+    with pytest.raises(UserError, match=r"^w=.*x\.pth: not a readable PyTorch file of tensors only \(it holds \S+\)"):
         read_tensor_file(path, "w")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_the_steps_of_a_pickle_are_limited(zipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "_MAX_STEPS", 1000)
-    path = write(tmp_path / "x.pth", b"(" + b"]" * 1000 + b"t", zipped=zipped)
-    with pytest.raises(UserError, match=r"x\.pth: not a readable PyTorch file \(its pickle has more than 1000 steps"):
-        read_tensor_file(path, "w")
-    assert read_tensor_file(write(path, b"(" + b"]" * 900 + b"t", zipped=zipped), "w")["x"] == ([],) * 900
 
 
 def test_an_archive_holds_no_more_than_its_file_has_bytes(tmp_path):
     path = write(tmp_path / "x.pth", text("a" * 10**6), zipped=True, compress=zipfile.ZIP_DEFLATED)
     assert_refused(lambda: read_tensor_file(path, "w"), "x.pth: ", "larger than the file")
-    write(path, text(bytes(range(32, 127)).decode()), zipped=True, compress=zipfile.ZIP_DEFLATED)
-    with pytest.raises(UserError, match=r"x\.pth: .*(larger than the file|are compressed)"):
-        read_tensor_file(path, "w")
     write(path, text("a"), zipped=True)
     with zipfile.ZipFile(path, "a") as archive:  # torch ignores case, and reads one of the two
         archive.writestr("a/DATA.pkl", b"\x80\x02}" + text("x") + ASKING["bytearray"] + b"s.")
-    assert_refused(lambda: read_tensor_file(path, "w"), "x.pth: ", "same name")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_expanded_tensor_view_larger_than_its_file_is_refused(zipped, tmp_path):
-    state = {"a": {"b": torch.zeros(1).expand(10**4, 10**4)}, "c": torch.zeros(3)}
-    torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"x\.pth: .*a tensor of the shape \[10000, 10000\] is larger than the file"):
-        read_tensor_file(tmp_path / "x.pth", "w")
+    assert_refused(lambda: read_tensor_file(path, "w"), "x.pth: ", "it holds builtins.bytearray")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -58,7 +58,6 @@ _KEYS = (  # that are chosen
     *("trainer.steps", "trainer.max_minutes", "trainer.val_every", "trainer.val_images"),
 )
 _CLASS_NAME = rf"(?!(?:{'|'.join(BUILDS)})$).*"
-_MAX_BYTES = 2**20  # of a file of choices, which takes a few thousand
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
     found = read_valid_note(
         path,
-        lambda path: forms.read_json(path, _FORM, most=_MAX_BYTES),
+        lambda path: forms.read_json(path, _FORM),
         damaged="The stored choices in %s are damaged (%s): choosing again.",
     )
     if found is None:

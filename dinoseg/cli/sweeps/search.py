@@ -22,7 +22,7 @@ from dinoseg.config.nodes import check_arguments
 from dinoseg.core.metric import INFINITE_IMAGES, find_infinite_score
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import SchemaError, read_regular
+from dinoseg.utils.forms import read_regular
 from dinoseg.utils.ranges import Count, Range
 from dinoseg.utils.wording import printable
 
@@ -216,7 +216,6 @@ def _values(override: Override) -> Any:
 
 _WORDS, _FIXED = "words", "fixed"  # attributes of a study
 _FIRST = b'{"op_code":0,'  # first bytes of optuna's file: the creation of a study
-_MAX_BYTES = 2**30  # maximum size of the file; a job takes a few thousand bytes
 _REMEDY = "Choose another hydra.sweeper.storage, or remove the file."
 
 
@@ -268,10 +267,7 @@ def _drop_cut_line(path: Path) -> None:
     """Remove an incomplete last line, left by a killed process or a full disk: optuna would reject the file."""
     if not path.exists():
         return
-    try:
-        text = read_regular(path, _MAX_BYTES)
-    except SchemaError as error:
-        raise UserError(f"hydra.sweeper.storage={path} is not a stored search ({error}). {_REMEDY}") from None
+    text = read_regular(path)
     if text[: len(_FIRST)] != _FIRST[: len(text)]:
         raise UserError(f"hydra.sweeper.storage={path} does not hold a search. Choose another file.")
     if not text.endswith(b"\n"):

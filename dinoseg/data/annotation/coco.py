@@ -27,7 +27,7 @@ def read_coco(content: bytes, path: Path) -> Annotations:
     Raises:
         ValueError: it is not a COCO file, or an id is duplicate or undefined.
     """
-    whole = forms.parse_json(content, _FORM, finite=False)  # polygons are checked for finite bounds later
+    whole = forms.parse_json(content, _FORM)
     if not isinstance(whole.get("annotations"), list):
         raise ValueError("it has no list named annotations: export the annotations, not the images alone")
     images = {_id(image["id"], "an image"): image for image in whole["images"]}

@@ -52,7 +52,6 @@ _KEYS = {  # of a class, by the kind of masks; `ignore` has the same, without `c
     "binary": ("color",),
     LABELS: ("labels", "color"),
 }
-_LARGEST = 65536  # bytes: 255 classes need a quarter of it
 
 
 def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
 def _read(path: Path, ignore_index: int, _stamp: Stamp | None) -> dict[str, Any]:
     """Parse a file once per state, since the config interpolates each key separately."""
     try:
-        return _parse_content(read_yaml(path, _LARGEST), ignore_index)
+        return _parse_content(read_yaml(path), ignore_index)
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"Cannot read {path}: {str(error).rstrip('.')}. Correct the file.") from None
 

@@ -14,9 +14,8 @@ from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.pictures import picture_files
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries
+from dinoseg.utils.files import entries, natural_order
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_ids, read_size
-from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, join_names
 
 VOID = 255  # mask value of pixels without a known object

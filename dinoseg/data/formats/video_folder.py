@@ -9,9 +9,8 @@ from dinoseg.data.video.index import index_videos
 from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.data.video.pictures import picture_files
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import visible_files
+from dinoseg.utils.files import natural_order, visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES
-from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.ranges import OnError, Positive
 from dinoseg.utils.wording import count_of
 

@@ -18,7 +18,6 @@ from dinoseg.utils.ranges import Count
 from dinoseg.utils.wording import count_of, format_json, format_value, has_surrogates, join_names
 
 FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second
-_MOST_BYTES = 2**31  # of the annotations
 _FORM = forms.object_with(videos=forms.list_of(forms.plain))
 
 
@@ -120,7 +119,7 @@ def _video(images: Path, path: Path, listed: _Listed, has_masks: bool) -> Video:
 def _read(path: Path, _stamp: Stamp | None) -> list[_Listed]:
     """Return the videos of an annotation file in its order; `_stamp` renews the cache when the file changes."""
     try:
-        whole = forms.read_json(path, _FORM, most=_MOST_BYTES)
+        whole = forms.read_json(path, _FORM)
         return _parse(whole)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import ClassVar
 from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, video_folders
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.files import natural_order
 from dinoseg.utils.wording import count_of, join_names
 
 ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.channels import PixelFormat, check_rgb
-from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
+from dinoseg.core.sample_maps import MapKind, check_maps
 from dinoseg.core.shapes import Sample
 from dinoseg.core.sources import first_file, has_own_file, read_source, stated_size
 from dinoseg.data.classes.labels import Labels
@@ -114,7 +114,7 @@ class PairDataset:
                 may be smaller than its file. A process may load the data: define the function in a module.
         """
         dataset = copy(self)
-        dataset.maps, dataset.compute_maps = check_map_kinds(maps, "with_maps"), compute
+        dataset.maps, dataset.compute_maps = dict(maps), compute
         return dataset
 
     def add_maps(self, sample: Sample) -> Sample:

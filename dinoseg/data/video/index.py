@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # datasets of images do not need FFmpeg's libraries
     from dinoseg.data.video.decoder import Decoder
 
 log = logging.getLogger(__name__)
-_MAX_BYTES = 2**28  # of a stored index: more than 200 hours of 30 frames a second
 _WORTH_A_PROCESS = 64 * 2**20  # bytes of video; a process takes a second to start
 _known: dict[tuple[Path, int, int], "VideoIndex"] = {}
 
@@ -166,8 +165,8 @@ def _load(index_path: Path | None) -> VideoIndex | None:
     if index_path is None or not index_path.is_file():
         return None
     try:
-        lists = {"times": forms.ArrayForm("<f8", 1, _MAX_BYTES), "sums": forms.ArrayForm("<u4", 1, _MAX_BYTES // 2)}
-        arrays = forms.read_arrays(index_path, {**lists, "fps": forms.ArrayForm("<f8", 0, 8)}, most=_MAX_BYTES)
+        lists = {"times": forms.ArrayForm("<f8", 1), "sums": forms.ArrayForm("<u4", 1)}
+        arrays = forms.read_arrays(index_path, {**lists, "fps": forms.ArrayForm("<f8", 0)})
         index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
             raise forms.SchemaError(

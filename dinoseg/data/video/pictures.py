@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries
+from dinoseg.utils.files import entries, natural_order
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, join_names
 
 

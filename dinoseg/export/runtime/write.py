@@ -43,7 +43,6 @@ COUNTED = "every pixel of the split counted once, ignored pixels excluded"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _OFFICIAL = ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
 _SCORES = "scores.json"  # in the folder of an evaluation
-_LARGEST = 2**17  # bytes of a config file; dinoseg's have a twentieth
 _PACKAGED = "dinoseg:"
 _NO_SOURCE = ("random", None)  # values for weights without a third-party source
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -406,7 +405,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         return _read_scores(folder, classes, "val")
     folder = Path(evaluation).expanduser()
     try:
-        config = read_yaml(folder / "config" / "config.yaml", _LARGEST)
+        config = read_yaml(folder / "config" / "config.yaml")
         resumed = Path(config["resume"])
         found = _read_scores(folder, classes, config["mode"]["split"])
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -16,7 +16,7 @@ from dinoseg.report.loggers.logger import Status
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Positive
-from dinoseg.utils.urls import without_credentials
+from dinoseg.utils.wording import without_credentials
 
 _GROUP = "group"  # tag that holds the group
 _WEB = ("http://", "https://")

@@ -15,7 +15,6 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_sweep_folder
 
-_MAX_BYTES = 2**20  # of a record: an entry has about 30
 _RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)  # it becomes part of URLs and of names of folders
 
 
@@ -63,7 +62,7 @@ class RemoteLogger(Logger):
         self.run_id: str | None = None
         if self._path.exists():
             try:
-                record = forms.read_json(self._path, _RECORD, most=_MAX_BYTES)
+                record = forms.read_json(self._path, _RECORD)
             except forms.SchemaError as error:
                 raise ValueError(f"{self._path}: {error}. Remove it to start a new tracked run") from None
             self.run_id, self._logged = record["id"], record["logged"]

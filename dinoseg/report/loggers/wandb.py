@@ -15,8 +15,7 @@ from dinoseg.report.loggers.logger import Status
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Positive
-from dinoseg.utils.urls import without_credentials
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_value, without_credentials
 
 logger = logging.getLogger(__name__)
 _PROJECT = "dinoseg"  # if neither the config nor the environment names one

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import to_device
 
 
 def one_hot(ids: Tensor, num_labels: int | None = None) -> Tensor:

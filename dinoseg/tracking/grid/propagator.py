@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dinoseg.tracking.grid.cells import one_hot
 from dinoseg.tracking.grid.settings import MatchSettings, Window
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Positive, check_annotations
-from dinoseg.utils.transfer import to_device
 
 # Cells per tile side. Small tiles compute fewer similarities outside their windows, large tiles need fewer calls.
 # 8 was the fastest on a CPU with 60 x 107 cells and radius 12; a GPU needs larger tiles for parallelism.

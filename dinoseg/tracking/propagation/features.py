@@ -11,8 +11,8 @@ from torch import Tensor
 from dinoseg.core.contracts import Backbone
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.tracker import Autocast, Size
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import to_device
 
 
 def last_maps(

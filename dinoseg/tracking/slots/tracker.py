@@ -22,8 +22,8 @@ from dinoseg.tracking.slots.propagation import SlotFrame, SlotPropagator, SlotSt
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import to_device
 from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import overrides_both
 from dinoseg.core.geometry import unify_depth
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SampleLabels, SegmentationData, split_slices, stack_labels
@@ -25,9 +26,8 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training.data_module import BatchCache
 from dinoseg.training.feature_cache.key import image_hash
 from dinoseg.training.feature_cache.store import FeatureStore
-from dinoseg.utils.hashes import hash_of
-from dinoseg.utils.inheritance import overrides_both
-from dinoseg.utils.transfer import to_device
+from dinoseg.utils.devices import to_device
+from dinoseg.utils.units import hash_of
 
 _MAX = 2**28  # bytes
 

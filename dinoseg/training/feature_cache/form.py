@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError
-from dinoseg.utils.hashes import KEY_LENGTH
+from dinoseg.utils.units import KEY_LENGTH
 
 Stored = Literal["float32", "float16", "bfloat16", "int8"]
 TYPES: tuple[Stored, ...] = get_args(Stored)

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import dinoseg
+from dinoseg.core.contracts import overrides_both
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import create_cache_dir, write_json
 from dinoseg.utils.cores import count_cores
-from dinoseg.utils.hashes import hash_of
-from dinoseg.utils.inheritance import overrides_both
-from dinoseg.utils.units import read_valid_note
+from dinoseg.utils.units import hash_of, read_valid_note
 from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ _SOURCES = (  # source between an image file and its features: folders and files
     "core/sources.py",
     *("data/loader.py", "data/photometric.py", "data/transforms.py", "data/video"),
     "data/packed/read.py",
-    *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
+    *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/devices.py", "training/feature_cache"),
 )
 
 

@@ -1,7 +1,6 @@
 """Choices as files: kept, and as a recipe."""
 
 import json
-import os
 
 import pytest
 import yaml
@@ -55,13 +54,6 @@ def test_damaged_choices_file_is_ignored_with_a_warning(tmp_path, caplog, words)
     assert read_choices(path) is None and "choosing again" in caplog.text
     path.write_text("{")
     assert read_choices(path) is None
-
-
-def test_a_file_of_choices_is_small(tmp_path, caplog):
-    path = tmp_path / "choices.json"
-    write_choices(path, "few images", CHOICES)
-    os.truncate(path, 2**34)  # sparse: it takes no space
-    assert read_choices(path) is None and "the limit is 1048576" in caplog.text
 
 
 def test_each_choice_is_a_line_with_its_reason():

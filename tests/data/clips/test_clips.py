@@ -25,7 +25,7 @@ from dinoseg.data.formats.video_folder import VideoFolder
 from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.splits import Partition
 from dinoseg.data.video.access import VideoFrame
-from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.files import natural_order
 
 SIDES = ("train", "val")
 CLASSES = ["background", "object"]

@@ -426,7 +426,7 @@ def test_labelme_masks_need_the_size_of_the_image(tmp_path):
 
 
 def test_lone_surrogates_in_names_are_one_error(tmp_path):
-    bad = "\udc80"  # any other one is refused by the reader of JSON
+    bad = "\udc80"
     polygon = ("leaf", "polygon", [[1, 1], [5, 1], [5, 4]])
     coco(tmp_path / "label/train.json", categories=(bad, "stem"))
     coco(tmp_path / "image/train.json", images=(f"{bad}.png",))

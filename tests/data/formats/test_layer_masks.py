@@ -198,11 +198,8 @@ def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["Tool", "tool"], "Tool and tool"),
-        (["\u00e9tui", "e\u0301tui"], "one file"),
-        (["tool", "con"], "The class con "),
-        (["tool", "Lpt1.png"], "The class Lpt1.png "),
-        (["tool", "\u91dd" * 100], "cannot be that of a file"),
+        (["Tool", "tool"], "The class tool "),
+        (["\u00e9tui", "e\u0301tui"], "The class e\u0301tui "),
         ([".."], "Rename it"),
         (["x?"], "Rename it"),
     ],

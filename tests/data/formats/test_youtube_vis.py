@@ -13,7 +13,6 @@ from sklearn.metrics import adjusted_rand_score
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.annotation.rle import counts_of, to_text
-from dinoseg.data.formats import youtube_vis
 from dinoseg.data.formats.youtube_vis import YoutubeVis
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
@@ -130,7 +129,6 @@ def test_other_folders_are_taken_whole_and_test_has_no_masks(root):
         (("videos", 0, "file_names", 0), "../secret/a.jpg", r"file name .*secret.*give <video>/<frame>.jpg"),
         (("videos", 0, "file_names", 0), "other/a.jpg", r"several folders"),
         (("videos", 0, "file_names", 0), "0043f083b5/\udc80.jpg", r"give <video>/<frame>.jpg"),
-        (("videos", 0, "file_names"), ["\ud800/0.jpg"], "half of a surrogate pair"),
         (("videos", 0, "height"), 0, r"videos\[0\] \(id 7\): height 0 and width 40 are not an image size"),
         (("videos", 0, "width"), True, r"height 32 and width true are not an image size"),
         (("videos", 0, "file_names", 1), "0043f083b5/00000.png", r"two frames with one name"),
@@ -159,15 +157,14 @@ def test_damaged_annotations_are_named(root, where, value, message):
     assert str(root / "train/instances.json") in str(caught.value)
 
 
-def test_missing_files_broken_json_and_too_many_held_out_videos(root, monkeypatch):
+def test_missing_files_broken_json_and_too_many_held_out_videos(root):
     refused(root, "val", "lists 3 videos, and data.held_out=3 of them are val: none", held_out=3)
     (root / "train/JPEGImages/0043f083b5/00005.jpg").unlink()
     refused(root, "train", "0043f083b5 lacks 1 frame that ", " lists: 00005.jpg")
     (root / "train/JPEGImages/0043f083b5").rename(root / "elsewhere")
     refused(root, "train", "No folder ", "0043f083b5, which")
     path = root / "train/instances.json"
-    monkeypatch.setattr(youtube_vis, "_MOST_BYTES", 100)
-    path.write_text(path.read_text() + " ")
+    path.write_text("{")
     refused(root, "train", "Cannot read ", "instances.json as annotations of YouTube-VIS")
     path.unlink()
     refused(root, "train", "No annotations in ", ": train/instances.json, train.json")

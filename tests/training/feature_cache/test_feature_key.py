@@ -21,7 +21,7 @@ from dinoseg.models.model import SegmentationModel, frozen_tensors
 from dinoseg.training.feature_cache import key
 from dinoseg.training.feature_cache.key import code_hash, image_hash, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
-from dinoseg.utils.hashes import hash_of
+from dinoseg.utils.units import hash_of
 
 PARTS = {"weights": "w1", "code": "c1", "type": "float16", "cut": "maps of blocks 2, 5"}
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.models.heads.mask2former.levels import Size
+from dinoseg.utils.devices import to_device
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.transfer import to_device
 
 POINTS = 4  # per head and level
 # sampled values per chunk, 256 MiB in float32; only without gradients, since the backward pass needs all chunks, of
