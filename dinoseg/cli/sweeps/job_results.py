@@ -11,7 +11,12 @@ from dinoseg.utils import forms, locks
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 
-_NOTE = {"words": forms.table(forms.text), "job": forms.whole(), "process": forms.whole(), "note": forms.text}
+_NOTE: dict[str, forms.Form] = {
+    "words": forms.table(forms.text),
+    "job": forms.whole(),
+    "process": forms.whole(),
+    "note": forms.text,
+}
 _ROW = forms.object_with(**_NOTE, returned=forms.table(forms.number()), further=forms.list_of(forms.text))
 _LOCK = "sweep.own"
 _held: dict[Path, IO[str]] = {}  # locks of this process, by folder
