@@ -30,15 +30,15 @@ from statistics import median
 import numpy as np
 import torch
 
+from dinoseg.checkpoints.resume import standalone_config
+from dinoseg.checkpoints.source import ModelSource
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.experiment.resume import standalone_config
-from dinoseg.experiment.source import ModelSource
-from dinoseg.export.graph import Graph, record_of
-from dinoseg.export.options import GraphOptions
-from dinoseg.export.pictures import pictures
-from dinoseg.export.proof import TIMES, Reference, measure_seconds
-from dinoseg.export.runtime.onnx_model import load_onnx, open_session
-from dinoseg.export.runtime.onnx_pictures import GraphRuntime
+from dinoseg.extensions.export.graph import Graph, record_of
+from dinoseg.extensions.export.onnx_model import load_onnx, open_session
+from dinoseg.extensions.export.onnx_pictures import GraphRuntime
+from dinoseg.extensions.export.options import GraphOptions
+from dinoseg.extensions.export.pictures import pictures
+from dinoseg.extensions.export.proof import TIMES, Reference, measure_seconds
 from dinoseg.training import checkpoint
 from dinoseg.utils.images import read_image
 

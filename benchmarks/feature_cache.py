@@ -28,14 +28,14 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Augment, ColorJitter
+from dinoseg.extensions.feature_cache.choice import CacheOptions, feature_cache
+from dinoseg.extensions.query_heads.mask2former.head import Mask2FormerHead
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw
 from dinoseg.utils.images import write_png

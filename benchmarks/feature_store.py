@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoseg.training.feature_cache.key import weights_hash
-from dinoseg.training.feature_cache.store import DiskStore
+from dinoseg.extensions.feature_cache.key import weights_hash
+from dinoseg.extensions.feature_cache.store import DiskStore
 from dinoseg.utils.units import hash_of
 
 SHAPES = {  # of what is stored of an image

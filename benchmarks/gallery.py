@@ -17,8 +17,8 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 import dinoseg
+from dinoseg.extensions.rendering.surgery.write import render_clip
 from dinoseg.report.overlay import blend
-from dinoseg.synthetic.surgery.write import render_clip
 
 SIZE = (128, 208)  # height, width in pixels
 CLASSES = ("background", "instrument", "thread and needle", "suction tool", "clamp", "catheter")

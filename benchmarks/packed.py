@@ -23,8 +23,8 @@ from tabulate import tabulate
 
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.loader import TrainViews, train_batches
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.extensions.packed.pack import pack
 from dinoseg.utils.images import write_png
 
 SIZE = (1080, 1920)

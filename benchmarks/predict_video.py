@@ -34,13 +34,13 @@ from rows import Row, tell
 from tabulate import tabulate
 
 from dinoseg.data.classes.labels import Labels
+from dinoseg.extensions.video.prediction import VideoReader
+from dinoseg.extensions.video.run import VideoInput, VideoOptions, segment_video
+from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.image_run import ImageRun, SegmentationSettings
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.results import DoneInputs
 from dinoseg.inference.stream import Throughput
-from dinoseg.inference.video_file import VideoReader
-from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
-from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel

@@ -16,13 +16,13 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 import dinoseg
-from dinoseg.autotune.fitting import FitSearch
-from dinoseg.autotune.target import Target
 from dinoseg.config.job import job_config
 from dinoseg.config.options import options_of
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.training_parts import training_parts
+from dinoseg.extensions.auto.fitting import FitSearch
+from dinoseg.extensions.auto.target import Target
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB

@@ -7,17 +7,17 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from dinoseg.evaluation.scoring.folders import score_cases
-from dinoseg.evaluation.scoring.summary import summary
-from dinoseg.metrics.protocols.ade20k import Ade20k
-from dinoseg.metrics.protocols.cityscapes import Cityscapes
-from dinoseg.metrics.protocols.davis import Davis2016, Davis2017, Davis2017Unsupervised
-from dinoseg.metrics.protocols.idd import Idd
-from dinoseg.metrics.protocols.idd_lite import IddLite
-from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
-from dinoseg.metrics.protocols.sar_rarp50_seed import SarRarp50Seed
-from dinoseg.metrics.protocols.semantic import Semantic
-from dinoseg.metrics.protocols.video_clustering import VideoClustering
+from dinoseg.extensions.protocols.ade20k import Ade20k
+from dinoseg.extensions.protocols.cityscapes import Cityscapes
+from dinoseg.extensions.protocols.davis import Davis2016, Davis2017, Davis2017Unsupervised
+from dinoseg.extensions.protocols.folders import score_cases
+from dinoseg.extensions.protocols.idd import Idd
+from dinoseg.extensions.protocols.idd_lite import IddLite
+from dinoseg.extensions.protocols.sar_rarp50 import SarRarp50
+from dinoseg.extensions.protocols.sar_rarp50_seed import SarRarp50Seed
+from dinoseg.extensions.protocols.semantic import Semantic
+from dinoseg.extensions.protocols.summary import summary
+from dinoseg.extensions.protocols.video_clustering import VideoClustering
 
 WIDTH, HEIGHT, FRAMES = 256, 128, 5
 OBJECTS = {"a": (1, 2, 3), "b": (1, 2, 3, 4), "c": (1, 2)}  # classes of each video; 0 is background, 6 is nowhere

@@ -25,17 +25,17 @@ from torch import Tensor
 from tracking import dense, too_far
 
 from dinoseg.core.contracts import Backbone
-from dinoseg.inference.video_file import VideoReader
+from dinoseg.extensions.tracking.grid.propagator import ContextFrame
+from dinoseg.extensions.tracking.grid.settings import MatchSettings
+from dinoseg.extensions.tracking.propagation.settings import PropagationSettings
+from dinoseg.extensions.tracking.propagation.tracker import PropagationTracker
+from dinoseg.extensions.tracking.video.labels import TrackLabels
+from dinoseg.extensions.tracking.video.run import TrackJob, track_video
+from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.models.backbones.transformers_vit import TransformersVit
-from dinoseg.tracking.grid.propagator import ContextFrame
-from dinoseg.tracking.grid.settings import MatchSettings
-from dinoseg.tracking.propagation.settings import PropagationSettings
-from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.tracking.video.labels import TrackLabels
-from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.utils.images import write_png
 
-MATCH = "dinoseg.tracking.grid.propagator.match"
+MATCH = "dinoseg.extensions.tracking.grid.propagator.match"
 
 
 def main() -> int:

@@ -20,9 +20,9 @@ from rows import Row, tell
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.tracking.grid.propagator import Propagator
-from dinoseg.tracking.propagation.masks import to_mask
-from dinoseg.tracking.propagation.settings import DINOV3
+from dinoseg.extensions.tracking.grid.propagator import Propagator
+from dinoseg.extensions.tracking.propagation.masks import to_mask
+from dinoseg.extensions.tracking.propagation.settings import DINOV3
 
 FASTER, SMALLER = 3.0, 5.0
 KIB = 1024 if sys.platform == "darwin" else 1  # what one unit of ru_maxrss is: bytes there, KiB elsewhere

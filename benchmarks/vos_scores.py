@@ -28,8 +28,8 @@ import numpy as np
 from rows import Row, machine, tell
 from tabulate import tabulate
 
-from dinoseg.evaluation.scoring.folders import score_cases
-from dinoseg.metrics.protocols.davis import Davis2017
+from dinoseg.extensions.protocols.davis import Davis2017
+from dinoseg.extensions.protocols.folders import score_cases
 from dinoseg.utils.images import write_png
 
 SIZE = (480, 854)

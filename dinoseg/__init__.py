@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from dinoseg.api.options import list_adapters, list_backbones, list_datasets, list_heads, list_recipes
     from dinoseg.api.results import Comparison, Results, Scores
     from dinoseg.api.runs import Run
-    from dinoseg.export.runtime.load import load
-    from dinoseg.export.runtime.model import Model, Segmentation
-    from dinoseg.export.runtime.segmenter import Segmenter
+    from dinoseg.segmenter.load import load
+    from dinoseg.segmenter.model import Model, Segmentation
+    from dinoseg.segmenter.segmenter import Segmenter
     from dinoseg.utils.errors import UserError
 
 _MODULES = {  # module to the public names that it defines
@@ -56,9 +56,9 @@ _MODULES = {  # module to the public names that it defines
     "dinoseg.api.options": ("list_adapters", "list_backbones", "list_datasets", "list_heads", "list_recipes"),
     "dinoseg.api.results": ("Comparison", "Results", "Scores"),
     "dinoseg.api.runs": ("Run",),
-    "dinoseg.export.runtime.load": ("load",),
-    "dinoseg.export.runtime.model": ("Model", "Segmentation"),
-    "dinoseg.export.runtime.segmenter": ("Segmenter",),
+    "dinoseg.segmenter.load": ("load",),
+    "dinoseg.segmenter.model": ("Model", "Segmentation"),
+    "dinoseg.segmenter.segmenter": ("Segmenter",),
     "dinoseg.utils.errors": ("UserError",),
 }
 _PACKAGES = ("losses", "metrics", "testing")

@@ -89,7 +89,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from dinoseg.cli.typos import explain_errors
     from dinoseg.config.job import job_config
     from dinoseg.config.plain import to_container
-    from dinoseg.experiment.location import locate_runs
+    from dinoseg.runs.location import locate_runs
     from dinoseg.utils.errors import UserError
     from dinoseg.utils.interrupt import Interrupted, raise_on_signal
 

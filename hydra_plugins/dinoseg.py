@@ -1,6 +1,6 @@
 """What dinoseg adds to Hydra, which takes sweepers from this name space alone; imported at every start."""
 
-from dinoseg.cli.sweeps.search import Search
+from dinoseg.extensions.sweeps.search import Search
 
 
 class OptunaSweeper(Search):

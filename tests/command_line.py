@@ -13,7 +13,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from dinoseg import __main__
-from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.extensions.rendering.moving.write import render_moving_objects
 from dinoseg.utils.images import read_ids, read_image, write_png
 
 TINY = (  # a transformer of 2 blocks

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Take what imports and collection have made out of garbage collection, a tenth of the time of short commands."""
-    from dinoseg.inference.fake_tensors import fake_tensor_mode
+    from dinoseg.extensions.auto.fake_tensors import fake_tensor_mode
 
     with fake_tensor_mode():  # which looks for cached functions, and finds none that are frozen
         pass

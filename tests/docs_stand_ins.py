@@ -14,9 +14,9 @@ from making import save
 from meta_files import write_released
 from PIL import Image
 
-from dinoseg.synthetic.moving.write import render_moving_objects
-from dinoseg.synthetic.surgery.write import render_dataset
-from dinoseg.tasks.preparation import idd, sarrarp
+from dinoseg.extensions.prepare import idd, sarrarp
+from dinoseg.extensions.rendering.moving.write import render_moving_objects
+from dinoseg.extensions.rendering.surgery.write import render_dataset
 from dinoseg.utils.atomic import write_json
 
 SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")

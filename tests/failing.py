@@ -21,7 +21,7 @@ def run_until_written(module, call, count):
     """Start a preparation in a process; return it when it has written `count` images and stops before the next."""
     code = f"""
 import time
-from dinoseg.tasks.preparation import {module}
+from dinoseg.extensions.prepare import {module}
 write, written = {module}.write_png, []
 def write_few(*given, **named):
     if len(written) == {count}:

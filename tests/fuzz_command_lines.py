@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.config.plain import keys_of
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.extensions.rendering.moving.write import render_moving_objects
 from dinoseg.utils.errors import UserError
 
 SECONDS = 60  # a command line that takes longer hangs
@@ -216,11 +216,13 @@ def fault(root, words):
 def _short(mode):
     """Let what takes long stop where words are all understood, and what is timed be timed in this process."""
     if mode == "mode=bench":
-        return patch("dinoseg.modes.bench.run_in_process", in_this_process)
+        return patch("dinoseg.extensions.auto.bench_mode.run_in_process", in_this_process)
     if mode == "mode=train":
-        return patch("dinoseg.cli.auto.choose.run_in_process", in_this_process)
+        return patch("dinoseg.extensions.auto.choose.run_in_process", in_this_process)
     if mode == "mode=export":
-        return patch("dinoseg.export.graph.torch.export.export", side_effect=UserError("It would be traced."))
+        return patch(
+            "dinoseg.extensions.export.graph.torch.export.export", side_effect=UserError("It would be traced.")
+        )
     if mode in ("mode=serve", "mode=app"):
         return patch("uvicorn.Server.run", lambda *_: None)
     return contextlib.nullcontext()

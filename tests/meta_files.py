@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from dinoseg.models.heads.mask2former.head import Mask2FormerHead, meta_name
+from dinoseg.extensions.query_heads.mask2former.head import Mask2FormerHead, meta_name
 
 RELEASED_ARCH = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 RELEASED = (  # overrides for the files of write_released

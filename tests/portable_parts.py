@@ -4,12 +4,12 @@ import onnx
 import torch
 from command_line import TINY as TINY
 
+from dinoseg.checkpoints.resume import standalone_config
+from dinoseg.checkpoints.source import ModelSource
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import run_description
-from dinoseg.experiment.resume import standalone_config
-from dinoseg.experiment.source import ModelSource
-from dinoseg.export.runtime.onnx_record import KEY
-from dinoseg.export.runtime.write import export_model
+from dinoseg.extensions.export.onnx_record import KEY
+from dinoseg.segmenter.write import export_model
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import frozen_fingerprint
 

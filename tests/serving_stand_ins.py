@@ -12,12 +12,12 @@ import numpy as np
 from fastapi.testclient import TestClient
 from image_files import encode_image  # noqa: F401
 
-from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.model import Model
-from dinoseg.serving.endpoint import build_endpoint
-from dinoseg.serving.server import list_hosts
-from dinoseg.serving.shared import SharedModel
-from dinoseg.utils.child import Channel, Child
+from dinoseg.extensions.serving.child import Channel, Child
+from dinoseg.extensions.serving.endpoint import build_endpoint
+from dinoseg.extensions.serving.server import list_hosts
+from dinoseg.extensions.serving.shared import SharedModel
+from dinoseg.segmenter.facts import ModelFacts
+from dinoseg.segmenter.model import Model
 
 FACTS = ModelFacts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
 

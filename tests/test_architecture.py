@@ -37,7 +37,11 @@ LEAVES = ("models/backbones", "models/heads", "losses", "metrics", "data", "synt
 SHARED = ("data/annotation", "data/label_tables")  # of data, what other leaves may import
 BUILDERS = ("experiment/builder.py", "experiment/models.py")  # they reach leaves through _target_ only
 WITH_CONFIG = ("config", "experiment", "modes", "cli", "api", "__main__")  # the config ends at their edge
-TRACKERS = ("tracking/propagation", "tracking/slots", "tracking/smoothing")  # siblings: none imports another
+TRACKERS = (
+    "extensions/tracking/propagation",
+    "extensions/tracking/slots",
+    "extensions/tracking/smoothing",
+)  # siblings: none imports another
 DOORS = {  # dependency -> the packages and files that may import it
     "hydra": WITH_CONFIG,
     "omegaconf": WITH_CONFIG,
@@ -57,13 +61,13 @@ DOORS = {  # dependency -> the packages and files that may import it
     "onnxscript": ("export",),
     "onnxruntime": ("export/runtime",),
     "huggingface_hub": ("models/backbones", "export/runtime"),
-    "nicegui": ("serving/app", "serving/page", "serving/sockets"),
+    "nicegui": ("extensions/serving/app", "extensions/serving/page", "extensions/serving/sockets"),
     "fastapi": ("serving",),
     "starlette": ("serving",),
     "uvicorn": ("serving",),
-    "optuna": ("cli/sweeps/search",),
-    "jinja2": ("report/html/page", "export/runtime/hub"),
-    "av": ("data/video/decoder", "inference/video_writer"),
+    "optuna": ("extensions/sweeps/search",),
+    "jinja2": ("report/html/page", "segmenter/hub"),
+    "av": ("extensions/video/decoder", "inference/video_writer"),
 }
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported
@@ -76,12 +80,12 @@ ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of user
     "core/metric",
     "core/shapes",
     "experiment/log_file",
-    "export/runtime/inputs",
+    "segmenter/inputs",
     "models/backbones",
     "utils/precision",
 )
 WITHOUT_KEYS = (  # messages name parameters; whoever instantiates a config node puts the key in front
-    *("models", "losses", "metrics", "data/clips/cut", "data/clips/view", "data/opened", "data/packed"),
+    *("models", "losses", "metrics", "extensions/clips/cut", "extensions/clips/view", "data/opened", "data/packed"),
     *("data/photometric", "data/splits", "data/transforms"),
 )
 PICKLE_COLLECTIVES = {  # of torch and accelerate: a rank runs whatever code another one sends
@@ -277,7 +281,11 @@ def test_parts_name_parameters_instead_of_keys():
         ("modes/train.py", "from hydra import utils", "may import hydra.utils"),
         ("training/trainer.py", "if True:\n    from accelerate import Accelerator", "may import accelerate"),
         ("models/heads/cnn.py", "import peft.tuners as tuners", "may import peft"),
-        ("tracking/slots/propagation.py", "from dinoseg.tracking import smoothing", "trackers are siblings"),
+        (
+            "extensions/slots/tracker/propagation.py",
+            "from dinoseg.extensions.tracking import smoothing",
+            "trackers are siblings",
+        ),
         ("models/heads/cnn.py", "from .linear import LinearHead", "absolutely"),
         ("models/heads/cnn.py", "from dinoseg.core.geometry import *", "by name"),
     ],
@@ -288,9 +296,9 @@ def test_a_planted_violation_is_found(file, source, message):
 
 def test_no_import_leads_back():
     assert not circles(FILES), "\n".join(circles(FILES))
-    down, up = "from dinoseg.tracking.tracker import VideoTracker", "from dinoseg.training import checkpoint"
-    packages = {"training/data_module.py": down, "training/checkpoint.py": "", "tracking/tracker.py": ""}
-    assert circles({**packages, "tracking/state.py": up}) == ["tracking - training"]
+    down, up = "from dinoseg.extensions.tracking.tracker import VideoTracker", "from dinoseg.training import checkpoint"
+    packages = {"training/data_module.py": down, "training/checkpoint.py": "", "extensions/tracking/tracker.py": ""}
+    assert circles({**packages, "extensions/tracking/state.py": up}) == ["tracking - training"]
     inner = {"data/scan/scan.py": "from dinoseg.data.pairs.dataset import Pair", "data/scan/cache.py": ""}
     inner |= {"data/pairs/dataset.py": "", "data/pairs/pairing.py": "from dinoseg.data.scan import cache"}
     assert circles(inner) == ["data/pairs - data/scan"]

@@ -8,11 +8,11 @@ import pytest
 from making import save, write_video
 
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.scan import class_counts
-from dinoseg.data.video.index import find_index
-from dinoseg.experiment.location import remember_folder
-from dinoseg.training.feature_cache.key import origin
+from dinoseg.extensions.feature_cache.key import origin
+from dinoseg.extensions.packed.pack import pack
+from dinoseg.extensions.video.index import find_index
+from dinoseg.runs.location import remember_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 

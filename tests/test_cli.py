@@ -500,7 +500,7 @@ def test_only_the_command_line_enables_the_mps_fallback(monkeypatch, capsys):
 def test_early_interruption_does_not_import_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; from omegaconf import OmegaConf; from dinoseg.cli import launch; "
-        "from dinoseg.experiment.location import RunLocation; "
+        "from dinoseg.runs.location import RunLocation; "
         "cfg = OmegaConf.create({'mode': {'resume_from': 'last'}}); "
         "print(launch._interrupt_note(cfg, Path('.'), RunLocation(Path('.'), Path('.'))), "
         "'torch' in sys.modules)"

@@ -10,8 +10,8 @@ from torch import nn
 
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import upsample
-from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.video_scores.benchmark_videos import benchmark_videos
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.model import SegmentationModel, trained_names
 
@@ -119,7 +119,7 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
     refused(lambda: of_loss.criterion(class_weights=torch.ones(2)), "loss.criterion", "Loss")
     tracking = {"supervision": "none", "protocols": {"none": plain}}
     build = Builder(OmegaConf.create({"data": {"tracking": tracking}, "choices": {}}))
-    words = "data.tracking.protocols.none: Identity is not a dinoseg.metrics.protocols.contract.ScoreProtocol."
+    words = "data.tracking.protocols.none: Identity is not a dinoseg.extensions.protocols.contract.ScoreProtocol."
     assert_refused(lambda: benchmark_videos(build, "val", None), words)
 
 

@@ -15,13 +15,13 @@ from test_matrix import make_batch
 from tiny_parts import tiny_vit
 
 from dinoseg.core.shapes import MaskOutputs, Prediction
+from dinoseg.extensions.tracking.propagation.settings import PropagationSettings
+from dinoseg.extensions.tracking.propagation.tracker import PropagationTracker
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
-from dinoseg.tracking.propagation.settings import PropagationSettings
-from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
@@ -234,9 +234,9 @@ def test_tracking_waits_once_per_batch_and_twice_per_frame():
     (here, _), (there, found) = track(False), track(True)
     assert all(np.array_equal(one, other) for one, other in zip(here, there, strict=True))
     assert found == {
-        "tracking/grid/propagator.py _check_finite: read": 2,
-        "tracking/grid/propagator.py match: read": 2,
-        "tracking/propagation/masks.py mask: copy to the host": 2,
+        "extensions/tracking/grid/propagator.py _check_finite: read": 2,
+        "extensions/tracking/grid/propagator.py match: read": 2,
+        "extensions/tracking/propagation/masks.py mask: copy to the host": 2,
     }
 
 

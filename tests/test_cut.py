@@ -8,15 +8,15 @@ from mistakes import assert_refused
 from tiny_parts import tiny_vit
 
 from dinoseg.core.contracts import Head
+from dinoseg.extensions.query_heads.eomt import EomtHead
+from dinoseg.extensions.query_heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.models.backbones.convnext import ConvNext
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.detail import DetailHead
-from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.model import SegmentationModel
 
 CONVNEXT = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}

@@ -25,7 +25,7 @@ from dinoseg.api.objects import split_datasets
 from dinoseg.cli.typos import check_words
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.nodes import instantiate
-from dinoseg.modes import bench as benching
+from dinoseg.extensions.auto import bench_mode as benching
 
 SMALL_RENDER = ("render.train_videos=1", "render.test_videos=1", "render.seconds=1", "render.size=[32,48]")
 SMALL_WINDOWS = ("inference.size=64", "inference.shortest=64")

@@ -16,10 +16,10 @@ READERS = {  # functions that compare, replace or parse the text of an error, an
     "config/nodes.py _call_target": "of Hydra, on a target and its arguments",
     "config/nodes.py _missing_key": "of OmegaConf",
     "data/loader.py wait_for_item": "of torch, on processes of a loader",
-    "export/runtime/hub.py _client_errors_as_user_errors": "of huggingface_hub and the network",
-    "export/runtime/load.py load": "ours: whether it names the file",
+    "segmenter/hub.py _client_errors_as_user_errors": "of huggingface_hub and the network",
+    "segmenter/load.py load": "ours: whether it names the file",
     "inference/memory.py is_shortage": "of torch and CUDA, on memory",
-    "serving/decoding.py _send_error": "of any library: the path of an upload is removed",
+    "extensions/serving/decoding.py _send_error": "of any library: the path of an upload is removed",
     "utils/errors.py file_errors_as_user_errors": "of pathlib, on a home folder",
     "utils/errors.py name_parameters": "ours: the only place that puts keys into messages",
 }

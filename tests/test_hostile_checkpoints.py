@@ -56,7 +56,7 @@ CASES = {
     "a shell in the adapter": {"config/adapter": shell("os.system")},
     "a shell in the data": {"config/data/opened": shell("os.system")},
     "a shell nested in a good node": {"config/adapter/bits": shell("os.system")},
-    "a renderer": {"config/data/reader/_target_": "dinoseg.synthetic.surgery.write.render_dataset"},
+    "a renderer": {"config/data/reader/_target_": "dinoseg.extensions.rendering.surgery.write.render_dataset"},
     "weights of a stranger": {"config/backbone/weights": "evil/weights"},
     "an interpolation": {"config/data/root": "${oc.env:HOME}"},
     "half an interpolation": {"config/data/root": "${"},

@@ -11,12 +11,12 @@ from command_line import SMALL, call, succeed, write_data
 from omegaconf import OmegaConf
 
 from dinoseg.cli import hydra_setup, launch
-from dinoseg.data.formats import sarrarp
-from dinoseg.data.formats.idd_files import prepare_command
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import record_new_folders
-from dinoseg.experiment.location import RunLocation, move_below_recipe
 from dinoseg.experiment.recipe import run_description
+from dinoseg.extensions.idd.files import prepare_command
+from dinoseg.extensions.video import sarrarp
+from dinoseg.runs.folder import record_new_folders
+from dinoseg.runs.location import RunLocation, move_below_recipe
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted

@@ -14,10 +14,10 @@ from test_cuda_paths import tiny, train
 from test_matrix import make_batch
 from tiny_parts import tiny_vit
 
+from dinoseg.extensions.tracking.propagation.settings import PropagationSettings
+from dinoseg.extensions.tracking.propagation.tracker import PropagationTracker
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.points import sample_maps
-from dinoseg.tracking.propagation.settings import PropagationSettings
-from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.engine import join_process_group
 from dinoseg.training.meter import peak_memory, used_memory
 from dinoseg.training.micro_batches import MicroBatches

@@ -12,13 +12,13 @@ from test_cuda_matrix import ADAPTERS, BACKBONES, QUANTISED, WAITS, cell, losses
 from test_cuda_paths import Noise, Rows, Watched, tiny
 from test_matrix import HEADS, SMALL_HEADS
 
-from dinoseg.autotune.fitting import FitSearch
-from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.target import Target, memory_of
-from dinoseg.autotune.trial import try_steps
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.training_parts import training_parts
+from dinoseg.extensions.auto.fitting import FitSearch
+from dinoseg.extensions.auto.random_batch import random_batch
+from dinoseg.extensions.auto.target import Target, memory_of
+from dinoseg.extensions.auto.trial import try_steps
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dinoseg import __main__
-from dinoseg.cli.sweeps.search import open_study
+from dinoseg.extensions.sweeps.search import open_study
 from dinoseg.utils.files import is_name
 from dinoseg.utils.interrupt import forward_signals
 

@@ -27,7 +27,7 @@ PLACES = {  # module and config group of docs/extending.md: those of the same ki
     "my_parts.heads": "dinoseg.models.heads.bottleneck",
     "my_parts.data": "dinoseg.data.formats.discs",
     "my_parts.tasks": "dinoseg.tasks.smooth",
-    "my_parts.trackers": "dinoseg.tracking.colour",
+    "my_parts.trackers": "dinoseg.extensions.tracking.colour",
     "my_parts.modes": "dinoseg.modes.balance",
     "my_parts.loggers": "dinoseg.report.loggers.losses",
     "my_parts.losses": "dinoseg.losses.poly",
@@ -67,10 +67,10 @@ _target_: dinoseg.models.backbones.grey.GreyBackbone
 patch_size: 8                    # side of a patch in pixels
 layers: ${head.layers}
 """,
-    "dinoseg/metrics/protocols/indoor.py": '''
+    "dinoseg/extensions/protocols/indoor.py": '''
 """Indoor scenes: ADE20K's scores over fewer classes."""
 
-from dinoseg.metrics.protocols.ade20k import Ade20k
+from dinoseg.extensions.protocols.ade20k import Ade20k
 from dinoseg.utils.ranges import UpTo255
 
 
@@ -83,7 +83,7 @@ class Indoor(Ade20k):
         super().__init__(num_classes)
 ''',
     "dinoseg/cfg/protocol/indoor.yaml": """
-_target_: dinoseg.metrics.protocols.indoor.Indoor
+_target_: dinoseg.extensions.protocols.indoor.Indoor
 num_classes: 20                  # number of classes
 """,
 }

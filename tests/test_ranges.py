@@ -19,8 +19,8 @@ from dinoseg.config.nodes import check_arguments, instantiate
 from dinoseg.config.stored import Source, compose_stored
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
+from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.report.loggers.logger import Logger
-from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, check_value
 from dinoseg.utils.wording import format_value

@@ -13,7 +13,7 @@ from tiny_parts import tiny_vit
 from torch import nn
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.models.heads.eomt import EomtHead, annealing_windows
+from dinoseg.extensions.query_heads.eomt import EomtHead, annealing_windows
 from dinoseg.modes.training_run import TrainingRun
 
 ADAM = {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 0.0, "optim.schedule.kind": "constant"}

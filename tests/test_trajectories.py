@@ -16,7 +16,7 @@ import torch
 from command_line import SLOTS, SMALL, succeed, write_data
 from finished_runs import rows
 
-from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.extensions.rendering.moving.write import render_moving_objects
 
 FILE = Path(__file__).with_name("trajectories.json")
 STEPS = 20

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from command_line import call
 
-from dinoseg.experiment.log_file import configure_log
 from dinoseg.report.progress import Bar
+from dinoseg.runs.log_file import configure_log
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.wording import format_value, join_names, printable, suggest_nearest

@@ -23,7 +23,7 @@ from dinoseg.config.mistakes import unknown_option
 from dinoseg.config.options import is_group, nested_groups, options_in
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import NOW, register_resolvers
-from dinoseg.experiment.location import locate_runs
+from dinoseg.runs.location import locate_runs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 

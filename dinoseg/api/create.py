@@ -14,10 +14,10 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.objects import lend_objects
-from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.load import collection_paused
-from dinoseg.export.runtime.segmenter import Segmenter
-from dinoseg.export.runtime.torch_runtime import preserve_global_state
+from dinoseg.segmenter.facts import ModelFacts
+from dinoseg.segmenter.load import collection_paused
+from dinoseg.segmenter.segmenter import Segmenter
+from dinoseg.segmenter.torch_runtime import preserve_global_state
 from dinoseg.utils.errors import NoMode, UnknownKey, UserError
 from dinoseg.utils.files import path_exists
 from dinoseg.utils.ranges import Range, whole_number

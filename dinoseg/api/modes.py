@@ -19,8 +19,8 @@ from dinoseg.api.objects import is_dataset
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.export.runtime.inputs import pictures
-from dinoseg.export.runtime.model import Model
+from dinoseg.segmenter.inputs import pictures
+from dinoseg.segmenter.model import Model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import check_annotations

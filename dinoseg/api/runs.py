@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.results import Results, Scores, html_table, label_of, shown_value
+from dinoseg.checkpoints.run_config import BROKEN, read_config
 from dinoseg.evaluation.run_facts import EVALUATION
-from dinoseg.experiment.folder import last_command_line
-from dinoseg.experiment.run_config import BROKEN, read_config
-from dinoseg.export.runtime.load import load
-from dinoseg.export.runtime.model import Model
 from dinoseg.report.curves import curves_figure
 from dinoseg.report.log import read_rows
+from dinoseg.runs.folder import last_command_line
+from dinoseg.segmenter.load import load
+from dinoseg.segmenter.model import Model
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations

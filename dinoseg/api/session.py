@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.experiment.log_file import NOISY
+from dinoseg.runs.log_file import NOISY
 from dinoseg.utils.cores import limit_spinning
 from dinoseg.utils.errors import UserError
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.experiment.folder import record_new_folders
+from dinoseg.runs.folder import record_new_folders
 
 
 class FolderCallback(Callback):

@@ -14,16 +14,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.checkpoints.auto_resume import Action, StartPoint
 from dinoseg.cli.job_checks import CHOOSER, check_job
 from dinoseg.cli.joined_ranks import has_other_ranks, is_first_rank, join_ranks
 from dinoseg.cli.ranks import run_ranks
 from dinoseg.cli.run_mode import run_mode, shortages_as_user_errors
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.experiment.auto_resume import Action, StartPoint
-from dinoseg.experiment.folder import LOG, RunFolder, has_results, remove_empty, write_origin
-from dinoseg.experiment.location import RunLocation, has_default_name, move_below_recipe, remember_folder
-from dinoseg.experiment.log_file import configure_log
+from dinoseg.runs.folder import LOG, RunFolder, has_results, remove_empty, write_origin
+from dinoseg.runs.location import RunLocation, has_default_name, move_below_recipe, remember_folder
+from dinoseg.runs.log_file import configure_log
 from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
@@ -103,7 +103,7 @@ def _prepare_on_first_rank(job: Job, typed: Sequence[Override], run: RunFolder) 
     Raises:
         UserError: on every rank, if the first one raises it.
     """
-    from dinoseg.experiment.shared import compose_shared, describe_job
+    from dinoseg.cli.shared import compose_shared, describe_job
     from dinoseg.training.rendezvous import share_from_rank0
 
     def as_text() -> str:
@@ -129,7 +129,7 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
     if composed.resume is not None and "resume_from" in composed.mode:
         start = _find_start(composed, typed, location, run)
         if start.action is Action.NOTHING:
-            from dinoseg.experiment.past_runs import read_result
+            from dinoseg.checkpoints.past_runs import read_result
 
             return PreparedJob(composed, read_result(run.path))
         whole = _take_checkpoint(composed, job.words, start, run)
@@ -183,7 +183,7 @@ def _find_start(cfg: DictConfig, typed: Sequence[Override], location: RunLocatio
 
 def _take_checkpoint(cfg: DictConfig, words: Sequence[str], start: StartPoint, run: RunFolder) -> DictConfig:
     """Return the config of a job that starts from a checkpoint, or from none."""
-    from dinoseg.experiment import resume
+    from dinoseg.checkpoints import resume
     from dinoseg.training import checkpoint
 
     if start.checkpoint is None:

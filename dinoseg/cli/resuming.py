@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from dinoseg.experiment.auto_resume import (
+from dinoseg.checkpoints.auto_resume import (
     LENGTH,
     Action,
     Decision,
@@ -20,17 +20,17 @@ from dinoseg.experiment.auto_resume import (
     find_near_misses,
     scheduler_job,
 )
-from dinoseg.experiment.folder import RunFolder
-from dinoseg.experiment.location import RunLocation, remembered_folders
-from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.past_runs import (
+from dinoseg.checkpoints.past_runs import (
     compared_words,
     find_runs,
     last_checkpoint,
     plan_of,
     read_run,
 )
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import config_description
+from dinoseg.runs.folder import RunFolder
+from dinoseg.runs.location import RunLocation, remembered_folders
 from dinoseg.utils.wording import printable
 
 PATIENCE = 10.0  # seconds to wait for the process that writes to a run: that of a requeued job may still be ending

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from dinoseg.cli.joined_ranks import is_first_rank
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment.log_file import announce, configure_log
+from dinoseg.runs.log_file import announce, configure_log
 from dinoseg.utils.errors import UserError
 
 FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "check")  # what the file of a mode says to the launcher

@@ -45,7 +45,7 @@ def prepare_dataset(
             files once and leave out unusable ones; `skipped` of the dataset names them.
         cache: `packed`: read images and masks from one file of raw pixels, which is created first; with several ranks
             by the first one. None: read the files.
-        pack: packs a dataset for `packed`, as `dinoseg.data.packed.pack.pack`.
+        pack: packs a dataset for `packed`, as `dinoseg.extensions.packed.pack.pack`.
         cache_dir: folder of the packed files and of the cached scan results.
         longest: pixels of the longer side to which larger packed images are reduced; None: original size.
         workers: threads that read all files once, for `skip`, and processes for `packed`; None: one per core.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dinoseg import __version__
-from dinoseg.experiment.folder import command_lines
+from dinoseg.runs.folder import command_lines
 
 EVALUATION = "evaluation"  # in a run folder of mode=train: evaluation of its best checkpoint
 TRACKING = "tracking.json"  # in a run folder of mode=eval on videos: settings that its masks depend on

@@ -156,7 +156,7 @@ class Builder(ModelBuilder):
 
     @cached_property
     def training_method(self) -> Any:
-        """The training method of `trainer.method` (`dinoseg.tasks.method.TrainingMethod`); it reads no data yet.
+        """The training method of `trainer.method` (`dinoseg.methods.method.TrainingMethod`); it reads no data yet.
 
         Raises:
             UserError: a teacher is given to a method without distillation, or an option is invalid.
@@ -213,7 +213,7 @@ class Builder(ModelBuilder):
             return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
 
     def clips(self, split: str) -> Any:
-        """Return one split of the videos as clips of frames (`dinoseg.data.clips.cut.Clips`).
+        """Return one split of the videos as clips of frames (`dinoseg.extensions.clips.cut.Clips`).
 
         Raises:
             UserError: the data are no videos, or the dataset has a fault.

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
+from dinoseg.checkpoints.trained import check_classes, is_trained, load_trained
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
-from dinoseg.experiment.trained import check_classes, is_trained, load_trained
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.utils.errors import UserError

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.checkpoints.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import mask_keys
 from dinoseg.config.options import has_options
@@ -18,9 +19,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import find_groups
 from dinoseg.experiment.builder import SPLITS, Builder
-from dinoseg.experiment.folder import find_typed_keys
 from dinoseg.experiment.settings import check_same_settings
-from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.inputs import list_inputs
@@ -29,6 +28,7 @@ from dinoseg.inference.results import DoneInputs, mask_names, result_names
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
+from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
 from dinoseg.utils.errors import UserError

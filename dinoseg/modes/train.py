@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from dinoseg.checkpoints.past_runs import write_end
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
-from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
-from dinoseg.experiment.past_runs import write_end
 from dinoseg.models.model import SegmentationModel
 from dinoseg.modes.training_run import open_run
+from dinoseg.runs.log_file import announce
 from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
@@ -36,7 +36,7 @@ def train(
         metrics_only: write no figures of the final evaluation.
         pictures: number of validation samples shown in a figure at each validation, always the same ones.
         report: write report.html of the final evaluation, and the files that mode=compare reads.
-        init_head: initialises the head of a model as `head.init` says, see `dinoseg.tasks.probing.initial.init_head`;
+        init_head: initialises the head of a model as `head.init` says, see `dinoseg.extensions.probe.initial.init_head`;
             None: that is refused.
     """
     builder = Builder(cfg)

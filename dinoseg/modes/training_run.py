@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dinoseg.checkpoints.trained import check_classes
+from dinoseg.checkpoints.unread import warn_of_unused_channels, warn_unread
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import folder_words
 from dinoseg.config.options import has_options
@@ -24,13 +26,11 @@ from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.settings import settings_of
-from dinoseg.experiment.trained import check_classes
-from dinoseg.experiment.unread import warn_of_unused_channels, warn_unread
 from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.methods.method import TrainingMethod
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import LoggerFactory, RunLog
-from dinoseg.tasks.method import TrainingMethod
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.cost import COST, cost_of, count_numbers

@@ -20,8 +20,8 @@ import dinoseg
 from dinoseg.api import modes, runs
 from dinoseg.api.compose import read_call, words_of
 from dinoseg.api.jobs import run_mode
-from dinoseg.synthetic.surgery.write import render_dataset
-from dinoseg.tasks.preparation import sarrarp
+from dinoseg.extensions.prepare import sarrarp
+from dinoseg.extensions.rendering.surgery.write import render_dataset
 
 OF_RUNS = ("Comparison", "Run", "Scores", "compare", "evaluate", "export_onnx", "predict", "score", "train")
 UNDOCUMENTED = ("__version__", "losses", "metrics", "testing")  # a text, and packages whose names are documented

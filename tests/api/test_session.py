@@ -25,7 +25,7 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.api.compose import compose
 from dinoseg.api.modes import train
 from dinoseg.api.session import preserve_process_state
-from dinoseg.experiment.log_file import configure_log
+from dinoseg.runs.log_file import configure_log
 from dinoseg.utils.errors import UserError
 
 

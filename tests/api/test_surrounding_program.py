@@ -16,7 +16,7 @@ from tiny_parts import SMALL_HEADS
 from torch import nn
 
 import dinoseg
-from dinoseg.export.runtime.torch_runtime import replicate_in_eval_mode
+from dinoseg.segmenter.torch_runtime import replicate_in_eval_mode
 
 pytestmark = pytest.mark.slow
 ARCH = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 48}

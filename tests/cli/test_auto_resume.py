@@ -14,12 +14,12 @@ import torch
 from command_line import SMALL, call, write_data
 
 import dinoseg
+from dinoseg.checkpoints.past_runs import write_end
 from dinoseg.cli import resuming
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import RunFolder
-from dinoseg.experiment.past_runs import write_end
 from dinoseg.experiment.recipe import run_description
-from dinoseg.tasks.images import ImageTraining
+from dinoseg.methods.images import ImageTraining
+from dinoseg.runs.folder import RunFolder
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 
@@ -160,7 +160,7 @@ def test_given_folder_of_another_recipe_or_of_a_finished_run(quick, here):
 
 def test_locked_given_folder_is_an_error(here, monkeypatch):
     monkeypatch.setattr(resuming, "PATIENCE", 0)
-    monkeypatch.setattr("dinoseg.experiment.folder.locks.acquire", lambda path, wait: None)
+    monkeypatch.setattr("dinoseg.runs.folder.locks.acquire", lambda path, wait: None)
     done = call(here, *AUTO, "hydra.run.dir=mine")
     assert done.status == 1 and "mine" in done.err and "another process" in done.err.lower()
 

@@ -10,11 +10,11 @@ from command_line import SMALL, call, link_all
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from dinoseg.checkpoints.resume import compose_resumed
 from dinoseg.cli.checkpoint_keys import checkpoint_keys, root_config
 from dinoseg.config.composition import SHIPPED
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED, run_description
-from dinoseg.experiment.resume import compose_resumed
 from dinoseg.training import checkpoint
 
 

@@ -8,10 +8,10 @@ import torch
 from command_line import SMALL, call, write_data
 
 import dinoseg
+from dinoseg.checkpoints.past_runs import find_runs, plan_of
 from dinoseg.cli.typos import check_words
 from dinoseg.config.composition import SHIPPED
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.past_runs import find_runs, plan_of
 from dinoseg.experiment.recipe import config_description
 from dinoseg.training import checkpoint
 

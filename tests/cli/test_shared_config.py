@@ -6,9 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.cli import launch
+from dinoseg.cli.shared import describe_job
 from dinoseg.config.plain import to_container
-from dinoseg.experiment.location import RunLocation
-from dinoseg.experiment.shared import describe_job
+from dinoseg.runs.location import RunLocation
 from dinoseg.utils.errors import UserError
 
 

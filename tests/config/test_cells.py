@@ -12,7 +12,7 @@ from dinoseg.config.stored import describe
 from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
-from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.extensions.slots.head.head import SlotHead
 from dinoseg.models.model import backbone_size
 
 GRID = "${dinoseg.cells:${resolution},${backbone.patch_size}}"

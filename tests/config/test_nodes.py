@@ -136,7 +136,7 @@ def test_key_that_is_a_number_is_named():
 
 VIT = "dinoseg.models.backbones.transformers_vit.TransformersVit"
 TIMM = "dinoseg.models.backbones.timm_backbone.TimmBackbone"
-EOMT = "dinoseg.models.heads.eomt.EomtHead"
+EOMT = "dinoseg.extensions.query_heads.eomt.EomtHead"
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,11 @@ SHELL = [  # names that reach, or seem to reach, any callable
     accelerate.launchers.notebook_launcher matplotlib.backends.backend_pgf.LatexManager yaml.unsafe_load
     dinoseg.config.nodes.instantiate dinoseg.config.nodes.hydra_instantiate
     dinoseg.experiment.builder.importlib.import_module dinoseg.models.model.torch.hub.load dinoseg.cli.launch.launch
-    dinoseg.modes.render.render dinoseg.modes.export.export dinoseg.training.checkpoint.write
-    dinoseg.tasks.preparation.sarrarp.prepare dinoseg.tasks.preparation.idd.prepare
-    dinoseg.synthetic.surgery.write.render_dataset dinoseg.tasks.preparation.sarrarp.shutil.rmtree
-    dinoseg.data.packed.pack.pack dinoseg.utils.locks.hold_lock dinoseg.data.packed.store.write_index
-    dinoseg.data.scan.scan.scan dinoseg.data.doctor.errors.check_for_errors dinoseg.data.video.index.index_videos
+    dinoseg.extensions.rendering.render_mode.render dinoseg.extensions.export.export_mode.export dinoseg.training.checkpoint.write
+    dinoseg.extensions.prepare.sarrarp.prepare dinoseg.extensions.prepare.idd.prepare
+    dinoseg.extensions.rendering.surgery.write.render_dataset dinoseg.extensions.prepare.sarrarp.shutil.rmtree
+    dinoseg.extensions.packed.pack.pack dinoseg.utils.locks.hold_lock dinoseg.extensions.packed.store.write_index
+    dinoseg.data.scan.scan.scan dinoseg.data.checks.errors.check_for_errors dinoseg.extensions.video.index.index_videos
     dinoseg.models.heads.linear dinoseg.models.heads.linear.LinearHead.forward.__globals__
     dinoseg.models.heads.linear.LinearHead.__init__.__globals__ dinoseg.models.heads.linear.LinearHead.__class__
     dinoseg.models.heads.linear.nn.Linear dinoseg.models.heads..linear.LinearHead

@@ -20,21 +20,21 @@ from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.geometry import to_unit_range
 from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.core.sources import has_own_file
+from dinoseg.data.checks.errors import check_for_errors, describe_split
+from dinoseg.data.checks.files import check_range
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.doctor.checks.files import check_range
-from dinoseg.data.doctor.errors import check_for_errors, describe_split
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.data.video.access import VideoFrame
-from dinoseg.export.runtime.inputs import pictures
+from dinoseg.extensions.packed.pack import pack
+from dinoseg.extensions.video.access import VideoFrame
 from dinoseg.inference.inputs import list_inputs
+from dinoseg.segmenter.inputs import pictures
 from dinoseg.utils import levels as levels_module
 from dinoseg.utils.files import stamp
 from dinoseg.utils.images import read_image

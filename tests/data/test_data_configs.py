@@ -6,7 +6,7 @@ from making import DATA, save, write_video
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.scan.scan import class_counts
-from dinoseg.modes.prepare import prepare
+from dinoseg.extensions.prepare.prepare_mode import prepare
 
 RELATIVES = ("ade20k", "camvid_", "davis2016", "idd_", "youtube_vos")
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))

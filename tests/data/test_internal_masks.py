@@ -8,9 +8,9 @@ from mistakes import assert_refused
 
 from dinoseg.core.channels import PixelFormat
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.scan import class_counts
+from dinoseg.extensions.packed.pack import pack
 from dinoseg.utils.images import read_image, read_size
 
 SIZE = (22, 34)

@@ -7,9 +7,9 @@ from mistakes import assert_refused
 
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import prepare_dataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.scan import class_counts
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.packed.pack import pack
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from dinoseg.core.sample_maps import (
     resize_nearest,
 )
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.transforms import Affine, Augment
-from dinoseg.data.unlabelled import Unmasked
+from dinoseg.extensions.feature_cache.unlabelled import Unmasked
+from dinoseg.extensions.packed.pack import pack
 from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
 

@@ -11,10 +11,10 @@ from mistakes import assert_refused
 from portable_parts import PROGRESS, export_file, write_untrained
 from safetensors.torch import save_file
 
+from dinoseg.checkpoints.resume import compose_resumed
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.recipe import config_description, recipe_of
-from dinoseg.experiment.resume import compose_resumed
 from dinoseg.modes import train
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError

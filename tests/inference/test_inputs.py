@@ -5,7 +5,7 @@ from unittest.mock import Mock
 import pytest
 from mistakes import assert_refused, refusals
 
-from dinoseg.data.video.length import VIDEO_SUFFIXES, is_video
+from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.inference import inputs
 
 

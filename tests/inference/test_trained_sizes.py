@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.serving.source import model_of
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
+from dinoseg.methods import images as images_task
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
-from dinoseg.serving.source import model_of
-from dinoseg.tasks import images as images_task
 
 SIZES = TrainedSizes(typical=32, largest=64)
 

@@ -14,6 +14,7 @@ from dinoseg import losses
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.sample_maps import DistanceMap, LabelMap
 from dinoseg.core.shapes import MaskOutputs, Prediction, WeightedMasks
+from dinoseg.extensions.slots.losses.temporal_similarity import TemporalSimilarity
 from dinoseg.losses.class_weights import class_weights
 from dinoseg.losses.cldice import SoftClDice
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -21,7 +22,6 @@ from dinoseg.losses.focal import Focal
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 from dinoseg.losses.multilabel import BinaryCrossEntropy
 from dinoseg.losses.overlap import Dice, Tversky
-from dinoseg.losses.temporal_similarity import TemporalSimilarity
 from dinoseg.losses.weighted_sum import WeightedSum
 
 WEIGHTS = torch.ones(3)

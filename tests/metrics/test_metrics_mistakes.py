@@ -11,9 +11,9 @@ from test_metric_contract import NO_MEAN
 
 from dinoseg import metrics
 from dinoseg.core.metric import LabelledImage, PredictedImage
+from dinoseg.extensions.protocols.clustering import contingency
 from dinoseg.metrics import BoundaryIoU, ClDice, ConfusionMatrix, LayerMetric, MeanIoU, SurfaceDice
 from dinoseg.metrics.calibration import fit_temperature
-from dinoseg.metrics.clustering import contingency
 from dinoseg.metrics.region_boundary import pair_scores
 from dinoseg.metrics.rows import check_score_names
 from dinoseg.metrics.surface import boundary_ious, surface_dices

@@ -14,15 +14,15 @@ from omegaconf import OmegaConf
 from portable_parts import TINY, write_untrained
 
 import dinoseg
+from dinoseg.checkpoints.resume import compose_resumed
+from dinoseg.checkpoints.source import ModelSource
 from dinoseg.cli.run_mode import LAUNCH_KEYS
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment.resume import compose_resumed
-from dinoseg.experiment.source import ModelSource
-from dinoseg.export import onnx_export, onnx_file, program
+from dinoseg.extensions.export import onnx_export, onnx_file, program
+from dinoseg.extensions.serving.source import load_served
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.windows import Whole, Windows
 from dinoseg.models.model import SegmentationModel
-from dinoseg.serving.source import load_served
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
@@ -186,8 +186,8 @@ def observe_mode(where, mode, cfg, word):
     with (
         watch_models() as seen,
         redirect_stdout(io.StringIO()) as said,
-        patch("dinoseg.modes.bench.run_in_process", in_this_process),
-        patch("dinoseg.modes.bench.matrix_peak", lambda *_, **__: 1.0),
+        patch("dinoseg.extensions.auto.bench_mode.run_in_process", in_this_process),
+        patch("dinoseg.extensions.auto.bench_mode.matrix_peak", lambda *_, **__: 1.0),
     ):
         result = run(mode, cfg, out)
     told = f"{said.getvalue()}{result}" if mode == "summary" else ""  # of others, times or memory are in it

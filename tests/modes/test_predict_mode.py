@@ -13,17 +13,17 @@ from making import write_motion_jpeg
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 
+from dinoseg.checkpoints.trained import Trained
 from dinoseg.core.contracts import Head
 from dinoseg.core.shapes import Prediction
 from dinoseg.core.task import SEMANTIC
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.trained import Trained
+from dinoseg.extensions.annotations.written_files import PredictedShapes
+from dinoseg.extensions.protocols import score_mode as score
+from dinoseg.extensions.video.prediction import VideoReader
+from dinoseg.extensions.video.run import VideoFiles
 from dinoseg.inference import image_run, memory
-from dinoseg.inference.annotations import PredictedShapes
-from dinoseg.inference.video_file import VideoReader
-from dinoseg.inference.video_run import VideoFiles
 from dinoseg.modes import predict as mode
-from dinoseg.modes import score
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_image, write_png
 

@@ -10,8 +10,8 @@ from meta_files import RELEASED, RELEASED_ARCH, write_released
 from safetensors import safe_open
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.extensions.query_heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.backbones.transformers_vit import TransformersVit
-from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.utils.images import read_ids, write_png
 
 SIZE, LARGE = (64, 96), (80, 150)

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.experiment.builder import Builder
+from dinoseg.methods import images
 from dinoseg.modes.training_run import TrainingRun, next_commands
 from dinoseg.report.log import RunLog, read_rows
-from dinoseg.tasks import images
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 

@@ -17,11 +17,11 @@ from chromium import opened_page
 from installed_wheel import built_wheel
 from jinja2 import UndefinedError
 
+from dinoseg.extensions.compare.page import ComparedRun, OtherRun, compare_images, comparison_page
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.report.html import page as page_module
 from dinoseg.report.html import pictures
 from dinoseg.report.html.charts import MAX, Axes, line_chart, range_around, thin, ticks
-from dinoseg.report.html.comparison import ComparedRun, OtherRun, compare_images, comparison_page
 from dinoseg.report.html.evaluation import (
     ErrorAnalysis,
     EvaluationScores,

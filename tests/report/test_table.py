@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinoseg.extensions.compare.compare_mode import costs_table
 from dinoseg.metrics.confusion import ConfusionMatrix, LayerCounts
-from dinoseg.modes.compare import costs_table
 from dinoseg.report.table import class_statistics, class_table, write_scores_csv
 from dinoseg.utils.atomic import write_json
 

@@ -18,9 +18,9 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.distillation.distil import DistilledLoss, Part, ScoredBatch
+from dinoseg.extensions.distillation.loss import TeacherView
 from dinoseg.losses import mask_classification
-from dinoseg.losses.distillation import TeacherView
-from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.training import micro_batches
 from dinoseg.training.engine import Engine
 from dinoseg.training.micro_batches import MicroBatches

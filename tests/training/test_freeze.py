@@ -11,16 +11,16 @@ from torch import nn
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.data.transforms import Augment
+from dinoseg.extensions.feature_cache.choice import CacheOptions, feature_cache
+from dinoseg.extensions.query_heads.eomt import EomtHead
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.models.adapters import Full, LastBlocks, Lora
 from dinoseg.models.heads.detail import DetailHead
-from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.freeze import build_freeze
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, parameter_groups, schedule, set_learning_rates

@@ -19,10 +19,10 @@ from tiny_parts import load
 from torch import nn
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.extensions.query_heads.eomt import EomtHead
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen, Full
 from dinoseg.models.backbones.transformers_vit import TransformersVit
-from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.optim import adamw, schedule, set_learning_rates

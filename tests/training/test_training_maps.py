@@ -11,22 +11,22 @@ from mapped import KINDS, MappedLoss, MappedPictures, check_twins, maps_of
 from mistakes import assert_refused
 from small_trainings import SHORT, segmenter, train_model, write_pairs
 
-from dinoseg.autotune.random_batch import random_batch
 from dinoseg.core.sample_maps import DistanceMap, LabelMap, check_needed_maps
 from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import Affine, Augment
+from dinoseg.extensions.auto.random_batch import random_batch
+from dinoseg.extensions.distillation.distil import DistilledLoss, Part, ScoredBatch
+from dinoseg.extensions.distillation.loss import TeacherView
+from dinoseg.extensions.feature_cache.choice import CacheOptions, feature_cache
+from dinoseg.extensions.packed.pack import pack
 from dinoseg.inference.windows import Windows
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.distillation import TeacherView
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.models.adapters import Frozen, Full
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import parameter_groups, schedule
 from dinoseg.training.validation import evaluate

@@ -11,6 +11,7 @@ from small_trainings import Stripes, segmenter, train_model
 
 from dinoseg.cli import ranks
 from dinoseg.data.transforms import Augment
+from dinoseg.extensions.feature_cache.choice import CacheOptions, feature_cache
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz
@@ -21,7 +22,6 @@ from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import load_weights
 from dinoseg.training.optim import parameter_groups, schedule

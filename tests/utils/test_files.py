@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 from mistakes import assert_refused
 
-from dinoseg.data.clips.videos import video_folders
-from dinoseg.data.formats.sarrarp_files import png_files
-from dinoseg.data.video.index import open_decoder
-from dinoseg.data.video.pictures import picture_files
+from dinoseg.extensions.clips.videos import video_folders
+from dinoseg.extensions.video.index import open_decoder
+from dinoseg.extensions.video.pictures import picture_files
+from dinoseg.extensions.video.prediction import VideoReader
+from dinoseg.extensions.video.sarrarp_files import png_files
 from dinoseg.inference.inputs import list_inputs
-from dinoseg.inference.video_file import VideoReader
 from dinoseg.utils.files import check_regular, entries, visible_files
 from dinoseg.utils.images import has_one_bit, read_ids, read_image, read_size
 

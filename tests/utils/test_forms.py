@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.formats.youtube_vos import YoutubeVos
-from dinoseg.data.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan
 from dinoseg.data.scan.measure import Record
-from dinoseg.data.video import index as video_index
-from dinoseg.evaluation.restart import earlier_run
 from dinoseg.evaluation.run_facts import TRACKING
+from dinoseg.extensions.clips.youtube_vos import YoutubeVos
+from dinoseg.extensions.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
+from dinoseg.extensions.tracking.state_form import TensorForm, check_state
+from dinoseg.extensions.tracking.video.state import STATE, read_track_state
+from dinoseg.extensions.video import index as video_index
+from dinoseg.extensions.video_scores.restart import earlier_run
 from dinoseg.modes.training_run import _read_split
-from dinoseg.tracking.state_form import TensorForm, check_state
-from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils import forms
 from dinoseg.utils.files import is_name
 from dinoseg.utils.forms import ArrayForm, SchemaError, parse_json, read_arrays

@@ -10,7 +10,7 @@ from command_line import SMALL, call, write_data
 from signals import signal_in_thread
 
 from dinoseg.cli import checkpoint_keys
-from dinoseg.modes import score
+from dinoseg.extensions.protocols import score_mode as score
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt

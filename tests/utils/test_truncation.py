@@ -11,7 +11,7 @@ from image_files import encode_image, png_chunk
 from mistakes import assert_refused
 from PIL import Image
 
-from dinoseg.data.annotation.labelme import _mask
+from dinoseg.extensions.annotations.labelme import _mask
 from dinoseg.utils.images import as_rgb, read_ids, read_image
 from dinoseg.utils.levels import read_levels
 

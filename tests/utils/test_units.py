@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.data.packed.store import StoreKey, open_store
-from dinoseg.tasks.preparation.sarrarp import VideoJob, _done_before
-from dinoseg.tracking.video.state import STATE, TrackProgress, read_track_state
+from dinoseg.extensions.packed.store import StoreKey, open_store
+from dinoseg.extensions.prepare.sarrarp import VideoJob, _done_before
+from dinoseg.extensions.tracking.video.state import STATE, TrackProgress, read_track_state
 from dinoseg.utils import forms
 from dinoseg.utils.units import read_valid_note
 

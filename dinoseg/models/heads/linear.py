@@ -22,7 +22,7 @@ class LinearHead(Head[Tensor]):
         num_classes: number of classes K.
         dropout: probability of dropping a whole channel, before BatchNorm and in training only, as in DINOv3
             (facebookresearch/dinov3, dinov3/eval/segmentation/models/heads/linear_head.py).
-        init: initialisation of a new training: `probe`, from the closed-form linear probe (`dinoseg.tasks.probing`);
+        init: initialisation of a new training: `probe`, from the closed-form linear probe (`dinoseg.extensions.probe`);
             `normal`, weights from N(0, 0.01^2) and biases of 0, as in DINOv2 and DINOv3; or None, PyTorch's default.
 
     Raises:

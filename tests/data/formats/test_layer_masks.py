@@ -11,18 +11,18 @@ from mistakes import assert_refused
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 from PIL import Image
 
-from dinoseg.data.annotation.drawing import Drawing
+from dinoseg.data.checks.errors import check_for_errors
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset, check_custom_dataset
-from dinoseg.data.doctor.errors import check_for_errors
-from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.opened import prepare_dataset
-from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.scan import class_counts
 from dinoseg.data.transforms import Affine, Augment
+from dinoseg.extensions.annotations.annotated import Shapes, annotated_dataset
+from dinoseg.extensions.annotations.drawing import Drawing
+from dinoseg.extensions.packed.pack import pack
 from dinoseg.inference.class_record import references
 from dinoseg.testing import check_dataset
 from dinoseg.utils.images import read_ids

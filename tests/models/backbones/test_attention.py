@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.inference.fake_tensors import fake_tensor_mode
+from dinoseg.extensions.auto.fake_tensors import fake_tensor_mode
 from dinoseg.models.backbones import attention
 from dinoseg.models.backbones.attention import attend
 from dinoseg.models.backbones.timm_backbone import TimmBackbone

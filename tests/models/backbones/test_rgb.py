@@ -6,9 +6,9 @@ from omegaconf import OmegaConf
 from tiny_parts import load
 
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.query_heads.eomt import EomtHead
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.models.backbones.rgb import RgbBackbone
-from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.checkpoint import frozen_fingerprint

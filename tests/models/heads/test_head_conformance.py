@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from tiny_parts import SMALL_HEADS, load_option, tiny_node
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.extensions.query_heads.eomt import EomtHead
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.dpt import DptHead
-from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.upernet import UperNetHead
 from dinoseg.testing import check_head
 

@@ -6,14 +6,14 @@ from eomt_making import pair
 from mistakes import refusals
 
 from dinoseg.core.contracts import Backbone
+from dinoseg.extensions.query_heads.eomt import EomtHead
+from dinoseg.extensions.query_heads.mask2former.head import Mask2FormerHead
+from dinoseg.extensions.slots.head.head import SlotHead
 from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.dpt import DptHead
-from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.heads.upernet import UperNetHead
 from dinoseg.models.model import SegmentationModel
 

@@ -1,0 +1,134 @@
+"""Trained models ready to predict: from a checkpoint, or with a head that was released trained."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinoseg.config.plain import to_container
+from dinoseg.core.shapes import Palette, SegmentationData
+from dinoseg.data.classes.labels import Labels
+from dinoseg.experiment.models import ModelBuilder
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.strategy import InferenceStrategy
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.inference.windows import Whole
+from dinoseg.models.model import SegmentationModel, non_persistent_buffers
+from dinoseg.models.no_init import allocate
+from dinoseg.runs.folder import last_command_line
+from dinoseg.runs.log_file import announce
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import Engine
+from dinoseg.training.loading import CONSTANTS
+from dinoseg.utils.errors import UserError
+
+
+@dataclass
+class Trained:
+    """Trained segmenter, ready to predict, with its classes."""
+
+    model: SegmentationModel
+    engine: Engine
+    classes: list[str]
+    palette: Palette
+    ignore_index: int
+    info: Mapping[str, Any]  # description in the checkpoint
+    strategy: InferenceStrategy = field(default_factory=Whole)  # inference strategy
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the model."""
+        return self.engine.device
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the autocast context of the engine's precision for a forward pass."""
+        return self.engine.autocast()
+
+    @property
+    def predictor(self) -> Predictor:
+        """Return a predictor of images with this model."""
+        return Predictor(self.model, self.device, self.autocast, self.strategy)
+
+
+def load_trained(builder: ModelBuilder) -> Trained:
+    """Return the model that `resume` names, in eval mode; the config is already merged with its checkpoint.
+
+    Without `resume`, a head with trained weights from a file is used unchanged, with the classes of the dataset.
+
+    Raises:
+        UserError: neither is given, or the checkpoint does not fit.
+    """
+    if not is_trained(builder):
+        raise UserError(
+            "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use "
+            "released head weights, as hparam=ade20k_m2f head.weights=FILE does."
+        )
+    labels = builder.labels if builder.resume is None else None
+    engine, strategy = builder.engine(), builder.part("inference")
+    if labels is None:
+        model, info = restore(builder, Path(str(builder.resume)))
+        labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])
+    else:
+        announce("Building the released model and reading its weights")
+        model = builder.model()
+        # the class entries of a checkpoint's description
+        info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
+    model = engine.place(model).eval()
+    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, strategy)
+
+
+def is_trained(builder: ModelBuilder) -> bool:
+    """Return whether a config names a trained model: a checkpoint, or a head that was released trained."""
+    head = to_container(builder.value("head"))
+    return builder.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
+
+
+def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], where: str) -> None:
+    """Refuse a dataset whose classes or ignored ID differ from those of a checkpoint's description.
+
+    Raises:
+        UserError: they differ; the message names both.
+    """
+    now, then = (list(data.classes), data.ignore_index), (list(info["classes"]), info["ignore_index"])
+    if now != then:
+        raise UserError(
+            f"{where}: the data has the classes {', '.join(now[0])} (ignored: {now[1]}), and the checkpoint was "
+            f"trained on {', '.join(then[0])} (ignored: {then[1]}). Use data of the same classes in the same order."
+        )
+
+
+def find_trained_sizes(trained: Trained, out_dir: Path) -> TrainedSizes | None:
+    """Return the training sizes to which images are scaled; None if the command line sets `resolution.longest`."""
+    return None if longest_is_typed(out_dir) else TrainedSizes.from_info(trained.info)
+
+
+def longest_is_typed(out_dir: Path) -> bool:
+    """Return whether the newest command of a run folder sets `resolution.longest`."""
+    return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
+
+
+def restore(builder: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[SegmentationModel, Mapping[str, Any]]:
+    """Return the model of a checkpoint in eval mode on the CPU, and the description in the file.
+
+    Args:
+        builder: of the config, already merged with the checkpoint's.
+        path: the checkpoint file.
+        key: of the config, which names the file in messages.
+
+    Raises:
+        UserError: the checkpoint does not fit.
+    """
+    # checks without tensors come first: reading tensors may take minutes
+    outline = checkpoint.outline(path, key=key)
+    check_classes(builder.labels, outline.info, outline.where)
+    empty = builder.check_fits(outline)
+    announce(f"{outline.where}: reading weights and building the model")
+    saved = checkpoint.read(path, key=key)
+    whole = builder.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
+    is_allocated = whole and non_persistent_buffers(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
+    model = empty if is_allocated else builder.model(initialised=not whole)
+    checkpoint.load_weights(model, saved)
+    return model.eval(), outline.info

@@ -1,0 +1,142 @@
+"""mode=compare: comparison of evaluations of the same images, from the files that mode=eval wrote."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from dinoseg.checkpoints.run_config import open_saved_data
+from dinoseg.evaluation.image_report import PAGE
+from dinoseg.evaluation.run_facts import about_run
+from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.compare.comparison import (
+    MAX_NAME,
+    against,
+    best_first,
+    mean_mious,
+    scores_of,
+    verdicts,
+    write_tables,
+)
+from dinoseg.extensions.compare.page import ComparedRun, comparison_page
+from dinoseg.extensions.compare.sides import Side, seeds_note, sides_of, units_note
+from dinoseg.report.table import few_units
+from dinoseg.training.cost import COST
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_json, write_text
+from dinoseg.utils.csv_text import write_csv_table
+from dinoseg.utils.wording import count_of
+
+logger = logging.getLogger(__name__)
+COLUMNS = {  # key of a row: heading and format
+    "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
+    "accuracy": ("pixel accuracy %", lambda value: f"{100 * value:.2f}"),
+    "parameters": ("parameters", "{:,}".format),
+    "trainable": ("trained", "{:,}".format),
+    "seconds": ("s per training image", "{:.3g}".format),
+    "memory_gib": ("peak training memory, GiB", "{:.2f}".format),
+}
+_KEYS = {
+    "parameters": forms.whole(),
+    "trainable": forms.whole(),
+    "images_per_s": forms.maybe(forms.number(1e-9, 1e9)),  # bounded so that its inverse is finite
+    "memory_gib": forms.maybe(forms.number(0, 1e9)),
+}
+_MAX_COST_COLUMN = 13  # characters: the table fits a terminal of 120 columns
+
+
+def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """Return a row for each run, by mIoU; unknown values are None, and a damaged cost record is logged."""
+    rows = []
+    runs = [run for side in sides for run in zip(side.names, side.folders, side.records, strict=True)]
+    for name, folder, record in runs:
+        scores = scores_of([record])
+        trained = [folder, Path(record.source).parent.parent]  # run of mode=train, or the checkpoint's
+        found = next((path for run in trained if (path := run / COST).is_file()), None)
+        cost = (None if found is None else _read(found)) or dict.fromkeys(_KEYS)
+        speed = cost.pop("images_per_s")
+        seconds = 1 / speed if speed else None
+        rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
+    return [rows[index] for index in best_first([row["miou"] for row in rows])]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return forms.read_json(path, forms.record(**_KEYS))
+    except (OSError, forms.SchemaError) as error:
+        logger.warning("%s is damaged (%s): the run's costs are left out. Remove it, or train again.", path, error)
+        return None
+
+
+def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[str]] | None) -> dict[str, Any]:
+    """Compare runs of mode=eval with the first of them: significance, differences by class and image, and costs.
+
+    Args:
+        cfg: the whole config.
+        out_dir: the run folder.
+        runs: run folders of mode=eval on the same images, or of trainings, whose final evaluation is used. Several
+            seeds of one side form a list of their own, or are found by their configs. A text is the folder of a sweep.
+
+    Raises:
+        UserError: there are fewer than two runs, or they are not comparable.
+    """
+    sides = sides_of(runs)
+    first, record = sides[0], sides[0].records[0]
+    builder = Builder(cfg)
+    open_data = partial(open_saved_data, builder, first.places[0], root=record.root, split=record.split)
+    others = against(sides, open_data)
+    units, intervals, seeds = record.count_units(), units_note(sides), seeds_note(sides)
+    rows = run_rows(sides)
+    print(f"{costs_table(rows)}\n\n{verdicts(first, others)}")
+    print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")
+    if few := few_units(units, record.unit):
+        logger.warning("%s", few)
+    write_tables(out_dir, first, others)
+    write_csv_table(out_dir / "runs.csv", ["run", *COLUMNS], rows)  # scores in 0..1; unknown values are empty cells
+    scores = scores_of(first.records)
+    result = {
+        "sides": {side.name: [str(folder) for folder in side.folders] for side in sides},
+        "first": first.name,
+        "scores": scores,
+        "others": {other.name: {"scores": other.scores, "differences": other.differences} for other in others},
+        "units": units,
+        "unit": record.unit,
+    }
+    write_json(out_dir / "compare.json", result)
+    facts = {
+        f"run {name}": f"{folder.resolve()}, model {run_record.source}"
+        for side in sides
+        for name, folder, run_record in zip(side.names, side.folders, side.records, strict=True)
+    }
+    page = comparison_page(
+        record,
+        ComparedRun(first.name, scores, mean_mious(first)),
+        others,
+        subtitle=f"data={record.data}, split {record.split}, {count_of(record.images, 'image')}",
+        intervals=intervals,
+        seeds=seeds,
+        about=about_run(out_dir, builder.yaml, facts),
+    )
+    write_text(out_dir / PAGE, page)
+    print(f"report:       {out_dir}/{PAGE}, compare.csv, compare.json, images.csv")
+    print(f"runs:         {out_dir}/runs.csv")
+    return {"miou_difference": others[-1].differences["miou"]["value"], "run": str(out_dir)}
+
+
+def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of `run` and `COLUMNS`, in their order, as text, without columns that all runs lack."""
+    columns = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    shown = [[row["run"], *("-" if row[key] is None else columns[key][1](row[key]) for key in columns)] for row in rows]
+    heads = ["run", *(head for head, _ in columns.values())]
+    return tabulate(
+        shown,
+        headers=heads,
+        disable_numparse=True,
+        colalign=("left", *["right"] * len(columns)),
+        maxcolwidths=[MAX_NAME, *[None] * len(columns)],  # tabulate fails to wrap numbers with commas
+        maxheadercolwidths=[MAX_NAME, *[_MAX_COST_COLUMN] * len(columns)],
+    )

@@ -1,0 +1,396 @@
+"""Comparison of each side with the first side: by class, by image, and in example images."""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from dinoseg.core.metric import plain_score
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.custom import CustomDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.evaluation.collected import image_mious
+from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.evaluation.scoring.intervals import (
+    Difference,
+    Estimate,
+    combine_errors,
+    holm,
+    jackknife,
+    leave_one_out,
+    mean_of,
+    unit_sums,
+)
+from dinoseg.evaluation.unit_scores import ClassScores, further_difference
+from dinoseg.extensions.compare.page import OtherRun
+from dinoseg.extensions.compare.sides import Side
+from dinoseg.report.html.page import format_interval
+from dinoseg.report.html.pictures import PairShot
+from dinoseg.report.overlay import downscale
+from dinoseg.report.table import MEANS, percent
+from dinoseg.utils.csv_text import write_csv
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, read_size
+from dinoseg.utils.levels import to_display
+
+logger = logging.getLogger(__name__)
+SURELY_BETTER, SURELY_WORSE = "significantly better", "significantly worse"
+UNSURE, NO_VERDICT = "no significant difference", "no verdict"
+LEVEL = 0.05  # p-value below which a difference is significant
+_MAX_DETAILED = 3  # other sides whose scores are printed
+# characters of names in tables, which then have at most 120 columns
+MAX_NAME = 26
+_MAX_LABEL = 20
+_MAX_SIDE = 16
+SHOWN, _IN_ALL = 4, 28  # most improved images per side and in all, and most worsened: the page is e-mailed
+_LONGEST = 512  # pixels of an image's longer side
+
+
+def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
+    """Return all scores by name, averaged over the records of a side; None where undefined."""
+    kind = _kind(records[0])
+    scores = mean_scores(kind, [record.counts for record in records])
+    further = {
+        name: plain_score(np.array([record.scores[name].value for record in records], dtype=np.float64).mean())
+        for name in records[0].scores
+    }
+    return {key: scores[key] for key in kind.means} | further | scores
+
+
+def best_first(scores: Sequence[float | None]) -> list[int]:
+    """Return the indices of scores in descending order: undefined scores last, ties in their original order."""
+    return sorted(range(len(scores)), key=lambda index: math.inf if (score := scores[index]) is None else -score)
+
+
+def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) -> list[OtherRun]:
+    """Compare each other side with the first side, whose data set `open_data` returns for the example images."""
+    first = sides[0]
+    kind = _kind(first.records[0])
+    counts = [[record.counts for record in side.records] for side in sides]
+    sums = _scored_sums(sides)
+    mious = [mean_mious(side) for side in sides]
+    found: list[OtherRun] = []
+    refused: dict[str, None] = {}
+
+    @cache  # opened for the first images that are needed, and once for all sides, also if that fails
+    def open_once() -> SegmentationData | UserError:
+        try:
+            return _load_images(open_data, first.records[0])
+        except UserError as error:
+            return error
+
+    def load() -> SegmentationData:
+        opened = open_once()
+        if isinstance(opened, UserError):
+            raise opened
+        return opened
+
+    further = further_differences(sides)
+    for number, gaps in enumerate(differences(kind, sums), start=1):
+        other = sides[number]
+        folders = (first.places[0], other.places[0])
+        try:
+            shots, reason = largest_differences(load, folders, mious[0], mious[number], len(sides) - 1)
+        except UserError as error:
+            shots = []
+            reason = f"No images: {error}"
+            refused[str(error)] = None
+        found.append(
+            OtherRun(
+                name=other.name,
+                scores=scores_of(other.records),
+                differences=gaps | further[number - 1],
+                mious=mious[number],
+                decides=image_contributions(kind, counts[0], counts[number]),
+                shots=shots,
+                no_pictures=reason,
+            )
+        )
+    for reason in refused:  # log each reason once, even if it applies to all sides
+        logger.warning("The report has no images: %s", reason)
+    return found
+
+
+def count_worse(sides: Sequence[Side]) -> int:
+    """Return how many sides have a significantly lower mIoU than the best side."""
+    order = best_first([scores_of(side.records)["miou"] for side in sides])
+    gaps = differences(_kind(sides[0].records[0]), _scored_sums([sides[index] for index in order]))
+    return sum(gap["miou"]["verdict"] == SURELY_WORSE for gap in gaps)
+
+
+def _scored_sums(sides: Sequence[Side]) -> list[list[np.ndarray]]:
+    """Return the sums (U, d) of each run of each side, over the units with labelled pixels."""
+    scored = sides[0].records[0].scored_units  # the references of all runs are equal, and so are their units
+    return [[unit_sums(record.counts, record.units)[scored] for record in side.records] for side in sides]
+
+
+def mean_mious(side: Side) -> list[float | None]:
+    """Return the mIoU of each image, averaged over those runs of a side where it is defined."""
+    by_image = zip(*(image_mious(record.counts) for record in side.records), strict=True)
+    defined = [[miou for miou in of_image if miou is not None] for of_image in by_image]
+    return [float(np.mean(each)) if each else None for each in defined]
+
+
+def _kind(record: ImageRecord) -> ClassScores:
+    return ClassScores(len(record.classes), record.background)
+
+
+def verdicts(first: Side, others: Sequence[OtherRun]) -> str:
+    """Return the verdicts as text of at most 120 columns: a row for each side, and all scores of a few sides."""
+    table = sides_table(first, others)
+    return table if len(others) > _MAX_DETAILED else f"{table}\n\n{score_table(first, others)}"
+
+
+def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
+    """Return a text table with one row per side, best first.
+
+    It shows mIoU in percent, differences in points, and the number of classes with a significant difference.
+    """
+    heads = ["side", "mIoU %", "points", "95 % interval", "p", "verdict", "classes\nbetter", "\nworse"]
+    first_miou = scores_of(first.records)["miou"]
+    rows = [[first.name, percent(first_miou, 2), "-", "-", "-", "the first", "", ""]]
+    for other in others:
+        counts = [str(other.count_classes(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
+        rows.append([other.name, percent(other.scores["miou"], 2), *_gap_cells(other.differences["miou"]), *counts])
+    order = best_first([first_miou, *(other.scores["miou"] for other in others)])
+    return _tabulate([rows[index] for index in order], heads, "lrrrrlrr", {"side": MAX_NAME})
+
+
+def score_table(first: Side, others: Sequence[OtherRun]) -> str:
+    """Return a text table with one row per score and side, in percent and points."""
+    heads = ["score", "side", "first %", "side %", "points", "95 % interval", "p", "verdict"]
+    labels = score_labels(first)
+    scores = scores_of(first.records)
+    rows = [
+        [
+            labels[key],
+            other.name,
+            percent(value, 2),
+            percent(other.scores[key], 2),
+            *_gap_cells(other.differences[key]),
+        ]
+        for key, value in scores.items()
+        for other in others
+    ]
+    return _tabulate(rows, heads, "llrrrrrl", {"score": _MAX_LABEL, "side": _MAX_SIDE})
+
+
+def _gap_cells(gap: Mapping[str, Any]) -> list[str]:
+    p_value = "-" if gap["p"] is None else f"{gap['p']:.2g}"
+    return [percent(gap["value"], 2, "+"), format_interval(gap["ci95"], 2, "+"), p_value, gap["verdict"]]
+
+
+def _tabulate(rows: list[list[str]], heads: list[str], align: str, widths: Mapping[str, int]) -> str:
+    """Return a text table; columns named in `widths` wrap at their width."""
+    return tabulate(
+        rows,
+        headers=heads,
+        disable_numparse=True,
+        colalign=[{"l": "left", "r": "right"}[letter] for letter in align],
+        maxcolwidths=[widths.get(head) for head in heads],
+    )
+
+
+def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None:
+    """Write compare.csv (one line per score) and images.csv (one line per image); scores are in 0..1."""
+    record = first.records[0]
+    labels = score_labels(first)
+    heads: list[Any] = ["score", first.name]
+    for other in others:
+        heads += [other.name, *(f"{other.name} {part}" for part in ("difference", "low", "high", "p", "verdict"))]
+    lines = [heads]
+    for key, value in scores_of(first.records).items():
+        line = [labels[key], value]
+        for other in others:
+            gap = other.differences[key]
+            line += [other.scores[key], gap["value"], *(gap["ci95"] or (None, None)), gap["p"], gap["verdict"]]
+        lines.append(line)
+    write_csv(out_dir / "compare.csv", lines)
+    columns = [part for other in others for part in (other.mious, other.decides)]
+    names = [name for other in others for name in (other.name, f"{other.name} adds")]
+    per_image = zip(record.images, record.units, mean_mious(first), *columns, strict=True)
+    write_csv(out_dir / "images.csv", [["image", "unit", first.name, *names], *per_image])
+
+
+def score_labels(side: Side) -> Mapping[str, str]:
+    """Return the display label of each score, by the score's name."""
+    record = side.records[0]
+    means = {key: MEANS[key] for key in _kind(record).means} | {name: name for name in record.scores}
+    return means | {f"iou/{index}": f"IoU {name}" for index, name in enumerate(record.classes)}
+
+
+Runs = Sequence[np.ndarray]  # runs of one side: sums (U, 3 K) each, over the same units
+
+
+def mean_scores(kind: ClassScores, side: Runs) -> dict[str, float | None]:
+    """Return each score, averaged over the runs of a side; None where undefined."""
+    found = {key: values.mean() for key, values in _scores(kind, side).items()}
+    return {key: float(value) if np.isfinite(value) else None for key, value in found.items()}
+
+
+def differences(kind: ClassScores, sides: Sequence[Runs]) -> list[dict[str, dict[str, Any]]]:
+    """Return, for each other side, the differences of its scores from those of the first side.
+
+    Each difference has a `value`, an interval `ci95`, a p-value `p` and the resulting `verdict`. Holm's method
+    corrects `p` over all sides; for the class scores, over all classes as well.
+    """
+    gaps = [_difference(kind, sides[0], side) for side in sides[1:]]
+    families = [*([key] for key in kind.means), [key for key in kind.keys if key not in kind.means]]
+    return _with_verdicts(gaps, families)
+
+
+def further_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]]:
+    """Return the differences of the scores of further metrics in the form of `differences`."""
+    first, *others = [side.records for side in sides]
+    scores = first[0].scores
+    gaps = [
+        {
+            name: further_difference([run.scores[name] for run in first], [run.scores[name] for run in other])
+            for name in scores
+        }
+        for other in others
+    ]
+    return _with_verdicts(gaps, [[name] for name in scores], [name for name in scores if scores[name].better == "min"])
+
+
+def _with_verdicts(
+    gaps: Sequence[Mapping[str, Estimate]], families: Sequence[Sequence[str]], lower_is_better: Collection[str] = ()
+) -> list[dict[str, dict[str, Any]]]:
+    """Return the differences of each other side with verdicts; each family of scores is corrected together."""
+    found: list[dict[str, dict[str, Any]]] = [{} for _ in gaps]
+    for family in families:
+        members = [(number, key) for number in range(len(gaps)) for key in family]
+        p_values = holm([gaps[number][key].p for number, key in members])
+        for (number, key), p_value in zip(members, p_values, strict=True):
+            gap = gaps[number][key]
+            value = gap.value if np.isfinite(gap.value) else None
+            found[number][key] = {"value": value, "ci95": gap.ci95, "p": p_value}
+            found[number][key]["verdict"] = _verdict(gap, p_value, lower_is_better=key in lower_is_better)
+    return found
+
+
+def image_contributions(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]:
+    """Return each image's contribution to the mIoU difference: that of all images minus that of all others.
+
+    The runs of both sides are counts (N, 3, K) of the same images.
+    """
+    whole = Difference(kind, len(first), len(second))
+    sums = _side_by_side(first, second)
+    gaps = float(whole.scores(sums.sum(axis=0))["miou"]) - leave_one_out(whole, sums)["miou"]
+    return [float(gap) if np.isfinite(gap) else None for gap in gaps]
+
+
+def _difference(kind: ClassScores, first: Runs, second: Runs) -> dict[str, Estimate]:
+    """Return each score's difference, with the error over units and, for sides with several runs, over runs.
+
+    With a single unit, the error is that over runs alone, if both sides have several.
+    """
+    found = jackknife(Difference(kind, len(first), len(second)), _side_by_side(first, second))
+    by_seed = [_scores(kind, side) for side in (first, second) if len(side) > 1]
+    if len(first[0]) == 1 and len(by_seed) == 2:
+        found = {key: replace(gap, error=0.0, freedom=1) for key, gap in found.items()}
+    return {
+        key: combine_errors(gap, [mean_of(scores[key].tolist()) for scores in by_seed]) for key, gap in found.items()
+    }
+
+
+def _side_by_side(*sides: Runs) -> np.ndarray:
+    runs = [run.reshape(len(run), -1) for side in sides for run in side]
+    return np.concatenate(runs, axis=1).astype(np.float64)
+
+
+def _scores(kind: ClassScores, side: Runs) -> dict[str, np.ndarray]:
+    """Return each score (S,) of the S runs of a side."""
+    return kind.scores(np.stack([run.sum(axis=0).reshape(-1) for run in side]))
+
+
+def _verdict(gap: Estimate, p_value: float | None, *, lower_is_better: bool = False) -> str:
+    if p_value is None:
+        return NO_VERDICT
+    if p_value >= LEVEL:
+        return UNSURE
+    return SURELY_BETTER if (gap.value > 0) != lower_is_better else SURELY_WORSE
+
+
+def _load_images(open_data: Callable[[], SegmentationData], record: ImageRecord) -> SegmentationData:
+    """Return the data set of an evaluation.
+
+    Raises:
+        UserError: the data set cannot be opened, or has changed.
+    """
+    data = open_data()
+    if list(data.names) != list(record.images):
+        raise UserError(f"{record.root} does not hold the images that were evaluated.")
+    return data
+
+
+def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], mious: tuple[float, float]) -> PairShot:
+    """Return an image with the predictions of two runs.
+
+    Raises:
+        UserError: a file is missing, of another size, or not a mask of the classes.
+    """
+    name = data.names[index]
+    classes = len(data.classes)
+    sample = data[index]
+    reference: np.ndarray = sample["mask"].numpy()
+    predictions = []
+    for folder in folders:
+        base = folder / "predictions"
+        path = base / f"{name}_pred.png"
+        if not path.resolve().is_relative_to(base.resolve()):
+            raise UserError(f"{folder} names an image outside its own folder: {name}.")
+        if read_size(path) != reference.shape:
+            raise UserError(f"{path} differs in size from its reference.")
+        ids = read_ids(path)
+        if ids.ndim != 2 or ids.max() >= classes:
+            raise UserError(f"{path} is not a mask of the {classes} classes.")
+        predictions.append(downscale(ids, _LONGEST))
+    frame = downscale(to_display(sample["image"].permute(1, 2, 0).numpy()), _LONGEST)
+    return PairShot(name, mious, frame, downscale(reference, _LONGEST), (predictions[0], predictions[1]))
+
+
+def largest_differences(
+    load: Callable[[], SegmentationData],
+    folders: tuple[Path, Path],
+    first: Sequence[float | None],
+    second: Sequence[float | None],
+    sides: int = 1,
+) -> tuple[list[PairShot], str]:
+    """Return the images whose mIoU differs most in another run, by size of the difference; or none, and the reason.
+
+    Args:
+        load: returns the data set of both runs.
+        folders: of the evaluations of both runs.
+        first: mIoU of each image in the first run.
+        second: mIoU of each image in the other run.
+        sides: number of runs compared with the first: many runs get fewer images each.
+
+    Raises:
+        UserError: predictions exist, but their images cannot be built.
+    """
+    pairs: list[Any] = [
+        (theirs - ours, index)
+        for index, (ours, theirs) in enumerate(zip(first, second, strict=True))
+        if ours is not None and theirs is not None and ours != theirs
+    ]
+    pairs.sort()
+    lost = [pair for pair in pairs if pair[0] < 0]
+    gained = [pair for pair in pairs if pair[0] > 0]
+    per_side = max(1, min(SHOWN, _IN_ALL // sides))
+    chosen = {index: gap for gap, index in (*lost[:per_side], *gained[-per_side:])}
+    order = sorted(chosen, key=lambda index: -abs(chosen[index]))
+    if not order:
+        return [], "No image has different scores in the two runs."
+    if any(not (folder / "predictions").is_dir() for folder in folders):
+        return [], "No images: a run was evaluated with mode.metrics_only=true, so its predictions were not saved."
+    data = load()
+    if isinstance(data, PairDataset | CustomDataset) and data.has_layers:
+        return [], "No images: the masks have a layer for each class."
+    return [_pair_shot(data, index, folders, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""

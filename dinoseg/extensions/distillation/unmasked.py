@@ -1,0 +1,135 @@
+"""Images without masks that a training uses in addition to those with masks."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.sources import ImageSource, source_origin
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.feature_cache.unlabelled import fault
+from dinoseg.extensions.video.access import VideoFrame
+from dinoseg.extensions.video.index import VideoIndex, find_index
+from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
+from dinoseg.inference.inputs import list_inputs
+from dinoseg.inference.results import mask_names
+from dinoseg.utils.wording import join_names
+from dinoseg.utils.workers import in_processes
+
+logger = logging.getLogger(__name__)
+_FEW = 64  # number of images below which starting processes costs more than it saves
+_RATE = 25.0  # frames per second of a video without a valid rate
+_ROUNDING = 1e-6  # tolerance in seconds of a frame's time at a step
+
+
+@dataclass(frozen=True)
+class UnmaskedImage:
+    """Image, or frame of a video, without a mask.
+
+    Args:
+        name: unique relative path without suffix: an image's path below the input, or a frame's number.
+        source: where to read it from.
+    """
+
+    name: str
+    source: ImageSource
+
+
+def find_unmasked_images(
+    builder: Builder, train: SegmentationData, val: SegmentationData, *, source: str | None, every: float
+) -> list[UnmaskedImage]:
+    """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
+
+    An image that both name appears once. Validation images among them cause a warning. With `data.on_error=skip`,
+    unreadable images are left out with a warning.
+
+    Args:
+        builder: builds the parts of the experiment.
+        train: the images with masks; those that `data.on_error=skip` left out of it are left out here, too.
+        val: the validation images.
+        source: `trainer.unlabelled`; None: the training images alone.
+        every: seconds between two frames of a video.
+
+    Raises:
+        UserError: `trainer.unlabelled` names nothing, or something unreadable.
+    """
+    others, found = {*train.names, *train.skipped}, []
+    whole = builder.reader()("train")
+    if isinstance(whole, PairDataset):
+        found += [UnmaskedImage(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
+    if source is not None:
+        found += list_images(source, every=every, cache_dir=builder.cache_dir, pixels=builder.pixels)
+    images: dict[str, UnmaskedImage] = {}
+    for candidate in found:
+        images.setdefault(source_origin(candidate.source), candidate)
+    pairs: Sequence[Pair] = val.source.pairs if isinstance(val, PairDataset) else []
+    scored = {source_origin(pair.image) for pair in pairs}
+    if seen := images.keys() & scored:
+        logger.warning(
+            "%d of the images without masks are validation images, so the scores are on images seen in training. "
+            "Remove them from trainer.unlabelled for scores on unseen images.",
+            len(seen),
+        )
+    chosen = [*images.values()]
+    return _readable(chosen, builder.workers) if builder.skips_faulty_files else chosen
+
+
+def list_images(
+    source: str,
+    *,
+    every: float,
+    cache_dir: Path,
+    pixels: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+) -> list[UnmaskedImage]:
+    """Return the images and frames that an image, video, folder or pattern refers to, in order.
+
+    A video contributes the first frame of each `every` seconds. If the source is a single video, frames are named by
+    their number, as in mode=track, else `<video>/<number>`.
+
+    Args:
+        source: as for `list_inputs`.
+        every: seconds from frame to frame.
+        cache_dir: folder of cached video indexes.
+        pixels: format of the images.
+
+    Raises:
+        UserError: nothing is found, a video cannot be read, or images are not RGB and there is a video.
+    """
+    paths = list_inputs(source, "trainer.unlabelled", pixels.suffixes, VIDEO_SUFFIXES)
+    names = mask_names(paths, source)
+    found: list[UnmaskedImage] = []
+    for path, name in zip(paths, names, strict=True):
+        if is_video(path):
+            check_rgb(pixels, f"the video {path} in trainer.unlabelled")
+            found += _list_frames(path, "" if len(paths) == 1 else f"{name}/", every, cache_dir)
+        else:
+            found.append(UnmaskedImage(name, pixels.source(path)))
+    return found
+
+
+def _list_frames(path: Path, prefix: str, every: float, cache_dir: Path) -> Iterator[UnmaskedImage]:
+    steps = np.floor((_seconds(find_index(path, cache_dir)) + _ROUNDING) / every)
+    for index in np.unique(steps, return_index=True)[1].tolist():
+        yield UnmaskedImage(f"{prefix}{index:09d}", VideoFrame(path, index, cache_dir))
+
+
+def _seconds(index: VideoIndex) -> np.ndarray:
+    """Return the time of each frame from the first on; evenly spaced if the file's own times are invalid."""
+    if len(index) > 1 and np.all(np.diff(index.times) > 0):
+        return (index.times - index.times[0]) / 1000
+    return np.arange(len(index)) / (index.fps if 0 < index.fps <= 1000 else _RATE)
+
+
+def _readable(images: Sequence[UnmaskedImage], workers: int) -> list[UnmaskedImage]:
+    """Return the images that can be read, and warn of the others."""
+    sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
+    faults = [why for _, why in in_processes(fault, sources, processes, remedy="Use fewer processes: data.workers=1.")]
+    if bad := [why for why in faults if why]:
+        logger.warning("data.on_error=skip: left out of the images without masks: %d. %s", len(bad), join_names(bad, 3))
+    return [image for image, why in zip(images, faults, strict=True) if not why]

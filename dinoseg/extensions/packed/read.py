@@ -1,0 +1,81 @@
+"""Parallel reading and reduction of the items of a packed store, in order."""
+
+import functools
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.transforms import Augment
+from dinoseg.extensions.packed.store import checksum
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.workers import in_processes
+
+_PAYS_FROM = 50  # items read in the time that a process takes to start
+_MAX = 8  # further processes would wait for the writer
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Item to pack: image (H, W, C), uint8 or uint16, mask (H, W) uint8, and their checksum."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    crc: int
+
+
+def read_all(
+    dataset: PairDataset, longest: int | None, workers: int
+) -> Generator[tuple[int, Packed | UserError], None, None]:
+    """Return an iterator over each row, in order, with its item or the error of its files.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    return in_processes(
+        functools.partial(_read, dataset=dataset, longest=longest),
+        range(len(dataset)),
+        workers,
+        catch=UserError,
+        start=_use_one_thread,
+        remedy=f"Set fewer than workers={workers} and run again.",
+    )
+
+
+def paying_workers(items: int) -> int:
+    """Return the number of processes that is worth starting for `items` items on this machine."""
+    return max(1, min(count_cores(), items // _PAYS_FROM, _MAX))
+
+
+def reduced_size(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
+    """Return (H, W) with the longer side at most `longest`."""
+    factor = min(1.0, longest / max(size)) if longest else 1.0
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def downscale_sample(
+    image: np.ndarray, mask: np.ndarray, longest: int | None, ignore_index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return image and mask reduced to `longest` exactly as by `Augment` without any other change."""
+    height, width = mask.shape
+    size = reduced_size((height, width), longest)
+    if size == (height, width):
+        return image, mask
+    augment = Augment(size, longest=longest, ignore_index=ignore_index)
+    return augment(image, mask, np.random.default_rng(0))  # no random number has an effect here
+
+
+def _read(row: int, *, dataset: PairDataset, longest: int | None) -> Packed:
+    sample = dataset[row]
+    pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, C)
+    image, mask = downscale_sample(pixels, sample["mask"].numpy(), longest, dataset.ignore_index)
+    return Packed(image, mask, checksum(sample["name"], image, mask))
+
+
+def _use_one_thread() -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,148 @@
+"""The HTTP endpoint: POST /segment, GET /health, GET /metrics."""
+
+import logging
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from dinoseg.extensions.serving.decoding import MIB
+from dinoseg.extensions.serving.guard import SiteGuard
+from dinoseg.extensions.serving.mask_editor import encode_mask
+from dinoseg.extensions.serving.shared import SharedModel
+from dinoseg.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+_MAX_FIELDS = 16  # of a form, beside its file; they are not read
+_FIELD_BYTES = 2**16
+
+
+class TooLarge(UserError):
+    """A request has more bytes than are allowed."""
+
+
+def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], max_mib: float) -> FastAPI:
+    """Return the endpoint as a FastAPI application.
+
+    Args:
+        shared: the model.
+        uploads: folder where images are stored while they are decoded.
+        hosts: accepted host names; `*` accepts any.
+        max_mib: largest request, in MiB.
+    """
+    app = FastAPI(title="dinoseg", docs_url=None, redoc_url=None)  # these pages load scripts from other hosts
+    app.add_middleware(SiteGuard)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    statuses: Counter[int] = Counter()
+    seconds = {"total": 0.0}  # over all requests
+
+    @app.post("/segment")
+    async def segment(request: Request) -> Response:
+        """Return the class ids of the image in the body or a form, a PNG with the classes' colours as its palette."""
+        start = time.perf_counter()
+        path = uploads / secrets.token_hex(16)
+        response = Response(status_code=500)
+        try:
+            await save_image(request, path, max_mib)
+            _, mask = await run_in_threadpool(shared.segment_file, path)
+            content = await run_in_threadpool(encode_mask, mask, shared.facts.palette)
+            response = Response(content, media_type="image/png")
+        except (UserError, OSError, ClientDisconnect) as error:
+            response = error_response(error)
+        finally:
+            path.unlink(missing_ok=True)
+            statuses[response.status_code] += 1
+            seconds["total"] += time.perf_counter() - start
+        return response
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Return the model's classes and their colours, in the order of their ids."""
+        return {"status": "ok", "classes": shared.facts.classes, "palette": shared.facts.palette}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Return counters of /segment in Prometheus's text format."""
+        lines = [f'dinoseg_requests_total{{code="{code}"}} {count}' for code, count in sorted(statuses.items())]
+        lines.append(f"dinoseg_request_seconds_sum {seconds['total']:.6f}")
+        lines.append(f"dinoseg_request_seconds_count {statuses.total()}")
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+async def save_image(request: Request, path: Path, max_mib: float) -> None:
+    """Write the image of a request to a file: the body, or the only file of a form.
+
+    Raises:
+        TooLarge: if more than `max_mib` MiB are announced or received.
+        UserError: if a form has no file, or is invalid.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        await save_body(request, path, max_mib)
+        return
+    try:
+        limited = limit_body(request, max_mib)
+        async with limited.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_FIELD_BYTES) as form:
+            files = [part.file for part in form.values() if isinstance(part, UploadFile)]
+            if not files:
+                raise UserError("The form has no file. Send the image as one, such as curl -F file=@photo.jpg.")
+            with path.open("wb") as file:
+                await run_in_threadpool(shutil.copyfileobj, files[0], file)
+    except HTTPException as error:
+        raise UserError(f"The form cannot be read: {error.detail}") from error
+
+
+async def save_body(request: Request, path: Path, max_mib: float) -> None:
+    """Write a request's body to a file while it is received.
+
+    Raises:
+        TooLarge: if more than `max_mib` MiB are announced or received.
+    """
+    with path.open("wb") as file:
+        async for chunk in limit_body(request, max_mib).stream():
+            file.write(chunk)
+
+
+def limit_body(request: Request, max_mib: float) -> Request:
+    """Return a request whose body raises `TooLarge` where it exceeds `max_mib` MiB.
+
+    Raises:
+        TooLarge: if more are announced.
+    """
+    limit = int(max_mib * MIB)
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise TooLarge(f"The file is larger than {max_mib:g} MiB. Send a smaller one.")
+        return message
+
+    if int(request.headers.get("content-length", 0)) > limit:  # digits only: uvicorn refuses others
+        raise TooLarge(f"The file is larger than {max_mib:g} MiB. Send a smaller one.")
+    return Request(request.scope, receive)
+
+
+def error_response(error: Exception) -> Response:
+    """Return the response for a refused request: a status and one sentence."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nginx's number, for the metrics
+    if isinstance(error, UserError):
+        return JSONResponse({"detail": str(error)}, 413 if isinstance(error, TooLarge) else 400)
+    logger.error("Cannot store an upload: %s", error)
+    return JSONResponse({"detail": "The server cannot store the file. Try again later."}, 507)

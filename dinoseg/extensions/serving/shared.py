@@ -1,0 +1,58 @@
+"""The model that all clients of a server share."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.extensions.serving.decoding import ImageDecoder
+from dinoseg.extensions.tracking.tracker import Tracker
+from dinoseg.segmenter.model import Model
+
+_DECODED = 4  # images in memory at once, which bounds it however many requests wait
+
+
+class SharedModel:
+    """A model that serves one request at a time, whatever thread asks.
+
+    Args:
+        model: segments images.
+        max_pixels: of an image.
+    """
+
+    def __init__(self, model: Model, max_pixels: int) -> None:
+        self.facts = model.facts
+        self.max_pixels = max_pixels
+        self._runtime = model.runtime
+        self._decoder = ImageDecoder(max_pixels)
+        self._decoding = threading.Lock()
+        self._computing = threading.Lock()
+        self._decoded = threading.Semaphore(_DECODED)
+
+    def segment_file(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image (H, W, 3) uint8 RGB and its class ids (H, W) uint8.
+
+        Raises:
+            UserError: if the file is no valid image.
+        """
+        with self._decoded:
+            with self._decoding:
+                image = self._decoder.decode(path)
+            return image, self.segment([image])[0]
+
+    def segment(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        with self._computing:
+            return self._runtime.ids(images)
+
+    def track(
+        self, tracker: Tracker, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]
+    ) -> list[np.ndarray]:
+        """Return the masks of the next frames of a tracker on the model's backbone."""
+        with self._computing:
+            return tracker.track(frames, labels)
+
+    def close(self) -> None:
+        """End the process that decodes images."""
+        self._decoder.close()

@@ -1,0 +1,86 @@
+"""Loading of the served model: from a run, a checkpoint or a one-file model."""
+
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from dinoseg.checkpoints.source import ModelSource
+from dinoseg.checkpoints.trained import Trained, find_trained_sizes
+from dinoseg.checkpoints.unread import warn_unread
+from dinoseg.core.channels import check_rgb
+from dinoseg.core.task import refuse_layers
+from dinoseg.extensions.tracking.tracker import Tracker
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
+from dinoseg.models.model import SegmentationModel
+from dinoseg.runs.folder import command_line
+from dinoseg.segmenter.facts import ModelFacts
+from dinoseg.segmenter.load import open_file
+from dinoseg.segmenter.model import Model
+from dinoseg.segmenter.runtime import Options
+from dinoseg.segmenter.torch_runtime import TorchRuntime
+from dinoseg.utils.errors import UserError
+
+_BATCH = 4  # frames per forward pass of a tracker
+_FILE_KEYS = ("resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
+
+
+def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
+    """Load the model of a file, or the one of `source`.
+
+    Raises:
+        UserError: if there is no model, both name one, or it has slots and so no classes.
+    """
+    if file is not None:
+        if source.resume is not None:
+            raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
+        opened = _open_model(source, out_dir, file)
+        check_rgb(opened.facts.format, "an upload")
+        if opened.runtime.has_layers:
+            raise UserError(
+                f"mode.model={file} is a multi-label model, which dinoseg.load runs in Python. Choose another."
+            )
+        return opened
+    check_rgb(source.pixels, "an upload")
+    trained = source.load()
+    if trained.model.head.slots is not None:
+        raise UserError(
+            f"resume={source.resume} is a slot model, which has no classes to serve. mode=track tracks its segments "
+            "through a video or a folder of frames."
+        )
+    refuse_layers(trained.model.task, "mode=serve", "Use mode=predict, or dinoseg.load in Python.")
+    return model_of(trained, find_trained_sizes(trained, out_dir))
+
+
+def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
+    """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
+    runtime = model.runtime
+    if not isinstance(runtime, TorchRuntime) or not isinstance(runtime.predictor.model, SegmentationModel):
+        return None
+    predictor = runtime.predictor
+    return partial(
+        make, predictor.model.backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH
+    )
+
+
+def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
+    """Open a one-file model with the settings that it stores; a delta's weights may be given on the command line."""
+    typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
+    weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}
+    unread = {key for key in typed if key.partition(".")[0] in _FILE_KEYS} - {f"{part}.weights" for part in weights}
+    remedy = f"give {shlex.quote(f'resume={file}')} to override them."
+    warn_unread(out_dir, unread, f"mode.model uses its stored settings; {remedy}")
+    engine = source.settings("engine")
+    machine = {"device": engine["device"], "precision": engine["precision"], "trust": list(source.config["trust"])}
+    return open_file(Path(file).expanduser(), Options(**machine, **weights), key="mode.model")
+
+
+def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:
+    """Return a trained model as a `Model` for images of any kind.
+
+    Args:
+        trained: in eval mode.
+        sizes: training sizes to which images are reduced, as `find_trained_sizes` returns them.
+    """
+    limit_to_trained_size(trained.model, sizes)
+    return Model(TorchRuntime(trained.predictor), ModelFacts.of(trained.info, "the checkpoint"))

@@ -1,0 +1,362 @@
+"""Hydra callback for sweeps: refuses invalid cells before the first job and writes a table of all jobs at the end."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import numpy as np
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from dinoseg.config.job import job_config
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import to_container
+from dinoseg.core.metric import INFINITE_IMAGES
+from dinoseg.evaluation.scoring.intervals import mean_of
+from dinoseg.extensions.sweeps.job_results import JobResults
+from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
+from dinoseg.metrics.counts import iou, mean_defined, ratio
+from dinoseg.runs.location import locate_runs
+from dinoseg.runs.log_file import LABEL
+from dinoseg.utils.csv_text import write_csv
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, printable
+
+SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the score tables
+    "miou": "mIoU %",
+    "miou_no_background": "mIoU without background %",
+    "accuracy": "pixel accuracy %",
+    "J&F-Mean": "J&F %",
+    "FG-ARI": "FG-ARI %",
+    "mBO": "mBO %",
+}
+LOSS = "val/loss"  # column of a job's `loss`, as in metrics.jsonl: a swept `loss=` has a column, too
+_BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), LOSS: (0.0, inf)}
+JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
+OTHERS = {LOSS: ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
+RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
+_ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
+_ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
+_LONGEST_NUMBER = 10  # characters
+_SHOWN = 10  # maximum number of invalid cells in a message
+FOLD, SEED = "data.fold", "seed"
+DEVIATION, LOW, HIGH = "deviation", "low", "high"  # the last two: ends of the 95 % interval
+Row = dict[str, Any]
+
+
+def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+    """Return a row for each setting: see `over_seeds`, but scores count each pixel of all folds once.
+
+    They come from the sum of all confusion matrices; scores that have none are means over folds.
+
+    Args:
+        rows: of all jobs.
+        settings: swept keys except the fold.
+        scores: keys to summarise.
+    """
+    joined = []
+    for folds in _group_rows(rows, settings):
+        row = _average(folds, "fold", settings, scores)
+        if matrices := [fold["matrix"] for fold in folds if fold["matrix"] is not None]:
+            row |= _pool_scores(matrices, folds[0])
+        joined.append(row)
+    return joined
+
+
+def over_seeds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+    """Return a row for each setting, with the number of seeds that have a score under `seeds`.
+
+    Scores are means. Columns named after the score and a suffix hold the sample standard deviation and the ends of the
+    95 % interval of the mean. The interval is Student's t over seeds. All three are None for one seed.
+
+    Args:
+        rows: of all jobs.
+        settings: swept keys except the seed.
+        scores: keys to summarise; integers are taken from the first seed, since seeds do not change them.
+    """
+    return [_average(seeds, "seed", settings, scores) for seeds in _group_rows(rows, settings)]
+
+
+def _group_rows(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
+    """Return the rows of each setting, in the order of first appearance."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in settings), []).append(row)
+    return [*groups.values()]
+
+
+def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Sequence[str]) -> Row:
+    notes = [str(row["note"]) for row in rows if row["note"]]
+    whole = len(rows) - len(notes)
+    found: Row = {"job": ",".join(str(row["job"]) for row in rows), f"{name}s": whole}
+    found["note"] = f"{whole} of {count_of(rows, name)}: {notes[0]}" if notes else ""
+    for key in scores:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if any(row.get(f"{key}{INFINITE_IMAGES}") for row in rows):  # so is the mean
+            values = []
+        mean = mean_of(values, *_BOUNDS.get(key, (-inf, inf)))
+        low, high = mean.ci95 or (None, None)
+        found[key] = None if not values else values[0] if isinstance(values[0], int) else mean.value
+        found[f"{key} {DEVIATION}"] = stdev(values) if len(values) > 1 else None
+        found[f"{key} {LOW}"] = low
+        found[f"{key} {HIGH}"] = high
+    return found | {key: rows[0][key] for key in settings}
+
+
+def _pool_scores(matrices: Sequence[Any], fold: Row) -> Row:
+    """Return the scores of the sum of confusion matrices (K, K), whose rows are the reference.
+
+    `background` and `ignored_class` of a fold's row are ids, or None.
+    """
+    background, ignored = fold.get("background"), fold.get("ignored_class")
+    counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
+    hits = counts.diagonal()
+    ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
+    if ignored is not None:
+        ious[ignored] = np.nan
+    objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(ious, background)))}
+    return {"miou": float(mean_defined(ious)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}
+
+
+class SweepTable(Callback):
+    """Callback that validates the cells of a multirun, collects job results, prints a table and writes sweep.csv."""
+
+    _cells = 0  # of a sweep; a search has none
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Exit if a cell is invalid; errors that only a run can show are left to the job."""
+        if not _is_first():
+            return
+        note_sweep()
+        bad, self._cells = ([], 0) if _searches(config) else impossible_cells(config)
+        if not bad:
+            if not _job_results(config).claim(keep=_searches(config)):
+                print(
+                    f"error: another sweep is running in {config.hydra.sweep.dir}. Wait for it, or choose another "
+                    "hydra.sweep.dir.",
+                    file=sys.stderr,
+                )
+                sys.exit(1)
+            folder = Path(config.hydra.sweep.dir)
+            if config.get("resume") == "auto" and not locate_runs(config.hydra, folder).is_given:
+                message = f"resume=auto: this sweep is new. To resume one, set its hydra.sweep.dir, here {folder}"
+                print(printable(message), file=sys.stderr)
+            return
+        named = "".join(f"\n- {cell}: {reason}" for cell, reason in bad[:_SHOWN])
+        more = f"\n- and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        print(
+            f"error: {len(bad)} of {count_of(self._cells, 'cell')} of this sweep cannot run, so no job is "
+            f"started:{named}{more}\nLeave them out: run the others as several sweeps.",
+            file=sys.stderr,
+        )
+        sys.exit(1)  # Hydra ignores any other exception of a callback
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Let a job in another process end with its sweep; label its log lines if several jobs may run at once."""
+        if config.hydra.mode == RunMode.MULTIRUN and config.hydra.launcher._target_.endswith(_ON_THIS_MACHINE):
+            end_with_sweep()
+        if config.hydra.mode == RunMode.MULTIRUN and not config.hydra.launcher._target_.endswith(_ONE_BY_ONE):
+            os.environ[LABEL] = f"job {config.hydra.job.num}: "
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Store the overrides and scores of a finished job, in the process that ran it."""
+        if config.hydra.mode != RunMode.MULTIRUN or not _is_first():
+            return
+        scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
+        # ++ marks keys of a checkpoint's own config
+        words = [word.removeprefix("++").partition("=") for word in job_return.overrides or []]
+        number = config.hydra.job.num
+        row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
+        row |= {"job": number, "process": os.getpid()}
+        numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
+        chosen = [name for name in config.get("metric") or () if name in scores and name not in SHARES]
+        further = [key for name in chosen for key in (name, f"{name}{INFINITE_IMAGES}") if key in scores]
+        row |= {name: numbers.get(name) for name in (*SHARES, *further, *OTHERS, "background", "ignored_class")}
+        row |= {LOSS: numbers.get("loss"), "further": further}
+        row |= {name: scores.get(name) for name in ("matrix", "run")}
+        _job_results(config).store(number, row | {"returned": numbers, "note": scores.get("error", "")})
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print and write the table, best first; folds and seeds of a setting are averaged."""
+        if not _is_first():
+            return
+        results = _job_results(config)
+        jobs = results.rows()
+        results.release(keep=_searches(config))
+        if len(jobs) < self._cells:
+            print(
+                f"error: {self._cells - len(jobs)} of {count_of(self._cells, 'job')} stored no result in "
+                f"{config.hydra.sweep.dir}. That folder has to be on storage that all machines see.",
+                file=sys.stderr,
+            )
+        further = dict.fromkeys(name for row in jobs for name in row["further"])
+        columns = [key for key in (*SHARES, *further, *OTHERS) if any(row.get(key) is not None for row in jobs)]
+        score, sign = next(((key, -1) for key in RANKED if key in columns), (LOSS, 1))
+        if score in columns or any(row["note"] for row in jobs):
+            self._report(config, jobs, columns, score, sign)
+        if len(jobs) < self._cells or any(row["note"] and row["process"] != os.getpid() for row in jobs):
+            sys.exit(1)  # the command line reports jobs that failed in this process
+
+    def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str], score: str, sign: int) -> None:
+        """Print and write the table, and that of single jobs if folds or seeds are averaged."""
+        swept = _swept([row["words"] for row in jobs])
+        rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
+        path = Path(config.hydra.sweep.dir) / "sweep.csv"
+        averaged = [] if _searches(config) else [key for key in (FOLD, SEED) if key in swept]
+        printed, written = columns, columns
+        if averaged:
+            _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
+        if FOLD in averaged:
+            swept = [key for key in swept if key != FOLD]
+            rows = over_folds(rows, swept, columns)
+        if SEED in averaged:
+            swept = [key for key in swept if key != SEED]
+            rows = over_seeds(rows, swept, columns)
+        if averaged:
+            count, parts = ("seeds", (DEVIATION, LOW, HIGH)) if SEED in averaged else ("folds", (DEVIATION,))
+            printed = [count, *_with_parts(columns, [score], parts)]
+            scores = [key for key in columns if key == LOSS or key not in OTHERS]
+            written = [count, *_with_parts(columns, scores, parts)]
+        rows = _rank_rows(rows, score, sign)
+        _print(rows, swept, printed)
+        _write(path, rows, swept, written)
+        print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
+        if FOLD not in averaged and len(rows) > 1 and score == "miou":  # folds differ in images
+            _print_significance(path.parent)
+
+
+def _print_significance(sweep: Path) -> None:
+    """Print how many settings are significantly worse than the best, and the test, if jobs have records of images."""
+    from dinoseg.extensions.compare.comparison import count_worse  # imports torch
+    from dinoseg.extensions.compare.sides import sides_of, units_note
+
+    try:
+        sides = sides_of([str(sweep)])
+    except UserError:
+        return
+    worse = count_worse(sides)
+    print(
+        f"significantly worse than the best setting: {worse} of {len(sides) - 1}; differences of the others are within "
+        f"the 95 % interval ({units_note(sides)})"
+    )
+    runs = shlex.quote(f"runs=[{sweep}]")
+    print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")
+
+
+def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
+    """Return the rows, the best first and those without a score last."""
+    return sorted(rows, key=lambda row: (row.get(score) is None, sign * (row.get(score) or 0)))
+
+
+def _with_parts(columns: Sequence[str], scores: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Return the columns, each score followed by its parts: the deviation and the ends of the interval."""
+    return [name for key in columns for name in (key, *(f"{key} {part}" for part in parts if key in scores))]
+
+
+def _job_results(config: DictConfig) -> JobResults:
+    return JobResults(config.hydra.sweep.dir)
+
+
+def _is_first() -> bool:
+    """Return whether this is the first rank that torchrun or Slurm started, which reports for all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _searches(config: DictConfig) -> bool:
+    """Return whether a sweeper chooses the cells while it runs, and may resume an earlier sweep."""
+    return "storage" in config.hydra.sweeper
+
+
+def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the keys of the command line that differ between jobs."""
+    keys = dict.fromkeys(key for of_job in words for key in of_job)
+    return [key for key in keys if len({of_job.get(key) for of_job in words}) > 1]
+
+
+def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
+    keys = ["job", *swept, *columns, *["note"] * any(row["note"] for row in rows)]
+    shown = [[_short(row[key]) if key in swept else _text(key, row.get(key)) for key in keys] for row in rows]
+    left = {"note", *swept}
+    headers = [key.partition(" ")[2] or _head(key) for key in keys]
+    widths = [60 if key == "note" else 30 if key in swept else None for key in keys]
+    aligned = ["left" if key in left else "right" for key in keys]
+    print(f"\n{tabulate(shown, headers=headers, maxcolwidths=widths, disable_numparse=True, colalign=aligned)}")
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
+    keys = ["job", *swept, *columns, "run", "note"]
+    shares = {key for key in keys if key.partition(" ")[0] in SHARES}
+    cells = [[_text(key, row.get(key)) if key in shares else row.get(key) for key in keys] for row in rows]
+    write_csv(path, [[_head(key) for key in keys], *cells])
+
+
+def _short(word: str) -> str:
+    """Return a swept value as it was typed; long decimals, as a search samples them, with six digits."""
+    try:
+        return f"{float(word):.6g}" if "." in word and len(word) > _LONGEST_NUMBER else word
+    except ValueError:
+        return word
+
+
+def _head(key: str) -> str:
+    """Return the header of a column: that of a score, or of its deviation or interval."""
+    name, _, part = key.partition(" ")
+    return f"{SHARES.get(name, name)} {part}".strip()
+
+
+def _text(key: str, value: Any) -> str:
+    key = key.partition(" ")[0]
+    if value is None:
+        return ""
+    if key in SHARES:
+        return f"{100 * value:.2f}"
+    form = OTHERS.get(key, ".4f" if isinstance(value, float) else "")
+    return format(value, form)
+
+
+def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
+    """Return the swept values of each invalid cell with the reason, and the number of cells.
+
+    Only modes whose config names a `check` are validated. Jobs that resume from a checkpoint are not, since its config
+    is merged later. Errors other than UserError are left to the job, which shows their origin.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)  # it expands glob()
+    overrides = parser.parse_overrides(
+        to_container(config.hydra.overrides)["task"]
+    )  # as typed, including `${hydra:...}`
+    swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+    cells = [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
+    bad = []
+    for cell in cells:
+        if reason := _fault(loader, config, cell):
+            named = " ".join(word for word in cell if word.partition("=")[0] in swept)
+            bad.append((named or "each", reason))
+    return bad, len(cells)
+
+
+def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
+    """Return the error of a cell; "" if none is found."""
+    try:
+        composed = loader.load_sweep_config(config, cell)
+        cfg = job_config(composed, composed.hydra)
+        if cfg.resume is None and "check" in cfg.mode:
+            instantiate(cfg.mode.check)(cfg)
+    except UserError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001 - found again: by the job, with its traceback, or by Hydra, before the first job
+        return ""
+    return ""

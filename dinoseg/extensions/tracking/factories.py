@@ -1,0 +1,39 @@
+"""Factory of trackers by label propagation, for config files: settings, called with a model, return a tracker."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from dinoseg.core.contracts import Backbone
+from dinoseg.extensions.tracking.propagation.settings import PropagationSettings
+from dinoseg.extensions.tracking.propagation.tracker import PropagationTracker
+from dinoseg.extensions.tracking.smoothing import SmoothingTracker
+from dinoseg.extensions.tracking.tracker import Autocast, Tracker
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models.model import SegmentationModel
+
+
+@dataclass(frozen=True)
+class PropagationFactory(PropagationSettings):
+    """Factory of trackers by label propagation; the arguments are those of `PropagationSettings`.
+
+    With a backbone, objects of a first mask are tracked. With a segmenter, its classes are smoothed over time.
+    """
+
+    def __call__(
+        self,
+        model: Backbone | SegmentationModel,
+        *,
+        device: torch.device | str = "cpu",
+        autocast: Autocast = nullcontext,
+        batch_size: int = 4,
+        smoothing: float = 0.5,
+        sizes: TrainedSizes | None = None,
+    ) -> Tracker:
+        """Return a tracker; `smoothing` and `sizes` are for a segmenter, see `SmoothingTracker`."""
+        if isinstance(model, SegmentationModel):
+            return SmoothingTracker(
+                model, self, smoothing=smoothing, sizes=sizes, autocast=autocast, batch_size=batch_size
+            )
+        return PropagationTracker(model, self, device=device, autocast=autocast, batch_size=batch_size)

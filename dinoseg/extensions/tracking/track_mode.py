@@ -1,0 +1,206 @@
+"""mode=track: tracking of objects through a video, from the mask of its first frame or with a trained model."""
+
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.checkpoints.trained import find_trained_sizes, is_trained, load_trained
+from dinoseg.checkpoints.unread import warn_unread
+from dinoseg.core.channels import check_rgb
+from dinoseg.core.task import refuse_layers
+from dinoseg.data.classes.labels import as_color
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.settings import check_same_settings
+from dinoseg.extensions.tracking.tracker import Tracker
+from dinoseg.extensions.tracking.trackers import tracker_maker
+from dinoseg.extensions.tracking.video.labels import TrackLabels, find_labels
+from dinoseg.extensions.tracking.video.mask_folder import MaskColours
+from dinoseg.extensions.tracking.video.report import write_results
+from dinoseg.extensions.tracking.video.run import TrackJob, track_video
+from dinoseg.extensions.tracking.video.state import (
+    MASKS,
+    STATE,
+    TrackProgress,
+    TrackState,
+    check_unfinished,
+    read_track_state,
+)
+from dinoseg.extensions.video.frames import FrameReader, open_frames
+from dinoseg.runs.folder import RunFolder
+from dinoseg.utils.atomic import remove_parts
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Natural, Share
+from dinoseg.utils.wording import count_of, format_value
+
+logger = logging.getLogger(__name__)
+_NO_SMOOTHING = (
+    "mode.smoothing={} is for the classes of a trained segmenter (resume=RUN, or a head released trained), and this is "
+    "none. Leave mode.smoothing out."
+)
+
+
+def track(
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    input: str | None,
+    labels: str | None,
+    restart: str | None,
+    save_every: Count,
+    batch_size: Count,
+    opacity: Share,
+    outline: Natural | None,
+    palette: Sequence[Sequence[int]] | None,
+    smoothing: Share | None,
+) -> dict[str, Any]:
+    """Track the objects of `labels` through `input`; return counts and rates.
+
+    Without a trained model, labels are propagated by the similarity of backbone features. A trained segmenter, from
+    `resume` or released, predicts the classes of each frame, smoothed over time by `smoothing` (None: 0.5). A slot
+    model tracks its own segments or, with `labels`, the objects.
+
+    Writes masks/<frame>.png (IDs with `palette`), overlay.mp4, objects.csv and, at the end, track.json. They go to
+    `out_dir`, or to the folder of the unfinished run that `restart` names.
+
+    Raises:
+        UserError: an option is out of range, or input, labels or the run to resume cannot be used.
+    """
+    builder = Builder(cfg)
+    if smoothing is not None and not is_trained(builder):
+        raise UserError(_NO_SMOOTHING.format(smoothing))
+    check_rgb(builder.pixels, f"a frame of {input}")
+    given = _read_palette(palette)
+    folder = Path(out_dir if restart is None else restart).expanduser()
+    with _unfinished_run(folder, restart) as state:
+        frames, masks = _open_input(input, labels, needs_labels=not is_trained(builder))
+        with frames:
+            tracker, colours = _build_tracker(builder, batch_size, smoothing, labels, out_dir)
+            colours = replace(colours, palette=(*given, *colours.palette[len(given) :]))
+            warn_unread(out_dir, tracker.unread, tracker.unread_because)
+            start = None if state is None else _go_on(tracker, state, folder)
+            job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, colours)
+            with _resume_note(folder):
+                return write_results(job, track_video(job), str(input), opacity, outline)
+
+
+def _read_palette(palette: Sequence[Sequence[int]] | None) -> tuple[tuple[int, int, int], ...]:
+    try:
+        return tuple(map(as_color, palette or ()))
+    except UserError as error:
+        raise UserError(f"mode.palette={format_value(palette)}: {error}") from None
+
+
+@contextmanager
+def _resume_note(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"Cannot write below {folder} ({error}). Free some space; {_next_run(folder)}.") from error
+    except KeyboardInterrupt:
+        logger.warning("Stopped: %s.", _next_run(folder))
+        raise
+
+
+def _next_run(folder: Path) -> str:
+    """Return what the same command does next, given the files that a stopped run has left."""
+    if (folder / STATE).is_file():
+        return f"the same command with {shlex.quote(f'mode.restart={folder}')} resumes"
+    return "the same command starts over, since no state was saved yet (mode.save_every)"
+
+
+def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) -> tuple[FrameReader, TrackLabels]:
+    """Return frames and masks, after the checks that are possible before tracking."""
+    if not input:
+        raise UserError("mode=track needs a video: set input=<video or folder of frames>.")
+    if needs_labels and not labels:
+        raise UserError(
+            "mode=track needs the objects to track: set labels=<mask of the first frame, or folder of masks named like "
+            "frames>."
+        )
+    frames = open_frames(input)
+    masks = find_labels(labels, frames)
+    first = masks.read(0)
+    if first is not None and len(masks.files) == 1 and not first.any():
+        raise UserError(f"labels={labels} has no object: all pixels are 0, the background. Draw the objects to track.")
+    if 1 < len(masks.files) == frames.count:
+        logger.warning(
+            "labels=%s has a mask for every frame, and each replaces the tracked mask. To track from the first one "
+            "only, give its file.",
+            labels,
+        )
+    return frames, masks
+
+
+def _build_tracker(
+    builder: Builder, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
+) -> tuple[Tracker, MaskColours]:
+    """Return the tracker, and how its masks are displayed.
+
+    Raises:
+        UserError: the model does not support `smoothing` or `labels`, or the tracker cannot be built.
+    """
+    if not is_trained(builder):
+        return tracker_maker(builder, builder.engine(), batch_size=batch_size)(), MaskColours()
+    trained = load_trained(builder)
+    if trained.model.head.slots is not None:
+        if smoothing is not None:
+            raise UserError(_NO_SMOOTHING.format(smoothing))
+        make_tracker = tracker_maker(builder, trained.engine, trained, batch_size=batch_size)
+        if builder.value("slots.lock_on") and labels is None:
+            raise UserError(
+                "slots.lock_on=true creates slots from the first frame's mask, but none is given. Set labels=MASK, or "
+                "slots=free to find segments without a mask."
+            )
+        return make_tracker(), MaskColours()
+    if labels is not None:
+        raise UserError(
+            f"labels={labels}: a trained segmenter needs no masks. Leave labels out; or leave "
+            f"{'head.weights' if builder.resume is None else 'resume'} out to track the objects of a mask."
+        )
+    refuse_layers(trained.model.task, "mode=track", "mode=predict segments each frame of a video.")
+    sizes = find_trained_sizes(trained, out_dir)
+    make_tracker = tracker_maker(
+        builder, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes
+    )
+    return make_tracker(), MaskColours(palette=tuple(trained.palette), background=None)
+
+
+@contextmanager
+def _unfinished_run(folder: Path, restart: str | None) -> Iterator[TrackState | None]:
+    """Lock the folder of an unfinished run and yield its saved state; yield None for a new run."""
+    if restart is None:
+        yield None
+        return
+    check_unfinished(folder)
+    with RunFolder(folder) as run:
+        run.enter(folder, remedy="start over without mode.restart")
+        remove_parts(folder / MASKS, ".*.part")
+        yield read_track_state(folder)
+
+
+def _go_on(tracker: Tracker, state: TrackState, folder: Path) -> TrackProgress:
+    """Load the saved state of a run into a tracker and return the progress of the run.
+
+    Raises:
+        UserError: the run used another tracker, or its state is invalid.
+    """
+    check_same_settings(folder, state.settings, tracker.settings)
+    done = state.progress.done
+    try:
+        if not isinstance(done, int) or done < 0 or bool(done) != bool(state.tensors):
+            raise ValueError(f"{done} frames done, {count_of(state.tensors, 'tensor')}")
+        tracker.load(state.tensors)
+    except UserError:
+        raise
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{folder / STATE} is not readable ({error!r}). Leave mode.restart out to start over."
+        ) from error
+    logger.info("Resuming in %s after %s", folder, count_of(done, "frame"))
+    return state.progress

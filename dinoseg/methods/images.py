@@ -1,0 +1,205 @@
+"""Training method for images and their masks."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
+from dinoseg.core.task import refuse_layers
+from dinoseg.data.checks.errors import check_for_errors
+from dinoseg.data.splits import evenly_spaced_subset
+from dinoseg.data.transforms import Augment
+from dinoseg.evaluation.collected import Collector
+from dinoseg.evaluation.image_report import report_images
+from dinoseg.evaluation.images import evaluate_images
+from dinoseg.evaluation.run_facts import EVALUATION
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.provenance import Provenance
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.methods.method import TrainingMethod
+from dinoseg.metrics.confusion import commonest_class
+from dinoseg.metrics.rows import MetricRows, check_score_names
+from dinoseg.models.model import SegmentationModel
+from dinoseg.training.engine import Engine
+from dinoseg.training.image_data_module import OBJECT_SCORE, SCORE_NAMES, ImageDataModule
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
+
+logger = logging.getLogger(__name__)
+# from parameters of the feed to the keys that set them
+SAMPLING = {"batch_size": "data.batch_size", "views": "data.views"}
+
+
+class ImageTraining(TrainingMethod):
+    """Training method for images in which every pixel has a class.
+
+    Args:
+        builder: builds the parts of the experiment.
+        val_images: number of images of each validation and of the final scores, evenly spaced; None: all.
+    """
+
+    what = "images"
+    data_module: ImageDataModule
+
+    def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
+        super().__init__(builder)
+        self._val_images = val_images
+        self._loss = builder.loss_outline
+        self._check_masks()  # before masks of another form are listed
+        self._metrics = builder.metrics
+        check_score_names(self._metrics)
+        objects = () if builder.background is None else (OBJECT_SCORE,)
+        self.score_names = (*SCORE_NAMES, *objects, *(name for metric in self._metrics for name in metric.scores))
+
+    def open(self, engine: Engine, *, pictures: int = 0) -> None:
+        """List the images and masks of train and val."""
+        builder = self.builder
+        options = builder.arguments(ImageDataModule, SAMPLING)
+        train, val = builder.dataset("train", reduced=True), builder.dataset("val")
+        self._val_total = len(val)
+        self.split = {"train": list(train.names), "val": list(val.names)}
+        self.data_module = ImageDataModule(
+            train=train,
+            val=evenly_spaced_subset(val, self._val_images),
+            augment=builder.part("data.augment"),
+            background=builder.background,
+            strategy=builder.part("inference"),
+            seed=builder.seed,
+            workers=engine.workers,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            pictures=pictures,
+            metrics=self._metrics,
+            task=builder.task,
+            **options,
+        )
+        self.labels = self.labelled = self.data_module.train
+        for split, data in (("train", train), ("val", val)):
+            names = f"loss={builder.options['loss']}", f"data={builder.options['data']} ({split})"
+            check_needed_maps(self._loss.needs_maps, get_map_kinds(data), *names)
+
+    def _check_masks(self) -> None:
+        """Refuse a loss or an option of the data that needs another form of masks than the task has."""
+        builder, task = self.builder, self.builder.task
+        needs_layers = self._loss.needs_layers
+        if needs_layers != task.has_layers:
+            raise UserError(
+                f"loss={builder.options['loss']} does not fit task={builder.options['task']}. Choose {task.advice}; or "
+                f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
+            )
+        for key in ("data.augment.cat_max_ratio", "data.cache"):
+            if (value := builder.value(key)) is not None:
+                refuse_layers(task, f"{key}={value}", "Leave it out.")
+
+    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
+        """Refuse a loss or a batch that the head cannot be trained with."""
+        builder, options = self.builder, self.builder.options
+        if not builder.loss_has_classes:
+            raise UserError(
+                f"loss={options['loss']} learns from clips, without labels. Choose trainer=slots with "
+                "head=slots, or a loss on labels, such as loss=cross_entropy."
+            )
+        if builder.value("loss.weights") != "none":
+            names = builder.class_names
+            builder.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name
+        head = model.head
+        if head.init is not None:
+            refuse_layers(model.task, f"head.init={head.init}", "Leave it out.")
+        if head.slots is not None:
+            raise UserError(
+                f"head={options['head']} is trained on clips. Choose trainer=slots "
+                "loss=feature_reconstruction, or another head."
+            )
+        least = head.min_batch_size * world_size
+        if builder.value("data.batch_size") < least:
+            raise UserError(
+                f"data.batch_size={builder.value('data.batch_size')}: head={options['head']} is trained on "
+                f"{head.min_batch_size} images or more per device. Set data.batch_size={least} or choose another head."
+            )
+        if self._loss.needs_masks and not head.mixture:
+            raise UserError(
+                "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
+                "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
+            )
+
+    def check_sources(self) -> None:
+        """Refuse a reader of pairs or an augmentation that cannot be built."""
+        self.builder.part("data.reader")
+        self.builder.part("data.augment")
+
+    def cache_features(
+        self, model: SegmentationModel, engine: Engine, epochs: float, *, previous_choices: Mapping[str, str | None]
+    ) -> dict[str, str]:
+        """Let the feed cache the features of a model's frozen part, if there is one and `engine.cache` allows it."""
+        if self.builder.value("features") is None:
+            return super().cache_features(model, engine, epochs, previous_choices=previous_choices)
+        cache_features = self.builder.part("features")
+        chosen: dict[str, str] = cache_features(self.builder, self.data_module, model, engine, epochs, previous_choices)
+        return chosen
+
+    def check_data(self) -> TrainedSizes | None:
+        """Refuse data with errors; return the sizes of the training images, if they are files."""
+        builder = self.builder
+        splits = check_for_errors(
+            self.data_module.train,
+            self.data_module.val,
+            cache_dir=builder.cache_dir,
+            group=builder.value("data.group"),
+            data_name=builder.options["data"],
+            workers=builder.workers,
+        )
+        sizes = [
+            [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
+        ]
+        augment, longest = self.data_module.augment, builder.value("resolution.longest")
+        if not any(sizes[:1]):
+            return None
+        if isinstance(augment, Augment):
+            scaled = (augment.scaled_size(size, 1) for size in sizes[0])
+            sizes[0] = [(round(height), round(width)) for height, width in scaled]
+        return TrainedSizes.of(*sizes, longest=longest, enlarged=builder.value("data.augment.scale")[1])
+
+    def evaluate(
+        self, model: SegmentationModel, engine: Engine, provenance: Provenance, *, metrics_only: bool, report: bool
+    ) -> dict[str, Any]:
+        """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
+        data, out_dir = self.data_module.val, provenance.folder / EVALUATION
+        place = (data, engine.rank, engine.world_size)
+        collector = Collector(*place) if report else None
+        rows = MetricRows(self._metrics, *place)
+        scores = evaluate_images(
+            model,
+            data,
+            engine,
+            out_dir,
+            metrics_only=metrics_only,
+            strategy=self.data_module.strategy,
+            background=self.data_module.background,
+            collector=collector,
+            rows=rows if self._metrics else None,
+        )
+        if collector is not None:
+            background = self.data_module.background
+            report_images(
+                provenance, collector, scores, rows, data, engine, out_dir, split="val", background=background
+            )
+        if engine.is_main and len(data) < self._val_total:
+            few, every = len(data), self._val_total
+            print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")
+        # layers have no matrix, and no class that could be predicted everywhere
+        commonest, constant = (0, 0.0) if scores["matrix"] is None else commonest_class(scores["matrix"])
+        if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
+            logger.warning(
+                "mIoU %.4f is not better than the %.4f of always predicting %s, the most frequent class: the model "
+                "learned nothing. Try a higher or lower optim.optimizer.lr, more trainer.steps, loss.weights=median or "
+                "loss=ce_dice for rare classes, and mode=doctor on the data.",
+                scores["miou"],
+                constant,
+                data.classes[commonest],
+            )
+        return scores
+
+    @property
+    def skipped(self) -> dict[str, Mapping[str, str]]:
+        """Return the files that were left out, with their reasons, by split."""
+        return {"train": self.data_module.train.skipped, "val": self.data_module.val.skipped}

@@ -1,0 +1,204 @@
+"""POST /segment answers with a mask or with one sentence, whatever is sent."""
+
+import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving_stand_ins import client, encode_image, picture
+
+from dinoseg.extensions.serving.decoding import ImageDecoder
+from dinoseg.utils.images import read_image
+
+
+def read_mask(response):
+    assert response.status_code == 200, response.text
+    return Image.open(io.BytesIO(response.content))
+
+
+def read_refusal(response):
+    detail = response.json()["detail"]
+    assert set(response.json()) == {"detail"} and detail.endswith(".") and "\n" not in detail
+    return response.status_code, detail
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("endpoint")
+
+
+@pytest.fixture(scope="module")
+def ask(folder):
+    """A client of one endpoint, which stores nothing in its folder."""
+    with client(folder) as asked:
+        yield asked
+    assert not list(folder.iterdir())
+
+
+def test_an_image_gives_its_mask_with_the_palette(ask):
+    image = picture()
+    mask = read_mask(ask.post("/segment", content=encode_image(image)))
+    assert mask.mode == "P" and mask.getpalette()[:6] == [0, 0, 0, 255, 0, 0]
+    assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()
+
+
+def test_image_in_a_form_gives_the_same_mask(tmp_path):
+    image = encode_image(picture(300, 400))
+    with client(tmp_path, max_pixels=120_000) as ask:
+        body = ask.post("/segment", content=image)
+        for fields in ({}, {"threshold": "0.5", "b": "c"}):
+            form = ask.post("/segment", files={"any": ("../../a.png", image, "image/png")}, data=fields)
+            assert form.status_code == 200 and form.content == body.content
+    assert not list(tmp_path.iterdir())
+
+
+def test_forms_are_bounded(ask, folder):
+    image = encode_image(picture())
+    two = ask.post("/segment", files=[("a", ("a.png", image)), ("b", ("b.png", image))])
+    assert read_refusal(two)[0] == 400 and "number of files is 1" in two.text
+    none = ask.post("/segment", files={"a": (None, "text")})
+    assert read_refusal(none)[0] == 400 and "curl -F" in none.text
+    assert ask.post("/segment", files={"a": ("a.png", bytes(2**20))}).status_code == 413
+    many = ask.post("/segment", files=[("a", (None, "text"))] * 20)
+    assert read_refusal(many)[0] == 400 and "fields is 16" in many.text
+    large = ask.post("/segment", files=[("a", (None, "t" * 70_000))])
+    assert read_refusal(large)[0] == 400 and "64KB" in large.text
+    for content_type in ("multipart/form-data", "multipart/form-data; boundary=x"):
+        broken = ask.post("/segment", content=b"--y\r\nno form", headers={"content-type": content_type})
+        assert read_refusal(broken)[0] == 400
+    assert 'code="500"' not in ask.get("/metrics").text and not list(folder.iterdir())
+
+
+def test_images_are_read_as_in_prediction(ask, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone held upright
+    image = tmp_path / "a.jpg"
+    image.write_bytes(encode_image(picture(8, 12), "JPEG", exif=exif))
+    mask = read_mask(ask.post("/segment", content=image.read_bytes()))
+    assert (np.asarray(mask) == (read_image(image).mean(axis=-1) > 127)).all() and mask.size == (8, 12)
+
+
+FAKE_SIZE = encode_image(Image.new("1", (8, 8))).replace((8).to_bytes(4, "big") * 2, (2**31 - 1).to_bytes(4, "big") * 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not an image"),
+        (b"GET / HTTP/1.1", "not an image"),
+        (b"--x\r\nContent-Disposition: form-data; name=a; filename=../../a.png\r\n\r\n", "not an image"),
+        (encode_image(picture(), "GIF"), "not an image"),
+        (encode_image(picture(64, 64))[:-2000], "truncated"),
+        (encode_image(picture(64, 64), "JPEG")[:-500], "truncated"),
+        (encode_image(np.zeros((101, 100, 3), np.uint8)), "100 x 101 pixels"),
+        (encode_image(Image.new("1", (20_000, 20_000))), "too large"),  # 50 KB that would be 400 million pixels
+        (FAKE_SIZE, "is truncated or not an image"),
+        (encode_image(Image.fromarray(np.ones((4, 6), np.float32)), "TIFF"), "floating-point"),
+        (b"#EXTM3U\nfile:///etc/passwd\n", "not an image"),
+        (b"\0\0\0\x18ftypisom" + bytes(64), "not an image"),
+    ],
+    ids="empty text form gif png jpeg large bomb header fractions playlist video".split(),
+)
+def test_hostile_uploads_are_refused_in_one_sentence(ask, folder, data, reason):
+    status, detail = read_refusal(ask.post("/segment", content=data))
+    assert status == 400 and reason in detail and str(folder) not in detail
+    assert ask.post("/segment", content=encode_image(picture())).status_code == 200
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_too_many_bytes_are_refused(ask, folder, announced):
+    sent = []
+
+    def stream():
+        while len(sent) < 1000:
+            sent.append(1)
+            yield bytes(2**16)
+
+    content = bytes(2**20 + 1) if announced else stream()
+    status, detail = read_refusal(ask.post("/segment", content=content))
+    assert status == 413 and "larger than 1 MiB" in detail
+    assert ask.post("/segment", content=encode_image(picture()) + bytes(2**19)).status_code == 200
+    assert not list(folder.iterdir())
+
+
+def test_other_host_names_and_other_sites_are_refused(ask):
+    image = encode_image(picture())
+    assert ask.get("/health", headers={"host": "evil.example"}).status_code == 400
+    assert ask.post("/segment", content=image, headers={"host": "[::1]:80"}).status_code == 200
+    near = ("http://localhost.evil.example", "http://localhost:81", "http://[")
+    for origin in ("http://evil.example", "null", *near):
+        assert ask.post("/segment", content=image, headers={"origin": origin}).status_code == 403
+    assert ask.post("/segment", content=image, headers={"origin": "http://localhost"}).status_code == 200
+
+
+def test_responses_forbid_other_sites(ask):
+    headers = ask.get("/health").headers
+    for page in ("/docs", "/redoc", "/unknown"):
+        assert ask.get(page).status_code == 404
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'") and "http" not in policy and "frame-ancestors 'none'" in policy
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_full_disk_is_one_sentence(ask, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(28, "full")
+
+    monkeypatch.setattr("dinoseg.extensions.serving.endpoint.save_body", fail)
+    assert read_refusal(ask.post("/segment", content=b"x"))[0] == 507
+    assert "full" in caplog.text
+
+
+def test_health_and_metrics_are_served(tmp_path):
+    with client(tmp_path) as ask:
+        ask.post("/segment", content=encode_image(picture()))
+        ask.post("/segment", content=b"no image")
+        health = ask.get("/health").json()
+        lines = dict(line.rsplit(" ", 1) for line in ask.get("/metrics").text.splitlines())
+    assert health == {"status": "ok", "classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 0, 0]]}
+    assert lines['dinoseg_requests_total{code="200"}'] == lines['dinoseg_requests_total{code="400"}'] == "1"
+    assert lines["dinoseg_request_seconds_count"] == "2" and float(lines["dinoseg_request_seconds_sum"]) > 0
+
+
+def test_a_failing_model_is_status_500(tmp_path):
+    def fail(images):
+        raise ZeroDivisionError
+
+    with client(tmp_path, fail) as ask:
+        with pytest.raises(ZeroDivisionError):
+            ask.post("/segment", content=encode_image(picture()))
+        assert 'code="500"} 1' in ask.get("/metrics").text
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_images_are_decoded_at_once(tmp_path, monkeypatch):
+    most = []
+    decoded = threading.Semaphore(0)
+    with client(tmp_path, lambda images: decoded.acquire(timeout=600)) as ask, ThreadPoolExecutor(8) as pool:
+        decode = ImageDecoder.decode
+        monkeypatch.setattr(ImageDecoder, "decode", lambda self, path: (most.append(1), decode(self, path))[1])
+        answers = [pool.submit(ask.post, "/segment", content=encode_image(picture())) for _ in range(8)]
+        while len(most) < 4:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert len(most) == 4  # as docs/security.md says
+        decoded.release(8)
+        assert [answer.result().status_code for answer in answers] == [200] * 8
+
+
+def test_the_model_serves_one_request_at_a_time(tmp_path):
+    running = threading.Semaphore(1)
+
+    def check(images):
+        assert running.acquire(blocking=False)
+        running.release()
+
+    pictures = [picture(4 + seed % 3, 6, seed) for seed in range(12)]
+    with client(tmp_path, check) as ask, ThreadPoolExecutor(6) as pool:
+        masks = list(pool.map(lambda image: read_mask(ask.post("/segment", content=encode_image(image))), pictures))
+    for image, mask in zip(pictures, masks, strict=True):
+        assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()

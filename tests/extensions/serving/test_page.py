@@ -1,0 +1,140 @@
+"""A page keeps what it shows until another upload is opened, and takes only valid values of its visitor."""
+
+import asyncio
+import io
+import json
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+from nicegui import Client, core
+from nicegui.page import page as nicegui_page
+from PIL import Image
+from serving_stand_ins import InThread, encode_image, picture, shared_model
+
+from dinoseg.extensions.serving import decoding
+from dinoseg.extensions.serving import page as page_module
+from dinoseg.extensions.serving.page import Page, PageContext
+
+
+def on_a_page(check):
+    """Return a test that runs a coroutine function of a new page and a function that sends it an upload."""
+
+    def test(tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr(decoding, "Child", InThread)
+        monkeypatch.setattr(page_module, "_MAX_WAITING_STROKES", 2)
+
+        async def start():
+            core.loop = asyncio.get_running_loop()
+            with shared_model(max_pixels=100_000) as shared:
+                client = Client(nicegui_page("/"), request=None)
+                with client:
+                    page = Page(PageContext(shared, tmp_path, None, 1.0, 2.0), "token")
+                page.folder.mkdir()
+
+                async def send(content, name="a.png"):
+                    path = page.folder / name
+                    path.write_bytes(content)
+                    page.add_upload(path)
+                    await page._open_upload(SimpleNamespace(args=name))
+
+                await check(page, send)
+                client.delete()
+
+        asyncio.run(start())
+        assert caplog.text == ""
+
+    return test
+
+
+def list_files(page):
+    return [path.name for path in page.folder.iterdir()]
+
+
+@on_a_page
+async def test_refused_upload_leaves_the_opened_one(page, send):
+    await page._open_upload(SimpleNamespace(args="a\nb"))  # before any upload
+    assert not page.files and "No file" in page._status.text
+    await send(encode_image(picture()))
+    shown, mask = page.files["image.jpg"], page._predicted
+    for content in (b"no image", encode_image(picture())[:50], b"#EXTM3U\nfile:///etc/passwd\n"):
+        await send(content, "b")
+        assert "the file" in page._status.text.lower() and list_files(page) == ["a.png"]
+        assert page.files["image.jpg"] is shown and page._predicted is mask
+    await send(encode_image(picture(5, 5)), "c")
+    assert page._predicted.shape == (5, 5) and list_files(page) == ["c"]
+
+
+@on_a_page
+async def test_video_is_opened_as_the_kind_that_was_checked(page, send):
+    await send(encode_image(picture()))
+    await page._segment_video()
+    assert page._status.text.startswith("The file is not a video")
+    page.add_upload(page.folder / "next")  # uploaded, but not opened
+    await page._segment_video()
+    assert page._status.text.startswith("The file is not a video")
+
+
+@on_a_page
+async def test_closed_page_holds_no_masks(page, send):
+    await send(encode_image(picture(200, 200)))
+    await page._paint(SimpleNamespace(args=[[0, 0], [200, 200]]))
+    held = [weakref.ref(page._predicted), weakref.ref(page._editor), weakref.ref(page._editor.mask)]
+    page.close()
+    assert [ref() for ref in held] == [None] * 3 and not page.files and not page.folder.exists()
+
+
+@on_a_page
+async def test_upload_of_a_page_closed_meanwhile_is_dropped(page, send):
+    def segment(path):
+        page.close()
+        return b"", np.zeros((9, 9), np.uint8), 0
+
+    page._segment_file = segment
+    page.folder.mkdir(exist_ok=True)
+    await send(encode_image(picture()))
+    assert page._predicted.shape == (1, 1) and not page.files
+
+
+@on_a_page
+async def test_invalid_values_of_widgets_do_not_reach_the_page(page, send):
+    await send(encode_image(picture()))
+    client = page._stage.client
+    inputs = [
+        (widget, listener.id)
+        for widget in client.elements.values()
+        for listener in widget._event_listeners.values()
+        if listener.type == "update:modelValue"
+    ]
+    assert len(inputs) == 6  # three sliders, the brush, and a checkbox for each class
+    for value in ("text", None, [], {}, -5, 1e300, "x" * 1000, True):
+        for widget, listener in inputs:
+            client.handle_event({"id": widget.id, "listener_id": listener, "args": [json.dumps(value)]})
+            assert isinstance(widget.value, int | float) and -1 < widget.value < 101
+        assert page._brush.value is (value is True) and 1 <= page._radius.value and 1 <= page._zoom.value <= 8
+    page._tell("x" * 1000)
+    assert len(page._status.text) == 300
+
+
+@on_a_page
+async def test_waiting_strokes_are_limited(page, send):
+    await send(encode_image(picture()))
+    async with page._painting:
+        strokes = [asyncio.create_task(page._paint(SimpleNamespace(args=[[x, 1]]))) for x in range(5)]
+        await asyncio.sleep(0)
+        assert page._strokes == 2
+    await asyncio.gather(*strokes)
+    assert page._strokes == 0 and len(page._editor._strokes) == 2
+
+
+@on_a_page
+async def test_downloads_are_encoded_from_the_corrected_mask(page, send):
+    await send(encode_image(np.zeros((40, 60, 3), np.uint8)))
+    page._choose(1)
+    await page._paint(SimpleNamespace(args=[[30, 20]]))
+    for name, size in (("mask.png", (60, 40)), ("overlay.jpg", (60, 40)), ("layer.png", (60, 40))):
+        content = io.BytesIO(page.files[name]())
+        with Image.open(content) as image:
+            assert image.size == size
+            if name == "mask.png":
+                assert np.asarray(image)[20, 30] == 1 and np.asarray(image)[0, 0] == 0

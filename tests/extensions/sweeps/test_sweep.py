@@ -1,0 +1,383 @@
+"""Several jobs of one command: each has its own folder, and a table of all ends the sweep."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from command_line import SMALL, call, write_data
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from scipy import stats
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.extensions.sweeps import table as sweep_table
+from dinoseg.extensions.sweeps.table import FOLD, SweepTable, over_folds
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.utils.errors import UserError
+
+HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(1800)"
+QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0")
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def of_job(folder, number=0, sweeper=None, metric=None):
+    """Return what Hydra's config says to a job of a sweep."""
+    hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
+    return OmegaConf.create({"hydra": hydra, "metric": metric or {}})
+
+
+def end_job(folder, number, words, value, **config):
+    job = SimpleNamespace(_return_value=value, overrides=["mode=train", *words.split()])
+    SweepTable().on_job_end(of_job(folder, number, **config), job)
+
+
+def end_sweep(folder, jobs, **config):
+    """End a sweep of jobs, each words and what it returned, and return the rows of its table if it has one."""
+    for number, (words, value) in enumerate(jobs):
+        end_job(folder, number, words, value, **config)
+    SweepTable().on_multirun_end(of_job(folder))  # jobs may have run elsewhere
+    path = folder / "sweep.csv"
+    return rows_of(path) if path.exists() else None
+
+
+def of_heads(*values):
+    return [(f"head=h{number}", value) for number, value in enumerate(values)]
+
+
+def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head=linear,mlp")
+    assert done.status == 0, done.err
+    (folder,) = (tmp_path / "outputs/base").glob("train_*")
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
+    rows = rows_of(folder / "sweep.csv")
+    assert sorted(row["head"] for row in rows) == ["linear", "mlp"]
+    assert [float(row["mIoU %"]) for row in rows] == sorted((float(row["mIoU %"]) for row in rows), reverse=True)
+    for row in rows:
+        run = folder / row["job"]
+        assert (tmp_path / row["run"]).resolve() == run.resolve() and row["note"] == ""
+        assert (run / "checkpoints/best.safetensors").is_file() and (run / "evaluation/scores.json").is_file()
+        assert OmegaConf.load(run / "config/config.yaml").choices.head == row["head"]
+        scores = json.loads((run / "evaluation/scores.json").read_text())
+        assert row["mIoU %"] == f"{100 * scores['miou']:.2f}"  # the unit of the score table
+    by_head = {row["head"]: row for row in rows}
+    assert 0 < int(by_head["linear"]["trainable"]) < int(by_head["mlp"]["trainable"])
+    assert all(int(row["trainable"]) < int(row["parameters"]) for row in rows)  # the mask token is not trained
+    assert all(float(row["images_per_s"]) > 0 and 0.1 < float(row["memory_gib"]) < 20 for row in rows)
+    table = done.out[done.out.index("\n  job  head") :]
+    assert max(map(len, table.splitlines())) <= 140 and "trainer.steps" not in table
+    assert f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.out
+    assert re.search(
+        r"significantly worse than the best setting: [01] of 1; .*95 % interval \(over 2 images\)", done.out
+    )
+    command = f"python -m dinoseg mode=compare 'runs=[{folder.relative_to(tmp_path)}]'"
+    assert f"test for differences from the first job: {command}" in done.out
+    assert all(row["mIoU %"] in table for row in rows)
+
+
+@pytest.mark.heavy
+def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
+    """Jobs whose data are missing are told in a message, one that crashes with its traceback."""
+    write_data(tmp_path / "data")
+    words, forward, crashes = ("data.root=nowhere,data", "head.lr=0.01,0.02"), LinearHead.forward, [True]
+
+    def crash_once(head, features):
+        if crashes:
+            crashes.pop()
+            raise RuntimeError("weights for another head")
+        return forward(head, features)
+
+    monkeypatch.setattr(LinearHead, "forward", crash_once)
+    done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, *words)
+    assert done.status == 1 and done.err.count("Traceback") == 1
+    assert done.err.count("error: data.root=nowhere is not a folder") == 2
+    (folder,) = (tmp_path / "outputs/base").glob("train_*")
+    good, *bad = rows_of(folder / "sweep.csv")
+    assert good["job"] == "3" and float(good["mIoU %"]) >= 0 and good["note"] == "" and good["data.root"] == "data"
+    assert [row["job"] for row in bad] == ["0", "1", "2"] and all(row["mIoU %"] == "" for row in bad)
+    assert all(row["note"].startswith("data.root=nowhere") for row in bad[:2])
+    assert bad[2]["note"].startswith("RuntimeError: ")
+    assert "data.root=nowhere is not a folder" in " ".join(done.out.split())
+    assert (folder / "3/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
+    crashes.append(True)
+    with pytest.raises(RuntimeError, match="weights for"):  # a single run shows where it broke
+        call(tmp_path, "mode=train", *SMALL)
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "cell"),
+    [
+        pytest.param(
+            ("loss=cross_entropy,mask_classification", "seed=0,1"), "2 of 4 cells",
+            "- loss=mask_classification seed=1: loss=mask_classification needs a head", marks=pytest.mark.heavy),
+        (("loss=glob(*ss*)",), "cells", "loss=mask_classification"),
+        # a key that is known once a job begins, and not where its cells are looked at
+        (("loss=mask_classification", "cache_dir=${hydra:runtime.cwd}/cache"), "1 of 1 cell",
+         "- each: loss=mask_classification needs a head"),
+        (("trainer.score=miou,iou", "data.root=absent"), "1 of 2 cells", "- trainer.score=iou: trainer.score=iou is"),
+    ],
+)  # fmt: skip
+def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path, words, count, cell):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, *words)
+    assert done.status == 1 and f"{count} of this sweep cannot run, so no job is started:" in done.err
+    assert cell in done.err and "Traceback" not in done.err and not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("adapter.rank=0",), "adapter.rank=0"),
+        (("data.folds=3", "data.fold=7"), "two folds or more"),
+        (("trainer.steps=null",), "Neither trainer.steps nor trainer.epochs"),
+        (("trainer.evaluate=newest",), "trainer.evaluate=newest is unknown"),
+        (("loss.criterion.label_smoothing=2",), "loss.criterion.label_smoothing=2"),
+        (("optim.schedule.kind=unknown",), "optim.schedule.kind=unknown"),
+        (("optim.optimizer.betas=[0.9]",), r"optim.optimizer.betas=\[0.9\]"),
+        (("logger=[mlflow]", "logger.mlflow.timeout=0"), "logger.mlflow.timeout=0"),
+    ],
+)
+def test_check_of_a_cell_refuses_wrong_values_without_data(compose, words, reason):
+    """As the check of a sweep's cells finds it: adapters and data are made."""
+    cfg = compose("mode=train", *(word for word in SMALL if word != "adapter=full"), "adapter=lora", *words)
+    with pytest.raises(UserError, match=reason):
+        instantiate(cfg.mode.check)(cfg)
+
+
+def sweep_config(mode, resume=None, head="linear"):
+    hydra = {"runtime": {"choices": {"head": head}, "config_sources": []}, "overrides": {"task": []}}
+    return OmegaConf.create({"mode": mode, "resume": resume, "hydra": hydra})
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "reason"),
+    [
+        ({"mode": {"check": {}}}, UserError("no"), "no"),
+        ({"mode": {"check": {}}}, ValueError("no"), ""),  # left to the job
+        ({"mode": {"check": {}}, "resume": "run"}, UserError("no"), ""),  # its config is merged later
+        ({"mode": {}}, UserError("no"), ""),  # no mode that trains
+    ],
+)
+def test_sweep_checks_only_new_trainings(monkeypatch, keys, error, reason):
+    def fail(cfg):
+        raise error
+
+    composed = sweep_config(**keys)
+    monkeypatch.setattr(sweep_table, "instantiate", lambda check: fail)
+    assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
+
+
+def test_sweep_cell_is_checked_with_its_own_choices(monkeypatch):
+    def tell(cfg):
+        raise UserError(cfg.choices.head)
+
+    sweep, cell = (sweep_config({"check": {}}, head=head) for head in ("linear", "mlp"))
+    monkeypatch.setattr(sweep_table, "instantiate", lambda check: tell)
+    assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
+
+
+@pytest.mark.heavy
+def test_folds_are_summed_up_and_not_ranked(tmp_path):
+    write_data(tmp_path / "data", train=4, val=2)
+    for split in ("train", "val"):
+        for path in list((tmp_path / f"data/{split}").rglob("*.png")):
+            path.rename(path.with_name(f"{split}{path.name}"))
+    done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, "data.folds=2", "data.fold=0,1")
+    assert done.status == 0, done.err
+    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
+    (row,) = rows_of(path)
+    jobs = {row["data.fold"]: row for row in rows_of(path.with_name("jobs.csv"))}
+    scores = [json.loads((path.parent / f"{job}/evaluation/scores.json").read_text()) for job in (0, 1)]
+    mious = [100 * each["miou"] for each in scores]
+    assert [float(jobs[fold]["mIoU %"]) for fold in "01"] == pytest.approx(mious, abs=0.01)
+    assert float(row["mIoU % deviation"]) == pytest.approx(np.std(mious, ddof=1), abs=0.01)
+    counts = np.sum([each["matrix"] for each in scores], axis=0)
+    each = counts.diagonal() / (counts.sum(axis=0) + counts.sum(axis=1) - counts.diagonal())
+    assert float(row["mIoU %"]) == pytest.approx(100 * each.mean(), abs=0.01)
+    assert row["folds"] == "2" and "mIoU % low" not in row and row["mIoU %"] in done.out
+
+
+def test_the_best_job_comes_first_and_failures_last(tmp_path, capsys):
+    failures = ({"error": "no"}, {"error": "ValueError: broken"})
+    best = {"miou": 0.75, "accuracy": 0.5, "run": "r"}
+    rows = end_sweep(tmp_path, of_heads({"miou": 0.25}, failures[0], best, failures[1], {"miou": 0}))
+    assert "mIoU without background %" not in rows[0]  # which no job has
+    assert [row["job"] for row in rows] == ["2", "0", "4", "1", "3"]
+    assert [row["note"] for row in rows] == ["", "", "", "no", "ValueError: broken"]
+    assert rows[0]["head"] == "h2" and rows[0]["run"] == "r" and rows[0]["pixel accuracy %"] == "50.00"
+    shown = capsys.readouterr().out
+    assert shown.index("75.00") < shown.index("25.00") < shown.index("ValueError: broken")
+
+
+def test_job_failing_in_another_process_sets_exit_status_1(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.extensions.sweeps.table.os.getpid", iter(range(9)).__next__)
+    with pytest.raises(SystemExit) as ended:
+        end_sweep(tmp_path, of_heads({"miou": 0.5}, {"error": "no"}))
+    assert ended.value.code == 1 and len(rows_of(tmp_path / "sweep.csv")) == 2
+
+
+@pytest.mark.parametrize("values", [[], [None, None], [{"frames": 3}]])
+def test_jobs_without_scores_make_no_table(tmp_path, values, capsys):
+    assert end_sweep(tmp_path, of_heads(*values)) is None and capsys.readouterr().out == ""
+
+
+def test_a_sweep_without_the_result_of_a_job_fails(tmp_path, monkeypatch, capsys):
+    """Jobs of another machine may have another folder of that name."""
+    monkeypatch.setattr("dinoseg.extensions.sweeps.table.impossible_cells", lambda _: ([], 2))
+    callback = SweepTable()
+    callback.on_multirun_start(of_job(tmp_path))
+    end_job(tmp_path, 1, "head=b", {"miou": 0.5})
+    with pytest.raises(SystemExit) as ended:
+        callback.on_multirun_end(of_job(tmp_path))
+    assert ended.value.code == 1 and [row["job"] for row in rows_of(tmp_path / "sweep.csv")] == ["1"]
+    assert f"error: 1 of 2 jobs stored no result in {tmp_path}" in capsys.readouterr().err
+
+
+def test_rows_of_a_resumed_search_are_preserved(tmp_path):
+    for number in (0, 2):  # the second after a kill, or with more trials
+        SweepTable().on_multirun_start(search := of_job(tmp_path, number, {"storage": "search.log"}))
+        end_job(tmp_path, number, f"seed={number}", {"miou": 0.5}, sweeper={"storage": "search.log"})
+        SweepTable().on_multirun_end(search)
+    assert [row["job"] for row in rows_of(tmp_path / "sweep.csv")] == ["0", "2"]
+
+
+def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
+    matrices = {"a": [[[1, 1], [1, 1]], [[9, 1], [0, 0]]], "b": [[[5, 0], [0, 5]], [[4, 1], [0, 5]]]}
+    shares = dict.fromkeys(("miou", "miou_no_background", "accuracy"), 0.5)
+    jobs = [
+        (f"head={head} data.fold={fold}", {**shares, "matrix": counts[fold], "background": 1})
+        for fold in (0, 1)
+        for head, counts in matrices.items()
+    ]
+    rows = end_sweep(tmp_path, jobs)
+    assert [(row["head"], row["folds"], row["job"]) for row in rows] == [("b", "2", "1,3"), ("a", "2", "0,2")]
+    assert rows[0]["pixel accuracy %"] == "95.00" and rows[0]["mIoU % deviation"] == "0.00"
+    assert rows[0]["mIoU without background %"] == "90.00"  # 9 of 10: class 0 alone
+    assert [row["data.fold"] for row in rows_of(tmp_path / "jobs.csv")] == ["0", "0", "1", "1"]
+
+
+@pytest.mark.parametrize(("ignored", "miou"), [(None, 1.5 / 3), (0, 1.5 / 2)])
+def test_pooled_means_leave_out_the_ignored_class(ignored, miou):
+    matrix = [[0, 0, 0], [1, 1, 0], [0, 0, 4]]
+    fold = {"job": 0, "note": "", "miou": None, "matrix": matrix, "ignored_class": ignored}
+    (row,) = over_folds([fold | {FOLD: "0"}, fold | {FOLD: "1"}], [], ["miou"])
+    assert row["folds"] == 2 and row["miou"] == pytest.approx(miou)
+
+
+def test_long_number_is_rounded_on_screen_but_not_in_the_file(tmp_path, capsys):
+    jobs = [
+        (f"lr={lr} data.root={root}", {"miou": 0.5, "run": "r"})
+        for lr, root in (("0.0012345678901234567", "1.2.3.4"), ("1", "x"))
+    ]
+    end_sweep(tmp_path, jobs)
+    shown = capsys.readouterr().out
+    assert " 0.00123457 " in shown and " 1.2.3.4 " in shown
+    assert "0.0012345678901234567" in (tmp_path / "sweep.csv").read_text()
+
+
+def test_folder_belongs_to_one_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dinoseg.extensions.sweeps.table.impossible_cells", lambda _: ([], 0))
+    SweepTable().on_multirun_start(of_job(tmp_path))
+    SweepTable().on_multirun_end(of_job(tmp_path))
+    (tmp_path / ".jobs").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / ".jobs/sweep.own"], stdout=subprocess.PIPE) as other:
+        other.stdout.read(1)
+        for sweeper in ({}, {"storage": "search.log"}):
+            with pytest.raises(SystemExit):
+                SweepTable().on_multirun_start(of_job(tmp_path, sweeper=sweeper))
+            assert "another sweep is running" in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "1")
+        SweepTable().on_multirun_start(of_job(tmp_path))
+        other.kill()
+
+
+def test_damaged_row_does_not_prevent_the_table(tmp_path, capsys):
+    (tmp_path / ".jobs").mkdir()
+    for number, text in enumerate(("", "[]", '{"job": 1}')):
+        (tmp_path / f".jobs/{90 + number}.json").write_text(text)
+    rows = end_sweep(tmp_path, of_heads({"miou": 0.5}, {"miou": 0.25, "loss": float("nan")}))
+    assert [row["mIoU %"] for row in rows] == ["50.00", "25.00"]
+    assert capsys.readouterr().err.count("is damaged") == 3
+
+
+def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
+    mious = {"a": (0.5, 0.52, 0.57), "b": (0.7, 0.6, 0.62), "c": (0.4, None, None)}
+    costs = {"parameters": 30, "trainable": 10, "images_per_s": 2.0, "run": "r"}
+    jobs = [
+        (f"seed={seed} head={head}", {"error": "it broke"} if miou is None else {"miou": miou, **costs})
+        for seed in range(3)
+        for head, miou in ((head, mious[head][seed]) for head in mious)
+    ]
+    rows = end_sweep(tmp_path, jobs)
+    assert [(row["head"], row["seeds"], row["job"]) for row in rows] == [
+        *(("b", "3", "1,4,7"), ("a", "3", "0,3,6"), ("c", "1", "2,5,8"))
+    ]
+    for row, head in zip(rows, "ba", strict=False):
+        values = 100 * np.array(mious[head])
+        low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+        expected = [values.mean(), values.std(ddof=1), low, high]
+        found = [float(row[f"mIoU %{part}"]) for part in ("", " deviation", " low", " high")]
+        assert found == pytest.approx(expected, abs=0.0051) and row["parameters"] == "30" and row["note"] == ""
+    assert rows[2]["mIoU %"] == "40.00" and rows[2]["mIoU % low"] == rows[2]["mIoU % deviation"] == ""
+    assert rows[2]["note"] == "1 of 3 seeds: it broke"
+    assert [row["seed"] for row in rows_of(tmp_path / "jobs.csv")] == [*"021210012"]
+    shown = capsys.readouterr().out
+    assert all(rows[0][f"mIoU %{part}"] in shown for part in ("", " deviation", " low", " high"))
+    assert "mode=compare" not in shown  # no job has a record of its images
+    assert "each job to" in shown and max(map(len, shown.splitlines()[:6])) <= 140
+
+
+def test_chosen_metrics_have_a_column_of_the_table(tmp_path, capsys):
+    shared = {"miou": 0.5, "boundary_iou": 0.75, "loss": 0.5}
+    jobs = [
+        ("seed=0", {**shared, "cldice": 0.25, "x": 2.0, "x_infinite_images": 0.0}),
+        ("seed=1", {**shared, "cldice": 0.5, "x": None, "x_infinite_images": 3.0}),
+    ]
+    (row,) = end_sweep(tmp_path, jobs, metric={"cldice": {}, "absent": {}, "miou": {}, "x": {}})
+    assert row["cldice"] == "0.375" and float(row["cldice deviation"]) == pytest.approx(0.125 * 2**0.5)
+    assert row["x"] == row["x deviation"] == "" and row["x_infinite_images"] == "1.5"  # no mean of an infinite value
+    assert (tmp_path / "sweep.csv").read_text().count("mIoU %,") == 1
+    assert "boundary_iou" not in row and "absent" not in row and "0.3750" in capsys.readouterr().out
+
+
+def test_swept_loss_and_its_value_have_columns(tmp_path):
+    losses = (("focal", 0.5), ("dice", 0.2))
+    jobs = [(f"loss={name} seed={seed}", {"loss": 0.1 * seed + shift}) for seed in (0, 1) for name, shift in losses]
+    rows = end_sweep(tmp_path, jobs)
+    assert [(row["loss"], row["val/loss"]) for row in rows] == [("dice", "0.25"), ("focal", "0.55")]
+    for name in ("sweep.csv", "jobs.csv"):
+        heads = (tmp_path / name).read_text().splitlines()[0].split(",")
+        assert len(set(heads)) == len(heads)
+
+
+def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
+    scores = [{"miou": 0.9 + 0.09 * seed, "accuracy": 0.01 + 0.1 * seed, "loss": 1.0} for seed in range(2)]
+    (row,) = end_sweep(tmp_path, [(f"seed={seed}", each) for seed, each in enumerate(scores)])
+    assert row["seeds"] == "2" and row["val/loss deviation"] == "0.0" and "seed" not in row
+    ends = [float(row[f"{key} {end}"]) for key in ("mIoU %", "pixel accuracy %") for end in ("low", "high")]
+    assert ends[0] > 0 and ends[1] == 100 and ends[2] == 0 and ends[3] < 100  # intervals end at 0 and 100 %
+
+
+def test_row_of_failed_seeds_reports_the_failure(tmp_path, capsys):
+    (row,) = end_sweep(tmp_path, [(f"seed={seed}", {"error": "no"}) for seed in range(2)])
+    assert row["note"] == "0 of 2 seeds: no" and row["seeds"] == "0" and "0 of 2 seeds: no" in capsys.readouterr().out
+
+
+def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
+    counts = {(0, 0): [[1, 1], [1, 1]], (0, 1): [[9, 1], [0, 0]], (1, 0): [[5, 0], [0, 5]], (1, 1): [[4, 1], [0, 5]]}
+    shares = {"miou": 0.5, "accuracy": 0.5}
+    jobs = [(f"seed={seed} data.fold={fold}", {**shares, "matrix": each}) for (seed, fold), each in counts.items()]
+    (row,) = end_sweep(tmp_path, jobs)
+    accuracies = np.array([11 / 14, 19 / 20])  # of all pixels of a seed's folds
+    assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
+    assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * accuracies.std(ddof=1), abs=0.01)
+    assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 4
