@@ -20,9 +20,9 @@ from dinoseg.config.job import job_config
 from dinoseg.config.options import options_of
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import training_parts
 from dinoseg.extensions.auto.fitting import FitSearch
 from dinoseg.extensions.auto.target import Target
+from dinoseg.extensions.auto.training_parts import training_parts
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB

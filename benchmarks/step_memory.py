@@ -26,10 +26,10 @@ from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import training_parts
 from dinoseg.extensions.auto.random_batch import random_batch
 from dinoseg.extensions.auto.step_bytes import LossBytes, step_bytes
 from dinoseg.extensions.auto.target import Target
+from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.extensions.auto.trial import try_steps
 
 MAX = 0.1  # share

@@ -9,6 +9,7 @@ import torch
 from cached_composition import PATCHES
 
 from dinoseg.utils import cores
+from dinoseg.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = {"subprocess", "multiprocessing", "ranks", "command"}  # what a test file that starts processes imports
@@ -112,3 +113,16 @@ def trained(trained_once, tmp_path_factory):
     from command_line import link_all
 
     return link_all(trained_once, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def experiments(monkeypatch):
+    """Let trainings end with an error where their loop would begin; return what each loop was given."""
+    given = []
+
+    def stop(experiment):
+        given.append(experiment)
+        raise UserError("the loop begins")
+
+    monkeypatch.setattr("dinoseg.modes.train.fit", stop)
+    return given

@@ -23,60 +23,42 @@ PLUGINS = ROOT / "hydra_plugins"  # of sweeps
 
 @dataclass(frozen=True)
 class Extension:
-    """A capability that can be deleted.
+    """A capability that can be deleted: a package of its name below `dinoseg/extensions`, with the config files that
+    name its classes and functions.
 
     Args:
-        modules: modules and packages below dinoseg.
-        needs: extensions that these import, which must stay with it.
-        configs: config files without a `_target_` of these modules.
+        needs: extensions that it imports, which must stay with it.
+        configs: config files without a `_target_` of it.
     """
 
-    modules: tuple[str, ...]
     needs: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
 
 
 EXTENSIONS = {
-    "annotations": Extension(("data.annotation", "data.formats.annotated", "data.formats.annotation_files",
-                              "inference.annotations")),
-    "auto": Extension(("autotune", "cli.auto", "modes.plan", "modes.bench", "inference.fake_tensors"),
-                      configs=("hparam/auto",)),
-    "cache": Extension(("training.feature_cache", "training.feature_choice", "tasks.cached_features",
-                        "data.unlabelled")),
-    "clips": Extension(("data.clips", "data.formats.davis", "data.formats.movi", "data.formats.video_folder",
-                        "data.formats.youtube_vis", "data.formats.youtube_vos"), ("annotations", "video")),
-    "compare": Extension(("evaluation.comparison", "evaluation.sides", "modes.compare", "report.html.comparison")),
-    "distillation": Extension(("tasks.distil", "experiment.teacher", "losses.distillation", "tasks.unmasked"),
-                              ("cache", "video")),
-    "doctor": Extension(("data.doctor.examine", "data.doctor.suggestions", "data.doctor.checks.classes",
-                         "data.doctor.checks.duplicates", "data.doctor.checks.layers", "data.doctor.checks.pairing",
-                         "modes.doctor"), ("idd", "video")),
-    "exports": Extension(("export.backbone", "export.graph", "export.onnx_export", "export.onnx_file",
-                          "export.options", "export.pictures", "export.program", "export.proof", "export.strategy",
-                          "export.export", "modes.export", "export.runtime.onnx_model",
-                          "export.runtime.onnx_pictures", "export.runtime.onnx_record")),
-    "idd": Extension(("data.formats.idd", "data.formats.idd_files", "data.label_tables")),
-    "loggers": Extension(("report.loggers.mlflow", "report.loggers.wandb", "report.loggers.remote")),
-    "mask2former": Extension(("models.heads.mask2former", "models.heads.eomt")),
-    "packed": Extension(("data.packed",)),
-    "prepare": Extension(("tasks.preparation", "modes.prepare"), ("idd", "video")),
-    "probe": Extension(("tasks.probing", "modes.probe")),
-    "protocols": Extension(("metrics.protocols", "metrics.clustering", "modes.score", "evaluation.scoring.folders",
-                            "evaluation.scoring.summary", "evaluation.official", "evaluation.score_report",
-                            "experiment.score_classes"), ("idd", "packed")),
-    "rendering": Extension(("synthetic", "modes.render")),
-    "serving": Extension(("serving", "modes.app", "modes.serve", "utils.child"), ("tracking", "video")),
-    "slots": Extension(("models.heads.slots", "losses.feature_reconstruction", "losses.slot_contrast",
-                        "losses.temporal_similarity", "tracking.slots", "tasks.clips"),
-                       ("clips", "protocols", "tracking", "video_scores")),
-    "sweeps": Extension(("cli.sweeps", "modes.summary"), ("compare",), ("hydra/sweeper/optuna",)),
-    "tracking": Extension(("tracking", "modes.track", "experiment.trackers"), ("clips", "video")),
-    "video": Extension(("data.video", "inference.video_file", "inference.video_run", "inference.video_writer",
-                        "inference.frames", "data.formats.sarrarp", "data.formats.sarrarp_files")),
-    "video_scores": Extension(("evaluation.videos", "evaluation.video_report", "evaluation.track_split",
-                               "evaluation.restart", "experiment.benchmark_videos"),
-                              ("annotations", "clips", "protocols", "tracking")),
-}  # fmt: skip
+    "annotations": Extension(),
+    "auto": Extension(configs=("hparam/auto",)),
+    "clips": Extension(("annotations", "video")),
+    "compare": Extension(),
+    "distillation": Extension(("feature_cache", "video")),
+    "doctor": Extension(("idd", "video")),
+    "export": Extension(),
+    "feature_cache": Extension(),
+    "idd": Extension(),
+    "loggers": Extension(),
+    "packed": Extension(),
+    "prepare": Extension(("idd", "video")),
+    "probe": Extension(),
+    "protocols": Extension(("idd", "packed")),
+    "query_heads": Extension(),
+    "rendering": Extension(),
+    "serving": Extension(("tracking", "video")),
+    "slots": Extension(("clips", "protocols", "tracking", "video_scores")),
+    "sweeps": Extension(("compare",), ("hydra/sweeper/optuna",)),
+    "tracking": Extension(("clips", "video")),
+    "video": Extension(),
+    "video_scores": Extension(("annotations", "clips", "protocols", "tracking")),
+}
 
 
 @cache
@@ -89,12 +71,10 @@ def modules() -> dict[str, Path]:
     return found
 
 
-@cache
 def extension_of(name: str) -> str | None:
-    """Return the extension of a module, by the longest name that covers it; None: the core."""
-    names = {module: key for key, extension in EXTENSIONS.items() for module in extension.modules}
-    covering = [module for module in names if name == module or name.startswith(f"{module}.")]
-    return names[max(covering, key=len)] if covering else None
+    """Return the extension of a module; None: the core."""
+    package, _, rest = name.partition(".")
+    return rest.partition(".")[0] or None if package == "extensions" else None
 
 
 @cache

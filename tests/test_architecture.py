@@ -15,33 +15,43 @@ import dinoseg
 PACKAGE = Path(dinoseg.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
 
-LEVELS = (  # a package imports its own level and those below
+LEVELS = (  # a package imports its own level and those below; no package of the core imports extensions
     ("__init__",),
     ("utils",),
     ("core",),
     ("models", "losses", "report"),
-    ("data", "synthetic"),
+    ("data",),
     ("metrics", "config", "inference"),
-    ("tracking",),
-    ("training",),
+    ("training", "runs"),
     ("experiment",),
-    ("evaluation", "export", "testing"),
-    ("tasks", "serving"),
-    ("autotune",),
+    ("checkpoints",),
+    ("evaluation", "segmenter", "testing"),
+    ("methods",),
     ("modes", "cli"),
     ("api",),
-    ("__main__",),
+    ("__main__", "extensions"),
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
-LEAVES = ("models/backbones", "models/heads", "losses", "metrics", "data", "synthetic")  # none imports another
-SHARED = ("data/annotation", "data/label_tables")  # of data, what other leaves may import
+LEAVES = (  # none imports another
+    *("models/backbones", "models/heads", "losses", "metrics", "data"),
+    *("extensions/query_heads", "extensions/slots/head", "extensions/slots/losses"),
+    *("extensions/rendering/moving", "extensions/rendering/surgery"),
+)
+SHARED = (  # what leaves may import
+    *("extensions/annotations", "extensions/idd/label_tables", "models/heads/semantic"),
+    *("extensions/rendering/canvas", "extensions/rendering/noise", "extensions/rendering/relief"),
+    "extensions/rendering/rendering",
+)
 BUILDERS = ("experiment/builder.py", "experiment/models.py")  # they reach leaves through _target_ only
-WITH_CONFIG = ("config", "experiment", "modes", "cli", "api", "__main__")  # the config ends at their edge
-TRACKERS = (
-    "extensions/tracking/propagation",
-    "extensions/tracking/slots",
-    "extensions/tracking/smoothing",
-)  # siblings: none imports another
+WITH_CONFIG = (  # the config ends at their edge
+    *("config", "experiment", "runs", "checkpoints", "modes", "cli", "api", "__main__"),
+    *(file.removesuffix(".py") for file in FILES if file.endswith("_mode.py")),
+    *("extensions/auto/choose", "extensions/auto/recipe", "extensions/protocols/score_classes"),
+    *("extensions/sweeps/search", "extensions/sweeps/table"),
+)
+TRACKERS = (  # siblings: none imports another
+    *("extensions/tracking/propagation", "extensions/tracking/smoothing", "extensions/slots/tracker"),
+)
 DOORS = {  # dependency -> the packages and files that may import it
     "hydra": WITH_CONFIG,
     "omegaconf": WITH_CONFIG,
@@ -50,24 +60,27 @@ DOORS = {  # dependency -> the packages and files that may import it
     "peft": ("models/adapters",),
     "bitsandbytes": ("models/adapters",),
     "transformers": ("models/backbones", "models/heads/upernet"),
-    "scipy": ("losses", "metrics", "evaluation/scoring/intervals"),
+    "scipy": (
+        *("losses", "metrics", "evaluation/scoring/intervals"),
+        *("extensions/protocols/clustering", "extensions/slots/tracker/assignment"),
+    ),
     "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
     "timm": ("models/backbones",),
     "tensorboard": ("report/loggers/tensorboard",),
     "torch.utils.tensorboard": ("report/loggers/tensorboard",),
-    "wandb": ("report/loggers/wandb",),
-    "mlflow": ("report/loggers/mlflow",),
-    "onnx": ("export",),
-    "onnxscript": ("export",),
-    "onnxruntime": ("export/runtime",),
-    "huggingface_hub": ("models/backbones", "export/runtime"),
+    "wandb": ("extensions/loggers/wandb",),
+    "mlflow": ("extensions/loggers/mlflow",),
+    "onnx": ("extensions/export",),
+    "onnxscript": ("extensions/export",),
+    "onnxruntime": ("extensions/export",),
+    "huggingface_hub": ("models/backbones", "segmenter"),
     "nicegui": ("extensions/serving/app", "extensions/serving/page", "extensions/serving/sockets"),
-    "fastapi": ("serving",),
-    "starlette": ("serving",),
-    "uvicorn": ("serving",),
+    "fastapi": ("extensions/serving",),
+    "starlette": ("extensions/serving",),
+    "uvicorn": ("extensions/serving",),
     "optuna": ("extensions/sweeps/search",),
     "jinja2": ("report/html/page", "segmenter/hub"),
-    "av": ("extensions/video/decoder", "inference/video_writer"),
+    "av": ("extensions/video/decoder", "extensions/video/writer"),
 }
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported
@@ -79,13 +92,21 @@ ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of user
     "api/objects",
     "core/metric",
     "core/shapes",
-    "experiment/log_file",
+    "runs/log_file",
     "segmenter/inputs",
     "models/backbones",
     "utils/precision",
 )
 WITHOUT_KEYS = (  # messages name parameters; whoever instantiates a config node puts the key in front
-    *("models", "losses", "metrics", "extensions/clips/cut", "extensions/clips/view", "data/opened", "data/packed"),
+    *(
+        "models",
+        "losses",
+        "metrics",
+        "extensions/clips/cut",
+        "extensions/clips/view",
+        "data/opened",
+        "extensions/packed",
+    ),
     *("data/photometric", "data/splits", "data/transforms"),
 )
 PICKLE_COLLECTIVES = {  # of torch and accelerate: a rank runs whatever code another one sends
@@ -214,10 +235,11 @@ def find_circle(graph):
 
 
 def large_packages(files):
-    """Return the packages that hold more than their share of the lines."""
+    """Return the packages, and the extensions, that hold more than their share of the lines."""
     lines = Counter()
     for file, source in files.items():
-        lines[top_level(file)] += len(source.splitlines())
+        package = package_of(file) if top_level(file) == "extensions" else top_level(file)
+        lines[package] += len(source.splitlines())
     shares = {package: count / lines.total() for package, count in lines.items()}
     return [f"{package}: {share:.1%} of the lines" for package, share in shares.items() if share > LARGEST_PACKAGE]
 
@@ -260,7 +282,7 @@ def keys_in_text(source):
 
 def test_parts_name_parameters_instead_of_keys():
     found = {file: keys_in_text(source) for file, source in FILES.items() if below(file, WITHOUT_KEYS)}
-    assert len(found) > 90 and not {file: keys for file, keys in found.items() if keys}
+    assert len(found) > 70 and not {file: keys for file, keys in found.items() if keys}
     planted = 'raise ValueError(f"data.augment.scale={scale}: set resolution.crop")'
     assert keys_in_text(planted) == ["data.augment", "resolution.crop"]
 
@@ -274,7 +296,7 @@ def test_parts_name_parameters_instead_of_keys():
         ("metrics/iou.py", "from dinoseg.models.model import SegmentationModel", "leaves know nothing"),
         ("metrics/iou.py", "from dinoseg.data.formats import folder", "leaves know nothing"),
         ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 3) imports metrics"),
-        ("training/trainer.py", "def f():\n    from dinoseg.experiment import a", "training (level 7) imports experi"),
+        ("training/trainer.py", "def f():\n    from dinoseg.experiment import a", "training (level 6) imports experi"),
         ("experiment/builder.py", "from dinoseg.models import heads", "through _target_ only"),
         ("cli/launch.py", "from dinoseg.modes import train", "through _target_ only"),
         ("training/trainer.py", "import hydra.core.hydra_config", "may import hydra"),
@@ -298,7 +320,7 @@ def test_no_import_leads_back():
     assert not circles(FILES), "\n".join(circles(FILES))
     down, up = "from dinoseg.extensions.tracking.tracker import VideoTracker", "from dinoseg.training import checkpoint"
     packages = {"training/data_module.py": down, "training/checkpoint.py": "", "extensions/tracking/tracker.py": ""}
-    assert circles({**packages, "extensions/tracking/state.py": up}) == ["tracking - training"]
+    assert circles({**packages, "extensions/tracking/state.py": up}) == ["extensions - training"]
     inner = {"data/scan/scan.py": "from dinoseg.data.pairs.dataset import Pair", "data/scan/cache.py": ""}
     inner |= {"data/pairs/dataset.py": "", "data/pairs/pairing.py": "from dinoseg.data.scan import cache"}
     assert circles(inner) == ["data/pairs - data/scan"]
@@ -374,7 +396,10 @@ def test_config_ends_at_the_edge():
     assert len(files) > 300
     assert not {file: names for file, source in files.items() if (names := functions_of_configs(source))}
     # each mode is one more, so modes do not count
-    assert sum(len(functions_of_configs(source)) for file, source in FILES.items() if top_level(file) != "modes") <= 70
+    not_modes = {
+        file: source for file, source in FILES.items() if top_level(file) != "modes" and not file.endswith("_mode.py")
+    }
+    assert sum(len(functions_of_configs(source)) for source in not_modes.values()) <= 70
     planted = "def a(cfg): ...\nclass B:\n    def b(self, *, data: DictConfig | None = None): ...\ndef c(config): ..."
     assert functions_of_configs(planted) == ["a", "b"]
 
@@ -388,6 +413,6 @@ def test_hidden_names_stay_inside_their_file():
 
 def test_the_files_to_read_first_are_short():
     page = (PACKAGE.parent / "docs/architecture.md").read_text("utf-8")
-    table = page.partition("## Read these eight files")[2].partition("\n## ")[0]
+    table = page.partition("## Read the core in this order")[2].partition("\n## ")[0]
     names = re.findall(r"^\| `(\S+\.py)` \|", table, flags=re.MULTILINE)
-    assert len(names) == 8 and sum(FILES[name].count("\n") for name in names) < 2000
+    assert len(names) == 13 and sum(FILES[name].count("\n") for name in names) < 3000

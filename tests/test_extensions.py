@@ -32,9 +32,8 @@ CORE_CONFIGS = (  # what a first training, evaluation and prediction compose
 MAX_TRAINING_STATEMENTS = 9_900  # statements that `modes/train.py` imports
 
 
-def test_the_table_names_modules_that_exist_and_has_no_circles():
-    named = [module for extension in EXTENSIONS.values() for module in extension.modules]
-    assert len(named) == len({*named}) and {*named} <= modules().keys()
+def test_the_table_names_the_extensions_and_has_no_circles():
+    assert {*EXTENSIONS} == {extension_of(name) for name in modules()} - {None}
     TopologicalSorter({name: extension.needs for name, extension in EXTENSIONS.items()}).prepare()
     assert all({*extension.needs} <= EXTENSIONS.keys() for extension in EXTENSIONS.values())
     assert all({*extension.configs} <= config_files().keys() for extension in EXTENSIONS.values())

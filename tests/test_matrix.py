@@ -33,7 +33,7 @@ SMALL_ADAPTERS = {
     "lora_8bit": {"rank": 2, "targets": "all_linear"},
 }
 FILES = {group: {option: read_whole(group, option) for option in options(group)} for group in ("adapter", "head")}
-# every head in cfg/head that scores classes and needs no file: slots are tried in tests/extensions/slots/test_slot_training.py
+# every head in cfg/head that scores classes and needs no file: see tests/extensions/slots for slots
 HEADS = [option for option, file in FILES["head"].items() if "num_classes" in file and file.get("weights") != "???"]
 KNOWN_HEADS = {*SMALL_HEADS, "linear", "multiscale", "mlp"}  # those of which `refusal` knows all, and the backbones
 KNOWN_BACKBONES = {"dino", "dinov2", "dinov2_registers", "dinov3", "convnext", "timm_vit", "timm_pyramid"}

@@ -14,10 +14,10 @@ from test_matrix import HEADS, SMALL_HEADS
 
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import training_parts
 from dinoseg.extensions.auto.fitting import FitSearch
 from dinoseg.extensions.auto.random_batch import random_batch
 from dinoseg.extensions.auto.target import Target, memory_of
+from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.extensions.auto.trial import try_steps
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine

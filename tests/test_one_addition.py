@@ -26,7 +26,7 @@ PLACES = {  # module and config group of docs/extending.md: those of the same ki
     "my_parts.adapters": "dinoseg.models.biases",
     "my_parts.heads": "dinoseg.models.heads.bottleneck",
     "my_parts.data": "dinoseg.data.formats.discs",
-    "my_parts.tasks": "dinoseg.tasks.smooth",
+    "my_parts.tasks": "dinoseg.methods.smooth",
     "my_parts.trackers": "dinoseg.extensions.tracking.colour",
     "my_parts.modes": "dinoseg.modes.balance",
     "my_parts.loggers": "dinoseg.report.loggers.losses",

@@ -279,7 +279,10 @@ def test_an_own_tracker_of_slots_validates_a_training(trained, own, tmp_path):
     assert json.loads((tmp_path / "out/evaluation/tracking.json").read_text())["tracker"]["shift"] == 1
 
 
-REMEDY = "Set its `_target_` to a class that inherits from dinoseg.extensions.tracking.tracker.Tracker, and `_partial_: true`"
+REMEDY = (
+    "Set its `_target_` to a class that inherits from dinoseg.extensions.tracking.tracker.Tracker, "
+    "and `_partial_: true`"
+)
 
 
 def test_invalid_trackers_are_refused(trained, own):

@@ -36,7 +36,7 @@ def train(
         metrics_only: write no figures of the final evaluation.
         pictures: number of validation samples shown in a figure at each validation, always the same ones.
         report: write report.html of the final evaluation, and the files that mode=compare reads.
-        init_head: initialises the head of a model as `head.init` says, see `dinoseg.extensions.probe.initial.init_head`;
+        init_head: initialises the head of a model as `head.init` says, such as `init_head` of `cfg/head/_probe.yaml`;
             None: that is refused.
     """
     builder = Builder(cfg)

@@ -12,7 +12,7 @@ import numpy as np
 from dinoseg.segmenter.facts import ModelFacts
 
 MODEL_FILE = "model.safetensors"  # of torch
-_RUNTIMES = Path(__file__).parents[2] / "cfg/runtime"  # an option for each runtime without torch
+_RUNTIMES = Path(__file__).parents[1] / "cfg/runtime"  # an option for each runtime without torch
 
 
 class Runtime(Protocol):

@@ -47,7 +47,8 @@ SHELL = [  # names that reach, or seem to reach, any callable
     accelerate.launchers.notebook_launcher matplotlib.backends.backend_pgf.LatexManager yaml.unsafe_load
     dinoseg.config.nodes.instantiate dinoseg.config.nodes.hydra_instantiate
     dinoseg.experiment.builder.importlib.import_module dinoseg.models.model.torch.hub.load dinoseg.cli.launch.launch
-    dinoseg.extensions.rendering.render_mode.render dinoseg.extensions.export.export_mode.export dinoseg.training.checkpoint.write
+    dinoseg.extensions.rendering.render_mode.render dinoseg.extensions.export.export_mode.export
+    dinoseg.training.checkpoint.write
     dinoseg.extensions.prepare.sarrarp.prepare dinoseg.extensions.prepare.idd.prepare
     dinoseg.extensions.rendering.surgery.write.render_dataset dinoseg.extensions.prepare.sarrarp.shutil.rmtree
     dinoseg.extensions.packed.pack.pack dinoseg.utils.locks.hold_lock dinoseg.extensions.packed.store.write_index

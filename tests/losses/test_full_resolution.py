@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from full_logits import all_logits, refuse_scores
 
 from dinoseg.core.geometry import upsample, valid_share
 from dinoseg.core.shapes import Batch, Prediction, WeightedMasks
@@ -93,16 +94,6 @@ CASES = [  # image, patch, the masks' size, the share that is ignored
 PRECISIONS = ((torch.float64, 1e-12), (torch.float32, 1e-6))  # and how far results may be off
 
 
-def all_logits(grid, size, valid):
-    """Return (B, K, H, W) float64."""
-    along = [
-        2 * share * (torch.arange(length, dtype=torch.float64) + 0.5) / length - 1
-        for length, share in zip(size, valid, strict=True)
-    ]
-    places = torch.stack(torch.meshgrid(*along, indexing="ij")[::-1], dim=-1).expand(len(grid), -1, -1, -1)
-    return F.grid_sample(grid.double(), places, padding_mode="border", align_corners=False)
-
-
 def random_case(image, patch, size, ignored, seed, dtype=torch.float64, absent=2):
     draw = torch.Generator().manual_seed(seed)
     grid = 3 * torch.randn(2, 5, -(-image[0] // patch), -(-image[1] // patch), dtype=torch.float64, generator=draw)
@@ -112,10 +103,6 @@ def random_case(image, patch, size, ignored, seed, dtype=torch.float64, absent=2
     batch = Batch(torch.zeros(2, 3, 1, 1), mask.to(torch.uint8), ["", ""])
     grid = grid.to(dtype).requires_grad_()
     return Prediction(grid, image, valid_share(image, patch), refuse_scores, grid=grid), batch
-
-
-def refuse_scores(outputs, size, valid):
-    raise AssertionError("scores were asked for at full size")
 
 
 def gradient(value, grid):

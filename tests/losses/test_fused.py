@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from full_logits import all_logits
 from pretended_cuda import Pretended
-from test_full_resolution import LOSSES, WEIGHTS, all_logits, gradient, random_case
+from test_full_resolution import LOSSES, WEIGHTS, gradient, random_case
 
 from dinoseg.core.shapes import WeightedMasks
 from dinoseg.losses import full_resolution, fused

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
-from test_slot_losses import compare, outputs_of, reconstruct, run
+from slot_outputs import compare, outputs_of, reconstruct, run
 from tiny_parts import load
 
 from dinoseg import losses
@@ -170,9 +170,11 @@ test_message_names_key_value_and_remedy = refusals(
 )
 
 
-@pytest.mark.parametrize("target", ["focal.Focal", "temporal_similarity.TemporalSimilarity"])
+@pytest.mark.parametrize(
+    "target", ["losses.focal.Focal", "extensions.slots.losses.temporal_similarity.TemporalSimilarity"]
+)
 def test_a_term_that_is_not_partial_is_named(target):
-    own = (f"+loss.criterion.terms.own={{_target_: dinoseg.losses.{target}}}", "+loss.criterion.factors.own=1.0")
+    own = (f"+loss.criterion.terms.own={{_target_: dinoseg.{target}}}", "+loss.criterion.factors.own=1.0")
     make = partial(make_from_config, "loss=ce_dice", *own, class_weights=WEIGHTS)
     assert_refused(make, "loss.criterion.terms.own ", "Set `_partial_: true` there")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
-from score_making import boundary_iou, mean, overlap, surface_dice
+from layer_images import CLASSES, draw_images, mean_surface_dice, sides_of
+from score_making import boundary_iou, mean, overlap
 from test_metric_contract import MeanError
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
@@ -13,31 +13,6 @@ from dinoseg.metrics.confusion import LayerCounts
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.wrapped import WrappedMetric
 
-CLASSES = 4
-
-
-def draw_images(seed):
-    """Return the layers of 1 to 3 images of odd sizes: empty, full, of one pixel, ignored, or random ones."""
-    rng = np.random.default_rng(seed)
-    images = []
-    for _ in range(rng.integers(1, 4)):
-        shape = (CLASSES, *rng.integers(1, 22, 2))
-        smooth = ndimage.gaussian_filter(rng.normal(size=(2, *shape)), (0, 0, 1.5, 1.5)) > 0.05
-        mask, ids = smooth.astype(np.uint8)
-        for layer, kind in enumerate(rng.integers(0, 6, CLASSES)):
-            if kind < 2:
-                mask[layer] = kind  # empty or full
-            elif kind == 2:
-                mask[layer] = 0
-                mask[layer, rng.integers(shape[1]), rng.integers(shape[2])] = 1
-            elif kind == 3:
-                ids[layer] = mask[layer]
-        mask[rng.random(shape) < rng.choice([0, 0.2])] = 255
-        mask[rng.integers(CLASSES)] = rng.choice([0, 255])
-        logits = rng.normal(scale=3, size=shape).astype(np.float32)
-        images.append((ids, mask, logits))
-    return images
-
 
 def score(metric, images):
     rows = [
@@ -45,15 +20,6 @@ def score(metric, images):
         for ids, mask, logits in images
     ]
     return metric.score(rows), metric.per_class({name: np.sum([row[name] for row in rows], axis=0) for name in rows[0]})
-
-
-def sides_of(images, layer):
-    """Return reference and prediction of a layer in each image, without ignored pixels."""
-    return [[(side[layer] == 1) & (mask[layer] != 255) for side in (mask, ids)] for ids, mask, _ in images]
-
-
-def mean_surface_dice(pairs):
-    return mean(surface_dice(*pair) for pair in pairs)
 
 
 def calibration_error(images, layer):

@@ -340,7 +340,8 @@ def test_a_process_that_is_never_ready_is_killed(monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 def test_messages_arrive_where_standard_error_is_closed():
     code = (
-        "from child_functions import echo; from dinoseg.extensions.serving.child import Child; child = Child(echo, 2**28); "
+        "from child_functions import echo; from dinoseg.extensions.serving.child import Child; "
+        "child = Child(echo, 2**28); "
         "context = child.deadline(60); context.__enter__(); child.send({'number': 1}); print(child.receive())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

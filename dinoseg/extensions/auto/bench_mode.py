@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import check_trainer, training_parts
 from dinoseg.extensions.auto.random_batch import random_batch
 from dinoseg.extensions.auto.step_bytes import step_flops
+from dinoseg.extensions.auto.training_parts import check_trainer, training_parts
 from dinoseg.extensions.auto.trial import try_steps
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.predictor import Predictor

@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import training_parts
 from dinoseg.extensions.auto import rules
 from dinoseg.extensions.auto.facts import DatasetFacts, facts_of, headline
 from dinoseg.extensions.auto.rules import Length, RecipeCase, RecipeChoice, length_within
 from dinoseg.extensions.auto.timing import RecipeTimes, estimate_times, time_recipe
+from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.training.engine import Engine
 from dinoseg.utils.ranges import Range

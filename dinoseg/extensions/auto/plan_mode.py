@@ -13,10 +13,10 @@ from tabulate import tabulate
 from dinoseg.config.job import folder_words
 from dinoseg.config.plain import is_below
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import check_trainer, training_parts
 from dinoseg.extensions.auto.fitting import Fit, FitSearch, Words
 from dinoseg.extensions.auto.step_bytes import step_flops
 from dinoseg.extensions.auto.target import KINDS, Target, memory_of
+from dinoseg.extensions.auto.training_parts import check_trainer, training_parts
 from dinoseg.inference.memory import free_bytes
 from dinoseg.runs.folder import last_command_line
 from dinoseg.utils.atomic import write_json

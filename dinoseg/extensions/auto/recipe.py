@@ -25,9 +25,9 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
-from dinoseg.experiment.training_parts import check_trainer
 from dinoseg.extensions.auto.choose import Budget, choose
 from dinoseg.extensions.auto.rules import RecipeChoice
+from dinoseg.extensions.auto.training_parts import check_trainer
 from dinoseg.methods.images import SAMPLING
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import forms

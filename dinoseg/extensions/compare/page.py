@@ -76,7 +76,7 @@ def comparison_page(
     means = {key: MEANS.get(key, key) for key in first.scores if not key.startswith("iou/")}
     class_keys = [f"iou/{index}" for index in range(len(classes))]
     return render(
-        "comparison.html.jinja",
+        "extensions/compare/comparison.html.jinja",
         title=f"{others[0].name if len(others) == 1 else count_of(others, 'side')} against {first.name}",
         subtitle=subtitle,
         warnings=[few_units(units, evaluated.unit)],

@@ -74,7 +74,7 @@ def doctor(
     cards = list(_example_cards(datasets, splits, findings, samples))
     palette = next(iter(datasets.values())).palette if datasets else ()
     page = render(
-        "doctor.html.jinja",
+        "extensions/doctor/doctor.html.jinja",
         title=f"{name}: {report['root']}",
         subtitle=_count_findings(report),
         warnings=[],

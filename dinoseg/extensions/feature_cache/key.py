@@ -32,9 +32,9 @@ _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow",
 _SOURCES = (  # source between an image file and its features: folders and files of the package
     *("models", "core/channels.py", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
     "core/sources.py",
-    *("data/loader.py", "data/photometric.py", "data/transforms.py", "data/video"),
+    *("data/loader.py", "data/photometric.py", "data/transforms.py", "extensions/video"),
     "extensions/packed/read.py",
-    *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/devices.py", "training/feature_cache"),
+    *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/devices.py", "extensions/feature_cache"),
 )
 
 

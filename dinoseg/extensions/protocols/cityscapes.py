@@ -231,6 +231,6 @@ def _refuse_train_ids(cases: Sequence[ScoringCase], folder: Path) -> None:
     if seen and max(seen) < len(_TRAIN_IDS) and seen & set(range(1, 7)):
         raise UserError(
             f"prediction={folder} holds train ids ({min(seen)}..{max(seen)}), but the official evaluation takes label "
-            "ids (road is 7, not 0). Map them by the train_id column of dinoseg/extensions/idd/label_tables/cityscapes.csv."
-            + pictures_hint(folder, (path.name for path in paths))
+            "ids (road is 7, not 0). Map them by the train_id column of "
+            "dinoseg/extensions/idd/label_tables/cityscapes.csv." + pictures_hint(folder, (path.name for path in paths))
         )

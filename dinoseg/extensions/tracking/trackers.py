@@ -12,7 +12,10 @@ from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
 
-_REMEDY = "Set its `_target_` to a class that inherits from dinoseg.extensions.tracking.tracker.Tracker, and `_partial_: true`."
+_REMEDY = (
+    "Set its `_target_` to a class that inherits from dinoseg.extensions.tracking.tracker.Tracker, "
+    "and `_partial_: true`."
+)
 
 
 def tracker_maker(

@@ -44,7 +44,7 @@ def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *,
     model = "labels propagated without training" if provenance.training is None else provenance.model
     choices = provenance.choices
     page = render(
-        "tracking.html.jinja",
+        "extensions/video_scores/tracking.html.jinja",
         title=f"{choices['data']}, split {split}: {result['protocol']}",
         subtitle=f"backbone={choices['backbone']}, {model}",
         warnings=[few_units(result["n"], result["unit"])],

@@ -18,12 +18,14 @@ from dinoseg.report.table import percent
 from dinoseg.utils.wording import count_of, printable
 
 _TEMPLATES = Path(__file__).with_name("templates")
+_PACKAGE = Path(__file__).parents[2]
 _WEBP_QUALITY = 82
 
 
 def render(template: str, **context: Any) -> str:
     """Return a template's page as HTML, with all text of the context escaped.
 
+    A template of an extension is named from the package on, such as `extensions/compare/comparison.html.jinja`.
     The content security policy of `base.html.jinja` allows only our own script, by its hash, so that a name left
     unescaped by mistake runs nothing.
     """
@@ -33,7 +35,7 @@ def render(template: str, **context: Any) -> str:
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     templates = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=FileSystemLoader([_TEMPLATES, _PACKAGE]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

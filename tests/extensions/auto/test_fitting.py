@@ -8,11 +8,11 @@ from command_line import SMALL
 from mistakes import assert_refused
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import training_parts
 from dinoseg.extensions.auto import fitting
 from dinoseg.extensions.auto.fitting import FitSearch
 from dinoseg.extensions.auto.step_bytes import StepBytes
 from dinoseg.extensions.auto.target import Target, memory_of
+from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.utils.errors import UserError
 

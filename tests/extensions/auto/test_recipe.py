@@ -16,11 +16,11 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
-from dinoseg.experiment.training_parts import training_parts
 from dinoseg.extensions.auto import choose, recipe, timing
 from dinoseg.extensions.auto.recipe import drop_typed
 from dinoseg.extensions.auto.rules import RecipeChoice
 from dinoseg.extensions.auto.timing import RecipeTimes
+from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.extensions.auto.trial import Trial
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError

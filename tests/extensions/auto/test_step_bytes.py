@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.training_parts import training_parts
 from dinoseg.extensions.auto import bench_mode as bench
 from dinoseg.extensions.auto import trial
 from dinoseg.extensions.auto.bench_mode import matrix_peak
@@ -25,6 +24,7 @@ from dinoseg.extensions.auto.fake_tensors import fake_tensor_mode
 from dinoseg.extensions.auto.random_batch import random_batch
 from dinoseg.extensions.auto.step_bytes import LossBytes, cuda_operations, outline, step_bytes, step_flops
 from dinoseg.extensions.auto.timing import _later_median
+from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.extensions.auto.trial import try_steps
 from dinoseg.extensions.query_heads.mask2former import pixel_decoder, predictor
 from dinoseg.inference.memory import PeakBytes

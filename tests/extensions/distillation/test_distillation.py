@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_full_resolution import all_logits, refuse_scores
+from full_logits import all_logits, refuse_scores
 
 from dinoseg.core.geometry import valid_share
 from dinoseg.core.shapes import Prediction, WeightedMasks

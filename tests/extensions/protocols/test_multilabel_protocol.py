@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from layer_images import CLASSES, draw_images, mean_surface_dice, sides_of
 from making import save
 from mistakes import assert_refused, refusals
 from score_making import boundary_iou, overlap, scores
-from test_layer_metric import CLASSES, draw_images, mean_surface_dice, sides_of
 
 from dinoseg.extensions.protocols.contract import BadFile
 from dinoseg.extensions.protocols.multilabel import Multilabel

@@ -1,4 +1,4 @@
-"""Writer for videos of moving objects: folders of frames and masks that `dinoseg.extensions.clips.movi` reads as MOVi."""
+"""Writer for videos of moving objects: folders of frames and masks that `data=movi` reads."""
 
 import functools
 import json

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.geometry import upsample
-from dinoseg.metrics.assignment import best_assignment
+from dinoseg.extensions.slots.tracker.assignment import best_assignment
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
