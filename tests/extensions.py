@@ -17,7 +17,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinoseg"
 CONFIGS = PACKAGE / "cfg"
-_CHECK = re.compile(r"_*(check|refuse|validate|expect|require)")
+_CHECK = re.compile(r"_*(check|refuse|expect|require)(_|$)")  # not `checkpoint`; `validate` scores a split
+_COLLECTING = {"append", "add", "extend", "update"}  # methods that change a local list or set
 PLUGINS = ROOT / "hydra_plugins"  # of sweeps
 
 
@@ -239,11 +240,17 @@ def guards(name: str) -> int:
 
 
 def _only_raises(function: ast.FunctionDef) -> bool:
-    """Return whether a function returns, yields and stores nothing, and raises an error somewhere."""
+    """Return whether a function returns, yields and stores nothing, calls nothing for its effect, and may raise."""
     nodes = list(ast.walk(function))
     has_effect = any(isinstance(node, ast.Yield | ast.YieldFrom) for node in nodes)
     has_effect |= any(isinstance(node, ast.Return) and node.value is not None for node in nodes)
-    has_effect |= any(isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) for node in nodes)
+    has_effect |= any(
+        isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store) for node in nodes
+    )
+    for node in nodes:
+        match node:
+            case ast.Expr(value=ast.Call(func=ast.Attribute(attr=called) | ast.Name(id=called))):
+                has_effect |= _CHECK.match(called) is None and called not in _COLLECTING
     return not has_effect and any(isinstance(node, ast.Raise) for node in nodes)
 
 
