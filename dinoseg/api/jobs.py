@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import Given, compose_job, read_call
-from dinoseg.api.objects import split_datasets, split_modules
+from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
 from dinoseg.api.session import preserve_process_state
 from dinoseg.cli.launch import Job, launch, resumes_in_folder
 from dinoseg.cli.typos import explain_errors
@@ -53,6 +53,7 @@ def run_mode(
     try:
         with preserve_process_state():
             try:
+                refuse_modules(overrides, "backbone", "head")
                 given, datasets = split_datasets(given or {})
                 overrides, more = split_datasets(overrides)
                 overrides, modules = split_modules(overrides, "loss")

@@ -43,6 +43,20 @@ def split_modules(overrides: Mapping[str, Any], *groups: str) -> tuple[dict[str,
     return options, objects
 
 
+def refuse_modules(overrides: Mapping[str, Any], *groups: str) -> None:
+    """Refuse objects of groups that a checkpoint has to name.
+
+    Raises:
+        UserError: there is one.
+    """
+    for group in groups:
+        if isinstance(overrides.get(group), nn.Module | type):
+            raise UserError(
+                f"{group} is an object, which the checkpoints of a run could not name. Make it an option "
+                f"(docs/extending.md#{group}); or give it to dinoseg.create_model, and train in a loop of your own."
+            )
+
+
 def is_dataset(value: Any) -> bool:
     """Return whether a value is a dataset object, and no option, path or keys."""
     return hasattr(value, "__getitem__") and not isinstance(value, str | Mapping | Sequence)

@@ -22,16 +22,23 @@ _UPDATES = ".lora_"  # part of the names of LoRA's tensors
 _BASE = ".base_layer."  # part of the names of the original tensors of a layer with LoRA
 
 
-def load_initial_weights(builder: ModelBuilder, model: SegmentationModel, classes: list[str]) -> None:
+def load_initial_weights(
+    builder: ModelBuilder,
+    model: SegmentationModel,
+    classes: list[str],
+    share: Callable[[Any], Any] = lambda value: value,
+) -> None:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
     Args:
         builder: of the whole config, for which `has_initial` is True.
         model: as built, on the CPU; `check_initial` has accepted it.
         classes: class names of the data.
+        share: broadcasts a value from rank 0.
 
     Raises:
-        UserError: backbone weights that the run trained would be left out, or it was trained on other frozen ones.
+        UserError: backbone weights that the run trained would be left out, it was trained on other frozen ones, or
+            ranks read different checkpoints of it.
     """
     init = builder.value("init")
     offered = _read_init_run(init, checkpoint.outline)
@@ -39,6 +46,12 @@ def load_initial_weights(builder: ModelBuilder, model: SegmentationModel, classe
     # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _checkpoint_tensors(model, offered) if name not in left}
     saved = _read_init_run(init, partial(checkpoint.read, only=room))
+    progress = saved.info["progress"]
+    if share(progress) != progress:
+        raise UserError(
+            f"init={init}: that run wrote a new checkpoint while the ranks of this one were reading it. Wait until it "
+            "ends, or give a copy of its checkpoint."
+        )
     if Path(init).expanduser().is_dir():
         logger.info("init=%s: reading %s.", init, saved.path)
     taken, _ = _select_tensors(init, model, saved)

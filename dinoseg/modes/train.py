@@ -57,7 +57,7 @@ def train(
     sizes = method.check_data() if engine.is_main else None
     engine.wait()
     if has_initial(builder):
-        load_initial_weights(builder, model, list(method.labels.classes))
+        load_initial_weights(builder, model, list(method.labels.classes), engine.broadcast)
     model = engine.place(model)
     loss = method.wrap_loss(builder.loss(method.labelled)).to(engine.device)
     if run.start is None and model.head.init is not None and init_head is not None:

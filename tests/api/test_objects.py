@@ -261,7 +261,7 @@ FOLDERS = {"train": "FOLDER/train", "val": "FOLDER/val"}
 test_wrong_objects_of_a_training_are_refused = refusals(
     {
         "one dataset": (fit(data=Discs(["a"])), "data is one dataset", "random_split"),
-        "no dataset of val": (fit(data={"train": Discs(["a"])}), "no dataset for val, ", '"val": DATASET}'),
+        "no dataset of val": (fit(data={"train": Discs(["a"])}), "lacks data=", '"val": DATASET}'),
         "another split": (
             fit(data=data() | {"valid": Discs(["a"])}),
             "data: valid is not a dataset of a split",
@@ -273,6 +273,6 @@ test_wrong_objects_of_a_training_are_refused = refusals(
         "layers": (fit(**MULTILABEL), "data, ", "the mask of ", " int64 (", "Return an integer tensor (2, "),
         "loss": (fit(loss=lambda logits, masks: 0), "is not an object of dinoseg.core.contracts.Loss"),
         "weights": (fit(loss=CountedLoss(), **{"loss.weights": {"disc": 2}}), "loss.weights has no effect"),
-        "head": (fit(head=BottleneckHead(3, 1, 2)), 'head="BottleneckHead(', " is unknown. Choose from "),
+        "head": (fit(head=BottleneckHead(3, 1, 2)), "head is an object", "extending.md#head", "create_model"),
     }
 )

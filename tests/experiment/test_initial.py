@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -263,3 +264,14 @@ def test_init_takes_the_best_finite_weights_in_any_dtype(folder, begin):
     write_changed(best, best, {"model/head.classify.bias": torch.full_like(bias, torch.nan)})
     with pytest.raises(UserError, match="^init=odd.*hold NaN or infinity"):
         begin(*KNOWN, "init=odd", "backbone.dtype=bfloat16")
+
+
+def test_init_from_different_checkpoints_on_ranks_is_refused(folder, compose, monkeypatch):
+    monkeypatch.chdir(folder)
+    build = Builder(compose(*KNOWN, "init=frozen"))
+    load = partial(load_initial_weights, build, build.model(), CLASSES)
+    assert_refused(
+        lambda: load(lambda progress: {**progress, "step": 1}),
+        "init=frozen: that run wrote a new checkpoint while the ranks of this one were reading it",
+    )
+    load()
