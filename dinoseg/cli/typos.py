@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -91,8 +93,20 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
             raise UserError(f"{swept[key]} and {word} set the same key, and a sweep runs only the last. Give one.")
         if override.is_sweep_override():
             swept[key] = word
+        for source in chain(*lists_of(override)) if key == SEARCH_PATH else ():
+            if not _is_source(str(source)):
+                raise UserError(f"{word}: {source} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
         if _is_group(override, folders) and not (override.is_delete() or has_more_folders):
             _check_options(override, folders)
+
+
+def _is_source(source: str) -> bool:
+    """Return whether an entry of Hydra's search path is a folder or package; one that refers to a key may be."""
+    schema, _, name = source.rpartition("://")
+    with suppress(ModuleNotFoundError):  # of the package above
+        if "${" in source or (schema == "pkg" and find_spec(name)):
+            return True
+    return schema in ("", "file") and Path(name).is_dir()
 
 
 def _explain_unparsed(word: str, following: Sequence[str], folders: Sequence[Path]) -> str:

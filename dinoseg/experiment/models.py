@@ -23,6 +23,7 @@ from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
 _READ_ELSEWHERE = {"adapter": ("lr",), "head": ("layers", "lr", "scoring")}  # keys beside the arguments of a part
@@ -133,7 +134,12 @@ class ModelBuilder:
 
     @property
     def seed(self) -> int:
-        """The seed of all random numbers of a run."""
+        """The seed of all random numbers of a run.
+
+        Raises:
+            UserError: the seed is not a non-negative integer.
+        """
+        check_value("seed", self._cfg.seed, Natural)
         return self._cfg.seed
 
     @cached_property

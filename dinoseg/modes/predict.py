@@ -232,9 +232,12 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
         return
     except forms.SchemaError as error:
         raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another run folder.") from None
-    if before.get("stamp") == settings["stamp"]:  # one file may have several paths
-        before = {**before, "resume": settings["resume"]}
-    check_same_settings(folder, before, settings, key="hydra.run.dir")
+    if before.get("stamp") != settings["stamp"]:  # one file may have several paths
+        raise UserError(
+            f"{folder} holds predictions of another model: {before.get('resume')}, before that file changed or was "
+            f"replaced by {settings['resume']}. Use another run folder for this one."
+        )
+    check_same_settings(folder, {**before, "resume": settings["resume"]}, settings, key="hydra.run.dir")
 
 
 def _segment_images(

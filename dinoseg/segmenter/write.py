@@ -402,7 +402,10 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         is_best = path.parent.name == CHECKPOINT_FOLDER and path.stem == "best" and (folder / _SCORES).is_file()
         if not is_best or _is_older(folder, path):
             return None
-        return _read_scores(folder, classes, "val")
+        try:
+            return _read_scores(folder, classes, "val")
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{folder / _SCORES} is damaged ({error}). Remove it, or run mode=eval again.") from None
     folder = Path(evaluation).expanduser()
     try:
         config = read_yaml(folder / "config" / "config.yaml")

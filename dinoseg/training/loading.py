@@ -228,7 +228,9 @@ def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) 
         is_scalar = kind == "step" or (value.shape == () and not isinstance(optimizer, AdamW))
         fits = value.dtype in CASTS and value.shape == ()
         if parameter is not None and not is_scalar:
-            fits = value.dtype == parameter.dtype and value.shape == parameter.shape
+            is_read_unchecked = isinstance(optimizer, AdamW)
+            has_type = value.dtype == parameter.dtype if is_read_unchecked else value.dtype in CASTS
+            fits = has_type and value.shape == parameter.shape
         if parameter is None or not fits:
             raise UserError(
                 f"{where}: its optimizer state {format_value(key)} ({list(value.shape)}, {value.dtype}) fits no "

@@ -73,13 +73,15 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
 
     Raises:
         UserError: the weights are for neither three nor `channels` channels, or are standardised over them, or
-            `channel_weights` has another length.
+            `channel_weights` has another length, or zeros only.
     """
     if channel_weights is not None and len(channel_weights) != channels:
         raise UserError(
             f"channel_weights={list(channel_weights)} has {len(channel_weights)} numbers, and channels={channels}. "
             "Give one for each channel."
         )
+    if channel_weights is not None and not any(channel_weights):
+        raise UserError(f"channel_weights={list(channel_weights)}: images have no effect. Give one above 0.")
     if channels > _COLOURS and type(convolution) is nn.Conv2d:
         convolution.__class__ = InputConvolution
     stored = convolution.in_channels

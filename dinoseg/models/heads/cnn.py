@@ -66,6 +66,11 @@ class CnnHead(Head[Tensor]):
                 f"pixel_shuffle={pixel_shuffle}: the first of num_blocks={num_blocks} blocks cannot upsample by "
                 f"pixel shuffle, since its factor is not fixed. Give a number from 0 to {num_blocks - 1}."
             )
+        if channels % 4**pixel_shuffle:
+            raise UserError(
+                f"channels={channels}: each of pixel_shuffle={pixel_shuffle} shuffles divides the channels by four. "
+                f"Give a multiple of {4**pixel_shuffle}, or fewer shuffles."
+            )
         if kernel_size % 2 == 0:
             raise UserError(
                 f"kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
