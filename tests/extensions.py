@@ -1,6 +1,7 @@
 """The core and the extensions of the package: which modules and config files belong to which, and who needs whom.
 
-Whatever no extension names is the core, which imports no extension. `python tests/extensions.py` prints both.
+Whatever is not below `dinoseg/extensions` is the core, which imports no extension. `python tests/extensions.py` prints
+the sizes of both, and `python tests/extensions.py NAME` the files to delete with an extension and those that need it.
 """
 
 import ast
@@ -50,7 +51,7 @@ EXTENSIONS = {
     "packed": Extension(),
     "prepare": Extension(("idd", "video")),
     "probe": Extension(),
-    "protocols": Extension(("idd", "packed")),
+    "protocols": Extension(),
     "query_heads": Extension(),
     "rendering": Extension(),
     "serving": Extension(("tracking", "video")),
@@ -274,5 +275,15 @@ def _print_sizes() -> None:
             print(f"  {name} -> {other} ({extension_of(other)})")
 
 
+def files_of(names: set[str]) -> list[str]:
+    """Return the folders and config files to delete with some extensions, from the project's root on."""
+    folders = [f"{place}/extensions/{name}" for name in sorted(names) for place in ("dinoseg", "tests")]
+    configs = [path for name, path in config_files().items() if extensions_of_config(name) & names]
+    return folders + [path.relative_to(ROOT).as_posix() for path in configs]
+
+
 if __name__ == "__main__":
-    _print_sizes()
+    if named := {*sys.argv[1:]} & EXTENSIONS.keys():
+        print("\n".join(files_of(set.union(*map(needed_by, named)))))
+    else:
+        _print_sizes()

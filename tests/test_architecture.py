@@ -38,7 +38,7 @@ LEAVES = (  # none imports another
     *("extensions/rendering/moving", "extensions/rendering/surgery"),
 )
 SHARED = (  # what leaves may import
-    *("extensions/annotations", "extensions/idd/label_tables", "models/heads/semantic"),
+    *("extensions/annotations", "data/label_tables", "models/heads/semantic"),
     *("extensions/rendering/canvas", "extensions/rendering/noise", "extensions/rendering/relief"),
     "extensions/rendering/rendering",
 )

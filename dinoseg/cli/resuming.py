@@ -61,6 +61,8 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
         if decision.run is None:
             return StartPoint(Action.START, plan=plan, job=request.job)
     if decision.run is None or decision.run.step is None:
+        if decision.run is not None:
+            _print_note(f"{run.path} holds no checkpoint yet: the training starts there.")
         return StartPoint(Action.START, run.path, plan=plan, job=request.job)
     step = decision.run.step
     _report(decision.action, run.path, step, in_sweep=location.in_sweep)

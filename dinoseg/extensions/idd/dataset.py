@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.pairs.dataset import IncompletePair, PairDataset, collect_pairs
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.splits import Partition, divide
@@ -22,7 +23,6 @@ from dinoseg.extensions.idd.files import (
     label_suffix,
     prepare_command,
 )
-from dinoseg.extensions.idd.label_tables.read import label_table
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.wording import join_names

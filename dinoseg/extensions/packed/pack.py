@@ -13,9 +13,10 @@ import torch
 
 from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import Sample
+from dinoseg.core.sizes import backbone_size
 from dinoseg.core.sources import ImageSource
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.extensions.packed.read import Packed, paying_workers, read_all, reduced_size
+from dinoseg.extensions.packed.read import Packed, paying_workers, read_all
 from dinoseg.extensions.packed.store import PIXELS, Extent, Store, StoreKey, open_store, write_index
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import atomic_folder, create_cache_dir
@@ -222,4 +223,4 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
                 size = videos[pair.image.path]
         except UserError:  # packing reports it
             continue
-        yield reduced_size(size, longest)
+        yield backbone_size(size, 1.0, longest)

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 
+from dinoseg.core.sizes import backbone_size
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
 from dinoseg.extensions.packed.store import checksum
@@ -51,18 +52,12 @@ def paying_workers(items: int) -> int:
     return max(1, min(count_cores(), items // _PAYS_FROM, _MAX))
 
 
-def reduced_size(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
-    """Return (H, W) with the longer side at most `longest`."""
-    factor = min(1.0, longest / max(size)) if longest else 1.0
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-
-
 def downscale_sample(
     image: np.ndarray, mask: np.ndarray, longest: int | None, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return image and mask reduced to `longest` exactly as by `Augment` without any other change."""
     height, width = mask.shape
-    size = reduced_size((height, width), longest)
+    size = backbone_size((height, width), 1.0, longest)
     if size == (height, width):
         return image, mask
     augment = Augment(size, longest=longest, ignore_index=ignore_index)

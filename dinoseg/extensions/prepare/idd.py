@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.extensions.idd.files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
-from dinoseg.extensions.idd.label_tables.read import label_table
 from dinoseg.extensions.prepare.jobs import incomplete, run_jobs
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.extensions.idd.label_tables.read import label_table
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.extensions.protocols.contract import BadFile, Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.extensions.protocols.trees import Tree, match, pictures_hint, read_both, read_labels, refuse_ids
 from dinoseg.metrics.counts import confusion, iou, mean_defined, parts
@@ -232,5 +232,5 @@ def _refuse_train_ids(cases: Sequence[ScoringCase], folder: Path) -> None:
         raise UserError(
             f"prediction={folder} holds train ids ({min(seen)}..{max(seen)}), but the official evaluation takes label "
             "ids (road is 7, not 0). Map them by the train_id column of "
-            "dinoseg/extensions/idd/label_tables/cityscapes.csv." + pictures_hint(folder, (path.name for path in paths))
+            "dinoseg/data/label_tables/cityscapes.csv." + pictures_hint(folder, (path.name for path in paths))
         )

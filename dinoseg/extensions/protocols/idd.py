@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinoseg.extensions.idd.label_tables.read import label_table
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.extensions.protocols.contract import Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.extensions.protocols.trees import Tree, match, read_labels
 from dinoseg.metrics.counts import confusion, group_counts, iou, mean_defined, parts

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.sizes import backbone_size
 from dinoseg.core.sources import mask_file
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.splits import find_groups
-from dinoseg.extensions.packed.read import reduced_size
 from dinoseg.extensions.protocols.contract import BadFile, Cases, DatasetProtocol, ScoringCase
 from dinoseg.extensions.protocols.folders import Unscorable, score_cases
 from dinoseg.extensions.protocols.report import report, write_problems
@@ -138,7 +138,7 @@ def _check_size(data: PairDataset, pair: Pair) -> None:
     size = stored = read_size(mask_file(pair.mask))
     if resizes_masks:
         size = read_size(pair.image) if isinstance(pair.image, Path) else pair.image.read().shape[:2]
-    size = reduced_size(size, longest)
+    size = backbone_size(size, 1.0, longest)
     if size != stored:
         raise BadFile(
             mask_file(pair.mask),

@@ -11,10 +11,10 @@ from mistakes import assert_refused
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.masks import Masks
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.splits import Partition
 from dinoseg.extensions.idd.dataset import idd
-from dinoseg.extensions.idd.label_tables.read import label_table
 
 ENCODINGS = {  # data set: column of the label table, file name
     "idd": ("level3", "labellevel3Ids"),

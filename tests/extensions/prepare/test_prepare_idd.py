@@ -18,8 +18,8 @@ from making import save
 from mistakes import assert_refused, refusals
 from PIL import Image
 
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.extensions.idd.dataset import idd
-from dinoseg.extensions.idd.label_tables.read import label_table
 from dinoseg.extensions.prepare import idd as prepare_idd
 from dinoseg.extensions.prepare.idd import prepare
 from dinoseg.extensions.prepare.prepare_mode import prepare as prepare_mode

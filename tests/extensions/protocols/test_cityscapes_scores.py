@@ -8,7 +8,7 @@ from making import save
 from mistakes import assert_refused
 from score_making import assert_bad_file, maps, measure_pair, scores, tree, unit_sums
 
-from dinoseg.extensions.idd.label_tables.read import label_table
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.extensions.protocols.cityscapes import ENDING, Cityscapes
 
 SIZES = {24: 3462.4756337644, 25: 3930.4788056518, 26: 12794.0202738185, 27: 27855.1264367816}

@@ -8,5 +8,5 @@ from importlib.resources import files
 @lru_cache
 def label_table(name: str) -> tuple[dict[str, str], ...]:
     """Return the rows of a table, `idd` or `cityscapes`, as column to text."""
-    text = files("dinoseg.extensions.idd.label_tables").joinpath(f"{name}.csv").read_text(encoding="utf-8")
+    text = files("dinoseg.data.label_tables").joinpath(f"{name}.csv").read_text(encoding="utf-8")
     return tuple(csv.DictReader(text.splitlines()))
