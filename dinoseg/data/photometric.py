@@ -21,12 +21,10 @@ class ColorTransform:
     Attributes:
         has_switches: whether it uses the last `SWITCHES` random numbers; they are drawn only then.
         before_scaling: whether it changes the whole image before it is scaled, instead of the view.
-        has_8_bits: whether it changes images of 8 bits only.
     """
 
     has_switches: bool = False
     before_scaling: bool = False
-    has_8_bits: bool = False
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3), uint8 or uint16, in changed colours.
@@ -71,7 +69,6 @@ class PhotometricDistortion(ColorTransform):
     before_scaling: bool = False
 
     has_switches = True
-    has_8_bits = True
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 in changed colours; `uniforms` are 4 amounts, 4 switches, and the order's.

@@ -130,8 +130,6 @@ def _read(
                 )
             wanted = [name for name in names if only is None or name in only]
             return Checkpoint(path, {name: value_of(file, name) for name in wanted if value_of}, info, key)
-    except FileNotFoundError:
-        raise UserError(f"{where}: file not found. Give a run folder or a checkpoint in it.") from None
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # TypeError: a dimension exceeds 64 bits
         raise UserError(f"{where}: not a readable checkpoint ({error}). Choose another one.") from error
 

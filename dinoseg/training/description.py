@@ -15,7 +15,6 @@ GROUPS = ("resolution", "data", "task", *MODEL)
 DESCRIBED_GROUPS = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
-_MAX_OPTIONS = 100  # of one group
 PRECISION = "precision"  # key of an explicit `engine.precision=fp32`, which later runs of the model keep
 IDLE = "idle"  # key in `last`: number of parameters without optimizer state
 _COUNT = forms.whole()
@@ -104,8 +103,6 @@ def _options(value: Any, where: str) -> None:
     for group, option in value.items():
         _name(group, where)
         options = option if isinstance(option, list) else [option]
-        if len(options) > _MAX_OPTIONS:
-            raise forms.SchemaError(f"{where}.{group} has more than {_MAX_OPTIONS} options")
         forms.list_of(_name)(options, f"{where}.{group}")
 
 

@@ -7,7 +7,6 @@ from itertools import count, islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss, overrides_both
@@ -17,7 +16,6 @@ from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.photometric import ColorTransform
 from dinoseg.data.transforms import Augment
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.inference.windows import Whole
@@ -80,7 +78,6 @@ class ImageDataModule:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
         self._check_maps()
-        self._check_colors()
         objects = () if self.background is None else (OBJECT_SCORE,)
         better = {name: which for metric in self.metrics for name, which in metric.scores.items()}
         self.score_names = (*SCORE_NAMES, *objects, *better)
@@ -103,15 +100,6 @@ class ImageDataModule:
             )
         with name_parameters({"affine.shear": "data.augment.affine.shear"}):
             augment.check_maps(kinds)
-
-    def _check_colors(self) -> None:
-        """Refuse a colour change of 8 bits for a dataset whose first image has 16."""
-        color = getattr(self.augment, "color", None)
-        if isinstance(color, ColorTransform) and color.has_8_bits and self.train[0]["image"].dtype != torch.uint8:
-            raise UserError(
-                f"data.augment.color, a {type(color).__name__}, changes images of 8 bits, and those of the dataset "
-                "have 16. Choose data/augment/color=jitter."
-            )
 
     @property
     def train_views(self) -> TrainViews:
