@@ -111,7 +111,7 @@ def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):
     source = model("lora")
     checkpoints, _ = begin(tmp_path, source)
     load = partial(checkpoints.load_best, source)
-    assert_refused(load, "best.safetensors", "No such file")
+    assert_refused(load, "best.safetensors: file not found")
     checkpoints.save_if_best(source, {"miou": 0.5})
     weight = source.head.classify.weight.detach().clone()
     with torch.no_grad():
