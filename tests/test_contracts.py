@@ -107,8 +107,8 @@ def test_blocks_are_those_that_a_backbone_keeps():
 
 def test_a_part_that_keeps_no_contract_is_refused(compose):
     def refused(build, key, contract):
-        remedy = "Inherit from that class, which defines the interface and its defaults."
-        assert_refused(build, f"{key}: Identity is not a dinoseg.core.contracts.{contract}. {remedy}")
+        remedy = "Inherit from that class; a YAML file with `_partial_: true` gives no object, so remove that line."
+        assert_refused(build, f"{key}: ", f"is not an object of dinoseg.core.contracts.{contract}. {remedy}")
 
     base, plain = compose("backbone=tiny", "data=camvid", "data.root=x"), {"_target_": "torch.nn.Identity"}
     builders = {key: Builder(OmegaConf.merge(base, {key: plain})) for key in ("backbone", "head")}
@@ -119,7 +119,7 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
     refused(lambda: of_loss.criterion(class_weights=torch.ones(2)), "loss.criterion", "Loss")
     tracking = {"supervision": "none", "protocols": {"none": plain}}
     build = Builder(OmegaConf.create({"data": {"tracking": tracking}, "choices": {}}))
-    words = "data.tracking.protocols.none: Identity is not a dinoseg.extensions.protocols.contract.ScoreProtocol."
+    words = "is not an object of dinoseg.extensions.protocols.contract.ScoreProtocol."
     assert_refused(lambda: benchmark_videos(build, "val", None), words)
 
 

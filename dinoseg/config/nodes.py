@@ -37,7 +37,7 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
         overrides: values that override the node's own.
 
     Raises:
-        UserError: a value is missing, or the target does not take a key or its value.
+        UserError: a value is missing, the target cannot be imported, or it does not take a key or its value.
     """
     try:
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -65,7 +65,7 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
             arguments = {key: value for key, value in table.items() if not str(key).startswith("_")}
             names = {key: _full_key(node, (*key_path, key)) for key in arguments}
             check_arguments(table["_target_"], arguments, names)
-    part = _call_target(values, keys)
+    part = _call_target(values, where, keys)
     if not isinstance(part, partial):
         return part
     factory = Factory(part.func, *part.args, **part.keywords)
@@ -119,12 +119,22 @@ class Factory(partial[Any]):
             return super().__call__(*args, **kwargs)
 
 
-def _call_target(values: Mapping[str, Any], keys: Mapping[str, str]) -> Any:
-    """Return what the target of a node returns; `keys` are its `argument_keys`."""
+def _call_target(values: Mapping[str, Any], where: str, keys: Mapping[str, str]) -> Any:
+    """Return what the target of a node returns; `keys` are its `argument_keys`, `where` is its full key."""
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
+        if isinstance(error.__cause__, ImportError) and str(error).startswith("Error locating target"):
+            raise UserError(
+                f"{where}: its `_target_` cannot be imported ({error.__cause__}). Correct it in the YAML file, or add "
+                "the folder of your package to PYTHONPATH."
+            ) from error
         place = re.search(r"\nfull_key: (\S+)$", str(error))  # of a part within the node
+        if place and re.search(r"missing (\d+|a) required", str(error.__cause__)):
+            raise UserError(
+                f"{where}.{place[1]} cannot be built ({error.__cause__}). Set `_partial_: true` there if dinoseg "
+                "passes these arguments later, else set them."
+            ) from error
         part = f"{place[1]}." if place else "."
         inner = {name.removeprefix(part): keys[name] for name in keys if name.startswith(part)}
         with name_parameters({**keys, **inner}):

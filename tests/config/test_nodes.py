@@ -35,7 +35,7 @@ DATA = ("data.root=x", "data.classes=[a,b]")
          "data.clips.cut.short=long is unknown"),
         ("data.augment", ["data/augment/color=photometric", "data.augment.color.space=lab"],
          "data.augment.color.space=lab is unknown"),
-        ("data.reader", ["data.fold=3", "data.folds=3"], "data.fold=3 data.folds=3: give two folds"),
+        ("data.reader", ["data.fold=3", "data.folds=3"], "data.fold=3 with data.folds=3: k-fold"),
         ("data.augment", ["resolution.longest=80", "resolution.crop=[50,90]"],
          "resolution.crop=[50, 90] is larger than resolution.longest=80"),
         ("protocol", ["mode=score", "protocol.num_classes=3", "protocol.binary=true"],

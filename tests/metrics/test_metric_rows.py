@@ -118,7 +118,6 @@ test_message_names_metric_and_image = refusals(
         "infinite counts": (lambda: rows_of(Given({"correct": np.inf})), "correct=inf for", "Return 0 in all counts"),
         "counts of other names": (lambda: add_scores(Given(COUNTS, {"right": 1}), images=2), *OTHER_COUNTS),
         "counts of other shapes": (lambda: add_scores(Given(COUNTS, {"correct": [1]}), images=2), *OTHER_COUNTS),
-        "layers of other counts": (lambda: add_layer_scores(Given(COUNTS, {"right": 1})), *OTHER_LAYERS),
         "no scores": (lambda: add_scores(Given()), OTHER_SCORES),
         "no scores of layers": (lambda: add_layer_scores(Given()), OTHER_SCORES),
         "more scores": (lambda: add_scores(Given(share=1.0, miou=1.0)), OTHER_SCORES),

@@ -77,7 +77,7 @@ def test_comparison_and_its_page_have_the_metrics_of_both_runs(run):
     ("text", "message"),
     [
         ("other:\n  _target_: dinoseg.metrics.BoundaryIoU", "metric=other has boundary_iou. Choose one of these."),
-        ("_target_: dinoseg.metrics.BoundaryIoU", "Put `_target_` and its arguments below the key NAME:"),
+        ("_target_: dinoseg.metrics.BoundaryIoU", "`_target_` and its arguments are below the key NAME:"),
     ],
 )
 def test_a_metric_file_with_another_key_is_explained(text, message, tmp_path):

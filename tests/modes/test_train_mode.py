@@ -139,7 +139,7 @@ def test_missing_best_checkpoint_is_not_replaced_by_the_last(finished):
     shutil.copytree(where / "run/checkpoints", where / "without/checkpoints")
     (where / "without/checkpoints/best.safetensors").unlink()
     done = call(where, "mode=train", "resume=without")
-    assert done.status == 1 and "best.safetensors is missing, though step" in done.err
+    assert done.status == 1 and "best.safetensors: file not found" in done.err
 
 
 def test_finished_run_stays_with_another_inference(finished):

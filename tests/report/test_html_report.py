@@ -372,7 +372,7 @@ def make_finding(severity="error", files=(), message="m", remedy="r", reasons=()
 
 def doctor_page(findings, splits=(), palette=(), cards=()):
     context = {"findings": findings, "splits": splits or {}, "palette": palette, "cards": cards}
-    return render("doctor.html.jinja", title='"t" <1>', subtitle="1 error", warnings=[], **context)
+    return render("extensions/doctor/doctor.html.jinja", title='"t" <1>', subtitle="1 error", warnings=[], **context)
 
 
 def test_doctor_page_shows_findings_counts_names_and_images():

@@ -124,18 +124,6 @@ def test_only_127_0_0_1_states_that_all_ranks_are_local(monkeypatch):
         assert (os.environ["GLOO_SOCKET_IFNAME"] != "eth0") == (address == "127.0.0.1")
 
 
-def test_taken_port_of_rank_0_is_an_error(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}.items():
-            monkeypatch.setenv(name, value)
-        for name in ("TORCHELASTIC_RUN_ID", "DINOSEG_STORE_SOCKET"):
-            monkeypatch.delenv(name, raising=False)
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            monkeypatch.setenv(name, "")  # restored afterwards
-        assert_refused(listen_on_loopback, f"MASTER_PORT={port}")
-
-
 def test_messages_keep_types_and_arrays():
     value = {
         "text": ["Döhe \udcff", None, True, 3, float("inf")],

@@ -32,7 +32,8 @@ _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow",
 _SOURCES = (  # source between an image file and its features: folders and files of the package
     *("models", "core/channels.py", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
     "core/sources.py",
-    *("data/loader.py", "data/photometric.py", "data/transforms.py", "extensions/video"),
+    *("data/loader.py", "data/photometric.py", "data/transforms.py"),
+    *(f"extensions/video/{name}.py" for name in ("access", "decoder", "index", "length", "pictures")),
     "extensions/packed/read.py",
     *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/devices.py", "extensions/feature_cache"),
 )

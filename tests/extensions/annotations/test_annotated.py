@@ -11,7 +11,6 @@ from making import save
 from mistakes import assert_refused
 from PIL import Image
 
-from dinoseg.api.compose import compose
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import Partition
@@ -286,15 +285,6 @@ def test_supercategories_may_be_the_classes(tmp_path):
     np.testing.assert_array_equal(instantiate(cfg.reader)(split="train").mask(0), expected)
     coco(tmp_path / "train.json")
     refused("coco", root, "no groups (supercategory)", "Set data.reader.shapes.grouped=false", grouped=True)
-
-
-@pytest.mark.parametrize("name", ["no.function", "os.path", "os.system", "5", "dinoseg.core.sources.VirtualImage"])
-def test_what_reads_no_classes_is_refused(tmp_path, name):
-    (tmp_path / "config/data").mkdir(parents=True)
-    text = f"defaults: [coco, _self_]\nclasses: ${{dinoseg.class_file:classes,{name}}}\n"
-    (tmp_path / "config/data/mine.yaml").write_text(text, encoding="utf-8")
-    words = ["mode=train", "data=mine", f"data.root={coco(tmp_path / 'train.json')}"]
-    assert_refused(lambda: compose(words, config_dir=tmp_path / "config").data.classes, f"data.classes: {name} cannot ")
 
 
 def test_unused_category_that_groups_others_is_no_class(tmp_path):
