@@ -105,6 +105,13 @@ def folder_of_masks(stand_ins, folder, ids=(0, 1, 255)):
 stand_in("BINARY")(partial(folder_of_masks, ids=(0, 255)))
 
 
+@stand_in("FOLDED")
+def sweep_of_folds(stand_ins, folder):
+    folds = ("data.folds=2", "data.fold=0,1", "head=linear,mlp", "mode.metrics_only=true", "hydra.sweep.dir=run")
+    succeed(folder, "-m", "mode=train", "data=binary", f"data.root={stand_ins['BINARY']}", *SMALL, *SHORT, *CPU, *folds)
+    return folder / "run"
+
+
 @stand_in("OVERLAPS")
 def folder_of_a_mask_for_each_class(stand_ins, folder):
     for label in ("smoke", "tool"):

@@ -227,7 +227,7 @@ def compare(
     """Compare evaluations of the same images with the first of them.
 
     Args:
-        runs: runs, results of `evaluate`, or their folders; a list of several seeds counts as one.
+        runs: runs, results of `evaluate`, or their folders; a list of several seeds or folds counts as one.
         words: overrides as typed on the command line.
         out_dir: the run folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.

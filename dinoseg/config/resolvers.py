@@ -20,6 +20,7 @@ LENGTH = "dinoseg.len"
 CLASS_FILE = "dinoseg.class_file"
 CELLS = "dinoseg.cells"
 NOW = "dinoseg.now"
+EVALUATE = "dinoseg.evaluate"
 _FILE_FLAG = "of_class_file"  # flag of lists and mappings from `classes.yaml`
 
 
@@ -42,6 +43,7 @@ def register_resolvers() -> None:
       function that reads the classes there.
     - `${dinoseg.cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training
       crop; null if the patch size is null.
+    - `${dinoseg.evaluate:${oc.select:data.fold}}` is `last` with a fold, else `best`: see `trainer.evaluate`.
     - `${dinoseg.now:%H-%M}` is the time, as that of `now` in Hydra.
     """
     if OmegaConf.has_resolver(LENGTH):
@@ -50,10 +52,16 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _resolve_class_file, replace=True)
     OmegaConf.register_new_resolver(NOW, _time, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver(EVALUATE, _choose_weights, replace=True)
 
 
 def _time(pattern: str) -> str:
     return datetime.now().strftime(pattern)
+
+
+def _choose_weights(fold: int | None) -> str:
+    # the best weights of a fold are chosen on the images that score it
+    return "best" if fold is None else "last"
 
 
 def _length(values: Any) -> int:

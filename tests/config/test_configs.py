@@ -401,3 +401,12 @@ def test_files_of_a_defaults_list_come_before_the_option(tmp_path):
     assert files[-2:] == ["hparam/sarrarp_lora.yaml", "hparam/sarrarp_lora_lowres.yaml"]  # the first by its whole path
     assert "supervised" in [path.stem for path in option_files([FOLDER], "trainer", "slots")]
     assert [*option_files([tmp_path], "head", "x")] == []
+
+
+def test_last_weights_of_a_fold_are_evaluated_unless_others_are_typed(compose):
+    words = ("mode=train", "data=folder", "data.root=x", "data.classes=[a,b]")
+    fold = ("data.folds=3", "data.fold=0")
+    assert (
+        compose(*words).trainer.evaluate == compose(*words, *fold, "trainer.evaluate=best").trainer.evaluate == "best"
+    )
+    assert compose(*words, *fold).trainer.loop.evaluate == "last"

@@ -23,7 +23,7 @@ from dinoseg.extensions.compare.comparison import (
     write_tables,
 )
 from dinoseg.extensions.compare.page import ComparedRun, comparison_page
-from dinoseg.extensions.compare.sides import Side, seeds_note, sides_of, units_note
+from dinoseg.extensions.compare.sides import Side, folds_note, seeds_note, sides_of, units_note
 from dinoseg.report.table import few_units
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
@@ -79,27 +79,31 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         cfg: the whole config.
         out_dir: the run folder.
         runs: run folders of mode=eval on the same images, or of trainings, whose final evaluation is used. Several
-            seeds of one side form a list of their own, or are found by their configs. A text is the folder of a sweep.
+            seeds and folds of one side form a list of their own, or are found by their configs. A text is the folder
+            of a sweep.
 
     Raises:
         UserError: there are fewer than two runs, or they are not comparable.
     """
     sides = sides_of(runs)
-    first, record = sides[0], sides[0].records[0]
+    first, record = sides[0], sides[0].scored[0]
     builder = Builder(cfg)
-    open_data = partial(open_saved_data, builder, first.places[0], root=record.root, split=record.split)
+    open_data = partial(open_saved_data, builder, root=record.root, split=record.split)
     others = against(sides, open_data)
-    units, intervals, seeds = record.count_units(), units_note(sides), seeds_note(sides)
+    units, intervals, seeds, folds = record.count_units(), units_note(sides), seeds_note(sides), folds_note(sides)
     rows = run_rows(sides)
     print(f"{costs_table(rows)}\n\n{verdicts(first, others)}")
     print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")
+    if folds:
+        print(f"folds:        {folds}")
     if few := few_units(units, record.unit):
         logger.warning("%s", few)
     write_tables(out_dir, first, others)
     write_csv_table(out_dir / "runs.csv", ["run", *COLUMNS], rows)  # scores in 0..1; unknown values are empty cells
-    scores = scores_of(first.records)
+    scores = scores_of(first.scored)
     result = {
         "sides": {side.name: [str(folder) for folder in side.folders] for side in sides},
+        "folds": {side.name: len(side.pooled.seeds) for side in sides if side.pooled is not None},
         "first": first.name,
         "scores": scores,
         "others": {other.name: {"scores": other.scores, "differences": other.differences} for other in others},
@@ -118,7 +122,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         others,
         subtitle=f"data={record.data}, split {record.split}, {count_of(record.images, 'image')}",
         intervals=intervals,
-        seeds=seeds,
+        seeds=f"{seeds}. Folds: {folds}" if folds else seeds,
         about=about_run(out_dir, builder.yaml, facts),
     )
     write_text(out_dir / PAGE, page)

@@ -23,6 +23,7 @@ from dinoseg.evaluation.scoring.intervals import (
     combine_errors,
     holm,
     jackknife,
+    jackknife_error,
     leave_one_out,
     mean_of,
     unit_sums,
@@ -68,33 +69,39 @@ def best_first(scores: Sequence[float | None]) -> list[int]:
     return sorted(range(len(scores)), key=lambda index: math.inf if (score := scores[index]) is None else -score)
 
 
-def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) -> list[OtherRun]:
-    """Compare each other side with the first side, whose data set `open_data` returns for the example images."""
+def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]) -> list[OtherRun]:
+    """Compare each other side with the first side.
+
+    Args:
+        sides: the first of them and the others.
+        open_data: returns the data set of an evaluation of the first side, by its folder, for the example images.
+    """
     first = sides[0]
-    kind = _kind(first.records[0])
-    counts = [[record.counts for record in side.records] for side in sides]
-    sums = _scored_sums(sides)
+    kind = _kind(first.scored[0])
+    counts = [[record.counts for record in side.scored] for side in sides]
+    sums, seeds = _scored_sums(sides), [_without_seed(side) for side in sides]
     mious = [mean_mious(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
 
     @cache  # opened for the first images that are needed, and once for all sides, also if that fails
-    def open_once() -> SegmentationData | UserError:
+    def open_once(place: Path) -> SegmentationData | UserError:
         try:
-            return _load_images(open_data, first.records[0])
+            return open_data(place)
         except UserError as error:
             return error
 
-    def load() -> SegmentationData:
-        opened = open_once()
+    def load(place: Path) -> SegmentationData:
+        opened = open_once(place)
         if isinstance(opened, UserError):
             raise opened
         return opened
 
     further = further_differences(sides)
-    for number, gaps in enumerate(differences(kind, sums), start=1):
+    names = first.scored[0].images
+    for number, gaps in enumerate(differences(kind, sums, seeds), start=1):
         other = sides[number]
-        folders = (first.places[0], other.places[0])
+        folders = {name: (first.place_of(name), other.place_of(name)) for name in names}
         try:
             shots, reason = largest_differences(load, folders, mious[0], mious[number], len(sides) - 1)
         except UserError as error:
@@ -104,7 +111,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
         found.append(
             OtherRun(
                 name=other.name,
-                scores=scores_of(other.records),
+                scores=scores_of(other.scored),
                 differences=gaps | further[number - 1],
                 mious=mious[number],
                 decides=image_contributions(kind, counts[0], counts[number]),
@@ -119,20 +126,33 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
 
 def count_worse(sides: Sequence[Side]) -> int:
     """Return how many sides have a significantly lower mIoU than the best side."""
-    order = best_first([scores_of(side.records)["miou"] for side in sides])
-    gaps = differences(_kind(sides[0].records[0]), _scored_sums([sides[index] for index in order]))
+    order = best_first([scores_of(side.scored)["miou"] for side in sides])
+    ranked = [sides[index] for index in order]
+    gaps = differences(_kind(sides[0].scored[0]), _scored_sums(ranked), [_without_seed(side) for side in ranked])
     return sum(gap["miou"]["verdict"] == SURELY_WORSE for gap in gaps)
+
+
+def pooled_scores(side: Side) -> dict[str, Estimate]:
+    """Return each score of a side over all folds, with the error over units and over the seeds of each fold."""
+    kind = _kind(side.scored[0])
+    seeds = _seed_errors(kind, [], _without_seed(side))
+    found = jackknife(kind, _scored_sums([side])[0][0])
+    return {key: combine_errors(score, [each[key] for each in seeds]) for key, score in found.items()}
+
+
+def _without_seed(side: Side) -> Sequence[np.ndarray]:
+    return () if side.pooled is None else side.pooled.without_seed
 
 
 def _scored_sums(sides: Sequence[Side]) -> list[list[np.ndarray]]:
     """Return the sums (U, d) of each run of each side, over the units with labelled pixels."""
-    scored = sides[0].records[0].scored_units  # the references of all runs are equal, and so are their units
-    return [[unit_sums(record.counts, record.units)[scored] for record in side.records] for side in sides]
+    scored = sides[0].scored[0].scored_units  # the references of all runs are equal, and so are their units
+    return [[unit_sums(record.counts, record.units)[scored] for record in side.scored] for side in sides]
 
 
 def mean_mious(side: Side) -> list[float | None]:
     """Return the mIoU of each image, averaged over those runs of a side where it is defined."""
-    by_image = zip(*(image_mious(record.counts) for record in side.records), strict=True)
+    by_image = zip(*(image_mious(record.counts) for record in side.scored), strict=True)
     defined = [[miou for miou in of_image if miou is not None] for of_image in by_image]
     return [float(np.mean(each)) if each else None for each in defined]
 
@@ -153,7 +173,7 @@ def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
     It shows mIoU in percent, differences in points, and the number of classes with a significant difference.
     """
     heads = ["side", "mIoU %", "points", "95 % interval", "p", "verdict", "classes\nbetter", "\nworse"]
-    first_miou = scores_of(first.records)["miou"]
+    first_miou = scores_of(first.scored)["miou"]
     rows = [[first.name, percent(first_miou, 2), "-", "-", "-", "the first", "", ""]]
     for other in others:
         counts = [str(other.count_classes(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
@@ -166,7 +186,7 @@ def score_table(first: Side, others: Sequence[OtherRun]) -> str:
     """Return a text table with one row per score and side, in percent and points."""
     heads = ["score", "side", "first %", "side %", "points", "95 % interval", "p", "verdict"]
     labels = score_labels(first)
-    scores = scores_of(first.records)
+    scores = scores_of(first.scored)
     rows = [
         [
             labels[key],
@@ -199,13 +219,13 @@ def _tabulate(rows: list[list[str]], heads: list[str], align: str, widths: Mappi
 
 def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None:
     """Write compare.csv (one line per score) and images.csv (one line per image); scores are in 0..1."""
-    record = first.records[0]
+    record = first.scored[0]
     labels = score_labels(first)
     heads: list[Any] = ["score", first.name]
     for other in others:
         heads += [other.name, *(f"{other.name} {part}" for part in ("difference", "low", "high", "p", "verdict"))]
     lines = [heads]
-    for key, value in scores_of(first.records).items():
+    for key, value in scores_of(first.scored).items():
         line = [labels[key], value]
         for other in others:
             gap = other.differences[key]
@@ -220,7 +240,7 @@ def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None
 
 def score_labels(side: Side) -> Mapping[str, str]:
     """Return the display label of each score, by the score's name."""
-    record = side.records[0]
+    record = side.scored[0]
     means = {key: MEANS[key] for key in _kind(record).means} | {name: name for name in record.scores}
     return means | {f"iou/{index}": f"IoU {name}" for index, name in enumerate(record.classes)}
 
@@ -234,20 +254,32 @@ def mean_scores(kind: ClassScores, side: Runs) -> dict[str, float | None]:
     return {key: float(value) if np.isfinite(value) else None for key, value in found.items()}
 
 
-def differences(kind: ClassScores, sides: Sequence[Runs]) -> list[dict[str, dict[str, Any]]]:
+def differences(
+    kind: ClassScores, sides: Sequence[Runs], without_seed: Sequence[Runs] | None = None
+) -> list[dict[str, dict[str, Any]]]:
     """Return, for each other side, the differences of its scores from those of the first side.
 
     Each difference has a `value`, an interval `ci95`, a p-value `p` and the resulting `verdict`. Holm's method
     corrects `p` over all sides; for the class scores, over all classes as well.
+
+    Args:
+        kind: the scores.
+        sides: the runs of each side.
+        without_seed: of each side `Pooled.without_seed`; None without folds.
     """
-    gaps = [_difference(kind, sides[0], side) for side in sides[1:]]
+    seeds = [
+        _seed_errors(kind, side, folds) for side, folds in zip(sides, without_seed or [()] * len(sides), strict=True)
+    ]
+    gaps = [
+        _difference(kind, sides[0], side, [seeds[0], each]) for side, each in zip(sides[1:], seeds[1:], strict=True)
+    ]
     families = [*([key] for key in kind.means), [key for key in kind.keys if key not in kind.means]]
     return _with_verdicts(gaps, families)
 
 
 def further_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]]:
     """Return the differences of the scores of further metrics in the form of `differences`."""
-    first, *others = [side.records for side in sides]
+    first, *others = [side.scored for side in sides]
     scores = first[0].scores
     gaps = [
         {
@@ -286,22 +318,39 @@ def image_contributions(kind: ClassScores, first: Runs, second: Runs) -> list[fl
     return [float(gap) if np.isfinite(gap) else None for gap in gaps]
 
 
-def _difference(kind: ClassScores, first: Runs, second: Runs) -> dict[str, Estimate]:
-    """Return each score's difference, with the error over units and, for sides with several runs, over runs.
+def _difference(
+    kind: ClassScores, first: Runs, second: Runs, seeds: Sequence[Sequence[Mapping[str, Estimate]]]
+) -> dict[str, Estimate]:
+    """Return each score's difference, with the error over units and those over the `seeds` of both sides.
 
-    With a single unit, the error is that over runs alone, if both sides have several.
+    With a single unit, the error is that over seeds alone, if both sides have several.
     """
     found = jackknife(Difference(kind, len(first), len(second)), _side_by_side(first, second))
-    by_seed = [_scores(kind, side) for side in (first, second) if len(side) > 1]
-    if len(first[0]) == 1 and len(by_seed) == 2:
+    if len(first[0]) == 1 and all(seeds):
         found = {key: replace(gap, error=0.0, freedom=1) for key, gap in found.items()}
     return {
-        key: combine_errors(gap, [mean_of(scores[key].tolist()) for scores in by_seed]) for key, gap in found.items()
+        key: combine_errors(gap, [each[key] for of_side in seeds for each in of_side]) for key, gap in found.items()
     }
 
 
+def _seed_errors(kind: ClassScores, side: Runs, without_seed: Runs) -> list[dict[str, Estimate]]:
+    """Return the errors of a side's scores over its seeds: one over its runs, or with folds one over those of each.
+
+    The latter is the jackknife over the seeds of a fold, with all other folds complete. Empty without several seeds.
+    """
+    if len(side) > 1:
+        return [{key: mean_of(scores.tolist()) for key, scores in _scores(kind, side).items()}]
+    return [
+        {
+            key: Estimate(math.nan, jackknife_error(scores), len(scores) - 1)
+            for key, scores in kind.scores(totals).items()
+        }
+        for totals in without_seed
+    ]
+
+
 def _side_by_side(*sides: Runs) -> np.ndarray:
-    runs = [run.reshape(len(run), -1) for side in sides for run in side]
+    runs = [run.reshape(len(run), math.prod(run.shape[1:])) for side in sides for run in side]  # also of no unit
     return np.concatenate(runs, axis=1).astype(np.float64)
 
 
@@ -318,27 +367,16 @@ def _verdict(gap: Estimate, p_value: float | None, *, lower_is_better: bool = Fa
     return SURELY_BETTER if (gap.value > 0) != lower_is_better else SURELY_WORSE
 
 
-def _load_images(open_data: Callable[[], SegmentationData], record: ImageRecord) -> SegmentationData:
-    """Return the data set of an evaluation.
-
-    Raises:
-        UserError: the data set cannot be opened, or has changed.
-    """
-    data = open_data()
-    if list(data.names) != list(record.images):
-        raise UserError(f"{record.root} does not hold the images that were evaluated.")
-    return data
-
-
-def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], mious: tuple[float, float]) -> PairShot:
+def _pair_shot(data: SegmentationData, name: str, folders: tuple[Path, Path], mious: tuple[float, float]) -> PairShot:
     """Return an image with the predictions of two runs.
 
     Raises:
-        UserError: a file is missing, of another size, or not a mask of the classes.
+        UserError: the data has no image of this name; a file is missing, of another size, or not a mask of the classes.
     """
-    name = data.names[index]
+    if name not in data.names:
+        raise UserError(f"{folders[0]} was evaluated on {name}, which its data no longer has.")
     classes = len(data.classes)
-    sample = data[index]
+    sample = data[list(data.names).index(name)]
     reference: np.ndarray = sample["mask"].numpy()
     predictions = []
     for folder in folders:
@@ -357,8 +395,8 @@ def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], m
 
 
 def largest_differences(
-    load: Callable[[], SegmentationData],
-    folders: tuple[Path, Path],
+    load: Callable[[Path], SegmentationData],
+    folders: Mapping[str, tuple[Path, Path]],
     first: Sequence[float | None],
     second: Sequence[float | None],
     sides: int = 1,
@@ -366,8 +404,8 @@ def largest_differences(
     """Return the images whose mIoU differs most in another run, by size of the difference; or none, and the reason.
 
     Args:
-        load: returns the data set of both runs.
-        folders: of the evaluations of both runs.
+        load: returns the data set of an evaluation, by its folder.
+        folders: of the evaluations of both runs, by image, in the order of the scores.
         first: mIoU of each image in the first run.
         second: mIoU of each image in the other run.
         sides: number of runs compared with the first: many runs get fewer images each.
@@ -388,9 +426,14 @@ def largest_differences(
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))
     if not order:
         return [], "No image has different scores in the two runs."
-    if any(not (folder / "predictions").is_dir() for folder in folders):
+    names = [*folders]
+    if any(not (folder / "predictions").is_dir() for index in order for folder in folders[names[index]]):
         return [], "No images: a run was evaluated with mode.metrics_only=true, so its predictions were not saved."
-    data = load()
-    if isinstance(data, PairDataset | CustomDataset) and data.has_layers:
-        return [], "No images: the masks have a layer for each class."
-    return [_pair_shot(data, index, folders, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""
+    shots = []
+    for index in order:
+        places = folders[names[index]]
+        data = load(places[0])
+        if isinstance(data, PairDataset | CustomDataset) and data.has_layers:
+            return [], "No images: the masks have a layer for each class."
+        shots.append(_pair_shot(data, names[index], places, (first[index] or 0.0, second[index] or 0.0)))
+    return shots, ""

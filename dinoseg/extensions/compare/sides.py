@@ -1,18 +1,18 @@
-"""Sides of a comparison: each is one run, or several runs that differ only in their seed."""
+"""Sides of a comparison: each is one run, or several runs that differ only in their seed or fold."""
 
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from dinoseg.checkpoints import run_config
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.evaluation.run_facts import EVALUATION
-from dinoseg.evaluation.unit_scores import FurtherScore, shared_scores
+from dinoseg.extensions.compare.alignment import align_records
+from dinoseg.extensions.compare.folds import Fold, Pooled, pool_folds
 from dinoseg.runs.folder import command_line
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, is_sweep_folder
@@ -20,6 +20,17 @@ from dinoseg.utils.wording import count_of, format_override, join_names
 
 MAX, _MAX_RUNS = 32, 160  # sides (each has images in the page) and runs
 logger = logging.getLogger(__name__)
+
+
+WEIGHTS = "weights"  # key of a recipe: best, or last, which no score of their validation images has selected
+
+
+class Recipe(NamedTuple):
+    """Settings of an evaluated model by key, its seed, and the fold that it is scored on; None without folds."""
+
+    keys: Mapping[str, Any]
+    seed: Any
+    fold: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,9 @@ class Side:
         folders: run folders.
         names: names of the runs.
         places: folders of the evaluations.
-        records: records of the runs, with the images in the same order for all sides.
+        records: records of the runs; without folds, with the images in the same order for all sides.
+        recipes: recipes of the runs; None if unknown.
+        pooled: result over all folds, with the images in the same order for all sides; None without folds.
     """
 
     name: str
@@ -39,10 +52,26 @@ class Side:
     names: Sequence[str]
     places: Sequence[Path]
     records: Sequence[ImageRecord]
+    recipes: Sequence[Recipe | None] = ()
+    pooled: Pooled | None = None
+
+    @property
+    def scored(self) -> Sequence[ImageRecord]:
+        """Return the records of all images: of each run, or one that pools the folds."""
+        return self.records if self.pooled is None else [self.pooled.record]
+
+    @property
+    def seeds(self) -> int:
+        """Return the number of runs that predicted an image, in the fold with the fewest."""
+        return len(self.folders) if self.pooled is None else min(self.pooled.seeds)
+
+    def place_of(self, image: str) -> Path:
+        """Return the folder of the evaluation whose prediction of an image is shown."""
+        return self.places[0] if self.pooled is None else self.pooled.places[image]
 
 
 def sides_of(runs: Any) -> list[Side]:
-    """Return the sides in `runs`: nested lists are sides; without any, runs are grouped over seeds.
+    """Return the sides in `runs`: nested lists are sides; without any, runs are grouped over seeds and folds.
 
     Args:
         runs: folders of runs and sweeps, and lists of these; or one folder.
@@ -57,35 +86,118 @@ def sides_of(runs: Any) -> list[Side]:
         raise _refusal(runs, f"names {join_names([str(name) for name in twice])} more than once")
     if not 2 <= len(folders) <= _MAX_RUNS:
         raise _refusal(runs, f"names {count_of(folders, 'run')}")
-    places = [find_evaluation(folder) for folder in folders]
-    records = align_records({folder: read_record(path) for folder, path in zip(folders, places, strict=True)})
-    names = side_names(folders, [[number] for number in range(len(folders))])
-    recipes = run_config.recipes(places)
+    read = _read_runs(folders)
     if all(len(side) == 1 for side in given):
-        sides = _by_seed(recipes)
+        sides = group_runs(read.recipes)
     else:
         starts = [sum(map(len, given[:number])) for number in range(len(given))]
         sides = [[*range(start, start + len(side))] for start, side in zip(starts, given, strict=True)]
     if not 2 <= len(sides) <= MAX:
         raise _refusal(runs, f"makes {count_of(sides, 'side')}")
-    for side in sides:
-        _warn_of_others([names[number] for number in side], [recipes[number] for number in side])
-    called = side_names(folders, sides)
-    return [
+    return divide_runs(read, sides)
+
+
+def one_side(folders: Sequence[Path]) -> Side:
+    """Return the side of runs of one recipe.
+
+    Raises:
+        UserError: they have no evaluation of images, or cannot be pooled or averaged.
+    """
+    return divide_runs(_read_runs(folders), [[*range(len(folders))]])[0]
+
+
+def _read_runs(folders: Sequence[Path]) -> Side:
+    """Return all runs as one side without a name."""
+    places = [find_evaluation(folder) for folder in folders]
+    records = [read_record(place) for place in places]
+    names = side_names(folders, [[number] for number in range(len(folders))])
+    return Side("", folders, names, places, records, recipes_of(places, records))
+
+
+def recipes_of(places: Sequence[Path], records: Sequence[ImageRecord]) -> list[Recipe | None]:
+    """Return the recipe of each evaluation; None without a readable config."""
+    found: list[Recipe | None] = []
+    for recipe, record in zip(run_config.recipes(places), records, strict=True):
+        if recipe is None:
+            found.append(None)
+            continue
+        keys, seed = recipe
+        fold = keys.get("data.fold")
+        weights = keys.pop("trainer.evaluate", None) or ("best" if fold is None else "last")  # as in cfg/trainer
+        keys[WEIGHTS] = "last" if Path(record.source).stem == "last" else weights
+        # models of all folds predict the same test images
+        found.append(Recipe(keys, seed, None if record.split == "test" else keys.pop("data.fold", None)))
+    return found
+
+
+def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
+    """Return a side for each group of indices of runs, all with the same images in the same order.
+
+    Raises:
+        UserError: they were evaluated on other images, or the folds of a side cannot be pooled.
+    """
+    sides = [
         Side(
             name,
-            [folders[number] for number in side],
-            [names[number] for number in side],
-            [places[number] for number in side],
-            [records[number] for number in side],
+            [runs.folders[number] for number in group],
+            [runs.names[number] for number in group],
+            [runs.places[number] for number in group],
+            [runs.records[number] for number in group],
+            [runs.recipes[number] for number in group],
         )
-        for name, side in zip(called, sides, strict=True)
+        for name, group in zip(side_names(runs.folders, groups), groups, strict=True)
     ]
+    for side in sides:
+        _warn_of_others(side)
+    folds = [_folds_of(side) for side in sides]
+    return _align_sides(_pool_sides(sides, folds) if any(folds) else sides)
+
+
+def _pool_sides(sides: Sequence[Side], folds: Sequence[Sequence[Fold]]) -> list[Side]:
+    """Return the sides with the result over the `folds` of each, if it has several."""
+    _warn_of_lacking_folds(sides)
+    names = {name for of_side in folds for fold in of_side for record in fold.values() for name in record.scores}
+    if names:
+        logger.warning("Further metrics cannot be pooled over folds, so they are left out: %s.", join_names([*names]))
+    scale = lcm(*(len(fold) for of_side in folds for fold in of_side))
+    found = []
+    for side, of_side in zip(sides, folds, strict=True):
+        if of_side:
+            found.append(replace(side, pooled=pool_folds(of_side, scale)))
+        else:
+            records = [replace(record, counts=record.counts * scale) for record in side.records]
+            found.append(replace(side, records=records))
+    return found
+
+
+def _align_sides(sides: Sequence[Side]) -> list[Side]:
+    """Return the sides with the images that are scored in one order."""
+    given: dict[Any, ImageRecord] = {}  # by run folder, or name of a side
+    for side in sides:
+        if side.pooled is None:
+            given |= dict(zip(side.folders, side.records, strict=True))
+        else:
+            given[f"{side.name} ({count_of(side.pooled.seeds, 'fold')})"] = side.pooled.record
+    aligned = iter(align_records(given))
+    return [
+        replace(side, records=[next(aligned) for _ in side.records])
+        if side.pooled is None
+        else replace(side, pooled=replace(side.pooled, record=next(aligned)))
+        for side in sides
+    ]
+
+
+def _folds_of(side: Side) -> list[Fold]:
+    """Return the records of each fold of a side; empty if its runs are of one fold, or without folds."""
+    folds: dict[int | None, dict[Path, ImageRecord]] = {}
+    for place, record, recipe in zip(side.places, side.records, side.recipes, strict=True):
+        folds.setdefault(recipe.fold if recipe else None, {})[place] = record
+    return [*folds.values()] if len(folds) > 1 else []
 
 
 def units_note(sides: Sequence[Side]) -> str:
     """Return a note on the units of the intervals."""
-    record = sides[0].records[0]
+    record = sides[0].scored[0]
     units = record.count_units()
     if units > 1:
         return f"over {count_of(units, record.unit)}"
@@ -94,27 +206,47 @@ def units_note(sides: Sequence[Side]) -> str:
             f"none: they need two {record.unit}s, or several seeds of each side. For other groups, evaluate each run "
             "again with mode=eval resume=RUN data.group=PATTERN"
         )
-    single = [side.name for side in sides if len(side.folders) == 1]
+    single = [side.name for side in sides if side.seeds == 1]
     note = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
     return f"{note}; not for {join_names(single)}, one run each" if single else note
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
     """Return a note on whether the verdicts account for other seeds."""
-    single = [side.name for side in sides if len(side.folders) == 1]
+    single = [side.name for side in sides if side.seeds == 1]
     if len(single) == len(sides):
-        return "one trained model per side: verdicts hold for these models, not for other seeds"
-    runs = ", ".join(str(len(side.folders)) for side in sides)
+        part = "side" if all(side.pooled is None for side in sides) else "fold"
+        return f"one trained model per {part}: verdicts hold for these models, not for other seeds"
+    runs = ", ".join(str(side.seeds) for side in sides)
     if not _has_intervals(sides):
         return f"the variance over seeds is in no interval, since there is none ({runs} runs)"
     counted = f"the variance over seeds is included in the intervals ({runs} runs)"
     return f"{counted}, except for {join_names(single)}, one trained model each" if single else counted
 
 
+def folds_note(sides: Sequence[Side]) -> str:
+    """Return a note on what the folds of sides share, and on their weights; empty without folds."""
+    pooled = [side for side in sides if side.pooled is not None]
+    if not pooled:
+        return ""
+    best = [side.name for side in pooled if any(each and each.keys[WEIGHTS] == "best" for each in side.recipes)]
+    weights = (
+        f"the best ones of {join_names(best)} were chosen on the images that score them, so these scores are too high. "
+        "For the last: mode=eval resume=RUN/checkpoints/last.safetensors"
+        if best
+        else "the last, which no score of these images has chosen"
+    )
+    folds = ", ".join(str(len(side.pooled.seeds)) for side in pooled if side.pooled)
+    return (
+        f"each image is scored by the run of its fold ({folds} folds). Weights: {weights}. Folds share training "
+        "images: intervals hold for these models, not for other training images"
+    )
+
+
 def _has_intervals(sides: Sequence[Side]) -> bool:
-    """Return whether there are several units, or several runs of the first side and of another."""
-    first, *others = [len(side.folders) for side in sides]
-    return sides[0].records[0].count_units() > 1 or min(first, max(others)) > 1
+    """Return whether there are several units, or several seeds of the first side and of another."""
+    first, *others = [side.seeds for side in sides]
+    return sides[0].scored[0].count_units() > 1 or min(first, max(others)) > 1
 
 
 def _expand_sweeps(runs: Any) -> list[list[Path]]:
@@ -141,7 +273,7 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     inside = [path for path in entries(folder) if path.is_dir()]
     numbered = [path for path in inside if path.name.isdecimal()]
     jobs = sorted(numbered, key=lambda job: int(job.name)) or inside
-    found = [job for job in jobs if any((path / RECORD).is_file() for path in (job, job / EVALUATION))]
+    found = [job for job in jobs if has_record(job)]
     if not found:
         raise UserError(
             f"runs: {folder} is a sweep without an evaluation of images in any job, as with mode.report=false. "
@@ -156,118 +288,76 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     return [job for job in found if job.resolve() not in named]
 
 
+def has_record(run: Path) -> bool:
+    """Return whether a run folder holds an evaluation of images."""
+    return any((place / RECORD).is_file() for place in (run, run / EVALUATION))
+
+
 def _refusal(runs: Any, found: str) -> UserError:
     return UserError(
         f"runs={format_override(runs)} {found}. Give at least two run folders of mode=eval or mode=train, such as "
-        "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
-        f"folder of a sweep. At most {MAX} sides and {_MAX_RUNS} runs can be compared."
+        "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds or folds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or "
+        f"the folder of a sweep. At most {MAX} sides and {_MAX_RUNS} runs can be compared."
     )
 
 
-def _by_seed(recipes: Sequence[tuple[dict[str, Any], Any] | None]) -> list[list[int]]:
-    """Group the indices of runs that differ only in their seed; if all of them do, each run is a side."""
+def group_runs(recipes: Sequence[Recipe | None]) -> list[list[int]]:
+    """Group the indices of runs that differ only in seed and fold; if all of them do, each seed is a side."""
     sides: list[list[int]] = []
     for number, recipe in enumerate(recipes):
-        alike = [side for side in sides if recipe and (first := recipes[side[0]]) and first[0] == recipe[0]]
+        alike = [side for side in sides if recipe and (first := recipes[side[0]]) and first.keys == recipe.keys]
         if alike:
             alike[0].append(number)
         else:
             sides.append([number])
-    alone = [[number] for number in range(len(recipes))]
     if len(sides) == 1:
-        logger.info("The runs differ only in their seed: each is a side.")
-        return alone
-    # runs with equal seeds are not repetitions: compare what differs instead, such as the checkpoint
-    seeds = [[recipe[1] for number in side if (recipe := recipes[number])] for side in sides]
+        logger.info("The runs differ only in their seed or fold: each seed is a side.")
+        by_seed: dict[Any, list[int]] = {}
+        for number, recipe in enumerate(recipes):
+            seed = number if recipe is None or recipe.fold is None else f"seed {recipe.seed}"
+            by_seed.setdefault(seed, []).append(number)
+        sides = [*by_seed.values()]
+    # runs of equal seed and fold are not repetitions: compare what differs instead
+    cells = [[(str(recipe.seed), recipe.fold) for number in side if (recipe := recipes[number])] for side in sides]
     return sorted(
         part
-        for side, each in zip(sides, seeds, strict=True)
-        for part in ([side] if len({*map(str, each)}) == len(side) else [[number] for number in side])
+        for side, each in zip(sides, cells, strict=True)
+        for part in ([side] if len({*each}) == len(each) else [[number] for number in side])
     )
 
 
-def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any], Any] | None]) -> None:
-    known = [recipe[0] for recipe in recipes if recipe]
-    keys = dict.fromkeys(key for recipe in known for key in recipe)
-    differing = [key for key in keys if any(recipe.get(key) != known[0].get(key) for recipe in known)]
-    if differing:
+def _warn_of_others(side: Side) -> None:
+    """Warn of a side whose runs differ in more than seed and fold."""
+    if differing := _differing_keys([recipe for recipe in side.recipes if recipe]):
         logger.warning(
-            "%s are one side, but differ in more than their seed: %s. The effect of these settings counts as seed "
-            "variance.",
-            join_names(names),
+            "%s are one side, but differ in more than seed and fold: %s. The scores of the side mix these settings, "
+            "and their effect counts as seed variance.",
+            join_names(side.names),
             join_names(differing),
         )
 
 
-def align_records(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
-    """Return the records with their images in the order of the first record.
-
-    Raises:
-        UserError: tasks, images, references, classes or splits differ (names the differences).
-    """
-    (folder, first), *others = records.items()
-    found = [first]
-    for where, other in others:
-        differences = _differences(first, other)
-        if not differences:
-            positions = {name: index for index, name in enumerate(other.images)}
-            order = [positions[name] for name in first.images]
-            scores: Mapping[str, FurtherScore] = {}
-            if [other.units[index] for index in order] != [*first.units]:
-                logger.warning(
-                    "%s and %s group images differently (data.group): intervals use %s of the second.",
-                    where,
-                    folder,
-                    count_of(first.count_units(), first.unit),
-                )
-            else:
-                places = {unit: index for index, unit in enumerate(dict.fromkeys(other.units))}
-                by_unit = [places[unit] for unit in dict.fromkeys(first.units)]
-                scores = {
-                    name: replace(
-                        score,
-                        left_out=[score.left_out[index] for index in by_unit],
-                        scored=[score.scored[index] for index in by_unit],
-                    )
-                    for name, score in other.scores.items()
-                }
-            other = replace(other, images=first.images, units=first.units, counts=other.counts[order], scores=scores)
-            if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
-                changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))
-                names = join_names([first.images[index] for index in changed.tolist()])
-                differences = [f"the references of {count_of(len(changed), 'image')} differ: {names}"]
-        if differences:
-            reasons = "".join(f"\n- {line}" for line in differences)
-            raise UserError(
-                f"runs: {folder} and {where} were not evaluated on the same images, so they cannot be "
-                f"compared:{reasons}\nEvaluate both on the same data and split, with the same classes and sizes."
-            )
-        found.append(other)
-    shared = shared_scores([record.scores for record in found])
-    if lost := sorted({name for record in found for name in record.scores} - {*shared}):
+def _warn_of_lacking_folds(sides: Sequence[Side]) -> None:
+    """Warn of each side that lacks folds, and of the settings that keep it apart from the most similar such side."""
+    lacking: dict[str, tuple[Recipe, set[int]]] = {}
+    for side in sides:
+        known = [recipe for recipe in side.recipes if recipe]
+        folds = {*range((known and known[0].keys.get("data.folds")) or 0)} - {recipe.fold for recipe in known}
+        if folds:
+            lacking[side.name] = known[0], folds
+    for name, (recipe, folds) in lacking.items():
+        others = [_differing_keys([recipe, other]) for other, _ in lacking.values() if other is not recipe]
         logger.warning(
-            "Not all runs have these scores, with the same settings, so they are left out: %s.", ", ".join(lost)
+            "%s has no run of fold %s.%s",
+            name,
+            join_names([str(fold) for fold in sorted(folds)]),
+            f" Other folds differ in {join_names(min(others, key=len))}." if others else "",
         )
-    return [replace(record, scores={name: record.scores[name] for name in shared}) for record in found]
 
 
-def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
-    """Return the reasons why two records cannot be compared, one line each."""
-    lines = []
-    for name in ("task", "classes", "ignore_index", "background", "split"):
-        ours, theirs = getattr(first, name), getattr(other, name)
-        if ours != theirs:
-            texts = [join_names(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
-            lines.append(f"{name}: {texts[0]} in the first; {texts[1]} in the second")
-    missing = [
-        sorted({*ours} - {*theirs}) for ours, theirs in ((first.images, other.images), (other.images, first.images))
-    ]
-    for names, where in zip(missing, ("first", "second"), strict=True):
-        if names:
-            lines.append(
-                f"{count_of(names, 'image')} only in the {where} (data={first.data}, {other.data}): {join_names(names)}"
-            )
-    return lines
+def _differing_keys(recipes: Sequence[Recipe]) -> list[str]:
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe.keys)
+    return [key for key in keys if any(recipe.keys.get(key) != recipes[0].keys.get(key) for recipe in recipes)]
 
 
 _LONGEST = 60  # characters: a longer name does not fit a heading

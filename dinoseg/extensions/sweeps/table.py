@@ -23,7 +23,7 @@ from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.metric import INFINITE_IMAGES
-from dinoseg.evaluation.scoring.intervals import mean_of
+from dinoseg.evaluation.scoring.intervals import Estimate, mean_of
 from dinoseg.extensions.sweeps.job_results import JobResults
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.metrics.counts import iou, mean_defined, ratio
@@ -31,7 +31,7 @@ from dinoseg.runs.location import locate_runs
 from dinoseg.runs.log_file import LABEL
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, printable
+from dinoseg.utils.wording import count_of, join_names, printable
 
 SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the score tables
     "miou": "mIoU %",
@@ -56,20 +56,37 @@ Row = dict[str, Any]
 
 
 def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
-    """Return a row for each setting: see `over_seeds`, but scores count each pixel of all folds once.
+    """Return a row for each setting, with the number of folds that have a score under `folds`.
 
-    They come from the sum of all confusion matrices; scores that have none are means over folds.
+    The seeds of a fold are averaged. Scores count each pixel of all folds once: they come from the sum of the confusion
+    matrices; scores that have none are means over folds. Columns named after the score and a suffix hold the sample
+    standard deviation over folds, and the ends of the 95 % interval over groups of images, as in mode=compare. They are
+    None where undefined.
 
     Args:
         rows: of all jobs.
-        settings: swept keys except the fold.
+        settings: swept keys except fold and seed.
         scores: keys to summarise.
     """
     joined = []
-    for folds in _group_rows(rows, settings):
-        row = _average(folds, "fold", settings, scores)
-        if matrices := [fold["matrix"] for fold in folds if fold["matrix"] is not None]:
-            row |= _pool_scores(matrices, folds[0])
+    for jobs in _group_rows(rows, settings):
+        folds = _group_rows(jobs, [FOLD])
+        averaged = [_average(seeds, "seed", [FOLD, *settings], scores) for seeds in folds]
+        row = _average(averaged, "fold", settings, scores)
+        seeds_of_folds = [fold["seeds"] for fold in averaged if fold["seeds"]]
+        row |= {"folds": len(seeds_of_folds), "seeds": min(seeds_of_folds, default=0)}
+        if notes := [job["note"] for job in jobs if job["note"]]:
+            row["note"] = f"{len(jobs) - len(notes)} of {count_of(jobs, 'job')}: {notes[0]}"
+        matrices = [[job["matrix"] for job in seeds if job["matrix"] is not None] for seeds in folds]
+        if any(matrices):
+            means = [np.mean(of_fold, axis=0) for of_fold in matrices if of_fold]
+            row |= _pool_scores(np.sum(means, axis=0), jobs[0])
+        pooled, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")])
+        for key in scores:
+            found = pooled.get(key)
+            if found is not None and isfinite(found.value):
+                row[key] = found.value  # of layers, which have no matrix
+            row[f"{key} {LOW}"], row[f"{key} {HIGH}"] = (found and found.ci95) or (None, None)
         joined.append(row)
     return joined
 
@@ -114,19 +131,35 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
     return found | {key: rows[0][key] for key in settings}
 
 
-def _pool_scores(matrices: Sequence[Any], fold: Row) -> Row:
-    """Return the scores of the sum of confusion matrices (K, K), whose rows are the reference.
+def _pool_scores(counts: np.ndarray, job: Row) -> Row:
+    """Return the scores of the confusion matrix (K, K) of all folds, whose rows are the reference.
 
-    `background` and `ignored_class` of a fold's row are ids, or None.
+    `background` and `ignored_class` of a job's row are ids, or None.
     """
-    background, ignored = fold.get("background"), fold.get("ignored_class")
-    counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
+    background, ignored = job.get("background"), job.get("ignored_class")
     hits = counts.diagonal()
     ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
     if ignored is not None:
         ious[ignored] = np.nan
     objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(ious, background)))}
     return {"miou": float(mean_defined(ious)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}
+
+
+def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Estimate], str]:
+    """Return the scores of a setting over all folds, with their intervals, and a note on them.
+
+    There are none if a job has no record of its images, or if one fold alone has a score.
+    """
+    from dinoseg.extensions.compare.comparison import pooled_scores  # imports torch
+    from dinoseg.extensions.compare.sides import folds_note, has_record, one_side
+
+    if not runs or not all(map(has_record, runs)):
+        return {}, ""
+    try:
+        side = one_side(runs)
+    except UserError as error:
+        return {}, f"no interval of {join_names([str(run) for run in runs])}: {error}"
+    return {} if side.pooled is None else pooled_scores(side), folds_note([side])
 
 
 class SweepTable(Callback):
@@ -217,22 +250,19 @@ class SweepTable(Callback):
         printed, written = columns, columns
         if averaged:
             _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
-        if FOLD in averaged:
-            swept = [key for key in swept if key != FOLD]
-            rows = over_folds(rows, swept, columns)
-        if SEED in averaged:
-            swept = [key for key in swept if key != SEED]
-            rows = over_seeds(rows, swept, columns)
-        if averaged:
-            count, parts = ("seeds", (DEVIATION, LOW, HIGH)) if SEED in averaged else ("folds", (DEVIATION,))
-            printed = [count, *_with_parts(columns, [score], parts)]
-            scores = [key for key in columns if key == LOSS or key not in OTHERS]
-            written = [count, *_with_parts(columns, scores, parts)]
+            swept = [key for key in swept if key not in averaged]
+            rows = (over_folds if FOLD in averaged else over_seeds)(rows, swept, columns)
+            counts = [name for key, name in ((FOLD, "folds"), (SEED, "seeds")) if key in averaged]
+            printed = [*counts, *_with_parts(columns, [score])]
+            written = [*counts, *_with_parts(columns, [key for key in columns if key == LOSS or key not in OTHERS])]
         rows = _rank_rows(rows, score, sign)
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
-        if FOLD not in averaged and len(rows) > 1 and score == "miou":  # folds differ in images
+        for remark in dict.fromkeys(row.get("remark") for row in rows):
+            if remark:
+                print(f"folds: {remark}")
+        if len(rows) > 1 and score == "miou":
             _print_significance(path.parent)
 
 
@@ -259,8 +289,9 @@ def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
     return sorted(rows, key=lambda row: (row.get(score) is None, sign * (row.get(score) or 0)))
 
 
-def _with_parts(columns: Sequence[str], scores: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """Return the columns, each score followed by its parts: the deviation and the ends of the interval."""
+def _with_parts(columns: Sequence[str], scores: Sequence[str]) -> list[str]:
+    """Return the columns, each score followed by its deviation and the ends of its interval."""
+    parts = (DEVIATION, LOW, HIGH)
     return [name for key in columns for name in (key, *(f"{key} {part}" for part in parts if key in scores))]
 
 

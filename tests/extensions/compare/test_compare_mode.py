@@ -58,7 +58,7 @@ def compare_sides(runs, compose, monkeypatch, caplog):
         with caplog.at_level(logging.INFO):
             sides = sides_of([*given])
             first = sides[0].records[0]
-            open_data = partial(open_saved_data, Builder(cfg), sides[0].places[0], root=first.root, split=first.split)
+            open_data = partial(open_saved_data, Builder(cfg), root=first.root, split=first.split)
             others = against(sides, open_data)
         return sides, others, caplog.text
 
@@ -170,7 +170,7 @@ def test_every_list_of_runs_is_a_side(runs, compare_sides):
     for seed in (0, 1):
         of_seed(runs, "first", f"a{seed}", seed)
     said = compare_sides(["a0", "second"], "a1")[-1]
-    assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
+    assert "a0, second are one side, but differ in more than seed and fold: resolution.scale" in said
 
 
 def test_costs_in_a_run_folder_are_listed(runs):
@@ -287,9 +287,9 @@ def test_predictions_of_unknown_classes_cost_only_the_images(runs, compare_sides
     for path in (folder / "predictions").glob("*_pred.png"):
         write_png(path, np.full((32, 48), 7, np.uint8))
     assert "not a mask of the 2 classes" in compare_sides("first", "other")[-1]
-    write_data(runs / "grown", train=1, val=3)
-    copy_second_run(runs, "other", lambda record: record.update(root=str(runs / "grown")))
-    assert "grown does not hold the images that were evaluated" in compare_sides("other", "first")[-1]
+    write_data(runs / "less", train=1, val=1)
+    copy_second_run(runs, "other", lambda record: record.update(root=str(runs / "less")))
+    assert "other was evaluated on 1, which its data no longer has" in compare_sides("other", "first")[-1]
 
 
 def test_untrusted_config_costs_only_the_images(runs, compare_sides):

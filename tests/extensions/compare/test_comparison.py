@@ -10,13 +10,13 @@ from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
 from scipy import stats
 
-from dinoseg.checkpoints import run_config
 from dinoseg.checkpoints.run_config import open_saved_data
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.unit_scores import FurtherScore, further_difference, further_scores, metric_intervals
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.compare import comparison
+from dinoseg.extensions.compare.alignment import align_records
 from dinoseg.extensions.compare.compare_mode import COLUMNS, costs_table
 from dinoseg.extensions.compare.comparison import (
     SHOWN,
@@ -27,7 +27,7 @@ from dinoseg.extensions.compare.comparison import (
     verdicts,
 )
 from dinoseg.extensions.compare.page import OtherRun
-from dinoseg.extensions.compare.sides import Side, _by_seed, _jobs, align_records, seeds_note, units_note
+from dinoseg.extensions.compare.sides import Recipe, Side, _jobs, group_runs, recipes_of, seeds_note, units_note
 from dinoseg.metrics import BoundaryIoU, ClDice
 from dinoseg.utils.images import write_png
 
@@ -82,6 +82,11 @@ def test_runs_of_two_tasks_are_refused_by_name(tmp_path):
     assert read_record(tmp_path).task == "multilabel"
 
 
+def find_data(place):
+    """Return an empty data set."""
+    return []
+
+
 def sides(folders, records):
     """Return a side of each run."""
     return [Side(at.name, [at], [at.name], [at], [found]) for at, found in zip(folders, records, strict=True)]
@@ -121,17 +126,21 @@ def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
     folders = (tmp_path / "a", tmp_path / "b")
     for folder in folders:
         (folder / "predictions").mkdir(parents=True)
-    monkeypatch.setattr(comparison, "_pair_shot", lambda data, index, folders, mious: (index, mious))
+    monkeypatch.setattr(comparison, "_pair_shot", lambda data, name, folders, mious: (name, mious))
     gaps = [0.0, 0.1, -0.2, 0.3, None, -0.5, 0.02, 0.01, -0.01, 0.45, -0.03, 0.0, 0.04, -0.3]
     first = [None if gap is None else 0.5 for gap in gaps]
-    shots, reason = largest_differences(list, folders, first, [None if gap is None else 0.5 + gap for gap in gaps])
+    pairs = dict.fromkeys(map(str, range(len(gaps))), folders)
+    second = [None if gap is None else 0.5 + gap for gap in gaps]
+    shots, reason = largest_differences(find_data, pairs, first, second)
+    shots = [(int(name), mious) for name, mious in shots]
     gained = sorted([gap for gap in gaps if gap and gap > 0])[-SHOWN:]
     lost = sorted([gap for gap in gaps if gap and gap < 0])[:SHOWN]
     assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True) and not reason
-    assert len(largest_differences(list, folders, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
+    better = [0.2 + 0.01 * index for index in range(9)]
+    assert len(largest_differences(find_data, pairs, [0.1] * 9, better)[0]) == SHOWN
     for others, each in ((7, 4), (8, 3), (14, 2), (15, 1), (31, 1)):  # a page of many sides is no larger
-        few = largest_differences(list, folders, [0.5] * 12, [0.5 + 0.01 * gap for gap in range(-6, 6)], others)[0]
-        assert [index for index, _ in few if index < 6] == [*range(each)] and len(few) == 2 * each
+        few = largest_differences(find_data, pairs, [0.5] * 12, [0.5 + 0.01 * gap for gap in range(-6, 6)], others)[0]
+        assert [int(name) for name, _ in few if int(name) < 6] == [*range(each)] and len(few) == 2 * each
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
 
 
@@ -139,7 +148,7 @@ def test_images_show_the_first_run_and_the_other(tmp_path, monkeypatch):
     asked, folders = [], [tmp_path / name for name in "abc"]
     monkeypatch.setattr(comparison, "largest_differences", lambda load, folders, *_: asked.append(folders) or ([], ""))
     against(sides(folders, [record(seed) for seed in range(3)]), pytest.fail)
-    assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]
+    assert [{*pairs.values()} for pairs in asked] == [{(folders[0], folders[1])}, {(folders[0], folders[2])}]
 
 
 def test_unreadable_data_is_opened_and_reported_once(tmp_path, caplog):
@@ -149,9 +158,9 @@ def test_unreadable_data_is_opened_and_reported_once(tmp_path, caplog):
     (tmp_path / "a/config").mkdir()
     (tmp_path / "a/config/config.yaml").touch()
 
-    def load():
+    def load(place):
         opened.append(1)
-        return open_saved_data(Builder(OmegaConf.create({"trust": []})), folders[0], root="", split="val")
+        return open_saved_data(Builder(OmegaConf.create({"trust": []})), place, root="", split="val")
 
     others = against(sides(folders, [record(seed) for seed in range(4)]), load)
     assert len(opened) == 1 and caplog.text.count("The report has no images: ") == 1
@@ -163,7 +172,7 @@ def show_image_outside():
     Path("a/predictions").mkdir(parents=True)
     data = Data([{"mask": torch.zeros(4, 6)}])
     data.names, data.classes = ["../../outside"], ["a", "b"]
-    _pair_shot(data, 0, (Path("a"), Path("a")), (0.0, 1.0))
+    _pair_shot(data, data.names[0], (Path("a"), Path("a")), (0.0, 1.0))
 
 
 test_message_names_value_and_remedy = refusals(
@@ -368,6 +377,10 @@ def with_config(folder, seed=0, **data):
     return folder
 
 
+def group_folders(*folders):
+    return group_runs(recipes_of(folders, [record()] * len(folders)))
+
+
 def test_groups_that_only_train_do_not_separate_recipes(tmp_path):
     loss = {"criterion": {"_target_": "a.Loss", "factor": 1, "ignore_index": "${data.ignore_index}"}}
     stored = {"criterion": {"factor": 1}}
@@ -377,10 +390,10 @@ def test_groups_that_only_train_do_not_separate_recipes(tmp_path):
         path = folders[-1] / "config/config.yaml"
         more = {"loss": values, "choices": {"loss": option, "mode": str(seed)}}
         path.write_text(OmegaConf.to_yaml({**OmegaConf.load(path), **more}))
-    assert _by_seed(run_config.recipes(folders)) == [[0, 1], [2]]
-    known = [({"head.lr": 1}, seed) for seed in (0, 1)]
-    assert _by_seed([None, None, *known]) == [[0], [1], [2, 3]]  # runs of unknown config are not grouped
-    assert _by_seed([known[0], None, known[1]]) == [[0, 2], [1]]
+    assert group_folders(*folders) == [[0, 1], [2]]
+    known = [Recipe({"head.lr": 1}, seed) for seed in (0, 1)]
+    assert group_runs([None, None, *known]) == [[0], [1], [2, 3]]  # runs of unknown config are not grouped
+    assert group_runs([known[0], None, known[1]]) == [[0, 2], [1]]
 
 
 def test_class_file_values_do_not_separate_recipes(tmp_path):
@@ -390,6 +403,6 @@ def test_class_file_values_do_not_separate_recipes(tmp_path):
     other = with_config(tmp_path / "other", 2, background=None, reader={"ids": {11: 255}, "idsof": 1})
     more = with_config(tmp_path / "more", 1, reader={"ids": {11: 255}})
     lacking = tmp_path / "lacking"
-    assert _by_seed(run_config.recipes([evaluated, other, trained, lacking])) == [[0, 2], [1], [3]]
-    assert _by_seed(run_config.recipes([evaluated, more])) == [[0], [1]]
-    assert run_config.recipes([evaluated, lacking])[0][0]["data.reader.ids.11"] == 255
+    assert group_folders(evaluated, other, trained, lacking) == [[0, 2], [1], [3]]
+    assert group_folders(evaluated, more) == [[0], [1]]
+    assert recipes_of([evaluated, lacking], [record()] * 2)[0].keys["data.reader.ids.11"] == 255

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.evaluation.image_record import read_record
 from dinoseg.extensions.sweeps import table as sweep_table
 from dinoseg.extensions.sweeps.table import FOLD, SweepTable, over_folds
 from dinoseg.models.heads.linear import LinearHead
@@ -203,7 +204,7 @@ def test_folds_are_summed_up_and_not_ranked(tmp_path):
     counts = np.sum([each["matrix"] for each in scores], axis=0)
     each = counts.diagonal() / (counts.sum(axis=0) + counts.sum(axis=1) - counts.diagonal())
     assert float(row["mIoU %"]) == pytest.approx(100 * each.mean(), abs=0.01)
-    assert row["folds"] == "2" and "mIoU % low" not in row and row["mIoU %"] in done.out
+    assert row["folds"] == "2" and row["mIoU % low"] == "" and row["mIoU %"] in done.out  # without mode.report
 
 
 def test_the_best_job_comes_first_and_failures_last(tmp_path, capsys):
@@ -372,12 +373,58 @@ def test_row_of_failed_seeds_reports_the_failure(tmp_path, capsys):
     assert row["note"] == "0 of 2 seeds: no" and row["seeds"] == "0" and "0 of 2 seeds: no" in capsys.readouterr().out
 
 
-def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
-    counts = {(0, 0): [[1, 1], [1, 1]], (0, 1): [[9, 1], [0, 0]], (1, 0): [[5, 0], [0, 5]], (1, 1): [[4, 1], [0, 5]]}
-    shares = {"miou": 0.5, "accuracy": 0.5}
-    jobs = [(f"seed={seed} data.fold={fold}", {**shares, "matrix": each}) for (seed, fold), each in counts.items()]
+def test_seeds_of_a_fold_are_averaged_before_pooling(tmp_path):
+    counts = {(0, 0): [[2, 1], [1, 1]], (0, 1): [[9, 1], [0, 0]], (1, 0): [[3, 0], [0, 2]], (1, 1): [[4, 6], [0, 0]]}
+    shares = {"miou": 0.5}
+    jobs = [
+        (f"seed={seed} data.fold={fold}", {**shares, "accuracy": float(np.trace(each) / np.sum(each)), "matrix": each})
+        for (seed, fold), each in counts.items()
+    ]
     (row,) = end_sweep(tmp_path, jobs)
-    accuracies = np.array([11 / 14, 19 / 20])  # of all pixels of a seed's folds
-    assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
-    assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * accuracies.std(ddof=1), abs=0.01)
+    folds = np.array([(3 / 5 + 5 / 5) / 2, (9 / 10 + 4 / 10) / 2])  # the means over seeds
+    assert float(row["pixel accuracy %"]) == pytest.approx(100 * (4 + 6.5) / 15, abs=0.01)
+    assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * folds.std(ddof=1), abs=0.01)
+    assert (row["folds"], row["seeds"]) == ("2", "2")
     assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 4
+
+
+@pytest.mark.heavy
+def test_interval_of_folds_is_that_of_their_images(tmp_path):
+    write_data(tmp_path / "data", train=4, val=2)
+    for path in list((tmp_path / "data/val").rglob("*.png")):
+        path.rename(path.with_name(f"val{path.name}"))
+    folds = ("data.folds=3", "data.fold=0,1,2", "head=linear,mlp")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "mode.pictures=0", *folds)
+    assert done.status == 0, done.err
+    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
+    rows = {row["head"]: row for row in rows_of(path)}
+    records = {job: read_record(path.parent / f"{job}/evaluation") for job in range(6)}
+    for head, jobs in (("linear", (0, 2, 4)), ("mlp", (1, 3, 5))):
+        counts = np.concatenate([records[job].counts for job in jobs])
+        assert len(counts) == 6  # each image once
+        right, held, found = np.moveaxis(counts.sum(axis=0) - counts, 1, 0)
+        left = (right / (held + found - right)).mean(axis=1)
+        right, held, found = counts.sum(axis=0)
+        value = (right / (held + found - right)).mean()
+        reach = stats.t.ppf(0.975, 5) * np.sqrt(5 / 6 * ((left - left.mean()) ** 2).sum()) / (value * (1 - value))
+        ends = [100 / (1 + np.exp(-np.log(value / (1 - value)) - sign * reach)) for sign in (-1, 1)]
+        found = [float(rows[head][f"mIoU %{part}"]) for part in ("", " low", " high")]
+        assert found == pytest.approx([100 * value, *ends], abs=0.0051)
+        assert records[jobs[0]].source.endswith("best.safetensors")
+    assert "significantly worse than the best setting" in done.out
+    assert "each image is scored by the run of its fold (3 folds). Weights: the last," in done.out
+    done = call(tmp_path, "mode=compare", f"runs=[{path.parent}]", "hydra.run.dir=compared")
+    assert done.status == 0 and "over 6 images" in done.out, done.err
+    compared = json.loads((tmp_path / "compared/compare.json").read_text())
+    assert compared["folds"] == {"head=linear": 3, "head=mlp": 3}
+    gap = 100 * compared["others"]["head=mlp"]["differences"]["miou"]["value"]
+    assert gap == pytest.approx(float(rows["mlp"]["mIoU %"]) - float(rows["linear"]["mIoU %"]), abs=0.011)
+
+
+def test_failed_folds_and_seeds_are_counted(tmp_path):
+    good, failed = {"miou": 0.5, "matrix": [[2, 1], [1, 1]]}, {"error": "it broke"}
+    values = {(0, 0): good, (0, 1): failed, (1, 0): good, (1, 1): good, (2, 0): failed, (2, 1): failed}
+    jobs = [(f"data.fold={fold} seed={seed}", value) for (fold, seed), value in values.items()]
+    (row,) = end_sweep(tmp_path, jobs)
+    assert (row["folds"], row["seeds"], row["note"]) == ("2", "1", "3 of 6 jobs: it broke")
+    assert float(row["mIoU %"]) == pytest.approx(100 * (2 / 4 + 1 / 3) / 2, abs=0.01)

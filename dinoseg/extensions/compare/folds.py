@@ -1,0 +1,121 @@
+"""Folds of one side: each image is scored by the run that has not seen it, and the seeds of a fold are averaged."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.extensions.compare.alignment import align_records, settings_differences
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, join_names
+
+logger = logging.getLogger(__name__)
+_SPLIT = forms.table(forms.list_of(forms.text))  # form of split.json in the run folder of a training
+Fold = Mapping[Path, ImageRecord]  # records of the seeds of a fold, by folder of the evaluation
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Result of a side over the images of all of its folds.
+
+    Args:
+        record: of all images. Counts are means over the seeds of each fold, times the `scale` of `pool_folds`.
+        places: by image, the folder of the evaluation whose prediction is shown.
+        seeds: number of runs of each fold.
+        without_seed: of each fold, the totals (S, 3 K or 4 K) of all images without each of its S seeds; empty if a
+            fold has one seed.
+    """
+
+    record: ImageRecord
+    places: Mapping[str, Path]
+    seeds: Sequence[int]
+    without_seed: Sequence[np.ndarray]
+
+
+def pool_folds(folds: Sequence[Fold], scale: int) -> Pooled:
+    """Return the result of a side over the images of all of its folds.
+
+    Args:
+        folds: two or more.
+        scale: multiple of each number of seeds, the same for all sides. It keeps mean counts whole, since a class that
+            one group alone has must be left with exactly 0 pixels where that group is left out.
+
+    Raises:
+        UserError: the folds differ in classes, the references of a fold's seeds differ, an image is in two folds, or a
+            run was trained on an image of its own fold.
+    """
+    records = [align_records(fold) for fold in folds]
+    first = records[0][0]
+    places = [next(iter(fold)) for fold in folds]
+    _check_folds(places, [seeds[0] for seeds in records])
+    _check_unseen({place: record for fold in folds for place, record in fold.items()})
+    counts = [np.sum([record.counts for record in seeds], axis=0) * (scale // len(seeds)) for seeds in records]
+    units = {seeds[0].unit for seeds in records}
+    record = replace(
+        first,
+        images=[name for seeds in records for name in seeds[0].images],
+        units=[unit for seeds in records for unit in seeds[0].units],
+        unit=first.unit if len(units) == 1 else "group",
+        counts=np.concatenate(counts),
+        scores={},
+    )
+    return Pooled(
+        record,
+        {name: place for place, seeds in zip(places, records, strict=True) for name in seeds[0].images},
+        [len(seeds) for seeds in records],
+        _totals_without_seed(records, [each.sum(axis=0) for each in counts], scale),
+    )
+
+
+def _check_folds(places: Sequence[Path], records: Sequence[ImageRecord]) -> None:
+    """Refuse folds that differ in their settings or have an image in common."""
+    for place, record in zip(places, records, strict=True):
+        if differences := settings_differences(records[0], record):
+            raise UserError(f"runs: folds {places[0]} and {place} cannot be pooled: {'; '.join(differences)}.")
+    names = Counter(name for record in records for name in record.images)
+    if twice := [name for name, count in names.items() if count > 1]:
+        holders = [str(place) for place, record in zip(places, records, strict=True) if {*twice} & {*record.images}]
+        raise UserError(
+            f"runs: folds overlap: {join_names(holders)} were evaluated on the same {count_of(twice, 'image')} "
+            f"({join_names(twice)}). Give runs of one division into folds: the same data.folds, data.group and data."
+        )
+
+
+def _check_unseen(records: Fold) -> None:
+    """Refuse an evaluation on images that its model was trained on, as the run folder of the training lists them."""
+    unknown = []
+    for place, record in records.items():
+        folders = place.parent, Path(record.source).parent.parent
+        path = next((path for folder in folders if (path := folder / "split.json").is_file()), None)
+        if path is None:
+            unknown.append(str(place))
+        elif seen := sorted({*record.images} & {*forms.read_json(path, _SPLIT)["train"]}):
+            raise UserError(
+                f"runs: {place} was evaluated on {count_of(seen, 'image')} of its own training ({join_names(seen)}): "
+                f"its fold is not that of {path}. Evaluate it with the data.folds and data.group of the training."
+            )
+    if unknown:
+        logger.warning(
+            "There is no split.json of the trainings of %s: their images may be those of the training.",
+            join_names(unknown),
+        )
+
+
+def _totals_without_seed(
+    records: Sequence[Sequence[ImageRecord]], totals: Sequence[np.ndarray], scale: int
+) -> list[np.ndarray]:
+    """Return `Pooled.without_seed`, by sums alone: a difference of totals might leave a rest of an absent class."""
+    if min(map(len, records)) < 2:
+        return []
+    found = []
+    for fold, seeds in enumerate(records):
+        rest = sum(each for number, each in enumerate(totals) if number != fold)
+        by_seed = np.stack([record.counts.sum(axis=0) for record in seeds])
+        others = (by_seed.sum(axis=0) - by_seed) * scale / (len(seeds) - 1)
+        found.append((rest + others).reshape(len(seeds), -1))
+    return found
