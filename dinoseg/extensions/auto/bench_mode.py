@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.auto.parts import TrainingParts
 from dinoseg.extensions.auto.random_batch import random_batch
 from dinoseg.extensions.auto.step_bytes import step_flops
 from dinoseg.extensions.auto.training_parts import check_trainer, training_parts
@@ -24,7 +25,6 @@ from dinoseg.extensions.auto.trial import try_steps
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.predictor import Predictor
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
-from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.ranges import Count, Natural

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dinoseg.extensions.auto.parts import TrainingParts
 from dinoseg.extensions.auto.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.extensions.auto.target import Target
-from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, format_override
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dinoseg.core.sample_maps import make_random_maps
 from dinoseg.core.shapes import Batch, ClipBatch
-from dinoseg.training.parts import TrainingParts
+from dinoseg.extensions.auto.parts import TrainingParts
 
 _PIECES = 4  # of a mask along each side: a typical number of classes per image
 

@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.core.shapes import Prediction, tree_map
 from dinoseg.extensions.auto.fake_tensors import fake_tensor_mode
+from dinoseg.extensions.auto.parts import TrainingParts
 from dinoseg.extensions.auto.random_batch import random_batch
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.optim import tensors_of
-from dinoseg.training.parts import TrainingParts
 
 _BITS = {4: 0.516, 8: 1.002}  # bytes per quantised weight, including the scales of its blocks or rows
 _HALF = 2  # bytes of a bfloat16 value

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.auto.parts import TrainingParts
 from dinoseg.models.model import SegmentationModel
-from dinoseg.training.parts import TrainingParts
 from dinoseg.training.trainer import Settings
 from dinoseg.utils.errors import UserError
 

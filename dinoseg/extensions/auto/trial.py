@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from dinoseg.core.contracts import Loss
+from dinoseg.extensions.auto.parts import TrainingParts
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
-from dinoseg.training.parts import TrainingParts
 from dinoseg.training.step import StepScores
 from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.devices import synchronize

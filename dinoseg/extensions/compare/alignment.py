@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.evaluation.unit_scores import FurtherScore, shared_scores
 from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.evaluation.unit_scores import FurtherScore, shared_scores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names
 

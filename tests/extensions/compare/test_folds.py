@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dinoseg.evaluation.unit_scores import FurtherScore
 from mistakes import assert_refused
 from scipy import stats
 
 from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.evaluation.unit_scores import FurtherScore
 from dinoseg.extensions.compare.comparison import against, pooled_scores
 from dinoseg.extensions.compare.sides import (
     Recipe,
