@@ -115,6 +115,29 @@ def test_strips_that_do_not_hold_the_pixels_are_refused(tmp_path, data, reason):
     check_refused(tmp_path / "a.tif", data, reason, by=(read_image, read_ids, read_file))
 
 
+def change_tag(data, number, kind):
+    """Return a TIFF file whose tag of that number has another type."""
+    return data.replace(struct.pack("<HHI", number, 4, 1), struct.pack("<HHI", number, kind, 1))
+
+
+@pytest.mark.parametrize("number", [258, 259, 262, 277])
+def test_damaged_tags_that_decide_the_values_are_refused(tmp_path, number):
+    by = [read_image] if number == 262 else [read_image, read_ids]  # masks with 0 as white are refused before
+    reason = f"a damaged TIFF tag {number}"
+    check_refused(tmp_path / "a.tif", change_tag(TILE, number, 99), reason, by=by)
+
+
+def test_tags_that_are_left_out_have_their_default_or_are_needed(tmp_path):
+    bits = np.eye(16, dtype=bool)
+    Image.fromarray(bits).save(tmp_path / "bits.tif")  # without BitsPerSample, which is 1
+    with tifffile.TiffFile(tmp_path / "bits.tif") as file:
+        assert 258 not in file.pages[0].tags
+    assert np.array_equal(read_ids(tmp_path / "bits.tif"), bits)
+    assert np.array_equal(read_image(tmp_path / "bits.tif")[..., 0], 255 * bits)
+    bare = TILE.replace(struct.pack("<HHI", 262, 4, 1), struct.pack("<HHI", 263, 4, 1))  # 263: Threshholding
+    check_refused(tmp_path / "a.tif", bare, "no TIFF tag PhotometricInterpretation", by=[read_image])
+
+
 @pytest.mark.parametrize("tile", [None, (16, 32)])
 def test_jpeg_blocks_of_another_size_or_cut_are_refused(tmp_path, tile):
     path = tmp_path / "a.tif"

@@ -100,7 +100,7 @@ def test_every_mode_refuses_targets_in_a_checkpoint(where, sound, mode):
     path, before = write_tampered(where, sound, CASES["a hook in the head"]), files(where)
     source = ("input=data/val/images",) if mode in ("predict", "track") else ()
     done = call(where, f"mode={mode}", f"resume={path}", "engine=cpu", *source)
-    assert done.status == 1 and "is refused: a checkpoint sets no key" in done.err, done.err
+    assert done.status == 1 and "is refused: saved configs set no key" in done.err, done.err
     assert files(where) == before
 
 

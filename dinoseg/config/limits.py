@@ -46,8 +46,8 @@ def check_values(values: Mapping[str, Any], where: str, remedy: str) -> None:
         if count > _MAX_VALUES or not (_is_key(key_path) and _is_allowed(value, key_path)):
             what = f"{format_value(dotted_name(key_path))}={format_value(value)}"
             raise UserError(
-                f"{where}: {what} is refused: a checkpoint sets no key that builds something, at most {_MAX_VALUES} "
-                f"values, numbers up to {_largest(key_path)}, short text without ${{, and folders below its run "
+                f"{where}: {what} is refused: saved configs set no key that builds something, at most {_MAX_VALUES} "
+                f"values, numbers up to {_largest(key_path)}, short text without ${{, and folders below the run "
                 f"folder. {remedy}."
             )
 

@@ -49,6 +49,11 @@ class PixelFormat:
             object.__setattr__(self, name, value if value is None else tuple(value))
         if len(self.files) == 1 or len(set(self.files)) < len(self.files):
             raise UserError(f"files={list(self.files)}: give different words, at least two, such as [images,nir].")
+        if self.order is not None and len(self.order) != self.channels:
+            raise UserError(
+                f"order={list(self.order)} has {len(self.order)} numbers, and data.channels={self.channels}. Give one "
+                "for each channel."
+            )
         if self.value_range is not None and not 0 < self.value_range[1] - self.value_range[0] < math.inf:
             raise UserError(
                 f"value_range={list(self.value_range)}: give finite numbers [lowest, highest] with lowest < highest."
@@ -90,15 +95,20 @@ class PixelFormat:
         _check_sizes(files, [(part.shape[0], part.shape[1]) for part in parts])
         pixels = join_levels(parts)
         counts = " + ".join(f"{part.shape[2]}" for part in parts)
-        order = range(pixels.shape[2]) if self.order is None else self.order
-        if len(order) != self.channels or max(order) >= pixels.shape[2]:
-            chosen = "" if self.order is None else f" data.pixels.order={list(order)} and"
+        if self.order is not None:
+            if max(self.order) >= pixels.shape[2]:
+                raise UserError(
+                    f"{path} has {counts} channels, and data.pixels.order={list(self.order)}. Give numbers from 0 to "
+                    f"{pixels.shape[2] - 1}."
+                )
+            pixels = pixels[..., self.order]
+        if pixels.shape[2] != self.channels:
             raise UserError(
-                f"{path} has {counts} channels, and{chosen} data.channels={self.channels}. Set "
-                f"data.channels={len(order)}; or set data/pixels=files, and name further files by "
+                f"{path} has {counts} channels, and data.channels={self.channels}. Set "
+                f"data.channels={pixels.shape[2]}; or set data/pixels=files, and name further files by "
                 "data.pixels.files, such as [images,nir], or choose channels by data.pixels.order, such as [0,1,2]."
             )
-        return np.ascontiguousarray(pixels if self.order is None else pixels[..., self.order])
+        return np.ascontiguousarray(pixels)
 
     def size(self, path: Path) -> tuple[int, int]:
         """Return height and width of an image from the headers of its files.

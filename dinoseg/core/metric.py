@@ -196,11 +196,16 @@ def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImag
     """Return the counts of one image by `metric.count`.
 
     Raises:
-        UserError: they are not finite.
+        UserError: they are not finite numbers.
     """
     counts = metric.count(prediction, sample)
     arrays = {name: np.asarray(value) for name, value in counts.items()}
     for name, value in arrays.items():
+        if value.dtype.kind not in "buif":
+            raise UserError(
+                f"metric: `count` of {metric.class_name} returns {name} of type {value.dtype}. Return integers or "
+                "floats."
+            )
         if not np.isfinite(value).all():
             raise UserError(
                 f"metric: `count` of {metric.class_name} returns {name}={value} for the image {sample.name}. "

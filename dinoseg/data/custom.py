@@ -47,13 +47,14 @@ class CustomDataset:
         self.where = where
         self._where = f"{where}: {type(samples).__module__}.{type(samples).__qualname__}"
         names = list(samples.names)
-        if not names or len(names) != len(samples) or len(set(names)) != len(names):
+        has_others = not all(isinstance(name, str) for name in names)
+        if not names or len(names) != len(samples) or len(set(names)) != len(names) or has_others:
             raise UserError(
                 f"{self._where} has {count_of(len(samples), 'sample')} and {count_of(len(set(names)), 'name')} in "
-                "`names` of this split. Give it samples, each with a unique name."
+                "`names` of this split. Give it samples, each with a unique text as name."
             )
         labels = Labels.of(
-            list(map(str, samples.classes)), samples.palette, int(samples.ignore_index), has_layers=has_layers
+            list(map(str, samples.classes)), samples.palette, samples.ignore_index, has_layers=has_layers
         )
         self.samples = samples
         self.rows = range(len(samples)) if rows is None else rows
@@ -84,7 +85,7 @@ class CustomDataset:
         )
         if self.maps or "maps" in item:
             size = (item["image"].shape[1], item["image"].shape[2])
-            sample["maps"] = check_maps(item.get("maps", {}), self.maps, size, f"{self._where}: the sample {name}")
+            sample["maps"] = check_maps(item.get("maps") or {}, self.maps, size, f"{self._where}: the sample {name}")
         return sample
 
     def keep(self, names: Collection[str]) -> "CustomDataset":
@@ -139,7 +140,7 @@ def check_custom_dataset(
         has_layers: whether masks have a layer (H, W) of 0, 1 and `ignore_index` for each class.
 
     Raises:
-        UserError: a member is missing, or differs from the config, or its masks have no layers, or the name of a class
+        UserError: a member is wrong, or differs from the config, or its masks have no layers, or the name of a class
             with a layer cannot be that of a file, as predictions need.
     """
     if has_layers:

@@ -57,9 +57,9 @@ class Partition:
     folds: Count | None = None
 
     def __post_init__(self) -> None:
-        """Reject an unknown `by`, and incomplete or invalid fold settings."""
+        """Reject incomplete or invalid fold settings."""
         fold, folds = self.fold, self.folds
-        if (fold is None) != (folds is None) or fold is not None and folds is not None and not fold < folds >= 2:
+        if (fold is None) != (folds is None) or fold is not None and folds is not None and not 0 <= fold < folds >= 2:
             raise UserError(
                 f"fold={fold} with folds={folds}: k-fold cross-validation needs two folds or more, and a fold below "
                 "them, from 0, such as fold=0 folds=5."

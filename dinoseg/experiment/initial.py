@@ -80,10 +80,11 @@ def has_initial(builder: ModelBuilder) -> bool:
 
 
 def check_initial(builder: ModelBuilder, model: SegmentationModel) -> None:
-    """Refuse a run of which nothing fits the model's head; the model may be on the meta device.
+    """Refuse a run whose head or backbone does not fit, or `head.init` beside it; the model may be on the meta device.
 
     Raises:
-        UserError: it does not exist, nothing of it fits, or backbone weights that it trained would be left out.
+        UserError: it does not exist, nothing of its head fits, backbone weights that it trained would be left out, or
+            `head.init` is set, too.
     """
     init = builder.value("init")
     if model.head.init is not None:

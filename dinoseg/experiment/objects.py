@@ -68,6 +68,6 @@ def _take(name: str, argument: str) -> Any:
         raise UserError(
             f"{name.partition('.')[0]}={OPTION} is an object of a Python call, and this call or process lacks "
             f"{argument}. Give it; or make it an option (docs/extending.md), for files, several devices and other "
-            "commands."
+            "commands. To save the weights alone: torch.save(model.state_dict(), PATH)."
         )
     return objects[name]

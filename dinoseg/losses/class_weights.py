@@ -36,7 +36,7 @@ def class_weights(
     Weights may also be given by class name; these are used unchanged, and classes without one get 1.
 
     Raises:
-        UserError: unknown scheme, unknown class name, or a weight outside 1e-6 to 1e6.
+        UserError: unknown scheme, no labelled pixel, unknown class name, or a weight outside 1e-6 to 1e6.
     """
     if isinstance(scheme, Mapping):
         named = {str(name): float(weight) for name, weight in scheme.items()}  # YAML parses a class named 1 as a number
@@ -50,6 +50,8 @@ def class_weights(
     n = torch.tensor(counts, dtype=torch.float64)
     if scheme == "none":
         return torch.ones(len(n))
+    if not n.any():
+        raise UserError(f"scheme={scheme}: the training masks hold no labelled pixel. Check the masks.")
     frequency = n / n.sum()
     present = n > 0
     if scheme == "one_minus_frequency":

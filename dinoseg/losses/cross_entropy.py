@@ -41,7 +41,7 @@ class CrossEntropy(PixelMean):
         With q = (1 - s) w_t for the label t, plus s w_k / K for each class k, the loss is the sum over k of -q_k log
         p_k.
         """
-        weights = self.weight.to(scores.dtype)
+        weights = self.weight.to(scores.dtype).expand(len(scores))  # refuses another number of classes
         index = target.clamp(min=0)[None]
         weight = weights[index[0]] * counted
         label_weight = (1 - self.label_smoothing) * weight  # (N,)

@@ -38,7 +38,8 @@ class Focal(PixelMean):
     def pixel_cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""
         index = target.clamp(min=0)[None]
-        weight = self.weight.to(scores.dtype)[index[0]] * counted  # (N,)
+        weights = self.weight.to(scores.dtype).expand(len(scores))  # refuses another number of classes
+        weight = weights[index[0]] * counted  # (N,)
         scores.sub_(scores.amax(0))
         label_score = scores.gather(0, index)[0]
         norm = scores.exp_().sum(0)

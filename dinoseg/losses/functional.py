@@ -387,8 +387,12 @@ def _value(
         loss = _unweighted_loss(kind, classes, device, ignore_index, **options)
     else:
         weights = torch.as_tensor(class_weights, dtype=torch.float32).detach()
-        if weights.shape != (classes,) or not ((weights >= 0) & (weights < torch.inf)).all():
-            raise UserError(f"class_weights={weights.tolist()}: give {classes} numbers of at least 0, one per class.")
+        is_valid = ((weights >= 0) & (weights < torch.inf)).all() and weights.any()
+        if weights.shape != (classes,) or not is_valid:
+            raise UserError(
+                f"class_weights={weights.tolist()}: give {classes} numbers of at least 0, one per class, not all of "
+                "them 0."
+            )
         loss = _build_loss(kind, weights, ignore_index, options).to(device)
     batch = Batch.of_masks(targets)
     return loss(prediction, batch)[0]
@@ -419,10 +423,11 @@ def _as_prediction(logits: Tensor) -> Prediction:
     """Return logits (B, K, H, W) as a prediction.
 
     Raises:
-        UserError: they have another shape.
+        UserError: they have another shape or type.
     """
-    if logits.ndim != 4:
-        raise UserError(f"The logits are {list(logits.shape)}. Give floats (B, K, H, W), or a Prediction.")
+    if not isinstance(logits, Tensor) or logits.ndim != 4 or not logits.is_floating_point():
+        form = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"The logits are {form}. Give floats (B, K, H, W), or a Prediction.")
     size = (logits.shape[2], logits.shape[3])
     return Prediction(logits, size, (1.0, 1.0), upsample, grid=logits)
 

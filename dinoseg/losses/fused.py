@@ -96,7 +96,7 @@ class Fused:
                 bounds.
         """
         if self.form.weights is not None:
-            return self.form.weights.to(grid).expand(2, -1).contiguous()
+            return self.form.weights.to(grid).expand(2, grid.shape[1]).contiguous()
         return grid.new_zeros(2, grid.shape[1]) if upstream is None else upstream.view(3, -1)[:2].contiguous()
 
 

@@ -23,7 +23,7 @@ class ClDice(Metric):
         classes: ids of the classes with thin structures; None: all but class 0.
 
     Raises:
-        UserError: by `check_classes` and `count`: `classes` holds an id that is no class.
+        UserError: `classes` is empty, or, by `check_classes` and `count`, holds an id that is no class.
 
     Examples:
         >>> import numpy as np
@@ -39,6 +39,8 @@ class ClDice(Metric):
 
     @check_annotations
     def __init__(self, classes: Sequence[Natural] | None = None) -> None:
+        if classes is not None and not classes:
+            raise UserError("classes=[]: name at least one class, or give None for all but class 0.")
         self.classes = classes
 
     def check_classes(self, num_classes: int, *, has_layers: bool = False) -> None:

@@ -77,7 +77,7 @@ def region_and_boundary(
 
     Raises:
         UserError: an argument holds no ids, or `num_objects` is below 1.
-        ValueError: the maps differ in size.
+        ValueError: the maps or `void` differ in size.
 
     Examples:
         >>> import torch
@@ -89,6 +89,8 @@ def region_and_boundary(
     """
     prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
     hidden = None if void is None else _array(_as_ids(void, "void"))
+    if hidden is not None and hidden.shape != target.shape:
+        raise ValueError(f"void has the shape {list(hidden.shape)}. Give that of the target, {list(target.shape)}.")
     region, boundary = object_scores(_array(target), _array(prediction), num_objects, hidden)
     return torch.from_numpy(region.copy()), torch.from_numpy(boundary.copy())
 

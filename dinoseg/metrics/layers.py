@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_image, count_image
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_forms, check_image, count_image
 from dinoseg.metrics.counts import mean_defined
 
 
@@ -53,6 +53,7 @@ class LayerMetric(Metric):
                 logits = np.stack([np.zeros_like(logits[layer]), logits[layer]])
             seen = prediction._replace(ids=prediction.ids[layer], logits=logits)
             rows.append(count_image(self.metric, seen, replace(sample, mask=mask, num_classes=2)))
+        check_forms(self.metric, rows, [f"{sample.name} (layer {layer})" for layer in range(len(rows))])
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def compute(self, sums: Counts) -> dict[str, np.ndarray]:

@@ -150,6 +150,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl, without a last line that a killed run left unfinished.
 
     Raises:
+        OSError: the file cannot be read.
         UserError: another line is not JSON.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")

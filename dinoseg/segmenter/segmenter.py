@@ -368,7 +368,6 @@ class Segmenter(GuardedModule, Model):
 
         self._refuse_additions()
         with preserve_global_state(), file_errors_as_user_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
             source = ModelSource.of(self._config)
             facts = self.facts
             info = dict(self._info)

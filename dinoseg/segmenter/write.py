@@ -154,6 +154,7 @@ def write_model(
     description = {**config_description(ModelBuilder.of(stored), info), "folder": "."}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     remaining = {key: value for key, value in info.items() if key != PRECISION}  # which the config states
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write(path, tensors, {"progress": asdict(Progress()), **remaining, **made})
     return len(tensors), facts.backbone
 

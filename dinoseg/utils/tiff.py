@@ -5,6 +5,7 @@ The only door to tifffile, which is imported when the first TIFF file is read. I
 
 import math
 import re
+import struct
 from functools import cached_property
 from typing import IO, Any
 
@@ -26,6 +27,8 @@ _COMPRESSIONS = {
 _WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 322, 323  # TIFF tags
 _OFFSETS, _LENGTHS = (273, 324), (279, 325)  # TIFF tags: of strips, of tiles
 _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION, _COLORS, _EXTRA_SAMPLES, _XMP = 262, 266, 274, 320, 338, 700  # TIFF tags
+# tags without which other values would be read
+_LAYOUT = (258, 259, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION, _SAMPLES, 284, 317, _EXTRA_SAMPLES, 339)
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _ALPHA = (1, 2)  # values of ExtraSamples
 
@@ -146,9 +149,13 @@ class TiffPage:
     def _check_layout(self) -> tuple[int, int]:
         """Return rows and columns of a block; refuse kinds that would be read wrongly, or whose blocks do not fit."""
         page = self._page
+        tags = self._read_tag_numbers()
+        damaged = next((number for number in _LAYOUT if number in tags and number not in page.tags), None)
         compression = getattr(page.compression, "name", page.compression)
         is_number = page.dtype is not None and page.dtype.kind in "buif" and self.bits > 0
         unsupported = {
+            f"a damaged TIFF tag {damaged}": damaged is not None,
+            "no TIFF tag PhotometricInterpretation": _PHOTOMETRIC not in page.tags,
             f"TIFF compression {compression}": page.compression not in _COMPRESSIONS,
             f"values of {page.bitspersample} bits and TIFF sample format {page.sampleformat}": not is_number,
             f"a volume of {page.imagedepth} slices": page.imagedepth != 1,
@@ -169,6 +176,14 @@ class TiffPage:
         if not found == needed == len(page.dataoffsets) == len(page.databytecounts):
             raise Unfit(f"has {found} TIFF blocks, but its pixels need {needed}. Save it again")
         return rows, columns
+
+    def _read_tag_numbers(self) -> set[int]:
+        """Return the numbers of the tags that the file stores: tifffile leaves out damaged ones and takes defaults."""
+        form = self._page.parent.tiff
+        self._file.seek(self._page.offset)
+        (count,) = struct.unpack(form.tagnoformat, self._file.read(form.tagnosize))
+        tags = self._file.read(count * form.tagsize)
+        return {number for (number,) in struct.iter_unpack(f"{form.byteorder}H{form.tagsize - 2}x", tags)}
 
 
 class TiffFile:

@@ -8,8 +8,6 @@ from itertools import islice
 from typing import Any, TextIO
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Python reads bytes of file names that are no UTF-8 as these; `str.translate` deletes them
-ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00))
 # scheme://USER:PASSWORD@ or scheme://TOKEN@. A password may hold unescaped / ? # and @: what follows the first colon is
 # a password, unless it is a port. [ begins an IPv6 address.
 _CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?:[^/\s?#:@[]*:(?!\d+(?:[/?#]|$))\S*@|[^/\s?#]*@)")

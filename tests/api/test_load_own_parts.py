@@ -145,7 +145,7 @@ def test_loading_never_instantiates_targets_from_a_file(place, tmp_path):
         held.info["config"][group][key] = of_group
         held.info["config"]["optim"]["optimizer"]["betas"] = of_optimizer
         checkpoint.write(file, held.tensors, {name: value for name, value in held.info.items() if name != "format"})
-        with pytest.raises(UserError, match="is refused: a checkpoint sets no key"):
+        with pytest.raises(UserError, match="is refused: saved configs set no key"):
             dinoseg.load(file, device="cpu")
     assert not ran.exists()
 

@@ -123,9 +123,11 @@ def test_a_model_of_objects_is_exported(tmp_path):
 def test_saving_a_model_with_objects_is_refused_with_a_remedy(tmp_path):
     model = dinoseg.create_model("rgb", head=BottleneckHead(3, 1, 2), classes=CLASSES)
     for write in (model.save, model.save_pretrained, lambda path: model.push_to_hub("org/name")):
-        with pytest.raises(UserError, match=r"head=_object is an object of a Python call.*docs/extending.md"):
+        with pytest.raises(
+            UserError, match=r"head=_object is an object .*docs/extending.md.*torch.save\(model.state_dict"
+        ):
             write(tmp_path / "model")
-    assert not [*tmp_path.rglob("*.*")]
+    assert not [*tmp_path.iterdir()]
     assert "head=BottleneckHead" in repr(model)
     same = copy.deepcopy(model)
     assert torch.equal(same.eval()(torch.zeros(1, 3, 8, 8)), model.eval()(torch.zeros(1, 3, 8, 8)))

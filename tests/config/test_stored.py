@@ -234,7 +234,7 @@ def test_a_target_is_refused_anywhere(sound, target):
     before = set(sys.modules)
     for place in ("head", "loss/criterion", "loss/criterion/terms/ce", "data/reader", "backbone/arch/hidden_act", "x"):
         for value in ({"_target_": target}, [{"_target_": target, "_partial_": True}]):
-            with pytest.raises(UserError, match="is refused: a checkpoint sets no key that builds"):
+            with pytest.raises(UserError, match="is refused: saved configs set no key that builds"):
                 load(plant_value(sound, place, value))
     assert set(sys.modules) == before
 
@@ -243,39 +243,39 @@ ODD = {  # place, value, what the refusal says
     "arguments without names": (
         "data/reader/_args_",
         ["/", "train"],
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
-    "convert": ("head/_convert_", "all", "is refused: a checkpoint sets no key that builds something"),
-    "called at once": ("head/_partial_", False, "is refused: a checkpoint sets no key that builds something"),
-    "mode": ("head/_mode_", "x", "is refused: a checkpoint sets no key that builds something"),
-    "a dunder": ("head/__class__", "x", "is refused: a checkpoint sets no key that builds something"),
-    "an empty key": ("head/", 1, "is refused: a checkpoint sets no key that builds something"),
-    "a key with a line break": ("head/a\nb", 1, "is refused: a checkpoint sets no key that builds something"),
+    "convert": ("head/_convert_", "all", "is refused: saved configs set no key that builds something"),
+    "called at once": ("head/_partial_", False, "is refused: saved configs set no key that builds something"),
+    "mode": ("head/_mode_", "x", "is refused: saved configs set no key that builds something"),
+    "a dunder": ("head/__class__", "x", "is refused: saved configs set no key that builds something"),
+    "an empty key": ("head/", 1, "is refused: saved configs set no key that builds something"),
+    "a key with a line break": ("head/a\nb", 1, "is refused: saved configs set no key that builds something"),
     "a key of no option": ("data/evil", 1, "the options on this machine have another form"),
     "a key of no group": ("trainer/evil", {"a": 1}, "the options on this machine have another form"),
     "an environment variable": (
         "data/root",
         "${oc.env:HOME}",
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
-    "with blanks": ("data/root", "${ oc.env : HOME }", "is refused: a checkpoint sets no key that builds something"),
-    "within a text": ("data/root", "a ${oc.env:HOME} b", "is refused: a checkpoint sets no key that builds something"),
+    "with blanks": ("data/root", "${ oc.env : HOME }", "is refused: saved configs set no key that builds something"),
+    "within a text": ("data/root", "a ${oc.env:HOME} b", "is refused: saved configs set no key that builds something"),
     "a pointer": (
         "head/num_classes",
         "${data.num_classes}",
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
-    "in a list": ("data/classes", ["a", "${seed}"], "is refused: a checkpoint sets no key that builds something"),
+    "in a list": ("data/classes", ["a", "${seed}"], "is refused: saved configs set no key that builds something"),
     "a class file": (
         "data/root",
         "${dinoseg.class_file:classes}",
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
-    "escaped": ("data/root", "\\${oc.env:HOME}", "is refused: a checkpoint sets no key that builds something"),
+    "escaped": ("data/root", "\\${oc.env:HOME}", "is refused: saved configs set no key that builds something"),
     "put together by a sign": (
         "data/root",
         "$${data.on_error}",
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
     "places for files": ("data/opened/cache_dir", "elsewhere", "the options on this machine have another form"),
     "places for counts": ("loss/counts/cache_dir", "/elsewhere", "the options on this machine have another form"),
@@ -289,23 +289,23 @@ ODD = {  # place, value, what the refusal says
     "masks elsewhere": (
         "data/tracking",
         {"folder": "/elsewhere"},
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
     "masks above": (
         "data/tracking",
         {"folder": "masks/../.."},
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
     "masks on a drive": (
         "data/tracking",
         {"folder": "C:\\up"},
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
-    "masks nowhere": ("data/tracking", {"folder": None}, "is refused: a checkpoint sets no key that builds something"),
+    "masks nowhere": ("data/tracking", {"folder": None}, "is refused: saved configs set no key that builds something"),
     "masks of a table": (
         "data/tracking",
         {"folder": {"a": "b"}},
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
     "a number for what is built": ("data/reader/partition", 3, "the options on this machine have another form"),
     "a text for what is built": ("data/reader", "x", "the options on this machine have another form"),
@@ -330,9 +330,9 @@ ODD = {  # place, value, what the refusal says
     "a long table": (
         "data/reader/masks/ids",
         dict.fromkeys(map(str, range(6000)), 0),
-        "is refused: a checkpoint sets no key that builds something",
+        "is refused: saved configs set no key that builds something",
     ),
-    "a long text": ("data/root", "a" * 10**5, "is refused: a checkpoint sets no key that builds something"),
+    "a long text": ("data/root", "a" * 10**5, "is refused: saved configs set no key that builds something"),
 }
 
 
@@ -349,7 +349,7 @@ def test_weights_are_given_to_classes_of_any_name(sound):
     for stored in (described, plant_value(sound, "loss/weights", weights)):
         assert load(as_read(stored))["loss"]["weights"] == weights
     for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_", "a\nb"):
-        with pytest.raises(UserError, match=r"loss.weights.* is refused: a checkpoint sets no key"):
+        with pytest.raises(UserError, match=r"loss.weights.* is refused: saved configs set no key"):
             load(plant_value(sound, "loss/weights", {name: 3.0}))
 
 
@@ -372,7 +372,7 @@ def test_unused_groups_of_a_checkpoint_provide_only_values(sound):
     assert found["data"]["num_classes"] == 2 and "_target_" not in json.dumps([found["data"], found["loss"]])
     planted = plant_value(stored, "loss/criterion", {"_target_": "x"})
     refuse = partial(compose_stored, planted, Source("resume=file"), unused=("loss",))
-    assert_refused(refuse, "sets no key that builds")
+    assert_refused(refuse, "set no key that builds")
 
 
 def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
@@ -382,9 +382,9 @@ def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
     assert found["data"] == cfg["data"] and found["data"]["batch_size"] == 3
     for key, value, says in (
         ("data.reader._target_", "os.system", "its data.reader is os.system"),
-        ("data.reader._args_", ["x"], "is refused: a checkpoint sets no key that builds something"),
-        ("data.root", "${oc.env:HOME}", "is refused: a checkpoint sets no key that builds something"),
-        ("data.reader.partition._partial_", True, "is refused: a checkpoint sets no key that builds something"),
+        ("data.reader._args_", ["x"], "is refused: saved configs set no key that builds something"),
+        ("data.root", "${oc.env:HOME}", "is refused: saved configs set no key that builds something"),
+        ("data.reader.partition._partial_", True, "is refused: saved configs set no key that builds something"),
     ):
         with pytest.raises(UserError, match=says):
             changed = to_container(compose_job(**{key: value}))

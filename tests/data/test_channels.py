@@ -176,8 +176,11 @@ test_message_names_value_and_remedy = refusals(
         "no file of a word": (read_pair(4, ["rgb", "depth"]), "no file of `depth`"),
         "no word": (read_pair(4, ["images", "nir"]), "no file of `nir`"),
         "no words": (read_pair(4), *NO_FILES),
-        "order beyond the end": (read_pair(4, ["rgb", "nir"], [0, 1, 2, 4]), "3 + 1 channels", "order=[0, 1, 2, 4]"),
-        "short order": (read_pair(4, order=[0, 1]), "order=[0, 1] and data.channels=4"),
+        "order beyond the end": (
+            read_pair(4, ["rgb", "nir"], [0, 1, 2, 4]),
+            "order=[0, 1, 2, 4]. Give numbers from 0 to 3",
+        ),
+        "short order": (lambda: PixelFormat(4, order=[0, 1]), "order=[0, 1] has 2 numbers, and data.channels=4"),
         "one word": (read_pair(files=["rgb"]), "at least two"),
         "empty range": (read_pair(value_range=(5, 5)), "lowest < highest"),
         "endless range": (read_pair(value_range=(0, float("inf"))), "finite"),

@@ -9,6 +9,7 @@ from command_line import SMALL, call
 from making import Pictures
 from mistakes import assert_refused, refusals
 
+from dinoseg.core.sample_maps import ValueMap
 from dinoseg.data.custom import CustomDataset, check_custom_dataset
 from dinoseg.data.opened import prepare_dataset
 
@@ -77,12 +78,12 @@ def dataset(channels=3, **changes):
     return lambda: CustomDataset(type("Part", (), WHOLE | changes)(), channels=channels)
 
 
-def read(item):
-    return lambda: dataset(__getitem__=lambda self, index: item)()[0]
+def read(item, maps=()):
+    return lambda: dataset(__getitem__=lambda self, index: item, maps=dict(maps))()[0]
 
 
-def read_changed(**changes):
-    return read({"image": IMAGE, "mask": MASK, "name": "x"} | changes)
+def read_changed(maps_of_dataset=(), **changes):
+    return read({"image": IMAGE, "mask": MASK, "name": "x"} | changes, maps_of_dataset)
 
 
 def configured(classes=("a", "b"), ignore_index=255):
@@ -97,8 +98,11 @@ test_message_names_value_and_remedy = refusals(
     {
         "a name twice": (dataset(names=["x", "x"]), "has 2 samples and 1 name in `names`"),
         "a name too few": (dataset(names=["x"]), "has 2 samples and 1 name in `names`"),
+        "numbers as names": (dataset(names=[0, 1]), "has 2 samples and 2 names in `names`", "unique text as name"),
         "one color": (dataset(palette=[(0, 0, 0)]), "data.palette has 1 colours for 2 classes"),
         "ignored": (dataset(ignore_index=256), "data.ignore_index=256: give an id from 0 to 255"),
+        "ignored fraction": (dataset(ignore_index=255.5), "data.ignore_index=255.5: give an id from 0 to 255"),
+        "no maps": (read_changed({"depth": ValueMap()}, maps=None), "the sample x: the map depth is NoneType"),
         "empty": (dataset(names=[], __len__=lambda self: 0), "has 0 samples and 0 names"),
         "tuple": (read((IMAGE, MASK)), "the sample x is tuple. Return a dict of image, mask and name"),
         "no name": (read({"image": IMAGE, "mask": MASK}), "the sample x has the name None"),

@@ -119,6 +119,7 @@ test_message_names_value_and_remedy = refusals(
             "fold=3 with folds=3: ",
             "two folds or more",
         ),
+        "a fold below 0": (lambda: Partition(fold=-1, folds=3), "fold=-1 with folds=3: ", "from 0"),
         "one fold": (lambda: Partition(fold=0, folds=1), "fold=0 with folds=1"),
         "more folds than groups": (lambda: folds(0, 9), "partition.folds=9: there are only 7 groups"),
         "no group": (lambda: folds(0, 2, "^w"), "partition.group=", "does not match the name v0/train_0"),

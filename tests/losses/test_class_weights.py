@@ -1,5 +1,6 @@
 import pytest
 import torch
+from mistakes import assert_refused
 
 from dinoseg.losses.class_weights import class_weights
 
@@ -40,3 +41,9 @@ def test_effective_number_by_hand():
 
 def test_names_that_are_numbers_to_yaml_are_known():
     assert class_weights([5, 5, 5], ["0", "1", "2.5"], {1: 3, 2.5: 2}).tolist() == [1.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize("scheme", ["one_minus_frequency", "inverse", "median", "effective_number"])
+def test_masks_without_labels_have_no_weights(scheme):
+    assert_refused(lambda: class_weights([0, 0], ["a", "b"], scheme), f"scheme={scheme}: ", "no labelled pixel")
+    assert class_weights([0, 0], ["a", "b"], "none").tolist() == [1.0, 1.0]

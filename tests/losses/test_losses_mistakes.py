@@ -19,6 +19,7 @@ from dinoseg.losses.class_weights import class_weights
 from dinoseg.losses.cldice import SoftClDice
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
+from dinoseg.losses.fused import Fused, KernelSpec
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 from dinoseg.losses.multilabel import BinaryCrossEntropy
 from dinoseg.losses.overlap import Dice, Tversky
@@ -82,6 +83,8 @@ test_message_names_key_value_and_remedy = refusals(
         "negative weight": (lambda: lose(class_weights=[1.0, -1.0, 1.0]), "class_weights=", "numbers of at least 0"),
         "weight of NaN": (lambda: lose(class_weights=[1.0, math.nan, 1.0]), "class_weights=", "numbers of at least 0"),
         "one weight": (lambda: lose(class_weights=[1.0]), "class_weights=[1.0]: give 3 numbers"),
+        "weights of 0": (lambda: lose(class_weights=[0.0, 0.0, 0.0]), "give 3 numbers", "not all of them 0"),
+        "no pixels": (lambda: losses.compute_class_weights([0, 0]), "scheme=median: ", "no labelled pixel"),
         "smoothing of 1": (lambda: lose(label_smoothing=1.0), "label_smoothing=1.0 is out of range. Give", "below 1"),
         "no hard pixel": (lambda: lose(hard_fraction=0), "hard_fraction=0 is out of range", "above 0 and at most 1"),
         "more than all pixels": (lambda: Focal(WEIGHTS, hard_fraction=1.5), "hard_fraction=1.5 is out of range"),
@@ -96,7 +99,9 @@ test_message_names_key_value_and_remedy = refusals(
         "classes as a number": (lambda: cldice(classes=1), "classes=1", "Give a list of whole numbers"),
         "no erosion": (lambda: SoftClDice(WEIGHTS, iterations=0), "iterations=0", "from 1 to 64"),
         "many erosions": (lambda: SoftClDice(WEIGHTS, iterations=65), "iterations=65", "from 1 to 64"),
-        "flat logits": (lambda: lose((2, 3, 4)), "The logits are [2, 3, 4]. Give floats"),
+        "flat logits": (lambda: lose((2, 3, 4)), "The logits are torch.float32 [2, 3, 4]. Give floats"),
+        "array": (lambda: losses.cross_entropy_loss(SCORES.numpy(), IDS), "The logits are ndarray. Give floats (B, K"),
+        "integers": (lambda: losses.dice_loss(SCORES.int(), IDS), "The logits are torch.int32 [2, 3, 4, 4]. Give"),
         "layers as ids": (
             lambda: lose(targets=(1, 1, 4, 4)),
             "int64 [1, 1, 4, 4]. Give class ids (1, H, W)",
@@ -167,6 +172,21 @@ test_message_names_key_value_and_remedy = refusals(
             "does not take gamma",
         ),
     }
+)
+
+
+FIVE = torch.ones(5)
+test_weights_of_other_classes_are_refused = refusals(
+    {
+        "cross-entropy": (lambda: run(SCORES, CrossEntropy(FIVE)), "size of the tensor (3)", "existing size (5)"),
+        "focal": (lambda: run(SCORES, Focal(FIVE)), "size of the tensor (3)", "existing size (5)"),
+        "kernel": (
+            lambda: Fused(IDS, (1.0, 1.0), 255, KernelSpec(FIVE))._of_classes(SCORES, None),
+            "size of the tensor (3)",
+            "existing size (5)",
+        ),
+    },
+    error=RuntimeError,
 )
 
 

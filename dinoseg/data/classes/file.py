@@ -58,7 +58,7 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
     """Return `classes` and the other keys of `NOT_DESCRIBED` in the form that the config has.
 
     Raises:
-        UserError: the file cannot be read, is too large, is not YAML, or is inconsistent.
+        UserError: the file cannot be read, is not YAML, or is inconsistent.
     """
     return _read(path, ignore_index, stamp(path))
 
@@ -117,7 +117,9 @@ def _classes(node: Any) -> dict[str, dict[str, Any]]:
 def _name(value: Any) -> str:
     # a "${...}" would be resolved by OmegaConf and refused in the checkpoint, and it takes ??? for a missing value
     if not isinstance(value, str) or "${" in value or value.strip() in ("", "???"):
-        raise ValueError(f"{value!r} is not a name, but {type(value).__name__} in YAML: write text, without ${{")
+        raise ValueError(
+            f"{value!r} is not a name: write text, in quotes if YAML takes it for a value, and no ??? or ${{"
+        )
     return value
 
 

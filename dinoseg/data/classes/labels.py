@@ -36,12 +36,14 @@ class Labels:
         Classes with layers get no black, which stands for pixels of no class.
 
         Raises:
-            UserError: there is no class or over 255; a name is repeated, empty, long or not printable; colours and
-                classes differ in number; a colour or ignore_index is outside 0..255.
+            UserError: the classes are no list; there is no class or over 255; a name is repeated, empty, long or not
+                printable; colours and classes differ in number; a colour or ignore_index is outside 0..255.
         """
-        names = tuple(map(str, classes))
+        # a set has another order in each process
+        is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
+        names = tuple(map(str, classes)) if is_list else ()
         has_odd = any(not (0 < len(name) <= LONGEST_NAME and name.isprintable()) for name in names)
-        if isinstance(classes, str) or not 1 <= len(names) <= 255 or has_odd:
+        if not 1 <= len(names) <= 255 or has_odd:
             raise UserError(
                 f"data.classes={format_value(classes)}: give a list of 1 to 255 names, since masks are 8-bit, each of "
                 f"1 to {LONGEST_NAME} printable characters."
@@ -49,17 +51,17 @@ class Labels:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
-        if ignore_index not in range(256):
+        if not isinstance(ignore_index, Integral) or ignore_index not in range(256):
             raise UserError(f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit.")
         if palette is None:
             colors = tuple(default_palette(len(names) + has_layers)[has_layers:])
         else:
-            colors = tuple(map(as_color, palette))
+            colors = tuple(map(as_color, palette)) if isinstance(palette, Iterable) else ()
         if len(colors) != len(names):
             raise UserError(
                 f"data.palette has {len(colors)} colours for {len(names)} classes: give one per class, or null."
             )
-        return cls(names, tuple(layer_colours(colors)) if has_layers else colors, ignore_index)
+        return cls(names, tuple(layer_colours(colors)) if has_layers else colors, int(ignore_index))
 
 
 def as_color(values: Sequence[int]) -> Color:

@@ -172,11 +172,15 @@ test_message_names_value_and_remedy = refusals(
         "ignored twice": (rules(format="palette", ignore_colors=[[255, 0, 0]]), "(255, 0, 0) is used twice"),
         "ignored 256": (rules(format="palette", ignore_colors=[[256, 0, 0]]), "Colour [256, 0, 0]"),
         "no class": (labels([]), "data.classes=[]: give a list of 1 to 255 names"),
+        "a table of classes": (labels({"a": 0, "b": 1}), "give a list of 1 to 255 names"),
+        "a set of classes": (labels({"a", "b"}), "give a list of 1 to 255 names"),
         "256 classes": (labels(["a"] * 256), "give a list of 1 to 255 names"),
         "a class twice": (labels(["a", "b", "a"]), "names a more than once"),
         "one colour": (labels(["a", "b"], [[0, 0, 0]]), "1 colours for 2 classes"),
+        "a number of colours": (labels(["a"], 3), "0 colours for 1 classes"),
         "colour of fractions": (labels(["a"], [[0, 0, 0.5]]), "whole numbers"),
         "ignore 256": (labels(["a"], ignore_index=256), "ignore_index=256"),
+        "ignore 255.0": (labels(["a"], ignore_index=255.0), "ignore_index=255.0"),
         "ignore -1": (labels(["a"], ignore_index=-1), "ignore_index=-1"),
     }
 )

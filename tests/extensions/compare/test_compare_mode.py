@@ -318,4 +318,4 @@ def test_config_with_a_class_file_still_shows_images(runs, compare_sides):
     assert "${dinoseg.class_file:palette}" in config and other.shots and "has no images" not in said
     hidden = config.replace("${dinoseg.class_file:palette}", "${dinoseg.class_file:${oc.env:HOME}}")
     (runs / "typed/config/config.yaml").write_text(hidden)
-    assert "is refused: a checkpoint sets no key" in compare_sides("typed", "second")[-1]
+    assert "is refused: saved configs set no key" in compare_sides("typed", "second")[-1]
