@@ -172,6 +172,8 @@ def _find_start(cfg: DictConfig, typed: Sequence[Override], location: RunLocatio
     from dinoseg.training import checkpoint
 
     prefer = cfg.mode.resume_from
+    if not isinstance(cfg.resume, str):
+        raise UserError(f"resume={cfg.resume}: give one run folder or checkpoint. -m runs a mode for each of several.")
     if cfg.resume != AUTO:
         path = checkpoint.find(cfg.resume, prefer)
         in_place = prefer == "last" and path.parent.name == checkpoint.CHECKPOINT_FOLDER

@@ -122,6 +122,7 @@ _ENTRIES: Mapping[str, forms.Form] = {
     "targets": forms.table(forms.text),
     "folder": forms.text,
     "classes": forms.list_of(_name),
+    "palette": forms.list_of(_COLOUR),
     "ignore_index": forms.whole(0, 255),
     PRECISION: _precision,
     IDLE: _COUNT,

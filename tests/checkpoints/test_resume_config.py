@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from dinoseg import __main__
 from dinoseg.checkpoints.past_runs import find_runs, plan_of
-from dinoseg.checkpoints.resume import _same_path, compose_resumed
+from dinoseg.checkpoints.resume import _keep_precision, _same_path, compose_resumed
 from dinoseg.cli.checkpoint_keys import checkpoint_keys
 from dinoseg.cli.shared import compose_shared, describe_job
 from dinoseg.config.composition import SHIPPED
@@ -442,3 +442,15 @@ def test_one_place_may_be_written_in_several_ways(old, new, same):
 def test_auto_is_for_trainings_alone(where):
     done = call(where, "mode=eval", "resume=auto")
     assert "resume=auto resumes trainings. For mode=eval, name the run: resume=RUN." in done.err
+
+
+def test_length_in_epochs_replaces_the_steps_of_a_recipe():
+    info = {**INFO, "config": {**INFO["config"], "trainer": {**INFO["config"]["trainer"], "steps": 5, "epochs": 2}}}
+    assert plan_of(info).length == {"epochs": 2}
+
+
+@pytest.mark.parametrize(("set_to", "kept"), [("auto", "fp32"), ("bf16", "bf16")])
+def test_precision_of_a_run_is_kept_unless_another_one_is_set(set_to, kept):
+    cfg = OmegaConf.create({"engine": {"precision": set_to}})
+    _keep_precision(cfg, {"precision": "fp32"}, [])
+    assert cfg.engine.precision == kept

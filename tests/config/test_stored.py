@@ -360,6 +360,7 @@ def test_the_command_line_may_allow_a_source_of_weights(sound):
         ("my-org/my-dino", {"typed": ["backbone.weights"]}),
         (f"facebook/dinov2-small{commit}", {}),
         (f"my-org/my-dino{commit}", {"trust": ["my-org/my-dino"]}),
+        (f"my-org/my-dino{commit}", {"trust": [f"my-org/my-dino{commit}"]}),
     ):
         assert load(plant_value(sound, "backbone/weights", weights), **options)["backbone"]["weights"] == weights
     stored = plant_value(sound, "backbone/weights", f"my-org/my-dino{commit}")

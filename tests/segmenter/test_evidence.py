@@ -58,6 +58,10 @@ def test_scores_of_another_checkpoint_are_refused(best, tmp_path, monkeypatch):
     assert official == {"unit": None, "rules": None, "interval": None} | OFFICIAL
     other = write_evaluation(tmp_path / "other", best.with_stem("last"))
     assert_refused(lambda: scores_of(best, (), other), "belong to ", "last.safetensors, not to ", "best.safetensors")
+    OmegaConf.save(
+        {"resume": f"elsewhere/{best.name}", "mode": {"split": "test"}}, tmp_path / "other/config/config.yaml"
+    )
+    assert_refused(lambda: scores_of(best, (), other), "belong to elsewhere/best.safetensors, not to ")
     OmegaConf.save({"resume": None, "mode": {"name": "train"}}, tmp_path / "other/config/config.yaml")
     assert_refused(lambda: scores_of(best, (), other), "other is not a run folder of mode=eval with scores")
     os.utime(tmp_path / "scored/scores.json", (0, 0))

@@ -178,6 +178,12 @@ test_forms_say_where_and_what = refusals(
         ),
         "no text": (lambda: parse_json('{"rows": [[0, null], [9, 1]]}', ROWS), "it.rows[1][1] is 1; it must be text"),
         "a row too few": (lambda: parse_json('{"rows": [[0, null]]}', ROWS), "it.rows is ", "; it must be a list of 2"),
+        "a row too many": (
+            lambda: parse_json('{"rows": [[0, null], [9, "a"], [9, "a"]]}', ROWS),
+            "it.rows is ",
+            "; it must be a list of 2",
+        ),
+        "too deep": (lambda: parse_json("[[[[]]]]", forms.max_depth(3)), "it must be nested at most 3 levels deep"),
         "a short row": (lambda: parse_json('{"rows": [[0, null], [9]]}', ROWS), "it.rows[1] is [9]; it must be a list"),
         "another key": (lambda: parse_json('{"row": []}', ROWS), "must be an object of rows"),
         "a key more": (lambda: parse_json('{"rows": [[0, null], [9, "a"]], "more": 1}', ROWS), "an object of rows"),
@@ -195,6 +201,7 @@ test_forms_say_where_and_what = refusals(
 def test_values_of_a_form_are_accepted():
     parse_json('{"rows": [[0, null], [9, "a"]]}', ROWS)
     parse_json("[0, 0.5, 1]", forms.list_of(forms.number(0, 1)))
+    parse_json("[[[]]]", forms.max_depth(3))
 
 
 def test_a_long_name_is_not_repeated_for_each_entry_below_it():

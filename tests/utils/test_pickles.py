@@ -74,6 +74,10 @@ def test_an_archive_holds_no_more_than_its_file_has_bytes(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:  # torch ignores case, and reads one of the two
         archive.writestr("a/DATA.pkl", b"\x80\x02}" + text("x") + ASKING["bytearray"] + b"s.")
     assert_refused(lambda: read_tensor_file(path, "w"), "x.pth: ", "it holds builtins.bytearray")
+    write(path, text("a"), zipped=True)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a/data.PKL", b"\x80\x02}" + text("x") + ASKING["bytearray"] + b"s.")
+    assert_refused(lambda: read_tensor_file(path, "w"), "x.pth: ", "it holds builtins.bytearray")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

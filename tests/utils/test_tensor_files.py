@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dinoseg.utils import tensor_files
-from dinoseg.utils.tensor_files import copy_values, is_finite, outline, write_tensors
+from dinoseg.utils.tensor_files import check_weights, copy_values, is_finite, outline, write_tensors
 
 
 def test_a_written_file_stands_alone_and_others_may_read_it(tmp_path):
@@ -83,3 +83,8 @@ def test_a_small_tensor_is_processed_by_the_calling_thread():
         assert is_finite(value)
         copy_values(torch.empty_like(value), value)
     assert sizes and max(sizes) <= 2**15
+
+
+def test_tensors_of_another_shape_are_refused():
+    expected = {"a": torch.zeros(3, 2)}
+    assert_refused(lambda: check_weights({"a": torch.zeros(2, 3)}, "w", expected), "shape [2, 3] instead of [3, 2]")

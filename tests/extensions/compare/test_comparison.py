@@ -120,6 +120,8 @@ def test_incomparable_records_are_refused_with_the_difference(change, told):
 def test_counts_of_another_evaluation_are_refused(tmp_path):
     write_record(record(counts=record().counts[1:]), tmp_path)
     assert_refused(lambda: read_record(tmp_path), "evaluation.json and counts.npz", "are of two evaluations")
+    write_record(record(counts=record().counts[:, :, 1:]), tmp_path)
+    assert_refused(lambda: read_record(tmp_path), "evaluation.json and counts.npz", "are of two evaluations")
 
 
 def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
