@@ -207,7 +207,10 @@ class TrainingRun:
         logger.info("training:    %d steps, batch of %d %s%s", steps, samples, method.what, batches)
         logger.info("data:        %d training and %d validation %s", train, val, method.what)
         if builder.value("data.fold") is not None and builder.value("trainer.evaluate") == "last":
-            logger.info("evaluation:  last weights (trainer.evaluate=best: those chosen on the images of this fold)")
+            logger.info(
+                "evaluation:  last weights, saved as best.safetensors; those of the best score on this fold are not "
+                "saved (trainer.evaluate=best saves them)"
+            )
         logger.info("run folder:  %s", self.out_dir)
         if engine.is_main:
             _warn_of_other_sizes(builder)

@@ -23,7 +23,14 @@ from torch.optim import Optimizer
 
 from dinoseg.core.metric import split_infinite
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.training.description import FORMAT, IDLE, changed_prediction, locate_weights, read_description
+from dinoseg.training.description import (
+    FORMAT,
+    IDLE,
+    changed_prediction,
+    locate_weights,
+    read_description,
+    resolve_evaluate,
+)
 from dinoseg.training.loading import (
     CASTS,
     Checkpoint,
@@ -410,7 +417,8 @@ def _chosen_by(info: Mapping[str, Any], other: Mapping[str, Any], metric: str | 
     changed = changed_prediction(info, other, score)
     options = "".join(f" {key}={value}" for key, value in [*changed.items(), *settings.items()])
     chosen = f"{score}{options} of {'all images' if images is None else count_of(images, 'image')}"
-    return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen
+    evaluate = resolve_evaluate(trainer.get("evaluate"), config.get("data", {}).get("fold"))
+    return f"the last validation ({chosen})" if evaluate == "last" else chosen
 
 
 def _trained_state(model: SegmentationModel) -> dict[str, Tensor]:

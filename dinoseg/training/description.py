@@ -53,6 +53,18 @@ def locate_weights(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {**config, **{part: {**node, **_whole_path(node.get("weights"), folder)} for part, node in parts.items()}}
 
 
+def resolve_evaluate(evaluate: str | None, fold: int | None) -> str:
+    """Return the weights that a run evaluates, `best` or `last`.
+
+    Args:
+        evaluate: `trainer.evaluate` of a saved config; None or an interpolation means the default of `cfg/trainer`.
+        fold: `data.fold` of that config.
+    """
+    if evaluate in ("best", "last"):
+        return evaluate
+    return "best" if fold is None else "last"
+
+
 def changed_prediction(info: Mapping[str, Any], other: Mapping[str, Any], score: str | None) -> dict[str, Any]:
     """Return the settings, besides model, metric and data, that change a validation's score against `other`."""
     here, there = _prediction(info, score), _prediction(other, score)

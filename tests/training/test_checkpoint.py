@@ -214,6 +214,19 @@ def test_changed_selection_restarts_patience_and_discards_best(caplog, before, a
     assert re.search(f"{change}.*; the previous best score is discarded", caplog.text)
 
 
+@pytest.mark.parametrize(("fold", "typed", "is_same"), [(0, "best", False), (0, "last", True), (None, "best", True)])
+def test_typing_other_weights_of_a_fold_discards_best(fold, typed, is_same):
+    """The best.safetensors of a fold holds the last weights by default, whatever its best score."""
+    default = "${dinoseg.evaluate:${oc.select:data.fold}}"
+    before, after = (
+        {"config": {"data": {"fold": fold}, "trainer": {"score": "miou", "evaluate": evaluate}}}
+        for evaluate in (default, typed)
+    )
+    progress = Progress(9, best=0.5, best_step=3)
+    for first, second in ((before, after), (after, before)):
+        assert comparable(progress, first, second) == (progress if is_same else Progress(9))
+
+
 def test_changed_inference_discards_best(caplog):
     config = {"trainer": {"score": "miou"}}
     before, after = ({"config": config, "choices": {"inference": option}} for option in ("whole", "windows"))

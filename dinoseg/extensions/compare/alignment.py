@@ -27,7 +27,7 @@ def align_records(records: Mapping[Any, ImageRecord]) -> list[ImageRecord]:
     (folder, first), *others = records.items()
     found = [first]
     for where, other in others:
-        differences = settings_differences(first, other) + _image_differences(first, other)
+        differences = compare_settings(first, other) + _compare_images(first, other)
         if not differences:
             positions = {name: index for index, name in enumerate(other.images)}
             order = [positions[name] for name in first.images]
@@ -70,7 +70,7 @@ def align_records(records: Mapping[Any, ImageRecord]) -> list[ImageRecord]:
     return [replace(record, scores={name: record.scores[name] for name in shared}) for record in found]
 
 
-def settings_differences(first: ImageRecord, other: ImageRecord) -> list[str]:
+def compare_settings(first: ImageRecord, other: ImageRecord) -> list[str]:
     """Return the settings in which two records cannot be compared, one line each."""
     lines = []
     for name in ("task", "classes", "ignore_index", "background", "split"):
@@ -81,7 +81,7 @@ def settings_differences(first: ImageRecord, other: ImageRecord) -> list[str]:
     return lines
 
 
-def _image_differences(first: ImageRecord, other: ImageRecord) -> list[str]:
+def _compare_images(first: ImageRecord, other: ImageRecord) -> list[str]:
     """Return a line for each of two records with images that the other one lacks."""
     missing = [
         sorted({*ours} - {*theirs}) for ours, theirs in ((first.images, other.images), (other.images, first.images))

@@ -23,7 +23,7 @@ from dinoseg.extensions.compare.comparison import (
     write_tables,
 )
 from dinoseg.extensions.compare.page import ComparedRun, comparison_page
-from dinoseg.extensions.compare.sides import Side, folds_note, seeds_note, sides_of, units_note
+from dinoseg.extensions.compare.sides import Side, describe_folds, describe_seeds, describe_units, sides_of
 from dinoseg.report.table import few_units
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
@@ -50,18 +50,23 @@ _MAX_COST_COLUMN = 13  # characters: the table fits a terminal of 120 columns
 
 
 def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """Return a row for each run, by mIoU; unknown values are None, and a damaged cost record is logged."""
+    """Return a row for each run, by mIoU; unknown values are None, and a damaged cost record is logged.
+
+    Folds are scored on different images, so they are not ranked: they stand in their order at their side's mIoU.
+    """
     rows = []
-    runs = [run for side in sides for run in zip(side.names, side.folders, side.records, strict=True)]
-    for name, folder, record in runs:
+    ranks = []  # mIoU that each row is sorted by
+    runs = [(side, *run) for side in sides for run in zip(side.names, side.folders, side.records, strict=True)]
+    for side, name, folder, record in runs:
         scores = scores_of([record])
+        ranks.append(scores["miou"] if side.pooled is None else scores_of(side.scored)["miou"])
         trained = [folder, Path(record.source).parent.parent]  # run of mode=train, or the checkpoint's
         found = next((path for run in trained if (path := run / COST).is_file()), None)
         cost = (None if found is None else _read(found)) or dict.fromkeys(_KEYS)
         speed = cost.pop("images_per_s")
         seconds = 1 / speed if speed else None
         rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
-    return [rows[index] for index in best_first([row["miou"] for row in rows])]
+    return [rows[index] for index in best_first(ranks)]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -90,7 +95,10 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
     builder = Builder(cfg)
     open_data = partial(open_saved_data, builder, root=record.root, split=record.split)
     others = against(sides, open_data)
-    units, intervals, seeds, folds = record.count_units(), units_note(sides), seeds_note(sides), folds_note(sides)
+    units = record.count_units()
+    intervals = describe_units(sides)
+    seeds = describe_seeds(sides)
+    folds = describe_folds(sides)
     rows = run_rows(sides)
     print(f"{costs_table(rows)}\n\n{verdicts(first, others)}")
     print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")

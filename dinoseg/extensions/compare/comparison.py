@@ -79,7 +79,7 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
     first = sides[0]
     kind = _kind(first.scored[0])
     counts = [[record.counts for record in side.scored] for side in sides]
-    sums, seeds = _scored_sums(sides), [_without_seed(side) for side in sides]
+    sums, seeds = _scored_sums(sides), [_get_seed_totals(side) for side in sides]
     mious = [mean_mious(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
@@ -128,19 +128,19 @@ def count_worse(sides: Sequence[Side]) -> int:
     """Return how many sides have a significantly lower mIoU than the best side."""
     order = best_first([scores_of(side.scored)["miou"] for side in sides])
     ranked = [sides[index] for index in order]
-    gaps = differences(_kind(sides[0].scored[0]), _scored_sums(ranked), [_without_seed(side) for side in ranked])
+    gaps = differences(_kind(sides[0].scored[0]), _scored_sums(ranked), [_get_seed_totals(side) for side in ranked])
     return sum(gap["miou"]["verdict"] == SURELY_WORSE for gap in gaps)
 
 
 def pooled_scores(side: Side) -> dict[str, Estimate]:
     """Return each score of a side over all folds, with the error over units and over the seeds of each fold."""
     kind = _kind(side.scored[0])
-    seeds = _seed_errors(kind, [], _without_seed(side))
+    seeds = _seed_errors(kind, [], _get_seed_totals(side))
     found = jackknife(kind, _scored_sums([side])[0][0])
     return {key: combine_errors(score, [each[key] for each in seeds]) for key, score in found.items()}
 
 
-def _without_seed(side: Side) -> Sequence[np.ndarray]:
+def _get_seed_totals(side: Side) -> Sequence[np.ndarray]:
     return () if side.pooled is None else side.pooled.without_seed
 
 
@@ -265,7 +265,7 @@ def differences(
     Args:
         kind: the scores.
         sides: the runs of each side.
-        without_seed: of each side `Pooled.without_seed`; None without folds.
+        without_seed: of each side `PooledFolds.without_seed`; None without folds.
     """
     seeds = [
         _seed_errors(kind, side, folds) for side, folds in zip(sides, without_seed or [()] * len(sides), strict=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.extensions.compare.alignment import align_records, settings_differences
+from dinoseg.extensions.compare.alignment import align_records, compare_settings
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names
@@ -20,7 +20,7 @@ Fold = Mapping[Path, ImageRecord]  # records of the seeds of a fold, by folder o
 
 
 @dataclass(frozen=True)
-class Pooled:
+class PooledFolds:
     """Result of a side over the images of all of its folds.
 
     Args:
@@ -37,7 +37,7 @@ class Pooled:
     without_seed: Sequence[np.ndarray]
 
 
-def pool_folds(folds: Sequence[Fold], scale: int) -> Pooled:
+def pool_folds(folds: Sequence[Fold], scale: int) -> PooledFolds:
     """Return the result of a side over the images of all of its folds.
 
     Args:
@@ -46,16 +46,15 @@ def pool_folds(folds: Sequence[Fold], scale: int) -> Pooled:
             one group alone has must be left with exactly 0 pixels where that group is left out.
 
     Raises:
-        UserError: the folds differ in classes, the references of a fold's seeds differ, an image is in two folds, or a
-            run was trained on an image of its own fold.
+        UserError: the folds differ in classes, the references of a fold's seeds differ, or an image is in two folds.
     """
     records = [align_records(fold) for fold in folds]
     first = records[0][0]
     places = [next(iter(fold)) for fold in folds]
     _check_folds(places, [seeds[0] for seeds in records])
-    _check_unseen({place: record for fold in folds for place, record in fold.items()})
     counts = [np.sum([record.counts for record in seeds], axis=0) * (scale // len(seeds)) for seeds in records]
     units = {seeds[0].unit for seeds in records}
+    _warn_of_groups(places, [seeds[0] for seeds in records])
     record = replace(
         first,
         images=[name for seeds in records for name in seeds[0].images],
@@ -64,18 +63,18 @@ def pool_folds(folds: Sequence[Fold], scale: int) -> Pooled:
         counts=np.concatenate(counts),
         scores={},
     )
-    return Pooled(
+    return PooledFolds(
         record,
         {name: place for place, seeds in zip(places, records, strict=True) for name in seeds[0].images},
         [len(seeds) for seeds in records],
-        _totals_without_seed(records, [each.sum(axis=0) for each in counts], scale),
+        _sum_without_seed(records, [each.sum(axis=0) for each in counts], scale),
     )
 
 
 def _check_folds(places: Sequence[Path], records: Sequence[ImageRecord]) -> None:
     """Refuse folds that differ in their settings or have an image in common."""
     for place, record in zip(places, records, strict=True):
-        if differences := settings_differences(records[0], record):
+        if differences := compare_settings(records[0], record):
             raise UserError(f"runs: folds {places[0]} and {place} cannot be pooled: {'; '.join(differences)}.")
     names = Counter(name for record in records for name in record.images)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -86,8 +85,32 @@ def _check_folds(places: Sequence[Path], records: Sequence[ImageRecord]) -> None
         )
 
 
-def _check_unseen(records: Fold) -> None:
-    """Refuse an evaluation on images that its model was trained on, as the run folder of the training lists them."""
+def _warn_of_groups(places: Sequence[Path], records: Sequence[ImageRecord]) -> None:
+    """Warn of folds whose units differ, and of groups whose images are in several folds."""
+    units = [record.unit for record in records]
+    if len({*units}) > 1:
+        named = [f"{place} by {unit}" for place, unit in zip(places, units, strict=True)]
+        logger.warning("The folds group their images differently (data.group): %s.", join_names(named))
+    folds = Counter(unit for record in records for unit in {*record.units})
+    if shared := [unit for unit, count in folds.items() if count > 1]:
+        logger.warning(
+            "%s of the side of %s with images in several folds: %s. Models are scored on groups of their training, so "
+            "scores are too high. Set data.group in the training.",
+            count_of(shared, "group"),
+            places[0],
+            join_names(shared),
+        )
+
+
+def check_unseen(records: Mapping[Path, ImageRecord]) -> None:
+    """Refuse an evaluation on images that its model was trained on, as the run folder of the training lists them.
+
+    Args:
+        records: of trainings with a fold, by folder of the evaluation.
+
+    Raises:
+        UserError: names the evaluation and the images.
+    """
     unknown = []
     for place, record in records.items():
         folders = place.parent, Path(record.source).parent.parent
@@ -106,10 +129,13 @@ def _check_unseen(records: Fold) -> None:
         )
 
 
-def _totals_without_seed(
+def _sum_without_seed(
     records: Sequence[Sequence[ImageRecord]], totals: Sequence[np.ndarray], scale: int
 ) -> list[np.ndarray]:
-    """Return `Pooled.without_seed`, by sums alone: a difference of totals might leave a rest of an absent class."""
+    """Return `PooledFolds.without_seed`, by sums alone.
+
+    A difference of totals might leave a remainder of an absent class.
+    """
     if min(map(len, records)) < 2:
         return []
     found = []

@@ -12,8 +12,9 @@ from dinoseg.checkpoints import run_config
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.extensions.compare.alignment import align_records
-from dinoseg.extensions.compare.folds import Fold, Pooled, pool_folds
+from dinoseg.extensions.compare.folds import Fold, PooledFolds, check_unseen, pool_folds
 from dinoseg.runs.folder import command_line
+from dinoseg.training.description import resolve_evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, is_sweep_folder
 from dinoseg.utils.wording import count_of, format_override, join_names
@@ -22,6 +23,7 @@ MAX, _MAX_RUNS = 32, 160  # sides (each has images in the page) and runs
 logger = logging.getLogger(__name__)
 
 
+PATIENCE = "trainer.patience"
 WEIGHTS = "weights"  # key of a recipe: best, or last, which no score of their validation images has selected
 
 
@@ -53,7 +55,7 @@ class Side:
     places: Sequence[Path]
     records: Sequence[ImageRecord]
     recipes: Sequence[Recipe | None] = ()
-    pooled: Pooled | None = None
+    pooled: PooledFolds | None = None
 
     @property
     def scored(self) -> Sequence[ImageRecord]:
@@ -97,7 +99,7 @@ def sides_of(runs: Any) -> list[Side]:
     return divide_runs(read, sides)
 
 
-def one_side(folders: Sequence[Path]) -> Side:
+def read_side(folders: Sequence[Path]) -> Side:
     """Return the side of runs of one recipe.
 
     Raises:
@@ -111,10 +113,10 @@ def _read_runs(folders: Sequence[Path]) -> Side:
     places = [find_evaluation(folder) for folder in folders]
     records = [read_record(place) for place in places]
     names = side_names(folders, [[number] for number in range(len(folders))])
-    return Side("", folders, names, places, records, recipes_of(places, records))
+    return Side("", folders, names, places, records, read_recipes(places, records))
 
 
-def recipes_of(places: Sequence[Path], records: Sequence[ImageRecord]) -> list[Recipe | None]:
+def read_recipes(places: Sequence[Path], records: Sequence[ImageRecord]) -> list[Recipe | None]:
     """Return the recipe of each evaluation; None without a readable config."""
     found: list[Recipe | None] = []
     for recipe, record in zip(run_config.recipes(places), records, strict=True):
@@ -123,7 +125,7 @@ def recipes_of(places: Sequence[Path], records: Sequence[ImageRecord]) -> list[R
             continue
         keys, seed = recipe
         fold = keys.get("data.fold")
-        weights = keys.pop("trainer.evaluate", None) or ("best" if fold is None else "last")  # as in cfg/trainer
+        weights = resolve_evaluate(keys.pop("trainer.evaluate", None), fold)
         keys[WEIGHTS] = "last" if Path(record.source).stem == "last" else weights
         # models of all folds predict the same test images
         found.append(Recipe(keys, seed, None if record.split == "test" else keys.pop("data.fold", None)))
@@ -134,7 +136,8 @@ def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
     """Return a side for each group of indices of runs, all with the same images in the same order.
 
     Raises:
-        UserError: they were evaluated on other images, or the folds of a side cannot be pooled.
+        UserError: they were evaluated on other images, a run was trained on an image of its own fold, or the folds of a
+            side cannot be pooled.
     """
     sides = [
         Side(
@@ -149,7 +152,13 @@ def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
     ]
     for side in sides:
         _warn_of_others(side)
-    folds = [_folds_of(side) for side in sides]
+    folds = [_group_folds(side) for side in sides]
+    scored = {place: record for of_side in folds for fold in of_side for place, record in fold.items()}
+    for side in sides:  # a side of one fold, too: its evaluation may be of another fold than its training
+        for place, record, recipe in zip(side.places, side.records, side.recipes, strict=True):
+            if recipe and recipe.fold is not None and record.split != "train":
+                scored[place] = record
+    check_unseen(scored)
     return _align_sides(_pool_sides(sides, folds) if any(folds) else sides)
 
 
@@ -187,7 +196,7 @@ def _align_sides(sides: Sequence[Side]) -> list[Side]:
     ]
 
 
-def _folds_of(side: Side) -> list[Fold]:
+def _group_folds(side: Side) -> list[Fold]:
     """Return the records of each fold of a side; empty if its runs are of one fold, or without folds."""
     folds: dict[int | None, dict[Path, ImageRecord]] = {}
     for place, record, recipe in zip(side.places, side.records, side.recipes, strict=True):
@@ -195,7 +204,7 @@ def _folds_of(side: Side) -> list[Fold]:
     return [*folds.values()] if len(folds) > 1 else []
 
 
-def units_note(sides: Sequence[Side]) -> str:
+def describe_units(sides: Sequence[Side]) -> str:
     """Return a note on the units of the intervals."""
     record = sides[0].scored[0]
     units = record.count_units()
@@ -211,7 +220,7 @@ def units_note(sides: Sequence[Side]) -> str:
     return f"{note}; not for {join_names(single)}, one run each" if single else note
 
 
-def seeds_note(sides: Sequence[Side]) -> str:
+def describe_seeds(sides: Sequence[Side]) -> str:
     """Return a note on whether the verdicts account for other seeds."""
     single = [side.name for side in sides if side.seeds == 1]
     if len(single) == len(sides):
@@ -224,7 +233,7 @@ def seeds_note(sides: Sequence[Side]) -> str:
     return f"{counted}, except for {join_names(single)}, one trained model each" if single else counted
 
 
-def folds_note(sides: Sequence[Side]) -> str:
+def describe_folds(sides: Sequence[Side]) -> str:
     """Return a note on what the folds of sides share, and on their weights; empty without folds."""
     pooled = [side for side in sides if side.pooled is not None]
     if not pooled:
@@ -234,8 +243,16 @@ def folds_note(sides: Sequence[Side]) -> str:
         f"the best ones of {join_names(best)} were chosen on the images that score them, so these scores are too high. "
         "For the last: mode=eval resume=RUN/checkpoints/last.safetensors"
         if best
-        else "the last, which no score of these images has chosen"
+        else "the last"
     )
+    stopped = [side.name for side in pooled if any(each and each.keys.get(PATIENCE) for each in side.recipes)]
+    if stopped:
+        weights += (
+            f". trainer.patience may have stopped trainings of {join_names(stopped)} by scores of these images, which "
+            "may then be too high"
+        )
+    elif not best:
+        weights += ", which no score of these images has chosen"
     folds = ", ".join(str(len(side.pooled.seeds)) for side in pooled if side.pooled)
     return (
         f"each image is scored by the run of its fold ({folds} folds). Weights: {weights}. Folds share training "
@@ -338,20 +355,23 @@ def _warn_of_others(side: Side) -> None:
 
 
 def _warn_of_lacking_folds(sides: Sequence[Side]) -> None:
-    """Warn of each side that lacks folds, and of the settings that keep it apart from the most similar such side."""
+    """Warn of each side that lacks folds, and of the settings in which runs of these folds in such sides differ."""
     lacking: dict[str, tuple[Recipe, set[int]]] = {}
     for side in sides:
         known = [recipe for recipe in side.recipes if recipe]
-        folds = {*range((known and known[0].keys.get("data.folds")) or 0)} - {recipe.fold for recipe in known}
-        if folds:
+        count = known[0].keys.get("data.folds") if known else None
+        if isinstance(count, int) and (folds := {*range(count)} - {recipe.fold for recipe in known}):
             lacking[side.name] = known[0], folds
     for name, (recipe, folds) in lacking.items():
-        others = [_differing_keys([recipe, other]) for other, _ in lacking.values() if other is not recipe]
+        # a side with all folds is complete, so that none of its runs belongs to this side
+        runs = [other for side in sides if side.name in lacking for other in side.recipes]
+        differences = [_differing_keys([recipe, other]) for other in runs if other and other.fold in folds]
+        others = [keys for keys in differences if keys]
         logger.warning(
             "%s has no run of fold %s.%s",
             name,
             join_names([str(fold) for fold in sorted(folds)]),
-            f" Other folds differ in {join_names(min(others, key=len))}." if others else "",
+            f" Runs of other folds differ in {join_names(min(others, key=len))}." if others else "",
         )
 
 

@@ -61,7 +61,8 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
     The seeds of a fold are averaged. Scores count each pixel of all folds once: they come from the sum of the confusion
     matrices; scores that have none are means over folds. Columns named after the score and a suffix hold the sample
     standard deviation over folds, and the ends of the 95 % interval over groups of images, as in mode=compare. They are
-    None where undefined.
+    None where undefined. There is no interval if a job has no record of its images, as with `mode.report=false`, or if
+    all images are one group: mode=compare then has an interval over seeds, if each fold has several.
 
     Args:
         rows: of all jobs.
@@ -151,15 +152,15 @@ def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Estimate], str]:
     There are none if a job has no record of its images, or if one fold alone has a score.
     """
     from dinoseg.extensions.compare.comparison import pooled_scores  # imports torch
-    from dinoseg.extensions.compare.sides import folds_note, has_record, one_side
+    from dinoseg.extensions.compare.sides import describe_folds, has_record, read_side
 
     if not runs or not all(map(has_record, runs)):
         return {}, ""
     try:
-        side = one_side(runs)
+        side = read_side(runs)
     except UserError as error:
         return {}, f"no interval of {join_names([str(run) for run in runs])}: {error}"
-    return {} if side.pooled is None else pooled_scores(side), folds_note([side])
+    return {} if side.pooled is None else pooled_scores(side), describe_folds([side])
 
 
 class SweepTable(Callback):
@@ -269,7 +270,7 @@ class SweepTable(Callback):
 def _print_significance(sweep: Path) -> None:
     """Print how many settings are significantly worse than the best, and the test, if jobs have records of images."""
     from dinoseg.extensions.compare.comparison import count_worse  # imports torch
-    from dinoseg.extensions.compare.sides import sides_of, units_note
+    from dinoseg.extensions.compare.sides import describe_units, sides_of
 
     try:
         sides = sides_of([str(sweep)])
@@ -278,7 +279,7 @@ def _print_significance(sweep: Path) -> None:
     worse = count_worse(sides)
     print(
         f"significantly worse than the best setting: {worse} of {len(sides) - 1}; differences of the others are within "
-        f"the 95 % interval ({units_note(sides)})"
+        f"the 95 % interval ({describe_units(sides)})"
     )
     runs = shlex.quote(f"runs=[{sweep}]")
     print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")

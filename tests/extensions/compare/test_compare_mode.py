@@ -18,7 +18,7 @@ from dinoseg.evaluation.image_record import COUNTS, RECORD, find_evaluation, rea
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.compare.compare_mode import run_rows
 from dinoseg.extensions.compare.comparison import against
-from dinoseg.extensions.compare.sides import seeds_note, sides_of
+from dinoseg.extensions.compare.sides import describe_seeds, sides_of
 from dinoseg.modes import evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -152,11 +152,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, compare_sides):
     names = ["image", "unit", "0+2", "resolution.scale=0.5", "resolution.scale=0.5 adds"]
     assert [*rows_of(runs / "compared/images.csv")[0]] == names
     sides, _, said = compare_sides("sweep/0", "sweep/2")  # of seeds alone each stands for itself
-    assert "one trained model per side" in seeds_note(sides) and "differ only in their seed" in said
+    assert "one trained model per side" in describe_seeds(sides) and "differ only in their seed" in said
     copy_run(runs, "sweep/0", "again")  # of the same seed: another evaluation is what is compared
     sides = sides_of(["sweep/0", "sweep/1", "again"])
     assert [side.name for side in sides] == ["0", "resolution.scale=0.5", "again"]
-    assert "one trained model per side" in seeds_note(sides)
+    assert "one trained model per side" in describe_seeds(sides)
     jobs = sides_of(["sweep/2", "sweep"])[0].folders  # what is named before its sweep comes first
     assert jobs == [Path("sweep/2"), Path("sweep/0")]
 
@@ -180,7 +180,8 @@ def test_costs_in_a_run_folder_are_listed(runs):
     rows = {row["run"]: row for row in run_rows(sides_of([runs / "first", runs / "second"]))}
     path.unlink()
     assert (rows["second"]["parameters"], rows["second"]["memory_gib"], rows["second"]["seconds"]) == (7e6, None, 0.25)
-    assert rows["first"]["parameters"] is None
+    trained = json.loads((runs / "segmenter/cost.json").read_text())
+    assert rows["first"]["parameters"] == trained["parameters"]  # that of the evaluated checkpoint, from any folder
 
 
 def test_every_evaluation_has_a_report_by_default(runs):
@@ -273,6 +274,7 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     assert differences["miou"] == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "verdict": "no significant difference"}
     again = json.loads((runs / "first" / RECORD).read_text())
     kept = json.loads((folder / RECORD).read_text())
+    assert Path(kept["source"]).is_absolute()
     assert Path(kept.pop("source")).resolve() == (runs / again.pop("source")).resolve() and kept == again
 
 

@@ -27,7 +27,15 @@ from dinoseg.extensions.compare.comparison import (
     verdicts,
 )
 from dinoseg.extensions.compare.page import OtherRun
-from dinoseg.extensions.compare.sides import Recipe, Side, _jobs, group_runs, recipes_of, seeds_note, units_note
+from dinoseg.extensions.compare.sides import (
+    Recipe,
+    Side,
+    _jobs,
+    describe_seeds,
+    describe_units,
+    group_runs,
+    read_recipes,
+)
 from dinoseg.metrics import BoundaryIoU, ClDice
 from dinoseg.utils.images import write_png
 
@@ -238,7 +246,7 @@ def test_videos_without_a_labelled_pixel_are_no_units(tmp_path):
                 score = replace(score, left_out=[*score.left_out, score.value], scored=[*score.scored, False])
             given[tmp_path / f"{seed}"] = replace(run, **kept, scores={"cldice": score})
         two = sides([*given], align_records(given))
-        return against(two, list)[0].differences, units_note(two)
+        return against(two, list)[0].differences, describe_units(two)
 
     found = compare_two(IMAGES)
     assert found == compare_two(labelled) and found[1] == "over 3 videos"
@@ -306,13 +314,13 @@ def test_notes_state_the_runs_and_units_per_side():
         found = [record(units=[units[index % len(units)] for index in range(IMAGES)])]
         return [Side(name, [Path()] * runs, [], [], found) for name, runs in zip("abc", counts, strict=False)]
 
-    assert seeds_note(of(1, 1)).startswith("one trained model per side: ")
-    assert seeds_note(of(3, 2)) == "the variance over seeds is included in the intervals (3, 2 runs)"
-    assert seeds_note(of(2, 1, 2)).endswith("(2, 1, 2 runs), except for b, one trained model each")
-    none = units_note(of(1, 2, 2, units=["0"]))
+    assert describe_seeds(of(1, 1)).startswith("one trained model per side: ")
+    assert describe_seeds(of(3, 2)) == "the variance over seeds is included in the intervals (3, 2 runs)"
+    assert describe_seeds(of(2, 1, 2)).endswith("(2, 1, 2 runs), except for b, one trained model each")
+    none = describe_units(of(1, 2, 2, units=["0"]))
     assert none.startswith("none: they need two videos, or several seeds") and "resume=RUN data.group=" in none
     of_seeds = "over seeds only: there is one video, so they do not generalise to others"
-    assert units_note(of(2, 2, units=["0"])) == of_seeds and units_note(of(2, 1, 2)) == "over 2 videos"
+    assert describe_units(of(2, 2, units=["0"])) == of_seeds and describe_units(of(2, 1, 2)) == "over 2 videos"
 
 
 def test_each_side_has_a_line_and_the_best_is_first(tmp_path):
@@ -380,7 +388,7 @@ def with_config(folder, seed=0, **data):
 
 
 def group_folders(*folders):
-    return group_runs(recipes_of(folders, [record()] * len(folders)))
+    return group_runs(read_recipes(folders, [record()] * len(folders)))
 
 
 def test_groups_that_only_train_do_not_separate_recipes(tmp_path):
@@ -407,4 +415,4 @@ def test_class_file_values_do_not_separate_recipes(tmp_path):
     lacking = tmp_path / "lacking"
     assert group_folders(evaluated, other, trained, lacking) == [[0, 2], [1], [3]]
     assert group_folders(evaluated, more) == [[0], [1]]
-    assert recipes_of([evaluated, lacking], [record()] * 2)[0].keys["data.reader.ids.11"] == 255
+    assert read_recipes([evaluated, lacking], [record()] * 2)[0].keys["data.reader.ids.11"] == 255

@@ -1,6 +1,7 @@
 """Folds of a side, pooled: against a plain script from the definitions, and the mistakes that are refused."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -11,16 +12,17 @@ from scipy import stats
 
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.unit_scores import FurtherScore
+from dinoseg.extensions.compare.compare_mode import run_rows
 from dinoseg.extensions.compare.comparison import against, pooled_scores
 from dinoseg.extensions.compare.sides import (
     Recipe,
     Side,
+    describe_folds,
+    describe_seeds,
+    describe_units,
     divide_runs,
-    folds_note,
     group_runs,
-    recipes_of,
-    seeds_note,
-    units_note,
+    read_recipes,
 )
 
 CASES = 200
@@ -252,6 +254,10 @@ def simple_runs(*folds, seeds=1, **changes):
     return Side("", folders, [str(folder) for folder in folders], folders, records, recipes)
 
 
+def list_runs(runs):
+    return runs.folders, runs.names, runs.places, runs.records, runs.recipes
+
+
 def test_an_image_in_two_folds_is_named():
     runs = simple_runs((0, 1), (1, 2), (3,))
     said = "folds overlap: a00, a10", "the same 1 image (1)", "data.folds"
@@ -272,6 +278,25 @@ def test_images_of_the_own_training_are_refused(tmp_path):
     assert_refused(lambda: divide_runs(runs, group_runs(runs.recipes)), *said)
 
 
+def test_split_of_the_training_is_found_by_its_checkpoint(tmp_path):
+    """A side of one fold is checked as well: the evaluation of its run may be of another fold."""
+    runs = simple_runs((0, 1))
+    trained = [tmp_path / name for name in ("a", "b")]
+    for folder in trained:
+        folder.mkdir()
+        (folder / "split.json").write_text(json.dumps({"train": ["2", "3"], "val": ["0", "1"]}))
+    sources = [str(folder / "checkpoints/last.safetensors") for folder in trained]
+    runs = replace(
+        runs, records=[replace(each, source=source) for each, source in zip(runs.records, sources, strict=True)]
+    )
+    assert len(divide_runs(runs, [[0], [1]])) == 2
+    (trained[1] / "split.json").write_text(json.dumps({"train": ["1", "3"], "val": []}))
+    said = "b00 was evaluated on 1 image of its own training (1)", "split.json"
+    assert_refused(lambda: divide_runs(runs, [[0], [1]]), *said)
+    on_train = replace(runs, records=[replace(record, split="train") for record in runs.records])
+    assert len(divide_runs(on_train, [[0], [1]])) == 2
+
+
 def test_a_lacking_fold_and_another_recipe_are_named(caplog):
     runs = simple_runs((0, 1), (2, 3), (4, 5))
     runs.recipes[-1].keys["trainer.steps"] = 20
@@ -279,9 +304,28 @@ def test_a_lacking_fold_and_another_recipe_are_named(caplog):
     assert found == [[0, 1, 2], [3, 4], [5]]
     said = "b00+b10 (2 folds) were not evaluated on the same images", "2 images only in the first (data=x, x): 4, 5"
     assert_refused(lambda: divide_runs(runs, found), *said)
-    assert "b00+b10 has no run of fold 2. Other folds differ in trainer.steps." in caplog.text
+    assert "b00+b10 has no run of fold 2. Runs of other folds differ in trainer.steps." in caplog.text
     divide_runs(runs, [[0, 1, 2], [3, 4, 5]])
     assert "b00, b10, b20 are one side, but differ in more than seed and fold: trainer.steps." in caplog.text
+
+
+def test_advice_on_a_lacking_fold_names_runs_of_that_fold(caplog):
+    runs = simple_runs((0, 1), (2, 3), (4, 5))
+    chosen = [0, 1, 3, 4]  # fold 2 is lacking in both sides, so that neither has it for the other
+    runs = Side("", *([each[number] for number in chosen] for each in list_runs(runs)))
+    divide_runs(runs, [[0, 1], [2, 3]])
+    assert caplog.text.count("has no run of fold 2.\n") == 2
+
+
+def test_number_of_folds_as_text_is_ignored():
+    runs = simple_runs((0, 1), (2, 3), **{"data.folds": "2"})
+    assert len(divide_runs(runs, group_runs(runs.recipes))) == 2
+
+
+def test_folds_are_not_ranked_among_each_other():
+    runs = simple_runs((0, 1), (90, 91), (40, 41))  # the score of an image grows with its number
+    sides = divide_runs(runs, group_runs(runs.recipes))
+    assert [row["run"] for row in run_rows(sides)] == ["b00", "b10", "b20", "a00", "a10", "a20"]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -293,23 +337,89 @@ def test_runs_that_differ_in_their_fold_alone_are_one_side(seeds):
 def test_notes_state_folds_seeds_and_weights():
     runs = simple_runs((0, 1), (2, 3))
     sides = divide_runs(runs, group_runs(runs.recipes))
-    assert units_note(sides) == "over 4 images"
-    assert seeds_note(sides).startswith("one trained model per fold: ")
-    note = folds_note(sides)
+    assert describe_units(sides) == "over 4 images"
+    assert describe_seeds(sides).startswith("one trained model per fold: ")
+    note = describe_folds(sides)
     assert (
         "by the run of its fold (2, 2 folds). Weights: the last, which no score" in note
         and "share training images" in note
     )
-    assert folds_note([Side("a", [], [], [], runs.records)]) == ""
+    assert describe_folds([Side("a", [], [], [], runs.records)]) == ""
     runs = simple_runs((0, 1), (2, 3), seeds=2, weights="best")
     sides = divide_runs(runs, group_runs(runs.recipes))
-    assert seeds_note(sides).startswith("the variance over seeds is included in the intervals (2, 2 runs)")
+    assert describe_seeds(sides).startswith("the variance over seeds is included in the intervals (2, 2 runs)")
     said = (
         "the best ones of a00+a01+a10+a11, b00+b01+b10+b11 were chosen on",
         "too high",
         "resume=RUN/checkpoints/last.safetensors",
     )
-    assert all(words in folds_note(sides) for words in said)
+    assert all(words in describe_folds(sides) for words in said)
+    runs = simple_runs((0, 1), (2, 3), **{"trainer.patience": 3})
+    note = describe_folds(divide_runs(runs, group_runs(runs.recipes)))
+    assert "trainer.patience may have stopped" in note and "no score" not in note
+
+
+def change_record(runs, number, **changes):
+    records = [replace(each, **changes) if index == number else each for index, each in enumerate(runs.records)]
+    return replace(runs, records=records)
+
+
+def test_folds_of_other_settings_are_refused():
+    runs = change_record(simple_runs((0, 1), (2, 3)), 1, ignore_index=254)
+    said = "folds a00 and a10 cannot be pooled", "ignore_index: 255 in the first; 254 in the second"
+    assert_refused(lambda: divide_runs(runs, group_runs(runs.recipes)), *said)
+
+
+def test_folds_of_other_units_are_pooled_as_groups(caplog):
+    runs = simple_runs((0, 1), (2, 3))
+    for number in (0, 2):
+        runs = change_record(runs, number, unit="video")
+    sides = divide_runs(runs, group_runs(runs.recipes))
+    assert [side.pooled.record.unit for side in sides] == ["group", "group"]
+    assert "group their images differently (data.group): a00 by video, a10 by image" in caplog.text
+
+
+def test_a_group_in_several_folds_is_named(caplog):
+    runs = simple_runs((0, 1), (2, 3))
+    divide_runs(runs, group_runs(runs.recipes))
+    assert "in several folds" not in caplog.text
+    for number in range(4):
+        runs = change_record(runs, number, units=["drive", f"{number % 2}"], unit="group")
+    divide_runs(runs, group_runs(runs.recipes))
+    assert "1 group of the side of a00 with images in several folds: drive." in caplog.text
+
+
+def test_a_run_on_all_images_is_compared_with_pooled_seeds():
+    """Its counts get the scale of the seeds' sums, so that the references are equal."""
+    runs = simple_runs((0, 1), (2, 3), seeds=2)
+    whole = simple_runs((0, 1, 2, 3))
+    first = [[*each[:4], *other[:1]] for each, other in zip(list_runs(runs), list_runs(whole), strict=True)]
+    first[2][4] = Path("whole")
+    first[4][4] = Recipe({"head": "c", "weights": "last"}, 0)
+    sides = divide_runs(Side("", *first), [[0, 1, 2, 3], [4]])
+    assert sides[1].pooled is None and not np.array_equal(sides[0].scored[0].counts, sides[1].scored[0].counts)
+    gap = against(sides, pytest.fail)[0].differences["accuracy"]
+    assert gap["value"] == pytest.approx(-0.5 / 20)  # the seeds of an image have 5 and 6 right pixels more
+
+
+def test_side_has_its_fewest_seeds_and_places_of_images():
+    runs = simple_runs((0, 1), (2, 3), seeds=2)
+    kept = [number for number in range(8) if number not in (1, 5)]  # one seed of fold 0
+    runs = Side("", *([each[number] for number in kept] for each in list_runs(runs)))
+    first = divide_runs(runs, group_runs(runs.recipes))[0]
+    assert first.pooled.seeds == [1, 2] and first.seeds == 1
+    assert [str(first.place_of(image)) for image in "0123"] == ["a00", "a00", "a10", "a10"]
+
+
+def test_folds_of_the_test_split_are_not_pooled(tmp_path):
+    """Models of all folds predict the same test images, so that they are replicates."""
+    (tmp_path / "config").mkdir()
+    config = {"seed": 0, "data": {"fold": 1, "folds": 3}}
+    (tmp_path / "config/config.yaml").write_text(json.dumps(config))
+    record = record_of(["a"], None, {"0": "0"}, ["0"], np.array([[[5], [20], [25]]]))
+    found = [read_recipes([tmp_path], [replace(record, split=split)])[0] for split in ("val", "test")]
+    assert [recipe.fold for recipe in found] == [1, None]
+    assert [recipe.keys.get("data.fold") for recipe in found] == [None, 1]
 
 
 def test_weights_of_a_run_follow_checkpoint_and_config(tmp_path):
@@ -319,7 +429,7 @@ def test_weights_of_a_run_follow_checkpoint_and_config(tmp_path):
         config = {"seed": 0, "data": {"fold": fold, "folds": 3}, "trainer": {"evaluate": evaluate}}
         (folder / "config/config.yaml").write_text(json.dumps(config))
         record = record_of(["a"], None, {"0": "0"}, ["0"], np.array([[[5], [20], [25]]]))
-        (recipe,) = recipes_of([folder], [ImageRecord(**{**vars(record), "source": f"checkpoints/{source}"})])
+        (recipe,) = read_recipes([folder], [ImageRecord(**{**vars(record), "source": f"checkpoints/{source}"})])
         return recipe.keys["weights"], recipe.fold
 
     default = "${dinoseg.evaluate:${oc.select:data.fold}}"
