@@ -173,7 +173,7 @@ def test_objects_are_tracked(here):
         ([{"head": "mlp"}], {}, "recipe={'head': 'mlp'} is of type dict of str. Give text or None"),
         ([], {"out_dir": 3}, "out_dir=3 is of type int. Give text or a path or None"),
         ([], {"data": "data"}, "For a path, set data.root=data"),
-        ([], {"backbone": nn.Linear}, "torch.nn.modules.linear.Linear'> is unknown. Choose from "),
+        ([], {"backbone": nn.Linear}, "backbone is an object, which the checkpoints of a run could not name"),
     ],
 )
 def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
@@ -217,7 +217,7 @@ def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch):
         (lambda: dinoseg.evaluate("called", trainer={"steps": 3}), "mode=eval does not read the group trainer"),
         (lambda: dinoseg.track("tiny1", "data"), "backbone=tiny1 is unknown. Did you mean backbone=tiny"),
         (lambda: dinoseg.score(None, "data"), "reference=None is of type NoneType. Give text or a path"),
-        (lambda: dinoseg.compare(["called"]), "several seeds of each as "),
+        (lambda: dinoseg.compare(["called"]), "several seeds or folds of each as "),
         (lambda: dinoseg.compare(["called", "data"]), "python -m dinoseg mode=eval resume=RUN"),
         (lambda: dinoseg.export_onnx("called", []), "images holds no image"),
         (lambda: dinoseg.open_dataset(root="data", classes="ab"), "classes=ab is of type str"),

@@ -5,6 +5,7 @@ import colorsys
 import cv2
 import numpy as np
 import pytest
+from mistakes import assert_refused
 
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import Augment
@@ -118,3 +119,10 @@ def test_the_whole_image_is_changed_before_it_is_scaled():
         assert np.array_equal(whole[0], plain[0]) and np.array_equal(whole[1], part[1])
         different += not np.array_equal(whole[0], part[0])
     assert different > 6
+
+
+def test_images_of_16_bits_are_refused():
+    change = PhotometricDistortion(0.1, 0.1, 0.1, 0.1)
+    assert_refused(
+        lambda: change(np.zeros((2, 2, 3), np.uint16), np.zeros(9)), "and these have 16. Choose color=jitter"
+    )

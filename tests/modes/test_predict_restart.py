@@ -59,8 +59,8 @@ def test_other_model_is_refused_in_one_sentence(trained_once, tmp_path):
     same = call(tmp_path, *words, f"resume={trained_once}/segmenter/checkpoints/best.safetensors")
     assert same.status == 0 and "1 image of an earlier run reused" in same.err + same.out
     other = call(tmp_path, *words, "resume=two/checkpoints/best.safetensors")
-    assert other.status == 1 and "/out: settings differ from that run: resume was /" in other.err
-    assert "best.safetensors and is two/checkpoints/best.safetensors;" in other.err
+    assert other.status == 1 and "out holds predictions of another model: " in other.err
+    assert "replaced by two/checkpoints/best.safetensors" in other.err
     assert other.err.count("error: ") == 1
 
 

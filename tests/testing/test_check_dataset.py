@@ -82,7 +82,7 @@ class OneProcess(Squares):
     ("dataset", "message"),
     [
         (changed(palette=[(0, 0, 0)]), "data.palette has 1 colours for 2 classes"),
-        (changed(names=["a"] * 4), "each with a unique name"),
+        (changed(names=["a"] * 4), "each with a unique text as name"),
         (changed(classes=["ground", "ground"]), "names ground more than once: make each name unique"),
         (changed(palette=[(0, 0, 0), (256, 0, 0)]), "three whole numbers from 0 to 255"),
         (changed(lambda sample: {"mask": 2 * sample["mask"]}), "train/0 holds 2, 510. Return ids from 0 to 1, or 255"),

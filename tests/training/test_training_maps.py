@@ -14,7 +14,6 @@ from small_trainings import SHORT, segmenter, train_model, write_pairs
 from dinoseg.core.sample_maps import DistanceMap, LabelMap, check_needed_maps
 from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.extensions.auto.random_batch import random_batch
 from dinoseg.extensions.distillation.distil import DistilledLoss, Part, ScoredBatch
@@ -156,19 +155,6 @@ def test_augmentations_that_cannot_move_maps_are_refused():
     sheared = Augment((24, 32), affine=Affine(shear=3))
     assert_refused(lambda: module(mapped, mapped, sheared), "data.augment.affine.shear=3", "map distance")
     assert_refused(lambda: module(mapped, plain, Augment((24, 32))), "the same maps for each split")
-
-
-def test_photometric_distortion_of_16_bits_is_refused_early():
-    class Deep(Pictures):
-        def __getitem__(self, index):
-            sample = super().__getitem__(index)
-            return sample | {"image": sample["image"].to(torch.uint16)}
-
-    data = CustomDataset(Deep([(24, 32)] * 2))
-    module = partial(ImageDataModule, data, data, batch_size=2, seed=0, workers=0)
-    module(Augment((24, 32)))
-    distorted = Augment((24, 32), color=PhotometricDistortion(0.1, 0.1, 0.1, 0.1))
-    assert_refused(lambda: module(distorted), "data.augment.color, a PhotometricDistortion", " have 16")
 
 
 def test_a_dataset_without_the_maps_of_a_loss_is_refused():
