@@ -14,7 +14,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import path_exists
 
 FILES = {  # keys whose values are paths
-    *("resume", "init", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
+    *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
     *("mode.input", "mode.labels", "mode.reference", "mode.prediction", "mode.restart"),
     *("backbone.weights", "head.weights", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper.storage"),
 }

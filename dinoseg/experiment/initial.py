@@ -97,7 +97,7 @@ def check_initial(builder: ModelBuilder, model: SegmentationModel) -> None:
 
 
 def _read_init_run(init: str, read: Callable[..., Checkpoint]) -> Checkpoint:
-    return read(checkpoint.find(init, "best", key="init"), key="init")
+    return read(checkpoint.find(str(init), "best", key="init"), key="init")  # the name of a folder may be a number
 
 
 def _checkpoint_tensors(model: SegmentationModel, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:

@@ -159,7 +159,7 @@ def test_a_non_finite_loss_stops_and_names_step_and_samples(data, tmp_path):
     [
         pytest.param("head=linear", "was trained with head=mlp", marks=pytest.mark.heavy),
         ("backbone.arch.hidden_size=48", "belongs to another model"),
-        pytest.param("trainer.ema=null", "Set it to the saved value", marks=pytest.mark.heavy),
+        pytest.param("trainer.ema=null", "Set trainer.ema as in that run", marks=pytest.mark.heavy),
     ],
 )
 def test_resume_refuses_another_model(data, copy, tmp_path, override, message):

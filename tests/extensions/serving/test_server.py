@@ -188,7 +188,7 @@ def test_server_reports_missing_and_invalid_keys(tmp_path, words, message):
 @pytest.mark.heavy
 def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, monkeypatch):
     def start_mode(mode, *words):
-        monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_, **__: None)
+        monkeypatch.setattr(f"dinoseg.extensions.serving.{mode}_mode.serve_until_signal", lambda *_, **__: None)
         return call(tmp_path, f"mode={mode}", "engine=cpu", "mode.port=0", *words)
 
     weights, moved = tmp_path / "backbone.safetensors", tmp_path / "moved.safetensors"
