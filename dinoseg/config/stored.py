@@ -200,22 +200,6 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     return {key: value for key, value in composed.items() if key in keys or key not in others}
 
 
-def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Return the config that a description stores without any check of its values: for the names of its keys.
-
-    Raises:
-        UserError: an option does not exist here.
-    """
-    stored = description["config"]
-    return _merge(_compose(description["choices"], stored, source), stored)
-
-
-def _merge(option: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of both, without OmegaConf: those of a file may be thousands, or no valid interpolations."""
-    both = {key for key in option if isinstance(option[key], Mapping) and isinstance(stored.get(key), Mapping)}
-    return {**option, **stored, **{key: _merge(option[key], stored[key]) for key in both}}
-
-
 def description_of(config: Mapping[str, Any], keys: Collection[str], source: Source) -> dict[str, Any]:
     """Return the description of some root keys of a config file that a job has written; it is not trusted.
 
