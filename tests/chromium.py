@@ -10,6 +10,12 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 QUIET += ("--disable-component-update", "--disable-sync")
 
 
+def _note_failure(page, request):
+    """Add a failed request to the page's complaints, unless leaving the page has cancelled it."""
+    if request.failure != "net::ERR_ABORTED":  # such as an icon that the next `goto` overtakes
+        page.complaints.append(f"failed: {request.url}: {request.failure}")
+
+
 @contextmanager
 def opened_page(address, *, width=1280, height=900):
     """Open an address and give the page; `page.complaints` are its console's errors and every request that left it."""
@@ -25,7 +31,7 @@ def opened_page(address, *, width=1280, height=900):
         page.complaints = []
         page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("requestfailed", lambda request: page.complaints.append(f"failed: {request.url}"))
+        page.on("requestfailed", lambda request: _note_failure(page, request))
         page.goto(address)
         try:
             yield page
