@@ -316,6 +316,7 @@ def test_refused_resume_leaves_no_config(trained, words):
             marks=pytest.mark.heavy,
         ),
         (["data.root=nowhere"], ["data.root=nowhere is not a folder"]),
+        (["data.root=nowhere", "features.gib=-1"], ["features.gib=-1 is out of range", "above 0"]),
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.classes=[dark]"], ["With 1 class every probability is 1", "the background and the object"]),
         (["resume=nowhere"], ["resume=nowhere", "outputs/"]),

@@ -63,14 +63,15 @@ def modes_with(folders: Sequence[Path], group: str) -> list[str]:
 
 
 def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
-    """Return the groups in the defaults lists of a mode's files."""
-    return [
+    """Return the groups in the defaults lists of a mode's files, each once."""
+    groups = [
         name.removeprefix("optional ").strip("/").partition("@")[0]
         for path in option_files(folders, "mode", mode)
         for entry in _defaults_of(path)
         if isinstance(entry, Mapping)
         for name in entry
     ]
+    return list(dict.fromkeys(groups))
 
 
 def is_group(folders: Iterable[Path], name: str) -> bool:

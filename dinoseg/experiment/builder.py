@@ -143,6 +143,8 @@ class Builder(ModelBuilder):
         with torch.device("meta"):
             for key in _BUILT_LATE:
                 self.part(key)
+        if self.value("features") is not None:
+            self.part("features")
         if not selects_checkpoints(self.value("trainer.score"), self.training_method.score_names):
             raise self._explain_score()
         config_description(self)  # refuses what a checkpoint could not store

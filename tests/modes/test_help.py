@@ -56,6 +56,8 @@ def test_training_help_lists_keys_of_groups_and_commands(compose):
     listed_keys = [line.split("=")[0].strip() for line in below[: below.index("")]]
     rates = {"optim.optimizer.lr", "head.lr", "adapter.lr"}
     assert {"trainer.steps", "data.batch_size", "resolution.crop", *rates} <= {*listed_keys}
+    groups = next(line for line in lines if line.startswith("Its groups: ")).partition(": ")[2].split(", ")
+    assert {"backbone", "head", "trainer"} <= {*groups} and len(groups) == len({*groups})
     cfg = compose("data.root=DIR", "data.classes=[a,b]", "adapter=full")
     for line in below[: below.index("")]:
         key, _, value = line.partition("#")[0].strip().partition("=")
