@@ -53,6 +53,7 @@ EXTENSIONS = {
     "probe": Extension(),
     "protocols": Extension(),
     "query_heads": Extension(),
+    "regions": Extension(),
     "rendering": Extension(),
     "serving": Extension(("tracking", "video")),
     "slots": Extension(("clips", "protocols", "tracking", "video_scores")),

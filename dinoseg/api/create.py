@@ -103,7 +103,7 @@ def create_model(
         with preserve_global_state(), lend_objects(objects):
             builder = ModelBuilder(cfg)
             labels = _read_labels(builder, num_classes)
-            model, strategy = builder.model().to("cpu"), builder.part("inference")
+            model, strategy = builder.model().to("cpu"), builder.strategy(labels.classes)
             if init is not None:
                 check_initial(builder, model)
                 load_initial_weights(builder, model, list(labels.classes))

@@ -67,7 +67,7 @@ def load_trained(builder: ModelBuilder) -> Trained:
             "released head weights, as hparam=ade20k_m2f head.weights=FILE does."
         )
     labels = builder.labels if builder.resume is None else None
-    engine, strategy = builder.engine(), builder.part("inference")
+    engine, strategy = builder.engine(), builder.strategy(builder.labels.classes)
     if labels is None:
         model, info = restore(builder, Path(str(builder.resume)))
         labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])

@@ -21,6 +21,7 @@ LARGEST: Mapping[KeyPath, float] = {  # maximum of a number at or below a key; t
     **{("data",): 2**20, ("data", "workers"): 2**8, ("data", "batch_size"): 2**16, ("loss",): 2**20},
     **dict.fromkeys([("trainer",), ("optim",), ("head", "anneal")], _MOST_STEPS),
     **{("inference",): 2**14, ("inference", "scales"): 16, ("inference", "batch_size"): 2**10},
+    ("inference", "min_region"): 2**31,
     **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr")], LEARNING_RATES.most),
 }
 _LARGEST_ELSEWHERE = 2**20

@@ -1,6 +1,6 @@
 """Builder of models from the config."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.classes.labels import Labels
+from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.model import SegmentationModel
 from dinoseg.models.no_init import NoInit
@@ -26,7 +27,12 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
-_READ_ELSEWHERE = {"adapter": ("lr",), "head": ("layers", "lr", "scoring")}  # keys beside the arguments of a part
+# keys beside the arguments of a part
+_READ_ELSEWHERE = {
+    "adapter": ("lr",),
+    "head": ("layers", "lr", "scoring"),
+    "inference": ("min_region", "largest_component", "regions"),
+}
 _WITH_WEIGHTS = ("adapter", "head", "loss.criterion")
 
 
@@ -120,6 +126,18 @@ class ModelBuilder:
         if (key, is_meta) not in self._parts:
             self._parts[key, is_meta] = self._instantiate(key)
         return self._parts[key, is_meta]
+
+    def strategy(self, classes: Sequence[str], inner: InferenceStrategy | None = None) -> InferenceStrategy:
+        """Return the inference strategy, which removes small regions if `inference` says so.
+
+        Args:
+            classes: names of the model's classes, in the order of their IDs.
+            inner: predicts the images; None: the strategy that `inference` selects.
+        """
+        strategy: InferenceStrategy = self.part("inference") if inner is None else inner
+        if self.value("inference.regions") is not None:
+            strategy = self.part("inference.regions")(strategy, classes)
+        return strategy
 
     def _instantiate(self, key: str) -> Any:
         node = self.value(key)

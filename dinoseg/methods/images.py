@@ -63,7 +63,7 @@ class ImageTraining(TrainingMethod):
             val=evenly_spaced_subset(val, self._val_images),
             augment=builder.part("data.augment"),
             background=builder.background,
-            strategy=builder.part("inference"),
+            strategy=builder.strategy(builder.class_names),
             seed=builder.seed,
             workers=engine.workers,
             rank=engine.rank,

@@ -31,6 +31,7 @@ def run(
     restart: str | None = None,
     report: bool = True,
     scorer: Callable[..., Any] | None = None,
+    regions: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Score the checkpoint of `resume` on a split.
 
@@ -46,6 +47,7 @@ def run(
         restart: for tracking, see `TrackingOptions`.
         report: write report.html, and the files that mode=compare reads.
         scorer: makes the scorer of a benchmark's protocol; None: no official scores.
+        regions: makes the comparison with predictions whose small regions stay; None: no comparison.
     """
     builder = Builder(cfg)
     options = {"metrics_only": metrics_only, "official": official, "report": report}
@@ -58,7 +60,7 @@ def run(
                 f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
                 "predicts classes of single images: leave it out."
             )
-    return evaluate_split(builder, out_dir, split, scorer=scorer, **options)
+    return evaluate_split(builder, out_dir, split, scorer=scorer, regions=regions, **options)
 
 
 def find_scoring(builder: Builder) -> Callable[..., dict[str, Any]] | None:
@@ -77,6 +79,7 @@ def evaluate_split(
     official: bool,
     report: bool,
     scorer: Callable[..., Any] | None,
+    regions: Callable[..., Any] | None,
 ) -> dict[str, Any]:
     """Score a trained model on the images of a split; arguments as of `run`."""
     cfg = builder.cfg
@@ -94,6 +97,7 @@ def evaluate_split(
         benchmark = None
     place = (data, engine.rank, engine.world_size)
     collector, background = Collector(*place) if report else None, builder.background
+    effect = None if regions is None else regions(trained.strategy, data, engine)
     rows = MetricRows(builder.metrics, *place)
     provenance = provenance_of(builder, out_dir)
     scores = evaluate_images(
@@ -105,7 +109,7 @@ def evaluate_split(
         strategy=trained.strategy,
         background=background,
         write_prediction=None if benchmark is None else benchmark.write_prediction,
-        collector=collector,
+        collector=collector if effect is None else effect.watch(collector),
         rows=rows if builder.metrics else None,
     )
     by_protocol = None
@@ -125,6 +129,8 @@ def evaluate_split(
             background=background,
             official=by_protocol,
         )
+    if effect is not None:
+        scores = {**scores, "regions": effect.report(out_dir, split, provenance.group)}
     if engine.is_main:
         print(f"checkpoint:   {cfg.resume or source}")
         list_skipped({split: data.skipped}, out_dir)

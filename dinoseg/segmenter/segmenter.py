@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dinoseg.checkpoints.resume import standalone_config
 from dinoseg.checkpoints.trained import restore
-from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Backbone, GuardedModule, Head
 from dinoseg.core.shapes import Prediction
@@ -440,9 +439,9 @@ def load_torch(path: Path, options: Options, *, key: str = "resume") -> Segmente
         changes = {"engine.device": options.device, **_weights(file, info, options)}
         trust, use = options.trust, options.inference
         cfg = standalone_config(file, info, changes, inference=use, trust=trust, config_dir=own, key=key)
-        strategy: InferenceStrategy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
         builder = ModelBuilder(cfg)
+        strategy = builder.strategy(facts.classes)
         model = restore(builder, file, key=key)[0].to(device)
         facts = replace(facts, pixels=builder.pixels.as_dict())
     if model.head.slots is not None:

@@ -60,6 +60,7 @@ AT_RUN_TIME = {
     "features": {"builder", "data_module", "model", "engine", "epochs", "previous_choices"},
     "head": {"in_dim", "num_layers"},
     "head.scoring": SCORING,
+    "inference.regions": {"strategy", "classes"},
     "logger.*": {"out_dir", "start_step"},
     "loss.class_weights": {"counts", "classes"},
     "loss.counts": {"dataset"},
@@ -68,6 +69,7 @@ AT_RUN_TIME = {
     "mode": {"cfg", "out_dir"},
     "mode.check": {"cfg"},
     "mode.init_head": {"builder", "model", "data", "engine"},
+    "mode.regions": {"strategy", "data", "engine"},
     "mode.scorer": {"protocol", "out_dir"},
     "optim.optimizer": {"model"},
     "pack": {"dataset", "cache_dir"},
@@ -78,7 +80,12 @@ AT_RUN_TIME = {
 }
 OF_MAIN = 1  # `_target_` of options that main.yaml chooses
 # What stands beside the keys of a target for somebody else
-FOR_OTHERS = {"mode": set(LAUNCH_KEYS), "head": {"layers", "lr", "scoring"}, "adapter": {"lr"}}
+FOR_OTHERS = {
+    "mode": set(LAUNCH_KEYS),
+    "head": {"layers", "lr", "scoring"},
+    "adapter": {"lr"},
+    "inference": {"min_region", "largest_component", "regions"},
+}
 
 
 def check_binds(path, node):

@@ -9,7 +9,7 @@ from command_line import call, succeed
 from meta_files import RELEASED, RELEASED_ARCH, write_released
 from safetensors import safe_open
 
-from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.extensions.query_heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.utils.images import read_ids, write_png
@@ -82,7 +82,7 @@ def test_predictions_equal_the_released_segmentor(files, expected_scores, tmp_pa
 
 
 def test_the_recipe_has_the_published_windows(compose):
-    strategy = instantiate(compose("hparam=ade20k_m2f").inference)
+    strategy = ModelBuilder(compose("hparam=ade20k_m2f")).part("inference")
     assert (strategy.size, strategy.shortest, strategy.average, strategy.weights) == (
         (896, 896),
         896,

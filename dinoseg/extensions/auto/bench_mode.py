@@ -166,7 +166,7 @@ def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, synt
     before = used_memory(engine.device)
     # FlopCounterMode hooks into trainable modules, which fails if no gradient is computed (slots)
     model = engine.place(parts.model()).eval().requires_grad_(False)
-    predictor = Predictor(model, engine.device, engine.autocast, builder.part("inference"))
+    predictor = Predictor(model, engine.device, engine.autocast, builder.strategy(builder.class_names))
     with FlopCounterMode(display=False) as counter:
         predictor.ids([shown[0]])
     seconds = []

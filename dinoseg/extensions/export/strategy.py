@@ -14,7 +14,10 @@ from dinoseg.experiment.recipe import USE
 from dinoseg.utils.wording import count_of, format_override
 
 logger = logging.getLogger(__name__)
-_ONE_PASS = "inference=whole inference.flips=none inference.scales=[1.0]"
+_ONE_PASS = (
+    "inference=whole inference.flips=none inference.scales=[1.0] inference.min_region=0 inference.largest_component=[]"
+)
+_NO_REGIONS = {"min_region": 0, "largest_component": []}  # defaults of keys that the strategy's class does not take
 _SELECTING = "miou"  # value of `trainer.score` for which a checkpoint's best score is its mIoU
 
 
@@ -47,10 +50,12 @@ def missing_strategy(trained: Trained, sizes: Sequence[Size], folders: Sequence[
         return None
     description = {**trained.info, "config": {key: stored[key] for key in (USE, "resolution")}}
     builder = ModelBuilder.of(compose_stored(description, Source("resume", folders)))
-    strategy, values = builder.part(USE), builder.settings(USE)
+    strategy, values = builder.strategy(trained.classes), builder.settings(USE)
     if all(strategy.equals_single_pass(trained.model, size, trained.autocast) for size in sizes):
         return None
-    defaults = {name: each.default for name, each in inspect.signature(type(strategy)).parameters.items()}
+    parameters = inspect.signature(type(builder.part(USE))).parameters
+    defaults = _NO_REGIONS | {name: each.default for name, each in parameters.items()}
+    values.pop("regions", None)
     words = [f"{USE}={trained.info['choices'][USE]}"]
     for key, value in values.items():
         if not key.startswith("_") and not _is_default(value, defaults.get(key)):

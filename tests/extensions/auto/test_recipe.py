@@ -373,7 +373,7 @@ def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, 
         write_png(tmp_path / f"data/val/masks/{number}.png", np.zeros((4, 4), np.uint8))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
-    data_module = SimpleNamespace(val=data, strategy=instantiate(cfg.inference))
+    data_module = SimpleNamespace(val=data, strategy=Builder(cfg).part("inference"))
     clock = [0.0]
     asked = []
     read = type(data).__getitem__

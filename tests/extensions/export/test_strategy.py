@@ -41,6 +41,10 @@ def find_missing(compose, tmp_path):
             "inference.multiple=32",
         ),
         (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
+        (
+            ("inference=whole", "inference.min_region=9", "inference.largest_component=[dark]"),
+            "inference=whole inference.min_region=9 inference.largest_component=[dark]",
+        ),
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
@@ -95,7 +99,7 @@ def test_the_warning_states_scores_and_remedy(caplog):
         "this: it predicts each image in one pass. With its strategy the model scored mIoU 99.80. On the 2 images of "
         "the verification, the file scored mIoU 88.25. Apply the strategy in the program that calls the file. For "
         "scores that compare with those of the file, add inference=whole inference.flips=none inference.scales=[1.0] "
-        "to mode=eval."
+        "inference.min_region=0 inference.largest_component=[] to mode=eval."
     )
     assert "model.pt2 does not apply this" in neither and "mIoU" not in neither
 
