@@ -20,12 +20,14 @@ from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.segmenter.model import Model
 
 FACTS = ModelFacts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
+LAYER_FACTS = ModelFacts(("bright", "red", "never"), ((255, 255, 255), (255, 0, 0), (0, 0, 255)), 255)
 
 
 class Bright:
     """A runtime that needs no model; `before` is called with each batch."""
 
     name = "stand-in"
+    has_layers = False
 
     def __init__(self, before=lambda images: None):
         self.before = before
@@ -33,6 +35,18 @@ class Bright:
     def ids(self, images):
         self.before(images)
         return (np.stack(images).mean(axis=-1) > 127).astype(np.uint8)
+
+
+class Layers(Bright):
+    """A runtime of classes that overlap: bright pixels, those with much red, and none."""
+
+    has_layers = True
+
+    def ids(self, images):
+        self.before(images)
+        pixels = np.stack(images)
+        layers = (pixels.mean(axis=-1) > 127, pixels[..., 0] > 127, np.zeros(pixels.shape[:3]))
+        return np.stack(layers, axis=1).astype(np.uint8)
 
 
 def picture(height=4, width=6, seed=0):
@@ -73,14 +87,15 @@ class InThread(Child):
 
 
 @contextmanager
-def shared_model(before=lambda images: None, max_pixels=10_000):
-    with closing(SharedModel(Model(Bright(before), FACTS), max_pixels)) as shared:
+def shared_model(before=lambda images: None, max_pixels=10_000, *, has_layers=False):
+    model = Model(Layers(before), LAYER_FACTS) if has_layers else Model(Bright(before), FACTS)
+    with closing(SharedModel(model, max_pixels)) as shared:
         yield shared
 
 
 @contextmanager
-def client(folder, before=lambda images: None, *, max_mib=1.0, max_pixels=10_000):
-    with shared_model(before, max_pixels) as shared:
+def client(folder, before=lambda images: None, *, max_mib=1.0, max_pixels=10_000, has_layers=False):
+    with shared_model(before, max_pixels, has_layers=has_layers) as shared:
         application = build_endpoint(shared, folder, hosts=list_hosts("127.0.0.1", []), max_mib=max_mib)
         with TestClient(application, base_url="http://localhost") as asked:
             yield asked

@@ -39,10 +39,14 @@ def test_the_lock_file_satisfies_all_minimum_versions():
     assert len(versions) > 50
 
 
-def test_the_wheel_has_type_annotations_and_configs(tmp_path, monkeypatch):
+def test_the_wheel_has_type_annotations_configs_and_assets(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
         assert {"dinoseg/py.typed", "dinoseg/cfg/main.yaml"} <= {*wheel.namelist()}
+        assets = {
+            path.removeprefix("dinoseg/assets/") for path in wheel.namelist() if path.startswith("dinoseg/assets/")
+        }
+        assert assets == {"surgery.jpg", "surgery.safetensors", "tiny_surgical.safetensors"}
 
 
 def test_the_citation_names_this_version():

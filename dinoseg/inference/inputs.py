@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries, find_files, is_pattern
+from dinoseg.utils.files import entries, expand_path, find_files, is_pattern
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.wording import count_of, join_names
 
@@ -36,7 +36,7 @@ def list_inputs(
         f"Accepted are an image ({' '.join(suffixes)}),{video} a folder of them, or a quoted pattern such as "
         "'frames/**/*.png'."
     )
-    path = Path(source).expanduser()
+    path = expand_path(source, ".jpg")
     if path.is_file() and path.suffix.lower() in kinds:
         return [path]
     if path.is_dir():

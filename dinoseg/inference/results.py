@@ -17,7 +17,7 @@ from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import class_statistics
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_folder, write_json, write_text
-from dinoseg.utils.files import stamp
+from dinoseg.utils.files import expand_path, stamp
 from dinoseg.utils.images import write_png
 from dinoseg.utils.levels import to_display
 from dinoseg.utils.units import read_valid_note
@@ -70,7 +70,7 @@ def mask_names(paths: Sequence[Path], source: str) -> list[str]:
     the two become `a/x_jpg` and `a/x_png`. Names that differ in case alone stay if the images show that the disk
     distinguishes them.
     """
-    root = Path(source).expanduser()
+    root = expand_path(source, ".jpg")
     if not root.exists():  # a glob pattern
         parts = list(takewhile(lambda part: not glob.has_magic(part), root.parts))
         root = Path(*parts)

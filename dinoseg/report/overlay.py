@@ -92,21 +92,22 @@ def _blend_layers(
     height, width = layers.shape[1:]
     table = np.array([*palette, IGNORE_COLOUR, (0, 0, 0)], np.uint8)  # black stands for no class
     outline = default_outline((height, width))
-    rows, columns = np.ogrid[:height, :width]
-    stripes = ((rows + columns) // (4 * outline)).astype(np.uint16)
     present = [layer == 1 for layer in layers] + [(layers == ignore_index).any(axis=0)]
-    drawn = _tint(frame, _choose_by_stripe(present, stripes), table, opacity)
-    edges = _choose_by_stripe([here & find_edges(here, outline) for here in present], stripes)
+    drawn = _tint(frame, hatch(present), table, opacity)
+    edges = hatch([here & find_edges(here, outline) for here in present])
     is_edge = edges < len(present)
     drawn[is_edge] = table[edges[is_edge]]
     return drawn
 
 
-def _choose_by_stripe(layers: Sequence[np.ndarray], stripes: np.ndarray) -> np.ndarray:
+def hatch(layers: Sequence[np.ndarray]) -> np.ndarray:
     """Return the index of a layer (H, W) bool that holds the pixel, in turns from stripe to stripe; else their number.
 
-    A pixel of n layers takes the one whose rank among these is its stripe modulo n.
+    Stripes are diagonal. A pixel of n layers takes the one whose rank among these is its stripe modulo n.
     """
+    height, width = layers[0].shape
+    rows, columns = np.ogrid[:height, :width]
+    stripes = ((rows + columns) // (4 * default_outline((height, width)))).astype(np.uint16)
     count = np.sum(layers, axis=0, dtype=np.uint16)
     turn = stripes % np.maximum(count, 1)
     chosen = np.full_like(count, len(layers))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinoseg.core.channels import PixelFormat
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import find_files, is_pattern
+from dinoseg.utils.files import expand_path, find_files, is_pattern
 from dinoseg.utils.images import as_rgb
 from dinoseg.utils.levels import WHITE, to_levels
 
@@ -130,7 +130,7 @@ def _files(source: str | PathLike[str], pixels: PixelFormat) -> list[Path]:
 
 def _picture(one: Any, name: str, pixels: PixelFormat) -> Picture:
     if isinstance(one, str | PathLike):
-        path = Path(fspath(one)).expanduser()
+        path = expand_path(one, ".jpg")
         return path, pixels.read(path)
     if isinstance(one, Image.Image):
         return None, as_rgb(one, name) if pixels.is_rgb else _as_levels(np.asarray(one), name, pixels)

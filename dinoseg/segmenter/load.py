@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dinoseg.segmenter.model import Model
 from dinoseg.segmenter.runtime import Options, file_in, list_model_files, load_opener
 from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.files import expand_path
 from dinoseg.utils.ranges import check_annotations
 
 if TYPE_CHECKING:  # ONNX files need no torch
@@ -40,7 +41,8 @@ def load(
     gives its base class `Model`, which predicts without torch; onnxruntime loads it unchecked.
 
     Args:
-        path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint.
+        path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint, or
+            the packaged model `dinoseg:surgery`.
         device: auto (CUDA, then MPS, then CPU), cuda, mps or cpu.
         runtime: torch or onnx; None: by the file.
         precision: auto, bf16 or fp32. auto is fp32 for a model trained or exported with `engine.precision=fp32`,
@@ -76,7 +78,7 @@ def load(
         trust=trust,
         config_dir=config_dir,
     )
-    where = Path(path).expanduser()
+    where = expand_path(path, ".safetensors")
     try:
         with collection_paused(), name_parameters(_ARGUMENTS):
             model = open_file(where, options)

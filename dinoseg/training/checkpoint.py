@@ -46,6 +46,7 @@ from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
 from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import expand_path
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
 from dinoseg.utils.wording import count_of, format_value, suggest_nearest
@@ -152,7 +153,7 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
     Raises:
         UserError: there is no checkpoint.
     """
-    path = Path(target).expanduser()
+    path = expand_path(target, ".safetensors")
     if path.is_file():
         return path
     other = {"best": "last", "last": "best"}[prefer]

@@ -13,6 +13,7 @@ from typing import BinaryIO, NoReturn, Protocol
 from dinoseg.utils.errors import UserError
 
 Stamp = tuple[int, int, int, int]
+PACKAGED = "dinoseg:"  # in front of the name of a file that ships inside the package
 # natsort, called folder by folder, sorts ASCII names in the same way and no faster; it sorts whole paths
 # and other scripts' digits differently, and the order of frames must not depend on a library's version
 _NUMBER = re.compile(r"([0-9]+)")
@@ -37,6 +38,15 @@ def entries(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         _refuse(error)
+
+
+def expand_path(source: str | PathLike[str], suffix: str) -> Path:
+    """Return a path with `~` expanded; `dinoseg:NAME` is a file of the package with this suffix, such as `.jpg`."""
+    name = os.fspath(source)
+    if name.startswith(PACKAGED):
+        # a checkpoint of strangers may name such a file, and no other one
+        return Path(__file__).parents[1] / "assets" / f"{Path(name.removeprefix(PACKAGED)).name}{suffix}"
+    return Path(name).expanduser()
 
 
 def find_files(source: str | PathLike[str], kinds: Collection[str]) -> list[Path]:

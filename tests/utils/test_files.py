@@ -14,7 +14,7 @@ from dinoseg.extensions.video.pictures import picture_files
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.sarrarp_files import png_files
 from dinoseg.inference.inputs import list_inputs
-from dinoseg.utils.files import check_regular, entries, visible_files
+from dinoseg.utils.files import check_regular, entries, expand_path, visible_files
 from dinoseg.utils.images import has_one_bit, read_ids, read_image, read_size
 
 
@@ -95,3 +95,14 @@ def test_irregular_files_are_refused_without_waiting(tmp_path):
     assert_refused(lambda: read_image(loop), "loop.png (Too many levels of symbolic links)")
     assert names(tmp_path) == ["loop.png", "pipe.png"]
     assert [path.name for path in list_inputs(str(tmp_path))] == ["loop.png", "pipe.png"]  # reading tells of them
+
+
+@pytest.mark.parametrize("name", ["dinoseg:surgery", "dinoseg:../surgery", "dinoseg:/etc/surgery"])
+def test_packaged_names_lead_to_the_package_alone(name):
+    path = expand_path(name, ".jpg")
+    assert path.is_file() and path.parent.name == "assets" and path.name == "surgery.jpg"
+
+
+def test_other_names_are_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_path("~/a.b", ".jpg") == tmp_path / "a.b" and expand_path(tmp_path, ".jpg") == tmp_path

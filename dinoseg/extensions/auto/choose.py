@@ -113,7 +113,8 @@ def choose(
     choices += [] if views is None else [views[0]]
     sized = Builder(compose(choices))
     per_step = sized.value("data.batch_size") * sized.value("trainer.accumulate")
-    if length.images < rules.MIN_STEPS * per_step and not trains and given.isdisjoint(_CLOSED_FORM):
+    solvable = not trains and not facts.has_layers and given.isdisjoint(_CLOSED_FORM)
+    if length.images < rules.MIN_STEPS * per_step and solvable:
         replaced = {"adapter", "head"}
         choices = [each for each in choices if replaced.isdisjoint(each.words)]
         choices.append(rules.closed_form(budget.left, image, facts))

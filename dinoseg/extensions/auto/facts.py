@@ -44,12 +44,14 @@ class DatasetFacts:
         val_images: number of validation images.
         size: medians of (H, W) of evenly spaced training images.
         classes: in the order of their ids.
+        has_layers: whether each class has masks of its own, so that classes may overlap.
     """
 
     images: int
     val_images: int
     size: Size
     classes: tuple[ClassFacts, ...]
+    has_layers: bool = False
 
     @property
     def absent(self) -> list[str]:
@@ -78,40 +80,44 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
     names = [str(name) for name in train.classes]
     measured = masks[:: min(max(1, len(masks) // _MIN), math.ceil(sum(mask.size for mask in masks) / _PIXELS))]
     parts = np.concatenate([list(parts_of(mask, len(names))) or np.empty((0, 3)) for mask in measured])
-    total = max(1, int(counts.sum()))
+    sizes = [mask.shape[-2:] for mask in masks]
+    has_layers = masks[0].ndim > 2
+    # classes that overlap do not add up to the pixels of the images, of which the sampled masks are a share
+    total = len(train) * np.prod(sizes, axis=1).mean() if has_layers else max(1, int(counts.sum()))
     classes = (
         ClassFacts(name, float(counts[id] / total), median_width(parts[parts[:, 0] == id]))
         for id, name in enumerate(names)
     )
-    height, width = np.median([mask.shape for mask in masks], axis=0)
-    return DatasetFacts(len(train), len(val), (round(height), round(width)), tuple(classes))
+    height, width = np.median(sizes, axis=0)
+    return DatasetFacts(len(train), len(val), (round(height), round(width)), tuple(classes), has_layers)
 
 
 def headline(facts: DatasetFacts, minutes: float, device: str) -> str:
     """Return a one-line summary of data, time budget and device."""
     height, width = facts.size
+    overlap = " that may overlap" if facts.has_layers else ""
     absent = f"; without a pixel in train: {join_names(facts.absent)}" if facts.absent else ""
     return (
         f"{count_of(facts.images, 'training image')} of {height} x {width} (median), "
-        f"{count_of(facts.classes, 'class', 'classes')}{absent}; {minutes:g} min on this {device}"
+        f"{count_of(facts.classes, 'class', 'classes')}{overlap}{absent}; {minutes:g} min on this {device}"
     )
 
 
 def parts_of(mask: np.ndarray, num_classes: int) -> Iterator[tuple[int, float, int]]:
-    """Yield class id, width in px and number of pixels of each connected part of a mask (H, W).
+    """Yield class id, width in px and number of pixels of each connected part of a mask (H, W), or (K, H, W) of layers.
 
     The width is the diameter of the largest disc inside the part, by distances to the nearest pixel outside. It is
     exact to a pixel for lines. A part at the image border is assumed to continue beyond it.
     """
     for id in range(num_classes):
-        inside = (mask == id).astype(np.uint8)
+        inside = (mask[id] == 1 if mask.ndim > 2 else mask == id).astype(np.uint8)
         if not inside.any():
             continue
         count, labels, stats, _ = cv2.connectedComponentsWithStats(inside, connectivity=8)
-        distance = np.minimum(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE), max(mask.shape))
+        distance = np.minimum(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE), max(inside.shape))
         deepest = np.zeros(count, distance.dtype)  # another dtype takes ten times as long
         np.maximum.at(deepest, labels.ravel(), distance.ravel())
-        widths = np.minimum(2 * deepest - _BORDER, min(mask.shape))
+        widths = np.minimum(2 * deepest - _BORDER, min(inside.shape))
         yield from ((id, float(widths[part]), int(stats[part, cv2.CC_STAT_AREA])) for part in range(1, count))
 
 

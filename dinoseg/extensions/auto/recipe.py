@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,6 @@ from dinoseg.config.composition import SHIPPED, compose
 from dinoseg.config.job import read_words, search_path_override
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.core.task import refuse_layers
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
@@ -40,7 +39,7 @@ from dinoseg.utils.wording import format_override, one_line, printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
 NAME = "chosen"  # of the written recipe
-GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
+GROUPS = ("adapter", "head", "loss", "task")  # config groups whose option is chosen
 # overrides that do not affect the choices
 _RUN_KEYS = ("seed", "resume", "budget", "logger", "metric", "hydra", "mode", "hparam")
 _IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
@@ -100,21 +99,27 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     builder = Builder(cfg)
     _check(builder)
     given = typed_keys(words)
-    train, val = builder.dataset("train", reduced=True), builder.dataset("val")
+    others = [*_without(words, "budget"), f"+budget.minutes={cfg.budget.minutes}"]  # which the chosen recipe lacks
+
+    def compose_with(choices: Sequence[RecipeChoice]) -> DictConfig:
+        return compose_recipe(others, cfg.config_dirs, recipe_text("trying", drop_typed(choices, given)[0]))
+
+    train, task = _open_train(builder, compose_with)
+    if task:
+        builder = Builder(compose_with(task))
+    val = builder.dataset("val")
     path = _path(builder, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
     create_cache_dir(path.parent)
-    others = [*_without(words, "budget"), f"+budget.minutes={cfg.budget.minutes}"]  # which the chosen recipe lacks
     # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
     with hold_lock(path.with_suffix(".lock")):
         stored = read_choices(path)
         if stored is None:
-
-            def compose_with(choices: Sequence[RecipeChoice]) -> DictConfig:
-                return compose_recipe(others, cfg.config_dirs, recipe_text("trying", drop_typed(choices, given)[0]))
-
             data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
-            stored = choose(compose_with, data, builder.engine(devices=1), given, Budget(cfg.budget.minutes))
+            budget = Budget(cfg.budget.minutes)
+            engine = builder.engine(devices=1)
+            about, others_chosen = choose(lambda found: compose_with([*task, *found]), data, engine, given, budget)
+            stored = about, [*task, *others_chosen]
             source = "chosen now"
             try:
                 write_choices(path, *stored)
@@ -131,6 +136,28 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     )
 
 
+def _open_train(
+    builder: Builder, compose_with: Callable[[Sequence[RecipeChoice]], DictConfig]
+) -> tuple[SegmentationData, list[RecipeChoice]]:
+    """Return the training images, and task=multilabel if their masks can be read as those of one class each alone.
+
+    Raises:
+        UserError: they cannot be read in any way.
+    """
+    try:
+        train = builder.dataset("train", reduced=True)
+        train[0]
+    except UserError as error:
+        task = RecipeChoice({"task": "multilabel"}, "each class has masks of its own")
+        try:
+            train = Builder(compose_with([task])).dataset("train", reduced=True)
+            train[0]
+        except UserError:
+            raise error from None
+        return train, [task]
+    return train, []
+
+
 def _without(words: Sequence[str], *roots: str) -> list[str]:
     """Return the words of a command line that set no key below some root keys."""
     return [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in roots]
@@ -139,7 +166,6 @@ def _without(words: Sequence[str], *roots: str) -> list[str]:
 def _check(builder: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     builder.arguments(Budget, {"minutes": "budget.minutes"})
-    refuse_layers(builder.task, "hparam=auto", "Choose loss=bce_dice and a head yourself, with hparam=base.")
     if builder.training_method.on_clips or "unlabelled" in builder.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={builder.options['trainer']}. Choose a "

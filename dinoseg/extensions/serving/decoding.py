@@ -163,7 +163,7 @@ def read_bounded_image(path: Path, max_pixels: int) -> np.ndarray:
     """
     height, width = read_size(path)
     if height * width > max_pixels:
-        raise UserError(f"{path} has {width} x {height} pixels, more than mode.max_pixels={max_pixels}. Reduce it.")
+        raise UserError(f"{path} has {width} x {height} pixels, more than {max_pixels} (mode.max_pixels). Reduce it.")
     return read_image(path)
 
 

@@ -7,9 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+import numpy as np
+from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.datastructures import UploadFile
@@ -23,6 +24,7 @@ from dinoseg.extensions.serving.guard import SiteGuard
 from dinoseg.extensions.serving.mask_editor import encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value
 
 logger = logging.getLogger(__name__)
 _MAX_FIELDS = 16  # of a form, beside its file; they are not read
@@ -48,17 +50,32 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
     statuses: Counter[int] = Counter()
     seconds = {"total": 0.0}  # over all requests
 
+    def encode(path: Path, chosen: str | None) -> Response:
+        """Segment a file, and return its mask, or that of the chosen class."""
+        facts, has_layers = shared.facts, shared.has_layers
+        if chosen is not None and chosen not in facts.classes:
+            raise UserError(f"class={format_value(chosen)} is unknown to this model. GET /health lists its classes.")
+        _, mask = shared.segment_file(path)
+        if chosen is not None:
+            index = facts.classes.index(chosen)
+            mask = mask[index] if has_layers else (mask == index).astype(np.uint8)
+        palette = facts.palette if chosen is None else ((0, 0, 0), (255, 255, 255))
+        kind = "tiff" if mask.ndim > 2 else "png"
+        return Response(encode_mask(mask, palette), media_type=f"image/{kind}")
+
     @app.post("/segment")
-    async def segment(request: Request) -> Response:
-        """Return the class ids of the image in the body or a form, a PNG with the classes' colours as its palette."""
+    async def segment(request: Request, chosen: Annotated[str | None, Query(alias="class")] = None) -> Response:
+        """Return the mask of the image in the body or a form.
+
+        Class ids are a PNG with the classes' colours as its palette. Layers, of a multi-label model, are a TIFF with a
+        page of 0 and 1 for each class. `class` names a class whose pixels alone are returned, a PNG of 0 and 1.
+        """
         start = time.perf_counter()
         path = uploads / secrets.token_hex(16)
         response = Response(status_code=500)
         try:
             await save_image(request, path, max_mib)
-            _, mask = await run_in_threadpool(shared.segment_file, path)
-            content = await run_in_threadpool(encode_mask, mask, shared.facts.palette)
-            response = Response(content, media_type="image/png")
+            response = await run_in_threadpool(encode, path, chosen)
         except (UserError, OSError, ClientDisconnect) as error:
             response = error_response(error)
         finally:
@@ -69,8 +86,9 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Return the model's classes and their colours, in the order of their ids."""
-        return {"status": "ok", "classes": shared.facts.classes, "palette": shared.facts.palette}
+        """Return the task, and the model's classes and their colours, in the order of their ids or layers."""
+        task = "multilabel" if shared.has_layers else "semantic"
+        return {"status": "ok", "task": task, "classes": shared.facts.classes, "palette": shared.facts.palette}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -173,12 +174,13 @@ class Page:
         with ui.element("div") as self._tools:
             self._opacity = _add_slider("Opacity: {} %", 0, 100, self._show_brush)
             self._brush = Switch("Brush: paints the chosen class", on_change=self._show_brush)
+            self._eraser = Switch("Eraser: removes the chosen class", on_change=self._show_brush)
             self._radius = _add_slider("Brush radius: {} px", 1, MAX_RADIUS, self._show_brush)
             self._zoom = _add_slider("Zoom: {}", 1, 8, self._show_brush)
             with ui.element("div").classes("buttons"):
                 _add_button("Undo", self._undo, "outline")
                 _add_button("Reset", self._reset, "outline")
-                _add_button("Download mask", partial(self._download, "mask.png"), "outline")
+                _add_button("Download mask", self._download_mask, "outline")
                 _add_button("Download overlay", partial(self._download, "overlay.jpg"), "outline")
 
     def _tell(self, text: str, *, is_error: bool = False) -> None:
@@ -236,13 +238,14 @@ class Page:
                 "image.jpg": shown,
                 # encoded for a browser that asks, not for each stroke
                 "layer.png": lambda: self._editor.encode_layer(),
-                "mask.png": lambda: encode_mask(self._editor.mask, self._editor.labels.palette),
+                "mask.png": self._encode_mask,
+                "mask.tif": self._encode_mask,
                 "overlay.jpg": self._encode_overlay,
             }
-            self._radius.value = min(MAX_RADIUS, 2 + min(predicted.shape) // 40)
+            self._radius.value = min(MAX_RADIUS, 2 + min(predicted.shape[-2:]) // 40)
             self._opacity.value = 50
             self._edit(predicted, self._classes)
-            height, width = predicted.shape
+            height, width = predicted.shape[-2:]
             text = f"{frames} frames of " if frames else ""
             self._tell(f"{event.args}: {text}{width} x {height} pixels")
 
@@ -254,6 +257,9 @@ class Page:
         with closing(self._open_video(path)) as video:
             frame, _ = next(video.frames())
         return encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count)
+
+    def _encode_mask(self) -> bytes:
+        return encode_mask(self._editor.mask, self._editor.labels.palette)
 
     def _encode_overlay(self) -> bytes:
         shown = self.files["image.jpg"]
@@ -268,7 +274,7 @@ class Page:
 
     def _start_objects(self) -> None:
         self._brush.value = True
-        self._edit(np.zeros_like(self._predicted), _OBJECTS)
+        self._edit(np.zeros(self._predicted.shape[-2:], np.uint8), _OBJECTS)
 
     def _edit(self, mask: np.ndarray, labels: Labels) -> None:
         self._editor = MaskEditor(mask, labels)
@@ -303,10 +309,11 @@ class Page:
         self._show_mask()
 
     def _show_image(self) -> None:
-        height, width = self._predicted.shape
+        height, width = self._predicted.shape[-2:]
         image = f"{self._address}/image.jpg?{secrets.token_hex(4)}"
         self._stage.show(image=image, width=width, height=height, video="")
         self._mask_card.visible = self._tools.visible = True
+        self._eraser.visible = self._editor.has_layers
         self._video_card.visible = self._frames > 0
         self._video_results.visible = False
         self._show_mask()
@@ -315,13 +322,18 @@ class Page:
         self._stage.show(mask=f"{self._address}/layer.png?{secrets.token_hex(4)}")
         self._show_shares(self._editor.counts)
 
-    def _show_shares(self, counts: np.ndarray) -> None:
+    def _show_shares(self, counts: np.ndarray, frames: int = 1) -> None:
+        pixels = frames * math.prod(self._editor.mask.shape[-2:])
         for label, text in self._shares.items():
-            text.text = f"{100 * counts[label] / counts.sum():.2f} %" if counts[label] else ""
+            text.text = f"{100 * counts[label] / pixels:.2f} %" if counts[label] else ""
+
+    @property
+    def _erases(self) -> bool:
+        return self._eraser.value and self._editor.has_layers
 
     def _show_brush(self) -> None:
-        color = f"rgb{self._editor.labels.palette[self._label]}"
-        self._stage.show(paint=self._brush.value, color=color, radius=self._radius.value)
+        color = f"rgb{(0, 0, 0) if self._erases else self._editor.labels.palette[self._label]}"
+        self._stage.show(paint=self._brush.value or self._erases, color=color, radius=self._radius.value)
         self._stage.show(zoom=self._zoom.value, opacity=self._opacity.value / 100)
 
     async def _paint(self, event: GenericEventArguments) -> None:
@@ -329,10 +341,11 @@ class Page:
             return
         self._strokes += 1
         stroke = (event.args, self._radius.value, self._label)
+        erase = self._erases
         try:
             async with self._painting:
                 with suppress(TypeError, ValueError):  # of a stroke that no page sends
-                    await asyncio.to_thread(self._editor.paint, *stroke)
+                    await asyncio.to_thread(self._editor.paint, *stroke, erase=erase)
         finally:
             self._strokes -= 1
         self._show_mask()
@@ -342,6 +355,9 @@ class Page:
             async with self._painting:
                 self._editor.undo()
             self._show_mask()
+
+    def _download_mask(self) -> None:
+        self._download("mask.tif" if self._editor.has_layers else "mask.png")
 
     def _download(self, name: str) -> None:
         ui.download.from_url(f"{self._address}/{name}", f"{self._name}_{name}")
@@ -361,7 +377,9 @@ class Page:
         def track(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
             return self._context.model.track(tracker, frames, [labels.pop() if labels else None for _ in frames])
 
-        if self._editor.mask.any():
+        if self._editor.has_layers:
+            self._tell("Classes overlap, and an object of a track has each pixel for itself: paint objects to track.")
+        elif self._editor.mask.any():
             await self._label_video(track)
         else:
             self._tell("The mask is empty: paint the objects to track.", is_error=True)
@@ -384,7 +402,7 @@ class Page:
             for name in ("overlay.mp4", "masks.zip"):
                 self.files[name] = self.folder / name
             self._stage.show(video=f"{self._address}/overlay.mp4?{secrets.token_hex(4)}")
-            self._show_shares(counts)
+            self._show_shares(counts, self._frames_done)
             self._tools.visible = False
             self._video_results.visible = True
             self._tell(f"Done: {self._frames_done} frames")

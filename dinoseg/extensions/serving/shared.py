@@ -18,20 +18,21 @@ class SharedModel:
 
     Args:
         model: segments images.
-        max_pixels: of an image.
+        max_pixels: of an image, and of all layers of a multi-label mask, whose memory counts as much.
     """
 
     def __init__(self, model: Model, max_pixels: int) -> None:
         self.facts = model.facts
-        self.max_pixels = max_pixels
+        self.has_layers = model.runtime.has_layers
+        self.max_pixels = max_pixels // len(model.facts.classes) if self.has_layers else max_pixels
         self._runtime = model.runtime
-        self._decoder = ImageDecoder(max_pixels)
+        self._decoder = ImageDecoder(self.max_pixels)
         self._decoding = threading.Lock()
         self._computing = threading.Lock()
         self._decoded = threading.Semaphore(_DECODED)
 
     def segment_file(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image (H, W, 3) uint8 RGB and its class ids (H, W) uint8.
+        """Return an image (H, W, 3) uint8 RGB and its class ids (H, W) uint8, or layers (K, H, W).
 
         Raises:
             UserError: if the file is no valid image.
@@ -42,7 +43,7 @@ class SharedModel:
             return image, self.segment([image])[0]
 
     def segment(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
         with self._computing:
             return self._runtime.ids(images)
 

@@ -9,7 +9,6 @@ from dinoseg.checkpoints.source import ModelSource
 from dinoseg.checkpoints.trained import Trained, find_trained_sizes
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.channels import check_rgb
-from dinoseg.core.task import refuse_layers
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import SegmentationModel
@@ -22,7 +21,7 @@ from dinoseg.segmenter.torch_runtime import TorchRuntime
 from dinoseg.utils.errors import UserError
 
 _BATCH = 4  # frames per forward pass of a tracker
-_FILE_KEYS = ("resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
+_FILE_KEYS = ("resolution", "task", "backbone", "adapter", "head", "inference", "data")  # set by the file
 
 
 def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
@@ -36,10 +35,6 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
         opened = _open_model(source, out_dir, file)
         check_rgb(opened.facts.format, "an upload")
-        if opened.runtime.has_layers:
-            raise UserError(
-                f"mode.model={file} is a multi-label model, which dinoseg.load runs in Python. Choose another."
-            )
         return opened
     check_rgb(source.pixels, "an upload")
     trained = source.load()
@@ -48,7 +43,6 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
             f"resume={source.resume} is a slot model, which has no classes to serve. mode=track tracks its segments "
             "through a video or a folder of frames."
         )
-    refuse_layers(trained.model.task, "mode=serve", "Use mode=predict, or dinoseg.load in Python.")
     return model_of(trained, find_trained_sizes(trained, out_dir))
 
 

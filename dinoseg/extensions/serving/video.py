@@ -28,13 +28,13 @@ def write_labelled_video(
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray],
     progress: Callable[[int], None],
 ) -> np.ndarray:
-    """Write overlay.mp4 and masks.zip, a PNG per frame, and return the number of pixels of each id (256,).
+    """Write overlay.mp4 and masks.zip, a file per frame, and return the number of pixels of each class (256,).
 
     Args:
         video: opened.
         folder: of the files.
         palette: colours of the masks.
-        segment: returns the masks (H, W) uint8 of the next frames.
+        segment: returns the masks (H, W) or (K, H, W) uint8 of the next frames.
         draw: returns a frame with its mask over it.
         progress: called with the number of frames that are written; may raise an error to stop.
     """
@@ -53,7 +53,8 @@ def write_labelled_video(
             nonlocal counts, written
             for (frame, time), mask in zip(*done, strict=True):
                 writer.write(draw(frame, mask), time)
-                archive.writestr(f"{written:09d}.png", encode_mask(mask, palette))
+                suffix = "tif" if mask.ndim > 2 else "png"
+                archive.writestr(f"{written:09d}.{suffix}", encode_mask(mask, palette))
                 counts += count_pixels(mask)
                 written += 1
             progress(written)

@@ -4,7 +4,6 @@ import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from dinoseg.models.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import expand_path
 from dinoseg.utils.tensor_files import PICKLED, check_weights, outline, read_tensor_file
 
-PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
 _SHARDS = forms.object_with(weight_map=forms.table(forms.text))
@@ -90,10 +89,7 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
         model = AutoModel.from_config(config, **_drop_pooler(config))
         cut(model)
         return model
-    if weights.startswith(PACKAGED):
-        path = Path(str(files("dinoseg"))) / "assets" / f"{weights.removeprefix(PACKAGED)}.safetensors"
-    else:
-        path = Path(weights).expanduser()
+    path = expand_path(weights, ".safetensors")
     if path.is_file():
         return _from_file(config, path, cut, local_cls_norm)
     if path.is_dir():

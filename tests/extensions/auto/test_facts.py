@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from command_line import SMALL, write_data
 from making import Pictures
+from overlapping_shapes import write_overlaps
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.auto import facts
-from dinoseg.extensions.auto.facts import ClassFacts, DatasetFacts, facts_of, median_width, parts_of
+from dinoseg.extensions.auto.facts import ClassFacts, DatasetFacts, facts_of, headline, median_width, parts_of
 from dinoseg.utils.images import write_png
 
 
@@ -84,3 +85,17 @@ def test_fewer_large_masks_are_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(facts, "_PIXELS", 16 * 16 * 24)
     assert [count_measured((16, 16), length) for length in (1, 30, 200)] == [1, 15, 24]
     assert [count_measured((64, 64), length) for length in (1, 7, 30, 200)] == [1, 7, 10, 8]
+
+
+def test_facts_of_layers_are_those_of_each_class(tmp_path, compose):
+    masks = write_overlaps(tmp_path / "data", train=4, val=2)
+    words = ("data=folder", f"data.root={tmp_path}/data", "data.classes=[disc,square]", "task=multilabel")
+    builder = Builder(compose(*words))
+    found = facts_of(builder.dataset("train"), builder.dataset("val"), tmp_path / "cache")
+    layers = np.stack([mask for name, mask in masks.items() if name.startswith("train")])  # (4, 2, H, W)
+    assert found.has_layers and found.size == layers.shape[2:] and found.absent == []
+    assert [each.share for each in found.classes] == pytest.approx(layers.mean(axis=(0, 2, 3)).tolist())
+    for index, each in enumerate(found.classes):
+        parts = [row for mask in layers for row in parts_of(mask[index].astype(np.uint8), 2) if row[0] == 1]
+        assert each.width == median_width(np.array(parts))
+    assert "2 classes that may overlap" in headline(found, 1, "cpu")

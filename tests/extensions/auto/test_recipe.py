@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from command_line import SMALL, call, in_this_process, write_data
+from making import save
 from omegaconf import OmegaConf
+from overlapping_shapes import write_overlaps
+from PIL import Image
 
 from dinoseg.cli import launch
 from dinoseg.config.nodes import instantiate
@@ -418,3 +421,65 @@ def test_trained_and_frozen_backbone_are_timed_in_one_process(tmp_path, compose,
     assert late.tuned is None and late.frozen > 0  # the trained backbone is left out
     alone = choose.time_config(to_container(cfg), trains=True, freezes=False, minutes=9, until=0.0)
     assert alone.tuned > 0 and alone.frozen is None
+
+
+OVERLAPS = ("data.root=overlaps", "data.classes=[disc,square]", "budget.minutes=1")
+
+
+def write_pages(folder):
+    """Write TIFF masks with a page for each class instead of a folder for each class."""
+    for path in sorted((folder / "overlaps").glob("*/masks/disc/*.png")):
+        pages = [Image.open(path.parents[1] / label / path.name) for label in ("disc", "square")]
+        target = path.parents[1] / f"{path.stem}.tif"
+        pages[0].save(target, save_all=True, append_images=pages[1:])
+    for path in (folder / "overlaps").glob("*/masks/*/*.png"):
+        path.unlink()
+    for path in (folder / "overlaps").glob("*/masks/*/"):
+        path.rmdir()
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_masks_of_one_class_each_choose_multilabel(folder, choose_recipe, monkeypatch, pages):
+    write_overlaps(folder / "overlaps", train=5, val=2)
+    if pages:
+        write_pages(folder)
+    cfg, done = choose_recipe(*OVERLAPS)
+    assert (cfg.choices.task, cfg.choices.loss, cfg.loss.weights) == ("multilabel", "bce_dice", "none")
+    assert "2 classes that may overlap" in done.out and "task=multilabel: each class has masks of its own" in done.out
+    monkeypatch.setattr(choose, "run_in_process", pytest.fail)
+    again, done = choose_recipe(*OVERLAPS, folder_of_run="S")
+    assert "reused from" in done.out and again.choices == cfg.choices
+    (command,) = (shlex.split(line)[3:] for line in done.out.splitlines() if "hparam=chosen" in line)
+    rerun, _ = choose_recipe(start=command, folder_of_run="T")
+    assert rerun.choices.task == "multilabel"
+
+
+def test_typed_task_is_kept(folder, choose_recipe):
+    write_overlaps(folder / "overlaps", train=5, val=2)
+    cfg, done = choose_recipe(*OVERLAPS, "task=multilabel", "loss=bce", "task.threshold=0.3")
+    assert (cfg.choices.task, cfg.choices.loss, cfg.task.threshold) == ("multilabel", "bce", 0.3)
+    done = call(folder, *AUTO, "mode=plan", *OVERLAPS, "task=semantic")
+    assert done.status == 1 and "Masks of one class each need task=multilabel" in done.err
+
+
+def test_unreadable_masks_are_reported_for_class_ids(folder, choose_recipe):
+    cfg, _ = choose_recipe("budget.minutes=1")
+    assert cfg.choices.task == "semantic"
+    for path in (folder / "data/train/masks").iterdir():
+        save(path, np.full((32, 48), 7, np.uint8))
+    done = call(folder, *AUTO, "mode=plan", "budget.minutes=1", "hydra.run.dir=Q")
+    assert done.status == 1 and "7" in done.err and "multilabel" not in done.err
+
+
+@pytest.mark.heavy
+def test_overlapping_classes_are_not_solved_in_closed_form(folder, choose_by_clock):
+    write_overlaps(folder / "overlaps", train=5, val=2)
+    cfg, done = choose_by_clock(1, *OVERLAPS, timed=SLOW)
+    assert cfg.head.get("init") is None and cfg.choices.adapter == "frozen" and cfg.trainer.steps == 1, done.out
+
+
+@pytest.mark.heavy
+def test_training_of_overlapping_classes_runs_as_chosen(folder):
+    write_overlaps(folder / "overlaps", train=5, val=2)
+    done = call(folder, *AUTO, *OVERLAPS, "trainer.steps=3", "hydra.run.dir=R")
+    assert done.status == 0 and (folder / "R/evaluation/scores.json").exists(), done.err

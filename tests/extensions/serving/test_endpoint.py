@@ -159,7 +159,8 @@ def test_health_and_metrics_are_served(tmp_path):
         ask.post("/segment", content=b"no image")
         health = ask.get("/health").json()
         lines = dict(line.rsplit(" ", 1) for line in ask.get("/metrics").text.splitlines())
-    assert health == {"status": "ok", "classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 0, 0]]}
+    classes = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 0, 0]]}
+    assert health == {"status": "ok", "task": "semantic", **classes}
     assert lines['dinoseg_requests_total{code="200"}'] == lines['dinoseg_requests_total{code="400"}'] == "1"
     assert lines["dinoseg_request_seconds_count"] == "2" and float(lines["dinoseg_request_seconds_sum"]) > 0
 
@@ -202,3 +203,37 @@ def test_the_model_serves_one_request_at_a_time(tmp_path):
         masks = list(pool.map(lambda image: read_mask(ask.post("/segment", content=encode_image(image))), pictures))
     for image, mask in zip(pictures, masks, strict=True):
         assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()
+
+
+def test_a_class_of_ids_is_a_mask_of_its_own(ask):
+    image = picture()
+    for name, wanted in (("bright", image.mean(axis=-1) > 127), ("dark", image.mean(axis=-1) <= 127)):
+        mask = read_mask(ask.post(f"/segment?class={name}", content=encode_image(image)))
+        assert (np.asarray(mask) == wanted).all()
+    status, detail = read_refusal(ask.post("/segment?class=b%0Aright", content=encode_image(image)))
+    assert status == 400 and "/health" in detail
+
+
+def test_layers_are_pages_or_one_class(tmp_path):
+    image = picture(9, 14)
+    wanted = [image.mean(axis=-1) > 127, image[..., 0] > 127, np.zeros((9, 14), bool)]
+    with client(tmp_path, has_layers=True) as ask:
+        response = ask.post("/segment", content=encode_image(image))
+        assert response.headers["content-type"] == "image/tiff" and (wanted[0] & wanted[1]).any()
+        with read_mask(response) as mask:
+            assert mask.n_frames == 3
+            for number, layer in enumerate(wanted):
+                mask.seek(number)
+                assert (np.asarray(mask) == layer).all()
+        for name, layer in zip(("bright", "red", "never"), wanted, strict=True):
+            response = ask.post(f"/segment?class={name}", files={"file": ("a.png", encode_image(image))})
+            assert response.headers["content-type"] == "image/png" and (np.asarray(read_mask(response)) == layer).all()
+        health = ask.get("/health").json()
+        assert health["task"] == "multilabel" and health["classes"] == ["bright", "red", "never"]
+
+
+def test_layers_count_against_the_limit_of_pixels(tmp_path):
+    with client(tmp_path, max_pixels=3 * 200, has_layers=True) as ask:
+        assert ask.post("/segment", content=encode_image(picture(10, 20))).status_code == 200
+        status, detail = read_refusal(ask.post("/segment", content=encode_image(picture(3, 67))))
+        assert status == 400 and "67 x 3 pixels, more than 200 (mode.max_pixels)" in detail

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.serving import mask_editor
-from dinoseg.extensions.serving.mask_editor import MaskEditor, count_pixels
+from dinoseg.extensions.serving.mask_editor import MaskEditor, count_pixels, encode_mask
 
 LABELS = Labels(("dark", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255)
 
@@ -54,7 +54,7 @@ def test_memory_of_undo_is_bounded(monkeypatch):
     editor = make_editor()
     for _ in range(50):
         editor.paint([[0, 0], [60, 40]], 100, 1)
-    assert sum(former.nbytes for _, _, former in editor._strokes) == 2 * 40 * 60
+    assert sum(former.nbytes for *_, former in editor._strokes) == 2 * 40 * 60
     for number in range(50):
         editor.paint([[3, 3]], 1, number % 2)
     assert len(editor._strokes) == 50  # small ones are limited in number
@@ -96,3 +96,54 @@ def test_black_and_hidden_classes_are_transparent():
     image = np.full((1, 4, 3), 100, np.uint8)
     drawn = editor.draw(image, editor.mask, 0.5)[0]
     assert drawn[[0, 2]].tolist() == [[100] * 3] * 2 and drawn[1].tolist() == [178, 50, 50]
+
+
+OVERLAPS = Labels(("white", "red", "green"), ((255, 255, 255), (255, 0, 0), (0, 255, 0)), 255)
+
+
+def test_strokes_on_layers_change_one_class_and_are_undone():
+    rng = np.random.default_rng(0)
+    editor = MaskEditor((rng.random((3, 40, 60)) > 0.6).astype(np.uint8), OVERLAPS)
+    states = []
+    for number in range(60):
+        states.append(editor.mask.copy())
+        label, erase = int(rng.integers(3)), bool(rng.integers(2))
+        points = rng.integers(-5, 65, (2, 2)).tolist()
+        editor.paint(points, int(rng.integers(1, 9)), label, erase=erase)
+        changed = editor.mask != states[-1]
+        assert not np.delete(changed, label, axis=0).any()
+        assert (editor.mask[label][changed[label]] == int(not erase)).all() and editor.mask.max() <= 1
+        assert (editor.counts[:3] == editor.mask.sum(axis=(1, 2))).all() and not editor.counts[3:].any(), number
+    for state in reversed(states[10:]):  # 50 strokes can be undone
+        editor.undo()
+        assert (editor.mask == state).all() and (editor.counts[:3] == state.sum(axis=(1, 2))).all()
+    editor.undo()
+    assert (editor.mask == states[10]).all()
+
+
+def test_layer_of_overlapping_classes_shows_each_in_its_colour():
+    mask = (np.random.default_rng(1).random((3, 300, 40)) > 0.5).astype(np.uint8)
+    editor = MaskEditor(mask, OVERLAPS)
+    for hidden in ((), (1,), (0, 1, 2)):
+        editor.hidden = {*hidden}
+        visible = np.array([layer * (label not in hidden) for label, layer in enumerate(mask)])
+        with Image.open(io.BytesIO(editor.encode_layer())) as image:
+            shown = np.asarray(image.convert("RGBA"))
+        assert ((shown[..., 3] > 0) == visible.any(axis=0)).all()
+        painted = np.array([(shown[..., :3] == colour).all(-1) & (shown[..., 3] > 0) for colour in OVERLAPS.palette])
+        assert not (painted & (visible == 0)).any() and (painted.sum(axis=0) == visible.any(axis=0)).all()
+        both = visible.sum(axis=0) > 1
+        assert all((painted[label] & both).any() == bool(visible[label].any()) for label in range(3))
+        image = np.full((300, 40, 3), 90, np.uint8)
+        drawn = editor.draw(image, mask, 0.5)
+        assert ((drawn != image).any(axis=-1) == visible.any(axis=0)).all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_encoded_layers_are_read_as_masks_with_pages(count):
+    layers = (np.random.default_rng(2).random((count, 30, 50)) > 0.5).astype(np.uint8)
+    with Image.open(io.BytesIO(encode_mask(layers, OVERLAPS.palette))) as image:
+        assert image.format == "TIFF" and image.n_frames == count
+        for number, layer in enumerate(layers):
+            image.seek(number)
+            assert (np.asarray(image) == layer).all()

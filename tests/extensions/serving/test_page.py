@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from dinoseg.extensions.serving import page as page_module
 from dinoseg.extensions.serving.page import Page, PageContext
 
 
-def on_a_page(check):
+def on_a_page(check, *, has_layers=False):
     """Return a test that runs a coroutine function of a new page and a function that sends it an upload."""
 
     def test(tmp_path, monkeypatch, caplog):
@@ -26,7 +27,7 @@ def on_a_page(check):
 
         async def start():
             core.loop = asyncio.get_running_loop()
-            with shared_model(max_pixels=100_000) as shared:
+            with shared_model(max_pixels=100_000, has_layers=has_layers) as shared:
                 client = Client(nicegui_page("/"), request=None)
                 with client:
                     page = Page(PageContext(shared, tmp_path, None, 1.0, 2.0), "token")
@@ -106,7 +107,7 @@ async def test_invalid_values_of_widgets_do_not_reach_the_page(page, send):
         for listener in widget._event_listeners.values()
         if listener.type == "update:modelValue"
     ]
-    assert len(inputs) == 6  # three sliders, the brush, and a checkbox for each class
+    assert len(inputs) == 7  # three sliders, brush and eraser, and a checkbox for each class
     for value in ("text", None, [], {}, -5, 1e300, "x" * 1000, True):
         for widget, listener in inputs:
             client.handle_event({"id": widget.id, "listener_id": listener, "args": [json.dumps(value)]})
@@ -138,3 +139,49 @@ async def test_downloads_are_encoded_from_the_corrected_mask(page, send):
             assert image.size == size
             if name == "mask.png":
                 assert np.asarray(image)[20, 30] == 1 and np.asarray(image)[0, 0] == 0
+
+
+def on_a_page_with_layers(check):
+    return on_a_page(check, has_layers=True)
+
+
+@on_a_page_with_layers
+async def test_overlapping_classes_are_painted_and_erased(page, send):
+    image = picture(40, 60)
+    await send(encode_image(image))
+    wanted = np.array([image.mean(axis=-1) > 127, image[..., 0] > 127, np.zeros((40, 60), bool)])
+    assert (page._editor.mask == wanted).all() and page._eraser.visible
+    assert page._shares[1].text == f"{100 * wanted[1].mean():.2f} %" and page._shares[2].text == ""
+    page._choose(1)
+    page._eraser.value = True
+    await page._paint(SimpleNamespace(args=[[30.5, 20.5]]))
+    assert not page._editor.mask[1, 20, 30] and (page._editor.mask[[0, 2]] == wanted[[0, 2]]).all()
+    page._eraser.value = False
+    page._choose(2)
+    await page._paint(SimpleNamespace(args=[[30.5, 20.5]]))
+    assert page._editor.mask[2, 20, 30] and (page._editor.mask[0] == wanted[0]).all()
+    with Image.open(io.BytesIO(page.files["mask.tif"]())) as saved:
+        saved.seek(2)
+        assert np.asarray(saved)[20, 30] == 1 and saved.n_frames == 3
+    with (
+        Image.open(io.BytesIO(page.files["overlay.jpg"]())) as drawn,
+        Image.open(io.BytesIO(page.files["layer.png"]())) as layer,
+    ):
+        assert drawn.size == layer.size == (60, 40)
+    page._reset()
+    assert (page._editor.mask == wanted).all()
+
+
+@on_a_page_with_layers
+async def test_overlapping_classes_are_not_tracked_but_objects_are(page, send):
+    await send(encode_image(np.full((40, 60, 3), 200, np.uint8)))
+    page._context = replace(page._context, make_tracker=object)
+    await page._track_video()
+    assert "paint objects" in page._status.text and not page.is_busy
+    page._start_objects()
+    assert page._editor.mask.shape == (40, 60) and not page._eraser.visible
+    page._eraser.value = True  # left on; objects have no eraser
+    page._choose(3)
+    await page._paint(SimpleNamespace(args=[[30.5, 20.5]]))
+    assert page._editor.mask[20, 30] == 3
+    assert page._stage._props["color"] == f"rgb{page._editor.labels.palette[3]}"
