@@ -17,14 +17,20 @@ from dinoseg.extensions.compare.comparison import (
     MAX_NAME,
     against,
     best_first,
+    find_best,
+    find_bold,
     mean_mious,
+    score_labels,
     scores_of,
+    side_scores,
     verdicts,
     write_tables,
 )
+from dinoseg.extensions.compare.effects import effects_table, estimate_effects
 from dinoseg.extensions.compare.page import ComparedRun, comparison_page
-from dinoseg.extensions.compare.sides import Side, describe_folds, describe_seeds, describe_units, sides_of
-from dinoseg.report.table import few_units
+from dinoseg.extensions.compare.paper_table import LATEX, MARKDOWN, PaperTable, format_score, write_paper_tables
+from dinoseg.extensions.compare.sides import Side, describe_folds, describe_seeds, describe_units, sides_of, swept_words
+from dinoseg.report.table import few_units, percent
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json, write_text
@@ -107,6 +113,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
     if few := few_units(units, record.unit):
         logger.warning("%s", few)
     write_tables(out_dir, first, others)
+    write_paper_tables(out_dir, result_tables(sides))
     write_csv_table(out_dir / "runs.csv", ["run", *COLUMNS], rows)  # scores in 0..1; unknown values are empty cells
     scores = scores_of(first.scored)
     result = {
@@ -136,6 +143,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
     write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}, compare.csv, compare.json, images.csv")
     print(f"runs:         {out_dir}/runs.csv")
+    print(f"for a paper:  {out_dir}/{MARKDOWN}, {LATEX}")
     return {"miou_difference": others[-1].differences["miou"]["value"], "run": str(out_dir)}
 
 
@@ -152,3 +160,27 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
         maxcolwidths=[MAX_NAME, *[None] * len(columns)],  # tabulate fails to wrap numbers with commas
         maxheadercolwidths=[MAX_NAME, *[_MAX_COST_COLUMN] * len(columns)],
     )
+
+
+def result_tables(sides: Sequence[Side]) -> list[PaperTable]:
+    """Return the scores of all sides for a paper, best first, and main effects if all runs are jobs of sweeps."""
+    ranked = [sides[index] for index in best_first([scores_of(side.scored)["miou"] for side in sides])]
+    best, labels = find_best(ranked), score_labels(ranked[0])
+    bold, note = find_bold(best, len(ranked))
+    rows = [
+        [side.name, str(side.seeds), *(format_score(scores[key], partial(percent, digits=2)) for key in best)]
+        for side, scores in zip(ranked, map(side_scores, ranked), strict=True)
+    ]
+    heads = ["side", "seeds", *(f"{labels[key]} %" for key in best)]
+    cells = [(row, 2 + [*best].index(key)) for key, row in bold.items()]
+    notes = [f"seeds: {describe_seeds(sides)}.", *(f"folds: {line}." for line in [describe_folds(sides)] if line)]
+    caption = f"Mean ± standard deviation over seeds, [95 % interval] {describe_units(sides)}. {note}"
+    tables = [PaperTable(caption, heads, rows, 1, cells, notes)]
+    words = swept_words([folder for side in sides for folder in side.folders])
+    if all(words):
+        settings = [{key: word.partition("=")[2] for key, word in of_run.items()} for of_run in words]
+        records = [record for side in sides for record in side.records]
+        effects, freedom = estimate_effects(settings, [scores_of([record])["miou"] for record in records])
+        if effects:
+            tables.append(effects_table(effects, freedom, "mIoU %", lambda value, sign: percent(value, 2, sign)))
+    return tables

@@ -30,6 +30,7 @@ from dinoseg.evaluation.scoring.intervals import (
 )
 from dinoseg.evaluation.unit_scores import ClassScores, further_difference
 from dinoseg.extensions.compare.page import OtherRun
+from dinoseg.extensions.compare.paper_table import Score
 from dinoseg.extensions.compare.sides import Side
 from dinoseg.report.html.page import format_interval
 from dinoseg.report.html.pictures import PairShot
@@ -79,7 +80,6 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
     first = sides[0]
     kind = _kind(first.scored[0])
     counts = [[record.counts for record in side.scored] for side in sides]
-    sums, seeds = _scored_sums(sides), [_get_seed_totals(side) for side in sides]
     mious = [mean_mious(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
@@ -99,7 +99,7 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
 
     further = further_differences(sides)
     names = first.scored[0].images
-    for number, gaps in enumerate(differences(kind, sums, seeds), start=1):
+    for number, gaps in enumerate(class_differences(sides), start=1):
         other = sides[number]
         folders = {name: (first.place_of(name), other.place_of(name)) for name in names}
         try:
@@ -124,20 +124,66 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
     return found
 
 
-def count_worse(sides: Sequence[Side]) -> int:
-    """Return how many sides have a significantly lower mIoU than the best side."""
-    order = best_first([scores_of(side.scored)["miou"] for side in sides])
-    ranked = [sides[index] for index in order]
-    gaps = differences(_kind(sides[0].scored[0]), _scored_sums(ranked), [_get_seed_totals(side) for side in ranked])
-    return sum(gap["miou"]["verdict"] == SURELY_WORSE for gap in gaps)
+def find_best(sides: Sequence[Side]) -> dict[str, tuple[int, int]]:
+    """Return, for each score but those of classes, the index of the best side and how many are significantly worse.
+
+    All other sides are tested against the best one, and Holm's method corrects p over them.
+    """
+    further = sides[0].scored[0].scores
+    scores = [scores_of(side.scored) for side in sides]
+    found = {}
+    for key in (*_kind(sides[0].scored[0]).means, *further):
+        sign = -1 if key in further and further[key].better == "min" else 1
+        values = [of_side[key] for of_side in scores]
+        order = best_first([None if value is None else sign * value for value in values])
+        ranked = [sides[index] for index in order]
+        gaps = further_differences(ranked) if key in further else class_differences(ranked)
+        found[key] = order[0], sum(gap[key]["verdict"] == SURELY_WORSE for gap in gaps)
+    return found
 
 
-def pooled_scores(side: Side) -> dict[str, Estimate]:
-    """Return each score of a side over all folds, with the error over units and over the seeds of each fold."""
+def find_bold(best: Mapping[str, tuple[int, int]], sides: int) -> tuple[dict[str, int], str]:
+    """Return, by score, the index of the side that is significantly better than each other one, and a note on it."""
+    bold = {key: index for key, (index, worse) in best.items() if worse == sides - 1}
+    claim = "significantly better than every other row (p below 0.05, paired by image or group, corrected by Holm)"
+    return bold, f"Bold: {claim}." if bold else f"Nothing is bold: no score is {claim}."
+
+
+def side_scores(side: Side) -> dict[str, Score]:
+    """Return each score of a side: over units, and over seeds if there are several.
+
+    With a single unit, the interval is over seeds alone. The deviation is over seeds; with folds there is none.
+    """
     kind = _kind(side.scored[0])
-    seeds = _seed_errors(kind, [], _get_seed_totals(side))
-    found = jackknife(kind, _scored_sums([side])[0][0])
-    return {key: combine_errors(score, [each[key] for each in seeds]) for key, score in found.items()}
+    runs = _scored_sums([side])[0]
+    seeds = _seed_errors(kind, runs, _get_seed_totals(side))
+    left_out = [leave_one_out(kind, run) if len(run) else {key: np.zeros(0) for key in kind.keys} for run in runs]
+    parts = {
+        key: (values, np.stack([each[key] for each in left_out]), [each[key] for each in seeds])
+        for key, values in _scores(kind, runs).items()
+    }
+    for name in side.scored[0].scores:
+        of_runs = [record.scores[name] for record in side.scored]
+        values = np.array([score.value for score in of_runs], dtype=np.float64)
+        left = np.array([score.left_out for score in of_runs], dtype=np.float64)
+        scored = np.any([score.scored for score in of_runs], axis=0)
+        parts[name] = values, left[:, scored], [mean_of(values.tolist())] if len(values) > 1 else []
+    return {key: _side_score(*of_score, side.seeds) for key, of_score in parts.items()}
+
+
+def _side_score(values: np.ndarray, left_out: np.ndarray, by_seed: Sequence[Estimate], seeds: int) -> Score:
+    """Return the mean of a score over its `values` (S,) of runs, from those without each unit (S, U)."""
+    error, freedom = jackknife_error(left_out.mean(axis=0)), left_out.shape[1] - 1
+    if left_out.shape[1] == 1 and by_seed:
+        error, freedom = 0.0, 1
+    mean = Estimate(float(values.mean()), error, freedom, share=True, lowest=0.0, highest=1.0)
+    deviation = plain_score(values.std(ddof=1)) if len(values) > 1 else None
+    return Score(plain_score(values.mean()), deviation, combine_errors(mean, by_seed).ci95, seeds)
+
+
+def class_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]]:
+    """Return the `differences` of each other side from the first side."""
+    return differences(_kind(sides[0].scored[0]), _scored_sums(sides), [_get_seed_totals(side) for side in sides])
 
 
 def _get_seed_totals(side: Side) -> Sequence[np.ndarray]:

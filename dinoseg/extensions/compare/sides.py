@@ -117,19 +117,30 @@ def _read_runs(folders: Sequence[Path]) -> Side:
 
 
 def read_recipes(places: Sequence[Path], records: Sequence[ImageRecord]) -> list[Recipe | None]:
-    """Return the recipe of each evaluation; None without a readable config."""
+    """Return the recipe of each evaluation; None without a readable config.
+
+    For a head without slots, mode=eval composes the group `slots`, but a training does not: it is then left out.
+    """
     found: list[Recipe | None] = []
-    for recipe, record in zip(run_config.recipes(places), records, strict=True):
+    recipes = run_config.recipes(places)
+    has_slots = all(any(_is_of_slots(key) for key in recipe[0]) for recipe in recipes if recipe)
+    for recipe, record in zip(recipes, records, strict=True):
         if recipe is None:
             found.append(None)
             continue
-        keys, seed = recipe
+        # mode=eval stores groups of which it reads nothing as empty tables
+        keys = {key: value for key, value in recipe[0].items() if value != {} and (has_slots or not _is_of_slots(key))}
+        seed = recipe[1]
         fold = keys.get("data.fold")
         weights = resolve_evaluate(keys.pop("trainer.evaluate", None), fold)
         keys[WEIGHTS] = "last" if Path(record.source).stem == "last" else weights
         # models of all folds predict the same test images
         found.append(Recipe(keys, seed, None if record.split == "test" else keys.pop("data.fold", None)))
     return found
+
+
+def _is_of_slots(key: str) -> bool:
+    return key.removeprefix("choices.").split(".")[0] == "slots"
 
 
 def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
@@ -391,17 +402,22 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
         sides: indices of each side's runs.
     """
     by_folder = _by_folders(folders)
+    swept = swept_words(folders)
+    names = []
+    for side in sides:
+        of_side = [swept[index] for index in side]
+        words = " ".join(word for key, word in of_side[0].items() if all(each.get(key) == word for each in of_side))
+        names.append(words if 0 < len(words) <= _LONGEST else _join_run_names([by_folder[index] for index in side]))
+    return names if len(set(names)) == len(names) else [by_folder[side[0]] for side in sides]
+
+
+def swept_words(folders: Sequence[Path]) -> list[dict[str, str]]:
+    """Return the overrides of each run by key that vary between the given jobs of sweeps; empty for other runs."""
     commands = [_command(folder) for folder in folders]
     swept = [command for command in commands if command]
     keys = dict.fromkeys(key for command in swept for key in command if not key.startswith(("hydra", "resume")))
     varied = [key for key in keys if len({command.get(key) for command in swept}) > 1]
-    names = []
-    for side in sides:
-        of_side = [commands[index] for index in side]
-        shared = [key for key in varied if key in of_side[0] and len({command.get(key) for command in of_side}) == 1]
-        words = " ".join(of_side[0][key] for key in shared)
-        names.append(words if 0 < len(words) <= _LONGEST else _join_run_names([by_folder[index] for index in side]))
-    return names if len(set(names)) == len(names) else [by_folder[side[0]] for side in sides]
+    return [{key: command[key] for key in varied if key in command} for command in commands]
 
 
 def _command(folder: Path) -> dict[str, str]:

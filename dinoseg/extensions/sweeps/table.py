@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from statistics import stdev
@@ -23,7 +24,9 @@ from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.metric import INFINITE_IMAGES
-from dinoseg.evaluation.scoring.intervals import Estimate, mean_of
+from dinoseg.evaluation.scoring.intervals import mean_of
+from dinoseg.extensions.compare.effects import FOLD, SEED, effects_table, estimate_effects
+from dinoseg.extensions.compare.paper_table import LATEX, MARKDOWN, PaperTable, Score, format_score, write_paper_tables
 from dinoseg.extensions.sweeps.job_results import JobResults
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.metrics.counts import iou, mean_defined, ratio
@@ -50,8 +53,12 @@ _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
 _LONGEST_NUMBER = 10  # characters
 _SHOWN = 10  # maximum number of invalid cells in a message
-FOLD, SEED = "data.fold", "seed"
 DEVIATION, LOW, HIGH = "deviation", "low", "high"  # the last two: ends of the 95 % interval
+_CAPTIONS = {
+    "": "One run each.",
+    "seeds": "Mean ± standard deviation over seeds, [95 % interval] over seeds.",
+    "folds": "Score over all folds ± standard deviation over folds, [95 % interval] over images or groups.",
+}
 Row = dict[str, Any]
 
 
@@ -85,9 +92,9 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
         pooled, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")])
         for key in scores:
             found = pooled.get(key)
-            if found is not None and isfinite(found.value):
+            if found is not None and found.value is not None:
                 row[key] = found.value  # of layers, which have no matrix
-            row[f"{key} {LOW}"], row[f"{key} {HIGH}"] = (found and found.ci95) or (None, None)
+            row[f"{key} {LOW}"], row[f"{key} {HIGH}"] = (found and found.interval) or (None, None)
         joined.append(row)
     return joined
 
@@ -129,6 +136,7 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
         found[f"{key} {DEVIATION}"] = stdev(values) if len(values) > 1 else None
         found[f"{key} {LOW}"] = low
         found[f"{key} {HIGH}"] = high
+        found[f"{key} {name}s"] = len(values)
     return found | {key: rows[0][key] for key in settings}
 
 
@@ -146,12 +154,12 @@ def _pool_scores(counts: np.ndarray, job: Row) -> Row:
     return {"miou": float(mean_defined(ious)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}
 
 
-def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Estimate], str]:
+def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
     """Return the scores of a setting over all folds, with their intervals, and a note on them.
 
     There are none if a job has no record of its images, or if one fold alone has a score.
     """
-    from dinoseg.extensions.compare.comparison import pooled_scores  # imports torch
+    from dinoseg.extensions.compare.comparison import side_scores  # imports torch
     from dinoseg.extensions.compare.sides import describe_folds, has_record, read_side
 
     if not runs or not all(map(has_record, runs)):
@@ -160,7 +168,7 @@ def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Estimate], str]:
         side = read_side(runs)
     except UserError as error:
         return {}, f"no interval of {join_names([str(run) for run in runs])}: {error}"
-    return {} if side.pooled is None else pooled_scores(side), describe_folds([side])
+    return {} if side.pooled is None else side_scores(side), describe_folds([side])
 
 
 class SweepTable(Callback):
@@ -248,12 +256,13 @@ class SweepTable(Callback):
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
         path = Path(config.hydra.sweep.dir) / "sweep.csv"
         averaged = [] if _searches(config) else [key for key in (FOLD, SEED) if key in swept]
+        counts = [name for key, name in ((FOLD, "folds"), (SEED, "seeds")) if key in averaged]
         printed, written = columns, columns
+        runs, settings = rows, [{key: row[key] for key in swept} for row in rows]
         if averaged:
             _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
             swept = [key for key in swept if key not in averaged]
             rows = (over_folds if FOLD in averaged else over_seeds)(rows, swept, columns)
-            counts = [name for key, name in ((FOLD, "folds"), (SEED, "seeds")) if key in averaged]
             printed = [*counts, *_with_parts(columns, [score])]
             written = [*counts, *_with_parts(columns, [key for key in columns if key == LOSS or key not in OTHERS])]
         rows = _rank_rows(rows, score, sign)
@@ -263,26 +272,65 @@ class SweepTable(Callback):
         for remark in dict.fromkeys(row.get("remark") for row in rows):
             if remark:
                 print(f"folds: {remark}")
-        if len(rows) > 1 and score == "miou":
-            _print_significance(path.parent)
+        bold, note = _find_significance(path.parent, rows, jobs) if score == "miou" else ({}, "")
+        failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
+        scores = [key for key in columns if key == score or key not in OTHERS]
+        labels = [*swept, *counts]
+        cells = [
+            [
+                *(str(row[key]) for key in labels),
+                *(format_score(_score(row, key), partial(_text, key)) for key in scores),
+            ]
+            for row in rows
+        ]
+        places = [(row, len(labels) + scores.index(key)) for key, row in bold.items() if key in scores]
+        caption = f"{_CAPTIONS[counts[0] if counts else '']} {note or 'Nothing is bold: rows were not compared.'}"
+        tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), places, failed)]
+        effects, freedom = estimate_effects(settings, [row.get(score) for row in runs])
+        if effects and not _searches(config):
+            tables.append(effects_table(effects, freedom, _head(score), partial(_text, score)))
+            shown = tabulate(tables[1].rows, headers=tables[1].heads, disable_numparse=True)
+            print("\n".join(["", tables[1].caption, "", shown, "", *failed]))
+        write_paper_tables(path.parent, tables)
+        print(f"for a paper: {path.with_name(MARKDOWN)}, {LATEX}")
 
 
-def _print_significance(sweep: Path) -> None:
-    """Print how many settings are significantly worse than the best, and the test, if jobs have records of images."""
-    from dinoseg.extensions.compare.comparison import count_worse  # imports torch
+def _describe_failure(run: Row, settings: Mapping[str, str]) -> str:
+    """Return a line on a job without a score, with its settings and its error."""
+    words = " ".join(f"{key}={value}" for key, value in settings.items())
+    return f"job {run['job']} ({words}) has no score" + (f": {run['note']}" if run["note"] else "")
+
+
+def _score(row: Row, key: str) -> Score:
+    value, deviation, low, high = (row.get(f"{key} {part}".strip()) for part in ("", DEVIATION, LOW, HIGH))
+    interval = None if low is None or high is None else [low, high]
+    return Score(value, deviation, interval, row.get(f"{key} seeds") or row.get("seeds") or 0)
+
+
+def _find_significance(sweep: Path, rows: Sequence[Row], jobs: Sequence[Row]) -> tuple[dict[str, int], str]:
+    """Print how many settings are significantly worse than the best, and the test; return what `find_bold` does.
+
+    There is nothing if a row with a score has no record of images, or cannot be compared with the others.
+    """
+    from dinoseg.extensions.compare.comparison import find_best, find_bold  # imports torch
     from dinoseg.extensions.compare.sides import describe_units, sides_of
 
+    runs = {str(job["job"]): job["run"] for job in jobs if job.get("run")}
+    scored = [str(row["job"]).split(",") for row in rows if row.get("miou") is not None]
     try:
-        sides = sides_of([str(sweep)])
+        sides = sides_of([[runs[number] for number in numbers if number in runs] for numbers in scored])
     except UserError:
-        return
-    worse = count_worse(sides)
+        return {}, ""
+    if len(sides) < len(scored):  # a swept key that is not part of a recipe
+        return {}, ""
+    best = find_best(sides)
     print(
-        f"significantly worse than the best setting: {worse} of {len(sides) - 1}; differences of the others are within "
-        f"the 95 % interval ({describe_units(sides)})"
+        f"significantly worse than the best setting: {best['miou'][1]} of {len(sides) - 1}; differences of the others "
+        f"are within the 95 % interval ({describe_units(sides)})"
     )
-    runs = shlex.quote(f"runs=[{sweep}]")
-    print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")
+    command = shlex.quote(f"runs=[{sweep}]")
+    print(f"test for differences from the first job: python -m dinoseg mode=compare {command}")
+    return find_bold(best, len(sides))
 
 
 def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
@@ -347,14 +395,14 @@ def _head(key: str) -> str:
     return f"{SHARES.get(name, name)} {part}".strip()
 
 
-def _text(key: str, value: Any) -> str:
+def _text(key: str, value: Any, sign: str = "") -> str:
     key = key.partition(" ")[0]
     if value is None:
         return ""
     if key in SHARES:
-        return f"{100 * value:.2f}"
+        return f"{100 * value:{sign}.2f}"
     form = OTHERS.get(key, ".4f" if isinstance(value, float) else "")
-    return format(value, form)
+    return format(value, sign + form)
 
 
 def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:

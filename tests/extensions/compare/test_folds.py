@@ -13,7 +13,7 @@ from scipy import stats
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.unit_scores import FurtherScore
 from dinoseg.extensions.compare.compare_mode import run_rows
-from dinoseg.extensions.compare.comparison import against, pooled_scores
+from dinoseg.extensions.compare.comparison import against, side_scores
 from dinoseg.extensions.compare.sides import (
     Recipe,
     Side,
@@ -141,7 +141,7 @@ def plain_interval(side, key, background, groups, labelled):
     """Return the interval of a score of one side, on the logit scale."""
     parts = [seed_parts(side, key, background, labelled)]
     value, error, freedom = estimate(lambda images: side_score(side, key, background, images), groups, labelled, parts)
-    if len({groups[name] for name in labelled}) < 2 or np.isnan(value) or np.isnan(error):
+    if np.isnan(value) or np.isnan(error):
         return None
     reach = stats.t.ppf(0.975, freedom) * error if error else 0.0
     if value in (0, 1) or not error:
@@ -223,8 +223,8 @@ def test_pooled_folds_equal_a_plain_script(start):
             adjusted = plain_holm({name: p_value for name, p_value in raw.items() if name[1] in family})
             for (number, key), p_value in adjusted.items():
                 assert compared[number].differences[key]["p"] == about(p_value), (seed, key)
-        for key, found in pooled_scores(sides[0]).items():
-            assert found.ci95 == about(plain_interval(first, key, background, groups, labelled)), (seed, key)
+        for key, found in side_scores(sides[0]).items():
+            assert found.interval == about(plain_interval(first, key, background, groups, labelled)), (seed, key)
 
 
 def test_drawn_cases_are_ugly():
@@ -420,6 +420,25 @@ def test_folds_of_the_test_split_are_not_pooled(tmp_path):
     found = [read_recipes([tmp_path], [replace(record, split=split)])[0] for split in ("val", "test")]
     assert [recipe.fold for recipe in found] == [1, None]
     assert [recipe.keys.get("data.fold") for recipe in found] == [None, 1]
+
+
+def test_evaluation_and_end_of_training_are_one_recipe(tmp_path):
+    """mode=eval composes the group `slots`, and empty tables of groups that it does not read."""
+    config = {"seed": 0, "data": {"folds": 3}, "trainer": {"evaluate": "last"}, "choices": {"head": "linear"}}
+    loaded = {"loss": {"counts": {}}, "slots": {"match": "auto"}, "choices": {"head": "linear", "slots": "free"}}
+    others = {"slots": {"match": "auto"}, "choices": {"head": "slots", "slots": "free"}}
+    changes = {"trained": {}, "evaluated": loaded, "slots": others, "hungarian": {**others, "slots": {"match": "iou"}}}
+    for fold, (name, change) in enumerate(changes.items()):
+        (tmp_path / name / "config").mkdir(parents=True)
+        content = {**config, **change, "data": {"folds": 3, "fold": fold}}
+        (tmp_path / name / "config/config.yaml").write_text(json.dumps(content))
+    record = record_of(["a"], None, {"0": "0"}, ["0"], np.array([[[5], [20], [25]]]))
+
+    def group(*names):
+        return group_runs(read_recipes([tmp_path / name for name in names], [record] * len(names)))
+
+    assert group("trained", "evaluated", "slots") == [[0, 1], [2]]
+    assert group("slots", "hungarian") == [[0], [1]]
 
 
 def test_weights_of_a_run_follow_checkpoint_and_config(tmp_path):

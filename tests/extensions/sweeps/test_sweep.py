@@ -59,7 +59,14 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head=linear,mlp")
     assert done.status == 0, done.err
     (folder,) = (tmp_path / "outputs/base").glob("train_*")
-    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0",
+        "1",
+        "multirun.yaml",
+        "sweep.csv",
+        "table.md",
+        "table.tex",
+    ]
     rows = rows_of(folder / "sweep.csv")
     assert sorted(row["head"] for row in rows) == ["linear", "mlp"]
     assert [float(row["mIoU %"]) for row in rows] == sorted((float(row["mIoU %"]) for row in rows), reverse=True)
@@ -428,3 +435,52 @@ def test_failed_folds_and_seeds_are_counted(tmp_path):
     (row,) = end_sweep(tmp_path, jobs)
     assert (row["folds"], row["seeds"], row["note"]) == ("2", "1", "3 of 6 jobs: it broke")
     assert float(row["mIoU %"]) == pytest.approx(100 * (2 / 4 + 1 / 3) / 2, abs=0.01)
+
+
+def end_factorial(folder, **config):
+    """End a sweep of two heads, two ranks and two seeds, of which one job fails and one has no score."""
+    jobs = [
+        (f"head={head} rank={rank} seed={seed}", {"miou": 0.5 + 0.1 * (head == "b") + 0.01 * seed, "accuracy": 0.75})
+        for head in "ab"
+        for rank in (4, 8)
+        for seed in (0, 1)
+    ]
+    jobs[2] = (jobs[2][0], {"error": "ValueError: 100 % broken"})
+    jobs[5] = (jobs[5][0], {"miou": None, "accuracy": 0.75})
+    return end_sweep(folder, jobs, **config)
+
+
+def test_main_effects_are_printed_and_written_for_papers(tmp_path, capsys):
+    end_factorial(tmp_path)
+    shown, markdown = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if "|" in line]
+    # as statsmodels' OLS of the six runs with a score
+    assert [row for row in rows if row[0] in ("head", "rank")][1:] == [
+        *(["head", "a", "3", "50.75", "-", "-"], ["head", "b", "3", "60.25", "+9.50", "[+7.91, +11.09]"]),
+        *(["rank", "4", "3", "55.25", "-", "-"], ["rank", "8", "3", "55.75", "+0.50", "[-1.09, +2.09]"]),
+    ]
+    assert "+9.50" in shown and "3 degrees of freedom" in shown
+    failed = "job 2 (head=a rank=8 seed=0) has no score: ValueError: 100 % broken"
+    assert failed in shown and "job 5 (head=b rank=4 seed=1) has no score\n" in markdown
+    latex = (tmp_path / "table.tex").read_text()
+    assert f"% {failed}" in latex and latex.count("\\toprule") == 2
+
+
+def test_table_for_papers_has_seeds_beside_its_intervals(tmp_path):
+    end_factorial(tmp_path)
+    markdown = (tmp_path / "table.md").read_text()
+    lines = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in markdown.splitlines()[2:8]}
+    assert "60.50 ± 0.71 [54.15, 66.85] (2 seeds)" in lines["b8"] and "± 0.00 [75.00, 75.00] (2 seeds)" in lines["b8"]
+    assert lines["a8"].count("[") == 0 and " 51.00 |" in lines["a8"] and " 60.00 |" in lines["b4"]  # of one seed
+    assert "Nothing is bold: rows were not compared." in markdown and "**" not in markdown
+
+
+def test_search_and_sweep_over_one_key_have_no_main_effects(tmp_path, capsys):
+    end_sweep(tmp_path, of_heads({"miou": 0.5}, {"miou": 0.25}, {"miou": None}))
+    markdown = (tmp_path / "table.md").read_text()
+    assert "Main effects" not in capsys.readouterr().out + markdown and "| h2     |        - |" in markdown
+    sweeper = {"storage": "search.log"}
+    for number in range(6):
+        end_job(tmp_path, number, f"head={number % 2} seed={number}", {"miou": 0.5}, sweeper=sweeper)
+    SweepTable().on_multirun_end(of_job(tmp_path, sweeper=sweeper))
+    assert "Main effects" not in capsys.readouterr().out and "| 5      |" in (tmp_path / "table.md").read_text()
