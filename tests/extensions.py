@@ -44,6 +44,7 @@ EXTENSIONS = {
     "compare": Extension(),
     "distillation": Extension(("feature_cache", "video")),
     "doctor": Extension(("idd", "video")),
+    "ensembles": Extension(),
     "export": Extension(),
     "feature_cache": Extension(),
     "idd": Extension(),

@@ -305,6 +305,8 @@ def _model_override(model: Source | None) -> Iterator[dict[str, Any]]:
     elif isinstance(model, Model):
         with model.stored() as path, _model_override(path) as override:
             yield override
+    elif isinstance(model, list | tuple):
+        yield {"resume": [str(Path(each).expanduser()) for each in model]}
     elif str(model).endswith(".onnx"):
         raise UserError(f"{model} is an ONNX file, which modes do not run. Give the run or the model.safetensors.")
     else:

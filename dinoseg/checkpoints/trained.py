@@ -1,20 +1,21 @@
 """Trained models ready to predict: from a checkpoint, or with a head that was released trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dinoseg.config.plain import to_container
-from dinoseg.core.shapes import Palette, SegmentationData
+from dinoseg.core.shapes import Batch, Palette, SegmentationData
 from dinoseg.data.classes.labels import Labels
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy
-from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.inference.windows import Whole
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers
 from dinoseg.models.no_init import allocate
@@ -24,6 +25,8 @@ from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import CONSTANTS
 from dinoseg.utils.errors import UserError
+
+C = TypeVar("C")
 
 
 @dataclass
@@ -52,6 +55,33 @@ class Trained:
         """Return a predictor of images with this model."""
         return Predictor(self.model, self.device, self.autocast, self.strategy)
 
+    # what an ensemble does in its own way
+
+    @property
+    def single_pass_model(self) -> SegmentationModel:
+        """Return the model of one pass over whole images, without the inference strategy."""
+        return self.model
+
+    def limit_size(self, *, reduces: bool = True) -> None:
+        """Reduce images larger than any of the training, see `limit_to_trained_size`."""
+        limit_to_trained_size(self.model, TrainedSizes.from_info(self.info), reduces=reduces)
+
+    def open_split(self, builder: Builder, split: str) -> SegmentationData:
+        """Return a split to score the model on."""
+        return builder.dataset(split)
+
+    def batches(self, data: SegmentationData) -> Iterable[Batch] | None:
+        """Return this rank's images of a split, see `evaluate`; None: it reads them itself."""
+        return None
+
+    def watch(self, collector: C) -> C:
+        """Return what receives each batch of an evaluation in place of its collector."""
+        return collector
+
+    def report(self, out_dir: Path) -> dict[str, Any]:
+        """Report on an evaluation whose results are in a folder, on all ranks; return further scores."""
+        return {}
+
 
 def load_trained(builder: ModelBuilder) -> Trained:
     """Return the model that `resume` names, in eval mode; the config is already merged with its checkpoint.
@@ -66,8 +96,17 @@ def load_trained(builder: ModelBuilder) -> Trained:
             "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use "
             "released head weights, as hparam=ade20k_m2f head.weights=FILE does."
         )
+    trained = load_member(builder, builder.engine())
+    if builder.members:
+        ensemble: Trained = builder.part("mode.ensemble").load(builder, trained)
+        return ensemble
+    return trained
+
+
+def load_member(builder: ModelBuilder, engine: Engine) -> Trained:
+    """Return the model of a config as `load_trained` does, placed by an engine, and never an ensemble."""
     labels = builder.labels if builder.resume is None else None
-    engine, strategy = builder.engine(), builder.strategy(builder.labels.classes)
+    strategy = builder.strategy(builder.labels.classes)
     if labels is None:
         model, info = restore(builder, Path(str(builder.resume)))
         labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])

@@ -127,12 +127,17 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
     composed = cfg if recipe is None else recipe.cfg
     whole, start, folder = composed, StartPoint(Action.START), location.folder
     if composed.resume is not None and "resume_from" in composed.mode:
-        start = _find_start(composed, typed, location, run)
-        if start.action is Action.NOTHING:
-            from dinoseg.checkpoints.past_runs import read_result
+        from dinoseg.checkpoints import members
 
-            return PreparedJob(composed, read_result(run.path))
-        whole = _take_checkpoint(composed, job.words, start, run)
+        if members.names_ensemble(composed):
+            whole = members.compose_ensemble(composed, job.words)
+        else:
+            start = _find_start(composed, typed, location, run)
+            if start.action is Action.NOTHING:
+                from dinoseg.checkpoints.past_runs import read_result
+
+                return PreparedJob(composed, read_result(run.path))
+            whole = _take_checkpoint(composed, job.words, start, run)
         folder = start.folder or move_below_recipe(folder, composed.choices.hparam, whole.choices.hparam)
     if CHOOSER in whole:  # records and ranks need the choices alone
         whole = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != CHOOSER])

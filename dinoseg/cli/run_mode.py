@@ -19,7 +19,7 @@ from dinoseg.runs.log_file import announce, configure_log
 from dinoseg.utils.errors import UserError
 
 FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "check")  # what the file of a mode says to the launcher
-LAUNCH_KEYS = ("devices", *FILE_KEYS)  # keys of a mode that are not arguments of its function
+LAUNCH_KEYS = ("devices", "ensemble", *FILE_KEYS)  # keys of a mode that are not arguments of its function
 _GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's messages on a lost rank
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # if a rank does not respond: gloo, NCCL and the store
 

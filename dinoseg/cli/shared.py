@@ -8,10 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.plain import to_container
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored, describe
 
 # keys in another form, or of each rank
-_NOT_SHARED = (VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger", "pack", "chooser")
+_NOT_SHARED = (VALUES_ONLY, "members", "choices", "config_dirs", "cache_dir", "logger", "pack", "chooser")
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def describe_job(cfg: DictConfig) -> dict[str, Any]:
     """
     keys = [str(key) for key in cfg if key not in _NOT_SHARED]
     held = [*cfg.get(VALUES_ONLY, ())]
-    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, VALUES_ONLY: held}
+    members = [describe_job(member) for member in cfg.get("members", ())]
+    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, VALUES_ONLY: held, "members": members}
 
 
 def compose_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictConfig:
@@ -41,4 +43,6 @@ def compose_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictCon
     composed = {**own, **compose_stored(shared, source, unused=held), "choices": choices}
     if held:
         composed[VALUES_ONLY] = held
+    if shared["members"]:
+        composed["members"] = [to_container(compose_shared(member, own)) for member in shared["members"]]
     return OmegaConf.create(composed)

@@ -1,6 +1,6 @@
 """Evaluation of a split's images: exact counts, tables, figures and the benchmark's own protocol."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ def evaluate_images(
     write_prediction: Callable[[np.ndarray, str], None] | None = None,
     collector: Collector | None = None,
     rows: MetricRows | None = None,
+    batches: Iterable[Batch] | None = None,
 ) -> dict[str, Any]:
     """Evaluate, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.
 
     Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
     ids at full size), or <class>/<name>_pred.png of a mask with layers. `write_prediction`
     gets the class ids (H, W) and the name of each image, to write them in another layout.
-    The collector and the rows of further metrics receive every batch of this rank.
+    The collector and the rows of further metrics receive every batch of this rank. `batches` are as of `evaluate`.
     """
 
     def write(batch: Batch, ids: Tensor, logits: Tensor) -> None:
@@ -54,7 +55,9 @@ def evaluate_images(
 
     # skip the device-to-host copy if nothing uses the predictions
     on_batch = None if metrics_only and write_prediction is None and collector is None else write
-    scores = evaluate(model, data, engine, strategy=strategy, background=background, on_batch=on_batch, rows=rows)
+    scores = evaluate(
+        model, data, engine, strategy=strategy, background=background, on_batch=on_batch, rows=rows, batches=batches
+    )
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_scores_csv(out_dir / "scores.csv", scores, data.classes)

@@ -71,6 +71,16 @@ class ModelBuilder:
         """The checkpoint that the config names; None: it names none."""
         return self._cfg.get("resume")
 
+    @property
+    def members(self) -> list[Self]:
+        """The builders of the further models of an ensemble, whose first one this config describes."""
+        return [self.of(config) for config in self.config.get("members", ())]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The checkpoint that the config names, and those of the further members of an ensemble."""
+        return [str(builder.resume) for builder in (self, *self.members) if builder.resume is not None]
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The whole config as plain values, with unresolved interpolations."""
@@ -127,14 +137,13 @@ class ModelBuilder:
             self._parts[key, is_meta] = self._instantiate(key)
         return self._parts[key, is_meta]
 
-    def strategy(self, classes: Sequence[str], inner: InferenceStrategy | None = None) -> InferenceStrategy:
+    def strategy(self, classes: Sequence[str]) -> InferenceStrategy:
         """Return the inference strategy, which removes small regions if `inference` says so.
 
         Args:
             classes: names of the model's classes, in the order of their IDs.
-            inner: predicts the images; None: the strategy that `inference` selects.
         """
-        strategy: InferenceStrategy = self.part("inference") if inner is None else inner
+        strategy: InferenceStrategy = self.part("inference")
         if self.value("inference.regions") is not None:
             strategy = self.part("inference.regions")(strategy, classes)
         return strategy

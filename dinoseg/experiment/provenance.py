@@ -17,7 +17,7 @@ class Provenance:
         config: the whole config as YAML.
         root: absolute path of the data set's folder; "" without one.
         group: regular expression of `data.group`; None without one.
-        model: absolute path of the evaluated checkpoint, or the released weights.
+        model: absolute path of the evaluated checkpoint, or the released weights; of an ensemble, those of all members.
         folder: run folder that stores the command line.
         training: run folder of the model's training; None if unknown.
         score: that selected the checkpoint (`trainer.score`); None if unknown.
@@ -41,14 +41,15 @@ def provenance_of(builder: ModelBuilder, out_dir: Path, best: Path | None = None
     elif builder.resume is not None:
         training = Path(builder.resume).parent.parent
     root = builder.value("data").get("root")
-    checkpoint = best or builder.resume
+    files = [best] if best else builder.checkpoints
     return Provenance(
         choices={str(group): str(option) for group, option in builder.options.items()},
         config=builder.yaml,
         root="" if root is None else str(Path(str(root)).expanduser().resolve()),
         group=builder.value("data.group"),
         # absolute: mode=compare finds the training from any folder
-        model=str(Path(checkpoint).absolute() if checkpoint else to_container(builder.value("head")).get("weights")),
+        model=", ".join(str(Path(file).absolute()) for file in files)
+        or str(to_container(builder.value("head")).get("weights")),
         folder=folder,
         training=training,
         score=builder.value("trainer.score"),

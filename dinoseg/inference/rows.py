@@ -1,6 +1,6 @@
 """Images read in bands of rows at any scale, so that no image has to be in memory as a whole."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -102,6 +102,12 @@ def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
     if len(streams) == 1:
         yield from streams[0]
         return
+    for bands in align(streams):
+        yield torch.stack(bands).mean(dim=0)
+
+
+def align(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
+    """Yield the same rows of each of several streams of bands (B, K, r, W), whose band boundaries may differ."""
     held: list[Tensor | None] = [None] * len(streams)
     while True:
         for number, stream in enumerate(streams):
@@ -112,5 +118,5 @@ def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
         if not bands:
             return
         rows = min(band.shape[2] for band in bands)
-        yield torch.stack([band[:, :, :rows] for band in bands]).mean(dim=0)
+        yield [band[:, :, :rows] for band in bands]
         held = [band[:, :, rows:] for band in bands]

@@ -50,6 +50,15 @@ class InferenceStrategy(Protocol):
         """
         ...
 
+    @property
+    def base(self) -> "InferenceStrategy":
+        """The strategy without the post-processing of whole predictions, such as the removal of small regions."""
+        return self
+
+    def around(self, base: "InferenceStrategy") -> "InferenceStrategy":
+        """Return another strategy with the post-processing of this one."""
+        return base
+
     def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         return False

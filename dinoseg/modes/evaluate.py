@@ -13,7 +13,6 @@ from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
-from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.utils.errors import UserError
 
@@ -85,10 +84,10 @@ def evaluate_split(
     cfg = builder.cfg
     trained = load_trained(builder)
     check_score_names(builder.metrics)
-    data = builder.dataset(split)
+    data = trained.open_split(builder, split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
-    limit_to_trained_size(trained.model, TrainedSizes.from_info(trained.info), reduces=False)
+    trained.limit_size(reduces=False)
     engine = trained.engine
     benchmark = None
     if official and scorer is not None and builder.value("data.official") is not None:
@@ -111,6 +110,7 @@ def evaluate_split(
         write_prediction=None if benchmark is None else benchmark.write_prediction,
         collector=collector if effect is None else effect.watch(collector),
         rows=rows if builder.metrics else None,
+        batches=trained.batches(data),
     )
     by_protocol = None
     if benchmark is not None and engine.is_main:
@@ -129,10 +129,11 @@ def evaluate_split(
             background=background,
             official=by_protocol,
         )
+        scores = {**scores, **trained.report(out_dir)}
     if effect is not None:
         scores = {**scores, "regions": effect.report(out_dir, split, provenance.group)}
     if engine.is_main:
-        print(f"checkpoint:   {cfg.resume or source}")
+        print(f"checkpoint:   {', '.join(builder.checkpoints) or source}")
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}

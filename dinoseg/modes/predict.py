@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.checkpoints.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
+from dinoseg.checkpoints.trained import Trained, load_trained, longest_is_typed
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import mask_keys
 from dinoseg.config.options import has_options
@@ -26,7 +26,6 @@ from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.outputs import FurtherOutputs, check_outputs, image_writers
 from dinoseg.inference.results import DoneInputs, mask_names, result_names
 from dinoseg.inference.stream import Throughput
-from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
 from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils import forms
@@ -89,7 +88,8 @@ def predict(
     _refuse_slots(trained, builder.resume)
     settings = _settings(builder, _shown(options, opacity, shapes), out_dir)
     _check_earlier(out_dir, settings)
-    limit_to_trained_size(trained.model, find_trained_sizes(trained, out_dir))
+    if not longest_is_typed(out_dir):
+        trained.limit_size()
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     layers = labels.classes if trained.model.task.has_layers else ()
     _check_outputs_of_layers(trained.model.task, outputs)
@@ -221,7 +221,9 @@ def _settings(builder: Builder, options: dict[str, Any], folder: Path) -> dict[s
         "data.channels" if name == "channels" else f"data.pixels.{name}": value
         for name, value in builder.pixels.as_dict().items()
     }
-    return {"resume": builder.resume, "stamp": weights, **model, **pixels, **typed, "mode": options}
+    members = [_settings(member, {}, folder) for member in builder.members]
+    others = {"members": members} if members else {}
+    return {"resume": builder.resume, "stamp": weights, **model, **pixels, **typed, "mode": options, **others}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:

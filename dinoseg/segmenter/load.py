@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinoseg.segmenter.model import Model
-from dinoseg.segmenter.runtime import Options, file_in, list_model_files, load_opener
+from dinoseg.segmenter.runtime import Options, file_in, list_model_files, load_ensemble, load_opener
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.files import expand_path
 from dinoseg.utils.ranges import check_annotations
@@ -24,7 +24,7 @@ _ARGUMENTS = {  # config keys to the arguments of `load` that set them
 
 @check_annotations
 def load(
-    path: str | PathLike[str],
+    path: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     device: "str | torch.device" = "auto",
     runtime: str | None = None,
@@ -34,15 +34,18 @@ def load(
     inference: str | None = None,
     trust: Sequence[str] = (),
     config_dir: str | PathLike[str] | None = None,
+    offload: bool = False,
 ) -> Model:
     """Load a trained model.
 
     A file of torch gives a `Segmenter`, a `torch.nn.Module` in eval mode; nothing in the file is executed. An ONNX file
     gives its base class `Model`, which predicts without torch; onnxruntime loads it unchecked.
 
+    A list of models gives a `Model` that averages their class probabilities.
+
     Args:
         path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint, or
-            the packaged model `dinoseg:surgery`.
+            the packaged model `dinoseg:surgery`; or a list of these.
         device: auto (CUDA, then MPS, then CPU), cuda, mps or cpu.
         runtime: torch or onnx; None: by the file.
         precision: auto, bf16 or fp32. auto is fp32 for a model trained or exported with `engine.precision=fp32`,
@@ -54,6 +57,7 @@ def load(
         trust: hub ids that the file's backbone may come from, in addition to that of its option.
         config_dir: folder with config groups of your own, whose options the file may name; a class of a notebook is
             `__main__.NAME` there.
+        offload: of a list: one model at a time is on the device, which takes less memory and more time.
 
     An ONNX file takes whole images, computes in float32 and holds all of its weights.
 
@@ -78,6 +82,18 @@ def load(
         trust=trust,
         config_dir=config_dir,
     )
+    if not isinstance(path, str | PathLike):
+        found: Model = load_ensemble()(offload=offload).open([open_path(each, options) for each in path])
+        return found
+    if offload:
+        raise UserError(
+            "offload=True moves the models of a list to the device in turn, and path is one model. Leave it out."
+        )
+    return open_path(path, options)
+
+
+def open_path(path: str | PathLike[str], options: Options) -> Model:
+    """Return one model as `load` does."""
     where = expand_path(path, ".safetensors")
     try:
         with collection_paused(), name_parameters(_ARGUMENTS):

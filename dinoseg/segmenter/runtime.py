@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dinoseg.segmenter.facts import ModelFacts
+from dinoseg.utils.errors import UserError
 
 MODEL_FILE = "model.safetensors"  # of torch
-_RUNTIMES = Path(__file__).parents[1] / "cfg/runtime"  # an option for each runtime without torch
+_CONFIGS = Path(__file__).parents[1] / "cfg"  # runtime/ has an option for each runtime without torch
 
 
 class Runtime(Protocol):
@@ -58,7 +59,7 @@ class Options:
 
 def list_model_files() -> dict[str, str]:
     """Return the name of a one-file model for each runtime: torch, and the options of `runtime`."""
-    names = sorted(path.stem for path in _RUNTIMES.glob("*.yaml"))
+    names = sorted(path.stem for path in _CONFIGS.glob("runtime/*.yaml"))
     return {"torch": MODEL_FILE, **{name: f"model.{name}" for name in names}}
 
 
@@ -67,11 +68,27 @@ def load_opener(runtime: str) -> Callable[[Path, Options], Any]:
 
     The line is read without a YAML parser: predictions of ONNX files need NumPy, Pillow and onnxruntime alone.
     """
-    text = (_RUNTIMES / f"{runtime}.yaml").read_text(encoding="utf-8")
+    return _load_target(_CONFIGS / f"runtime/{runtime}.yaml")
+
+
+def load_ensemble() -> Callable[..., Any]:
+    """Return the class of ensembles, see `load_opener`.
+
+    Raises:
+        UserError: this installation has none.
+    """
+    option = _CONFIGS / "inference/_ensemble.yaml"
+    if not option.is_file():
+        raise UserError("path is a list, and this installation has no ensembles. Give one model.")
+    return _load_target(option)
+
+
+def _load_target(option: Path) -> Callable[..., Any]:
+    text = option.read_text(encoding="utf-8")
     target = next(line.removeprefix("_target_: ") for line in text.splitlines() if line.startswith("_target_: "))
     module, _, name = target.strip().rpartition(".")
-    opener: Callable[[Path, Options], Any] = getattr(import_module(module), name)
-    return opener
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
 
 
 def file_in(folder: Path, runtime: str | None) -> Path | None:

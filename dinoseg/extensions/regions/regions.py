@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -51,6 +52,7 @@ def with_regions(
     return Regions(strategy, min_region, {list(classes).index(name) for name in largest_component})
 
 
+@dataclass(eq=False)
 class Regions(InferenceStrategy):
     """Strategy that holds the prediction of whole images and removes connected regions of a class from it.
 
@@ -72,10 +74,19 @@ class Regions(InferenceStrategy):
         original: class IDs (B, H, W) or layers (B, K, H, W) of the last images, before regions were removed.
     """
 
-    original: Tensor
+    strategy: InferenceStrategy = field(repr=False)
+    min_region: int = 0
+    largest: Collection[int] = ()
+    original: Tensor = field(init=False, repr=False)
 
-    def __init__(self, strategy: InferenceStrategy, min_region: int = 0, largest: Collection[int] = ()) -> None:
-        self.strategy, self.min_region, self.largest = strategy, min_region, largest
+    @property
+    def base(self) -> InferenceStrategy:
+        """The strategy that predicts the images."""
+        return self.strategy
+
+    def around(self, base: InferenceStrategy) -> "Regions":
+        """Return a strategy that removes the same regions from the predictions of another one."""
+        return Regions(base, self.min_region, self.largest)
 
     def bands(
         self,

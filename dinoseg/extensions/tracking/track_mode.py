@@ -164,12 +164,14 @@ def _build_tracker(
             f"{'head.weights' if builder.resume is None else 'resume'} out to track the objects of a mask."
         )
     refuse_layers(trained.model.task, "mode=track", "mode=predict segments each frame of a video.")
-    if trained.strategy is not builder.part("inference"):
+    if trained.strategy.base is not trained.strategy:
         logger.warning(
             "inference.min_region and inference.largest_component have no effect in mode=track, whose masks may have "
             "small regions. mode=predict removes them from each frame of a video."
         )
     sizes = find_trained_sizes(trained, out_dir)
+    if sizes is not None:
+        trained.limit_size()
     make_tracker = tracker_maker(
         builder, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes
     )

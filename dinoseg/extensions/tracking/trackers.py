@@ -56,7 +56,7 @@ def tracker_maker(
         options["sizes"] = sizes
     elif trained is not None:
         limit_to_trained_size(trained.model, sizes)
-    model = builder.backbone().to(engine.device) if trained is None else trained.model
+    model = builder.backbone().to(engine.device) if trained is None else trained.single_pass_model
     return lambda: expect_type(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
 
 

@@ -1,0 +1,1 @@
+"""Ensembles: several trained models as one, by the mean of their class probabilities."""

@@ -1,0 +1,290 @@
+"""`resume=[RUN,RUN,...]` and `dinoseg.load([...])`: several trained models as one."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinoseg.checkpoints.trained import C, Trained, load_member
+from dinoseg.core.shapes import Batch, SegmentationData
+from dinoseg.data.loader import eval_samples, stack_equal
+from dinoseg.evaluation.image_record import read_record
+from dinoseg.evaluation.scoring.intervals import jackknife, scored_sums
+from dinoseg.evaluation.unit_scores import ClassScores
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.models import ModelBuilder
+from dinoseg.extensions.ensembles import scoring
+from dinoseg.extensions.ensembles.strategy import AveragedModel, AveragedStrategy
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.strategy import InferenceStrategy
+from dinoseg.models.model import SegmentationModel
+from dinoseg.report.html.page import format_interval
+from dinoseg.report.table import percent
+from dinoseg.segmenter.model import Model
+from dinoseg.segmenter.segmenter import Segmenter
+from dinoseg.segmenter.torch_runtime import TorchRuntime
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import compute_dtype
+from dinoseg.utils.wording import count_of, format_value
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Ensemble:
+    """Several trained models as one, whose class probabilities are averaged with equal weights.
+
+    Args:
+        offload: whether one model at a time is on the device.
+        out_of_fold: whether each image of the split val is predicted by the runs that have not seen it; None: if
+            `resume` is the folder of a sweep.
+    """
+
+    offload: bool = False
+    out_of_fold: bool | None = None
+
+    def compose(
+        self, resume: str | Sequence[str], split: str | None, compose_run: Callable[[Path], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the config of a job: that of the first run, and those of the others as its `members`.
+
+        Args:
+            resume: runs, or the folder of a sweep.
+            split: that the job scores; None: it scores none.
+            compose_run: returns the plain config of the job with one checkpoint.
+
+        Raises:
+            UserError: there are fewer than two different runs, or the job scores nothing out of fold.
+        """
+        is_sweep = isinstance(resume, str)
+        is_val = split == "val"
+        if self.out_of_fold and not is_val:
+            raise UserError("mode.ensemble.out_of_fold=true is for mode=eval and mode.split=val. Leave it out.")
+        out_of_fold = is_val and (is_sweep if self.out_of_fold is None else self.out_of_fold)
+        runs = scoring.list_sweep(resume) if isinstance(resume, str) else [*map(str, resume)]
+        paths = [scoring.find_weights(run, out_of_fold=out_of_fold) for run in runs]
+        if len({path.resolve() for path in paths}) < max(2, len(paths)):
+            raise UserError(f"resume={resume}: an ensemble needs two or more different runs, each named once.")
+        first, *others = map(compose_run, paths)
+        first["members"] = others
+        first["mode"]["ensemble"]["out_of_fold"] = out_of_fold
+        if out_of_fold:  # its images are those of all folds; the protocol of a benchmark reads a split from files
+            first["data"] |= {"fold": None, "folds": None}
+            first["mode"]["official"] = False
+        return first
+
+    def load(self, builder: ModelBuilder, first: Trained) -> Trained:
+        """Return the ensemble of the loaded first member and the others, which a builder describes.
+
+        Raises:
+            UserError: a member does not fit the first one.
+        """
+        builders = [builder, *builder.members]
+        models = [first]
+        self._unload(first.model)
+        for each in builder.members:
+            models.append(load_member(each, first.engine))
+            self._unload(models[-1].model)
+        check_members(
+            {
+                f"resume={each.resume}": describe_member(trained.model, trained, each.pixels.as_dict(), trained.strategy)
+                for each, trained in zip(builders, models, strict=True)
+            }
+        )
+        members = [
+            Predictor(trained.model, first.device, _autocast(each, first.device), trained.strategy.base)
+            for each, trained in zip(builders, models, strict=True)
+        ]
+        averaged = AveragedStrategy(members, offload=self.offload)
+        given = {**vars(first), "strategy": first.strategy.around(averaged), "averaged": averaged}
+        return TrainedEnsemble(**given, builders=builders, models=models, out_of_fold=bool(self.out_of_fold))
+
+    def open(self, models: Iterable[Model]) -> Model:
+        """Return the ensemble of models that were loaded from files.
+
+        Raises:
+            UserError: one does not fit the first, or is no model of torch.
+        """
+        members: list[Predictor] = []
+        facts: dict[str, Any] = {}
+        for model in models:
+            if not isinstance(model, Segmenter):
+                raise UserError(
+                    f"{model.source} needs another runtime, and an ensemble averages models of torch. Leave it out."
+                )
+            predictor = model.runtime.predictor
+            members.append(replace(predictor, strategy=predictor.strategy.base))
+            self._unload(model.model)
+            facts[str(model.source)] = describe_member(model.model, model, model.facts.pixels, predictor.strategy)
+        if len(facts) < max(2, len(members)):
+            raise UserError("path: an ensemble needs two or more different models, each named once.")
+        check_members(facts)
+        strategy = predictor.strategy.around(AveragedStrategy(members, offload=self.offload))
+        return Model(TorchRuntime(replace(members[0], strategy=strategy)), replace(model.facts, scores=None))
+
+    def _unload(self, model: SegmentationModel) -> None:
+        if self.offload:
+            model.to("cpu")
+
+
+@dataclass(kw_only=True)
+class TrainedEnsemble(Trained):
+    """Trained ensemble, whose model is the first member.
+
+    Args:
+        averaged: the inference strategy without post-processing.
+        builders: of the members.
+        models: the members.
+        out_of_fold: whether the images of a split are those of all folds, each predicted by the runs of its own.
+    """
+
+    averaged: AveragedStrategy
+    builders: Sequence[ModelBuilder]
+    models: Sequence[Trained]
+    out_of_fold: bool
+    counts: scoring.MemberCounts | None = None  # of the members, in an evaluation
+    data: SegmentationData | None = None  # the split that is evaluated
+
+    @property
+    def single_pass_model(self) -> SegmentationModel:
+        """Return the mean of all members in one pass over whole images.
+
+        Raises:
+            UserError: only one member at a time is on the device.
+        """
+        if self.averaged.offload:
+            raise UserError("mode.ensemble.offload=true: mode=track holds all models on the device. Leave it out.")
+        return AveragedModel(self.averaged).eval()
+
+    def limit_size(self, *, reduces: bool = True) -> None:
+        """Reduce images larger than any of a member's training, for each member by its own."""
+        for member in self.models:
+            member.limit_size(reduces=reduces)
+
+    def open_split(self, builder: Builder, split: str) -> SegmentationData:
+        """Return a split that no member, or out of fold none of an image's fold, was trained or selected on.
+
+        Raises:
+            UserError: one was.
+        """
+        group, paths = builder.value("data.group"), [*map(Path, builder.checkpoints)]
+        if not self.out_of_fold:
+            self.data = builder.dataset(split)
+            if split != "test":
+                scoring.check_unseen(self.data, group, paths)
+            return self.data
+        folds = []
+        for members in self._folds:
+            folds.append(Builder(self.builders[members[0]].with_changes(self._fold_of(members[0])).cfg).dataset(split))
+            scoring.check_unseen(folds[-1], group, [paths[number] for number in members])
+        self.data = scoring.FoldedData(folds)
+        scoring.check_folds(self.data, paths)
+        return self.data
+
+    def batches(self, data: SegmentationData) -> Iterator[Batch] | None:
+        """Return the images of all folds, each of which is predicted by its own members; None: the split's own."""
+        return self._read_folds(data) if isinstance(data, scoring.FoldedData) else None
+
+    def watch(self, collector: C) -> C:
+        """Return a collector that also counts the predictions of each member."""
+        if collector is None or self.out_of_fold or self.data is None:
+            return collector
+        if self.strategy is not self.averaged:
+            logger.info("The ensemble is not compared with its members, whose small regions are not removed.")
+            return collector
+        self.counts = scoring.MemberCounts(collector, self, self.averaged, self.data)
+        return self.counts  # type: ignore[return-value]
+
+    def report(self, out_dir: Path) -> dict[str, Any]:
+        """Log the gain over the members, or out of fold the score over all images, with intervals."""
+        counts = None if self.counts is None else self.counts.gather()
+        if not self.engine.is_main:
+            return {}
+        record = read_record(out_dir)
+        if counts is not None:
+            gain = scoring.measure_gain(record, counts, [str(builder.resume) for builder in self.builders])
+            write_json(out_dir / "ensemble.json", gain)
+            return {"ensemble": gain}
+        kind = ClassScores(len(record.classes), record.background)
+        found = jackknife(kind, scored_sums(record.counts, record.units))["miou"]
+        logger.info(
+            "out of fold: mIoU %s %% (95 %% interval %s) over %s, each predicted by the runs of its fold",
+            percent(found.value, 2),
+            format_interval(found.ci95, 2),
+            count_of(record.images, "image"),
+        )
+        return {}
+
+    def _fold_of(self, member: int) -> dict[str, Any]:
+        """Return the fold of a member, as its training had it."""
+        data = self.models[member].info["config"].get("data", {})
+        return {"data": {"fold": data.get("fold"), "folds": data.get("folds")}}
+
+    @property
+    def _folds(self) -> list[list[int]]:
+        """Return the members of each fold."""
+        folds: dict[str, list[int]] = {}
+        for member in range(len(self.models)):
+            folds.setdefault(str(self._fold_of(member)), []).append(member)
+        return [*folds.values()]
+
+    def _read_folds(self, data: scoring.FoldedData) -> Iterator[Batch]:
+        engine = self.engine
+        samples = eval_samples(data, workers=engine.workers, rank=engine.rank, world_size=engine.world_size)
+        for fold, same in groupby(samples, key=lambda sample: data.fold_of[sample["name"]]):
+            self.averaged.active = self._folds[fold]
+            yield from stack_equal(same, engine.images_at_once)
+
+
+def describe_member(
+    model: SegmentationModel, labels: Any, pixels: Mapping[str, Any], strategy: InferenceStrategy
+) -> dict[str, Any]:
+    """Return what the members of an ensemble must have in common, by its name in messages.
+
+    Args:
+        model: of the member.
+        labels: has its `classes` and `ignore_index`.
+        pixels: format of its images.
+        strategy: of its inference.
+
+    Raises:
+        UserError: the model has slots, and no classes.
+    """
+    if model.head.slots is not None:
+        raise UserError("A slot model has no classes, whose probabilities an ensemble averages. Leave it out.")
+    return {
+        "classes": [*labels.classes],
+        "ignored id": labels.ignore_index,
+        "task": type(model.task).__name__,
+        "task.threshold": model.task.thresholds and [*model.task.thresholds],
+        "image format": {**pixels, "channels": model.backbone.channels},
+        "post-processing": None if strategy.base is strategy else repr(strategy),
+    }
+
+
+def check_members(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse members, by name, that differ in what they must have in common.
+
+    Raises:
+        UserError: naming both and the difference.
+    """
+    (first, common), *others = facts.items()
+    for name, own in others:
+        for what in [what for what, value in own.items() if value != common[what]]:
+            values = [format_value(str(each[what])) for each in (own, common)]
+            remedy = "Set it for all." if what == "task.threshold" else "Average models that agree in it."
+            raise UserError(f"{name} has {what} {values[0]}, and {first} {values[1]}. {remedy}")
+
+
+def _autocast(builder: ModelBuilder, device: torch.device) -> Callable[[], torch.autocast]:
+    """Return the context factory of a member's own precision."""
+    dtype = compute_dtype(builder.value("engine.precision"), device)
+    if dtype == torch.float32:
+        return partial(torch.autocast, device.type, enabled=False)
+    return partial(torch.autocast, device.type, dtype=dtype)
