@@ -49,6 +49,7 @@ EXTENSIONS = {
     "feature_cache": Extension(),
     "idd": Extension(),
     "loggers": Extension(),
+    "objects": Extension(("annotations",)),
     "packed": Extension(),
     "prepare": Extension(("idd", "video")),
     "probe": Extension(),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoseg.core.object_ids import encode_object
 from dinoseg.utils.errors import UserError
 
 _LARGEST_RATIO = 1.1  # of the zooms of both axes: sides are rounded to whole pixels, a large share of a small image
@@ -26,6 +27,7 @@ class MapKind:
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     is_interpolated: ClassVar[bool] = True  # bilinear; otherwise values are copied from the nearest pixel
     is_length: ClassVar[bool] = False  # whether values are in pixels, and grow with the image
+    varies: ClassVar[bool] = False  # whether maps are (N, H, W) of any N, which differs between images
 
     def fill_value(self, ignore_index: int) -> float:
         """Return the value outside the image, for a dataset with this `ignore_index`."""
@@ -34,6 +36,10 @@ class MapKind:
     def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of a map of `size` (H, W)."""
         return size if self.layers is None else (self.layers, *size)
+
+    def accepts(self, shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+        """Return whether a map of an image of `size` (H, W) may have this shape."""
+        return shape[1:] == size if self.varies and len(shape) == 3 else shape == self.shape(size)
 
     def make_empty(self, size: tuple[int, int], ignore_index: int) -> Tensor:
         """Return a map of `size` (H, W) for an image without one: the fill value everywhere."""
@@ -89,6 +95,32 @@ class IdMap(MapKind):
     def make_random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
         """Return random ids."""
         return torch.randint(10, self.shape(size), generator=rng, dtype=self.dtypes[0])
+
+
+@dataclass(frozen=True)
+class ObjectMap(IdMap):
+    """Objects of things, int32 (N, H, W), encoded as in `object_ids`; 0, no object, outside the image.
+
+    An object lies in one layer. Objects that overlap need several, and an image without objects has none: N differs
+    between images, and batches are padded with empty layers. The pixels of stuff are in the mask alone.
+
+    Args:
+        layers: None.
+        things: ids of the classes that have objects, in order; the others are stuff.
+    """
+
+    things: tuple[int, ...] = ()
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.int32,)
+    varies: ClassVar[bool] = True
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape without objects: (0, H, W)."""
+        return (0, *size)
+
+    def make_random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
+        """Return one layer of up to nine random objects, whose classes follow from their numbers."""
+        numbers = torch.randint(10, (1, *size), generator=rng, dtype=torch.int32)
+        return numbers + (numbers > 0) * encode_object(0, 1) * (numbers % num_classes)
 
 
 @dataclass(frozen=True)
@@ -157,12 +189,12 @@ def check_maps(
     """
     for name, kind in kinds.items():
         value = maps.get(name)
-        if not isinstance(value, Tensor) or value.shape != kind.shape(size) or value.dtype not in kind.dtypes:
+        if not isinstance(value, Tensor) or value.dtype not in kind.dtypes or not kind.accepts(value.shape, size):
             form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             dtypes = " or ".join(str(dtype) for dtype in kind.dtypes)
             raise UserError(
                 f"{where}: the map {name} is {form}. As {type(kind).__name__}, it has to be a tensor of {dtypes} "
-                f"{kind.shape(size)}."
+                f"{f'(N, {size[0]}, {size[1]})' if kind.varies else kind.shape(size)}."
             )
     return {name: maps[name] for name in kinds}
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, NotRequired, Protocol, Self, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.class_ids import argmax_ids, class_ids, mixed_class_ids
@@ -108,12 +109,26 @@ def stack_labels(samples: Sequence[SampleLabels]) -> dict[str, Any]:
     return {
         "mask": torch.stack([sample["mask"] for sample in samples]),
         "names": [sample["name"] for sample in samples],
-        "maps": {name: torch.stack([sample["maps"][name] for sample in samples]) for name in maps},
+        "maps": {name: torch.stack(pad_layers([sample["maps"][name] for sample in samples], ndim=3)) for name in maps},
     }
+
+
+def pad_layers(maps: Sequence[Tensor], *, ndim: int) -> list[Tensor]:
+    """Return maps (..., N, H, W) of `ndim` axes with equally many layers, which differ in maps of objects.
+
+    Further layers are 0, no object. Maps of fewer axes have no layers and are unchanged.
+    """
+    if maps[0].ndim < ndim:
+        return list(maps)
+    most = max(each.shape[-3] for each in maps)
+    return [F.pad(each, (0, 0, 0, 0, 0, most - each.shape[-3])) for each in maps]
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
     """Concatenate batches of images of one size, with the same maps in one order, that of their dataset."""
+    for name in batches[0].maps:
+        padded = pad_layers([batch.maps[name] for batch in batches], ndim=4)
+        batches = [replace(batch, maps={**batch.maps, name: maps}) for batch, maps in zip(batches, padded, strict=True)]
     columns = zip(*map(collect_tensors, batches), strict=True)
     joined = tree_map(batches[0], lambda _: torch.cat(unify_depth(next(columns))))
     return replace(joined, names=[name for batch in batches for name in batch.names])

@@ -154,6 +154,12 @@ class VirtualMask(ABC):
 MaskSource = Path | VirtualMask
 
 
+class ObjectSource(VirtualMask):
+    """Base class of where the objects of an image come from; `read` returns them as `ObjectMap` (N, H, W) int32."""
+
+    count: int | None = None  # objects that the files list, some of which may have no pixels; None: they list none
+
+
 def mask_file(mask: MaskSource) -> Path:
     """Return the file that contains a mask, or its first layer."""
     return mask if isinstance(mask, Path) else mask.path

@@ -400,9 +400,11 @@ def _warp_maps(
             view = np.stack([_warp_bilinear(layer, matrix, size) for layer in layers])
             view *= np.float32(kind.value_factor(zoom))
         else:
-            view = layers.reshape(len(layers), -1)[:, shown]
+            view = layers.reshape(len(layers), height * width)[:, shown]
         view[:, shown < 0] = kind.fill_value(ignore_index)
-        views[name] = view.reshape(*values.shape[:-2], *size)
+        if kind.varies:
+            view = view[view.any(axis=(1, 2))]  # layers whose objects the view does not show
+        views[name] = view if kind.varies else view.reshape(*values.shape[:-2], *size)
     return views
 
 

@@ -189,7 +189,15 @@ class Builder(ModelBuilder):
         known = {**task.reader_options, "suffixes": pixels.suffixes}
         options = {name: value for name, value in known.items() if name in takes}
         checks = {"pixels": pixels, "has_layers": task.has_layers}
-        return lambda split: check_custom_dataset(find(split=split, **options), classes, ignore_index, **checks)
+        add_objects = None if self.value("data.objects") is None else self.part("data.objects")
+
+        def read(split: str) -> SegmentationData:
+            data = find(split=split, **options)
+            if add_objects is not None:
+                data = add_objects(data, background=self.background)
+            return check_custom_dataset(data, classes, ignore_index, **checks)
+
+        return read
 
     def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.

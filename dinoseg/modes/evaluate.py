@@ -96,7 +96,10 @@ def evaluate_split(
         benchmark = None
     place = (data, engine.rank, engine.world_size)
     collector, background = Collector(*place) if report else None, builder.background
+    receiver = trained.watch(collector)
     effect = None if regions is None else regions(trained.strategy, data, engine)
+    if effect is not None:
+        receiver = effect.watch(receiver)
     rows = MetricRows(builder.metrics, *place)
     provenance = provenance_of(builder, out_dir)
     scores = evaluate_images(
@@ -108,7 +111,7 @@ def evaluate_split(
         strategy=trained.strategy,
         background=background,
         write_prediction=None if benchmark is None else benchmark.write_prediction,
-        collector=collector if effect is None else effect.watch(collector),
+        collector=receiver,
         rows=rows if builder.metrics else None,
         batches=trained.batches(data),
     )

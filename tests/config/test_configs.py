@@ -52,6 +52,7 @@ SCORING = {"builder", "out_dir", "split", "supervision", "metrics_only", "offici
 AT_RUN_TIME = {
     "chooser": {"cfg", "words"},
     "data.clips": {"split"},
+    "data.objects": {"dataset", "background"},
     "data.opened": {"dataset", "split", "reduced"},
     "data.opened.pack": {"dataset", "cache_dir"},
     "data.reader": {"split"},

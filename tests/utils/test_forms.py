@@ -80,10 +80,11 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
         *[(3, value) for value in (-1, 2**32, "1")],
         *[(4, value) for value in (0, 2**20, "3")],
         *[(5, value) for value in (0, 3, True)],
+        *[(6, value) for value in (-1, 3, 2**20 + 1, "0")],
     ],
 )
 def test_places_in_a_packed_store_lie_inside_its_file(tmp_path, place, value):
-    key, names, numbers = StoreKey("f", None), ["a"], [0, 2, 3, 7, 3, 1]
+    key, names, numbers = StoreKey("f", None), ["a"], [0, 2, 3, 7, 3, 1, 0]
     (tmp_path / PIXELS).write_bytes(bytes(64))
     write_index(tmp_path, key, names, [])
     content = json.loads((tmp_path / INDEX).read_text())

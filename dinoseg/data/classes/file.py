@@ -16,6 +16,7 @@
   its label.
 - `ignore`: the `ids`, `colors` or `labels` that are ignored.
 - `background`: the class that is not an object, if any.
+- `things`: the classes that have objects, for data with objects; without it, all but the background.
 - `others`: the class of all numbers or labels that are not listed, such as instance IDs. Without it, `masks: ids`
   requires every number except data.ignore_index to be listed.
 """
@@ -36,6 +37,7 @@ NOT_DESCRIBED: dict[str, Any] = {
     **{
         "palette": None,
         "background": None,
+        "things": None,
         "format": "ids",
         "ids": None,
         "others": None,
@@ -73,7 +75,7 @@ def _read(path: Path, ignore_index: int, _stamp: Stamp | None) -> dict[str, Any]
 
 
 def _parse_content(content: Any, ignore_index: int) -> dict[str, Any]:
-    _check_mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
+    _check_mapping(content, "the file", ("classes", "background", "things", "others", "ignore", "masks"))
     masks, ignored = content.get("masks", "ids"), content.get("ignore", {})
     if masks not in _KEYS:
         raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join(_KEYS)}")
@@ -86,6 +88,9 @@ def _parse_content(content: Any, ignore_index: int) -> dict[str, Any]:
         description[key] = content.get(key)
         if description[key] not in (None, *classes):
             raise ValueError(f"{key}: {description[key]} is not a class: name one of {', '.join(classes)}")
+    description["things"] = content.get("things")
+    if unknown := [name for name in description["things"] or () if name not in classes]:
+        raise ValueError(f"things: {unknown[0]} is not a class: name some of {', '.join(classes)}")
     colors = list(map(_colors, classes.values()))
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):
         bare = ", ".join(name for name, class_colors in zip(classes, colors, strict=True) if not class_colors)

@@ -124,7 +124,7 @@ class MaskReader:
             return path.read()
         if self.masks.format == "palette" and isinstance(path, Path):
             return self._from_colors(read_image(path), path)
-        numbers = _take_one_channel(read_ids(path) if isinstance(path, Path) else path.read(), path)
+        numbers = take_one_channel(read_ids(path) if isinstance(path, Path) else path.read(), path)
         if self.masks.format == "binary":
             return _from_binary(numbers, path, described=self.masks.described is not None)
         return self._from_ids(numbers, path)
@@ -227,7 +227,12 @@ def _from_binary(numbers: np.ndarray, path: MaskSource, *, described: bool) -> n
     return ids
 
 
-def _take_one_channel(numbers: np.ndarray, path: MaskSource) -> np.ndarray:
+def take_one_channel(numbers: np.ndarray, path: MaskSource) -> np.ndarray:
+    """Return the numbers (H, W) of a mask file that has one channel, or three equal ones.
+
+    Raises:
+        UserError: its channels differ.
+    """
     if numbers.ndim == 2:
         return numbers
     first = numbers[..., 0]

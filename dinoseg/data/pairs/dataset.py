@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.channels import PixelFormat, check_rgb
-from dinoseg.core.sample_maps import MapKind, check_maps
+from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.sample_maps import MapKind, ObjectMap, check_maps
 from dinoseg.core.shapes import Sample
-from dinoseg.core.sources import first_file, has_own_file, read_source, stated_size
+from dinoseg.core.sources import ImageSource, ObjectSource, first_file, has_own_file, read_source, stated_size
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, ignore_invalid, image_hash
@@ -106,7 +107,7 @@ class PairDataset:
         return self.add_maps(read_pair(self.pairs[index], self.reader))
 
     def with_maps(self, maps: Mapping[str, MapKind], compute: ComputeMaps) -> "PairDataset":
-        """Return the dataset with maps that are computed from each sample whenever it is read.
+        """Return the dataset with maps that are computed from each sample whenever it is read, beside its objects.
 
         Args:
             maps: their kinds by name.
@@ -114,7 +115,8 @@ class PairDataset:
                 may be smaller than its file. A process may load the data: define the function in a module.
         """
         dataset = copy(self)
-        dataset.maps, dataset.compute_maps = dict(maps), compute
+        objects = {OBJECTS: self.maps[OBJECTS]} if OBJECTS in self.maps else {}
+        dataset.maps, dataset.compute_maps = {**objects, **maps}, compute
         return dataset
 
     def add_maps(self, sample: Sample) -> Sample:
@@ -125,7 +127,8 @@ class PairDataset:
         """
         if self.compute_maps is not None:
             size = (sample["image"].shape[-2], sample["image"].shape[-1])
-            sample["maps"] = check_maps(self.compute_maps(sample), self.maps, size, f"The sample {sample['name']}")
+            maps = {**sample.get("maps", {}), **self.compute_maps(sample)}
+            sample["maps"] = check_maps(maps, self.maps, size, f"The sample {sample['name']}")
         return sample
 
     def mask(self, index: int) -> np.ndarray:
@@ -138,10 +141,26 @@ class PairDataset:
 
     def keep(self, names: Collection[str]) -> "PairDataset":
         """Return the dataset restricted to these names, in the same order; incomplete pairs are still reported."""
-        subset = copy(self)
-        subset.pairs = [pair for pair in self.pairs if pair.name in names]
-        subset.names = [pair.name for pair in subset.pairs]
-        return subset
+        return self.with_pairs([pair for pair in self.pairs if pair.name in names])
+
+    def with_pairs(self, pairs: Sequence[Pair]) -> "PairDataset":
+        """Return the dataset with other pairs."""
+        dataset = copy(self)
+        dataset.pairs = pairs
+        dataset.names = [pair.name for pair in pairs]
+        return dataset
+
+    def with_objects(self, sources: Sequence[ObjectSource], things: Collection[int]) -> "PairDataset":
+        """Return the dataset with the map `objects`, see `ObjectMap`.
+
+        Args:
+            sources: where the objects of each pair come from.
+            things: ids of the classes that have objects.
+        """
+        pairs = [replace(pair, objects=source) for pair, source in zip(self.pairs, sources, strict=True)]
+        dataset = self.with_pairs(pairs)
+        dataset.maps = {**self.maps, OBJECTS: ObjectMap(things=tuple(sorted(things)))}
+        return dataset
 
     def read_as(self, pixels: PixelFormat) -> "PairDataset":
         """Return the dataset with its images read in a format.
@@ -156,9 +175,7 @@ class PairDataset:
                 pairs.append(pair)
             else:
                 pairs.append(replace(pair, image=pixels.source(first_file(pair.image))))
-        dataset = copy(self)
-        dataset.pairs = pairs
-        return dataset
+        return self.with_pairs(pairs)
 
     def fingerprint(self) -> str:
         """Return a hash of everything that the masks depend on."""
@@ -166,7 +183,7 @@ class PairDataset:
 
 
 def read_pair(pair: Pair, reader: MaskReader) -> Sample:
-    """Read the image and mask of a pair.
+    """Read the image, the mask and, where there are some, the objects of a pair.
 
     Raises:
         UserError: a file is unreadable, the sizes differ, or the mask holds a value without class.
@@ -179,7 +196,20 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
     mask = ignore_invalid(mask, pair.image, reader.labels.ignore_index, rule=rule, path=pair.mask)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
-    return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
+    sample = Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
+    if pair.objects is not None:
+        sample["maps"] = {OBJECTS: read_objects(pair.objects, size, rule, pair.image)}
+    return sample
+
+
+def read_objects(objects: ObjectSource, size: tuple[int, int], rule: str, image: ImageSource) -> Tensor:
+    """Return the objects (N, H, W) of an image of `size` (H, W); the other arguments are those of `fit_mask`.
+
+    Raises:
+        UserError: a file is unreadable, or the sizes differ.
+    """
+    layers = [fit_mask(layer, size, rule, image=image, path=objects) for layer in objects.read()]
+    return torch.from_numpy(np.array(layers, np.int32).reshape(-1, *size))
 
 
 def read_mask(pair: Pair, reader: MaskReader) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from dinoseg.core.sources import (
     ImageSource,
     MaskSource,
+    ObjectSource,
     mask_file,
     read_valid_pixels,
     reading_rule,
@@ -24,11 +25,15 @@ from dinoseg.utils.files import Stamp, stamp
 
 @dataclass(frozen=True)
 class Pair:
-    """Image (files or a video frame) and mask (a file, a drawing or layers); `name` is unique in the dataset."""
+    """Image (files or a video frame) and mask (a file, a drawing or layers); `name` is unique in the dataset.
+
+    Either all pairs of a dataset have objects or none.
+    """
 
     name: str
     image: ImageSource
     mask: MaskSource
+    objects: ObjectSource | None = None
 
     @property
     def origin(self) -> str:
@@ -54,9 +59,12 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
     resolved = functools.cache(os.path.realpath)  # cached per folder: there are few, and each call stats all parents
     digest = hashlib.sha256(reader.rules().encode())
     for pair in pairs:
-        paths = (*source_files(pair.image), mask_file(pair.mask))
+        paths = [*source_files(pair.image), mask_file(pair.mask)]
+        drawn = [] if isinstance(pair.mask, Path) else [pair.mask.digest()]
+        if pair.objects is not None:
+            paths.append(pair.objects.path)
+            drawn.append(pair.objects.digest())
         files = [(resolved(path.parent), path.name, stamp(path)) for path in paths]
-        drawn = () if isinstance(pair.mask, Path) else (pair.mask.digest(),)
         # repr, since some names are no valid text
         digest.update(f"{(pair.name, reading_rule(pair.image), files, *drawn)!r}\n".encode())
     return digest.hexdigest()

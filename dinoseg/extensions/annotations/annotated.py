@@ -168,7 +168,7 @@ def annotated_dataset(
     Args:
         root: folder that the layout's paths are relative to.
         split: `train`, `val` or another name that the layout or the lists know.
-        kind: `coco` or `labelme`.
+        kind: `coco`, `coco_panoptic` or `labelme`.
         classes: names in id order.
         palette: one colour per class, or None for default colours.
         ignore_index: id that is ignored.
@@ -203,6 +203,7 @@ class _Maker:
     values: dict[str, int] = field(init=False)  # known label to id
     others: int | None = field(init=False)
     ground: int = field(init=False)
+    stuff: frozenset[int] = frozenset()  # ids of the classes that the file declares to be no things
 
     def __post_init__(self) -> None:
         where = "data.reader.shapes"
@@ -223,7 +224,9 @@ class _Maker:
         """Return the pairs of a split's annotation file, or of its list of names, ordered by name."""
         by_split = partition.by == "folder"
         path = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
-        entries = read_annotations(self.kind, path, grouped=self.shapes.grouped).entries
+        held = read_annotations(self.kind, path, grouped=self.shapes.grouped)
+        entries = held.entries
+        self.stuff = frozenset(self.values[label] for label in held.stuff if label in self.values)
         if partition.by == "lists":
             entries = self._of_list(entries, split, partition)
         if self.shapes.without_shapes == "skip":
@@ -313,7 +316,7 @@ class _Maker:
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
-        return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))
+        return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms, drawn, self.stuff))
 
     def _group_shapes(self, entry: Entry) -> list[list[tuple[int, Form]]]:
         """Return the shapes of each class's layer: ignored ones, below those of the class, which have the value 1."""

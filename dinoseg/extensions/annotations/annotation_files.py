@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.extensions.annotations.coco import read_coco
+from dinoseg.extensions.annotations.coco_panoptic import read_coco_panoptic
 from dinoseg.extensions.annotations.entry import LARGEST_FILE, Annotations, Entry
 from dinoseg.extensions.annotations.labelme import read_labelme
 from dinoseg.utils.errors import UserError
@@ -65,6 +66,12 @@ KINDS = {
             *("annotations.json", "_annotations.coco.json", "annotations/instances_default.json", "result.json"),
             *("annotations/annotations.json", "instances_default.json", "coco.json"),
         ),
+    ),
+    "coco_panoptic": Kind(
+        "COCO panoptic",
+        read_coco_panoptic,
+        ("annotations/panoptic_{split}.json", "panoptic_{split}.json"),
+        ("annotations/panoptic.json", "panoptic.json"),
     ),
     "labelme": Kind("LabelMe", read_labelme, ("{split}", "annotations/{split}"), (".", "annotations"), per_image=True),
 }
@@ -168,7 +175,7 @@ def classes_of_labels(
 
     Args:
         root: folder of the data.
-        kind: of the files, coco or labelme.
+        kind: of the files, see `KINDS`.
         layout: arguments of `AnnotationLayout`.
         labels: that are mapped to a class or ignored.
         grouped: replace labels by their groups.

@@ -1,7 +1,7 @@
 """Parser of COCO's JSON: images, categories, and annotations as polygons or run lengths; imports no torch."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dinoseg.extensions.annotations.entry import Annotations, Entry, LabelledSha
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
 
+MakeShape = Callable[[Mapping[str, Any], Mapping[int, str], tuple[int, int]], LabelledShape]
 _FORM = forms.object_with(
     images=forms.list_of(
         forms.object_with(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)
@@ -27,9 +28,33 @@ def read_coco(content: bytes, path: Path) -> Annotations:
     Raises:
         ValueError: it is not a COCO file, or an id is duplicate or undefined.
     """
+    return collect_annotations(parse_coco(content), path, _shape)
+
+
+def parse_coco(content: bytes) -> Mapping[str, Any]:
+    """Return the content of a COCO file with lists of images, categories and annotations.
+
+    Raises:
+        ValueError: it is not a COCO file.
+    """
     whole = forms.parse_json(content, _FORM)
     if not isinstance(whole.get("annotations"), list):
         raise ValueError("it has no list named annotations: export the annotations, not the images alone")
+    return whole
+
+
+def collect_annotations(whole: Mapping[str, Any], path: Path, make_shape: MakeShape) -> Annotations:
+    """Return the images of a COCO file with the shapes of their annotations.
+
+    Args:
+        whole: content of the file, see `parse_coco`.
+        path: the file.
+        make_shape: returns the shape of an annotation, given the names of categories by id, and its image's size;
+            raises a ValueError that says what is wrong with it.
+
+    Raises:
+        ValueError: an id is duplicate or undefined.
+    """
     images = {_id(image["id"], "an image"): image for image in whole["images"]}
     categories = {_id(entry["id"], "a category"): text(entry["name"], "a category") for entry in whole["categories"]}
     for what, entries, known in (("images", whole["images"], images), ("categories", whole["categories"], categories)):
@@ -46,8 +71,7 @@ def read_coco(content: bytes, path: Path) -> Annotations:
             raise ValueError(f"annotations[{position}] is not an object")
         if "segments_info" in annotation:
             raise ValueError(
-                "it is in COCO's panoptic format, whose masks are PNG files: convert these to class ids with "
-                "panopticapi's converter to semantic segmentation, and read them with data=folder"
+                "it is in COCO's panoptic format, whose masks are PNG files: read it by data=coco_panoptic"
             )
         entry = entries.get(_id(annotation.get("image_id"), f"annotations[{position}], image_id,"))
         if entry is None:
@@ -57,7 +81,7 @@ def read_coco(content: bytes, path: Path) -> Annotations:
         if entry.wrong:
             continue
         try:
-            entry.shapes.append(_shape(annotation, categories, entry.size))
+            entry.shapes.append(make_shape(annotation, categories, entry.size))
         except ValueError as error:
             entry.wrong = f"annotation {format_value(annotation.get('id', position), 40)} of {entry.image}: {error}"
     kept = [entry for entry in whole["categories"] if entry["id"] in categories]
@@ -94,19 +118,30 @@ def _id(value: Any, what: str) -> int:
     return value
 
 
-def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
+def find_label(annotation: Mapping[str, Any], categories: Mapping[int, str]) -> str:
+    """Return the name of an annotation's category.
+
+    Raises:
+        ValueError: the category is unknown.
+    """
     category = annotation.get("category_id")
     if type(category) is not int or category not in categories:
         raise ValueError(f"its category_id is {format_value(category, 40)}, which is not in categories")
+    return categories[category]
+
+
+def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
+    label = find_label(annotation, categories)
     drawn = annotation.get("segmentation")
     crowd = annotation.get("iscrowd") == 1
+    key = annotation.get("id")
     if isinstance(drawn, list) and drawn:
         outline, area = polygons(drawn)
-        return LabelledShape(categories[category], outline, area, crowd)
+        return LabelledShape(label, outline, area, crowd, key)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
         raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its image {list(size)}")
     counts = rle.parse_counts(drawn.get("counts"), size[0] * size[1])
     columns = CompressedColumns(rle.to_text(counts))
-    return LabelledShape(categories[category], columns, float(counts[1::2].sum()), crowd)
+    return LabelledShape(label, columns, float(counts[1::2].sum()), crowd, key)

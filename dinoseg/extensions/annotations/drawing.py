@@ -1,15 +1,21 @@
 """Masks of annotation files: shapes that are rasterised when the mask is read."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dinoseg.core.sources import VirtualMask
 from dinoseg.extensions.annotations.polygon import figure, rasterise
 from dinoseg.extensions.annotations.rle import decode, from_text, values_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import Stamp, stamp
+from dinoseg.utils.images import read_image
+from dinoseg.utils.wording import join_names
 
 
 def check_mask_size(width: int, height: int, image: tuple[int, int]) -> None:
@@ -72,7 +78,53 @@ class Figure:
         canvas[figure(self.kind, points, (canvas.shape[0], canvas.shape[1]))] = value
 
 
-Form = Polygons | CompressedColumns | Box | Figure
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Pixels of one id in a PNG of COCO's panoptic format, which holds each id as R + 256 G + 256^2 B.
+
+    Args:
+        path: the PNG.
+        number: the id.
+        numbers: the ids of all segments of the image.
+    """
+
+    path: Path
+    number: int
+    numbers: tuple[int, ...] = field(repr=False)
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that the shape covers.
+
+        Raises:
+            UserError: the PNG is unreadable, of another size, or holds other ids than the segments have.
+        """
+        ids = _read_segment_ids(self.path, self.numbers, stamp(self.path))
+        if ids.shape != canvas.shape:
+            found = f"{ids.shape[1]} x {ids.shape[0]}"
+            raise UserError(
+                f"{self.path} is {found} (width x height), its image {canvas.shape[1]} x {canvas.shape[0]} by the JSON "
+                "file. Export both again."
+            )
+        canvas[ids == self.number] = value
+
+
+@functools.lru_cache(2)  # all segments of an image are drawn one after another
+def _read_segment_ids(path: Path, numbers: tuple[int, ...], _stamp: Stamp | None) -> np.ndarray:
+    """Return the ids (H, W) int32 of a PNG, after comparing them with those of its segments."""
+    red, green, blue = np.moveaxis(read_image(path).astype(np.int32), 2, 0)
+    ids = red + 256 * green + 256**2 * blue
+    found = {*np.unique(ids).tolist()} - {0}
+    if found != {*numbers}:
+        unlisted = join_names([str(number) for number in sorted(found - {*numbers})])
+        absent = join_names([str(number) for number in sorted({*numbers} - found)])
+        raise UserError(
+            f"{path}: ids without a segment in the JSON file: {unlisted or 'none'}; segments without pixels: "
+            f"{absent or 'none'}. Export both again."
+        )
+    return ids
+
+
+Form = Polygons | CompressedColumns | Box | Figure | Segment
 
 
 @dataclass(frozen=True)
@@ -85,6 +137,8 @@ class Drawing(VirtualMask):
         size: height and width of the image.
         ground: id of pixels that no shape covers.
         shapes: id and form of each shape, in drawing order: a later one covers an earlier one.
+        labelled: the shapes as annotated, in the same order, of which objects are made.
+        stuff: ids of the classes that the file declares to be no things.
     """
 
     path: Path
@@ -92,6 +146,8 @@ class Drawing(VirtualMask):
     size: tuple[int, int]
     ground: int
     shapes: Sequence[tuple[int, Form]]
+    labelled: Sequence[Any] = field(default=(), repr=False, compare=False)
+    stuff: frozenset[int] = frozenset()
     has_class_ids = True
 
     @property
@@ -111,4 +167,5 @@ class Drawing(VirtualMask):
 
     def digest(self) -> str:
         """Return a hash of everything that the mask depends on."""
-        return hashlib.sha256(repr((self.size, self.ground, *self.shapes)).encode()).hexdigest()
+        stamps = [stamp(form.path) for _, form in self.shapes[:1] if isinstance(form, Segment)]
+        return hashlib.sha256(repr((self.size, self.ground, *self.shapes, *stamps)).encode()).hexdigest()

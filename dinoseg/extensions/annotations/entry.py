@@ -20,12 +20,20 @@ class LabelledShape:
     """Shape with its label.
 
     A crowd is an area of objects that were not annotated individually; it is drawn below all other shapes.
+
+    Args:
+        label: label of the tool.
+        form: the pixels.
+        area: of the polygons or the mask, in pixels.
+        crowd: whether it is a crowd.
+        key: COCO: id of the annotation; LabelMe: the group, whose shapes of one label are an object; None: none.
     """
 
     label: str
     form: Form
     area: float = 0
     crowd: bool = False
+    key: Any = None
 
 
 @dataclass
@@ -49,11 +57,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Annotations:
-    """Contents of an annotation file: labels in file order, images, and the group of each label."""
+    """Contents of an annotation file: labels in file order, images, and the group of each label.
+
+    `stuff` are the labels that the file declares to be no things.
+    """
 
     labels: Sequence[str]
     entries: Sequence[Entry]
     groups: Mapping[str, str] = field(default_factory=dict)
+    stuff: frozenset[str] = frozenset()
 
     def group_labels(self) -> "Annotations":
         """Return a copy with labels replaced by their groups; a label without group is unchanged.
@@ -69,7 +81,9 @@ class Annotations:
             replace(entry, shapes=[replace(s, label=self.groups.get(s.label, s.label)) for s in entry.shapes])
             for entry in self.entries
         ]
-        return Annotations(list(dict.fromkeys(self.groups.get(label, label) for label in self.labels)), entries)
+        things = {self.groups.get(label, label) for label in self.labels if label not in self.stuff}
+        labels = list(dict.fromkeys(self.groups.get(label, label) for label in self.labels))
+        return Annotations(labels, entries, stuff=frozenset(labels) - things if self.stuff else self.stuff)
 
 
 def size_of(height: Any, width: Any) -> tuple[int, int]:

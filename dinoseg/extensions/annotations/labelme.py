@@ -57,8 +57,8 @@ def _shape(shape: Mapping[str, Any], position: int, joined: bool, size: tuple[in
             raise ValueError("its points are not a list of pairs of numbers")
         kind = shape.get("shape_type") or "polygon"
         if kind == "mask":
-            return LabelledShape(label, _mask(shape.get("mask"), points, size))
-        return LabelledShape(label, _figure(kind, points, joined))
+            return LabelledShape(label, _mask(shape.get("mask"), points, size), key=shape.get("group_id"))
+        return LabelledShape(label, _figure(kind, points, joined), key=shape.get("group_id"))
     except ValueError as error:
         raise ValueError(f"shapes[{position}] ({format_value(shape['label'], 40)}): {error}") from None
 

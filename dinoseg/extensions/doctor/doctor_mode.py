@@ -10,6 +10,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.core.object_ids import OBJECTS
 from dinoseg.data.checks.errors import describe_split, home_made
 from dinoseg.data.checks.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.custom import CustomDataset
@@ -18,6 +19,7 @@ from dinoseg.data.scan.measure import Record, measure_sample
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.doctor.examine import examine, summary
+from dinoseg.extensions.doctor.objects import check_objects, count_objects
 from dinoseg.extensions.idd.files import home_made_files
 from dinoseg.report.html.page import render
 from dinoseg.report.overlay import blend, downscale, downscale_mask, legend_of
@@ -68,6 +70,9 @@ def doctor(
     name = cfg.choices.data
     if splits:
         findings += examine(splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance)
+    for split, data in datasets.items():
+        if isinstance(data, PairDataset) and OBJECTS in data.maps:
+            findings += check_objects(split, count_objects(data), builder.value("head.num_queries"))
     findings = by_severity(findings)
     report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings)})
     write_json(out_dir / "doctor.json", report)

@@ -91,12 +91,11 @@ class Ensemble:
         for each in builder.members:
             models.append(load_member(each, first.engine))
             self._unload(models[-1].model)
-        check_members(
-            {
-                f"resume={each.resume}": describe_member(trained.model, trained, each.pixels.as_dict(), trained.strategy)
-                for each, trained in zip(builders, models, strict=True)
-            }
-        )
+        facts = {
+            f"resume={each.resume}": describe_member(trained.model, trained, each.pixels.as_dict(), trained.strategy)
+            for each, trained in zip(builders, models, strict=True)
+        }
+        check_members(facts)
         members = [
             Predictor(trained.model, first.device, _autocast(each, first.device), trained.strategy.base)
             for each, trained in zip(builders, models, strict=True)
@@ -150,6 +149,7 @@ class TrainedEnsemble(Trained):
     out_of_fold: bool
     counts: scoring.MemberCounts | None = None  # of the members, in an evaluation
     data: SegmentationData | None = None  # the split that is evaluated
+    has_record: bool = False  # whether the evaluation stores the counts of its images
 
     @property
     def single_pass_model(self) -> SegmentationModel:
@@ -193,6 +193,7 @@ class TrainedEnsemble(Trained):
 
     def watch(self, collector: C) -> C:
         """Return a collector that also counts the predictions of each member."""
+        self.has_record = collector is not None
         if collector is None or self.out_of_fold or self.data is None:
             return collector
         if self.strategy is not self.averaged:
@@ -204,7 +205,7 @@ class TrainedEnsemble(Trained):
     def report(self, out_dir: Path) -> dict[str, Any]:
         """Log the gain over the members, or out of fold the score over all images, with intervals."""
         counts = None if self.counts is None else self.counts.gather()
-        if not self.engine.is_main:
+        if not self.engine.is_main or not self.has_record or (counts is None and not self.out_of_fold):
             return {}
         record = read_record(out_dir)
         if counts is not None:

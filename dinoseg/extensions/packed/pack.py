@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dinoseg.core.channels import ChannelFiles
+from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.shapes import Sample
 from dinoseg.core.sizes import backbone_size
 from dinoseg.core.sources import ImageSource
@@ -65,9 +66,12 @@ class PackedDataset(PairDataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = self.store.read(self.rows[index])
+        image, mask, objects = self.store.read(self.rows[index])
         pixels = torch.from_numpy(image).permute(2, 0, 1)  # (C, H, W)
-        return self.add_maps(Sample(image=pixels, mask=torch.from_numpy(mask), name=self.names[index]))
+        sample = Sample(image=pixels, mask=torch.from_numpy(mask), name=self.names[index])
+        if OBJECTS in self.maps:
+            sample["maps"] = {OBJECTS: torch.from_numpy(objects)}
+        return self.add_maps(sample)
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask (H, W) uint8 of an item."""
@@ -77,7 +81,7 @@ class PackedDataset(PairDataset):
         """Return a hash of the packed pixels of an image."""
         row = self.rows[index]
         if row not in self._hashes:
-            image, _ = self.store.read(row)
+            image, _, _ = self.store.read(row)
             self._hashes[row] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
         return self._hashes[row]
 
@@ -168,9 +172,10 @@ def _write_pixels(path: Path, dataset: PairDataset, longest: int | None, workers
             if isinstance(item, Packed):
                 height, width = item.mask.shape
                 channels, depth = item.image.shape[2], item.image.itemsize
-                extents.append(Extent(file.tell(), height, width, item.crc, channels, depth))
+                extents.append(Extent(file.tell(), height, width, item.crc, channels, depth, len(item.objects)))
                 file.write(np.ascontiguousarray(item.image).data)
                 file.write(np.ascontiguousarray(item.mask).data)
+                file.write(np.ascontiguousarray(item.objects).tobytes())
             else:
                 failures[dataset.names[row]] = str(item)
             bar.update()
@@ -186,7 +191,7 @@ def _write_pixels(path: Path, dataset: PairDataset, longest: int | None, workers
 
 def _check_space(dataset: PairDataset, folder: Path, longest: int | None) -> None:
     """Log the size of the store; raise a UserError if the disk has no space for it."""
-    per_pixel = 1 + max(_bytes_per_pixel(pair.image) for pair in dataset.pairs)
+    per_pixel = 1 + 4 * (OBJECTS in dataset.maps) + max(_bytes_per_pixel(pair.image) for pair in dataset.pairs)
     size = sum(per_pixel * height * width for height, width in _sizes(dataset, longest))
     free = shutil.disk_usage(folder.parent).free
     limit = f"reduced to at most {longest} pixels a side" if longest else "at full size"

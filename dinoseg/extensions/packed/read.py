@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import torch
 
+from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.sizes import backbone_size
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
@@ -22,10 +24,11 @@ _MAX = 8  # further processes would wait for the writer
 
 @dataclass(frozen=True)
 class Packed:
-    """Item to pack: image (H, W, C), uint8 or uint16, mask (H, W) uint8, and their checksum."""
+    """Item to pack: image (H, W, C), uint8 or uint16, mask (H, W) uint8, objects (N, H, W) int32, their checksum."""
 
     image: np.ndarray
     mask: np.ndarray
+    objects: np.ndarray
     crc: int
 
 
@@ -53,22 +56,27 @@ def paying_workers(items: int) -> int:
 
 
 def downscale_sample(
-    image: np.ndarray, mask: np.ndarray, longest: int | None, ignore_index: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return image and mask reduced to `longest` exactly as by `Augment` without any other change."""
+    image: np.ndarray, mask: np.ndarray, longest: int | None, ignore_index: int, objects: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return image, mask and objects reduced to `longest` exactly as by `Augment` without any other change."""
     height, width = mask.shape
     size = backbone_size((height, width), 1.0, longest)
     if size == (height, width):
-        return image, mask
+        return image, mask, objects
     augment = Augment(size, longest=longest, ignore_index=ignore_index)
-    return augment(image, mask, np.random.default_rng(0))  # no random number has an effect here
+    rng = np.random.default_rng(0)  # no random number has an effect here
+    maps = augment.maps({OBJECTS: objects}, {OBJECTS: ObjectMap()}, mask, rng)
+    return *augment(image, mask, rng), maps[OBJECTS]
 
 
 def _read(row: int, *, dataset: PairDataset, longest: int | None) -> Packed:
     sample = dataset[row]
     pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, C)
-    image, mask = downscale_sample(pixels, sample["mask"].numpy(), longest, dataset.ignore_index)
-    return Packed(image, mask, checksum(sample["name"], image, mask))
+    mask = sample["mask"].numpy()
+    maps = sample.get("maps", {})
+    objects = maps[OBJECTS].numpy() if OBJECTS in maps else np.zeros((0, *mask.shape), np.int32)
+    image, mask, objects = downscale_sample(pixels, mask, longest, dataset.ignore_index, objects)
+    return Packed(image, mask, objects, checksum(sample["name"], image, mask, objects))
 
 
 def _use_one_thread() -> None:

@@ -15,10 +15,10 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import read_valid_note
 
 PIXELS, INDEX = "pixels.bin", "index.json"
-VERSION = 3  # format version: a store of another version is packed again
+VERSION = 4  # format version: a store of another version is packed again
 _EXTENT_FORM = forms.row(  # the fields of `Extent`, in order
     *(forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1)),
-    *(forms.whole(1, 1024), forms.whole(1, 2)),
+    *(forms.whole(1, 1024), forms.whole(1, 2), forms.whole(0, 2**20)),
 )
 _INDEX_FORM = forms.record(key=forms.plain, names=forms.list_of(forms.text), places=forms.list_of(_EXTENT_FORM))
 
@@ -45,7 +45,7 @@ class StoreKey:
 
 @dataclass(frozen=True)
 class Extent:
-    """Byte range of an item: the image (H, W, C), then the mask (H, W)."""
+    """Byte range of an item: the image (H, W, C), then the mask (H, W), then the objects (N, H, W) of 4 bytes."""
 
     offset: int
     height: int
@@ -53,6 +53,7 @@ class Extent:
     crc: int
     channels: int = 3
     depth: int = 1  # bytes of a level of the image
+    layers: int = 0  # of objects
 
     @property
     def image_size(self) -> int:
@@ -61,8 +62,8 @@ class Extent:
 
     @property
     def size(self) -> int:
-        """Bytes of image and mask."""
-        return self.image_size + self.height * self.width
+        """Bytes of image, mask and objects."""
+        return self.image_size + (1 + 4 * self.layers) * self.height * self.width
 
 
 class Store:
@@ -85,8 +86,10 @@ class Store:
         """Bytes of all items."""
         return sum(extent.size for extent in self.extents)
 
-    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a copy of an image (H, W, C), uint8 or uint16, and of its mask (H, W) uint8.
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return a copy of an image (H, W, C), uint8 or uint16, of its mask (H, W) uint8, and of its objects.
+
+        Objects are (N, H, W) int32; N is 0 for data without objects.
 
         Raises:
             UserError: the file is gone, or its bytes differ from those that were packed.
@@ -95,15 +98,18 @@ class Store:
         item = self._bytes(extent.offset, extent.size)
         levels = item[: extent.image_size].view(np.uint8 if extent.depth == 1 else np.uint16)
         image = levels.reshape(extent.height, extent.width, extent.channels)
-        mask = item[extent.image_size :].reshape(extent.height, extent.width)
+        pixels = extent.height * extent.width
+        mask = item[extent.image_size : extent.image_size + pixels].reshape(extent.height, extent.width)
+        # a copy, since bytes of an image of odd size leave the numbers unaligned
+        objects = item[extent.image_size + pixels :].copy().view(np.int32).reshape(-1, extent.height, extent.width)
         if row not in self._verified:
-            if checksum(self.names[row], image, mask) != extent.crc:
+            if checksum(self.names[row], image, mask, objects) != extent.crc:
                 raise UserError(
                     f"{self.folder / PIXELS} is damaged: item {self.names[row]} does not match its checksum. Delete "
                     f"the folder {self.folder}: the next run packs it again. If this recurs, check the disk."
                 )
             self._verified.add(row)
-        return image, mask
+        return image, mask, objects
 
     def mask(self, row: int) -> np.ndarray:
         """Return a copy of a mask (H, W) uint8; skip reading its image if the item is already verified.
@@ -155,10 +161,10 @@ def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequ
     write_text(folder / INDEX, json.dumps(content))
 
 
-def checksum(name: str, image: np.ndarray, mask: np.ndarray) -> int:
-    """Return the CRC-32 of an item's name, and of the shape, type and bytes of its image (H, W, C) and mask (H, W)."""
+def checksum(name: str, image: np.ndarray, mask: np.ndarray, objects: np.ndarray) -> int:
+    """Return the CRC-32 of an item's name, of its image's shape and type, and of the bytes of all its arrays."""
     crc = zlib.crc32(f"{name} {image.shape} {image.dtype.itemsize}".encode(errors="surrogateescape"))
-    for part in (image, mask):
+    for part in (image, mask, objects):
         crc = zlib.crc32(np.ascontiguousarray(part).data, crc)
     return crc
 

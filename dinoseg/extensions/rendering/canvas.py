@@ -12,6 +12,7 @@ SHADE = 0.55  # share of the light that a shadow removes
 class Canvas:
     """A frame under construction: `rgb` (H, W, 3) uint8 and `mask` (H, W) uint8.
 
+    `numbers` (H, W) uint8 are those of the instruments: what is drawn at a pixel has the number `number` of its time.
     `unit` is the length in pixels of one design unit; `camera` is the shift (x, y) in pixels of objects fixed to the
     tissue relative to the frame.
     """
@@ -19,6 +20,8 @@ class Canvas:
     def __init__(self, rgb: np.ndarray, unit: float, camera: np.ndarray) -> None:
         self.rgb, self.unit, self.camera = rgb, unit, camera
         self.mask: np.ndarray = np.zeros(rgb.shape[:2], np.uint8)
+        self.numbers: np.ndarray = np.zeros(rgb.shape[:2], np.uint8)
+        self.number = 1
 
     def paste(self, sprite: Sprite, place: np.ndarray, scale: float = 1.0, gain: float = 1.0) -> None:
         """Paste a part with its joint at `place`: (x, y, angle[, squash]), in pixels and radians.
@@ -85,6 +88,7 @@ class Canvas:
         behind = cv2.cvtColor(cv2.bitwise_not(cover), cv2.COLOR_GRAY2RGB)
         self.rgb[part] = cv2.add(cv2.multiply(self.rgb[part], behind, scale=1 / 255), colour)
         self.mask[part][cover > 127] = label
+        self.numbers[part][cover > 127] = self.number
 
     def _darken(self, dark: np.ndarray, strength: float, corner: tuple[int, int]) -> None:
         left, top = corner

@@ -226,11 +226,11 @@ def test_a_changed_file_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file has None: give a mapping with the keys classes, background, others, ignore, masks"),
+        ("", "the file has None: give a mapping with the keys classes, background, things, others, ignore, masks"),
         ("[a, b]", "give a mapping"),
         (
             "clases: [a]",
-            "the file has 'clases': give a mapping with the keys classes, background, others, ignore, masks",
+            "the file has 'clases': give a mapping with the keys classes, background, things, others, ignore, masks",
         ),
         ("masks: ids", "classes is None: list names in id order"),
         ("classes: {}", "classes is {}"),
@@ -266,6 +266,7 @@ def test_a_changed_file_is_read_again(tmp_path):
         ("classes: [a, b]\nmasks: labels\nignore: {labels: [b]}", "b is given for b and for ignore"),
         ("classes: [a, b]\nothers: c", "others: c is not a class: name one of a, b"),
         ("classes: [a, b]\nbackground: c", "background: c is not a class: name one of a, b"),
+        ("classes: [a, b]\nthings: [b, c]", "things: c is not a class: name some of a, b"),
         ("classes: {a: {ids: [0]}, b: , c: }\nothers: c", "no ids for b: give ids"),
         ("classes: [a", "it is not plain YAML: .*Correct the file"),
         ("classes: !!python/name:os.system ''", "it is not plain YAML: .*python/name:os.system.*Correct the file"),

@@ -189,6 +189,7 @@ def test_members_reach_other_ranks_as_descriptions(runs):
         assert member["head"]["_target_"] == given.head._target_ and member["data"]["fold"] == given.data.fold
 
 
+@pytest.mark.heavy
 def test_ranks_score_the_images_of_all_members(runs):
     """In processes: each rank builds all members."""
     for words in (("resume=folds", "hydra.run.dir=ranks_pooled"), (RESUME, "mode.split=test", "hydra.run.dir=ranks")):

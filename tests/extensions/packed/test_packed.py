@@ -118,19 +118,21 @@ def test_reduced_sizes_are_those_of_the_model(data, cache, longest):
 def test_reduction_averages_areas_and_takes_the_nearest_id():
     rng = np.random.default_rng(1)
     image, mask = rng.integers(0, 256, (60, 90, 3), np.uint8), rng.integers(0, 4, (60, 90), np.uint8)
-    small, ids = downscale_sample(image, mask, 30, 255)
+    objects = np.stack([mask, mask[::-1]]).astype(np.int32) << 20
+    small, ids, moved = downscale_sample(image, mask, 30, 255, objects)
     mean = image.astype(np.float64).reshape(20, 3, 30, 3, 3).mean((1, 3))
     assert np.abs(small - mean).max() <= 0.5 + 1e-9
     assert np.array_equal(ids, mask[1::3, 1::3])
+    assert np.array_equal(moved, objects[:, 1::3, 1::3])
     for longest in (41, 67, 89):  # by other factors: the file's pixel whose centre is nearest
-        small, ids = downscale_sample(image, mask, longest, 255)
+        small, ids, _ = downscale_sample(image, mask, longest, 255, objects)
         rows, columns = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(ids.shape, mask.shape, strict=True))
         decided = [np.abs(at % 1 - 0.5) > 0.01 for at in (rows, columns)]  # a tie may go either way
         nearest = mask[np.rint(rows).astype(int)][:, np.rint(columns).astype(int)]
         assert sum(map(np.sum, decided)) > 40
         assert np.array_equal(ids[decided[0]][:, decided[1]], nearest[decided[0]][:, decided[1]])
-    same, unchanged = downscale_sample(image, mask, 90, 255)
-    assert same is image and unchanged is mask
+    unchanged = downscale_sample(image, mask, 90, 255, objects)
+    assert all(each is given for each, given in zip(unchanged, (image, mask, objects), strict=True))
 
 
 @pytest.mark.parametrize("longest", [24, 48])

@@ -64,7 +64,7 @@ def test_two_processes_write_the_same_as_one(tmp_path, render, small):
     for workers in (1, 2):
         render(tmp_path / str(workers), **{**small, "workers": workers})
     one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
-    assert one == two and len(one) == (6 if render is render_dataset else 3 * (2 * 12 + 1))
+    assert one == two and len(one) == (10 if render is render_dataset else 3 * (2 * 12 + 1))
     assert not multiprocessing.active_children()
 
 

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 from test_rendered_roots import SURGERY
 
-from dinoseg.extensions.rendering.surgery.write import Scene, render_clip, render_dataset
+from dinoseg.extensions.rendering.surgery.write import Scene, render_clip, render_dataset, render_objects
 
 
 def read_video(path: Path) -> tuple[list[np.ndarray], float]:
@@ -28,7 +28,8 @@ def test_zips_have_the_download_form_and_the_masks_of_frames(tmp_path: Path) -> 
     assert found == ["test/video_41.zip", "train1/video_01.zip", "train1/video_02.zip"]
     with zipfile.ZipFile(tmp_path / "test/video_41.zip") as archive:
         names = ["segmentation/000000000.png", "segmentation/000000060.png"]
-        assert sorted(archive.namelist()) == [*names, "video_left.avi"]
+        ids = [name.replace("segmentation", "instances") for name in names]
+        assert sorted(archive.namelist()) == [*ids, *names, "video_left.avi"]
         archive.extract("video_left.avi", tmp_path)
     frames, fps = read_video(tmp_path / "video_left.avi")
     assert (len(frames), fps) == (120, 60.0) and frames[0].shape == (96, 160, 3)
@@ -37,9 +38,24 @@ def test_zips_have_the_download_form_and_the_masks_of_frames(tmp_path: Path) -> 
     for second, name in enumerate(names):
         rgb, mask = clip[10 * second]
         assert np.array_equal(masks[name], mask) and masks[name].dtype == np.uint8
+        assert masks[ids[second]].dtype == np.uint16 and np.array_equal(masks[ids[second]] // 1000, mask)
         own = np.abs(frames[60 * second].astype(int) - rgb).mean()
         other = np.abs(frames[60 * second].astype(int) - clip[10 * second + 5][0]).mean()
         assert own < 8 and other > 1.5 * own
+
+
+def test_ids_are_those_of_the_parts_of_each_instrument() -> None:
+    seen = set()
+    for seed in range(4):
+        frames = list(render_objects((seed,), 21, (96, 160)))[::10]
+        for _, mask, ids in frames:
+            assert np.array_equal(ids // 1000, mask) and ((ids % 1000 > 0) == (mask > 0)).all()
+            parts = set(np.unique(ids).tolist())
+            assert len(parts) > len(np.unique(mask))  # two instruments have a shaft
+            seen |= parts
+        assert len(set(np.unique(frames[0][2])) & set(np.unique(frames[1][2]))) > 4  # ids do not change with time
+    assert {1001, 2001, 2002, 3001, 3002, 4002, 5001, 6001, 7002, 9001} <= seen and 5002 not in seen
+    assert len(seen & {8001, 8002, 8003}) > 1
 
 
 def test_every_class_is_seen_often_and_nothing_stands_still() -> None:

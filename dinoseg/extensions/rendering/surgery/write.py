@@ -64,7 +64,8 @@ def render_dataset(
 ) -> None:
     """Write `root/train1/video_*.zip` and `root/test/video_*.zip`, several videos in parallel.
 
-    Each zip holds `video_left.avi` (60 fps, `size` (H, W)) and `segmentation/%09d.png` for every 60th frame. Zips
+    Each zip holds `video_left.avi` (60 fps, `size` (H, W)), and for every 60th frame `segmentation/%09d.png` and
+    `instances/%09d.png`, whose ids are those of `render_objects`. Zips
     finished by an earlier call with the same settings are reused; zips are written atomically.
 
     Raises:
@@ -114,24 +115,27 @@ def _write_video(video: SurgeryVideo, root: Path) -> Path:
     path = video.path(root)
     with scratch_folder(path.parent, path.name) as part:
         entropy = (video.seed, SPLITS.index(video.split), video.number)
-        clip = render_clip(entropy, video.seconds * RATE, video.size)
+        clip = render_objects(entropy, video.seconds * RATE, video.size)
         masks = _encode(part / "video_left.avi", clip, video.size)
         _pack(part / path.name, part / "video_left.avi", masks, video.description)
         os.replace(part / path.name, path)
     return path
 
 
-def _encode(path: Path, clip: Iterable[tuple[np.ndarray, np.ndarray]], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Write the frames at 60 fps; return the masks of every 60th frame by file name."""
+def _encode(
+    path: Path, clip: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Write the frames at 60 fps; return the masks and ids of every 60th frame by file name."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"XVID"), FPS, size[::-1])
     if not writer.isOpened():
         raise UserError(f"OpenCV {cv2.__version__} cannot encode XVID here. Install opencv-python-headless from PyPI.")
     masks = {}
     repeats = FPS // RATE
     try:
-        for index, (rgb, mask) in enumerate(clip):
+        for index, (rgb, mask, ids) in enumerate(clip):
             if index * repeats % FPS == 0:
                 masks[f"segmentation/{index * repeats:09d}.png"] = mask
+                masks[f"instances/{index * repeats:09d}.png"] = ids
             bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
             for _ in range(repeats):
                 writer.write(bgr)
@@ -153,9 +157,21 @@ def render_clip(seed: Seed, frames: int, size: tuple[int, int]) -> Iterator[tupl
 
     The same seed and size give the same frames; mask values are the SAR-RARP50 ids 0..9.
     """
+    for rgb, mask, _ in render_objects(seed, frames, size):
+        yield rgb, mask
+
+
+def render_objects(
+    seed: Seed, frames: int, size: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the images and masks of `render_clip` with the ids (H, W) uint16 of the parts of instruments.
+
+    An id is class id * 1000 + number of the instrument, which is the same in all frames; 0 is background. Both jaws of
+    an instrument are one object, and so are its wrist and its shaft.
+    """
     scene = Scene(seed, size)
     for index in range(frames):
-        yield scene.frame(index / RATE)
+        yield scene.draw(index / RATE)
 
 
 class Scene:
@@ -192,28 +208,40 @@ class Scene:
 
     def frame(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the image (H, W, 3) uint8 RGB and the mask (H, W) uint8 at `seconds`."""
+        rgb, mask, _ = self.draw(seconds)
+        return rgb, mask
+
+    def draw(self, seconds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the image, the mask and the ids at `seconds`, see `render_objects`."""
         camera = np.array([shift(seconds) for shift in self._camera])
         canvas = Canvas(self._tissue.frame(seconds, camera), self._unit, camera)
-        for draw in self._behind:
+        for number, draw in enumerate(self._behind, 1):
+            canvas.number = number
             draw(canvas, seconds)
+        canvas.number = 1  # of the left instrument, and of the thread and the suction tool
         thread = self._thread_line(seconds)
         if not self._thread_over:
             self._thread.draw(canvas, thread)
         if self._third:
+            canvas.number = 3
             self._top.draw(canvas, seconds)
+            canvas.number = 1
         if self._suction is not None:
             self._suction.draw(canvas, seconds)
         self._left.draw(canvas, seconds)
+        canvas.number = 2
         self._right.draw(canvas, seconds, self._draw_needle)
+        canvas.number = 1
         if self._thread_over:
             self._thread.draw(canvas, thread)
         return self._finish(canvas, seconds)
 
-    def _finish(self, canvas: Canvas, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    def _finish(self, canvas: Canvas, seconds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rgb, mask = canvas.rgb, canvas.mask
+        ids = np.where(mask > 0, 1000 * mask.astype(np.uint16) + canvas.numbers, 0).astype(np.uint16)
         if self._mirror:
-            rgb, mask = np.asarray(cv2.flip(rgb, 1)), np.asarray(cv2.flip(mask, 1))
-        return self._lens.expose(rgb, seconds), mask
+            rgb, mask, ids = (np.asarray(cv2.flip(each, 1)) for each in (rgb, mask, ids))
+        return self._lens.expose(rgb, seconds), mask, ids
 
     def _robot(
         self,

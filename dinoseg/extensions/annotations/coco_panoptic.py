@@ -1,0 +1,46 @@
+"""Parser of COCO's panoptic JSON, whose segments are ids in a PNG file for each image; imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dinoseg.extensions.annotations.coco import collect_annotations, find_label, parse_coco
+from dinoseg.extensions.annotations.drawing import Segment
+from dinoseg.extensions.annotations.entry import Annotations, LabelledShape
+from dinoseg.utils import forms
+
+_FORM = forms.list_of(
+    forms.object_with(file_name=forms.text, segments_info=forms.list_of(forms.object_with(id=forms.whole(1))))
+)
+
+
+def read_coco_panoptic(content: bytes, path: Path) -> Annotations:
+    """Parse a file in COCO's panoptic format; its PNG files lie in the folder of its name beside it.
+
+    Pixels of no segment, id 0, are void.
+
+    Raises:
+        ValueError: it is not such a file, or an id is duplicate or undefined.
+    """
+    whole = parse_coco(content)
+    if not forms.fits(whole["annotations"], _FORM):
+        raise ValueError("its annotations lack file_name or segments_info with ids from 1: it is not panoptic")
+    segments = []
+    for annotation in whole["annotations"]:
+        numbers = tuple(segment["id"] for segment in annotation["segments_info"])
+        shared = {"image_id": annotation.get("image_id"), "png": annotation["file_name"], "numbers": numbers}
+        segments += [{**segment, **shared} for segment in annotation["segments_info"]]
+    folder = path.with_suffix("")
+
+    def make_shape(segment: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
+        number = segment["id"]
+        if segment["numbers"].count(number) > 1:
+            raise ValueError("another segment of this image has the same id")
+        form = Segment(folder / segment["png"], number, segment["numbers"])
+        area = float(segment.get("area") or 0)
+        return LabelledShape(find_label(segment, categories), form, area, segment.get("iscrowd") == 1, number)
+
+    found = collect_annotations({**whole, "annotations": segments}, path, make_shape)
+    stuff = {category["name"] for category in whole["categories"] if category.get("isthing") == 0}
+    return replace(found, stuff=frozenset(stuff))

@@ -1,0 +1,109 @@
+"""Counts of the objects of a dataset, and findings about them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import median
+
+import cv2
+import numpy as np
+
+from dinoseg.core.object_ids import crowd_flags
+from dinoseg.core.sources import ObjectSource
+from dinoseg.data.checks.findings import Finding
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of
+
+
+@dataclass
+class ObjectCounts:
+    """Objects of the images of a split, by image name; crowds are none of `objects`.
+
+    Args:
+        objects: number of objects with pixels.
+        crowds: number of crowds.
+        empty: number of objects that the files list but that have no pixels.
+        divided: number of objects of several connected parts.
+        unreadable: what is wrong with the objects of an image, instead of numbers.
+    """
+
+    objects: dict[str, int] = field(default_factory=dict)
+    crowds: dict[str, int] = field(default_factory=dict)
+    empty: dict[str, int] = field(default_factory=dict)
+    divided: dict[str, int] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def count_objects(data: PairDataset) -> ObjectCounts:
+    """Return the counts of a dataset with objects."""
+    counts = ObjectCounts()
+    for pair in data.pairs:
+        assert pair.objects is not None
+        try:
+            _count_image(pair.name, pair.objects, counts)
+        except UserError as error:
+            counts.unreadable[pair.name] = str(error)
+    return counts
+
+
+def _count_image(name: str, source: ObjectSource, counts: ObjectCounts) -> None:
+    layers = source.read()
+    shown = [(value, layer) for layer in layers for value in np.unique(layer[layer > 0]).tolist()]
+    crowds = sum(crowd_flags(value) for value, _ in shown)
+    counts.objects[name] = len(shown) - crowds
+    counts.crowds[name] = crowds
+    counts.empty[name] = 0 if source.count is None else source.count - len(shown)
+    counts.divided[name] = sum(_is_divided(layer == value) for value, layer in shown if not crowd_flags(value))
+
+
+def _is_divided(mask: np.ndarray) -> bool:
+    """Return whether a mask (H, W) has several 8-connected parts."""
+    parts, _ = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    return parts > 2  # the first is the background
+
+
+def check_objects(split: str, counts: ObjectCounts, queries: int | None) -> Iterator[Finding]:
+    """Yield the findings about the objects of a split.
+
+    Args:
+        split: name of the split.
+        counts: of the split.
+        queries: most objects that the head can predict for an image; None: unknown.
+    """
+    if counts.unreadable:
+        yield Finding(
+            "error",
+            "objects_unreadable",
+            f"{count_of(counts.unreadable, 'image')} of {split} with objects that cannot be read.",
+            tuple(counts.unreadable),
+            "Correct these files.",
+            reasons=tuple(counts.unreadable.values()),
+        )
+    if not counts.objects:
+        return
+    objects = counts.objects.values()
+    yield Finding(
+        "note",
+        "objects",
+        f"{split}: {count_of(sum(objects), 'object')} in {count_of(objects, 'image')} (median {median(objects):g}, at "
+        f"most {max(objects)}), {count_of(sum(counts.crowds.values()), 'crowd')}; of several parts: "
+        f"{sum(counts.divided.values())}.",
+    )
+    if empty := [name for name, count in counts.empty.items() if count]:
+        yield Finding(
+            "warning",
+            "empty_objects",
+            f"{split}: {sum(counts.empty.values())} objects have no pixels; they are left out.",
+            tuple(empty),
+            "Correct or delete them in the annotation tool.",
+        )
+    crowded = [name for name, count in counts.objects.items() if queries is not None and count > queries]
+    if crowded:
+        yield Finding(
+            "warning",
+            "more_objects_than_queries",
+            f"{count_of(crowded, 'image')} of {split} with more objects than head.num_queries={queries}: a "
+            "model predicts no more than that.",
+            tuple(crowded),
+            f"Set head.num_queries to at least {max(objects)}.",
+        )

@@ -1,0 +1,33 @@
+"""Which classes are things, whose objects are told apart; the others are stuff."""
+
+from collections.abc import Collection, Sequence
+
+from dinoseg.core.object_ids import check_object_range
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import join_names
+
+
+def find_things(
+    classes: Sequence[str], things: Sequence[str] | None, background: int | None, stuff: Collection[int] = ()
+) -> frozenset[int]:
+    """Return the ids of the things.
+
+    Args:
+        classes: names in id order.
+        things: names of the things; None: every class but the background and `stuff`.
+        background: id of the class that is no object; None: there is none.
+        stuff: ids of classes that an annotation file declares to be no things.
+
+    Raises:
+        UserError: a name is not a class, or there are no things or too many classes.
+    """
+    check_object_range(len(classes), 0, "data.classes")
+    if unknown := [name for name in things or () if name not in classes]:
+        raise UserError(f"data.things={unknown[0]} is not a class. Name some of {', '.join(classes)}.")
+    if things is None:
+        found = {*range(len(classes))} - {background, *stuff}
+    else:
+        found = {classes.index(name) for name in things}
+    if not found:
+        raise UserError(f"No class is a thing. Name those with objects: data.things=[NAME], of {join_names(classes)}.")
+    return frozenset(found)

@@ -1,0 +1,62 @@
+"""mode=doctor counts objects, and names the images whose objects have a fault."""
+
+import json
+
+import numpy as np
+from command_line import call
+from making import save
+
+SIZE = (40, 56)
+
+
+def rectangle(left, top, width=6, height=6):
+    return [left, top, left + width, top, left + width, top + height, left, top + height]
+
+
+def write(root, split, rows):
+    """Write a COCO file; a row has the polygons of one annotation and whether it is a crowd."""
+    for number in (1, 2):
+        noise = np.random.default_rng(number + len(split)).integers(0, 255, (*SIZE, 3))
+        save(root / split / f"{split}{number}.png", noise)
+    images = [{"id": n, "file_name": f"{split}{n}.png", "height": SIZE[0], "width": SIZE[1]} for n in (1, 2)]
+    annotations = [
+        {"id": number, "image_id": image, "category_id": 1, "iscrowd": crowd, "segmentation": polygons}
+        for number, (image, polygons, crowd) in enumerate(rows, 1)
+    ]
+    path = root / f"annotations/instances_{split}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"images": images, "categories": [{"id": 1, "name": "leaf"}], "annotations": annotations}
+    path.write_text(json.dumps(content))
+
+
+def findings(where, *words):
+    """Return the findings about objects of the training images by code."""
+    call(where, "mode=doctor", "data=coco_instances", "data.root=data", "mode.workers=1", "mode.samples=0", *words)
+    (path,) = where.glob("outputs/*/doctor_*/doctor.json")
+    found = json.loads(path.read_text())["findings"]
+    return {each["code"]: each for each in found if "objects" in each["code"] and "train" in each["message"]}
+
+
+def test_doctor_counts_objects(tmp_path):
+    two_parts = [rectangle(2, 2), rectangle(20, 2)]
+    outside = [rectangle(-30, -30)]
+    rows = [(1, two_parts, 0), (1, [rectangle(30, 20)], 0), (1, [rectangle(40, 20)], 1), (1, outside, 0)]
+    write(tmp_path / "data", "train", [*rows, (2, [rectangle(5, 5)], 0)])
+    write(tmp_path / "data", "val", [])
+    found = findings(tmp_path, "head=eomt", "head.num_queries=1")
+    text = "train: 3 objects in 2 images (median 1.5, at most 2), 1 crowd; of several parts: 1."
+    assert found["objects"]["message"] == text
+    assert found["empty_objects"]["files"] == ["train1"]
+    assert found["more_objects_than_queries"]["files"] == ["train1"]
+    assert "head.num_queries" in found["more_objects_than_queries"]["remedy"]
+
+
+def test_doctor_names_objects_that_cannot_be_read(tmp_path):
+    for split in ("train", "val"):
+        for number, ids in enumerate(([0, 1], [1, 1])):
+            save(tmp_path / f"data/{split}/images/{number}.png", np.full((8, 8, 3), 40 * number + len(split)))
+            save(tmp_path / f"data/{split}/masks/{number}.png", np.full((8, 8), 1))
+            save(tmp_path / f"data/{split}/ids/{number}.png", np.repeat([ids], 8 - number, axis=0))
+    words = ("data=folder_instances", "data.classes=[dark,bright]", "data.objects.files=[masks,ids]")
+    found = findings(tmp_path, *words)["objects_unreadable"]
+    assert found["count"] == 2 and found["severity"] == "error" and "ids/1.png" in found["reasons"][1]

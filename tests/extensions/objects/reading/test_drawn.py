@@ -1,0 +1,238 @@
+"""Objects of COCO's and LabelMe's files equal those that their own tools count."""
+
+import json
+
+import numpy as np
+import pytest
+from composed_data import load
+from making import save
+from mistakes import assert_refused
+from pycocotools import mask as official
+from pycocotools.coco import COCO
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.core.object_ids import OBJECTS, crowd_flags, object_classes, object_numbers
+from dinoseg.core.sample_maps import ObjectMap
+from dinoseg.extensions.packed.pack import pack
+from dinoseg.testing import check_dataset
+
+SIZE = (40, 56)
+NAMES = ["sky", "leaf", "stem"]
+
+
+def read(name, root, *overrides, split="train", background=None):
+    """Return a split of a data option with its objects."""
+    data = load(name, root, *overrides)
+    return instantiate(data.objects)(instantiate(data.reader)(split=split), background=background)
+
+
+def rectangle(left, top, width, height):
+    return [left, top, left + width, top, left + width, top + height, left, top + height]
+
+
+def write_coco(root, annotations, images=2, **more):
+    for number in range(1, images + 1):
+        save(root / f"train/{number}.png", np.zeros((*SIZE, 3)))
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": SIZE[0], "width": SIZE[1]} for n in (1, 2)[:images]],
+        "categories": [{"id": 10 * n, "name": name} for n, name in enumerate(NAMES, 1)],
+        "annotations": annotations,
+    }
+    path = root / "annotations/instances_train.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content | more))
+    return path
+
+
+def random_annotations(rng, count):
+    """Return polygons of several parts, run lengths, some empty, and crowds."""
+    found = []
+    for number in range(count):
+        mask = np.asfortranarray(rng.random(SIZE) < rng.choice([0.0, 0.1, 0.9]), dtype=np.uint8)
+        lengths = official.encode(mask)
+        drawn = {"size": list(SIZE), "counts": lengths["counts"].decode()}
+        crowd = int(rng.random() < 0.3)
+        if not crowd and rng.random() < 0.6:
+            corners = rng.uniform(-5, 60, (int(rng.integers(1, 4)), int(rng.integers(3, 7)), 2))
+            drawn = [part.ravel().tolist() for part in corners]
+        found.append(
+            {"id": 100 + number, "image_id": int(rng.integers(1, 3)), "category_id": 10 * int(rng.integers(1, 4))}
+            | {"segmentation": drawn, "iscrowd": crowd, "area": 1, "bbox": [0, 0, 1, 1]}
+        )
+    return found
+
+
+def masks_of(objects):
+    """Return (class, crowd, pixels) of each object of layers, sorted."""
+    found = []
+    for value in np.unique(objects[objects > 0]).tolist():
+        layer = [each == value for each in objects if (each == value).any()]
+        assert len(layer) == 1  # an object lies in one layer
+        found.append((int(object_classes(value)), int(crowd_flags(value)), layer[0].tobytes()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
+def test_coco_objects_are_those_of_pycocotools(tmp_path, seed):
+    path = write_coco(tmp_path, random_annotations(np.random.default_rng(seed), 25))
+    data = read("coco_instances", tmp_path, "data.unlabelled=ignore")
+    truth = COCO(path)
+    ids = truth.getCatIds()
+    assert list(data.classes) == NAMES and data.maps == {OBJECTS: ObjectMap(things=(0, 1, 2))}
+    for name, sample in zip(data.names, data, strict=True):
+        objects = sample["maps"][OBJECTS].numpy()
+        expected, annotations = [], truth.loadAnns(truth.getAnnIds(imgIds=int(name)))
+        for each in annotations:
+            mask = truth.annToMask(each)
+            if mask.any():
+                expected.append((ids.index(each["category_id"]), each["iscrowd"], mask.astype(bool).tobytes()))
+        assert masks_of(objects) == sorted(expected) and len(expected) <= len(annotations)
+        assert data.pairs[data.names.index(name)].objects.count == len(annotations)
+        numbers = np.unique(object_numbers(objects[objects > 0]))
+        assert len(numbers) == len(expected) and 1 <= numbers.min() and numbers.max() <= len(annotations)
+
+
+def test_semantic_reading_is_unchanged(tmp_path):
+    write_coco(tmp_path, random_annotations(np.random.default_rng(3), 20))
+    plain = instantiate(load("coco", tmp_path).reader)(split="train")
+    data = read("coco_instances", tmp_path, background=0)
+    assert plain.maps == {} and data.maps[OBJECTS].things == (1, 2, 3)
+    assert all((one["mask"] == two["mask"]).all() for one, two in zip(plain, data, strict=True))
+    assert "maps" not in plain[0] and plain.fingerprint() != data.fingerprint()
+
+
+def test_things_are_named_or_all_but_the_background(tmp_path):
+    write_coco(tmp_path, [
+        {"id": n, "image_id": 1, "category_id": 10 * n, "segmentation": [rectangle(9 * n, 3, 8, 8)]} for n in (1, 2, 3)
+    ])  # fmt: skip
+    classes = {
+        (): {1, 2, 3},
+        ("data.things=[leaf]",): {2},
+        ("data.things=[stem,sky]",): {1, 3},
+    }
+    for words, expected in classes.items():
+        objects = read("coco_instances", tmp_path, *words, background=0)[0]["maps"][OBJECTS]
+        assert {*object_classes(objects[objects > 0]).tolist()} == expected
+        assert {*object_numbers(objects[objects > 0]).tolist()} == {*range(1, len(expected) + 1)}
+    assert_refused(lambda: read("coco_instances", tmp_path, "data.things=[tree]"), "data.things=tree", "leaf")
+    assert_refused(lambda: read("coco_instances", tmp_path, "data.things=[]"), "No class is a thing", "data.things=")
+    (tmp_path / "classes.yaml").write_text("classes: [background, sky, leaf, stem]\nthings: [sky]\nmasks: labels\n")
+    assert read("coco_instances", tmp_path).maps[OBJECTS].things == (1,)
+
+
+def test_a_wrong_annotation_is_named_with_its_image(tmp_path):
+    good = {"id": 7, "image_id": 1, "category_id": 10, "segmentation": [rectangle(3, 3, 8, 8)]}
+    write_coco(tmp_path, [good, good])
+    assert_refused(lambda: read("coco_instances", tmp_path), "1.png", "id 7", "unique")
+    write_coco(tmp_path, [good, {**good, "image_id": 2}])
+    assert len(read("coco_instances", tmp_path)) == 2
+    for wrong, *words in (
+        ({"category_id": 11}, "category_id is 11"),
+        ({"segmentation": {"size": [2, 2], "counts": [4]}}, "[2, 2]", "[40, 56]"),
+    ):
+        write_coco(tmp_path, [good, {**good, "id": 8, **wrong}])
+        data = read("coco_instances", tmp_path)
+        assert data.names == ["2"] and all(word in data.lacking["1"] for word in ("annotation 8 of 1.png", *words))
+
+
+def test_packed_objects_equal_those_of_the_file(tmp_path):
+    write_coco(tmp_path, random_annotations(np.random.default_rng(5), 20))
+    data = read("coco_instances", tmp_path)
+    check_dataset(read("coco_instances", tmp_path))
+    packed = pack(data, cache_dir=tmp_path / "cache", workers=1)
+    assert all((packed[n]["maps"][OBJECTS] == data[n]["maps"][OBJECTS]).all() for n in range(2))
+    before = data.fingerprint()
+    write_coco(tmp_path, random_annotations(np.random.default_rng(6), 20))
+    assert read("coco_instances", tmp_path).fingerprint() != before
+
+
+def write_labelme(root, shapes):
+    save(root / "train/a.png", np.zeros((*SIZE, 3)))
+    rows = [{"label": label, "points": points, "group_id": group} for label, points, group in shapes]
+    content = {"shapes": rows, "imagePath": "a.png", "imageHeight": SIZE[0], "imageWidth": SIZE[1]}
+    (root / "train/a.json").write_text(json.dumps(content))
+
+
+def test_groups_of_labelme_join_shapes_of_one_class(tmp_path):
+    def square(left):
+        return [[left, 5], [left + 4, 5], [left + 4, 9], [left, 9]]
+
+    shapes = [("leaf", 0, 1), ("leaf", 6, 1), ("stem", 12, 1), ("leaf", 18, None), ("leaf", 24, None), ("leaf", 30, 2)]
+    write_labelme(tmp_path, [(label, square(left), group) for label, left, group in shapes])
+    words = ("data.classes=[background,leaf,stem]", "data.background=background")
+    data = read("labelme_instances", tmp_path, *words, background=0)
+    (objects,) = data[0]["maps"][OBJECTS].numpy()
+    at = [objects[7, left + 2] for _, left, _ in shapes]
+    assert at[0] == at[1] and len({*at}) == 5 and objects[7, 5] == 0
+    assert [int(object_classes(value)) for value in at] == [1, 1, 2, 1, 1, 1]
+    assert data.pairs[0].objects.count == 5
+    ((objects, _),) = [(each["maps"][OBJECTS], 0) for each in read("labelme_instances", tmp_path, *words[:1])]
+    assert (objects > 0).sum() == sum(25 for _ in shapes)
+
+
+def write_panoptic(root, ids, segments, **more):
+    """Write one image whose segments are (id, category) or dicts."""
+    save(root / "train/a.png", np.zeros((*SIZE, 3)))
+    colours = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], axis=2)
+    save(root / "annotations/panoptic_train/a.png", colours)
+    rows = [{"id": each[0], "category_id": each[1]} if isinstance(each, tuple) else each for each in segments]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1]}],
+        "categories": [{"id": 10 * n, "name": name, "isthing": int(n > 1)} for n, name in enumerate(NAMES, 1)],
+        "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": rows}],
+    }
+    (root / "annotations/panoptic_train.json").write_text(json.dumps(content | more))
+
+
+def panoptic_ids():
+    ids = np.zeros(SIZE, np.int64)
+    ids[:10], ids[12:20, :9], ids[12:20, 20:30], ids[25:30] = 70001, 300, 5, 256**2 * 40 + 1
+    return ids
+
+
+SEGMENTS = [(70001, 10), (300, 20), (5, 20), {"id": 256**2 * 40 + 1, "category_id": 30, "iscrowd": 1}]
+
+
+def test_panoptic_segments_are_objects_and_the_mask(tmp_path):
+    ids = panoptic_ids()
+    write_panoptic(tmp_path, ids, SEGMENTS)
+    data = read("coco_panoptic", tmp_path)
+    assert list(data.classes) == NAMES and data.maps[OBJECTS].things == (1, 2)
+    sample, mask = data[0], np.full(SIZE, 255)
+    for number, class_id in ((70001, 0), (300, 1), (5, 1), (256**2 * 40 + 1, 2)):
+        mask[ids == number] = class_id
+    np.testing.assert_array_equal(sample["mask"].numpy(), mask)
+    objects = sample["maps"][OBJECTS].numpy()
+    expected = [(class_id, crowd, (ids == n).tobytes()) for n, class_id, crowd in ((300, 1, 0), (5, 1, 0))]
+    crowd = (2, 1, (ids == 256**2 * 40 + 1).tobytes())
+    assert masks_of(objects) == sorted([*expected, crowd]) and objects.shape == (1, *SIZE)
+    assert read("coco_panoptic", tmp_path, "data.things=[sky]").maps[OBJECTS].things == (0,)
+    check_dataset(read("coco_panoptic", tmp_path))
+
+
+def test_changed_panoptic_files_change_the_fingerprint(tmp_path):
+    write_panoptic(tmp_path, panoptic_ids(), SEGMENTS)
+    before = read("coco_panoptic", tmp_path).fingerprint()
+    assert before == read("coco_panoptic", tmp_path).fingerprint()
+    colours = np.zeros((*SIZE, 3))
+    colours[..., 0] = 5
+    save(tmp_path / "annotations/panoptic_train/a.png", colours)
+    assert before != read("coco_panoptic", tmp_path).fingerprint()
+
+
+def test_panoptic_files_that_disagree_are_refused(tmp_path):
+    def refuse(ids, segments, *words):
+        write_panoptic(tmp_path, ids, segments)
+        assert_refused(lambda: read("coco_panoptic", tmp_path)[0], "a.png", *words)
+
+    ids = panoptic_ids()
+    refuse(ids, SEGMENTS[1:], "70001", "without a segment")
+    refuse(ids, [*SEGMENTS, (99, 10)], "99", "without pixels")
+    refuse(ids[:30], SEGMENTS, "56 x 30", "56 x 40")
+    for wrong, word in (((5, 30), "segment of this image has the same id"), ((6, 11), "category_id is 11")):
+        write_panoptic(tmp_path, ids, [*SEGMENTS, wrong])
+        assert_refused(lambda: read("coco_panoptic", tmp_path), f"annotation {wrong[0]} of a.png", word)
+    path = write_coco(tmp_path, [])
+    path.with_name("panoptic_train.json").write_text(json.dumps(json.loads(path.read_text()) | {"annotations": [{}]}))
+    assert_refused(lambda: read("coco_panoptic", tmp_path), "panoptic_train.json", "segments_info")
