@@ -51,6 +51,7 @@ class ModelSource(Builder):
             return trained
         model = self.with_changes(changes).model(untrained=True).eval()
         model.load_state_dict(dequantised_state(trained))
+        model.task = trained.task  # with the thresholds of the checkpoint
         buffers = non_persistent_buffers(model)
         for name, value in non_persistent_buffers(trained).items():
             buffers[name].copy_(value)

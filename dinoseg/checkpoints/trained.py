@@ -1,6 +1,7 @@
 """Trained models ready to predict: from a checkpoint, or with a head that was released trained."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,12 @@ from dinoseg.models.no_init import allocate
 from dinoseg.runs.folder import last_command_line
 from dinoseg.runs.log_file import announce
 from dinoseg.training import checkpoint
+from dinoseg.training.description import THRESHOLDS
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import CONSTANTS
 from dinoseg.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
 C = TypeVar("C")
 
 
@@ -73,6 +76,14 @@ class Trained:
     def batches(self, data: SegmentationData) -> Iterable[Batch] | None:
         """Return this rank's images of a split, see `evaluate`; None: it reads them itself."""
         return None
+
+    def choose_thresholds(
+        self, choose: Callable[..., Any], builder: Builder, data: SegmentationData, split: str
+    ) -> None:
+        """Let a function choose the thresholds on the validation split; `data` is the split that is scored."""
+        val = data if split == "val" else builder.dataset("val")
+        check_classes(val, self.info, "data")
+        self.model.task.use_thresholds(choose(self.model, val, self.engine, self.strategy.base), "val")
 
     def watch(self, collector: C) -> C:
         """Return what receives each batch of an evaluation in place of its collector."""
@@ -170,4 +181,13 @@ def restore(builder: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[
     is_allocated = whole and non_persistent_buffers(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
     model = empty if is_allocated else builder.model(initialised=not whole)
     checkpoint.load_weights(model, saved)
+    chosen = outline.info.get(THRESHOLDS)
+    if chosen is not None and (model.task.is_auto or model.task.thresholds == chosen):
+        model.task.use_thresholds(chosen, "val")
+    elif model.task.is_auto:
+        logger.warning(
+            "%s: no thresholds were chosen for these weights, so 0.5 is used for each class, unless mode=eval chooses "
+            "now. A training chooses at its end, for the checkpoint that it evaluates.",
+            outline.where,
+        )
     return model.eval(), outline.info

@@ -10,6 +10,7 @@ import numpy as np
 
 from dinoseg.utils.errors import UserError
 
+BINS = 1024  # equal bins of a probability; a power of 2, so that their edges are exact in float32
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
 # suffixes of the scores that stand beside a score which may be infinite
 INFINITE_IMAGES, FINITE_MEAN = "_infinite_images", "_finite_mean"
@@ -25,6 +26,8 @@ class PredictedImage(NamedTuple):
         ids: class ids (H, W); of a `LayerMetric`, 0 and 1 for each class (K, H, W).
         logits: class logits (K, h, w) float32 at some pixels; None unless the metric `needs_logits`.
         places: rows and columns of these pixels.
+        bins: `core.task.probability_bins` (K, H, W) int16 of the class probabilities; None unless the metric
+            `needs_bins`.
 
     Examples:
         >>> import numpy as np
@@ -36,6 +39,7 @@ class PredictedImage(NamedTuple):
     ids: np.ndarray
     logits: np.ndarray | None = None
     places: tuple[slice, slice] = (slice(None), slice(None))
+    bins: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Metric(ABC):
         totals: names of the unbounded scores that are numbers of images: masks with layers add them up over the
             classes, and they have no interval.
         needs_logits: whether `count` needs `PredictedImage.logits`.
+        needs_bins: whether `count` needs `PredictedImage.bins`. It then takes masks with layers, too, as a whole.
 
     Examples:
         >>> import numpy as np
@@ -98,6 +103,7 @@ class Metric(ABC):
     unbounded: Collection[str] = ()
     totals: Collection[str] = ()
     needs_logits: bool = False
+    needs_bins: bool = False
 
     @property
     def class_name(self) -> str:

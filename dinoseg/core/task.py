@@ -2,14 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dinoseg.core.class_ids import argmax_ids
+from dinoseg.core.metric import BINS
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, OpenShare, check_annotations
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.ranges import Count, OpenShare, Positive, check_annotations
 
 
 class Task(ABC):
@@ -20,12 +22,20 @@ class Task(ABC):
         reader_options: keyword arguments of the data's reader, in addition to those of its config.
         advice: losses and heads to choose, for messages.
         thresholds: (K,) probabilities from which a class is predicted; None: the most probable class is.
+        is_auto: whether `thresholds` are still to be chosen on data.
+        chosen_on: the split on which `thresholds` were chosen; None: they were set.
+        beta: thresholds are chosen by F-beta.
+        eval_metrics: options of the group `metric` that mode=eval counts without being asked.
     """
 
     has_layers: ClassVar[bool]
     reader_options: ClassVar[Mapping[str, Any]]
     advice: ClassVar[str]
+    eval_metrics: ClassVar[Sequence[str]] = ()
     thresholds: Sequence[float] | None = None
+    is_auto: bool = False
+    beta: float = 1.0
+    chosen_on: str | None = None
 
     @abstractmethod
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -38,6 +48,10 @@ class Task(ABC):
     @abstractmethod
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return the predicted masks, uint8, of probabilities (B, K, H, W)."""
+
+    def use_thresholds(self, thresholds: Sequence[float], chosen_on: str) -> None:
+        """Decide by thresholds that were chosen on a split from here on."""
+        self.thresholds, self.is_auto, self.chosen_on = [*thresholds], False, chosen_on
 
 
 class SemanticTask(Task):
@@ -65,7 +79,9 @@ class MultilabelTask(Task):
 
     Args:
         num_classes: K.
-        threshold: probability from which a class is predicted, one for all classes or one for each.
+        threshold: probability from which a class is predicted, one for all classes or one for each; `auto`: 0.5, until
+            thresholds are chosen.
+        beta: thresholds are chosen by the best F-beta: recall counts `beta` times as much as precision; 1: Dice.
 
     Raises:
         UserError: the number of thresholds is neither 1 nor K.
@@ -74,9 +90,19 @@ class MultilabelTask(Task):
     has_layers = True
     reader_options: ClassVar[Mapping[str, Any]] = {"layers": True}
     advice = "loss=bce or loss=bce_dice"
+    eval_metrics = ("average_precision",)
 
     @check_annotations
-    def __init__(self, num_classes: Count, threshold: OpenShare | Sequence[OpenShare] = 0.5) -> None:
+    def __init__(
+        self,
+        num_classes: Count,
+        threshold: OpenShare | Sequence[OpenShare] | Literal["auto"] = 0.5,
+        *,
+        beta: Positive = 1.0,
+    ) -> None:
+        self.is_auto, self.beta = threshold == "auto", beta
+        if isinstance(threshold, str):
+            threshold = 0.5
         given = [threshold] * num_classes if isinstance(threshold, float) else list(threshold)
         if len(given) != num_classes:
             raise UserError(f"threshold={given}: give one number, or one for each of the {num_classes} classes.")
@@ -92,10 +118,20 @@ class MultilabelTask(Task):
 
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return 1 where a class reaches its threshold, else 0: (B, K, H, W)."""
-        return (probabilities >= probabilities.new_tensor(self.thresholds).view(-1, 1, 1)).to(torch.uint8)
+        # bfloat16 would round the thresholds
+        wide = at_least_float32(probabilities)
+        return (wide >= wide.new_tensor(self.thresholds).view(-1, 1, 1)).to(torch.uint8)
 
 
 SEMANTIC = SemanticTask()
+
+
+def probability_bins(probabilities: Tensor) -> Tensor:
+    """Return the bin of each probability, int16 in 0..1023; the last one includes 1.
+
+    A multi-label task of threshold n / 1024 decides exactly the pixels of bin n and above, in any precision.
+    """
+    return (at_least_float32(probabilities) * BINS).to(torch.int16).clamp(max=BINS - 1)
 
 
 def _clamp(probabilities: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class ImageRecord(EvaluatedImages):
         source: origin of the model.
         counts: (N, 3, K) int64 of `MeanIoU`; of layers, (N, 4, K).
         scores: scores of further metrics by name.
+        chosen_here: whether the thresholds of the classes were chosen on this split.
     """
 
     background: int | None
@@ -41,6 +42,7 @@ class ImageRecord(EvaluatedImages):
     source: str
     counts: np.ndarray
     scores: Mapping[str, FurtherScore] = field(default_factory=dict)
+    chosen_here: bool = False
 
     @property
     def scored_units(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.run_facts import about_run
 from dinoseg.evaluation.scoring.intervals import has_labels, jackknife, unit_sums
-from dinoseg.evaluation.unit_scores import ClassScores, further_scores, metric_intervals
+from dinoseg.evaluation.unit_scores import ClassScores, FurtherScore, further_scores, metric_intervals
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.metrics.miou import count_decisions
@@ -42,6 +42,7 @@ def report_images(
     split: str,
     background: int | None,
     official: Mapping[str, Any] | None = None,
+    charts: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write report.html, images.csv and the record for comparisons to a folder, and print the paths.
 
@@ -56,6 +57,7 @@ def report_images(
         split: name of the data's split.
         background: ID of the background class; None without one.
         official: result by the protocol of the data set's benchmark, with its unit; None without one.
+        charts: of the classes, for the page.
     """
     parts = engine.gather(collector.parts)
     if not engine.is_main:
@@ -77,11 +79,8 @@ def report_images(
         units=groups,
         source=provenance.model,
         counts=collected.classes,
-        scores={
-            name: score
-            for metric, counts in zip(rows.metrics, rows.counts, strict=True)
-            for name, score in further_scores(metric, counts, groups).items()
-        },
+        scores=_further_scores(rows, groups),
+        chosen_here=scores.get("thresholds", {}).get("chosen_here", False),
     )
     write_record(record, out_dir)
     kind = ClassScores(len(data.classes), background)
@@ -93,7 +92,7 @@ def report_images(
     _write_table(out_dir / TABLE, record, mious)
     page = evaluation_page(
         record,
-        EvaluationScores(scores, intervals, official, rows.metrics),
+        EvaluationScores(scores, intervals, official, rows.metrics, charts),
         ErrorAnalysis(
             mious,
             best=collected.best,
@@ -110,6 +109,13 @@ def report_images(
     )
     write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
+
+
+def _further_scores(rows: MetricRows, groups: Sequence[str]) -> dict[str, FurtherScore]:
+    found: dict[str, FurtherScore] = {}
+    for metric, counts in zip(rows.metrics, rows.counts, strict=True):
+        found |= further_scores(metric, counts, groups)
+    return found
 
 
 def _group_images(pattern: str | None, names: Sequence[str], official: Mapping[str, Any] | None) -> list[str]:

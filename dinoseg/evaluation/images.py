@@ -29,6 +29,7 @@ def evaluate_images(
     out_dir: Path,
     *,
     metrics_only: bool,
+    split: str,
     strategy: InferenceStrategy | None = None,
     background: int | None = None,
     write_prediction: Callable[[np.ndarray, str], None] | None = None,
@@ -36,7 +37,7 @@ def evaluate_images(
     rows: MetricRows | None = None,
     batches: Iterable[Batch] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.
+    """Evaluate on a split, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.
 
     Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
     ids at full size), or <class>/<name>_pred.png of a mask with layers. `write_prediction`
@@ -58,6 +59,10 @@ def evaluate_images(
     scores = evaluate(
         model, data, engine, strategy=strategy, background=background, on_batch=on_batch, rows=rows, batches=batches
     )
+    task = model.task
+    if task.has_layers:
+        chosen_here = task.chosen_on == split
+        scores["thresholds"] = {"values": task.thresholds, "chosen_on": task.chosen_on, "chosen_here": chosen_here}
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_scores_csv(out_dir / "scores.csv", scores, data.classes)

@@ -9,6 +9,7 @@ import numpy as np
 from dinoseg.core.metric import Counts, Metric, plain_score
 from dinoseg.evaluation.scoring.intervals import (
     Estimate,
+    add_units,
     combine_errors,
     has_labels,
     jackknife,
@@ -94,7 +95,7 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
     """Return the scores of a metric by name, without `unbounded` ones, from its counts and the unit of each image."""
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
     function = FlatMetric.of(metric, counts[0])
-    whole, left_out = function.scores(sums.sum(axis=0)), leave_one_out(function, sums)
+    whole, left_out = function.scores(add_units(sums)), leave_one_out(function, sums)
     scored = has_labels(sums).tolist()
     return {
         name: FurtherScore(

@@ -140,6 +140,8 @@ class Builder(ModelBuilder):
         check_value("seed", self.seed, Natural)
         self.loop_settings(samples=1)
         self._check_head_file()
+        if self.task.is_auto and self.value("mode.choose_thresholds") is None:
+            raise UserError("task.threshold=auto is not part of this installation. Set numbers.")
         with torch.device("meta"):
             for key in _BUILT_LATE:
                 self.part(key)
@@ -284,7 +286,7 @@ class Builder(ModelBuilder):
     def metrics(self) -> list[Metric]:
         """The metrics of the config group `metric`, in addition to those that every validation counts.
 
-        Metrics of a task of layers count each layer by itself.
+        Metrics of a task of layers count each layer by itself, except those that `needs_bins`.
 
         Raises:
             UserError: a config node makes no metric, or its options do not fit the classes.
@@ -301,7 +303,7 @@ class Builder(ModelBuilder):
             metric = expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             with name_parameters(argument_keys(node)):
                 metric.check_classes(len(self.class_names), has_layers=has_layers)
-            metrics.append(instantiate(_LAYER_METRIC)(metric) if has_layers else metric)
+            metrics.append(metric if metric.needs_bins or not has_layers else instantiate(_LAYER_METRIC)(metric))
         return metrics
 
     @property

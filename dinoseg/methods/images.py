@@ -177,6 +177,7 @@ class ImageTraining(TrainingMethod):
             background=self.data_module.background,
             collector=collector,
             rows=rows if self._metrics else None,
+            split="val",
         )
         if collector is not None:
             background = self.data_module.background

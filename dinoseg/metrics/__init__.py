@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
+    from dinoseg.metrics.average_precision import AveragePrecision
     from dinoseg.metrics.calibration import CalibrationError
     from dinoseg.metrics.cldice import ClDice
     from dinoseg.metrics.confusion import ConfusionMatrix
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dinoseg.metrics.outlines import BoundaryIoU, SurfaceDice
 
 _HOMES = {  # modules of the classes; the functions are in `functional`
+    "AveragePrecision": "dinoseg.metrics.average_precision",
     "BoundaryIoU": "dinoseg.metrics.outlines",
     "CalibrationError": "dinoseg.metrics.calibration",
     "ClDice": "dinoseg.metrics.cldice",
@@ -38,6 +40,7 @@ _HOMES = {  # modules of the classes; the functions are in `functional`
     "SurfaceDice": "dinoseg.metrics.outlines",
 }
 __all__ = [
+    "AveragePrecision",
     "BoundaryIoU",
     "CalibrationError",
     "ClDice",

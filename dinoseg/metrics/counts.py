@@ -74,8 +74,8 @@ def mean_defined(values: np.ndarray) -> np.ndarray:
 
 
 def flatten_counts(counts: Counts) -> np.ndarray:
-    """Return the counts of an image as one array (d,) float64, which holds integers up to 2**53 exactly."""
-    return np.concatenate([np.ravel(value) for value in counts.values()]).astype(np.float64)
+    """Return the counts of an image as one array (d,) in the type that holds all of them."""
+    return np.concatenate([np.ravel(value) for value in counts.values()])
 
 
 @dataclass(frozen=True)

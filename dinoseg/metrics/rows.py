@@ -56,16 +56,22 @@ class MetricRows:
         self._data, self._next, self._world = data, rank, world_size
         self._rows: list[Row] = []
 
-    def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
-        """Count a batch, in the form that `evaluate` passes to `on_batch`."""
+    def add(self, batch: Batch, ids: Tensor, logits: Tensor, bins: Tensor | None = None) -> None:
+        """Count a batch, in the form that `evaluate` passes to `on_batch`; bins (B, K, H, W) if a metric needs them."""
         masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
         places = lattice((masks.shape[-2], masks.shape[-1]))
         needs_logits = any(metric.needs_logits for metric in self.metrics)
         sampled = logits.cpu().numpy() if needs_logits else None
+        binned = None if bins is None else bins.cpu().numpy()
         for image, name in enumerate(batch.names):
-            prediction = PredictedImage(predictions[image], None if sampled is None else sampled[image], places)
+            prediction = PredictedImage(
+                predictions[image],
+                None if sampled is None else sampled[image],
+                places,
+                None if binned is None else binned[image],
+            )
             sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name)
-            counts = [count_image(metric, prediction, sample) for metric in self.metrics]
+            counts = [_narrow(count_image(metric, prediction, sample)) for metric in self.metrics]
             self._rows.append((self._next, counts))
             self._next += self._world
 
@@ -93,6 +99,16 @@ class MetricRows:
             for name, values in metric.per_class(sums).items():
                 for row, value in zip(result["classes"], values, strict=True):
                     row[name] = plain_score(value)
+
+
+def _narrow(counts: Counts) -> Counts:
+    """Return counts with whole numbers in their shortest type: in int64, those in bins would take gigabytes."""
+    return {
+        name: value.astype(np.min_scalar_type(value.max(initial=0)))
+        if value.dtype.kind == "i" and value.min(initial=0) == 0
+        else value
+        for name, value in counts.items()
+    }
 
 
 def check_score_names(metrics: Iterable[Metric]) -> None:

@@ -8,12 +8,15 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from dinoseg.checkpoints.trained import check_classes, is_trained, load_trained
+from dinoseg.config.composition import compose_options
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
+from dinoseg.experiment.recipe import METRIC
 from dinoseg.metrics.rows import MetricRows, check_score_names
+from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ def run(
     report: bool = True,
     scorer: Callable[..., Any] | None = None,
     regions: Callable[..., Any] | None = None,
+    choose_thresholds: Callable[..., list[float]] | None = None,
+    draw_curves: Callable[..., list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Score the checkpoint of `resume` on a split.
 
@@ -47,6 +52,8 @@ def run(
         report: write report.html, and the files that mode=compare reads.
         scorer: makes the scorer of a benchmark's protocol; None: no official scores.
         regions: makes the comparison with predictions whose small regions stay; None: no comparison.
+        choose_thresholds: chooses thresholds on the validation split for `task.threshold=auto`; None: 0.5.
+        draw_curves: writes and draws the curves of metrics; None: no curves.
     """
     builder = Builder(cfg)
     options = {"metrics_only": metrics_only, "official": official, "report": report}
@@ -59,7 +66,16 @@ def run(
                 f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
                 "predicts classes of single images: leave it out."
             )
-    return evaluate_split(builder, out_dir, split, scorer=scorer, regions=regions, **options)
+    return evaluate_split(
+        builder,
+        out_dir,
+        split,
+        scorer=scorer,
+        regions=regions,
+        choose_thresholds=choose_thresholds,
+        draw_curves=draw_curves,
+        **options,
+    )
 
 
 def find_scoring(builder: Builder) -> Callable[..., dict[str, Any]] | None:
@@ -79,8 +95,11 @@ def evaluate_split(
     report: bool,
     scorer: Callable[..., Any] | None,
     regions: Callable[..., Any] | None,
+    choose_thresholds: Callable[..., list[float]] | None = None,
+    draw_curves: Callable[..., list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Score a trained model on the images of a split; arguments as of `run`."""
+    builder = _add_metrics_of_task(builder)
     cfg = builder.cfg
     trained = load_trained(builder)
     check_score_names(builder.metrics)
@@ -101,6 +120,11 @@ def evaluate_split(
     if effect is not None:
         receiver = effect.watch(receiver)
     rows = MetricRows(builder.metrics, *place)
+    task = trained.model.task
+    # those of the checkpoint are chosen again if the command asks for it
+    is_asked = builder.value("task.threshold") == "auto" and "task.threshold" in find_typed_keys(out_dir)
+    if choose_thresholds is not None and (task.is_auto or is_asked):
+        trained.choose_thresholds(choose_thresholds, builder, data, split)
     provenance = provenance_of(builder, out_dir)
     scores = evaluate_images(
         trained.model,
@@ -114,6 +138,7 @@ def evaluate_split(
         collector=receiver,
         rows=rows if builder.metrics else None,
         batches=trained.batches(data),
+        split=split,
     )
     by_protocol = None
     if benchmark is not None and engine.is_main:
@@ -131,6 +156,7 @@ def evaluate_split(
             split=split,
             background=background,
             official=by_protocol,
+            charts=draw_curves(rows, data.classes, out_dir) if draw_curves is not None and engine.is_main else (),
         )
         scores = {**scores, **trained.report(out_dir)}
     if effect is not None:
@@ -140,3 +166,11 @@ def evaluate_split(
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}
+
+
+def _add_metrics_of_task(builder: Builder) -> Builder:
+    """Return a builder whose metrics include those that its task adds to each evaluation."""
+    if not builder.task.eval_metrics:
+        return builder
+    added = compose_options({METRIC: [*builder.task.eval_metrics]})[METRIC]
+    return builder.with_changes({METRIC: {**added, **(builder.config.get(METRIC) or {})}})

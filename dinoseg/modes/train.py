@@ -27,6 +27,7 @@ def train(
     pictures: Natural = 4,
     report: bool = True,
     init_head: Callable[..., None] | None = None,
+    choose_thresholds: Callable[..., list[float]] | None = None,
 ) -> dict[str, Any]:
     """Train, then evaluate the best or last weights on the validation split; return the scores.
 
@@ -38,6 +39,7 @@ def train(
         report: write report.html of the final evaluation, and the files that mode=compare reads.
         init_head: initialises the head of a model as `head.init` says, such as `init_head` of `cfg/head/_probe.yaml`;
             None: that is refused.
+        choose_thresholds: chooses thresholds for `task.threshold=auto`; None: that is refused.
     """
     builder = Builder(cfg)
     builder.check_values()
@@ -80,6 +82,8 @@ def train(
             )
         if engine.is_main:
             write_end(out_dir, progress.step)
+        if builder.task.is_auto and choose_thresholds is not None:
+            run.choose_thresholds(model, checkpoints, choose_thresholds)
         scores = run.finish(model, checkpoints, log, metrics_only=metrics_only, report=report)
     if engine.is_main:
         write_end(out_dir, progress.step, scores)

@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -231,6 +231,14 @@ class TrainingRun:
         )
         log.config(settings_of(self.builder))
         return log
+
+    def choose_thresholds(self, model: SegmentationModel, checkpoints: Checkpointer, choose: Callable) -> None:
+        """Choose the thresholds of the best checkpoint on the validation split by `choose`, and store them in it."""
+        checkpoints.load_best(model)
+        chosen = choose(model, self.method.data_module.val, self.engine, self.builder.part("inference"))
+        model.task.use_thresholds(chosen, "val")
+        if checkpoints.writes:
+            checkpoints.store_thresholds(chosen)
 
     def finish(
         self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, *, metrics_only: bool, report: bool

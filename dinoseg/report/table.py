@@ -19,6 +19,10 @@ MEANS = {  # labels of scores that are one number over all classes
     "accuracy": "pixel accuracy",
 }
 _MAX_CLASSES = 40  # longer tables are in the file only
+CHOSEN_HERE = (
+    "The thresholds were chosen on this split, so these scores are too high: they are no evidence of a better model. "
+    "Score another split, such as mode.split=test."
+)
 FEW = 10  # units: with fewer, intervals cover less than 95 % (benchmarks/interval_coverage.py)
 
 
@@ -55,7 +59,14 @@ def class_table(
         disable_numparse=True,
         colalign=("left", "right", "left"),
     )
-    return f"{table}\n\n{text}"
+    notes = _describe_thresholds(scores["thresholds"], classes) if "thresholds" in scores else ""
+    return f"{table}\n\n{text}{notes}"
+
+
+def _describe_thresholds(thresholds: Mapping[str, Any], classes: Sequence[str]) -> str:
+    named = ", ".join(f"{name} {value:.4g}" for name, value in zip(classes, thresholds["values"], strict=True))
+    place = "" if thresholds["chosen_on"] is None else f" (chosen on {thresholds['chosen_on']})"
+    return f"\n\nthresholds:   {named}{place}" + (f"\nnote:         {CHOSEN_HERE}" if thresholds["chosen_here"] else "")
 
 
 def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:

@@ -132,6 +132,8 @@ def write_model(
     """
     check_active(model)
     stored = _stored_config(source.config, facts, path.parent)
+    if model.task.thresholds is not None:  # numbers instead of `auto`
+        stored["task"] = {**stored["task"], "threshold": model.task.thresholds}
     bits = None if delta else source.settings("adapter").get("bits")
     if bits is not None:
         # 4-bit layers multiply in bfloat16, 8-bit ones round their inputs to int8

@@ -8,6 +8,7 @@ import numpy as np
 
 from dinoseg.core.metric import (
     BETTER,
+    BINS,
     INFINITE_IMAGES,
     Counts,
     LabelledImage,
@@ -50,7 +51,7 @@ def check_metric(metric: Metric, num_classes: int = 5, seed: int = 0) -> None:
     assert isinstance(metric, Metric), f"{type(metric).__name__} must inherit dinoseg.core.metric.Metric"
     _check_names(metric)
     for classes in (num_classes, 1):
-        images = list(_images(classes, metric.needs_logits, np.random.default_rng(seed)))
+        images = list(_images(classes, metric, np.random.default_rng(seed)))
         try:
             rows = [count_image(metric, *image) for image in images]
             check_forms(metric, rows, [f"{labels.mask.shape}" for _, labels in images])
@@ -94,9 +95,10 @@ def _check_ignored(metric: Metric, num_classes: int, rng: np.random.Generator) -
     half = width // 2
     for label, predicted in product({0, num_classes - 1}, repeat=2):
         whole = np.full((height, width), label), np.full((height, width), predicted)
-        prediction, sample = _pair(*whole, num_classes, metric.needs_logits, rng)
+        prediction, sample = _pair(*whole, num_classes, metric, rng)
         logits = None if prediction.logits is None else prediction.logits[..., : len(range(half)[prediction.places[1]])]
-        cut = prediction._replace(ids=prediction.ids[:, :half], logits=logits)
+        bins = None if prediction.bins is None else prediction.bins[..., :half]
+        cut = prediction._replace(ids=prediction.ids[:, :half], logits=logits, bins=bins)
         expected = metric.score([metric.count(cut, replace(sample, mask=sample.mask[:, :half]))])
         hidden = np.where(np.arange(width) < half, sample.mask, _IGNORED).astype(sample.mask.dtype)
         found = metric.score([metric.count(prediction, replace(sample, mask=hidden))])
@@ -141,7 +143,7 @@ def _check_scores(metric: Metric, rows: list[Counts], num_classes: int) -> None:
 
 
 def _images(
-    num_classes: int, with_logits: bool, rng: np.random.Generator
+    num_classes: int, metric: Metric, rng: np.random.Generator
 ) -> Iterator[tuple[PredictedImage, LabelledImage]]:
     """Yield predictions and labels: random ones of odd sizes, all ignored, all wrong, all correct, a single pixel."""
     first, last = 0, num_classes - 1
@@ -154,21 +156,25 @@ def _images(
         masks = (holes, np.full(shape, _IGNORED), np.full(shape, first), mask, single)
         predictions = (ids, ids, np.full(shape, last), mask, np.full(shape, last))
         for labels, predicted in zip(masks, predictions, strict=True):
-            yield _pair(labels, predicted, num_classes, with_logits, rng)
+            yield _pair(labels, predicted, num_classes, metric, rng)
 
 
 def _pair(
-    mask: np.ndarray, ids: np.ndarray, num_classes: int, with_logits: bool, rng: np.random.Generator
+    mask: np.ndarray, ids: np.ndarray, num_classes: int, metric: Metric, rng: np.random.Generator
 ) -> tuple[PredictedImage, LabelledImage]:
     arrays: list[np.ndarray] = [mask.astype(np.uint8), ids.astype(np.uint8)]
     places = (slice(0, None, 2), slice(0, None, 3))
     logits = None
-    if with_logits:
+    bins = None
+    if metric.needs_bins:
+        bins = rng.integers(0, BINS, (num_classes, *mask.shape)).astype(np.int16)
+        arrays.append(bins)
+    if metric.needs_logits:
         logits = rng.normal(size=(num_classes, *mask[places].shape)).astype(np.float32)
         arrays.append(logits)
     for array in arrays:
         array.setflags(write=False)  # a metric must not change what others read
-    return PredictedImage(arrays[1], logits, places), LabelledImage(arrays[0], num_classes, _IGNORED, "image")
+    return PredictedImage(arrays[1], logits, places, bins), LabelledImage(arrays[0], num_classes, _IGNORED, "image")
 
 
 def _are_close(first: float | None, second: float | None) -> bool:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.description import (
     FORMAT,
     IDLE,
+    THRESHOLDS,
     changed_prediction,
     locate_weights,
     read_description,
@@ -305,6 +306,11 @@ class Checkpointer:
         saved = Checkpoint(self.best, dict(read_tensor_file(self.best, "resume")), self.info)
         check_fits(model, saved)
         copy_trained(model, saved.part("model"))
+
+    def store_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Add the thresholds that were chosen for the weights in the file of `best` to its description."""
+        file = read(self.best)
+        write(self.best, file.tensors, {**file.info, THRESHOLDS: [*thresholds]})
 
     def commit(self, progress: Progress) -> None:
         """Set the progress that `save_if_best` returned."""

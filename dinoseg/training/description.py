@@ -16,6 +16,7 @@ DESCRIBED_GROUPS = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
 PRECISION = "precision"  # key of an explicit `engine.precision=fp32`, which later runs of the model keep
+THRESHOLDS = "thresholds"  # key of those that a training chose for these weights by task.threshold=auto
 IDLE = "idle"  # key in `last`: number of parameters without optimizer state
 _COUNT = forms.whole()
 _COUNTS = ("step", "best_step", "best_infinite", "stale")  # in the progress
@@ -98,7 +99,7 @@ def _check_description(info: Any) -> None:
         raise forms.SchemaError(
             f"it has format {info['format']}, and this version of dinoseg reads format {FORMAT}: use that of the file"
         )
-    forms.object_with(**_ENTRIES)({IDLE: 0, PRECISION: None, **info}, "it")
+    forms.object_with(**_ENTRIES)({IDLE: 0, PRECISION: None, THRESHOLDS: None, **info}, "it")
     forms.list_of(_COLOUR, len(info["classes"]))(info["palette"], "it.palette")
 
 
@@ -137,6 +138,7 @@ _ENTRIES: Mapping[str, forms.Form] = {
     "palette": forms.list_of(_COLOUR),
     "ignore_index": forms.whole(0, 255),
     PRECISION: _precision,
+    THRESHOLDS: forms.maybe(forms.list_of(forms.number(0, 1))),
     IDLE: _COUNT,
 }
 _OTHER = "Choose another checkpoint."

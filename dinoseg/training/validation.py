@@ -12,6 +12,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import lattice
 from dinoseg.core.sample_maps import MapKind, get_map_kinds, resize_map, resize_nearest
 from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData, tree_map
+from dinoseg.core.task import probability_bins
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy, Place
@@ -72,11 +73,12 @@ def evaluate(
     for drawn in batches:
         batch = drawn.to(engine.device)
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        ids, logits, added = _predict_batch(predictor, batch, loss, maps, size)
+        needs_bins = rows is not None and any(metric.needs_bins for metric in rows.metrics)
+        ids, logits, bins, added = _predict_batch(predictor, batch, loss, maps, size, needs_bins=needs_bins)
         losses += added
         counts.update(ids, batch.mask)
         if rows is not None:
-            rows.add(batch, ids, logits)
+            rows.add(batch, ids, logits, bins)
         if on_batch is not None:
             on_batch(batch, ids, logits)
     model.train(training)
@@ -93,36 +95,47 @@ def evaluate(
 
 
 def _predict_batch(
-    predictor: Predictor, batch: Batch, loss: Loss | None, kinds: Mapping[str, MapKind], size: Size
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return the class IDs and logits of a batch as `_read` does, and its losses."""
+    predictor: Predictor,
+    batch: Batch,
+    loss: Loss | None,
+    kinds: Mapping[str, MapKind],
+    size: Size,
+    *,
+    needs_bins: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """Return the class IDs, logits and bins of a batch as `_read` does, and its losses."""
     losses: list[Tensor] = []
     if isinstance(batch, FeatureBatch):
         with predictor.autocast():
             prediction = predictor.model(batch.image)
         if loss is not None:
             losses += _losses_of_images(loss, prediction, batch)
-        return *_read([prediction], size), losses
+        return *_read([prediction], size, needs_bins=needs_bins), losses
     on_pass = partial(_add_loss, loss, losses, kinds, batch) if loss is not None else None
 
-    def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
+    def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor, Tensor | None]:
         losses.clear()  # of an attempt that ran out of memory
-        return _read(bands, size)
+        return _read(bands, size, needs_bins=needs_bins)
 
     return *predictor.run_bands(batch.image, take, size=size, on_pass=on_pass), losses
 
 
-def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
-    """Return class IDs (B, H, W), or layers (B, K, H, W), and logits (B, K, h, w) float32 at the lattice's pixels."""
-    ids, logits = [], []
+def _read(bands: Iterable[Prediction], size: Size, *, needs_bins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return class IDs (B, H, W), or layers (B, K, H, W), and logits (B, K, h, w) float32 at the lattice's pixels.
+
+    The third is the bin of each probability (B, K, H, W), or None unless `needs_bins`.
+    """
+    ids, logits, bins = [], [], []
     rows, columns = lattice(size)
     due, top = rows.start, 0  # next row of the lattice; first row of the band
     for band in bands:
         some, chosen = band.class_ids_and_logits((slice(due - top, None, rows.step), columns))
         ids.append(some)
         logits.append(chosen)
+        if needs_bins:
+            bins.append(probability_bins(band.probabilities()))
         due, top = due + rows.step * chosen.shape[2], top + some.shape[-2]
-    return torch.cat(ids, dim=-2), torch.cat(logits, dim=2)
+    return torch.cat(ids, dim=-2), torch.cat(logits, dim=2), torch.cat(bins, dim=2) if needs_bins else None
 
 
 def _add_loss(

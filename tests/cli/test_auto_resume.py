@@ -31,7 +31,7 @@ LIMIT = "# @package _global_\ntrainer: {max_minutes: 30}\n"
 FOLDER = "# @package _global_\nhydra: {run: {dir: mine}}\n"
 
 
-def train_without_a_model(cfg, *, out_dir, metrics_only, pictures, report, init_head):
+def train_without_a_model(cfg, *, out_dir, metrics_only, pictures, report, init_head, choose_thresholds):
     """Write what a training leaves: the checkpoint of each step, and its end."""
     path, build = out_dir / "checkpoints/last.safetensors", Builder(cfg)
     described = run_description(build, build.labels) | {"frozen": {}}

@@ -131,7 +131,7 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
 
     A score that is undefined without one of the units depends on that unit alone, and has no error.
     """
-    values = {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}
+    values = {key: float(value) for key, value in protocol.scores(add_units(sums)).items()}
     count = len(sums)
     if count < 2:
         return {key: Estimate(values[key]) for key in protocol.keys}
@@ -158,7 +158,7 @@ def jackknife_error(left_out: np.ndarray) -> float:
 
 def leave_one_out(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Return each key's scores (U,) of all units but one, from sums (U, d) of the units."""
-    whole, at_once = sums.sum(axis=0), max(1, _AT_ONCE // sums.shape[1])
+    whole, at_once = add_units(sums), max(1, _AT_ONCE // sums.shape[1])
     parts = [protocol.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]
     return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
 
@@ -196,9 +196,17 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
     """Return the sums (U, d) of counts (N, ...) by unit, in the order in which the units first occur."""
     places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
-    sums = np.zeros((len(places), *counts.shape[1:]), counts.dtype)
-    np.add.at(sums, [places[unit] for unit in units], counts)
+    if len(places) == len(units):  # no copy: the counts of thousands of images may take gigabytes
+        return counts.reshape(len(units), -1)
+    sums = np.zeros((len(places), *counts.shape[1:]), np.result_type(counts, np.int64))
+    for unit, row in zip(units, counts, strict=True):  # np.add.at takes ten times as long for large rows
+        sums[places[unit]] += row
     return sums.reshape(len(places), -1)
+
+
+def add_units(sums: np.ndarray) -> np.ndarray:
+    """Return the sum (d,) of the sums (U, d) of all units, int64 or float64: narrow types would overflow."""
+    return sums.sum(axis=0, dtype=np.result_type(sums, np.int64))
 
 
 def scored_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:

@@ -30,12 +30,12 @@ from dinoseg.extensions.compare.effects import effects_table, estimate_effects
 from dinoseg.extensions.compare.page import ComparedRun, comparison_page
 from dinoseg.extensions.compare.paper_table import LATEX, MARKDOWN, PaperTable, format_score, write_paper_tables
 from dinoseg.extensions.compare.sides import Side, describe_folds, describe_seeds, describe_units, sides_of, swept_words
-from dinoseg.report.table import few_units, percent
+from dinoseg.report.table import CHOSEN_HERE, few_units, percent
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.csv_text import write_csv_table
-from dinoseg.utils.wording import count_of
+from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 COLUMNS = {  # key of a row: heading and format
@@ -112,6 +112,10 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         print(f"folds:        {folds}")
     if few := few_units(units, record.unit):
         logger.warning("%s", few)
+    chosen = [side.name for side in sides if any(record.chosen_here for record in side.records)]
+    if chosen:
+        seeds += f". {join_names(chosen)}: {CHOSEN_HERE}"
+        logger.warning("%s: %s", join_names(chosen), CHOSEN_HERE)
     write_tables(out_dir, first, others)
     write_paper_tables(out_dir, result_tables(sides))
     write_csv_table(out_dir / "runs.csv", ["run", *COLUMNS], rows)  # scores in 0..1; unknown values are empty cells
@@ -124,6 +128,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         "others": {other.name: {"scores": other.scores, "differences": other.differences} for other in others},
         "units": units,
         "unit": record.unit,
+        "chosen_here": chosen,
     }
     write_json(out_dir / "compare.json", result)
     facts = {

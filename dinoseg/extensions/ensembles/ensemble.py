@@ -1,8 +1,9 @@
 """`resume=[RUN,RUN,...]` and `dinoseg.load([...])`: several trained models as one."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.extensions.ensembles import scoring
 from dinoseg.extensions.ensembles.strategy import AveragedModel, AveragedStrategy
+from dinoseg.extensions.thresholds.choice import choose_by_fold, count_images
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.models.model import SegmentationModel
@@ -34,6 +36,7 @@ from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
 logger = logging.getLogger(__name__)
+OTHER_FOLDS = "other folds"  # on which the thresholds of a fold were chosen
 
 
 @dataclass
@@ -149,7 +152,7 @@ class TrainedEnsemble(Trained):
     out_of_fold: bool
     counts: scoring.MemberCounts | None = None  # of the members, in an evaluation
     data: SegmentationData | None = None  # the split that is evaluated
-    has_record: bool = False  # whether the evaluation stores the counts of its images
+    thresholds: dict[int, list[float]] = field(default_factory=dict)  # by fold, chosen on the others
 
     @property
     def single_pass_model(self) -> SegmentationModel:
@@ -191,9 +194,24 @@ class TrainedEnsemble(Trained):
         """Return the images of all folds, each of which is predicted by its own members; None: the split's own."""
         return self._read_folds(data) if isinstance(data, scoring.FoldedData) else None
 
+    def choose_thresholds(
+        self, choose: Callable[..., Any], builder: Builder, data: SegmentationData, split: str
+    ) -> None:
+        """Choose the thresholds of each fold on the other folds.
+
+        Raises:
+            UserError: the ensemble is not scored out of fold: no member may choose on what another has seen.
+        """
+        if not isinstance(data, scoring.FoldedData):
+            raise UserError(
+                "task.threshold=auto chooses thresholds on validation images, which members of this ensemble were "
+                "trained or selected on. Set task.threshold=[...], or score runs of all folds out of fold."
+            )
+        counts = count_images(self.model, data, self.engine, self.averaged, self._read_folds(data))
+        self.thresholds = choose_by_fold(counts, [data.fold_of[name] for name in data.names], self.model.task.beta)
+
     def watch(self, collector: C) -> C:
         """Return a collector that also counts the predictions of each member."""
-        self.has_record = collector is not None
         if collector is None or self.out_of_fold or self.data is None:
             return collector
         if self.strategy is not self.averaged:
@@ -205,7 +223,7 @@ class TrainedEnsemble(Trained):
     def report(self, out_dir: Path) -> dict[str, Any]:
         """Log the gain over the members, or out of fold the score over all images, with intervals."""
         counts = None if self.counts is None else self.counts.gather()
-        if not self.engine.is_main or not self.has_record or (counts is None and not self.out_of_fold):
+        if not self.engine.is_main or (counts is None and not self.out_of_fold):
             return {}
         record = read_record(out_dir)
         if counts is not None:
@@ -220,7 +238,13 @@ class TrainedEnsemble(Trained):
             format_interval(found.ci95, 2),
             count_of(record.images, "image"),
         )
-        return {}
+        if not self.thresholds:
+            return {}
+        values = [self.thresholds[fold] for fold in sorted(self.thresholds)]
+        by_fold = {"thresholds": {"values": values, "chosen_on": OTHER_FOLDS, "chosen_here": False}}
+        file = out_dir / "scores.json"
+        write_json(file, {**json.loads(file.read_text()), **by_fold})
+        return by_fold
 
     def _fold_of(self, member: int) -> dict[str, Any]:
         """Return the fold of a member, as its training had it."""
@@ -240,6 +264,8 @@ class TrainedEnsemble(Trained):
         samples = eval_samples(data, workers=engine.workers, rank=engine.rank, world_size=engine.world_size)
         for fold, same in groupby(samples, key=lambda sample: data.fold_of[sample["name"]]):
             self.averaged.active = self._folds[fold]
+            if self.thresholds:
+                self.model.task.use_thresholds(self.thresholds[fold], f"{OTHER_FOLDS}; these are the last fold's")
             yield from stack_equal(same, engine.images_at_once)
 
 

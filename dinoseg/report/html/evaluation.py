@@ -11,7 +11,7 @@ from dinoseg.core.metric import Metric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
 from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
-from dinoseg.report.table import MEANS, few_units, metric_text
+from dinoseg.report.table import CHOSEN_HERE, MEANS, few_units, metric_text
 from dinoseg.utils.wording import count_of
 
 _HISTOGRAM_BARS = 20
@@ -47,12 +47,14 @@ class EvaluationScores:
         intervals: 95 % interval by score name, and `iou/ID` of each class; None without an interval.
         official: result of `scoring.summary`; None without a protocol.
         metrics: further metrics, whose scores are among the values.
+        charts: of the classes.
     """
 
     values: Mapping[str, Any]
     intervals: Mapping[str, list[float] | None]
     official: Mapping[str, Any] | None = None
     metrics: Sequence[Metric] = ()
+    charts: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,13 @@ def evaluation_page(
     units = evaluated.count_units()
     found = scores.values
     calibration = errors.calibration
+    chosen_here = found.get("thresholds", {}).get("chosen_here", False)
     unscored = "" if found["pixels"] else "No pixel of the reference is labelled, so nothing is scored."
     return render(
         "evaluation.html.jinja",
         title=title,
         subtitle=subtitle,
-        warnings=[few_units(units, evaluated.unit), unscored],
+        warnings=[few_units(units, evaluated.unit), unscored, CHOSEN_HERE if chosen_here else ""],
         scores=found,
         means={key: (name, _NOTES[key]) for key, name in MEANS.items() if key in found},
         metrics=[
@@ -117,6 +120,7 @@ def evaluation_page(
             for metric in scores.metrics
             for name in metric.scores
         ],
+        class_charts=scores.charts,
         intervals=scores.intervals,
         unit=evaluated.unit,
         units=units,

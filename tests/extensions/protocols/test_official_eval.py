@@ -184,7 +184,14 @@ def test_resizing_benchmark_accepts_any_size(tmp_path, caplog):
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_the_first_rank_alone_scores_and_warns(tmp_path, monkeypatch, is_main):
-    for name in ("check_score_names", "check_classes", "limit_to_trained_size", "TrainedSizes", "MetricRows"):
+    for name in (
+        "check_score_names",
+        "check_classes",
+        "limit_to_trained_size",
+        "TrainedSizes",
+        "MetricRows",
+        "_add_metrics_of_task",
+    ):
         monkeypatch.setattr(evaluate_mode, name, Mock())
     for name in ("load_trained", "provenance_of", "list_skipped"):
         monkeypatch.setattr(evaluate_mode, name, Mock())

@@ -240,7 +240,7 @@ class Scene:
         rgb, mask = canvas.rgb, canvas.mask
         ids = np.where(mask > 0, 1000 * mask.astype(np.uint16) + canvas.numbers, 0).astype(np.uint16)
         if self._mirror:
-            rgb, mask, ids = (np.asarray(cv2.flip(each, 1)) for each in (rgb, mask, ids))
+            rgb, mask, ids = (each[:, ::-1].copy() for each in (rgb, mask, ids))
         return self._lens.expose(rgb, seconds), mask, ids
 
     def _robot(
