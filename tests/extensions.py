@@ -49,7 +49,7 @@ EXTENSIONS = {
     "feature_cache": Extension(),
     "idd": Extension(),
     "loggers": Extension(),
-    "objects": Extension(("annotations",)),
+    "objects": Extension(("annotations", "protocols")),
     "packed": Extension(),
     "prepare": Extension(("idd", "video")),
     "probe": Extension(),

@@ -151,6 +151,54 @@ class Metric(ABC):
         return {name: plain_score(value) for name, value in found.items()}
 
 
+class RowMetric(ABC):
+    """Base class of scores that no sum over images determines, such as the average precision.
+
+    Images have rows of any length, in arrays by name, whose first axis is that of the rows. A score is computed from
+    the rows of all images, and from those of all but one for its confidence interval.
+
+    Attributes:
+        scores: names of the scores, the main one first, with "max" or "min": which value is the best.
+        unbounded: names of the scores that may lie outside 0..1.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.core.metric import RowMetric
+        >>> class Median(RowMetric):
+        ...     scores = {"median": "max"}
+        ...
+        ...     def compute(self, rows):
+        ...         return {"median": np.median(np.concatenate([row["values"] for row in rows]))}
+        >>> rows = [{"values": np.array([1.0, 2.0])}, {"values": np.array([4.0])}, {"values": np.array([3.0])}]
+        >>> Median().leave_one_out(rows, [0, 1, 1])["median"].tolist()
+        [3.5, 1.5]
+    """
+
+    scores: Mapping[str, str]
+    unbounded: Collection[str] = ()
+
+    @abstractmethod
+    def compute(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return each score over the images of some rows; nan where undefined."""
+
+    def per_class(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return values (K,) of each class by name; by default none."""
+        return {}
+
+    def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return each score (U,) without the images of each unit; by default, each is computed anew.
+
+        Args:
+            rows: of each image.
+            units: 0..U-1 of each image.
+        """
+        left_out = [
+            self.compute([row for row, own in zip(rows, units, strict=True) if own != unit])
+            for unit in range(max(units, default=-1) + 1)
+        ]
+        return {name: np.array([found[name] for found in left_out]) for name in self.scores}
+
+
 def check_image(prediction: PredictedImage, sample: LabelledImage) -> None:
     """Refuse ids that a metric would count wrongly: of another shape or type, or labels that are no class.
 

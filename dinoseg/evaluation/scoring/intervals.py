@@ -13,13 +13,15 @@ from typing import Protocol
 
 import numpy as np
 
+from dinoseg.core.metric import Counts, RowMetric
+
 METHOD = "Student's t, jackknife over units"  # as written to results
 _MAX_LOGITS = 500.0
 _AT_ONCE = 2**22  # values per chunk, 32 MiB
 
 
 class ScoreFunction(Protocol):
-    """Interface of scores from sums over units, implemented by every `ScoreProtocol`."""
+    """Interface of scores from sums over units, implemented by every `SumProtocol`."""
 
     @property
     def keys(self) -> Sequence[str]:
@@ -131,17 +133,46 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
 
     A score that is undefined without one of the units depends on that unit alone, and has no error.
     """
-    values = {key: float(value) for key, value in protocol.scores(add_units(sums)).items()}
-    count = len(sums)
-    if count < 2:
-        return {key: Estimate(values[key]) for key in protocol.keys}
-    left_out = leave_one_out(protocol, sums)
+    whole = protocol.scores(add_units(sums))
+    left_out = leave_one_out(protocol, sums) if len(sums) > 1 else {}
+    return _estimate({key: whole[key] for key in protocol.keys}, left_out, protocol.unbounded, protocol.highest)
+
+
+def jackknife_rows(metric: RowMetric, units: Sequence[str], *sides: Sequence[Counts]) -> dict[str, Estimate]:
+    """Return each score over all images with its error, or the difference of the scores of two sides.
+
+    Args:
+        metric: computes the scores.
+        units: the unit of each image.
+        sides: rows of each image, once, or of a first and a second side.
+    """
+    places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
+    values = [metric.compute(rows) for rows in sides]
+    left_out: list[dict[str, np.ndarray]] = [{} for _ in sides]
+    if len(places) > 1:
+        left_out = [metric.leave_one_out(rows, [places[unit] for unit in units]) for rows in sides]
+    if len(sides) == 1:
+        return _estimate(values[0], left_out[0], metric.unbounded, {})
+    gaps = [{key: each[key] - first[key] for key in each} for first, each in (values, left_out)]
+    return _estimate(gaps[0], gaps[1], [*metric.scores], {})
+
+
+def _estimate(
+    values: Mapping[str, np.ndarray | float],
+    left_out: Mapping[str, np.ndarray],
+    unbounded: Collection[str],
+    highest: Mapping[str, float],
+) -> dict[str, Estimate]:
+    """Return scores with their errors, from their values (U,) without each unit; without errors if there are none."""
+    if not left_out:
+        return {key: Estimate(float(value)) for key, value in values.items()}
     found = {}
-    for key in protocol.keys:
+    for key, value in values.items():
         error = jackknife_error(left_out[key])
-        share = key not in protocol.unbounded
-        lowest, highest = (0.0, 1.0) if share else (-inf, protocol.highest.get(key, inf))
-        found[key] = Estimate(values[key], error, count - 1, share=share, lowest=lowest, highest=highest)
+        share = key not in unbounded
+        bounds = (0.0, 1.0) if share else (-inf, highest.get(key, inf))
+        freedom = len(left_out[key]) - 1
+        found[key] = Estimate(float(value), error, freedom, share=share, lowest=bounds[0], highest=bounds[1])
     return found
 
 

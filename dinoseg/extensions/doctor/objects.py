@@ -93,7 +93,7 @@ def check_objects(split: str, counts: ObjectCounts, queries: int | None) -> Iter
         yield Finding(
             "warning",
             "empty_objects",
-            f"{split}: {sum(counts.empty.values())} objects have no pixels; they are left out.",
+            f"{split}: {count_of(sum(counts.empty.values()), 'object')} without pixels, left out.",
             tuple(empty),
             "Correct or delete them in the annotation tool.",
         )

@@ -1,4 +1,4 @@
-"""Building blocks of official scores: cases to measure, sums over units and scores from sums; no torch."""
+"""Building blocks of official scores: cases to measure, and scores from sums over units or from rows; no torch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.metric import Counts, RowMetric
 from dinoseg.utils.errors import UserError
 
 
@@ -61,16 +62,18 @@ class Measured:
     Args:
         sums: (d,) int64 or float64, in the protocol's own layout.
         details: plain numbers for the case's row of `per_image` or `per_video`; may be empty.
+        rows: of a `RowProtocol`.
     """
 
     sums: np.ndarray
     details: dict[str, Any] = field(default_factory=dict)
+    rows: Counts = field(default_factory=dict)
 
 
 class ScoreProtocol(ABC):
     """Base class of official scoring protocols: picklable objects whose constructors take the options.
 
-    Every score must be a function of sums over units, so that resampling units gives intervals.
+    Inherit `SumProtocol` or `RowProtocol`, which say what the scores are computed from.
     """
 
     name: str
@@ -105,6 +108,10 @@ class ScoreProtocol(ABC):
         """Return a unit's sums (d,) from those of its cases in order; by default their sum, for pooled counts."""
         return np.sum([one.sums for one in measured], axis=0)
 
+
+class SumProtocol(ScoreProtocol):
+    """Base class of protocols whose scores are functions of sums over units: leaving out units gives intervals."""
+
     @abstractmethod
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each key's score (...) from sums (..., d) over units; nan where undefined."""
@@ -114,7 +121,23 @@ class ScoreProtocol(ABC):
         return []
 
 
-class DatasetProtocol(ScoreProtocol):
+class RowProtocol(ScoreProtocol):
+    """Base class of protocols whose scores no sums determine, such as AP. Each case is a unit, and returns `rows`.
+
+    The sums of a unit only state whether it counts: units whose sums are 0 say nothing about a score.
+
+    Attributes:
+        metric: computes the scores from the rows of all units.
+    """
+
+    metric: RowMetric
+
+    @abstractmethod
+    def per_class(self, rows: Sequence[Counts]) -> list[dict[str, Any]]:
+        """Return a row per class, with `id` and `name`, from the rows of all units; empty without classes."""
+
+
+class DatasetProtocol(SumProtocol):
     """Base class of protocols that mode=eval supports: they map image names and class ids to the benchmark's files."""
 
     any_size: bool = False  # whether a prediction may differ in size from its reference

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
+from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoringCase, SumProtocol
 from dinoseg.extensions.protocols.davis_layout import DavisLayout
 from dinoseg.extensions.protocols.trees import read_labels, read_pair, refuse_ids
 from dinoseg.metrics.region_boundary import match_proposals, object_scores, pair_scores, statistics
@@ -30,7 +30,7 @@ _UNROUNDED = "nothing is rounded or read from tables of an earlier run; the offi
 _SHORT = "a sequence of one or two frames has none to score and adds no object; the official script crashes"
 
 
-class Sequences(ScoreProtocol):
+class Sequences(SumProtocol):
     """Base class of DAVIS scores: each statistic summed over the objects of a sequence, and the number of objects.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.extensions.protocols.binary_masks import are_binary, from_binary
-from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
+from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoringCase, SumProtocol
 from dinoseg.extensions.protocols.pooled import PooledMetrics
 from dinoseg.extensions.protocols.trees import match, read_encoded, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.layers import LayerMetric
@@ -22,7 +22,7 @@ from dinoseg.utils.ranges import NotNegative, check_annotations
 from dinoseg.utils.wording import join_names
 
 
-class Multilabel(ScoreProtocol):
+class Multilabel(SumProtocol):
     """Pooled scores of two folders of masks CLASS/NAME.png, of 0 and 1.
 
     An image needs a prediction of each class. Its reference of a class may be missing: the class is absent.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from dinoseg.extensions.protocols.clustering import Contingency, Matching, contingency, segment_scores
-from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
+from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoringCase, SumProtocol
 from dinoseg.extensions.protocols.trees import Tree, extra, read_labels, read_pair
 from dinoseg.utils.ranges import Range, check_annotations
 
@@ -16,7 +16,7 @@ MAX_SEGMENTS = 2048  # ids in a video: maps with more are not segments, and the 
 _VIDEO_KEYS = ("ARI", "FG-ARI", "mBO")
 
 
-class VideoClustering(ScoreProtocol):
+class VideoClustering(SumProtocol):
     """Scores of segments whose ids have no meaning across videos; 0 is the reference's background.
 
     Args:

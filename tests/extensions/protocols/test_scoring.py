@@ -15,7 +15,7 @@ from scipy import special, stats
 from dinoseg.evaluation.scoring import intervals
 from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife
 from dinoseg.extensions.protocols import folders
-from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
+from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoringCase, SumProtocol
 from dinoseg.extensions.protocols.folders import Unscorable, score_cases
 from dinoseg.extensions.protocols.summary import difference, summary
 from dinoseg.extensions.protocols.video_clustering import VideoClustering
@@ -23,7 +23,7 @@ from dinoseg.report.table import difference_table, scores_table
 from dinoseg.utils.errors import UserError
 
 
-class Share(ScoreProtocol):
+class Share(SumProtocol):
     """Hits among tries, written in a case's file as `hits-tries`; the mean over units is a second score."""
 
     name, unit, keys, rules = "share", "video", ("share", "mean"), {"version": "1"}
@@ -68,7 +68,7 @@ class Pooled(Share):
     """Hits among tries, pooled over all files; a file without tries adds nothing."""
 
     unit, keys, unbounded = "image", ("share",), ()
-    join = ScoreProtocol.join
+    join = SumProtocol.join
 
     def scores(self, sums):
         with np.errstate(invalid="ignore"):

@@ -238,7 +238,7 @@ class Scene:
 
     def _finish(self, canvas: Canvas, seconds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rgb, mask = canvas.rgb, canvas.mask
-        ids = np.where(mask > 0, 1000 * mask.astype(np.uint16) + canvas.numbers, 0).astype(np.uint16)
+        ids: np.ndarray = np.where(mask > 0, 1000 * mask.astype(np.uint16) + canvas.numbers, 0).astype(np.uint16)
         if self._mirror:
             rgb, mask, ids = (each[:, ::-1].copy() for each in (rgb, mask, ids))
         return self._lens.expose(rgb, seconds), mask, ids

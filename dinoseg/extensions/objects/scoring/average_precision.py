@@ -1,0 +1,255 @@
+"""Average precision of instance masks by the rules of COCO; no torch.
+
+An image has a row for each predicted object and for each object of the reference. Precisions and recalls come from all
+rows of a class, sorted by score, so that no sum over images determines them (T.-Y. Lin et al., ECCV 2014).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+
+from dinoseg.core.metric import Counts, RowMetric
+from dinoseg.extensions.objects.scoring.runs import Runs, overlaps
+from dinoseg.metrics.counts import mean_defined, ratio
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU
+RECALLS = np.linspace(0, 1, 101)  # at which precisions are read
+MAX_DETECTIONS = 100  # of an image and a class
+SIZES = ("", "s", "m", "l")  # suffixes of the scores: all objects, small, medium and large ones
+_HIGHEST_AREA = 1e5**2
+# inclusive on both sides: an object of exactly 32 x 32 pixels is small and medium
+AREAS = np.array([(0, _HIGHEST_AREA), (0, 32**2), (32**2, 96**2), (96**2, _HIGHEST_AREA)])
+_NEARLY_ONE = 1 - 1e-10  # the highest IoU that is demanded: a share may be rounded down
+_EPSILON = np.spacing(1)
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Objects of an image, which may overlap.
+
+    Args:
+        masks: of each of N objects.
+        classes: (N,) int64, 0..K-1.
+        areas: (N,) float64, by which objects are small, medium or large.
+        scores: (N,) float64, of predicted objects.
+        crowds: (N,) bool, whether one is an area of many objects; of references.
+    """
+
+    masks: Sequence[Runs]
+    classes: np.ndarray
+    areas: np.ndarray
+    scores: np.ndarray
+    crowds: np.ndarray
+
+    def of_class(self, label: int, most: int | None = None) -> "Instances":
+        """Return the objects of a class, those of the highest scores first; equal scores stay in order.
+
+        Args:
+            label: the class.
+            most: maximum number of objects; None: all.
+        """
+        own = np.flatnonzero(self.classes == label)
+        own = own[np.argsort(-self.scores[own], kind="stable")][:most]
+        masks = [self.masks[place] for place in own.tolist()]
+        return Instances(masks, self.classes[own], self.areas[own], self.scores[own], self.crowds[own])
+
+
+def count_instances(reference: Instances, prediction: Instances) -> Counts:
+    """Return the rows of an image, for `AveragePrecision`.
+
+    Returns:
+        Of D predicted objects, at most `MAX_DETECTIONS` of each class: `classes` (D,), `scores` (D,), and whether each
+        is a true (`hits`) or a false positive (`misses`) for each range of areas and IoU, (D, 4, 10) bool. One that is
+        neither is ignored. Of G reference objects: `labels` (G,) and `positives` (G, 4) bool, whether each counts.
+    """
+    labels = np.unique(np.concatenate([reference.classes, prediction.classes])).tolist()
+    # without any object, the rows of a class that nothing has
+    parts = [
+        _count_class(reference.of_class(label), prediction.of_class(label, MAX_DETECTIONS)) for label in labels or [0]
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _count_class(reference: Instances, prediction: Instances) -> Counts:
+    """Match the objects of one class, predictions in the order of their scores."""
+    shares = _find_ious(reference, prediction)
+    ignored = reference.crowds | ~_lie_within(reference.areas)  # (4, G)
+    hits = np.zeros((len(prediction.classes), len(AREAS), len(THRESHOLDS)), bool)
+    misses = np.repeat(_lie_within(prediction.areas).T[..., None], len(THRESHOLDS), axis=-1)
+    taken = np.zeros((len(AREAS), len(THRESHOLDS), len(reference.classes)), bool)
+    # an object without any match is a false positive by its area alone
+    for place in np.flatnonzero((shares >= THRESHOLDS[0]).any(axis=1)):
+        fits = (shares[place] >= np.minimum(THRESHOLDS, _NEARLY_ONE)[:, None]) & (~taken | reference.crowds)
+        regular = fits & ~ignored[:, None]
+        # an ignored object is matched only where no other one fits
+        allowed = np.where(regular.any(axis=-1, keepdims=True), regular, fits)
+        values = np.where(allowed, shares[place], -1)
+        best = values.shape[-1] - 1 - values[..., ::-1].argmax(axis=-1)  # of equal IoUs, the last object
+        matched = allowed.any(axis=-1)
+        rows, columns = np.nonzero(matched)
+        taken[rows, columns, best[matched]] = True
+        hits[place] = regular.any(axis=-1)
+        misses[place] &= ~matched
+    return {
+        "classes": prediction.classes,
+        "scores": prediction.scores,
+        "hits": hits,
+        "misses": misses,
+        "labels": reference.classes,
+        "positives": ~ignored.T,
+    }
+
+
+def _find_ious(reference: Instances, prediction: Instances) -> np.ndarray:
+    """Return the IoUs (D, G); of a crowd, the share of the predicted object that lies in it."""
+    common = overlaps(prediction.masks, reference.masks)
+    predicted = np.array([mask.area for mask in prediction.masks], np.int64)[:, None]
+    held = np.array([mask.area for mask in reference.masks], np.int64)
+    shares = ratio(common, np.where(reference.crowds, predicted, predicted + held - common))
+    return np.nan_to_num(shares)  # two empty masks do not match
+
+
+def _lie_within(areas: np.ndarray) -> np.ndarray:
+    """Return whether each area (N,) lies in each range, (4, N) bool."""
+    return (areas >= AREAS[:, :1]) & (areas <= AREAS[:, 1:])
+
+
+class AveragePrecision(RowMetric):
+    """AP over IoUs of 0.5 to 0.95, at 0.5 and 0.75, and of small, medium and large objects.
+
+    Each is a mean over the classes that have such an object; nan without any.
+
+    Args:
+        num_classes: K.
+    """
+
+    scores = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), "max")
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def compute(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return each score over images."""
+        return _select(mean_defined(self.class_values(rows).transpose(1, 2, 0)))
+
+    def per_class(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return the scores (K,) of each class, and numbers of reference and predicted objects."""
+        found = _select(np.moveaxis(self.class_values(rows), 0, -1))
+        held = [row["labels"][row["positives"][:, 0]] for row in rows]
+        predicted = [row["classes"] for row in rows]
+        numbers = {
+            name: np.bincount(np.concatenate(each), minlength=self.num_classes)
+            for name, each in {"objects": held, "predicted": predicted}.items()
+        }
+        return {**found, **numbers}
+
+    def class_values(self, rows: Sequence[Counts]) -> np.ndarray:
+        """Return the AP (K, 4, 10) of each class, range of areas and IoU; nan without an object."""
+        values = np.full((self.num_classes, len(AREAS), len(THRESHOLDS)), np.nan)
+        for label, curve in _make_curves(rows, np.arange(len(rows))):
+            values[label] = curve.value()
+        return values
+
+    def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return each score (U,) without each unit: only the classes of its objects change."""
+        values = self.class_values(rows)
+        defined = ~np.isnan(values)
+        count = max(units, default=-1) + 1
+        sums = np.tile(np.where(defined, values, 0).sum(axis=0), (count, 1, 1))
+        numbers = np.tile(defined.sum(axis=0), (count, 1, 1))
+        for label, curve in _make_curves(rows, np.asarray(units)):
+            for unit in curve.units:
+                changed = curve.value(without=unit)
+                sums[unit] += np.nan_to_num(changed) - np.nan_to_num(values[label])
+                numbers[unit] -= defined[label] & np.isnan(changed)
+        return _select(np.moveaxis(ratio(sums, numbers), 0, -1))
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Precisions and recalls of one class, for each range of areas and IoU.
+
+    Only the places of hits matter: a precision is read at a hit, and the highest one after it is that of a hit.
+
+    Args:
+        hits: (N, 4, 10) bool, predicted objects in the order of their scores.
+        misses: (N, 4, 10) bool.
+        owners: (N,) int64, the unit of each predicted object.
+        positives: (G, 4) bool, reference objects.
+        holders: (G,) int64, the unit of each reference object.
+    """
+
+    hits: np.ndarray
+    misses: np.ndarray
+    owners: np.ndarray
+    positives: np.ndarray
+    holders: np.ndarray
+
+    @property
+    def units(self) -> np.ndarray:
+        """The units with an object of the class."""
+        return np.unique(np.concatenate([self.owners, self.holders]))
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Places (P,) of the hits."""
+        return np.flatnonzero(self.hits.any(axis=(1, 2)))
+
+    @cached_property
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of hits and of misses (P, 4, 10) up to each place."""
+        return self.hits.cumsum(axis=0)[self.places], self.misses.cumsum(axis=0)[self.places]
+
+    def value(self, without: int | None = None) -> np.ndarray:
+        """Return the AP (4, 10), without the objects of one unit; nan without a reference object."""
+        found, missed = self.counts
+        hits = self.hits[self.places]
+        if without is not None:
+            own = np.flatnonzero(self.owners == without)
+            before = np.searchsorted(own, self.places, side="right")
+            found = found - _sum_first(self.hits[own])[before]
+            missed = missed - _sum_first(self.misses[own])[before]
+            hits = hits & (self.owners[self.places] != without)[:, None, None]
+        numbers = self.positives[self.holders != without].sum(axis=0)
+        precision = found / (found + missed + _EPSILON)
+        highest = np.maximum.accumulate(precision[::-1])[::-1]
+        read = [_count_recalls(number)[found[:, size]] for size, number in enumerate(numbers.tolist())]
+        values = (np.stack(read, axis=1) * highest * hits).sum(axis=0) / len(RECALLS)
+        return np.where(numbers[:, None] > 0, values, np.nan)
+
+
+def _make_curves(rows: Sequence[Counts], units: np.ndarray) -> Iterator[tuple[int, _Curve]]:
+    """Yield each class of a reference object with its curve, from the rows of images and the unit of each image."""
+    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
+    if not joined:
+        return
+    owners = np.repeat(units, [len(row["classes"]) for row in rows])
+    holders = np.repeat(units, [len(row["labels"]) for row in rows])
+    # equal scores stay in the order of the images
+    order = np.argsort(-joined["scores"], kind="stable")
+    for label in np.unique(joined["labels"]).tolist():
+        own = order[joined["classes"][order] == label]
+        held = joined["labels"] == label
+        sides = joined["hits"][own], joined["misses"][own], owners[own], joined["positives"][held], holders[held]
+        yield label, _Curve(*sides)
+
+
+@cache
+def _count_recalls(number: int) -> np.ndarray:
+    """Return how many of the recalls are first reached at the n-th hit, (number + 1,) int64."""
+    reached = np.arange(1, number + 1) / max(number, 1)
+    return np.bincount(np.searchsorted(reached, RECALLS) + 1, minlength=number + 1)
+
+
+def _sum_first(flags: np.ndarray) -> np.ndarray:
+    """Return the sums (N + 1, ...) of the first 0..N of N flags."""
+    return np.concatenate([np.zeros((1, *flags.shape[1:]), np.int64), flags.cumsum(axis=0)])
+
+
+def _select(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the scores (...) of values (4, 10, ...) by range of areas and IoU."""
+    means = values.mean(axis=1)
+    scores = {f"AP{size}": mean for size, mean in zip(SIZES, means, strict=True)}
+    return {"AP": scores.pop("AP"), "AP50": values[0, 0], "AP75": values[0, 5], **scores}

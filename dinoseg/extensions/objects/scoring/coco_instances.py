@@ -1,0 +1,175 @@
+"""COCO's average precision of instance masks: a JSON file of references and one of results; no torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.core.metric import Counts
+from dinoseg.extensions.annotations import rle
+from dinoseg.extensions.annotations.entry import polygons, size_of
+from dinoseg.extensions.objects.scoring.average_precision import AveragePrecision, Instances, count_instances
+from dinoseg.extensions.objects.scoring.coco_files import IMAGES, check_unique, name_images, read_coco_json
+from dinoseg.extensions.objects.scoring.runs import Runs
+from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, RowProtocol, ScoringCase
+from dinoseg.utils import forms
+from dinoseg.utils.wording import format_value
+
+_OBJECT: dict[str, forms.Form] = {"image_id": forms.whole(), "category_id": forms.whole(), "segmentation": forms.plain}
+_REFERENCE = forms.object_with(
+    images=IMAGES,
+    categories=forms.list_of(forms.object_with(id=forms.whole(), name=forms.text)),
+    annotations=forms.list_of(forms.object_with(id=forms.whole(), area=forms.plain, **_OBJECT)),
+)
+_RESULTS = forms.list_of(forms.object_with(score=forms.plain, **_OBJECT))
+Named = tuple[str, Mapping[str, Any]]  # how messages name an object, and its entry
+
+
+@dataclass(frozen=True)
+class InstanceCase(ScoringCase):
+    """Objects of an image.
+
+    Args:
+        image: entry of the image.
+        reference: its annotations.
+        prediction: its results.
+    """
+
+    image: Mapping[str, Any]
+    reference: Sequence[Named]
+    prediction: Sequence[Named]
+
+
+class CocoInstances(RowProtocol):
+    """AP of instance masks as pycocotools computes it, with the categories of the reference."""
+
+    name = "coco_instances"
+    unit = "image"
+    keys = tuple(AveragePrecision.scores)
+
+    def __init__(self) -> None:
+        # set by `find`: name of each category by its id, and the metric of these
+        self._categories: dict[int, str] = {}
+        self.metric = AveragePrecision(0)
+        self.rules: Mapping[str, Any] = {
+            "absent_class": "a class without an object of the reference (of a size) enters no mean (of this size)",
+            "resolution": "as annotated; run lengths of another size are an error",
+            "ignore": "crowds and, in scores by size, objects of other sizes: matches with them are neither hits nor "
+            "misses",
+            "sizes": "area of the reference's JSON: small up to 32 x 32, large from 96 x 96 pixels",
+            "aggregation": "all objects of a class sorted by score, the first 100 of an image and class; mean over 101 "
+            "recalls, then over IoUs of 0.5 to 0.95, then over classes",
+            "version": "pycocotools 2.0.11, COCOeval with iouType=segm",
+            "differs": [
+                "an object of the reference with the id 0 can be matched; pycocotools counts its match as a miss",
+                "results of an unknown category are an error; pycocotools leaves them out",
+                "the size of a result is the area of its mask; pycocotools takes that of its box if there is one",
+            ],
+        }
+
+    def find(self, reference: Path, prediction: Path) -> Cases:
+        """Return a case for each image of the reference.
+
+        Raises:
+            UserError: a file is not of its form, or an id occurs twice.
+        """
+        whole = read_coco_json(reference, "reference", _REFERENCE, "COCO's annotations of instances")
+        results = read_coco_json(prediction, "prediction", _RESULTS, "COCO's results: a list of scored masks")
+        for what in ("images", "categories", "annotations"):
+            check_unique((entry["id"] for entry in whole[what]), reference, what)
+        self._categories = {entry["id"]: entry["name"] for entry in sorted(whole["categories"], key=_get_id)}
+        self.metric = AveragePrecision(len(self._categories))
+        images = {entry["id"]: entry for entry in whole["images"]}
+        listing = Cases([])
+        sides: list[dict[int, list[Named]]] = []
+        for path, what, entries in ((reference, "annotation", whole["annotations"]), (prediction, "result", results)):
+            by_image: dict[int, list[Named]] = {number: [] for number in images}
+            for position, entry in enumerate(entries):
+                name = f"image {entry['image_id']}, {what} {entry.get('id', position)}"
+                if entry["image_id"] in images:
+                    by_image[entry["image_id"]].append((name, entry))
+                else:
+                    listing.problems.append((path, f"{name}: the image is not in {reference}"))
+            sides.append(by_image)
+        for number, name in name_images(whole["images"]).items():
+            files = ((reference, prediction),)
+            objects = (side[number] for side in sides)
+            listing.cases.append(InstanceCase(name, name, files, images[number], *objects))
+        return listing
+
+    def measure(self, case: ScoringCase) -> Measured:
+        """Return the rows of an image.
+
+        Raises:
+            BadFile: an object of it is invalid.
+        """
+        assert isinstance(case, InstanceCase)
+        (reference, prediction), *_ = case.files
+        assert prediction is not None
+        try:
+            size = size_of(case.image.get("height"), case.image.get("width"))
+        except ValueError as error:
+            raise BadFile(reference, f"image {case.image['id']}: {error}") from None
+        held = self._read(case.reference, reference, size)
+        found = self._read(case.prediction, prediction, size)
+        counts = {"reference_objects": len(held.masks), "predicted_objects": len(found.masks)}
+        return Measured(np.array([*counts.values()]), counts, count_instances(held, found))
+
+    def _read(self, entries: Sequence[Named], path: Path, size: tuple[int, int]) -> Instances:
+        masks: list[Runs] = []
+        classes, areas, scores, crowds = [], [], [], []
+        places = {number: place for place, number in enumerate(self._categories)}
+        for name, entry in entries:
+            try:
+                mask = _read_mask(entry["segmentation"], size)
+                if entry["category_id"] not in places:
+                    raise ValueError(f"its category_id is {entry['category_id']}, which is not in categories")
+                is_result = "score" in entry
+                areas.append(mask.area if is_result else _finite(entry["area"], "area"))
+                scores.append(_finite(entry["score"], "score") if is_result else 0)
+            except ValueError as error:
+                raise BadFile(path, f"{name}: {error}") from None
+            masks.append(mask)
+            classes.append(places[entry["category_id"]])
+            crowds.append(entry.get("iscrowd") == 1)
+        return Instances(
+            masks,
+            np.array(classes, np.int64),
+            np.array(areas, np.float64),
+            np.array(scores, np.float64),
+            np.array(crowds, bool),
+        )
+
+    def per_class(self, rows: Sequence[Counts]) -> list[dict[str, Any]]:
+        """Return the scores and numbers of objects of each class."""
+        found = self.metric.per_class(rows)
+        return [
+            {"id": number, "name": name, **{key: values[place] for key, values in found.items()}}
+            for place, (number, name) in enumerate(self._categories.items())
+        ]
+
+
+def _read_mask(segmentation: Any, size: tuple[int, int]) -> Runs:
+    """Return the mask of polygons or run lengths, compressed or not."""
+    if isinstance(segmentation, list) and segmentation:
+        canvas = np.zeros(size, bool)
+        polygons(segmentation)[0].paint(canvas, True)
+        return Runs.of_counts(rle.counts_of(canvas.T.ravel()))
+    if not isinstance(segmentation, dict):
+        raise ValueError("it has no segmentation: give polygons or run lengths")
+    if segmentation.get("size") != list(size):
+        raise ValueError(f"its mask has the size {format_value(segmentation.get('size'), 40)}, its image {list(size)}")
+    return Runs.of_counts(rle.parse_counts(segmentation.get("counts"), size[0] * size[1]))
+
+
+def _finite(value: Any, what: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"its {what} is {format_value(value, 40)}: give a finite number")
+    return value
+
+
+def _get_id(entry: Mapping[str, Any]) -> int:
+    return entry["id"]
