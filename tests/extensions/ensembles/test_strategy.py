@@ -196,7 +196,7 @@ def test_one_pass_over_whole_images_is_averaged():
 
 
 def test_fewer_members_predict_where_they_alone_are_active():
-    members = [make_member(seed, Whole) for seed in range(3)]
+    members = [make_member(seed, Whole, task=MultilabelTask(CLASSES)) for seed in range(3)]
     own = members[1].probabilities(draw_images())
     averaged = average(members)
     averaged.strategy.active = [1]
