@@ -17,7 +17,7 @@ READERS = {  # functions that compare, replace or parse the text of an error, an
     "config/nodes.py _missing_key": "of OmegaConf",
     "data/loader.py wait_for_item": "of torch, on processes of a loader",
     "segmenter/hub.py _client_errors_as_user_errors": "of huggingface_hub and the network",
-    "segmenter/load.py load": "ours: whether it names the file",
+    "segmenter/load.py open_path": "ours: whether it names the file",
     "inference/memory.py is_shortage": "of torch and CUDA, on memory",
     "extensions/serving/decoding.py _send_error": "of any library: the path of an upload is removed",
     "utils/errors.py file_errors_as_user_errors": "of pathlib, on a home folder",

@@ -212,7 +212,7 @@ def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch):
         (lambda: dinoseg.Run(3), "folder=3 is of type int. Give text or a path"),
         (lambda: dinoseg.Run("called").load_model(["best"]), "which=['best'] is of type list of str"),
         (lambda: dinoseg.Run("called").resume(resume="typed"), "resume is set to"),
-        (lambda: dinoseg.load(["called"]), "path=['called'] is of type list of str. Give text or a path"),
+        (lambda: dinoseg.load(["called"]), "path: an ensemble needs two or more different models"),
         (lambda: dinoseg.load("called", trust="id"), "trust=id is of type str. Give a list of texts"),
         (lambda: dinoseg.evaluate("called", trainer={"steps": 3}), "mode=eval does not read the group trainer"),
         (lambda: dinoseg.track("tiny1", "data"), "backbone=tiny1 is unknown. Did you mean backbone=tiny"),

@@ -65,7 +65,8 @@ def keys_of(mode):
     """Return the keys of `resolution` and `inference` that a mode reads, each with the option that has it."""
     found = {f"resolution.{key}": "windows" for key in SIZES_OF.get(mode, OF_MODEL)}
     for option in options("inference") if mode.partition(" ")[0] in INFERRING else ():
-        found |= {f"inference.{key}": option for key in read("inference", option) if not key.startswith("_")}
+        keys = [key for key in read("inference", option) if not key.startswith("_") and key != "defaults"]
+        found |= {f"inference.{key}": option for key in keys}
     return [(mode, key, option) for key, option in found.items()]
 
 

@@ -13,7 +13,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.units import read_valid_note
 
 ITEM, CRC = bytes([1, 2, 3, 4]), 158664065  # an image and a mask of one pixel; of `a (1, 1, 3) 1` and these bytes
-KEY = '{"fingerprint": "f", "longest": null, "version": 3}'
+KEY = '{"fingerprint": "f", "longest": null, "version": 4}'
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_unreadable_note_is_reported_and_its_unit_rebuilt(tmp_path, caplog):
 
 def test_a_store_is_read(tmp_path):
     (tmp_path / "pixels.bin").write_bytes(ITEM)
-    (tmp_path / "index.json").write_text(f'{{"key": {KEY}, "names": ["a"], "places": [[0, 1, 1, {CRC}, 3, 1]]}}')
+    (tmp_path / "index.json").write_text(f'{{"key": {KEY}, "names": ["a"], "places": [[0, 1, 1, {CRC}, 3, 1, 0]]}}')
     store = open_store(tmp_path, StoreKey("f", None), ["a"])
     assert store is not None and store.read(0)[0].tolist() == [[[1, 2, 3]]]
     assert open_store(tmp_path, StoreKey("g", None), ["a"]) is None

@@ -184,22 +184,17 @@ def test_resizing_benchmark_accepts_any_size(tmp_path, caplog):
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_the_first_rank_alone_scores_and_warns(tmp_path, monkeypatch, is_main):
-    for name in (
-        "check_score_names",
-        "check_classes",
-        "limit_to_trained_size",
-        "TrainedSizes",
-        "MetricRows",
-        "_add_metrics_of_task",
-    ):
+    for name in ("check_score_names", "check_classes", "MetricRows"):
         monkeypatch.setattr(evaluate_mode, name, Mock())
+    monkeypatch.setattr(evaluate_mode, "_add_metrics_of_task", lambda builder: builder)
     for name in ("load_trained", "provenance_of", "list_skipped"):
         monkeypatch.setattr(evaluate_mode, name, Mock())
     monkeypatch.setattr(evaluate_mode, "evaluate_images", lambda *_, **__: {"miou": 0.5})
     evaluate_mode.load_trained.return_value.engine.is_main = is_main
     benchmark = MagicMock()
     options = {"metrics_only": True, "official": True, "report": False, "scorer": lambda *_: benchmark}
-    scores = evaluate_mode.evaluate_split(Mock(), tmp_path, "val", **options)
+    options["regions"] = None
+    scores = evaluate_mode.evaluate_split(Mock(checkpoints=["best"]), tmp_path, "val", **options)
     assert benchmark.can_score.call_args.kwargs == {"warns": is_main}
     assert benchmark.score.called == is_main == ("official" in scores)
 

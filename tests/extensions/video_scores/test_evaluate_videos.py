@@ -497,7 +497,8 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     head = SlotHead(24, 1, num_slots=5, slot_dim=16, hidden_dim=16, decoder_dim=16, positions_grid=[4, 4])
     engine, passes = Engine(batch=6), []
     engine.autocast = lambda: nullcontext(passes.append(1))
-    trained = SimpleNamespace(model=SegmentationModel(backbone, head).eval(), engine=engine)
+    model = SegmentationModel(backbone, head).eval()
+    trained = SimpleNamespace(model=model, single_pass_model=model, engine=engine)
     sequences = {name: SEQUENCES[name] for name in ("bear", "ape")}
     root = write_movi(tmp_path / data, sequences)
     for kind in ("Annotations", "Annotations_unsupervised"):
