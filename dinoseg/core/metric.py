@@ -181,10 +181,6 @@ class RowMetric(ABC):
     def compute(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
         """Return each score over the images of some rows; nan where undefined."""
 
-    def per_class(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
-        """Return values (K,) of each class by name; by default none."""
-        return {}
-
     def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
         """Return each score (U,) without the images of each unit; by default, each is computed anew.
 

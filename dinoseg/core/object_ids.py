@@ -38,22 +38,18 @@ def crowd_flags(values: Any) -> Any:
     return values >> 30 & 1
 
 
-def check_object_range(classes: int, objects: int, where: object) -> None:
-    """Refuse more classes or objects of an image than an `ObjectMap` can hold.
+def check_object_range(objects: int, where: object) -> None:
+    """Refuse more objects of an image than an `ObjectMap` can hold.
 
     Args:
-        classes: their number.
-        objects: the number of objects of one image.
+        objects: their number.
         where: the image, for the message.
 
     Raises:
         UserError: there are too many.
     """
-    if classes > MAX_CLASSES or objects > MAX_OBJECTS:
-        raise UserError(
-            f"{where}: {classes} classes and {objects} objects; a dataset with objects holds at most {MAX_CLASSES} "
-            f"classes and {MAX_OBJECTS} objects in an image. Merge classes, or divide the image."
-        )
+    if objects > MAX_OBJECTS:
+        raise UserError(f"{where}: {objects} objects; an image holds at most {MAX_OBJECTS}. Divide it.")
 
 
 def stack_objects(objects: Iterable[tuple[int, np.ndarray]], size: tuple[int, int]) -> np.ndarray:

@@ -120,7 +120,7 @@ class ObjectMap(IdMap):
     def make_random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
         """Return one layer of up to nine random objects, whose classes follow from their numbers."""
         numbers = torch.randint(10, (1, *size), generator=rng, dtype=torch.int32)
-        return numbers + (numbers > 0) * encode_object(0, 1) * (numbers % num_classes)
+        return numbers + numbers % num_classes * encode_object(0, 1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dinoseg.core.channels import PixelFormat
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.scan import class_counts
+from dinoseg.extensions.objects.reading.ids import IdObjects
 from dinoseg.extensions.packed.pack import pack
 from dinoseg.utils.images import read_image, read_size
 
@@ -49,6 +50,8 @@ def test_masked_pixels_have_the_ignored_id(root):
     assert read_size(root / "train/images/a.tif") == SIZE
     assert np.array_equal(data[0]["mask"], expected) and np.array_equal(data.mask(0), expected)
     assert np.array_equal(pack(data, cache_dir=root / "cache", workers=1)[0]["mask"], expected)
+    objects = open_split(root).with_objects([IdObjects(data.pairs[0].mask, data.pairs[0].mask, data.reader, {1})], {1})
+    assert np.array_equal(objects[0]["maps"]["objects"][0] > 0, expected == 1)
     for images in (True, False):
         record = measure(data.pairs[0], data.reader, images=images)
         assert not record.problems and record.raw == {"0": int((IDS == 0).sum()), "1": int((IDS == 1).sum())}

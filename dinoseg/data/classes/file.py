@@ -88,9 +88,9 @@ def _parse_content(content: Any, ignore_index: int) -> dict[str, Any]:
         description[key] = content.get(key)
         if description[key] not in (None, *classes):
             raise ValueError(f"{key}: {description[key]} is not a class: name one of {', '.join(classes)}")
-    description["things"] = content.get("things")
-    if unknown := [name for name in description["things"] or () if name not in classes]:
-        raise ValueError(f"things: {unknown[0]} is not a class: name some of {', '.join(classes)}")
+    things = description["things"] = content.get("things")
+    if things is not None and not (isinstance(things, list) and all(name in list(classes) for name in things)):
+        raise ValueError(f"things: {things} is not a list of classes: name some of {', '.join(classes)}")
     colors = list(map(_colors, classes.values()))
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):
         bare = ", ".join(name for name, class_colors in zip(classes, colors, strict=True) if not class_colors)

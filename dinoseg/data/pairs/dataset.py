@@ -203,13 +203,16 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
 
 
 def read_objects(objects: ObjectSource, size: tuple[int, int], rule: str, image: ImageSource) -> Tensor:
-    """Return the objects (N, H, W) of an image of `size` (H, W); the other arguments are those of `fit_mask`.
+    """Return the objects (N, H, W) of an image of `size` (H, W), 0 where `ignore_invalid` ignores the mask.
+
+    The other arguments are those of `fit_mask`.
 
     Raises:
         UserError: a file is unreadable, or the sizes differ.
     """
     layers = [fit_mask(layer, size, rule, image=image, path=objects) for layer in objects.read()]
-    return torch.from_numpy(np.array(layers, np.int32).reshape(-1, *size))
+    stacked = np.array(layers, np.int32).reshape(-1, *size)
+    return torch.from_numpy(ignore_invalid(stacked, image, 0, rule=rule, path=objects))
 
 
 def read_mask(pair: Pair, reader: MaskReader) -> np.ndarray:

@@ -226,7 +226,10 @@ class _Maker:
         path = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
         held = read_annotations(self.kind, path, grouped=self.shapes.grouped)
         entries = held.entries
-        self.stuff = frozenset(self.values[label] for label in held.stuff if label in self.values)
+        # a class that merges both kinds is a thing, as in `Annotations.group_labels`
+        things = {self.values.get(label, self.others) for label in held.labels if label not in held.stuff}
+        stuff = frozenset(self.values[label] for label in held.stuff if label in self.values)
+        self.stuff = stuff.difference(things)
         if partition.by == "lists":
             entries = self._of_list(entries, split, partition)
         if self.shapes.without_shapes == "skip":
@@ -316,7 +319,8 @@ class _Maker:
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
-        return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms, drawn, self.stuff))
+        labelled = [(self._class_id(shape.label), shape) for shape in drawn]
+        return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms, labelled, self.stuff))
 
     def _group_shapes(self, entry: Entry) -> list[list[tuple[int, Form]]]:
         """Return the shapes of each class's layer: ignored ones, below those of the class, which have the value 1."""
@@ -324,7 +328,7 @@ class _Maker:
         ignored: list[list[tuple[int, Form]]] = [[] for _ in self.labels.classes]
         shown: list[list[tuple[int, Form]]] = [[] for _ in self.labels.classes]
         for shape in entry.shapes:
-            label = self.values.get(shape.label, self.others or 0)
+            label = self._class_id(shape.label)
             if label == ignore:
                 for forms in ignored:
                     forms.append((ignore, shape.form))
@@ -337,4 +341,7 @@ class _Maker:
     def _id(self, shape: LabelledShape) -> int:
         if shape.crowd and self.shapes.crowds == IGNORE:
             return self.labels.ignore_index
-        return self.values.get(shape.label, self.others or 0)
+        return self._class_id(shape.label)
+
+    def _class_id(self, label: str) -> int:
+        return self.values.get(label, self.others or 0)

@@ -137,7 +137,8 @@ class Drawing(VirtualMask):
         size: height and width of the image.
         ground: id of pixels that no shape covers.
         shapes: id and form of each shape, in drawing order: a later one covers an earlier one.
-        labelled: the shapes as annotated, in the same order, of which objects are made.
+        labelled: class id and shape as annotated, in the same order, of which objects are made; the id of a crowd is
+            that of its class, even if its pixels are ignored.
         stuff: ids of the classes that the file declares to be no things.
     """
 
@@ -146,7 +147,7 @@ class Drawing(VirtualMask):
     size: tuple[int, int]
     ground: int
     shapes: Sequence[tuple[int, Form]]
-    labelled: Sequence[Any] = field(default=(), repr=False, compare=False)
+    labelled: Sequence[tuple[int, Any]] = field(default=(), repr=False, compare=False)
     stuff: frozenset[int] = frozenset()
     has_class_ids = True
 

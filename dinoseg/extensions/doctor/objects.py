@@ -11,6 +11,7 @@ from dinoseg.core.object_ids import crowd_flags
 from dinoseg.core.sources import ObjectSource
 from dinoseg.data.checks.findings import Finding
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
@@ -37,7 +38,7 @@ class ObjectCounts:
 def count_objects(data: PairDataset) -> ObjectCounts:
     """Return the counts of a dataset with objects."""
     counts = ObjectCounts()
-    for pair in data.pairs:
+    for pair in Bar(data.pairs, desc="counting objects", unit="image", delay=2, leave=False):
         assert pair.objects is not None
         try:
             _count_image(pair.name, pair.objects, counts)
@@ -47,13 +48,22 @@ def count_objects(data: PairDataset) -> ObjectCounts:
 
 
 def _count_image(name: str, source: ObjectSource, counts: ObjectCounts) -> None:
-    layers = source.read()
-    shown = [(value, layer) for layer in layers for value in np.unique(layer[layer > 0]).tolist()]
+    shown = [each for layer in source.read() for each in _crop_objects(layer)]
     crowds = sum(crowd_flags(value) for value, _ in shown)
     counts.objects[name] = len(shown) - crowds
     counts.crowds[name] = crowds
     counts.empty[name] = 0 if source.count is None else source.count - len(shown)
-    counts.divided[name] = sum(_is_divided(layer == value) for value, layer in shown if not crowd_flags(value))
+    counts.divided[name] = sum(_is_divided(mask) for value, mask in shown if not crowd_flags(value))
+
+
+def _crop_objects(layer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the value of each object of a layer (H, W), and its mask in its bounding box."""
+    pixels = np.flatnonzero(layer)
+    values, owners, counts = np.unique(layer.reshape(-1)[pixels], return_inverse=True, return_counts=True)
+    order = np.argsort(owners, kind="stable")  # so that the pixels of each object remain in order of rows
+    for value, own in zip(values.tolist(), np.split(pixels[order], np.cumsum(counts))[:-1], strict=True):
+        rows, columns = np.divmod(own, layer.shape[1])
+        yield value, layer[rows[0] : rows[-1] + 1, columns.min() : columns.max() + 1] == value
 
 
 def _is_divided(mask: np.ndarray) -> bool:

@@ -65,6 +65,8 @@ def downscale_sample(
         return image, mask, objects
     augment = Augment(size, longest=longest, ignore_index=ignore_index)
     rng = np.random.default_rng(0)  # no random number has an effect here
+    if not len(objects):
+        return *augment(image, mask, rng), objects.reshape(0, *size)
     maps = augment.maps({OBJECTS: objects}, {OBJECTS: ObjectMap()}, mask, rng)
     return *augment(image, mask, rng), maps[OBJECTS]
 

@@ -113,7 +113,7 @@ def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> l
         )
     folders = [Path(name).expanduser() for name in (reference, *predictions)]
     for key, folder in zip(("reference", "prediction", "prediction"), folders, strict=False):
-        is_json = folder.suffix == ".json" and folder.is_file()  # of COCO's protocols; others refuse it
+        is_json = folder.suffix == ".json"  # of COCO's protocols, which name a missing file; others refuse it
         if not (folder.is_dir() or is_json):
             raise UserError(f"{key}={folder} is not a folder. Give the folder that holds the {key}s.")
     return [folders[0], *map(_find_masks, folders[1:])]

@@ -72,8 +72,8 @@ def find_missing(
     for path in existing:
         if path not in wanted or description(path) != wanted[path].description:
             raise UserError(
-                f"{path} was not rendered with these settings. Rendering does not overwrite it: choose another root, "
-                f"or remove that {what}."
+                f"{path} was not rendered with these settings by this version. Rendering does not overwrite it: choose "
+                f"another root, or remove that {what}."
             )
     return [video for path, video in wanted.items() if not path.exists()]
 

@@ -10,6 +10,7 @@ import pytest
 from mistakes import assert_refused
 
 from dinoseg.extensions.rendering.moving.write import draw_video, render_moving_objects
+from dinoseg.extensions.rendering.surgery import write
 from dinoseg.extensions.rendering.surgery.write import render_clip, render_dataset
 
 SURGERY = {"train_videos": 1, "test_videos": 1, "seconds": 2, "size": (48, 80), "workers": 1}
@@ -111,6 +112,14 @@ def test_other_data_is_neither_overwritten_nor_mixed(tmp_path, render, small, pl
     before = contents(tmp_path)
     assert_refused(lambda: render(tmp_path, **small), words)
     assert contents(tmp_path) == before
+
+
+def test_videos_of_another_version_are_refused(tmp_path, monkeypatch):
+    small = {**SURGERY, "test_videos": 0, "seconds": 1}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(write, "CONTENT", 1)
+        render_dataset(tmp_path, **small)
+    assert_refused(lambda: render_dataset(tmp_path, **small), "video_01.zip", "by this version", "remove that file")
 
 
 def test_an_archive_of_other_videos_is_not_overwritten(tmp_path):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.core.object_ids import check_object_range, encode_object, stack_objects
+from dinoseg.core.object_ids import encode_object, stack_objects
 from dinoseg.core.sources import ObjectSource
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.extensions.annotations.drawing import Drawing, Form
+from dinoseg.extensions.annotations.entry import LabelledShape
 from dinoseg.extensions.objects.reading.things import find_things
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
@@ -49,11 +50,13 @@ class DrawnObjects(ObjectSource):
         return hashlib.sha256(repr((self.size, *self.objects)).encode()).hexdigest()
 
     def _find_pixels(self) -> Iterator[tuple[int, np.ndarray]]:
+        canvas = np.zeros(self.size, bool)  # only one: a large image per object takes ten times as long
         for value, forms in self.objects:
-            canvas = np.zeros(self.size, np.uint8)
             for form in forms:
-                form.paint(canvas, 1)
-            yield value, np.flatnonzero(canvas)
+                form.paint(canvas, True)
+            pixels = np.flatnonzero(canvas)
+            yield value, pixels
+            canvas.reshape(-1)[pixels] = False
 
 
 def add_drawn_objects(
@@ -72,7 +75,10 @@ def add_drawn_objects(
     """
     masks = [pair.mask for pair in dataset.pairs if isinstance(pair.mask, Drawing)]
     if len(masks) < len(dataset):
-        raise UserError("data.objects: these masks are not those of shapes with one class per pixel. Leave it out.")
+        raise UserError(
+            "Objects of annotation files need masks of shapes with one class per pixel. Set task=semantic, or choose "
+            "data without objects, such as data=coco or data=labelme."
+        )
     stuff = masks[0].stuff if masks else frozenset()
     found = find_things(dataset.classes, things, background, stuff)
     return dataset.with_objects([_collect_objects(mask, found, joined=joined) for mask in masks], found)
@@ -80,18 +86,16 @@ def add_drawn_objects(
 
 def _collect_objects(mask: Drawing, things: frozenset[int], *, joined: bool) -> DrawnObjects:
     """Return the objects of an image: its shapes of things, numbered in drawing order."""
-    members: dict[object, list[int]] = {}  # key of an object to the positions of its shapes
-    for position, ((class_id, _), shape) in enumerate(zip(mask.shapes, mask.labelled, strict=True)):
+    members: dict[object, list[tuple[int, LabelledShape]]] = {}  # key of an object to its shapes
+    for position, (class_id, shape) in enumerate(mask.labelled):
         if class_id not in things:
             continue
         key = position if shape.key is None else (class_id if joined else None, repr(shape.key))
         if key in members and not joined:
             raise UserError(f"{mask}: two annotations have the id {shape.key}. Make each unique.")
-        members.setdefault(key, []).append(position)
-    check_object_range(0, len(members), mask)
+        members.setdefault(key, []).append((class_id, shape))
     objects = []
-    for number, positions in enumerate(members.values(), 1):
-        crowd = any(mask.labelled[position].crowd for position in positions)
-        value = encode_object(number, mask.shapes[positions[0]][0], crowd=crowd)
-        objects.append((value, tuple(mask.shapes[position][1] for position in positions)))
+    for number, shapes in enumerate(members.values(), 1):
+        value = encode_object(number, shapes[0][0], crowd=any(shape.crowd for _, shape in shapes))
+        objects.append((value, tuple(shape.form for _, shape in shapes)))
     return DrawnObjects(mask.path, mask.image, mask.size, tuple(objects))

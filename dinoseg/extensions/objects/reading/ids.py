@@ -9,6 +9,7 @@ import numpy as np
 
 from dinoseg.core.object_ids import check_object_range, encode_object
 from dinoseg.core.sources import MaskSource, ObjectSource, VirtualMask
+from dinoseg.data.classes.mask_advice import for_ids
 from dinoseg.data.classes.masks import MaskReader, take_one_channel
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.extensions.objects.reading.things import find_things
@@ -69,15 +70,17 @@ class IdObjects(ObjectSource):
         """Return the objects as one layer (1, H, W) int32, or (0, H, W) if there are none.
 
         Raises:
-            UserError: a file is unreadable, both differ in size, or an object has two classes.
+            UserError: a file is unreadable, both differ in size, an object has two classes, or the ignored id looks
+                like that of an object.
         """
         ids = _read_ids(self.path)
         classes = self.reader.read(self.mask)
         if ids.shape != classes.shape:
             raise UserError(f"{self.path} is {ids.shape[::-1]} (width, height), {self.mask} {classes.shape[::-1]}.")
+        self._check_ignored_id(ids)
         shown = np.isin(classes, list(self.things)) & (ids != 0)
         numbers, first, owners = np.unique(ids[shown], return_index=True, return_inverse=True)
-        check_object_range(0, len(numbers), self.path)
+        check_object_range(len(numbers), self.path)
         of_pixels = classes[shown]
         wrong = of_pixels != of_pixels[first][owners]
         if wrong.any():
@@ -97,6 +100,16 @@ class IdObjects(ObjectSource):
         """Return a text that differs for each rule; that of the classes is in the fingerprint of the dataset."""
         return f"{sorted(self.things)} {'' if isinstance(self.mask, Path) else self.mask.digest()}"
 
+    def _check_ignored_id(self, ids: np.ndarray) -> None:
+        """Refuse the ignored id beside the next one in a file that numbers objects, unless the config maps it."""
+        ignore = self.reader.labels.ignore_index
+        is_unmapped = self.mask == self.path and ignore not in (0, *(self.reader.masks.ids or ()))
+        if is_unmapped and (ids == ignore).any() and np.isin(ids, list({ignore - 1, ignore + 1} - {0})).any():
+            raise UserError(
+                f"{self.path}: the id {ignore} is ignored, but with the next id in this file it looks like an object. "
+                f"{for_ids([ignore], ignore, described=self.reader.masks.described is not None)}"
+            )
+
     def _is_area(self, file_id: int) -> bool:
         """Return whether an id is an area of objects that were not told apart."""
         return isinstance(self.mask, ClassesOfIds) and self.mask.has_areas and file_id < self.mask.divisor
@@ -111,7 +124,7 @@ def add_id_objects(
     dataset: PairDataset,
     *,
     instances: Instances = True,
-    files: Sequence[str] | None = None,
+    files: tuple[str, str] | None = None,
     has_areas: bool = False,
     things: Sequence[str] | None = None,
     background: Natural | None = None,
@@ -145,7 +158,10 @@ def add_id_objects(
     sources = []
     for pair in dataset.pairs:
         if not isinstance(pair.mask, Path):
-            raise UserError(f"data.objects: {pair.mask} is not a mask file, which objects need. Leave it out.")
+            raise UserError(
+                f"{pair.mask} is not a mask file, which objects need. Set task=semantic, or choose data without "
+                "objects, such as data=folder."
+            )
         path = pair.mask if files is None else _find_ids(pair.mask, *files)
         mask = pair.mask if instances is True else ClassesOfIds(path, instances, has_areas)
         sources.append(IdObjects(path, mask, dataset.reader, found))

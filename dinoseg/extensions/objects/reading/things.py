@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 
-from dinoseg.core.object_ids import check_object_range
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names
 
@@ -19,9 +18,8 @@ def find_things(
         stuff: ids of classes that an annotation file declares to be no things.
 
     Raises:
-        UserError: a name is not a class, or there are no things or too many classes.
+        UserError: a name is not a class, or there are no things.
     """
-    check_object_range(len(classes), 0, "data.classes")
     if unknown := [name for name in things or () if name not in classes]:
         raise UserError(f"data.things={unknown[0]} is not a class. Name some of {', '.join(classes)}.")
     if things is None:

@@ -57,7 +57,7 @@ class Instances:
 
 
 def count_instances(reference: Instances, prediction: Instances) -> Counts:
-    """Return the rows of an image, for `AveragePrecision`.
+    """Return the rows of an image, for `InstanceAveragePrecision`.
 
     Returns:
         Of D predicted objects, at most `MAX_DETECTIONS` of each class: `classes` (D,), `scores` (D,), and whether each
@@ -116,7 +116,7 @@ def _lie_within(areas: np.ndarray) -> np.ndarray:
     return (areas >= AREAS[:, :1]) & (areas <= AREAS[:, 1:])
 
 
-class AveragePrecision(RowMetric):
+class InstanceAveragePrecision(RowMetric):
     """AP over IoUs of 0.5 to 0.95, at 0.5 and 0.75, and of small, medium and large objects.
 
     Each is a mean over the classes that have such an object; nan without any.

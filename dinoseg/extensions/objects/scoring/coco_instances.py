@@ -11,7 +11,7 @@ import numpy as np
 from dinoseg.core.metric import Counts
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons, size_of
-from dinoseg.extensions.objects.scoring.average_precision import AveragePrecision, Instances, count_instances
+from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision, Instances, count_instances
 from dinoseg.extensions.objects.scoring.coco_files import IMAGES, check_unique, name_images, read_coco_json
 from dinoseg.extensions.objects.scoring.runs import Runs
 from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, RowProtocol, ScoringCase
@@ -48,12 +48,13 @@ class CocoInstances(RowProtocol):
 
     name = "coco_instances"
     unit = "image"
-    keys = tuple(AveragePrecision.scores)
+    keys = tuple(InstanceAveragePrecision.scores)
+    metric: InstanceAveragePrecision
 
     def __init__(self) -> None:
         # set by `find`: name of each category by its id, and the metric of these
         self._categories: dict[int, str] = {}
-        self.metric = AveragePrecision(0)
+        self.metric = InstanceAveragePrecision(0)
         self.rules: Mapping[str, Any] = {
             "absent_class": "a class without an object of the reference (of a size) enters no mean (of this size)",
             "resolution": "as annotated; run lengths of another size are an error",
@@ -81,7 +82,7 @@ class CocoInstances(RowProtocol):
         for what in ("images", "categories", "annotations"):
             check_unique((entry["id"] for entry in whole[what]), reference, what)
         self._categories = {entry["id"]: entry["name"] for entry in sorted(whole["categories"], key=_get_id)}
-        self.metric = AveragePrecision(len(self._categories))
+        self.metric = InstanceAveragePrecision(len(self._categories))
         images = {entry["id"]: entry for entry in whole["images"]}
         listing = Cases([])
         sides: list[dict[int, list[Named]]] = []

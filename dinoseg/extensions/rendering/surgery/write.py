@@ -29,6 +29,7 @@ FIRST_TEST_VIDEO = 41  # as in SAR-RARP50
 # the thread runs from the needle through these zones of the frame, (x, y) as shares of its sides
 KNOT_ZONES = (((0.5, 0.1), (0.9, 0.3)), ((0.15, 0.15), (0.5, 0.4)), ((0.2, 0.6), (0.6, 0.85)))
 Seed = int | Sequence[int]
+CONTENT = 2  # version of what a zip holds: 2 has the ids of instances
 NOISES = 7  # number of noise images, used in rotation
 
 
@@ -45,7 +46,7 @@ class SurgeryVideo:
     @property
     def description(self) -> bytes:
         """The description stored in the finished zip."""
-        return b"dinoseg render " + json.dumps(asdict(self)).encode()
+        return f"dinoseg render {CONTENT} {json.dumps(asdict(self))}".encode()
 
     def path(self, root: Path) -> Path:
         """Return the path of the finished zip."""

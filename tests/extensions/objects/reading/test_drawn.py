@@ -93,6 +93,21 @@ def test_coco_objects_are_those_of_pycocotools(tmp_path, seed):
         assert len(numbers) == len(expected) and 1 <= numbers.min() and numbers.max() <= len(annotations)
 
 
+def test_ignored_crowds_remain_objects(tmp_path):
+    write_coco(tmp_path, random_annotations(np.random.default_rng(0), 25))
+    shown = read("coco_instances", tmp_path)
+    data = read("coco_instances", tmp_path, "data.reader.shapes.crowds=ignore")
+    assert any((one["mask"] != two["mask"]).any() for one, two in zip(shown, data, strict=True))
+    for one, two in zip(shown, data, strict=True):
+        assert (one["maps"][OBJECTS] == two["maps"][OBJECTS]).all() and crowd_flags(two["maps"][OBJECTS]).any()
+
+
+def test_objects_of_layers_are_refused(tmp_path):
+    write_coco(tmp_path, random_annotations(np.random.default_rng(0), 5))
+    words = ("data.unlabelled=null", "+data.reader.layers=true")
+    assert_refused(lambda: read("coco_instances", tmp_path, *words), "task=semantic", "data=coco")
+
+
 def test_semantic_reading_is_unchanged(tmp_path):
     write_coco(tmp_path, random_annotations(np.random.default_rng(3), 20))
     plain = instantiate(load("coco", tmp_path).reader)(split="train")
@@ -208,6 +223,8 @@ def test_panoptic_segments_are_objects_and_the_mask(tmp_path):
     crowd = (2, 1, (ids == 256**2 * 40 + 1).tobytes())
     assert masks_of(objects) == sorted([*expected, crowd]) and objects.shape == (1, *SIZE)
     assert read("coco_panoptic", tmp_path, "data.things=[sky]").maps[OBJECTS].things == (0,)
+    merged = ("data.classes=[leaf,stem]", "++data.reader.shapes.labels={sky: leaf}")
+    assert read("coco_panoptic", tmp_path, *merged).maps[OBJECTS].things == (0, 1)
     check_dataset(read("coco_panoptic", tmp_path))
 
 

@@ -63,6 +63,12 @@ def test_each_id_is_an_object_of_the_one_thing(tmp_path):
     words = ("data.classes=[background,cell]", "data.reader.masks.others=cell", "data.reader.masks.ids={255:1}")
     for given, numbers in ((words[:2], 3), (words, 4)):
         assert len(counted(read("folder_instances", tmp_path, *given, background=0)[0]["maps"][OBJECTS])) == numbers
+    write(tmp_path, np.where(ids == 2, 256, ids))  # 255 beside 256 is the id of an object
+    silent = read("folder_instances", tmp_path, *words[:2], background=0)
+    assert_refused(lambda: silent[0], "a.png", "the id 255", "++data.reader.masks.ids={255: 255}")
+    for target, numbers in ((1, 4), (255, 3)):
+        mapped = (*words[:2], f"data.reader.masks.ids={{255:{target}}}")
+        assert len(counted(read("folder_instances", tmp_path, *mapped, background=0)[0]["maps"][OBJECTS])) == numbers
     write(tmp_path, np.zeros(SIZE))
     assert read("folder_instances", tmp_path, *words, background=0)[0]["maps"][OBJECTS].shape == (0, *SIZE)
 
@@ -105,6 +111,8 @@ def test_ids_beside_masks_take_their_class(tmp_path):
     assert_refused(lambda: data.pairs[0].objects.read(), "(30, 9)", "(30, 20)")
     (tmp_path / "train/ids/a.png").unlink()
     assert_refused(lambda: read("folder_instances", tmp_path, *words), "masks/a.png", "ids/a.png", "data.objects.files")
+    one = (*words[:1], "data.objects.files=[masks]")
+    assert_refused(lambda: read("folder_instances", tmp_path, *one), "data.objects.files", "a list of 2 texts")
 
 
 def test_cityscapes_objects_and_crowds(tmp_path):

@@ -12,7 +12,7 @@ from drawn_objects import draw_instances, encode, place_instances, write_instanc
 from dinoseg.core.metric import RowMetric
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons
-from dinoseg.extensions.objects.scoring.average_precision import AveragePrecision
+from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.runs import Runs, overlaps
 from dinoseg.extensions.protocols.folders import score_cases
@@ -121,7 +121,7 @@ def test_leaving_out_images_equals_a_new_computation(tmp_path, seed):
             protocol.metric.leave_one_out(rows, units),
             RowMetric.leave_one_out(protocol.metric, rows, units),
         )
-        for key in AveragePrecision.scores:
+        for key in InstanceAveragePrecision.scores:
             np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=1e-12)
 
 
@@ -237,7 +237,7 @@ def test_folders_and_missing_files_are_refused(tmp_path):
     done = call(tmp_path, *WORDS, "prediction=.")
     assert done.status == 1 and "prediction=. is not a file. Give the JSON file of COCO's results" in done.err
     done = call(tmp_path, *WORDS, "prediction=other.json")
-    assert done.status == 1 and "prediction=other.json is not a folder" in done.err
+    assert done.status == 1 and "prediction=other.json is not a file" in done.err
 
 
 def test_invalid_images_can_be_skipped(tmp_path):
