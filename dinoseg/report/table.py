@@ -174,7 +174,7 @@ def _no_interval(units: int, unit: str) -> str:
 
 def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
     """Return a share in 0..1 as percent; a dash if undefined."""
-    return "-" if value is None else f"{100 * value:{sign}.{digits}f}"
+    return "-" if value is None else f"{100 * value:{sign}z.{digits}f}"
 
 
 def _interval(limits: list[float] | None, none: str, units: int, sign: str = "") -> tuple[str, str]:

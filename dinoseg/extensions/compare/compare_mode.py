@@ -179,7 +179,14 @@ def result_tables(sides: Sequence[Side]) -> list[PaperTable]:
     heads = ["side", "seeds", *(f"{labels[key]} %" for key in best)]
     cells = [(row, 2 + [*best].index(key)) for key, row in bold.items()]
     notes = [f"seeds: {describe_seeds(sides)}.", *(f"folds: {line}." for line in [describe_folds(sides)] if line)]
-    caption = f"Mean ± standard deviation over seeds, [95 % interval] {describe_units(sides)}. {note}"
+    record = sides[0].scored[0]
+    units = record.count_units()
+    over = (
+        f"{count_of(units, record.unit)}, and over seeds where a side has several"
+        if units > 1
+        else f"seeds alone, as there is one {record.unit}"
+    )
+    caption = f"Mean ± standard deviation over seeds, [95 % interval] over {over}. {note}"
     tables = [PaperTable(caption, heads, rows, 1, cells, notes)]
     words = swept_words([folder for side in sides for folder in side.folders])
     if all(words):

@@ -49,17 +49,22 @@ def estimate_effects(
         scores: of each run; runs with None or nan are left out.
 
     Returns:
-        No effects if no key but fold and seed is swept, or there are no more runs than terms.
+        No effects if no key but fold and seed is swept, a run lacks a key, whose value is then unknown, or there are no
+        more runs than terms.
     """
     keys = [key for key in dict.fromkeys(key for words in settings for key in words) if key != SEED]
     runs = [
-        ({key: words.get(key, "") for key in keys}, score)
-        for words, score in zip(settings, scores, strict=True)
-        if score is not None and isfinite(score)
+        (words, score) for words, score in zip(settings, scores, strict=True) if score is not None and isfinite(score)
     ]
-    terms = [(key, level) for key in keys for level in dict.fromkeys(words[key] for words, _ in runs)]
+    # in the order of all runs: the first level does not depend on which of them have a score
+    terms = [
+        (key, level)
+        for key in keys
+        for level in dict.fromkeys(words[key] for words in settings if key in words)
+        if any(words.get(key) == level for words, _ in runs)
+    ]
     levels = Counter(key for key, _ in terms)
-    if not {*levels} - {FOLD}:
+    if not {*levels} - {FOLD} or any({*keys} - {*words} for words in settings):
         return [], 0
     design = np.array([[1.0, *((key, level) in words.items() for key, level in terms)] for words, _ in runs])
     target = np.array([score for _, score in runs], dtype=np.float64)

@@ -239,7 +239,7 @@ def describe_seeds(sides: Sequence[Side]) -> str:
         return f"one trained model per {part}: verdicts hold for these models, not for other seeds"
     runs = ", ".join(str(side.seeds) for side in sides)
     if not _has_intervals(sides):
-        return f"the variance over seeds is in no interval, since there is none ({runs} runs)"
+        return f"no difference has an interval, so none includes the variance over seeds ({runs} runs)"
     counted = f"the variance over seeds is included in the intervals ({runs} runs)"
     return f"{counted}, except for {join_names(single)}, one trained model each" if single else counted
 
@@ -406,7 +406,11 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
     names = []
     for side in sides:
         of_side = [swept[index] for index in side]
-        words = " ".join(word for key, word in of_side[0].items() if all(each.get(key) == word for each in of_side))
+        words = " ".join(
+            word
+            for key, word in of_side[0].items()
+            if key != "resume" and all(each.get(key) == word for each in of_side)
+        )
         names.append(words if 0 < len(words) <= _LONGEST else _join_run_names([by_folder[index] for index in side]))
     return names if len(set(names)) == len(names) else [by_folder[side[0]] for side in sides]
 
@@ -415,13 +419,16 @@ def swept_words(folders: Sequence[Path]) -> list[dict[str, str]]:
     """Return the overrides of each run by key that vary between the given jobs of sweeps; empty for other runs."""
     commands = [_command(folder) for folder in folders]
     swept = [command for command in commands if command]
-    keys = dict.fromkeys(key for command in swept for key in command if not key.startswith(("hydra", "resume")))
+    keys = dict.fromkeys(key for command in swept for key in command if not key.startswith("hydra"))
     varied = [key for key in keys if len({command.get(key) for command in swept}) > 1]
     return [{key: command[key] for key in varied if key in command} for command in commands]
 
 
 def _command(folder: Path) -> dict[str, str]:
-    """Return the overrides of a sweep's job by key, without a leading +; empty for other runs."""
+    """Return the overrides of a sweep's job by key, without a leading +; empty for other runs.
+
+    `resume=auto` is left out: it is no setting of the model.
+    """
     folder = folder.resolve()
     if not is_sweep_folder(folder.parent):
         return {}
@@ -429,7 +436,7 @@ def _command(folder: Path) -> dict[str, str]:
         words = command_line(folder)
     except OSError:  # unreadable: fall back to the folder's name
         return {}
-    return {word.lstrip("+~").partition("=")[0]: word.lstrip("+") for word in words}
+    return {word.lstrip("+~").partition("=")[0]: word.lstrip("+") for word in words if word != "resume=auto"}
 
 
 def _by_folders(folders: Sequence[Path]) -> list[str]:

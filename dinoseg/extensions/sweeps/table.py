@@ -23,7 +23,7 @@ from tabulate import tabulate
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.core.metric import INFINITE_IMAGES
+from dinoseg.core.metric import INFINITE_IMAGES, plain_score
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.extensions.compare.effects import FOLD, SEED, effects_table, estimate_effects
 from dinoseg.extensions.compare.paper_table import LATEX, MARKDOWN, PaperTable, Score, format_score, write_paper_tables
@@ -47,7 +47,7 @@ SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the sc
 LOSS = "val/loss"  # column of a job's `loss`, as in metrics.jsonl: a swept `loss=` has a column, too
 _BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), LOSS: (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
-OTHERS = {LOSS: ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
+OTHERS = {LOSS: "z.4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
@@ -57,7 +57,8 @@ DEVIATION, LOW, HIGH = "deviation", "low", "high"  # the last two: ends of the 9
 _CAPTIONS = {
     "": "One run each.",
     "seeds": "Mean ± standard deviation over seeds, [95 % interval] over seeds.",
-    "folds": "Score over all folds ± standard deviation over folds, [95 % interval] over images or groups.",
+    "folds": "Score over all folds ± standard deviation over folds, [95 % interval] over images or groups and over "
+    "seeds, each where there are several.",
 }
 Row = dict[str, Any]
 
@@ -68,8 +69,8 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
     The seeds of a fold are averaged. Scores count each pixel of all folds once: they come from the sum of the confusion
     matrices; scores that have none are means over folds. Columns named after the score and a suffix hold the sample
     standard deviation over folds, and the ends of the 95 % interval over groups of images, as in mode=compare. They are
-    None where undefined. There is no interval if a job has no record of its images, as with `mode.report=false`, or if
-    all images are one group: mode=compare then has an interval over seeds, if each fold has several.
+    None where undefined. There is no interval if a job has no record of its images, as with `mode.report=false`. If all
+    images are one group, it is over seeds alone, and needs several in each fold.
 
     Args:
         rows: of all jobs.
@@ -150,8 +151,9 @@ def _pool_scores(counts: np.ndarray, job: Row) -> Row:
     ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
     if ignored is not None:
         ious[ignored] = np.nan
-    objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(ious, background)))}
-    return {"miou": float(mean_defined(ious)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}
+    objects = {} if background is None else {"miou_no_background": mean_defined(np.delete(ious, background))}
+    scores = {"miou": mean_defined(ious), **objects, "accuracy": ratio(hits.sum(), counts.sum())}
+    return {key: plain_score(value) for key, value in scores.items()}
 
 
 def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
@@ -258,7 +260,7 @@ class SweepTable(Callback):
         averaged = [] if _searches(config) else [key for key in (FOLD, SEED) if key in swept]
         counts = [name for key, name in ((FOLD, "folds"), (SEED, "seeds")) if key in averaged]
         printed, written = columns, columns
-        runs, settings = rows, [{key: row[key] for key in swept} for row in rows]
+        runs, settings = rows, [{key: row["words"][key] for key in swept if key in row["words"]} for row in rows]
         if averaged:
             _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
             swept = [key for key in swept if key not in averaged]
@@ -272,9 +274,9 @@ class SweepTable(Callback):
         for remark in dict.fromkeys(row.get("remark") for row in rows):
             if remark:
                 print(f"folds: {remark}")
-        bold, note = _find_significance(path.parent, rows, jobs) if score == "miou" else ({}, "")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
         scores = [key for key in columns if key == score or key not in OTHERS]
+        bold, note = _find_significance(path.parent, rows, jobs, scores) if score == "miou" else ({}, "")
         labels = [*swept, *counts]
         cells = [
             [
@@ -283,7 +285,7 @@ class SweepTable(Callback):
             ]
             for row in rows
         ]
-        places = [(row, len(labels) + scores.index(key)) for key, row in bold.items() if key in scores]
+        places = [(row, len(labels) + scores.index(key)) for key, row in bold.items()]
         caption = f"{_CAPTIONS[counts[0] if counts else '']} {note or 'Nothing is bold: rows were not compared.'}"
         tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), places, failed)]
         effects, freedom = estimate_effects(settings, [row.get(score) for row in runs])
@@ -304,11 +306,15 @@ def _describe_failure(run: Row, settings: Mapping[str, str]) -> str:
 def _score(row: Row, key: str) -> Score:
     value, deviation, low, high = (row.get(f"{key} {part}".strip()) for part in ("", DEVIATION, LOW, HIGH))
     interval = None if low is None or high is None else [low, high]
-    return Score(value, deviation, interval, row.get(f"{key} seeds") or row.get("seeds") or 0)
+    seeds = row[f"{key} seeds"] if f"{key} seeds" in row else row.get("seeds", 0)
+    # a mean over some of the seeds is not comparable: mode=compare has no such score either
+    return Score(None if seeds < row.get("seeds", 0) else value, deviation, interval, seeds)
 
 
-def _find_significance(sweep: Path, rows: Sequence[Row], jobs: Sequence[Row]) -> tuple[dict[str, int], str]:
-    """Print how many settings are significantly worse than the best, and the test; return what `find_bold` does.
+def _find_significance(
+    sweep: Path, rows: Sequence[Row], jobs: Sequence[Row], scores: Sequence[str]
+) -> tuple[dict[str, int], str]:
+    """Print how many settings are significantly worse than the best, and the test; return `find_bold` of the scores.
 
     There is nothing if a row with a score has no record of images, or cannot be compared with the others.
     """
@@ -330,7 +336,8 @@ def _find_significance(sweep: Path, rows: Sequence[Row], jobs: Sequence[Row]) ->
     )
     command = shlex.quote(f"runs=[{sweep}]")
     print(f"test for differences from the first job: python -m dinoseg mode=compare {command}")
-    return find_bold(best, len(sides))
+    # a row without a score is no side, so that no row is better than every other one
+    return find_bold({key: best[key] for key in best if key in scores}, len(rows))
 
 
 def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
@@ -400,8 +407,8 @@ def _text(key: str, value: Any, sign: str = "") -> str:
     if value is None:
         return ""
     if key in SHARES:
-        return f"{100 * value:{sign}.2f}"
-    form = OTHERS.get(key, ".4f" if isinstance(value, float) else "")
+        return f"{100 * value:{sign}z.2f}"
+    form = OTHERS.get(key, "z.4f" if isinstance(value, float) else "")
     return format(value, sign + form)
 
 

@@ -25,10 +25,10 @@ def draw_sides(rng):
     if rng.random() < 0.2:
         held[:, -1] = 0
     units = [str(number) for number in rng.integers(0, rng.choice([1, 8, 99]), images)]
-    spread = rng.choice([0, 0.1, 0.5])
+    shares = 0.5 + rng.choice([0, 0.1, 0.5]) * rng.random((rng.integers(2, 5), classes))
     return [
-        side_of(name, [counts_of(rng, held, 0.5 + spread * rng.random()) for _ in range(rng.integers(1, 4))], units)
-        for name in "abcd"[: rng.integers(2, 5)]
+        side_of(name, [counts_of(rng, held, share) for _ in range(rng.integers(1, 4))], units)
+        for name, share in zip("abcd", shares, strict=False)
     ]
 
 
@@ -53,15 +53,20 @@ def plain_miou(counts):
     return np.mean(right[defined] / (held + found - right)[defined]) if defined.any() else np.nan
 
 
-def plain_mean(side, chosen):
-    return np.mean([plain_miou(record.counts[chosen]) for record in side.records])
+def plain_accuracy(counts):
+    right, held, _ = counts.sum(axis=(0, 2)).astype(float)
+    return right / held if held else np.nan
 
 
-def plain_error(score, sides):
+def plain_mean(side, chosen, score=plain_miou):
+    return np.mean([score(record.counts[chosen]) for record in side.records])
+
+
+def plain_error(score, sides, of_run=plain_miou):
     """Return error and degrees of freedom of a score of images: over their units and the seeds of each side."""
     units = np.array(sides[0].records[0].units)
     labelled = sorted({unit for unit in units if sides[0].records[0].counts[units == unit].any()})
-    seeds = [[plain_miou(record.counts) for record in side.records] for side in sides if len(side.records) > 1]
+    seeds = [[of_run(record.counts) for record in side.records] for side in sides if len(side.records) > 1]
     parts = [(np.var(each, ddof=1) / len(each), len(each) - 1) for each in seeds]
     if len(labelled) > 1:
         left = np.array([score(units != unit) for unit in labelled])
@@ -72,16 +77,18 @@ def plain_error(score, sides):
     return np.sqrt(variance), variance**2 / sum(part**2 / each for part, each in parts) if variance > 0 else 1
 
 
-def plain_bold(sides):
+def plain_bold(sides, score):
     """Return the index of the side whose difference from each other one is significant by Holm's method, or None."""
     whole = np.ones(len(sides[0].records[0].units), dtype=bool)
-    means = [plain_mean(side, whole) for side in sides]
+    means = [plain_mean(side, whole, score) for side in sides]
     best = max(range(len(sides)), key=lambda index: (means[index], -index))
     p_values = []
     for index in {*range(len(sides))} - {best}:
         pair = [sides[best], sides[index]]
         error, freedom = plain_error(
-            lambda chosen, pair=pair: plain_mean(pair[0], chosen) - plain_mean(pair[1], chosen), pair
+            lambda chosen, pair=pair: plain_mean(pair[0], chosen, score) - plain_mean(pair[1], chosen, score),
+            pair,
+            score,
         )
         gap = means[best] - means[index]
         p_values.append(1 if np.isnan(error) else 2 * stats.t.sf(gap / error, freedom) if error else float(gap == 0))
@@ -90,7 +97,7 @@ def plain_bold(sides):
 
 
 def test_scores_and_bold_equal_a_plain_script_on_drawn_sides():
-    kinds = {"bold": 0, "not bold": 0, "no interval": 0, "one unit": 0}
+    kinds = {"bold": 0, "not bold": 0, "no interval": 0, "one unit": 0, "one score": 0}
     for seed in range(CASES):
         sides = draw_sides(np.random.default_rng(seed))
         for side in sides:
@@ -110,9 +117,12 @@ def test_scores_and_bold_equal_a_plain_script_on_drawn_sides():
             ends = [1 / (1 + np.exp(-np.log(value / (1 - value)) - sign * reach)) for sign in (-1, 1)]
             assert found.interval == pytest.approx(ends), seed
             kinds["one unit"] += len({*side.records[0].units}) == 1
-        bold = find_bold(find_best(sides), len(sides))[0].get("miou")
-        assert bold == plain_bold(sides), seed
+        found = find_bold(find_best(sides), len(sides))[0]
+        bold = found.get("miou")
+        assert bold == plain_bold(sides, plain_miou), seed
+        assert found.get("accuracy") == plain_bold(sides, plain_accuracy), seed
         kinds["not bold" if bold is None else "bold"] += 1
+        kinds["one score"] += bold != found.get("accuracy")
     assert min(kinds.values()) >= 3, kinds
 
 
@@ -141,6 +151,9 @@ def test_table_of_sides_has_bold_seeds_and_dashes():
     (equal,) = result_tables([make_side("a", 0.9, seeds=1), make_side("b", 0.9, seeds=1)])
     assert not equal.bold and "Nothing is bold" in equal.caption
     assert "±" not in "".join(equal.rows[0]) and "[" in equal.rows[0][2]
+    (group,) = result_tables([make_side("a", 0.9, seeds, units=["0"] * 20, unit="group") for seeds in (1, 3)])
+    assert "over seeds alone, as there is one group." in group.caption and "mode=" not in group.caption
+    assert ["[" in row[2] for row in group.rows] == [row[1] == "3" for row in group.rows]
 
 
 def test_best_of_three_is_bold_only_if_better_than_both():
@@ -150,7 +163,8 @@ def test_best_of_three_is_bold_only_if_better_than_both():
     assert find_bold(find_best([far, better]), 2)[0]["miou"] == 1
 
 
-def test_main_effects_of_jobs_follow_the_results(tmp_path):
+@pytest.mark.parametrize("key", ["head", "resume"])
+def test_main_effects_of_jobs_follow_the_results(tmp_path, key):
     (tmp_path / "multirun.yaml").touch()
     sides = []
     for number, (head, rank) in enumerate((head, rank) for rank in (4, 8) for head in ("linear", "mlp")):
@@ -158,14 +172,17 @@ def test_main_effects_of_jobs_follow_the_results(tmp_path):
         folders = [tmp_path / str(2 * number + seed) for seed in (0, 1)]
         for seed, folder in enumerate(folders):
             folder.mkdir()
-            RunFolder(folder).write_config({}, ["mode=train", f"head={head}", f"adapter.rank={rank}", f"seed={seed}"])
+            words = [f"{key}={head}", f"adapter.rank={rank}", f"seed={seed}", *["resume=auto"] * seed]
+            RunFolder(folder).write_config({}, ["mode=train", *words])
         sides.append(replace(side, folders=folders))
     results, effects = result_tables(sides)
     assert len(results.rows) == 4
     assert [row[:4] for row in effects.rows] == [
-        *(["head", "linear", "4", "43.88"], ["head", "mlp", "4", "55.04"]),
+        *([key, "linear", "4", "43.88"], [key, "mlp", "4", "55.04"]),
         *(["adapter.rank", "4", "4", "49.46"], ["adapter.rank", "8", "4", "49.46"]),
     ]
     assert effects.rows[1][4] == "+11.15" and effects.rows[3][4] == "+0.00"
     assert "seeds as replicates" in effects.caption and "5 degrees of freedom" in effects.caption
     assert len(result_tables([*sides[:3], replace(sides[3], folders=[Path("x"), Path("y")])])) == 1  # no job of a sweep
+    (tmp_path / "7/config/overrides.txt").write_text(f"{key}=mlp\nseed=1")
+    assert len(result_tables(sides)) == 1  # its rank is unknown

@@ -44,7 +44,8 @@ def plain_effects(cells, scores):
     """
     known = [(cell, score) for cell, score in zip(cells, scores, strict=True) if score is not None and score == score]
     keys = [key for key in cells[0] if key != SEED]
-    seen = {key: list(dict.fromkeys(cell[key] for cell, _ in known)) for key in keys}
+    scored = {item for cell, _ in known for item in cell.items()}
+    seen = {key: [v for v in dict.fromkeys(cell[key] for cell in cells) if (key, v) in scored] for key in keys}
 
     def code(shares):
         """Return the row of a run, from the share of each level of each key."""

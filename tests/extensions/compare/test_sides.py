@@ -44,6 +44,7 @@ def swept(tmp_path):
         (("k=" + "9" * 58, "k=1"), ["k=" + "9" * 58, "k=1"]),
         (("k=" + "9" * 59, "k=1"), ["0", "k=1"]),  # too long for a heading
         (("hydra.verbose=1", "hydra.verbose=2"), ["0", "1"]),
+        (("resume=a", "resume=b"), ["0", "1"]),
         (("k=1", "k=1"), ["0", "1"]),
     ],
 )

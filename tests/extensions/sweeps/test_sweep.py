@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.evaluation.image_record import read_record
+from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
 from dinoseg.extensions.sweeps import table as sweep_table
 from dinoseg.extensions.sweeps.table import FOLD, SweepTable, over_folds
 from dinoseg.models.heads.linear import LinearHead
+from dinoseg.report.table import percent
 from dinoseg.utils.errors import UserError
 
 HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(1800)"
@@ -273,6 +274,19 @@ def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
     assert [row["data.fold"] for row in rows_of(tmp_path / "jobs.csv")] == ["0", "0", "1", "1"]
 
 
+def test_undefined_pooled_scores_are_dashes_at_the_end(tmp_path):
+    matrices = {"a": [[3, 1], [1, 3]], "none": [[0, 0], [0, 0]], "b": [[4, 1], [1, 3]]}
+    jobs = [
+        (f"data.fold={fold} head={head}", {"miou": 0.5, "accuracy": 0.5, "matrix": matrix})
+        for fold in (0, 1)
+        for head, matrix in matrices.items()
+    ]
+    rows = end_sweep(tmp_path, jobs)
+    assert [row["head"] for row in rows] == ["b", "a", "none"] and rows[2]["mIoU %"] == ""
+    last = (tmp_path / "table.md").read_text().split("| none")[1].splitlines()[0]
+    assert [cell.strip() for cell in last.split("|")[1:]] == ["2", "-", "-", ""]
+
+
 @pytest.mark.parametrize(("ignored", "miou"), [(None, 1.5 / 3), (0, 1.5 / 2)])
 def test_pooled_means_leave_out_the_ignored_class(ignored, miou):
     matrix = [[0, 0, 0], [1, 1, 0], [0, 0, 4]]
@@ -471,8 +485,59 @@ def test_table_for_papers_has_seeds_beside_its_intervals(tmp_path):
     markdown = (tmp_path / "table.md").read_text()
     lines = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in markdown.splitlines()[2:8]}
     assert "60.50 ± 0.71 [54.15, 66.85] (2 seeds)" in lines["b8"] and "± 0.00 [75.00, 75.00] (2 seeds)" in lines["b8"]
-    assert lines["a8"].count("[") == 0 and " 51.00 |" in lines["a8"] and " 60.00 |" in lines["b4"]  # of one seed
+    assert lines["a8"].count("[") == 0 and " 51.00 |" in lines["a8"]  # of one seed
+    assert " - | 75.00 ± 0.00 [" in " ".join(lines["b4"].split())  # undefined in one of two seeds
     assert "Nothing is bold: rows were not compared." in markdown and "**" not in markdown
+
+
+def test_effect_has_no_negative_zero(tmp_path):
+    jobs = [(f"head={head} seed={seed}", {"miou": 0.5 - 1e-6 * (head == "b")}) for head in "ab" for seed in (0, 1)]
+    end_sweep(tmp_path, jobs)
+    assert "+0.00" in (markdown := (tmp_path / "table.md").read_text()) and "-0.00" not in markdown
+    assert percent(-1e-6, 2, "+") == "+0.00" and percent(-1e-6, 2) == "0.00"
+
+
+def write_evaluation(folder, shares, fold):
+    """Write the evaluation of a run that is right in these shares of two classes; `fold` may be None."""
+    images = [f"{fold}_{number}" for number in range(20)]
+    held = np.full((20, 2), [9000, 1000])
+    right = (held * shares + np.arange(20)[:, None]).astype(int)
+    found = {"classes": ["a", "b"], "palette": [(0, 0, 0)] * 2, "ignore_index": 255, "background": None, "data": "x"}
+    found |= {"root": "", "split": "val", "unit": "image", "source": "", "images": images, "units": images}
+    (folder / "config").mkdir(parents=True)
+    write_record(ImageRecord(**found, counts=np.stack([right, held, held], axis=1)), folder)
+    if fold is not None:
+        config = {"seed": 0, "data": {"fold": fold, "folds": 2}, "head": {"x": str(shares)}, "choices": {}}
+        OmegaConf.save(config, folder / "config/config.yaml")
+
+
+@pytest.mark.parametrize("folds", [(None,), (0, 1)])
+@pytest.mark.parametrize(
+    ("further", "best", "bold"),
+    [
+        ((), None, [("a", "mIoU %"), ("b", "pixel accuracy %")]),
+        ([{"error": "no"}], None, []),  # not better than a row without a score
+        ((), {"miou": (0, 0), "dice": (0, 2)}, []),  # a score without a column
+    ],
+)
+def test_best_cells_of_a_sweep_are_bold(tmp_path, monkeypatch, folds, further, best, bold):
+    if best:
+        monkeypatch.setattr("dinoseg.extensions.compare.comparison.find_best", lambda sides: best)
+    jobs = []
+    for fold in folds:
+        for head, shares in (("c", (0.8, 0.2)), ("b", (0.98, 0.3)), ("a", (0.9, 0.9))):
+            run = tmp_path / f"runs/{head}{fold}"
+            write_evaluation(run, shares, fold)
+            scores = {"miou": sum(shares) / 2, "accuracy": 0.9 * shares[0] + 0.1 * shares[1]}
+            jobs.append((f"data.fold={fold} head={head}", scores | {"run": str(run)}))
+        jobs += [(f"data.fold={fold} head=d", each) for each in further]
+    end_sweep(tmp_path, jobs)
+    caption, *lines = (tmp_path / "table.md").read_text().split("\n\nMain")[0].splitlines()
+    heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    found = [(row[0], head) for row in rows for head, cell in zip(heads, row, strict=True) if cell.startswith("**")]
+    assert found == bold and ("Bold: " if bold else "Nothing is bold: no score is") in caption
+    assert [row[0] for row in rows] == ["a", "b", "c", *["d"] * len(further)]
+    assert ("over images or groups and over seeds" in caption) == (len(folds) > 1)
 
 
 def test_search_and_sweep_over_one_key_have_no_main_effects(tmp_path, capsys):
