@@ -43,6 +43,7 @@ def report_images(
     background: int | None,
     official: Mapping[str, Any] | None = None,
     charts: Sequence[Mapping[str, Any]] = (),
+    calibrates: bool = True,
 ) -> None:
     """Write report.html, images.csv and the record for comparisons to a folder, and print the paths.
 
@@ -58,6 +59,7 @@ def report_images(
         background: ID of the background class; None without one.
         official: result by the protocol of the data set's benchmark, with its unit; None without one.
         charts: of the classes, for the page.
+        calibrates: the page states the calibration, which edited probabilities would distort.
     """
     parts = engine.gather(collector.parts)
     if not engine.is_main:
@@ -99,7 +101,7 @@ def report_images(
             worst=collected.worst,
             distances=DISTANCES,
             boundary=collected.boundary.sum(axis=0),
-            calibration=_calibration(collected),
+            calibration=_calibration(collected) if calibrates else None,
         ),
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
         subtitle=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),

@@ -180,9 +180,18 @@ class ImageTraining(TrainingMethod):
             split="val",
         )
         if collector is not None:
-            background = self.data_module.background
+            strategy = self.data_module.strategy
             report_images(
-                provenance, collector, scores, rows, data, engine, out_dir, split="val", background=background
+                provenance,
+                collector,
+                scores,
+                rows,
+                data,
+                engine,
+                out_dir,
+                split="val",
+                background=self.data_module.background,
+                calibrates=strategy is None or strategy.base is strategy,
             )
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total

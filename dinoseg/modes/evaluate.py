@@ -121,6 +121,12 @@ def evaluate_split(
         receiver = effect.watch(receiver)
     rows = MetricRows(builder.metrics, *place)
     task = trained.model.task
+    is_edited = trained.strategy.base is not trained.strategy
+    if is_edited and any(metric.needs_bins for metric in builder.metrics):
+        logger.warning(
+            "Average precision and precision-recall curves are of edited probabilities, 0 in removed regions: set "
+            "inference.min_region=0 inference.largest_component=[] to score those of the model."
+        )
     # those of the checkpoint are chosen again if the command asks for it
     is_asked = builder.value("task.threshold") == "auto" and "task.threshold" in find_typed_keys(out_dir)
     if choose_thresholds is not None and (task.is_auto or is_asked):
@@ -157,6 +163,7 @@ def evaluate_split(
             background=background,
             official=by_protocol,
             charts=draw_curves(rows, data.classes, out_dir) if draw_curves is not None and engine.is_main else (),
+            calibrates=not is_edited,
         )
         scores = {**scores, **trained.report(out_dir)}
     if effect is not None:

@@ -29,6 +29,7 @@ from dinoseg.training.checkpoint import CHECKPOINT_FOLDER, Progress
 from dinoseg.training.description import PRECISION
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import PACKAGED
 from dinoseg.utils.wording import count_of
 from dinoseg.utils.yaml_text import read_yaml
 
@@ -43,7 +44,6 @@ COUNTED = "every pixel of the split counted once, ignored pixels excluded"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _OFFICIAL = ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
 _SCORES = "scores.json"  # in the folder of an evaluation
-_PACKAGED = "dinoseg:"
 _NO_SOURCE = ("random", None)  # values for weights without a third-party source
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _LICENCES = (  # part of the name, licence of such weights, whether it restricts redistribution
@@ -51,7 +51,7 @@ _LICENCES = (  # part of the name, licence of such weights, whether it restricts
     ("dinov3", "DINOv3 License", True),
     ("facebook/dinov2-", "Apache-2.0", False),
     ("facebook/dino-vit", "Apache-2.0", False),
-    (_PACKAGED, "Apache-2.0", False),
+    (PACKAGED, "Apache-2.0", False),
 )
 TRAINER_LICENCE = "its trainer's own"
 
@@ -367,7 +367,7 @@ def is_hub_id(weights: Any) -> TypeGuard[str]:
 def _licence(names: str, weights: str | None) -> tuple[str, bool]:
     if weights in _NO_SOURCE:
         return TRAINER_LICENCE, False
-    if str(weights).startswith(_PACKAGED):
+    if str(weights).startswith(PACKAGED):
         names = ""
     known = f"{names} {weights}".lower()
     return next(((licence, gated) for part, licence, gated in _LICENCES if part in known), (UNKNOWN, False))
@@ -375,7 +375,7 @@ def _licence(names: str, weights: str | None) -> tuple[str, bool]:
 
 def _last(weights: str | None) -> str | None:
     """Return the name of weights without the local folders that contain them."""
-    return weights if weights is None or weights.startswith(_PACKAGED) else Path(weights).name
+    return weights if weights is None or weights.startswith(PACKAGED) else Path(weights).name
 
 
 def _commit(name: str, revision: str) -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.class_ids import argmax_ids
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
 from dinoseg.inference.memory import OutOfMemory, describe_images, free_bytes
@@ -20,8 +21,8 @@ from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import in_bytes, join_names
 
 MinRegion = Annotated[int, Range("a whole number of pixels from 0 to 2147483647", 0, 2**31 - 1)]
-_REMOVED = -200.0  # logit of a removed class: below log(2**-126), which `Task.logits` gives a probability of 0
-_BYTES = 12  # of memory per class and pixel: logits, the bands that they are joined from, and results
+_REMOVED = torch.finfo(torch.float32).min  # logit of a removed class, whose probability becomes 0
+_BYTES = 20  # of memory per class and pixel: logits, the bands that they are joined from, and results
 
 
 def with_regions(
@@ -49,7 +50,7 @@ def with_regions(
         )
     if min_region < 2 and not largest_component:
         return strategy
-    return Regions(strategy, min_region, {list(classes).index(name) for name in largest_component})
+    return Regions(strategy, min_region, tuple(sorted({list(classes).index(name) for name in largest_component})))
 
 
 @dataclass(eq=False)
@@ -104,7 +105,7 @@ class Regions(InferenceStrategy):
         """
         size = size or rows.size
         needed = _BYTES * rows.count * (model.num_classes or 0) * math.prod(size)
-        free = free_bytes(next(model.parameters(), torch.empty(0)).device)
+        free = free_bytes(rows.read(0, 1).device)
         if needed > free:
             raise OutOfMemory(
                 f"Removing regions of {describe_images(rows)} holds the scores of all classes, which needs "
@@ -112,7 +113,8 @@ class Regions(InferenceStrategy):
                 "or set inference.min_region=0 inference.largest_component=[]."
             )
         bands = self.strategy.bands(model, rows, autocast, size=size, on_pass=on_pass)
-        logits = torch.cat([model.task.logits(band.probabilities()) for band in bands], dim=2)
+        # a band is valid only until the next one
+        logits = torch.cat([band.logits().to(torch.float32, copy=True) for band in bands], dim=2)
         prediction = Prediction(logits, size, (1.0, 1.0), upsample, task=model.task)
         self.original = prediction.class_ids()
         for of_image, ids in zip(logits, self.original.cpu().numpy(), strict=True):
@@ -125,7 +127,7 @@ class Regions(InferenceStrategy):
 
     def _remove(self, logits: Tensor, ids: np.ndarray) -> None:
         """Edit an image's logits (K, H * W) so that they predict no removed region of its ids (H, W) or layers."""
-        first_pixels: dict[int, int] = {}
+        first_pixels: dict[int, tuple[int, int]] = {}
         if ids.ndim > 2:
             for label, layer in enumerate(ids):
                 logits[label, self._find(layer, label, first_pixels)] = _REMOVED
@@ -138,29 +140,37 @@ class Regions(InferenceStrategy):
             if not len(removed):
                 return
             logits[flat[removed].astype(np.int64), removed] = _REMOVED  # uint8 would index as a mask
-            flat[removed] = logits[:, removed].max(dim=0).indices.cpu().numpy()
+            flat[removed] = argmax_ids(logits[None, :, removed])[0].cpu().numpy()
             removed = self._find_all(ids, np.unique(flat[removed]).tolist(), first_pixels)
         logits[:, removed] = before[:, np.searchsorted(initial, removed)]
 
-    def _find_all(self, ids: np.ndarray, labels: Sequence[int], first_pixels: dict[int, int]) -> np.ndarray:
+    def _find_all(self, ids: np.ndarray, labels: Sequence[int], first_pixels: dict[int, tuple[int, int]]) -> np.ndarray:
         """Return the sorted flat positions of the pixels of some classes that are in removed regions."""
         found = [self._find((ids == label).view(np.uint8), label, first_pixels) for label in labels]
         return np.sort(np.concatenate(found))
 
-    def _find(self, mask: np.ndarray, label: int, first_pixels: dict[int, int]) -> np.ndarray:
+    def _find(self, mask: np.ndarray, label: int, first_pixels: dict[int, tuple[int, int]]) -> np.ndarray:
         """Return the sorted flat positions of the pixels of a class's mask (H, W) that are in removed regions.
 
         `first_pixels` gets a pixel of the largest region, by which later calls for the image recognise it.
         """
         import cv2  # lazy import: a training without regions needs no OpenCV
 
-        _, regions = cv2.connectedComponents(mask, connectivity=8)
+        left, top, columns, rows = cv2.boundingRect(mask)
+        if not rows:
+            return np.empty(0, np.int64)
+        # a small class costs no more than its box
+        _, regions = cv2.connectedComponents(mask[top : top + rows, left : left + columns], connectivity=8)
         flat = regions.reshape(-1)
         sizes = np.bincount(flat)
         sizes[0] = 0  # the pixels of other classes
         removed = sizes < self.min_region
         if label in self.largest:
-            first_pixel = first_pixels.setdefault(label, int(sizes[flat].argmax()))
-            removed |= np.arange(len(sizes)) != flat[first_pixel]
+            if label not in first_pixels:
+                y, x = divmod(int(sizes[flat].argmax()), columns)
+                first_pixels[label] = (top + y, left + x)
+            y, x = first_pixels[label]
+            removed |= np.arange(len(sizes)) != (regions[y - top, x - left] if mask[y, x] else 0)
         removed[0] = False
-        return np.flatnonzero(removed[flat])
+        found = np.flatnonzero(removed[flat])
+        return (found // columns + top) * mask.shape[1] + found % columns + left

@@ -68,8 +68,9 @@ class _Decoder:
 class ImageDecoder(_Decoder):
     """Process that decodes one image after another; it is replaced when an image has ended it."""
 
-    def __init__(self, max_pixels: int) -> None:
+    def __init__(self, max_pixels: int, *, layers: int = 1) -> None:
         super().__init__(decode_images, _IMAGE_MEMORY, max_pixels)
+        self._bounds = {"max_pixels": max_pixels, "layers": layers}
 
     def decode(self, path: Path) -> np.ndarray:
         """Return an image as mode=predict reads it: (H, W, 3) uint8 RGB. Not for several threads at once.
@@ -81,7 +82,7 @@ class ImageDecoder(_Decoder):
             self._child.close()
             self._child = Child(self._function, self._memory)
         try:
-            answer, pixels = self._request({"path": str(path), "max_pixels": self.max_pixels})
+            answer, pixels = self._request({"path": str(path), **self._bounds})
         except UserError:
             raise
         except BaseException:
@@ -148,22 +149,23 @@ def decode_images(channel: Channel) -> None:
     while (message := channel.receive()) is not None:
         request = message[0]
         try:
-            pixels = read_bounded_image(Path(request["path"]), request["max_pixels"])
+            pixels = read_bounded_image(Path(request["path"]), request["max_pixels"], request["layers"])
         except UserError as error:
             _send_error(channel, error, request["path"])
         else:
             channel.send({"size": pixels.shape}, np.ascontiguousarray(pixels).data.cast("B"))
 
 
-def read_bounded_image(path: Path, max_pixels: int) -> np.ndarray:
-    """Read an image (H, W, 3) uint8 RGB, if its header states at most `max_pixels`.
+def read_bounded_image(path: Path, max_pixels: int, layers: int = 1) -> np.ndarray:
+    """Read an image (H, W, 3) uint8 RGB, if its header states at most `max_pixels`, the limit for this many layers.
 
     Raises:
         UserError: if it has more, or is damaged or no image.
     """
     height, width = read_size(path)
     if height * width > max_pixels:
-        raise UserError(f"{path} has {width} x {height} pixels, more than {max_pixels} (mode.max_pixels). Reduce it.")
+        allowed = f"which mode.max_pixels allows for {layers} layers" if layers > 1 else "the limit of mode.max_pixels"
+        raise UserError(f"{path} has {width} x {height} pixels, more than {max_pixels}, {allowed}. Reduce it.")
     return read_image(path)
 
 

@@ -101,7 +101,7 @@ class MaskEditor:
             mask = hatch(list(self._drop_hidden(mask) > 0)).astype(np.uint8)  # K: no class
         colors = lookup_table(self.labels.palette, self.labels.ignore_index)
         alpha = np.where(colors.any(axis=1), 255, 0).astype(np.uint8)
-        alpha[list(self.hidden)] = 0
+        alpha[[*self.hidden, *([len(self.mask)] if self.has_layers else [])]] = 0  # K may be the ignored id
         return encode_mask(mask, [(int(r), int(g), int(b)) for r, g, b in colors], transparency=alpha.tobytes())
 
     def encode_overlay(self, shown: bytes, opacity: float) -> bytes:

@@ -370,6 +370,10 @@ class Page:
             await self._label_video(self._context.model.segment)
 
     async def _track_video(self) -> None:
+        if self._editor.has_layers:
+            reason = "Classes overlap, and an object of a track has each pixel for itself: paint objects to track."
+            self._tell(reason, is_error=True)
+            return
         labels: list[np.ndarray | None] = [self._editor.mask.copy()]
         assert self._context.make_tracker is not None  # else there is no button
         tracker = self._context.make_tracker()
@@ -377,9 +381,7 @@ class Page:
         def track(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
             return self._context.model.track(tracker, frames, [labels.pop() if labels else None for _ in frames])
 
-        if self._editor.has_layers:
-            self._tell("Classes overlap, and an object of a track has each pixel for itself: paint objects to track.")
-        elif self._editor.mask.any():
+        if self._editor.mask.any():
             await self._label_video(track)
         else:
             self._tell("The mask is empty: paint the objects to track.", is_error=True)

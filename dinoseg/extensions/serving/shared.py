@@ -26,7 +26,7 @@ class SharedModel:
         self.has_layers = model.runtime.has_layers
         self.max_pixels = max_pixels // len(model.facts.classes) if self.has_layers else max_pixels
         self._runtime = model.runtime
-        self._decoder = ImageDecoder(self.max_pixels)
+        self._decoder = ImageDecoder(self.max_pixels, layers=len(model.facts.classes) if self.has_layers else 1)
         self._decoding = threading.Lock()
         self._computing = threading.Lock()
         self._decoded = threading.Semaphore(_DECODED)

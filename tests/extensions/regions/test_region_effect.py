@@ -109,7 +109,7 @@ def evaluate(run, name, *words):
 
 
 def test_evaluation_states_the_effect_of_one_pass(run):
-    done, scores = evaluate(run, "with")
+    done, scores = evaluate(run, "with", "metric=average_precision")
     plain, without = evaluate(run, "without", *OFF)
     found = json.loads((run / "with/regions.json").read_text())
     names = [str(number) for number in range(5)]
@@ -124,6 +124,10 @@ def test_evaluation_states_the_effect_of_one_pass(run):
     assert scores["miou"] - without["miou"] == pytest.approx(value, abs=1e-12)
     assert "regions:      removing them changes mIoU by" in done.out and "over 5 images" in done.out
     assert "Confirm the choice on another split" in done.err
+    assert "Average precision" in done.err and "edited probabilities" in done.err
+    assert "edited probabilities" not in plain.err
+    for folder, calibrates in (("with", False), ("run/evaluation", False), ("without", True)):
+        assert ("Fitted temperature" in (run / folder / "report.html").read_text()) == calibrates
     assert "regions:" not in plain.out and not (run / "without/regions.json").exists()
 
 

@@ -190,6 +190,14 @@ def test_second_most_probable_class_replaces_a_speck():
     assert prediction.logits().isfinite().all()
 
 
+def test_improbable_classes_stay_in_their_order():
+    logits = np.zeros((4, 6, 6))
+    logits[3, :, :2] = 90
+    logits[0, :, 2:] = 20
+    logits[:, 2, 2] = [-150, -120, 120, -100]  # all but class 2 have probabilities below 1e-90
+    assert edited(logits, {"min_region": 2})[0].class_ids()[0, 2, 2] == 3
+
+
 def test_region_of_exactly_the_limit_stays():
     logits = np.zeros((2, 4, 6))
     logits[1, [0, 1, 2], [0, 1, 2]] = 1  # three pixels on a diagonal
@@ -264,12 +272,21 @@ def test_large_files_are_edited_whole(tmp_path):
 
 
 def test_images_that_memory_cannot_hold_are_refused(monkeypatch):
-    monkeypatch.setattr(regions_module, "free_bytes", lambda device: 12 * 4 * 33 * 41 - 1)
+    monkeypatch.setattr(regions_module, "free_bytes", lambda device: 20 * 4 * 33 * 41 - 1)
     predictor = Predictor(tiny_model(), torch.device("cpu"), nullcontext, Regions(Whole(), 6))
     words = ("41 x 33", "inference.min_region=0")
     with pytest.raises(OutOfMemory):
         predictor.ids(pictures(0, count=1))
     assert_refused(lambda: predictor.ids(pictures(0, count=1)), *words)
+
+
+def test_memory_is_that_of_the_device_of_the_images(monkeypatch):
+    devices = []
+    monkeypatch.setattr(regions_module, "free_bytes", lambda device: devices.append(device.type) or 0)
+    images = MemoryRows(torch.zeros(1, 3, 4, 4, dtype=torch.uint8, device="meta"))
+    with pytest.raises(OutOfMemory):
+        next(Regions(Given(torch.zeros(1, 2, 4, 4)), 2).bands(Model(2), images, nullcontext))
+    assert devices == ["meta"]
 
 
 def test_inner_strategy_reduces_memory():
@@ -288,6 +305,12 @@ def test_edited_images_are_no_single_pass():
 def test_nothing_to_remove_is_the_strategy_itself(min_region, largest):
     strategy = Whole()
     assert with_regions(strategy, ["a", "b"], min_region, largest) is strategy
+
+
+def test_order_of_classes_is_no_difference_between_strategies():
+    names = [f"c{number}" for number in range(9)]
+    first, second = (with_regions(Whole(), names, 0, chosen) for chosen in (["c0", "c8"], ["c8", "c0"]))
+    assert repr(first) == repr(second)
 
 
 def test_unknown_class_is_refused():

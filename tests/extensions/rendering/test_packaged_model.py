@@ -50,3 +50,4 @@ def test_unknown_packaged_names_are_refused(model, tmp_path):
     for words in (("resume=dinoseg:none", f"input={NAME}"), (f"resume={NAME}", "input=dinoseg:none")):
         done = call(tmp_path, "mode=predict", *words)
         assert done.status == 1 and "dinoseg:none" in done.err and "Traceback" not in done.err
+        assert "tiny_surgical" not in done.err  # a backbone

@@ -236,4 +236,4 @@ def test_layers_count_against_the_limit_of_pixels(tmp_path):
     with client(tmp_path, max_pixels=3 * 200, has_layers=True) as ask:
         assert ask.post("/segment", content=encode_image(picture(10, 20))).status_code == 200
         status, detail = read_refusal(ask.post("/segment", content=encode_image(picture(3, 67))))
-        assert status == 400 and "67 x 3 pixels, more than 200 (mode.max_pixels)" in detail
+        assert status == 400 and "67 x 3 pixels, more than 200, which mode.max_pixels allows for 3 layers" in detail

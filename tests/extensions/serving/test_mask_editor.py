@@ -1,6 +1,7 @@
 """The brush changes the mask that is downloaded, and nothing else."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,9 +122,10 @@ def test_strokes_on_layers_change_one_class_and_are_undone():
     assert (editor.mask == states[10]).all()
 
 
-def test_layer_of_overlapping_classes_shows_each_in_its_colour():
+@pytest.mark.parametrize("ignore_index", [255, 3])
+def test_layer_of_overlapping_classes_shows_each_in_its_colour(ignore_index):
     mask = (np.random.default_rng(1).random((3, 300, 40)) > 0.5).astype(np.uint8)
-    editor = MaskEditor(mask, OVERLAPS)
+    editor = MaskEditor(mask, replace(OVERLAPS, ignore_index=ignore_index))
     for hidden in ((), (1,), (0, 1, 2)):
         editor.hidden = {*hidden}
         visible = np.array([layer * (label not in hidden) for label, layer in enumerate(mask)])

@@ -175,9 +175,10 @@ async def test_overlapping_classes_are_painted_and_erased(page, send):
 @on_a_page_with_layers
 async def test_overlapping_classes_are_not_tracked_but_objects_are(page, send):
     await send(encode_image(np.full((40, 60, 3), 200, np.uint8)))
-    page._context = replace(page._context, make_tracker=object)
+    page._context = replace(page._context, make_tracker=None)  # none is made
     await page._track_video()
     assert "paint objects" in page._status.text and not page.is_busy
+    assert "negative" in page._status._style["color"]
     page._start_objects()
     assert page._editor.mask.shape == (40, 60) and not page._eraser.visible
     page._eraser.value = True  # left on; objects have no eraser
