@@ -35,5 +35,6 @@ def compose_ensemble(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     def compose_run(path: Path) -> dict[str, Any]:
         return to_container(compose_resumed(cfg, words, path, checkpoint.describe(path)))
 
+    resume = cfg.resume if isinstance(cfg.resume, str) else OmegaConf.to_container(cfg.resume, resolve=True)
     ensemble = instantiate(cfg.mode.ensemble)
-    return OmegaConf.create(ensemble.compose(to_container(cfg)["resume"], cfg.mode.get("split"), compose_run))
+    return OmegaConf.create(ensemble.compose(resume, cfg.mode.get("split"), compose_run))

@@ -43,6 +43,7 @@ class Trained:
     ignore_index: int
     info: Mapping[str, Any]  # description in the checkpoint
     strategy: InferenceStrategy = field(default_factory=Whole)  # inference strategy
+    thresholds_by_fold: Mapping[str, list[float]] = field(default_factory=dict)  # of an evaluation, by `data.fold`
 
     @property
     def device(self) -> torch.device:
@@ -184,10 +185,10 @@ def restore(builder: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[
     chosen = outline.info.get(THRESHOLDS)
     if chosen is not None and (model.task.is_auto or model.task.thresholds == chosen):
         model.task.use_thresholds(chosen, "val")
-    elif model.task.is_auto:
+    elif model.task.is_auto and builder.value("mode.choose_thresholds") is None:  # mode=eval chooses now
         logger.warning(
-            "%s: no thresholds were chosen for these weights, so 0.5 is used for each class, unless mode=eval chooses "
-            "now. A training chooses at its end, for the checkpoint that it evaluates.",
+            "%s: no thresholds were chosen for these weights, so 0.5 is used for each class. A training "
+            " chooses at its end, for the checkpoint that it evaluates.",
             outline.where,
         )
     return model.eval(), outline.info

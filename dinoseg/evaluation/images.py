@@ -1,6 +1,6 @@
 """Evaluation of a split's images: exact counts, tables, figures and the benchmark's own protocol."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def evaluate_images(
     collector: Collector | None = None,
     rows: MetricRows | None = None,
     batches: Iterable[Batch] | None = None,
+    thresholds_by_fold: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Evaluate on a split, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.
 
@@ -43,6 +44,7 @@ def evaluate_images(
     ids at full size), or <class>/<name>_pred.png of a mask with layers. `write_prediction`
     gets the class ids (H, W) and the name of each image, to write them in another layout.
     The collector and the rows of further metrics receive every batch of this rank. `batches` are as of `evaluate`.
+    `thresholds_by_fold` are written if each fold has thresholds of its own.
     """
 
     def write(batch: Batch, ids: Tensor, logits: Tensor) -> None:
@@ -62,7 +64,8 @@ def evaluate_images(
     task = model.task
     if task.has_layers:
         chosen_here = task.chosen_on == split
-        scores["thresholds"] = {"values": task.thresholds, "chosen_on": task.chosen_on, "chosen_here": chosen_here}
+        values = thresholds_by_fold or task.thresholds
+        scores["thresholds"] = {"values": values, "chosen_on": task.chosen_on, "chosen_here": chosen_here}
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_scores_csv(out_dir / "scores.csv", scores, data.classes)

@@ -145,6 +145,7 @@ def evaluate_split(
         rows=rows if builder.metrics else None,
         batches=trained.batches(data),
         split=split,
+        thresholds_by_fold=trained.thresholds_by_fold,
     )
     by_protocol = None
     if benchmark is not None and engine.is_main:

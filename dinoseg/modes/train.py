@@ -82,7 +82,8 @@ def train(
             )
         if engine.is_main:
             write_end(out_dir, progress.step)
-        if builder.task.is_auto and choose_thresholds is not None:
+        if builder.task.is_auto:
+            assert choose_thresholds is not None, "`check_values` refuses it"
             run.choose_thresholds(model, checkpoints, choose_thresholds)
         scores = run.finish(model, checkpoints, log, metrics_only=metrics_only, report=report)
     if engine.is_main:

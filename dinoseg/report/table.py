@@ -64,7 +64,10 @@ def class_table(
 
 
 def _describe_thresholds(thresholds: Mapping[str, Any], classes: Sequence[str]) -> str:
-    named = ", ".join(f"{name} {value:.4g}" for name, value in zip(classes, thresholds["values"], strict=True))
+    values = thresholds["values"]
+    named = "by fold: see scores.json"
+    if not isinstance(values, Mapping):
+        named = ", ".join(f"{name} {value:.4g}" for name, value in zip(classes, values, strict=True))
     place = "" if thresholds["chosen_on"] is None else f" (chosen on {thresholds['chosen_on']})"
     return f"\n\nthresholds:   {named}{place}" + (f"\nnote:         {CHOSEN_HERE}" if thresholds["chosen_here"] else "")
 

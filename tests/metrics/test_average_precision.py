@@ -95,15 +95,16 @@ def test_decisions_agree_with_bins_at_each_edge(dtype):
         assert torch.equal(decided.bool(), bins >= level)
 
 
-def test_semantic_classes_are_scored_one_against_the_others():
+@pytest.mark.parametrize("ignored", [255, 1])  # the second is a class
+def test_semantic_classes_are_scored_one_against_the_others(ignored):
     check_metric(METRIC)
     rng = np.random.default_rng(0)
     mask = rng.integers(0, 3, (9, 7)).astype(np.uint8)
-    mask[:2] = 255
+    mask[:2] = ignored
     shares = torch.from_numpy(rng.random((3, 9, 7))).softmax(dim=0)
     prediction = PredictedImage(shares.argmax(dim=0).numpy(), bins=probability_bins(shares).numpy())
-    layers = np.where(mask == 255, 255, mask == np.arange(4)[:3, None, None]).astype(np.uint8)
-    found = METRIC.score([METRIC.count(prediction, LabelledImage(mask, 3))])
+    layers = np.where(mask == ignored, 255, mask == np.arange(4)[:3, None, None]).astype(np.uint8)
+    found = METRIC.score([METRIC.count(prediction, LabelledImage(mask, 3, ignored))])
     assert found == METRIC.score(count_layers([(shares, layers)]))
 
 
@@ -115,3 +116,10 @@ def test_intervals_leave_out_units_as_one_block_does():
     wanted = jackknife(FlatMetric.of(METRIC, rows[0]), sums)["average_precision"]
     assert metric_intervals(METRIC, rows, units)["average_precision"] == pytest.approx(wanted.ci95, abs=1e-12)
     assert further_scores(METRIC, rows, units)["average_precision"].value == pytest.approx(wanted.value, abs=1e-12)
+
+
+def test_narrow_counts_of_groups_do_not_overflow():
+    counts = {"positives": np.full((1, BINS), 90, np.uint8), "totals": np.full((1, BINS), 200, np.uint8)}
+    wide = {name: value.astype(np.int64) for name, value in counts.items()}
+    found = [further_scores(METRIC, [each] * 4, ["a", "a", "b", "b"]) for each in (counts, wide)]
+    assert found[0] == found[1]

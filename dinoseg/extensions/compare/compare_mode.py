@@ -112,7 +112,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         print(f"folds:        {folds}")
     if few := few_units(units, record.unit):
         logger.warning("%s", few)
-    chosen = [side.name for side in sides if any(record.chosen_here for record in side.records)]
+    chosen = [side.name for side in sides if side.chosen_here]
     if chosen:
         seeds += f". {join_names(chosen)}: {CHOSEN_HERE}"
         logger.warning("%s: %s", join_names(chosen), CHOSEN_HERE)
@@ -171,7 +171,7 @@ def result_tables(sides: Sequence[Side]) -> list[PaperTable]:
     """Return the scores of all sides for a paper, best first, and main effects if all runs are jobs of sweeps."""
     ranked = [sides[index] for index in best_first([scores_of(side.scored)["miou"] for side in sides])]
     best, labels = find_best(ranked), score_labels(ranked[0])
-    bold, note = find_bold(best, len(ranked))
+    bold, note = find_bold(best, ranked, len(ranked))
     rows = [
         [side.name, str(side.seeds), *(format_score(scores[key], partial(percent, digits=2)) for key in best)]
         for side, scores in zip(ranked, map(side_scores, ranked), strict=True)

@@ -35,11 +35,12 @@ from dinoseg.extensions.compare.sides import Side
 from dinoseg.report.html.page import format_interval
 from dinoseg.report.html.pictures import PairShot
 from dinoseg.report.overlay import downscale
-from dinoseg.report.table import MEANS, percent
+from dinoseg.report.table import CHOSEN_HERE, MEANS, percent
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size
 from dinoseg.utils.levels import to_display
+from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)
 SURELY_BETTER, SURELY_WORSE = "significantly better", "significantly worse"
@@ -142,11 +143,18 @@ def find_best(sides: Sequence[Side]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def find_bold(best: Mapping[str, tuple[int, int]], sides: int) -> tuple[dict[str, int], str]:
-    """Return, by score, the index of the side that is significantly better than each other one, and a note on it."""
-    bold = {key: index for key, (index, worse) in best.items() if worse == sides - 1}
+def find_bold(best: Mapping[str, tuple[int, int]], sides: Sequence[Side], rows: int) -> tuple[dict[str, int], str]:
+    """Return, by score, the index of the side that is significantly better than each other one, and a note on it.
+
+    A side whose thresholds were chosen on these images is never bold. A row without a score is no side: with one, no
+    side is better than all `rows`.
+    """
+    winners = {key: index for key, (index, worse) in best.items() if worse == rows - 1}
+    bold = {key: index for key, index in winners.items() if not sides[index].chosen_here}
     claim = "significantly better than every other row (p below 0.05, paired by image or group, corrected by Holm)"
-    return bold, f"Bold: {claim}." if bold else f"Nothing is bold: no score is {claim}."
+    chosen = [side.name for side in sides if side.chosen_here]
+    note = f"Bold: {claim}." if bold else f"Nothing is bold: no {'other ' if chosen else ''}score is {claim}."
+    return bold, f"{note} Never bold: {join_names(chosen)}. {CHOSEN_HERE}" if chosen else note
 
 
 def side_scores(side: Side) -> dict[str, Score]:

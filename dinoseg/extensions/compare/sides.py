@@ -63,6 +63,11 @@ class Side:
         return self.records if self.pooled is None else [self.pooled.record]
 
     @property
+    def chosen_here(self) -> bool:
+        """Return whether thresholds were chosen on the images that score them."""
+        return any(record.chosen_here for record in self.records)
+
+    @property
     def seeds(self) -> int:
         """Return the number of runs that predicted an image, in the fold with the fewest."""
         return len(self.folders) if self.pooled is None else min(self.pooled.seeds)
@@ -262,7 +267,7 @@ def describe_folds(sides: Sequence[Side]) -> str:
             f". trainer.patience may have stopped trainings of {join_names(stopped)} by scores of these images, which "
             "may then be too high"
         )
-    elif not best:
+    elif not best and not any(side.chosen_here for side in pooled):
         weights += ", which no score of these images has chosen"
     folds = ", ".join(str(len(side.pooled.seeds)) for side in pooled if side.pooled)
     return (

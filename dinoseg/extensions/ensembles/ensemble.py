@@ -1,9 +1,8 @@
 """`resume=[RUN,RUN,...]` and `dinoseg.load([...])`: several trained models as one."""
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +35,6 @@ from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
 logger = logging.getLogger(__name__)
-OTHER_FOLDS = "other folds"  # on which the thresholds of a fold were chosen
 
 
 @dataclass
@@ -94,11 +92,15 @@ class Ensemble:
         for each in builder.members:
             models.append(load_member(each, first.engine))
             self._unload(models[-1].model)
+        if self.out_of_fold and builder.value("task.threshold") == "auto":
+            # those of a training were chosen on the images that are scored here
+            for each, trained in zip(builders, models, strict=True):
+                trained.model.task = each.with_changes({}).task
         facts = {
             f"resume={each.resume}": describe_member(trained.model, trained, each.pixels.as_dict(), trained.strategy)
             for each, trained in zip(builders, models, strict=True)
         }
-        check_members(facts)
+        check_members(facts, "Set task.threshold=[...] with numbers for all.")
         members = [
             Predictor(trained.model, first.device, _autocast(each, first.device), trained.strategy.base)
             for each, trained in zip(builders, models, strict=True)
@@ -123,10 +125,12 @@ class Ensemble:
             predictor = model.runtime.predictor
             members.append(replace(predictor, strategy=predictor.strategy.base))
             self._unload(model.model)
-            facts[str(model.source)] = describe_member(model.model, model, model.facts.pixels, predictor.strategy)
+            facts[str(Path(str(model.source)).resolve())] = describe_member(
+                model.model, model, model.facts.pixels, predictor.strategy
+            )
         if len(facts) < max(2, len(members)):
             raise UserError("path: an ensemble needs two or more different models, each named once.")
-        check_members(facts)
+        check_members(facts, "Export each with one task.threshold=[...], or use dinoseg.evaluate or dinoseg.predict.")
         strategy = predictor.strategy.around(AveragedStrategy(members, offload=self.offload))
         return Model(TorchRuntime(replace(members[0], strategy=strategy)), replace(model.facts, scores=None))
 
@@ -152,7 +156,6 @@ class TrainedEnsemble(Trained):
     out_of_fold: bool
     counts: scoring.MemberCounts | None = None  # of the members, in an evaluation
     data: SegmentationData | None = None  # the split that is evaluated
-    thresholds: dict[int, list[float]] = field(default_factory=dict)  # by fold, chosen on the others
 
     @property
     def single_pass_model(self) -> SegmentationModel:
@@ -179,13 +182,12 @@ class TrainedEnsemble(Trained):
         group, paths = builder.value("data.group"), [*map(Path, builder.checkpoints)]
         if not self.out_of_fold:
             self.data = builder.dataset(split)
-            if split != "test":
-                scoring.check_unseen(self.data, group, paths)
+            scoring.check_unseen(self.data, group, paths, warns=split == "test")
             return self.data
-        folds = []
-        for members in self._folds:
-            folds.append(Builder(self.builders[members[0]].with_changes(self._fold_of(members[0])).cfg).dataset(split))
-            scoring.check_unseen(folds[-1], group, [paths[number] for number in members])
+        folds = {}
+        for fold, members in self._folds.items():
+            folds[fold] = Builder(self.builders[members[0]].with_changes(self._fold_of(members[0])).cfg).dataset(split)
+            scoring.check_unseen(folds[fold], group, [paths[number] for number in members])
         self.data = scoring.FoldedData(folds)
         scoring.check_folds(self.data, paths)
         return self.data
@@ -208,7 +210,9 @@ class TrainedEnsemble(Trained):
                 "trained or selected on. Set task.threshold=[...], or score runs of all folds out of fold."
             )
         counts = count_images(self.model, data, self.engine, self.averaged, self._read_folds(data))
-        self.thresholds = choose_by_fold(counts, [data.fold_of[name] for name in data.names], self.model.task.beta)
+        folds = [data.fold_of[name] for name in data.names]
+        logged = data.classes if self.engine.is_main else None
+        self.thresholds_by_fold = choose_by_fold(counts, folds, self.model.task.beta, logged)
 
     def watch(self, collector: C) -> C:
         """Return a collector that also counts the predictions of each member."""
@@ -238,13 +242,9 @@ class TrainedEnsemble(Trained):
             format_interval(found.ci95, 2),
             count_of(record.images, "image"),
         )
-        if not self.thresholds:
-            return {}
-        values = [self.thresholds[fold] for fold in sorted(self.thresholds)]
-        by_fold = {"thresholds": {"values": values, "chosen_on": OTHER_FOLDS, "chosen_here": False}}
-        file = out_dir / "scores.json"
-        write_json(file, {**json.loads(file.read_text()), **by_fold})
-        return by_fold
+        if any(trained.info["config"]["trainer"].get("patience") for trained in self.models):
+            logger.info("trainer.patience may have stopped trainings by scores of these images, which may be too high")
+        return {}
 
     def _fold_of(self, member: int) -> dict[str, Any]:
         """Return the fold of a member, as its training had it."""
@@ -252,20 +252,20 @@ class TrainedEnsemble(Trained):
         return {"data": {"fold": data.get("fold"), "folds": data.get("folds")}}
 
     @property
-    def _folds(self) -> list[list[int]]:
-        """Return the members of each fold."""
+    def _folds(self) -> dict[str, list[int]]:
+        """Return the members of each fold, by `data.fold`."""
         folds: dict[str, list[int]] = {}
         for member in range(len(self.models)):
-            folds.setdefault(str(self._fold_of(member)), []).append(member)
-        return [*folds.values()]
+            folds.setdefault(str(self._fold_of(member)["data"]["fold"]), []).append(member)
+        return folds
 
     def _read_folds(self, data: scoring.FoldedData) -> Iterator[Batch]:
         engine = self.engine
         samples = eval_samples(data, workers=engine.workers, rank=engine.rank, world_size=engine.world_size)
         for fold, same in groupby(samples, key=lambda sample: data.fold_of[sample["name"]]):
             self.averaged.active = self._folds[fold]
-            if self.thresholds:
-                self.model.task.use_thresholds(self.thresholds[fold], f"{OTHER_FOLDS}; these are the last fold's")
+            if self.thresholds_by_fold:
+                self.model.task.use_thresholds(self.thresholds_by_fold[fold], "other folds")
             yield from stack_equal(same, engine.images_at_once)
 
 
@@ -295,8 +295,12 @@ def describe_member(
     }
 
 
-def check_members(facts: Mapping[str, Mapping[str, Any]]) -> None:
+def check_members(facts: Mapping[str, Mapping[str, Any]], same_thresholds: str) -> None:
     """Refuse members, by name, that differ in what they must have in common.
+
+    Args:
+        facts: of each member.
+        same_thresholds: how they get the same thresholds, for messages.
 
     Raises:
         UserError: naming both and the difference.
@@ -305,7 +309,7 @@ def check_members(facts: Mapping[str, Mapping[str, Any]]) -> None:
     for name, own in others:
         for what in [what for what, value in own.items() if value != common[what]]:
             values = [format_value(str(each[what])) for each in (own, common)]
-            remedy = "Set it for all." if what == "task.threshold" else "Average models that agree in it."
+            remedy = same_thresholds if what == "task.threshold" else "Average models that agree in it."
             raise UserError(f"{name} has {what} {values[0]}, and {first} {values[1]}. {remedy}")
 
 

@@ -1,7 +1,7 @@
 """Which images an ensemble may be scored on, and how much better it is there than its members."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from dinoseg.checkpoints.past_runs import read_run
 from dinoseg.checkpoints.trained import Trained
 from dinoseg.core.metric import LabelledImage, plain_score
 from dinoseg.core.sample_maps import get_map_kinds
@@ -22,7 +23,7 @@ from dinoseg.extensions.ensembles.strategy import AveragedStrategy
 from dinoseg.metrics.miou import count_classes
 from dinoseg.report.html.page import format_interval
 from dinoseg.report.table import percent
-from dinoseg.runs.folder import command_line
+from dinoseg.runs.folder import LOG, command_line
 from dinoseg.training import checkpoint
 from dinoseg.training.description import resolve_evaluate
 from dinoseg.utils import forms
@@ -43,10 +44,16 @@ def list_sweep(folder: str) -> list[str]:
     """Return the trained runs of a sweep.
 
     Raises:
-        UserError: they have several recipes.
+        UserError: one is unfinished, or they have several recipes.
     """
     jobs = sorted(entries(Path(folder).expanduser()), key=lambda path: natural_order(path.name))
-    runs = [job for job in jobs if (job / checkpoint.CHECKPOINT_FOLDER).is_dir()]
+    runs = [job for job in jobs if (job / LOG).is_file()]
+    states = {job.name: read_run(job) for job in runs}
+    if unfinished := [name for name, state in states.items() if state is None or not state.has_ended]:
+        raise UserError(
+            f"resume={folder}: no finished training in {join_names(unfinished)}. Finish it (mode=train "
+            "resume=RUN), or give a list of runs."
+        )
     recipes: dict[frozenset[str], list[str]] = {}
     for run in runs:
         words = [word for word in command_line(run) if not word.lstrip("+").startswith(_REPLICATES)]
@@ -91,13 +98,14 @@ def read_seen(path: Path) -> set[str]:
     return {name for side in ("train", *(("val",) if _is_selected(path) else ())) for name in split.get(side, ())}
 
 
-def check_unseen(data: SegmentationData, group: str | None, paths: Sequence[Path]) -> None:
+def check_unseen(data: SegmentationData, group: str | None, paths: Sequence[Path], *, warns: bool = False) -> None:
     """Refuse a split with an image, or an image of a group, that a member was trained or selected on.
 
     Args:
         data: the split.
         group: pattern of `data.group`.
         paths: checkpoint of each member.
+        warns: log a warning instead, since images of another split may have the same names.
 
     Raises:
         UserError: naming the member and the images.
@@ -106,7 +114,17 @@ def check_unseen(data: SegmentationData, group: str | None, paths: Sequence[Path
         seen = read_seen(path)
         groups = find_groups(group, sorted({*data.names, *seen}), "data.group")[0]
         known = {groups.get(name, name) for name in seen}
-        if twice := [name for name in data.names if groups.get(name, name) in known]:
+        twice = [name for name in data.names if groups.get(name, name) in known]
+        if twice and warns:
+            logger.warning(
+                "%s was trained or selected on images with names or groups of %s here (%s). If they are the same "
+                "images, the scores are too high.",
+                path,
+                count_of(twice, "image"),
+                join_names(twice),
+            )
+            return
+        if twice:
             raise UserError(
                 f"resume: {path} was trained or selected on {count_of(twice, 'image')} of this split, or on others of "
                 f"their groups ({join_names(twice)}). {_REMEDY}"
@@ -117,20 +135,20 @@ class FoldedData(ConcatDataset):
     """The validation images of all folds, fold by fold.
 
     Args:
-        folds: the validation split of each fold.
+        folds: the validation split of each fold, by `data.fold`.
 
     Attributes:
-        fold_of: the index of the fold of each image, by name.
+        fold_of: the fold of each image, by name.
     """
 
-    def __init__(self, folds: Sequence[SegmentationData]) -> None:
-        super().__init__(folds)  # type: ignore[arg-type]
-        first = folds[0]
+    def __init__(self, folds: Mapping[str, SegmentationData]) -> None:
+        super().__init__(folds.values())  # type: ignore[arg-type]
+        first = next(iter(folds.values()))
         self.classes, self.palette, self.ignore_index = first.classes, first.palette, first.ignore_index
-        self.names = [name for data in folds for name in data.names]
-        self.skipped = {name: reason for data in folds for name, reason in data.skipped.items()}
+        self.names = [name for data in folds.values() for name in data.names]
+        self.skipped = {name: reason for data in folds.values() for name, reason in data.skipped.items()}
         self.maps = get_map_kinds(first)
-        self.fold_of = {name: fold for fold, data in enumerate(folds) for name in data.names}
+        self.fold_of = {name: fold for fold, data in folds.items() for name in data.names}
 
 
 def check_folds(data: FoldedData, paths: Sequence[Path]) -> None:

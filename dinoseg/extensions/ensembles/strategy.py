@@ -124,8 +124,10 @@ class AveragedStrategy(InferenceStrategy):
         total = torch.zeros(())
         for (group, member), stream in zip(groups.items(), streams, strict=True):
             member.model.to(member.device)
-            sums = [self._sum(group, band) for band in stream]
-            member.model.to("cpu")
+            try:
+                sums = [self._sum(group, band) for band in stream]
+            finally:  # also if it runs out of memory
+                member.model.to("cpu")
             total = total + torch.cat(sums, dim=2)
         return total
 

@@ -336,8 +336,7 @@ def _find_significance(
     )
     command = shlex.quote(f"runs=[{sweep}]")
     print(f"test for differences from the first job: python -m dinoseg mode=compare {command}")
-    # a row without a score is no side, so that no row is better than every other one
-    return find_bold({key: best[key] for key in best if key in scores}, len(rows))
+    return find_bold({key: best[key] for key in best if key in scores}, sides, len(rows))
 
 
 def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:

@@ -39,18 +39,21 @@ def choose_thresholds(positives: np.ndarray, totals: np.ndarray, beta: float = 1
     return chosen
 
 
-def choose_by_fold(counts: Sequence[Counts], folds: Sequence[int], beta: float = 1.0) -> dict[int, list[float]]:
+def choose_by_fold(
+    counts: Sequence[Counts], folds: Sequence[str], beta: float = 1.0, classes: Sequence[str] | None = None
+) -> dict[str, list[float]]:
     """Return the thresholds of each fold, chosen on the images of all other folds.
 
     Args:
         counts: of each image, by `AveragePrecision`.
         folds: fold of each image.
         beta: see `choose_thresholds`.
+        classes: names for the log; None: nothing is logged.
     """
     chosen = {}
     for fold in dict.fromkeys(folds):
-        others = sum_counts(row for row, own in zip(counts, folds, strict=True) if own != fold)
-        chosen[fold] = choose_thresholds(others["positives"], others["totals"], beta)
+        others = [row for row, own in zip(counts, folds, strict=True) if own != fold]
+        chosen[fold] = _choose(others, beta, classes, f"of fold {fold}: ")
     return chosen
 
 
@@ -71,18 +74,26 @@ def choose(
     model: SegmentationModel, data: SegmentationData, engine: Engine, strategy: InferenceStrategy
 ) -> list[float]:
     """Return the thresholds of `choose_thresholds` for a model, from one exact count over a dataset, and log them."""
-    counts = sum_counts(count_images(model, data, engine, strategy))
-    chosen = choose_thresholds(counts["positives"], counts["totals"], model.task.beta)
-    if engine.is_main:
-        named = [f"{name} {value:.4g}" for name, value in zip(data.classes, chosen, strict=True)]
-        logger.info(
-            "thresholds:  %s, chosen on %s. A training stores them; elsewhere, as in mode=predict and mode=export, set "
-            "task.threshold=[%s]",
-            join_names(named, len(named)),
-            count_of(data.names, "image"),
-            ",".join(map(str, chosen)),
-        )
-        absent = [name for name, hits in zip(data.classes, counts["positives"], strict=True) if not hits.any()]
+    counts = count_images(model, data, engine, strategy)
+    chosen = _choose(counts, model.task.beta, data.classes if engine.is_main else None)
+    logger.info(
+        "A training stores them; elsewhere, as in mode=predict and mode=export, set task.threshold=[%s]",
+        ",".join(map(str, chosen)),
+    )
+    return chosen
+
+
+def _choose(rows: Sequence[Counts], beta: float, classes: Sequence[str] | None, which: str = "") -> list[float]:
+    """Return the thresholds of `choose_thresholds` from the counts of images; log them if there are `classes`."""
+    counts = sum_counts(rows)
+    chosen = choose_thresholds(counts["positives"], counts["totals"], beta)
+    if classes is not None:
+        named = [f"{name} {value:.4g}" for name, value in zip(classes, chosen, strict=True)]
+        shown = join_names(named, len(named))
+        logger.info("thresholds:  %s%s, chosen on %s", which, shown, count_of(rows, "image"))
+        absent = [name for name, hits in zip(classes, counts["positives"], strict=True) if not hits.any()]
         if absent:
-            logger.warning("task.threshold=auto: no pixel is %s, whose threshold stays 0.5.", join_names(absent, 10))
+            logger.warning(
+                "task.threshold=auto: %sno pixel is %s, whose threshold stays 0.5.", which, join_names(absent, 10)
+            )
     return chosen

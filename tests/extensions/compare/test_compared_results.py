@@ -12,6 +12,7 @@ from dinoseg.evaluation.unit_scores import FurtherScore
 from dinoseg.extensions.compare.compare_mode import result_tables
 from dinoseg.extensions.compare.comparison import find_best, find_bold, side_scores
 from dinoseg.extensions.compare.sides import Side
+from dinoseg.report.table import CHOSEN_HERE
 from dinoseg.runs.folder import RunFolder
 
 CASES = 40
@@ -117,7 +118,7 @@ def test_scores_and_bold_equal_a_plain_script_on_drawn_sides():
             ends = [1 / (1 + np.exp(-np.log(value / (1 - value)) - sign * reach)) for sign in (-1, 1)]
             assert found.interval == pytest.approx(ends), seed
             kinds["one unit"] += len({*side.records[0].units}) == 1
-        found = find_bold(find_best(sides), len(sides))[0]
+        found = find_bold(find_best(sides), sides, len(sides))[0]
         bold = found.get("miou")
         assert bold == plain_bold(sides, plain_miou), seed
         assert found.get("accuracy") == plain_bold(sides, plain_accuracy), seed
@@ -159,8 +160,10 @@ def test_table_of_sides_has_bold_seeds_and_dashes():
 def test_best_of_three_is_bold_only_if_better_than_both():
     better, near, far = make_side("a", 0.9), make_side("b", 0.902), make_side("c", 0.5)
     assert find_best([far, better, near])["miou"] == (2, 1)
-    assert find_bold(find_best([far, better, near]), 3)[0] == {}
-    assert find_bold(find_best([far, better]), 2)[0]["miou"] == 1
+    assert find_bold(find_best([far, better, near]), [far, better, near], 3)[0] == {}
+    assert find_bold(find_best([far, better]), [far, better], 2)[0]["miou"] == 1
+    (table,) = result_tables([far, make_side("d", 0.9, chosen_here=True)])
+    assert not table.bold and "Never bold: d. " in table.caption and CHOSEN_HERE in table.caption
 
 
 @pytest.mark.parametrize("key", ["head", "resume"])

@@ -345,6 +345,8 @@ def test_notes_state_folds_seeds_and_weights():
         and "share training images" in note
     )
     assert describe_folds([Side("a", [], [], [], runs.records)]) == ""
+    chosen = change_record(runs, 0, chosen_here=True)
+    assert "no score" not in describe_folds(divide_runs(chosen, group_runs(chosen.recipes)))
     runs = simple_runs((0, 1), (2, 3), seeds=2, weights="best")
     sides = divide_runs(runs, group_runs(runs.recipes))
     assert describe_seeds(sides).startswith("the variance over seeds is included in the intervals (2, 2 runs)")

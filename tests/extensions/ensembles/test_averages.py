@@ -174,6 +174,16 @@ def test_offloaded_models_predict_the_same(backbones, monkeypatch):
         assert torch.equal(first, second)
 
 
+def test_a_model_leaves_the_device_after_an_error(monkeypatch):
+    moves = []
+    strategy = AveragedStrategy([make_member(seed, Whole, backbone=seed) for seed in range(2)], offload=True)
+    monkeypatch.setattr(nn.Module, "to", lambda _, device: moves.append(str(device)))
+    monkeypatch.setattr(strategy.members[0].model, "head", None)
+    with pytest.raises(AttributeError):
+        Predictor(strategy.members[0].model, torch.device("cpu"), nullcontext, strategy).probabilities(draw_images())
+    assert len(moves) == 2
+
+
 def test_ids_of_members_are_their_own_predictions():
     members = [make_member(seed, STRATEGIES["windows"], backbone=seed % 2) for seed in range(3)]
     own = [member.ids(draw_images()) for member in copy.deepcopy(members)]

@@ -116,10 +116,14 @@ def test_out_of_fold_scores_of_two_heads_are_compared(runs):
     assert "over 8 images" in done.out and "split.json" not in done.err
 
 
-def test_a_sweep_is_averaged_on_new_images(runs):
-    succeed(runs, "mode=eval", "resume=folds", "mode.split=test", *FP32, "hydra.run.dir=sweep_test")
-    gain = json.loads((runs / "sweep_test/ensemble.json").read_text())
-    assert len(gain["members"]) == 3
+def test_a_sweep_is_averaged_on_new_images(runs, monkeypatch):
+    monkeypatch.setenv("FIRST", "folds/2")
+    resumes = {"folds": 3, "[${oc.env:FIRST},folds/0]": 2, "${oc.create:[folds/0,folds/1]}": 2}
+    for number, (resume, count) in enumerate(resumes.items()):
+        out = f"sweep_test{number}"
+        succeed(runs, "mode=eval", f"resume={resume}", "mode.split=test", *FP32, f"hydra.run.dir={out}")
+        gain = json.loads((runs / out / "ensemble.json").read_text())
+        assert len(gain["members"]) == count
 
 
 def test_a_video_is_smoothed_over_the_mean_of_all_members(runs):
@@ -139,6 +143,9 @@ def test_a_video_is_smoothed_over_the_mean_of_all_members(runs):
 def test_wrong_members_and_modes_are_refused(runs):
     shutil.copytree(runs / "folds", runs / "two", dirs_exist_ok=True)
     shutil.copytree(runs / "mlp", runs / "two/3", dirs_exist_ok=True)
+    shutil.copytree(runs / "folds", runs / "unfinished", dirs_exist_ok=True)
+    (runs / "unfinished/1/training.json").unlink()
+    shutil.rmtree(runs / "unfinished/2/checkpoints", ignore_errors=True)
     refused = {
         ("mode=export", RESUME): ("mode=export takes no ensemble",),
         ("mode=train", RESUME): ("mode=train takes no ensemble",),
@@ -149,6 +156,7 @@ def test_wrong_members_and_modes_are_refused(runs):
         ("mode=eval", "resume=[folds/0,folds/1]", "mode.ensemble.out_of_fold=true"): ("never", "every fold"),
         ("mode=eval", "resume=folds", "mode.split=test", "mode.ensemble.out_of_fold=true"): ("mode.split=val",),
         ("mode=eval", "resume=two"): ("2 recipes", "head=linear", "in 0, 1, 2", "head=mlp", "in 3", "resume=[two/0"),
+        ("mode=eval", "resume=unfinished"): ("no finished training in 1, 2",),
         ("mode=eval", "resume=[folds/0,nowhere]", "mode.split=test"): ("nowhere", "not found"),
         ("mode=eval", "resume=[folds/0,mlp]", "head=linear", "mode.split=test"): ("head=linear", "head=mlp"),
     }
@@ -171,9 +179,12 @@ def test_models_of_other_classes_or_thresholds_are_refused(tmp_path):
         dinoseg.create_model("rgb", **given).save(tmp_path / f"{name}.safetensors")
     a, order, low, four = (tmp_path / f"{name}.safetensors" for name in ("a", "order", "low", "four"))
     assert_refused(lambda: dinoseg.load([order, four]), "classes", "leaf", str(order), str(four))
-    assert_refused(lambda: dinoseg.load([a, low]), "task.threshold", "0.3", "Set it for all")
+    assert_refused(lambda: dinoseg.load([a, low]), "task.threshold", "0.3", "Export each")
     assert_refused(lambda: dinoseg.load([a]), "two or more")
-    assert_refused(lambda: dinoseg.load([a, a]), "each named once")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(a)
+    for same in (a, link):
+        assert_refused(lambda same=same: dinoseg.load([a, same]), "each named once")
     assert_refused(lambda: dinoseg.load(a, offload=True), "offload")
 
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from command_line import SMALL, call, succeed
+from mistakes import assert_refused
 from overlapping_shapes import write_overlaps
 from plain_precision import search_threshold
 
@@ -17,7 +18,7 @@ from dinoseg.utils.images import read_image
 TRAIN = (
     *("mode=train", *SMALL, "data.classes=[disc,square]", "task=multilabel", "loss=bce_dice", "head.lr=1e-2"),
     *("backbone.patch_size=4", "engine.precision=fp32", "data.batch_size=4", "mode.metrics_only=true"),
-    *("trainer.steps=8", "trainer.val_every=8", "mode.pictures=0"),
+    *("trainer.steps=8", "trainer.val_every=8", "mode.pictures=0", "task.threshold=auto", "trainer.patience=3"),
 )
 
 
@@ -43,7 +44,9 @@ def test_out_of_fold_scores_use_thresholds_of_the_other_folds(tmp_path, monkeypa
     folds = ("data.folds=3", "data.fold=0,1,2", "hydra.sweep.dir=folds", "hydra.mode=MULTIRUN")
     succeed(where, "-m", *TRAIN, *folds)
     words = ("mode=eval", "task.threshold=auto", "engine=cpu", "engine.precision=fp32", "mode.metrics_only=true")
-    succeed(where, *words, "resume=folds", "hydra.run.dir=pooled")
+    done = succeed(where, *words, "resume=folds", "hydra.run.dir=pooled")
+    assert "by fold: see scores.json (chosen on other folds)" in done.out and "thresholds:  of fold 2: disc" in done.err
+    assert "trainer.patience may have stopped" in done.err and "no thresholds were chosen" not in done.err
     scores = json.loads((where / "pooled/scores.json").read_text())
     monkeypatch.chdir(where)
     found = []  # of each fold: bins and labels of its images by class
@@ -69,10 +72,20 @@ def test_out_of_fold_scores_use_thresholds_of_the_other_folds(tmp_path, monkeypa
             shares, layer = found[fold][label]
             decided = shares >= chosen[-1][-1]
             hits[label] += [(decided & (layer > 0)).sum(), decided.sum(), (layer > 0).sum()]
-    assert scores["thresholds"] == {"values": chosen, "chosen_on": "other folds", "chosen_here": False}
+    values = {str(fold): each for fold, each in enumerate(chosen)}
+    assert scores["thresholds"] == {"values": values, "chosen_on": "other folds", "chosen_here": False}
     dice = 2 * hits[:, 0] / (hits[:, 1] + hits[:, 2])
     assert [row["dice"] for row in scores["classes"]] == pytest.approx(dice, abs=1e-9)
     assert len({tuple(each) for each in chosen}) > 1  # else the order of the folds would not matter
     shutil.copytree(where / "data/val", where / "data/test")
-    done = call(where, *words, "resume=[folds/0,folds/1]", "mode.split=test", "hydra.run.dir=test")
-    assert done.status and "task.threshold=[...]" in done.err
+    listed = "resume=[folds/2,folds/0,folds/1]"  # without `auto`: chosen anew, since the stored ones saw these images
+    words = (*words[:1], *words[2:])
+    succeed(where, *words, listed, "mode.ensemble.out_of_fold=true", "mode.report=false", "hydra.run.dir=listed")
+    again = json.loads((where / "listed/scores.json").read_text())
+    assert again["thresholds"] == scores["thresholds"] and again["miou"] == scores["miou"]
+    for more in ((), ("task.threshold=auto",)):
+        done = call(where, *words, *more, listed, "mode.split=test", "hydra.run.dir=test")
+        assert done.status and "Set task.threshold=[...] with numbers for all" in done.err
+    done = succeed(where, *words, "task.threshold=[0.4,0.5]", listed, "mode.split=test", "hydra.run.dir=test")
+    assert "If they are the same images" in done.err and "3 images" in done.err
+    assert_refused(lambda: dinoseg.load(["folds/0", "folds/1"]), "Export each with one task.threshold=[...]")

@@ -117,11 +117,16 @@ def run(tmp_path, monkeypatch):
     return write
 
 
-def test_images_and_groups_of_a_training_are_refused(run):
+def test_images_and_groups_of_a_training_are_refused(run, caplog):
     path = run("a", ["d1_0", "d1_1"], ["d2_0"], evaluate="last")
     for names, group, seen in ((["d1_1", "d3_0"], None, "d1_1"), (["d1_7", "d3_0"], r"^(d\d)", "d1_7")):
         data = SimpleNamespace(names=names)
         assert_refused(partial(scoring.check_unseen, data, group, [path]), seen, "mode.split=test", "out_of_fold")
+        scoring.check_unseen(data, group, [path], warns=True)
+        assert f"1 image here ({seen})" in caplog.text
+        caplog.clear()
+    scoring.check_unseen(SimpleNamespace(names=["d2_0", "d3_0"]), r"^(d\d)", [path], warns=True)
+    assert not caplog.text
     scoring.check_unseen(SimpleNamespace(names=["d2_0", "d3_0"]), r"^(d\d)", [path])
 
 
