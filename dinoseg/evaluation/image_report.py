@@ -85,10 +85,7 @@ def report_images(
         chosen_here=scores.get("thresholds", {}).get("chosen_here", False),
     )
     write_record(record, out_dir)
-    kind = ClassScores(len(data.classes), background)
-    intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums[scored]).items()}
-    for metric, counts in zip(rows.metrics, rows.counts, strict=True):
-        intervals |= metric_intervals(metric, counts, groups)
+    intervals = _estimate_intervals(ClassScores(len(data.classes), background), sums[scored], rows, groups)
     mious = image_mious(collected.classes)
     sources = {"model": record.source, "data": record.root}
     _write_table(out_dir / TABLE, record, mious)
@@ -111,6 +108,16 @@ def report_images(
     )
     write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
+
+
+def _estimate_intervals(
+    kind: ClassScores, sums: np.ndarray, rows: MetricRows, groups: Sequence[str]
+) -> dict[str, list[float] | None]:
+    """Return the 95 % interval of each score of the classes, and of further metrics."""
+    intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()}
+    for metric, counts in zip(rows.metrics, rows.counts, strict=True):
+        intervals |= metric_intervals(metric, counts, groups)
+    return intervals
 
 
 def _further_scores(rows: MetricRows, groups: Sequence[str]) -> dict[str, FurtherScore]:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
-from dinoseg.checkpoints.trained import check_classes, is_trained, load_trained
+from dinoseg.checkpoints.trained import Trained, check_classes, is_trained, load_trained
 from dinoseg.config.composition import compose_options
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
@@ -20,6 +21,10 @@ from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+_EDITED = (
+    "Average precision and precision-recall curves are of edited probabilities, 0 in removed regions: set "
+    "inference.min_region=0 inference.largest_component=[] to score those of the model."
+)
 
 
 def run(
@@ -108,11 +113,7 @@ def evaluate_split(
     check_classes(data, trained.info, source)
     trained.limit_size(reduces=False)
     engine = trained.engine
-    benchmark = None
-    if official and scorer is not None and builder.value("data.official") is not None:
-        benchmark = scorer(builder.part("data.official"), out_dir, cfg.data.on_error)
-    if benchmark is not None and not benchmark.can_score(data, warns=engine.is_main):
-        benchmark = None
+    benchmark = _open_benchmark(builder, data, out_dir, scorer, warns=engine.is_main) if official else None
     place = (data, engine.rank, engine.world_size)
     collector, background = Collector(*place) if report else None, builder.background
     receiver = trained.watch(collector)
@@ -120,16 +121,10 @@ def evaluate_split(
     if effect is not None:
         receiver = effect.watch(receiver)
     rows = MetricRows(builder.metrics, *place)
-    task = trained.model.task
     is_edited = trained.strategy.base is not trained.strategy
     if is_edited and any(metric.needs_bins for metric in builder.metrics):
-        logger.warning(
-            "Average precision and precision-recall curves are of edited probabilities, 0 in removed regions: set "
-            "inference.min_region=0 inference.largest_component=[] to score those of the model."
-        )
-    # those of the checkpoint are chosen again if the command asks for it
-    is_asked = builder.value("task.threshold") == "auto" and "task.threshold" in find_typed_keys(out_dir)
-    if choose_thresholds is not None and (task.is_auto or is_asked):
+        logger.warning(_EDITED)
+    if choose_thresholds is not None and _needs_thresholds(builder, trained, out_dir):
         trained.choose_thresholds(choose_thresholds, builder, data, split)
     provenance = provenance_of(builder, out_dir)
     scores = evaluate_images(
@@ -174,6 +169,22 @@ def evaluate_split(
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}
+
+
+def _open_benchmark(
+    builder: Builder, data: SegmentationData, out_dir: Path, scorer: Callable[..., Any] | None, *, warns: bool
+) -> Any:
+    """Return the scorer of the dataset's benchmark; None: there is none, or it cannot score this split."""
+    if scorer is None or builder.value("data.official") is None:
+        return None
+    benchmark = scorer(builder.part("data.official"), out_dir, builder.cfg.data.on_error)
+    return benchmark if benchmark.can_score(data, warns=warns) else None
+
+
+def _needs_thresholds(builder: Builder, trained: Trained, out_dir: Path) -> bool:
+    """Return whether thresholds are to be chosen; those of the checkpoint are chosen again if the command says so."""
+    is_asked = builder.value("task.threshold") == "auto" and "task.threshold" in find_typed_keys(out_dir)
+    return trained.model.task.is_auto or is_asked
 
 
 def _add_metrics_of_task(builder: Builder) -> Builder:

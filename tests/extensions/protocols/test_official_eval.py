@@ -194,7 +194,7 @@ def test_the_first_rank_alone_scores_and_warns(tmp_path, monkeypatch, is_main):
     benchmark = MagicMock()
     options = {"metrics_only": True, "official": True, "report": False, "scorer": lambda *_: benchmark}
     options["regions"] = None
-    scores = evaluate_mode.evaluate_split(Mock(checkpoints=["best"]), tmp_path, "val", **options)
+    scores = evaluate_mode.evaluate_split(Mock(checkpoints=["best"], metrics=[]), tmp_path, "val", **options)
     assert benchmark.can_score.call_args.kwargs == {"warns": is_main}
     assert benchmark.score.called == is_main == ("official" in scores)
 
