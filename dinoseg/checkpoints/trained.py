@@ -112,6 +112,11 @@ def load_trained(builder: ModelBuilder) -> Trained:
     if builder.members:
         ensemble: Trained = builder.part("mode.ensemble").load(builder, trained)
         return ensemble
+    if builder.value("mode.ensemble.out_of_fold"):
+        raise UserError(
+            f"mode.ensemble.out_of_fold=true scores runs of several folds, and resume={builder.resume} is one run. "
+            "Give resume=[RUN,RUN,...] or the folder of a sweep."
+        )
     return trained
 
 

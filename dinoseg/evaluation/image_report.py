@@ -101,7 +101,7 @@ def report_images(
             calibration=_calibration(collected) if calibrates else None,
         ),
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
-        subtitle=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),
+        subtitle=provenance.kind,
         about=about_run(provenance.folder, provenance.config, sources, engine.device),
         training=_training(provenance.training),
         selecting=provenance.score,

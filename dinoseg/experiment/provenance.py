@@ -19,8 +19,9 @@ class Provenance:
         group: regular expression of `data.group`; None without one.
         model: absolute path of the evaluated checkpoint, or the released weights; of an ensemble, those of all members.
         folder: run folder that stores the command line.
-        training: run folder of the model's training; None if unknown.
+        training: run folder of the model's training; None if unknown, or of an ensemble.
         score: that selected the checkpoint (`trainer.score`); None if unknown.
+        kind: what was evaluated, for headings: the options of the model, or that it is an ensemble.
     """
 
     choices: Mapping[str, str]
@@ -31,6 +32,7 @@ class Provenance:
     folder: Path
     training: Path | None
     score: str | None
+    kind: str
 
 
 def provenance_of(builder: ModelBuilder, out_dir: Path, best: Path | None = None) -> Provenance:
@@ -38,12 +40,18 @@ def provenance_of(builder: ModelBuilder, out_dir: Path, best: Path | None = None
     folder, training = out_dir, None
     if best is not None:
         folder = training = best.parent.parent
-    elif builder.resume is not None:
-        training = Path(builder.resume).parent.parent
+    elif len(builder.checkpoints) == 1:
+        training = Path(builder.checkpoints[0]).parent.parent
     root = builder.value("data").get("root")
     files = [best] if best else builder.checkpoints
+    options = {str(group): str(option) for group, option in builder.options.items()}
+    kind = " ".join(f"{group}={options[group]}" for group in ("backbone", "adapter", "head") if group in options)
+    if len(files) > 1:
+        kind = f"ensemble of {len(files)}"
+    if builder.value("mode.ensemble.out_of_fold"):
+        kind = f"{len(files)} models, each image by those of its fold"
     return Provenance(
-        choices={str(group): str(option) for group, option in builder.options.items()},
+        choices=options,
         config=builder.yaml,
         root="" if root is None else str(Path(str(root)).expanduser().resolve()),
         group=builder.value("data.group"),
@@ -53,4 +61,5 @@ def provenance_of(builder: ModelBuilder, out_dir: Path, best: Path | None = None
         folder=folder,
         training=training,
         score=builder.value("trainer.score"),
+        kind=kind,
     )

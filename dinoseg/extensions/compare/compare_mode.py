@@ -186,7 +186,9 @@ def result_tables(sides: Sequence[Side]) -> list[PaperTable]:
         if units > 1
         else f"seeds alone, as there is one {record.unit}"
     )
-    caption = f"Mean ± standard deviation over seeds, [95 % interval] over {over}. {note}"
+    mean = "Mean ± standard deviation over seeds" if any(side.seeds > 1 for side in ranked) else "Score"
+    pooled = " Folds are pooled." if describe_folds(sides) else ""
+    caption = f"{mean}, [95 % interval] over {over}.{pooled} {note}"
     tables = [PaperTable(caption, heads, rows, 1, cells, notes)]
     words = swept_words([folder for side in sides for folder in side.folders])
     if all(words):

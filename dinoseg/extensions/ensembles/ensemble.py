@@ -25,7 +25,7 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.html.page import format_interval
-from dinoseg.report.table import percent
+from dinoseg.report.table import few_units, percent
 from dinoseg.segmenter.model import Model
 from dinoseg.segmenter.segmenter import Segmenter
 from dinoseg.segmenter.torch_runtime import TorchRuntime
@@ -234,14 +234,16 @@ class TrainedEnsemble(Trained):
             gain = scoring.measure_gain(record, counts, [str(builder.resume) for builder in self.builders])
             write_json(out_dir / "ensemble.json", gain)
             return {"ensemble": gain}
-        kind = ClassScores(len(record.classes), record.background)
-        found = jackknife(kind, scored_sums(record.counts, record.units))["miou"]
+        sums = scored_sums(record.counts, record.units)
+        found = jackknife(ClassScores(len(record.classes), record.background), sums)["miou"]
         logger.info(
             "out of fold: mIoU %s %% (95 %% interval %s) over %s, each predicted by the runs of its fold",
             percent(found.value, 2),
             format_interval(found.ci95, 2),
-            count_of(record.images, "image"),
+            count_of(len(sums), record.unit),
         )
+        if few := few_units(len(sums), record.unit):
+            logger.warning("%s", few)
         if any(trained.info["config"]["trainer"].get("patience") for trained in self.models):
             logger.info("trainer.patience may have stopped trainings by scores of these images, which may be too high")
         return {}

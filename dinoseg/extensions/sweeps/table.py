@@ -30,6 +30,7 @@ from dinoseg.extensions.compare.paper_table import LATEX, MARKDOWN, PaperTable, 
 from dinoseg.extensions.sweeps.job_results import JobResults
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.metrics.counts import iou, mean_defined, ratio
+from dinoseg.report.table import CHOSEN_HERE
 from dinoseg.runs.location import locate_runs
 from dinoseg.runs.log_file import LABEL
 from dinoseg.utils.csv_text import write_csv
@@ -170,7 +171,10 @@ def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
         side = read_side(runs)
     except UserError as error:
         return {}, f"no interval of {join_names([str(run) for run in runs])}: {error}"
-    return {} if side.pooled is None else side_scores(side), describe_folds([side])
+    remark = describe_folds([side])
+    if side.chosen_here:
+        remark += f". {CHOSEN_HERE}"
+    return {} if side.pooled is None else side_scores(side), remark
 
 
 class SweepTable(Callback):
@@ -271,9 +275,8 @@ class SweepTable(Callback):
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
-        for remark in dict.fromkeys(row.get("remark") for row in rows):
-            if remark:
-                print(f"folds: {remark}")
+        remarks = [f"folds: {remark}" for remark in dict.fromkeys(row.get("remark") for row in rows) if remark]
+        print("".join(f"{remark}\n" for remark in remarks), end="")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
         scores = [key for key in columns if key == score or key not in OTHERS]
         bold, note = _find_significance(path.parent, rows, jobs, scores) if score == "miou" else ({}, "")
@@ -287,7 +290,7 @@ class SweepTable(Callback):
         ]
         places = [(row, len(labels) + scores.index(key)) for key, row in bold.items()]
         caption = f"{_CAPTIONS[counts[0] if counts else '']} {note or 'Nothing is bold: rows were not compared.'}"
-        tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), places, failed)]
+        tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), places, [*remarks, *failed])]
         effects, freedom = estimate_effects(settings, [row.get(score) for row in runs])
         if effects and not _searches(config):
             tables.append(effects_table(effects, freedom, _head(score), partial(_text, score)))

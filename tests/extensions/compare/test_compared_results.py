@@ -150,7 +150,7 @@ def test_table_of_sides_has_bold_seeds_and_dashes():
     assert table.rows[0][6] == "-" and all("(2 seeds)" in cell for cell in table.rows[0][2:5])
     assert "Bold: significantly better than every other row" in table.caption and "over 20 images" in table.caption
     (equal,) = result_tables([make_side("a", 0.9, seeds=1), make_side("b", 0.9, seeds=1)])
-    assert not equal.bold and "Nothing is bold" in equal.caption
+    assert not equal.bold and "Nothing is bold" in equal.caption and equal.caption.startswith("Score, [95 %")
     assert "±" not in "".join(equal.rows[0]) and "[" in equal.rows[0][2]
     (group,) = result_tables([make_side("a", 0.9, seeds, units=["0"] * 20, unit="group") for seeds in (1, 3)])
     assert "over seeds alone, as there is one group." in group.caption and "mode=" not in group.caption

@@ -82,6 +82,7 @@ def test_scores_masks_and_probabilities_equal_averages_by_hand(runs, monkeypatch
     assert gain["over_mean"]["miou"]["ci95"] is not None
     again = dinoseg.evaluate([*MEMBERS], *FP32, split="test", out_dir="python")
     assert again.confusion.tolist() == matrix.tolist()
+    assert "ensemble of 3" in (runs / "scored/report.html").read_text()
 
 
 def test_a_resumed_prediction_needs_the_same_members(runs):
@@ -94,7 +95,10 @@ def test_a_resumed_prediction_needs_the_same_members(runs):
 
 def test_each_image_is_scored_by_the_run_of_its_fold(runs):
     done = succeed(runs, "mode=eval", "resume=folds", *FP32, "hydra.run.dir=pooled")
-    assert "out of fold: mIoU" in done.err and "over 8 images" in done.err
+    assert "out of fold: mIoU" in done.err and "over 8 images" in done.err and "fewer than 10" in done.err
+    assert "3 models, each image by those of its fold" in (runs / "pooled/report.html").read_text()
+    refused = call(runs, "mode=eval", "resume=folds/0", "mode.ensemble.out_of_fold=true", *FP32)
+    assert refused.status and "resume=folds/0" in refused.err and "is one run" in refused.err
     pooled = read_record(runs / "pooled")
     counts = dict(zip(pooled.images, pooled.counts, strict=True))
     assert len(counts) == 8
