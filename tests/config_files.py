@@ -114,10 +114,13 @@ def mode_for(hparam):
 
 def required_overrides(choice):
     """Return what only the user can know: here stands a value for it."""
-    own_classes = choice.get("data", "folder") in ("folder", "coco", "labelme")
+    data = choice.get("data", "folder")
+    own_classes = data.partition("_")[0] in ("folder", "coco", "labelme")
+    own_things = own_classes and "_" in data  # objects
     return [
         "data.root=.",
         *(["data.classes=[dark,bright]"] if own_classes else []),
+        *(["data.things=[bright]"] if own_things else []),
         *(["backbone.name=test_vit"] if choice.get("backbone") == "timm" else []),
         *(["backbone.weights=random"] if choice.get("backbone", "").startswith("surgenet") else []),
         *(["head.weights=FILE"] if choice.get("head") == "mask2former_meta" else []),

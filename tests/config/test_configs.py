@@ -208,7 +208,8 @@ def written_values(node, path=()):
             yield from written_values(value, here)
         elif (
             here[-1] != "defaults"
-            and value not in ("???", "${dinoseg.class_file:classes}")
+            and value != "???"
+            and not str(value).startswith("${dinoseg.class_file:")
             and here != ("data", "root")
         ):
             yield here, value

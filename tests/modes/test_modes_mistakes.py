@@ -86,7 +86,7 @@ RENDERED = {
 }
 FURTHER = {  # of keys and messages like those above
     "mode=train head=mlp +head.init=probe": "does not take init",
-    "mode=train metric=nsd trainer.score=nds": "mean_accuracy...metric=[NAME] adds boundary_iou, cldice, ece",
+    "mode=train metric=nsd trainer.score=nds": "mean_accuracy...adds average_precision, boundary_iou, cldice, ece",
     "mode=plan mode.memory=-1GiB": "mode.memory=-1GiB: give an amount",
     "mode=plan loss.weights=invers": "loss.weights=invers is unknown. Choose one of none",
 }
