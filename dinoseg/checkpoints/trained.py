@@ -87,7 +87,7 @@ class Trained:
         self.model.task.use_thresholds(choose(self.model, val, self.engine, self.strategy.base), "val")
 
     def watch(self, collector: C) -> C:
-        """Return what receives each batch of an evaluation in place of its collector."""
+        """Return what receives each batch of an evaluation instead of its collector."""
         return collector
 
     def report(self, out_dir: Path) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def restore(builder: ModelBuilder, path: Path, *, key: str = "resume") -> tuple[
     elif model.task.is_auto and builder.value("mode.choose_thresholds") is None:  # mode=eval chooses now
         logger.warning(
             "%s: no thresholds were chosen for these weights, so 0.5 is used for each class. A training "
-            " chooses at its end, for the checkpoint that it evaluates.",
+            "chooses at its end, for the checkpoint that it evaluates.",
             outline.where,
         )
     return model.eval(), outline.info

@@ -45,7 +45,7 @@ class RegionEffect:
         self._collector: Collector | None = None
 
     def watch(self, collector: Collector | None) -> "RegionEffect":
-        """Return what receives each batch of an evaluation in place of its collector, which it passes them to."""
+        """Return what receives each batch of an evaluation instead of its collector, which it passes them to."""
         self._collector = collector
         return self
 

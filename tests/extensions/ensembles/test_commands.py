@@ -109,8 +109,8 @@ def test_each_image_is_scored_by_the_run_of_its_fold(runs):
         for image, own in zip(record.images, record.counts, strict=True):
             assert np.array_equal(counts.pop(image), own)
     assert not counts
-    succeed(runs, "mode=eval", "resume=[folds/2,folds/0,folds/1]", "mode.ensemble.out_of_fold=true", *FP32)
-    assert "out of fold" in done.err
+    done = succeed(runs, "mode=eval", "resume=[folds/2,folds/0,folds/1]", "mode.ensemble.out_of_fold=true", *FP32)
+    assert "out of fold: mIoU" in done.err and "over 8 images" in done.err
 
 
 def test_out_of_fold_scores_of_two_heads_are_compared(runs):
