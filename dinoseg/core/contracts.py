@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dinoseg.core.geometry import pad_to_multiple, upsample
 from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.shapes import Batch, ClipBatch, Prediction, WeightedMasks
+from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.utils.errors import UserError
 
 Outputs = TypeVar("Outputs")
@@ -302,6 +303,7 @@ class Loss(nn.Module):
     needs_maps: Mapping[str, MapKind] = {}  # maps that it reads from `Batch.maps`, by name
     sums_over_batch: bool = False  # whether splitting a batch changes it: it is no mean over samples or labels
     num_divisors: int = 1  # D, number of divisors of its terms; more than 1: see `step_loss`
+    task: Task = SEMANTIC  # of the model, whose `targets` a loss of masks reads; set by the builder
     divisor: Hashable = None  # identifies the divisor of a single term; None: only known after the forward pass
 
     if TYPE_CHECKING:

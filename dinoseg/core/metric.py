@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinoseg.core.objects import Objects
 from dinoseg.utils.errors import UserError
 
 BINS = 1024  # equal bins of a probability; a power of 2, so that their edges are exact in float32
@@ -28,6 +29,7 @@ class PredictedImage(NamedTuple):
         places: rows and columns of these pixels.
         bins: `core.task.probability_bins` (K, H, W) int16 of the class probabilities; None unless the metric
             `needs_bins`.
+        objects: the predicted objects; None unless the metric `needs_objects`.
 
     Examples:
         >>> import numpy as np
@@ -40,6 +42,7 @@ class PredictedImage(NamedTuple):
     logits: np.ndarray | None = None
     places: tuple[slice, slice] = (slice(None), slice(None))
     bins: np.ndarray | None = None
+    objects: Objects | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class LabelledImage:
         num_classes: K.
         ignore_index: id of pixels that do not count; if it is one of 0..K-1, that class enters no mean.
         name: of the image.
+        objects: the objects of its things; None unless the metric `needs_objects`.
 
     Examples:
         >>> import numpy as np
@@ -63,6 +67,7 @@ class LabelledImage:
     num_classes: int
     ignore_index: int = 255
     name: str = ""
+    objects: Objects | None = None
 
 
 class Metric(ABC):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dinoseg.core.class_ids import argmax_ids, class_ids, mixed_class_ids
 from dinoseg.core.geometry import unify_depth, upsample_at
+from dinoseg.core.objects import Objects
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.utils.devices import to_device
 
@@ -225,7 +226,7 @@ class Prediction:
 
         Ties go to the first class, up to rounding: see `class_ids.py`.
         """
-        if self.task.has_layers:
+        if not self.task.is_argmax:
             return self.task.decide(self.probabilities(size))
         if self.grid is not None:
             return class_ids(self.grid, size or self.size, self.valid)
@@ -237,15 +238,22 @@ class Prediction:
         """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, at the size of the images."""
         if self.grid is not None:
             return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
-        if self.masks is not None:
+        if self.masks is not None and self.task.is_argmax:
             pixels = upsample_at(self.masks.logits, self.size, self.valid, places).sigmoid()
             with torch.autocast(pixels.device.type, enabled=False):
                 return self.class_ids(), self.as_logits(torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels))
         scores = self.scores()
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
-        if self.task.has_layers:
+        if not self.task.is_argmax:
             return self.task.decide(self.task.probabilities(self.as_logits(scores).float())), chosen
         return argmax_ids(scores), chosen
+
+    def objects(self, size: tuple[int, int] | None = None) -> list[Objects]:
+        """Return the objects of each image at `size` (default: that of the images), of a task that `has_objects`."""
+        assert isinstance(self.outputs, MaskOutputs), "`SegmentationModel` refuses other heads"
+        return self.task.find_objects(
+            self.outputs.class_logits, self.outputs.mask_logits, size or self.size, self.valid
+        )
 
     def of_images(self, images: slice) -> Prediction:
         """Return the prediction for some of the images."""

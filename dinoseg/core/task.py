@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dinoseg.core.class_ids import argmax_ids
 from dinoseg.core.metric import BINS
+from dinoseg.core.objects import Objects
+from dinoseg.core.targets import MaskTargets
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count, OpenShare, Positive, check_annotations
@@ -24,11 +26,15 @@ class Task(ABC):
         thresholds: (K,) probabilities from which a class is predicted; None: the most probable class is.
         is_auto: whether `thresholds` are still to be chosen on data.
         chosen_on: the split on which `thresholds` were chosen; None: they were set.
+        has_objects: whether it also predicts the single objects of an image, from the masks of queries.
+        is_argmax: whether a pixel's class is that of the highest score; else `decide` needs the probabilities.
         beta: thresholds are chosen by F-beta.
         eval_metrics: options of the group `metric` that mode=eval counts without being asked.
     """
 
     has_layers: ClassVar[bool]
+    has_objects: ClassVar[bool] = False
+    is_argmax: bool = True
     reader_options: ClassVar[Mapping[str, Any]]
     advice: ClassVar[str]
     eval_metrics: ClassVar[Sequence[str]] = ()
@@ -48,6 +54,39 @@ class Task(ABC):
     @abstractmethod
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return the predicted masks, uint8, of probabilities (B, K, H, W)."""
+
+    def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
+        """Return the target masks of the queries of a head that predicts masks.
+
+        Args:
+            mask: class ids (B, H, W) uint8.
+            maps: of the batch, by name.
+            num_classes: K.
+            ignore_index: id of pixels without a label.
+        """
+        raise NotImplementedError
+
+    def find_objects(
+        self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
+    ) -> list[Objects]:
+        """Return the objects of each image from the masks of its queries; only of a task that `has_objects`.
+
+        Args:
+            class_logits: (B, Q, K + 1), the last column means "no object"; (B, Q, K) without it.
+            mask_logits: (B, Q, h, w).
+            size: (H, W) of the masks to predict.
+            valid: share of the height and width of `mask_logits` that the image covers.
+        """
+        raise NotImplementedError
+
+    def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
+        """Return the objects of an image of `size` (H, W) from those of overlapping parts.
+
+        Args:
+            parts: objects of each part, and its first row and column.
+            size: (H, W) of the image.
+        """
+        raise NotImplementedError
 
     def use_thresholds(self, thresholds: Sequence[float], chosen_on: str) -> None:
         """Decide by thresholds that were chosen on a split from here on."""
@@ -88,6 +127,7 @@ class MultilabelTask(Task):
     """
 
     has_layers = True
+    is_argmax = False
     reader_options: ClassVar[Mapping[str, Any]] = {"layers": True}
     advice = "loss=bce or loss=bce_dice"
     eval_metrics = ("average_precision",)

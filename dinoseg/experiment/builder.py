@@ -280,7 +280,9 @@ class Builder(ModelBuilder):
     def criterion(self, **weights: Tensor) -> Loss:
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
         check_partial(self.value("loss.criterion"), "loss.criterion")
-        return expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
+        loss = expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
+        loss.task = self.task
+        return loss
 
     @cached_property
     def metrics(self) -> list[Metric]:

@@ -47,6 +47,11 @@ class SegmentationModel(nn.Module):
         head.check_backbone(backbone)
         if head.mixture or head.slots is not None:
             refuse_layers(task, f"a head of masks or slots, {type(head).__name__},", "Choose head=linear or head=dpt.")
+        if task.has_objects and not head.mixture:
+            raise UserError(
+                f"{type(head).__name__} predicts no masks, of which a task of objects is made. Choose head=eomt or "
+                "head=mask2former, or task=semantic."
+            )
         self.task = task
         self.num_classes = num_classes
         self.backbone = backbone

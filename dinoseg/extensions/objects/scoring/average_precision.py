@@ -11,7 +11,8 @@ from functools import cache, cached_property
 import numpy as np
 
 from dinoseg.core.metric import Counts, RowMetric
-from dinoseg.extensions.objects.scoring.runs import Runs, overlaps
+from dinoseg.core.objects import Objects
+from dinoseg.core.runs import overlaps
 from dinoseg.metrics.counts import mean_defined, ratio
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU
@@ -25,38 +26,19 @@ _NEARLY_ONE = 1 - 1e-10  # the highest IoU that is demanded: a share may be roun
 _EPSILON = np.spacing(1)
 
 
-@dataclass(frozen=True)
-class Instances:
-    """Objects of an image, which may overlap.
+def objects_of_class(objects: Objects, label: int, most: int | None = None) -> Objects:
+    """Return the objects of a class, those of the highest scores first; equal scores stay in order.
 
     Args:
-        masks: of each of N objects.
-        classes: (N,) int64, 0..K-1.
-        areas: (N,) float64, by which objects are small, medium or large.
-        scores: (N,) float64, of predicted objects.
-        crowds: (N,) bool, whether one is an area of many objects; of references.
+        objects: of an image.
+        label: the class.
+        most: maximum number of objects; None: all.
     """
-
-    masks: Sequence[Runs]
-    classes: np.ndarray
-    areas: np.ndarray
-    scores: np.ndarray
-    crowds: np.ndarray
-
-    def of_class(self, label: int, most: int | None = None) -> "Instances":
-        """Return the objects of a class, those of the highest scores first; equal scores stay in order.
-
-        Args:
-            label: the class.
-            most: maximum number of objects; None: all.
-        """
-        own = np.flatnonzero(self.classes == label)
-        own = own[np.argsort(-self.scores[own], kind="stable")][:most]
-        masks = [self.masks[place] for place in own.tolist()]
-        return Instances(masks, self.classes[own], self.areas[own], self.scores[own], self.crowds[own])
+    own = np.flatnonzero(objects.classes == label)
+    return objects.select(own[np.argsort(-objects.scores[own], kind="stable")][:most])
 
 
-def count_instances(reference: Instances, prediction: Instances) -> Counts:
+def count_instances(reference: Objects, prediction: Objects) -> Counts:
     """Return the rows of an image, for `InstanceAveragePrecision`.
 
     Returns:
@@ -67,12 +49,13 @@ def count_instances(reference: Instances, prediction: Instances) -> Counts:
     labels = np.unique(np.concatenate([reference.classes, prediction.classes])).tolist()
     # without any object, the rows of a class that nothing has
     parts = [
-        _count_class(reference.of_class(label), prediction.of_class(label, MAX_DETECTIONS)) for label in labels or [0]
+        _count_class(objects_of_class(reference, label), objects_of_class(prediction, label, MAX_DETECTIONS))
+        for label in labels or [0]
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _count_class(reference: Instances, prediction: Instances) -> Counts:
+def _count_class(reference: Objects, prediction: Objects) -> Counts:
     """Match the objects of one class, predictions in the order of their scores."""
     shares = _find_ious(reference, prediction)
     ignored = reference.crowds | ~_lie_within(reference.areas)  # (4, G)
@@ -102,7 +85,7 @@ def _count_class(reference: Instances, prediction: Instances) -> Counts:
     }
 
 
-def _find_ious(reference: Instances, prediction: Instances) -> np.ndarray:
+def _find_ious(reference: Objects, prediction: Objects) -> np.ndarray:
     """Return the IoUs (D, G); of a crowd, the share of the predicted object that lies in it."""
     common = overlaps(prediction.masks, reference.masks)
     predicted = np.array([mask.area for mask in prediction.masks], np.int64)[:, None]

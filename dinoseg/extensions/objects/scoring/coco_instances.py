@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import Counts
+from dinoseg.core.objects import Objects
+from dinoseg.core.runs import Runs
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons, size_of
-from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision, Instances, count_instances
+from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision, count_instances
 from dinoseg.extensions.objects.scoring.coco_files import IMAGES, check_unique, name_images, read_coco_json
-from dinoseg.extensions.objects.scoring.runs import Runs
 from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, RowProtocol, ScoringCase
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
@@ -119,7 +120,7 @@ class CocoInstances(RowProtocol):
         counts = {"reference_objects": len(held.masks), "predicted_objects": len(found.masks)}
         return Measured(np.array([*counts.values()]), counts, count_instances(held, found))
 
-    def _read(self, entries: Sequence[Named], path: Path, size: tuple[int, int]) -> Instances:
+    def _read(self, entries: Sequence[Named], path: Path, size: tuple[int, int]) -> Objects:
         masks: list[Runs] = []
         classes, areas, scores, crowds = [], [], [], []
         places = {number: place for place, number in enumerate(self._categories)}
@@ -136,11 +137,12 @@ class CocoInstances(RowProtocol):
             masks.append(mask)
             classes.append(places[entry["category_id"]])
             crowds.append(entry.get("iscrowd") == 1)
-        return Instances(
+        return Objects(
+            size,
             masks,
             np.array(classes, np.int64),
-            np.array(areas, np.float64),
             np.array(scores, np.float64),
+            np.array(areas, np.float64),
             np.array(crowds, bool),
         )
 

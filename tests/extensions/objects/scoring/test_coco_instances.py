@@ -10,11 +10,11 @@ from command_line import call
 from drawn_objects import draw_instances, encode, place_instances, write_instances
 
 from dinoseg.core.metric import RowMetric
+from dinoseg.core.runs import Runs, overlaps
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
-from dinoseg.extensions.objects.scoring.runs import Runs, overlaps
 from dinoseg.extensions.protocols.folders import score_cases
 from dinoseg.extensions.protocols.summary import difference, summary
 

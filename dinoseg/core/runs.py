@@ -18,6 +18,14 @@ class Runs(NamedTuple):
     ends: np.ndarray
 
     @classmethod
+    def of_mask(cls, mask: np.ndarray) -> Self:
+        """Return the runs of a mask (H, W) bool."""
+        flat = np.zeros(mask.size + 2, bool)  # a zero on each side, so that runs at the border change too
+        flat[1:-1] = mask.T.ravel()
+        changes = np.flatnonzero(flat[1:] != flat[:-1])
+        return cls(changes[::2], changes[1::2])
+
+    @classmethod
     def of_counts(cls, counts: np.ndarray) -> Self:
         """Return the runs of run lengths (N,), of zeros first."""
         bounds = np.cumsum(counts)
@@ -28,6 +36,23 @@ class Runs(NamedTuple):
     def area(self) -> int:
         """Number of pixels."""
         return int((self.ends - self.starts).sum())
+
+    def paint(self, canvas: np.ndarray, value: object) -> None:
+        """Set the pixels of a canvas (H, W) where the mask is 1."""
+        rows, places = len(canvas), self.pixels()
+        canvas[places % rows, places // rows] = value
+
+    def pixels(self) -> np.ndarray:
+        """Return the pixels (P,) int64 where the mask is 1, counted column by column."""
+        lengths = self.ends - self.starts
+        before = np.cumsum(lengths) - lengths
+        return np.arange(lengths.sum()) + np.repeat(self.starts - before, lengths)
+
+    def to_mask(self, size: tuple[int, int]) -> np.ndarray:
+        """Return the mask (H, W) bool of `size` (H, W)."""
+        flat = np.zeros(size[0] * size[1], bool)
+        flat[self.pixels()] = True
+        return flat.reshape(size[1], size[0]).T
 
 
 def overlaps(first: Sequence[Runs], second: Sequence[Runs]) -> np.ndarray:

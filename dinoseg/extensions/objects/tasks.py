@@ -1,0 +1,98 @@
+"""Tasks of single objects: instance and panoptic segmentation by heads that predict masks."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.objects import Objects
+from dinoseg.core.targets import MaskTargets
+from dinoseg.core.task import SemanticTask
+from dinoseg.extensions.objects.finding import find_instances, find_segments
+from dinoseg.extensions.objects.joining import join_instances, join_segments
+from dinoseg.extensions.objects.reading.things import find_things
+from dinoseg.extensions.objects.targets import object_targets, panoptic_targets
+
+
+class InstanceTask(SemanticTask):
+    """Objects of things, each with a mask, a class and a score; they may overlap.
+
+    A pixel's class is that of the most probable object there; the background if no object is more probable than not.
+
+    Args:
+        classes: names in the order of their ids.
+        things: names of the classes that have objects; None: all but the background.
+        background: name or id of the class that is no object; None: there is none.
+
+    Raises:
+        UserError: a name is no class, or no class is a thing.
+    """
+
+    has_objects: ClassVar[bool] = True
+    advice = "loss=mask_classification with head=eomt or head=mask2former"
+    eval_metrics = ("instance_ap",)
+
+    def __init__(
+        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+    ) -> None:
+        self.num_classes = len(classes)
+        self.background = classes.index(background) if isinstance(background, str) else background
+        self.things = find_things(classes, things, self.background)
+        self.is_argmax = self.background is None
+
+    def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
+        """Return the objects of things but crowds, whose pixels have no label."""
+        return object_targets(mask, maps[OBJECTS], ignore_index)
+
+    def logits(self, probabilities: Tensor) -> Tensor:
+        """Return the logarithm of the probabilities; that of the background is 1 minus the highest of the things."""
+        raise NotImplementedError
+
+    def find_objects(
+        self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
+    ) -> list[Objects]:
+        """Return the objects of each image, best first."""
+        return find_instances(class_logits, mask_logits, size, valid, self.num_classes, self.things)
+
+    def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
+        """Return the objects of an image from those of overlapping parts."""
+        return join_instances(parts, size)
+
+
+class PanopticTask(SemanticTask):
+    """A segment of each pixel: an object of a thing, or a class of stuff as a whole.
+
+    Args:
+        classes: names in the order of their ids.
+        things: names of the classes that have objects; None: all but the background.
+        background: name or id of the class that is no object, which is stuff; None: there is none.
+
+    Raises:
+        UserError: a name is no class, or no class is a thing.
+    """
+
+    has_objects: ClassVar[bool] = True
+    advice = "loss=mask_classification with head=eomt or head=mask2former"
+    eval_metrics = ("panoptic_quality",)
+
+    def __init__(
+        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+    ) -> None:
+        self.num_classes = len(classes)
+        background = classes.index(background) if isinstance(background, str) else background
+        self.things = find_things(classes, things, background)
+
+    def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
+        """Return the objects of things but crowds, whose pixels have no label, and the classes of stuff."""
+        return panoptic_targets(mask, maps[OBJECTS], ignore_index, self.things)
+
+    def find_objects(
+        self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
+    ) -> list[Objects]:
+        """Return the segments of each image, which do not overlap."""
+        return find_segments(class_logits, mask_logits, size, valid, self.num_classes, self.things)
+
+    def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
+        """Return the segments of an image from those of overlapping parts."""
+        return join_segments(parts, size, self.things)
