@@ -115,7 +115,7 @@ def mode_for(hparam):
 def required_overrides(choice):
     """Return what only the user can know: here stands a value for it."""
     data = choice.get("data", "folder")
-    own_classes = data.partition("_")[0] in ("folder", "coco", "labelme")
+    own_classes = data.partition("_")[0] in ("folder", "coco", "labelme", "yolo")
     own_things = own_classes and "_" in data  # objects
     return [
         "data.root=.",

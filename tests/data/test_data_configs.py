@@ -9,7 +9,7 @@ from dinoseg.data.scan.scan import class_counts
 from dinoseg.extensions.prepare.prepare_mode import prepare
 
 RELATIVES = ("ade20k", "camvid_", "davis2016", "idd_", "youtube_vos")
-DESCRIBED = ("[_annotated,", "[coco,", "[labelme,", "[folder, _id_objects")  # in defaults
+DESCRIBED = ("[_annotated,", "[coco,", "[labelme,", "[yolo,", "[folder, _id_objects")  # in defaults
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))
 
 

@@ -36,15 +36,14 @@ class NotThere(ValueError):
 
 
 def find_image_folder(
-    kind: Kind, root: Path, layout: AnnotationLayout, *, path: Path, split: str, entries: Sequence[Entry]
+    default: Path, root: Path, layout: AnnotationLayout, *, split: str, entries: Sequence[Entry]
 ) -> Path:
     """Return the folder that image names are relative to.
 
     Args:
-        kind: kind of the annotation files.
+        default: folder that they are relative to by the files.
         root: folder that the layout's paths are relative to.
         layout: locations of the files.
-        path: the annotation file; of LabelMe, the folder of files.
         split: split of the entries.
         entries: entries of the split; the first three are used to find the folder.
 
@@ -57,7 +56,6 @@ def find_image_folder(
         if found := next((folder for folder in folders if folder.is_dir()), None):
             return found
         raise UserError(f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images.")
-    default = path if kind.per_image else path.parent
     below = [root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
     for folder in (default, *below, default / "images", root / "images", root / "images/default", root):
         if any(_image_file(folder, entry) for entry in entries[:3]):
@@ -168,7 +166,7 @@ def annotated_dataset(
     Args:
         root: folder that the layout's paths are relative to.
         split: `train`, `val` or another name that the layout or the lists know.
-        kind: `coco`, `coco_panoptic` or `labelme`.
+        kind: `coco`, `coco_panoptic`, `labelme` or `yolo`.
         classes: names in id order.
         palette: one colour per class, or None for default colours.
         ignore_index: id that is ignored.
@@ -224,7 +222,9 @@ class _Maker:
         """Return the pairs of a split's annotation file, or of its list of names, ordered by name."""
         by_split = partition.by == "folder"
         path = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
-        held = read_annotations(self.kind, path, grouped=self.shapes.grouped)
+        sides = (split,) if by_split else ("train", "val")
+        names = [name for side in sides for name in self.layout.names(side)]
+        held = read_annotations(self.kind, path, grouped=self.shapes.grouped, splits=names)
         entries = held.entries
         # a class that merges both kinds is a thing, as in `Annotations.group_labels`
         things = {self.values.get(label, self.others) for label in held.labels if label not in held.stuff}
@@ -238,7 +238,8 @@ class _Maker:
             raise UserError(f"{path} holds no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
         self._refuse_unknown(entries, path)
         self._warn_of_bare(entries, path)
-        folder = find_image_folder(self.kind, self.root, self.layout, path=path, split=split, entries=entries)
+        default = held.folder or (path if self.kind.per_image else path.parent)
+        folder = find_image_folder(default, self.root, self.layout, split=split, entries=entries)
         pairs = sorted((self._pair(entry, folder) for entry in entries), key=lambda pair: pair.name)
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:

@@ -10,6 +10,7 @@ from dinoseg.extensions.annotations.coco import read_coco
 from dinoseg.extensions.annotations.coco_panoptic import read_coco_panoptic
 from dinoseg.extensions.annotations.entry import LARGEST_FILE, Annotations, Entry
 from dinoseg.extensions.annotations.labelme import read_labelme
+from dinoseg.extensions.annotations.yolo import list_yolo_images, read_yolo
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, check_regular, entries, stamp, visible_files
 from dinoseg.utils.wording import join_names
@@ -45,13 +46,23 @@ class AnnotationLayout:
 
 @dataclass(frozen=True)
 class Kind:
-    """Kind of annotation files: its parser, and its usual locations with splits and without."""
+    """Kind of annotation files.
+
+    Args:
+        title: name in messages.
+        read: its parser.
+        by_split: usual locations of a file for each split.
+        single: of a file for all.
+        per_image: whether each image has a file.
+        list_images: adds the images of some splits to the contents of a file that only says where they are.
+    """
 
     title: str
     read: Callable[[bytes, Path], Annotations]
     by_split: Sequence[str]
     single: Sequence[str]
-    per_image: bool = False  # one file per image
+    per_image: bool = False
+    list_images: Callable[[Annotations, Path, Sequence[str]], Annotations] | None = None
 
 
 KINDS = {
@@ -74,6 +85,13 @@ KINDS = {
         ("annotations/panoptic.json", "panoptic.json"),
     ),
     "labelme": Kind("LabelMe", read_labelme, ("{split}", "annotations/{split}"), (".", "annotations"), per_image=True),
+    "yolo": Kind(
+        "YOLO",
+        read_yolo,
+        ("data.yaml", "data.yml", "dataset.yaml"),
+        ("data.yaml", "data.yml", "dataset.yaml"),
+        list_images=list_yolo_images,
+    ),
 }
 
 
@@ -107,19 +125,22 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
     raise UserError(f"No {what}{of_split} in {root}: looked for {tried}. {remedy}.")
 
 
-def read_annotations(kind: Kind, path: Path, *, grouped: bool = False) -> Annotations:
+def read_annotations(kind: Kind, path: Path, *, grouped: bool = False, splits: Sequence[str] = ()) -> Annotations:
     """Parse an annotation file, or LabelMe's files in a folder; image names are relative to its folder.
 
     Args:
         kind: kind of the files.
         path: the file; of LabelMe, the folder.
         grouped: replace labels by their groups.
+        splits: of YOLO: possible names of the splits whose images are listed; none: the labels suffice.
 
     Raises:
         UserError: a file cannot be read, or is not of this kind. A file of a single image instead becomes an entry with
             that error.
     """
     held = _read(kind, path) if not kind.per_image else _of_folder(kind, path)
+    if splits and kind.list_images is not None:
+        held = kind.list_images(held, path, splits)
     try:
         return held.group_labels() if grouped else held
     except ValueError as error:

@@ -26,14 +26,21 @@ def check_mask_size(width: int, height: int, image: tuple[int, int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Polygons:
-    """Polygons of one object, whose union is rasterised as by pycocotools; each ring is float64 pairs as bytes."""
+    """Polygons of one object, whose union is rasterised as by pycocotools.
+
+    Args:
+        rings: each is float64 pairs (x, y) as bytes.
+        is_relative: whether x is a share of the width of the image, and y of its height, and not pixels.
+    """
 
     rings: tuple[bytes, ...]
+    is_relative: bool = False
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
         """Set the pixels of a canvas (H, W) that the shape covers."""
+        unit = (canvas.shape[1], canvas.shape[0]) if self.is_relative else (1, 1)
         for ring in self.rings:
-            points = np.frombuffer(ring).reshape(-1, 2)
+            points = np.frombuffer(ring).reshape(-1, 2) * unit
             left, mask = rasterise(points, (canvas.shape[0], canvas.shape[1]))
             canvas[:, left : left + mask.shape[1]][mask] = value
 

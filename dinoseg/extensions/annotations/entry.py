@@ -57,15 +57,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Annotations:
-    """Contents of an annotation file: labels in file order, images, and the group of each label.
+    """Contents of an annotation file.
 
-    `stuff` are the labels that the file declares to be no things.
+    Args:
+        labels: in file order.
+        entries: the images.
+        groups: label to its group.
+        stuff: labels that the file declares to be no things.
+        places: of YOLO: entries of data.yaml, such as the folders of each split.
+        folder: folder that the names of the images start from; None: the file does not say it.
     """
 
     labels: Sequence[str]
     entries: Sequence[Entry]
     groups: Mapping[str, str] = field(default_factory=dict)
     stuff: frozenset[str] = frozenset()
+    places: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    folder: Path | None = None
 
     def group_labels(self) -> "Annotations":
         """Return a copy with labels replaced by their groups; a label without group is unchanged.
@@ -111,8 +119,12 @@ def text(value: Any, what: str) -> str:
     return value
 
 
-def polygons(rings: Sequence[Any]) -> tuple[Polygons, float]:
+def polygons(rings: Sequence[Any], *, is_relative: bool = False) -> tuple[Polygons, float]:
     """Return polygons, each a flat list x1, y1, x2, y2, ..., as a form, and the sum of their areas.
+
+    Args:
+        rings: the polygons.
+        is_relative: see `Polygons`.
 
     Raises:
         ValueError: a polygon is invalid.
@@ -126,7 +138,7 @@ def polygons(rings: Sequence[Any]) -> tuple[Polygons, float]:
         checked.append(points.tobytes())
         x, y = points.T
         area += abs(float(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0])) / 2
-    return Polygons(tuple(checked)), area
+    return Polygons(tuple(checked), is_relative), area
 
 
 def points_of(values: Sequence[Any]) -> np.ndarray:
