@@ -10,7 +10,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.forms import read_regular
 from dinoseg.utils.images import IMAGE_SUFFIXES
-from dinoseg.utils.wording import format_value, join_names
+from dinoseg.utils.wording import count_of, format_value, join_names
 from dinoseg.utils.yaml_text import parse_yaml
 
 _MARGIN = 0.01  # that Ultralytics tolerates outside of the image: tools round
@@ -40,7 +40,8 @@ def list_yolo_images(held: Annotations, path: Path, splits: Sequence[str]) -> An
 
     An entry of a split is a folder, a text file of image paths, or a list of these, relative to `path` in the file or
     to the file's own folder. The polygons of an image are in the text file that the last `images` of its path, replaced
-    by `labels`, leads to; without that file, the image has no object.
+    by `labels`, leads to; without that file, the image has no object. Names start from the folder of an entry, or for
+    text files of paths from that of data.yaml.
 
     Args:
         held: result of `read_yolo`.
@@ -50,39 +51,29 @@ def list_yolo_images(held: Annotations, path: Path, splits: Sequence[str]) -> An
     Raises:
         UserError: the file has none of the splits, an entry does not exist, or no image has a text file.
     """
-    entries = [str(entry) for split in splits for entry in held.places.get(split, ())]
-    if not entries:
+    places = [str(place) for split in splits for place in held.places.get(split, ())]
+    if not places:
         raise UserError(
-            f"{path} has no entry {splits[0]}. Add one, such as `{splits[0]}: images/{splits[0]}`, or divide the images "
-            "of the others by data.reader.partition.by=fraction."
+            f"{path} has no entry {splits[0]}. Add one, such as `{splits[0]}: images/{splits[0]}`, or divide the "
+            "images of the others: data.reader.partition.by=fraction."
         )
     bases = [path.parent / str(*held.places.get("path", [""])), path.parent]
     folders = []
     images: dict[Path, None] = {}  # ordered set
-    for entry in entries:
-        place = _find_path(bases, entry)
-        if place.is_dir():
-            found = [inner / file for inner, files in visible_files(place) for file in files]
-            found = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
-            folders.append(place)
-        elif place.is_file():
-            lines = read_regular(place).decode("utf-8-sig", "replace").splitlines()
-            found = [_find_path([*bases, place.parent], line.strip()) for line in lines if line.strip()]
-            folders += [image.parent for image in found]
-        else:
-            raise UserError(
-                f"{path} names {entry}, but there is no {place}. Correct its entries `path` and {splits[0]}."
-            )
-        images |= dict.fromkeys(found)
-    folder = Path(os.path.commonpath(folders)) if images else path.parent
-    texts = [_text_file(image) for image in images]
-    if images and not any(map(Path.is_file, texts)):
+    for name in places:
+        place = _find_path(bases, name)
+        if not place.exists():
+            raise UserError(f"{path} names {name}, but there is no {place}. Correct its entries.")
+        folders.append(place if place.is_dir() else path.parent)
+        images |= dict.fromkeys(_images_at(place, bases))
+    folder = Path(os.path.commonpath([*folders, *images]))
+    entries = [_read_entry(image, folder, path, held.labels) for image in images]
+    if entries and all(entry.path == path for entry in entries):
         raise UserError(
-            f"{path}: none of {len(texts)} images has a text file of polygons; the first would be {texts[0]}. Put "
-            "them there, or correct the entries of the images."
+            f"{path}: none of {count_of(entries, 'image')} has a text file of polygons, such as "
+            f"{_text_file(next(iter(images)))}. Put them there, or correct the entries of the images."
         )
-    pairs = zip(images, texts, strict=True)
-    return replace(held, entries=[_read_entry(*pair, folder, path, held.labels) for pair in pairs], folder=folder)
+    return replace(held, entries=entries, folder=folder)
 
 
 def _find_path(bases: Sequence[Path], name: str) -> Path:
@@ -92,46 +83,51 @@ def _find_path(bases: Sequence[Path], name: str) -> Path:
     return Path(os.path.abspath(next((place for place in places if place.exists()), places[0])))
 
 
+def _images_at(place: Path, bases: Sequence[Path]) -> list[Path]:
+    """Return the images in a folder, or those that a text file lists."""
+    if place.is_dir():
+        files = [folder / file for folder, names in visible_files(place) for file in names]
+        return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    lines = read_regular(place).decode("utf-8-sig", "replace").splitlines()
+    return [_find_path([*bases, place.parent], line.strip()) for line in lines if line.strip()]
+
+
 def _text_file(image: Path) -> Path:
     before, folder, after = image.with_suffix(".txt").as_posix().rpartition("/images/")
     return Path(f"{before}{folder and '/labels/'}{after}")
 
 
-def _read_entry(image: Path, path: Path, folder: Path, source: Path, labels: Sequence[str]) -> Entry:
+def _read_entry(image: Path, folder: Path, source: Path, labels: Sequence[str]) -> Entry:
     """Return an image with the polygons of its text file; `source`: data.yaml, which stands for a missing one."""
+    path = _text_file(image)
     entry = Entry(path if path.is_file() else source, image.relative_to(folder).as_posix(), None)
-    if entry.path == source:
-        return entry
-    try:
-        lines = read_regular(path).decode("utf-8-sig", "replace").splitlines()
-    except OSError as error:
-        entry.wrong = f"it cannot be read ({error.strerror})"
-        return entry
-    rows = {line.strip(): number for number, line in enumerate(lines, 1)}  # equal lines are one object
-    for row, number in rows.items():
+    if entry.path == path:
         try:
-            entry.shapes += [_parse_row(row, labels)] if row else []
-        except ValueError as error:
-            entry.wrong = entry.wrong or f"line {number} {error}"
+            lines = read_regular(path).decode("utf-8-sig", "replace").splitlines()
+            rows = {line.strip(): number for number, line in enumerate(lines, 1)}  # equal lines are one object
+            entry.shapes += [_parse_row(row, number, labels) for row, number in rows.items() if row]
+        except (OSError, ValueError) as error:
+            entry.wrong = str(error)
     return entry
 
 
-def _parse_row(row: str, labels: Sequence[str]) -> LabelledShape:
+def _parse_row(row: str, line: int, labels: Sequence[str]) -> LabelledShape:
     """Return the polygon of a row: class, x1, y1, x2, y2, ..., where 1 is the width or height of the image."""
     try:
         number, *values = map(float, row.split())
     except ValueError:
-        raise ValueError(f"is {format_value(row, 40)}: write a class and coordinates, all numbers") from None
+        raise ValueError(
+            f"line {line} is {format_value(row, 40)}: write a class and coordinates, all numbers"
+        ) from None
     if not number.is_integer() or not 0 <= number < len(labels):
-        raise ValueError(f"has the class {number:g}, but names in data.yaml has 0 to {len(labels) - 1}")
-    if len(values) == 4:
-        raise ValueError("is a box (x y width height): export polygons (YOLO segmentation)")
+        raise ValueError(f"line {line} has the class {number:g}, but names in data.yaml has 0 to {len(labels) - 1}")
     if len(values) % 2 or len(values) < 6:
-        raise ValueError(f"has {len(values)} coordinates: write pairs x y of at least 3 points")
+        box = " (a box has 4: export polygons, YOLO segmentation)" if len(values) == 4 else ""
+        raise ValueError(f"line {line} has {len(values)} coordinates{box}: write pairs x y of at least 3 points")
     if outside := [f"{value:g}" for value in values if not -_MARGIN <= value <= 1 + _MARGIN]:  # also NaN
         raise ValueError(
-            f"has coordinates outside of 0 to 1: {join_names(outside)}. Divide x by the width of the image and y by "
-            "its height"
+            f"line {line} has coordinates outside of 0 to 1: {join_names(outside)}. Divide x by the width of the image "
+            "and y by its height"
         )
     form, area = polygons([values], is_relative=True)
     return LabelledShape(labels[int(number)], form, area)
