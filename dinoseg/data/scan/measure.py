@@ -11,7 +11,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinoseg.core.sources import ImageSource, Layers, MaskPage, MaskSource, read_peaks, read_source, stated_size
+from dinoseg.core.sources import (
+    ImageSource,
+    Layers,
+    MaskPage,
+    MaskSource,
+    mask_file,
+    read_peaks,
+    read_source,
+    stated_size,
+)
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, ignore_invalid
 from dinoseg.utils.errors import UserError
@@ -100,7 +109,7 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     except Exception as error:  # a decoder may raise anything on a damaged file
         record = record.with_problem("unreadable_image", _explain(image, error))
     try:
-        if isinstance(mask, Path) and _is_jpeg(mask):
+        if _is_jpeg(mask_file(mask)):
             reason = f"{mask} is a JPEG file, which changes the ids near borders. Save it as PNG."
             record = record.with_problem("mask_is_jpeg", reason)
         return _with_ids(record, mask, image, reader)

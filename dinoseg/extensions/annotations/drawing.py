@@ -1,7 +1,7 @@
 """Masks of annotation files: shapes that are rasterised when the mask is read."""
 
-import functools
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,11 @@ from dinoseg.core.sources import VirtualMask
 from dinoseg.extensions.annotations.polygon import figure, rasterise
 from dinoseg.extensions.annotations.rle import decode, from_text, values_of
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import Stamp, stamp
+from dinoseg.utils.files import stamp
 from dinoseg.utils.images import read_image
 from dinoseg.utils.wording import join_names
+
+_last_file = threading.local()  # of panoptic ids: a thread draws all segments of an image one after another
 
 
 def check_mask_size(width: int, height: int, image: tuple[int, int]) -> None:
@@ -105,7 +107,11 @@ class Segment:
         Raises:
             UserError: the PNG is unreadable, of another size, or holds other ids than the segments have.
         """
-        ids = _read_segment_ids(self.path, self.numbers, stamp(self.path))
+        file = (self.path, self.numbers, stamp(self.path))
+        if getattr(_last_file, "key", None) != file:
+            _last_file.ids = _read_segment_ids(self.path, self.numbers)
+            _last_file.key = file
+        ids = _last_file.ids
         if ids.shape != canvas.shape:
             found = f"{ids.shape[1]} x {ids.shape[0]}"
             raise UserError(
@@ -115,8 +121,7 @@ class Segment:
         canvas[ids == self.number] = value
 
 
-@functools.lru_cache(2)  # all segments of an image are drawn one after another
-def _read_segment_ids(path: Path, numbers: tuple[int, ...], _stamp: Stamp | None) -> np.ndarray:
+def _read_segment_ids(path: Path, numbers: tuple[int, ...]) -> np.ndarray:
     """Return the ids (H, W) int32 of a PNG, after comparing them with those of its segments."""
     red, green, blue = np.moveaxis(read_image(path).astype(np.int32), 2, 0)
     ids = red + 256 * green + 256**2 * blue

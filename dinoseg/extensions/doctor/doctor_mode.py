@@ -72,7 +72,7 @@ def doctor(
         findings += examine(splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance)
     for split, data in datasets.items():
         if isinstance(data, PairDataset) and OBJECTS in data.maps:
-            findings += check_objects(split, count_objects(data), builder.value("head.num_queries"))
+            findings += check_objects(split, count_objects(data, workers), builder.value("head.num_queries"))
     findings = by_severity(findings)
     report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings)})
     write_json(out_dir / "doctor.json", report)

@@ -1,6 +1,7 @@
 """Counts of the objects of a dataset, and findings about them."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -8,9 +9,9 @@ import cv2
 import numpy as np
 
 from dinoseg.core.object_ids import crowd_flags
-from dinoseg.core.sources import ObjectSource
 from dinoseg.data.checks.findings import Finding
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
@@ -35,25 +36,34 @@ class ObjectCounts:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def count_objects(data: PairDataset) -> ObjectCounts:
-    """Return the counts of a dataset with objects."""
+def count_objects(data: PairDataset, workers: int = 1) -> ObjectCounts:
+    """Return the counts of a dataset with objects, which `workers` threads read."""
     counts = ObjectCounts()
-    for pair in Bar(data.pairs, desc="counting objects", unit="image", delay=2, leave=False):
-        assert pair.objects is not None
+    with Bar(total=len(data.pairs), desc="counting objects", unit="image", delay=2, leave=False) as bar:
+        pool = ThreadPoolExecutor(workers)
         try:
-            _count_image(pair.name, pair.objects, counts)
-        except UserError as error:
-            counts.unreadable[pair.name] = str(error)
+            for part in pool.map(_count_image, data.pairs):
+                for name, table in vars(counts).items():
+                    table.update(getattr(part, name))
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return counts
 
 
-def _count_image(name: str, source: ObjectSource, counts: ObjectCounts) -> None:
-    shown = [each for layer in source.read() for each in _crop_objects(layer)]
+def _count_image(pair: Pair) -> ObjectCounts:
+    """Return the counts of one image."""
+    source = pair.objects
+    assert source is not None
+    try:
+        shown = [each for layer in source.read() for each in _crop_objects(layer)]
+    except UserError as error:
+        return ObjectCounts(unreadable={pair.name: str(error)})
     crowds = sum(crowd_flags(value) for value, _ in shown)
-    counts.objects[name] = len(shown) - crowds
-    counts.crowds[name] = crowds
-    counts.empty[name] = 0 if source.count is None else source.count - len(shown)
-    counts.divided[name] = sum(_is_divided(mask) for value, mask in shown if not crowd_flags(value))
+    empty = 0 if source.count is None else source.count - len(shown)
+    divided = sum(_is_divided(mask) for value, mask in shown if not crowd_flags(value))
+    name = pair.name
+    return ObjectCounts({name: len(shown) - crowds}, {name: crowds}, {name: empty}, {name: divided})
 
 
 def _crop_objects(layer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 
 from dinoseg.core.object_ids import check_object_range, encode_object
-from dinoseg.core.sources import MaskSource, ObjectSource, VirtualMask
+from dinoseg.core.sources import MaskSource, ObjectSource, VirtualMask, mask_file
 from dinoseg.data.classes.mask_advice import for_ids
 from dinoseg.data.classes.masks import MaskReader, take_one_channel
 from dinoseg.data.pairs.dataset import PairDataset
@@ -48,6 +48,40 @@ class ClassesOfIds(VirtualMask):
 
 
 @dataclass(frozen=True)
+class OneThing(VirtualMask):
+    """Class ids of a file whose ids, but 0, number the objects of one thing.
+
+    Args:
+        path: the file.
+        thing: class id of the objects, 0 or 1; the file's id 0 is the other class.
+        ignore_index: id that is ignored in files of 8 bits; others have ids enough to number objects beyond it.
+        mapped: file ids with their class id or ignore_index, where that is another.
+    """
+
+    path: Path
+    thing: int
+    ignore_index: int
+    mapped: Sequence[tuple[int, int]]
+    has_class_ids = True
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self) -> np.ndarray:
+        """Return class ids and ignore_index (H, W) uint8."""
+        ids = take_one_channel(read_ids(self.path), self.path)
+        classes = np.where(ids != 0, self.thing, 1 - self.thing).astype(np.uint8)
+        ignored = [(self.ignore_index, self.ignore_index)] if ids.dtype == np.uint8 else []
+        for file_id, class_id in (*ignored, *self.mapped):
+            classes[ids == file_id] = class_id
+        return classes
+
+    def digest(self) -> str:
+        """Return a text that differs for each rule."""
+        return f"{self.thing} {self.ignore_index} {self.mapped}"
+
+
+@dataclass(frozen=True)
 class IdObjects(ObjectSource):
     """Objects of a file of ids; id 0 is no object.
 
@@ -77,7 +111,7 @@ class IdObjects(ObjectSource):
         classes = self.reader.read(self.mask)
         if ids.shape != classes.shape:
             raise UserError(f"{self.path} is {ids.shape[::-1]} (width, height), {self.mask} {classes.shape[::-1]}.")
-        self._check_ignored_id(ids)
+        self._check_ignored_id(ids, classes)
         shown = np.isin(classes, list(self.things)) & (ids != 0)
         numbers, first, owners = np.unique(ids[shown], return_index=True, return_inverse=True)
         check_object_range(len(numbers), self.path)
@@ -100,11 +134,13 @@ class IdObjects(ObjectSource):
         """Return a text that differs for each rule; that of the classes is in the fingerprint of the dataset."""
         return f"{sorted(self.things)} {'' if isinstance(self.mask, Path) else self.mask.digest()}"
 
-    def _check_ignored_id(self, ids: np.ndarray) -> None:
+    def _check_ignored_id(self, ids: np.ndarray, classes: np.ndarray) -> None:
         """Refuse the ignored id beside the next one in a file that numbers objects, unless the config maps it."""
         ignore = self.reader.labels.ignore_index
-        is_unmapped = self.mask == self.path and ignore not in (0, *(self.reader.masks.ids or ()))
-        if is_unmapped and (ids == ignore).any() and np.isin(ids, list({ignore - 1, ignore + 1} - {0})).any():
+        is_one_file = not isinstance(self.mask, ClassesOfIds) and mask_file(self.mask) == self.path
+        is_unmapped = is_one_file and ignore not in (0, *(self.reader.masks.ids or ()))
+        is_ignored = (classes[ids == ignore] == ignore).any()
+        if is_unmapped and is_ignored and np.isin(ids, list({ignore - 1, ignore + 1} - {0})).any():
             raise UserError(
                 f"{self.path}: the id {ignore} is ignored, but with the next id in this file it looks like an object. "
                 f"{for_ids([ignore], ignore, described=self.reader.masks.described is not None)}"
@@ -136,7 +172,7 @@ def add_id_objects(
         instances: a number: an id of an object is class number * `instances` + its number, and class numbers have the
             meaning of mask values. True: each id is an object, whose class is in the mask.
         files: `[text, other]`: in the path of a mask, the last `text` is replaced to find its file of ids; None: the
-            mask files are those of ids, and with a number for `instances` the masks are their classes.
+            mask files are those of ids, which give the masks, too: by `instances`, or all ids but 0 are the one thing.
         has_areas: of a number for `instances`: whether lower ids are class numbers, as in Cityscapes. Those of things
             are areas of objects that were not told apart: crowds.
         things: see `find_things`.
@@ -154,6 +190,12 @@ def add_id_objects(
             f"data.instances=true: ids in mask files have no classes, and there are {len(found)} things: {names}. Name "
             "one as data.things=[NAME], or give the divisor of ids with classes, such as data.instances=1000."
         )
+    masks = dataset.reader.masks
+    mapped = sorted((masks.ids or {}).items())
+    is_one_thing = (
+        *(files is None, len(dataset.classes) == 2, masks.format == "ids", masks.described is None or not mapped),
+        *(masks.others is None, not masks.reduce_zero_label, all(class_id >= 0 for _, class_id in mapped)),
+    )
     pairs = []
     sources = []
     for pair in dataset.pairs:
@@ -163,7 +205,11 @@ def add_id_objects(
                 "objects, such as data=folder."
             )
         path = pair.mask if files is None else _find_ids(pair.mask, *files)
-        mask = pair.mask if instances is True else ClassesOfIds(path, instances, has_areas)
+        mask: MaskSource = pair.mask
+        if instances is not True:
+            mask = ClassesOfIds(path, instances, has_areas)
+        elif all(is_one_thing):
+            mask = OneThing(path, *found, dataset.ignore_index, tuple(mapped))
         sources.append(IdObjects(path, mask, dataset.reader, found))
         pairs.append(replace(pair, mask=mask) if files is None else pair)
     return dataset.with_pairs(pairs).with_objects(sources, found)

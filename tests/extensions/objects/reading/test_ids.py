@@ -7,9 +7,11 @@ import pytest
 from composed_data import load
 from making import DATA, save
 from mistakes import assert_refused
+from PIL import Image
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.object_ids import OBJECTS, crowd_flags, object_classes, object_numbers
+from dinoseg.data.scan.scan import scan
 from dinoseg.extensions.rendering.surgery.write import render_dataset
 from dinoseg.testing import check_dataset
 from dinoseg.utils.images import read_ids
@@ -71,6 +73,51 @@ def test_each_id_is_an_object_of_the_one_thing(tmp_path):
         assert len(counted(read("folder_instances", tmp_path, *mapped, background=0)[0]["maps"][OBJECTS])) == numbers
     write(tmp_path, np.zeros(SIZE))
     assert read("folder_instances", tmp_path, *words, background=0)[0]["maps"][OBJECTS].shape == (0, *SIZE)
+
+
+def test_more_ids_than_a_byte_holds_need_no_mapping(tmp_path):
+    """One thing of two classes: its mask is all ids but 0; in a file of 8 bits, 255 is ignored."""
+    ids = np.arange(20 * 30).reshape(SIZE) // 2  # 0 to 299
+    write(tmp_path, ids)
+    words = ("data.classes=[background,cell]",)
+    data = read("folder_instances", tmp_path, *words, background=0)
+    assert (data[0]["mask"].numpy() == (ids > 0)).all()
+    expected = expected_of(ids, lambda value: (1, 0) if value else None)
+    assert counted(data[0]["maps"][OBJECTS]) == expected and len(expected) == 299
+    check_dataset(read("folder_instances", tmp_path, *words, background=0))
+    (record,) = scan(data.pairs, data.reader)
+    assert not record.problems and record.pixels == {0: 2, 1: 598}
+    numbers = read("folder_instances", tmp_path, *words, "data.reader.masks.ids={255:255,7:0}", background=0)
+    assert numbers.fingerprint() != data.fingerprint()
+    unseen = (ids == 255).astype(int) * 255 + ((ids > 0) & (ids != 255) & (ids != 7))
+    assert (numbers[0]["mask"].numpy() == unseen).all() and len(counted(numbers[0]["maps"][OBJECTS])) == 297
+    reversed_ids = read("folder_instances", tmp_path, "data.classes=[cell,background]", background=1)
+    assert (reversed_ids[0]["mask"].numpy() == (ids == 0)).all()
+    save(tmp_path / "train/masks/a.png", np.where(ids < 255, ids % 100, 255))  # 8 bits: 255 is ignored
+    narrow = read("folder_instances", tmp_path, *words, background=0)
+    assert (narrow[0]["mask"].numpy() == np.where(ids < 255, ids % 100 > 0, 255)).all()
+    save(tmp_path / "train/masks/a.png", np.minimum(ids, 255))
+    assert_refused(lambda: narrow[0], "a.png", "the id 255", "++data.reader.masks.ids={255: 255}")
+    mapped = read("folder_instances", tmp_path, *words, "data.reader.masks.ids={255:1}", background=0)
+    assert len(counted(mapped[0]["maps"][OBJECTS])) == 255
+    (tmp_path / "classes.yaml").write_text("classes: [background, cell]\nbackground: background\n")
+    save(tmp_path / "train/masks/a.png", ids, np.uint16)
+    assert (read("folder_instances", tmp_path, background=0)[0]["mask"].numpy() == (ids > 0)).all()
+    three = read("folder_instances", tmp_path, "data.classes=[a,b,c]", "data.things=[c]")
+    assert_refused(lambda: three[0], "a.png", "which are not classes")
+    image = tmp_path / "train/masks/a.png"
+    Image.fromarray(np.uint8(ids % 100)).save(image, format="JPEG")
+    (record,) = scan(narrow.pairs, narrow.reader)
+    assert [*record.problems] == ["mask_is_jpeg"]
+
+
+def test_wide_ids_hold_their_class(tmp_path):
+    ids = np.arange(20 * 30).reshape(SIZE) // 2 * 200  # class 0 to 59
+    write(tmp_path, ids)
+    names = ",".join(f"c{number}" for number in range(60))
+    data = read("folder_instances", tmp_path, f"data.classes=[{names}]", "data.instances=1000", background=0)
+    expected = expected_of(ids, lambda value: (value // 1000, 0) if value >= 1000 else None)
+    assert counted(data[0]["maps"][OBJECTS]) == expected and len(expected) == 295
 
 
 @pytest.mark.parametrize("divisor", [1000, 256])
