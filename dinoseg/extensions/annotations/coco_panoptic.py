@@ -1,5 +1,6 @@
 """Parser of COCO's panoptic JSON, whose segments are ids in a PNG file for each image; imports no torch."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,11 @@ from dinoseg.extensions.annotations.entry import Annotations, LabelledShape
 from dinoseg.utils import forms
 
 _FORM = forms.list_of(
-    forms.object_with(file_name=forms.text, segments_info=forms.list_of(forms.object_with(id=forms.whole(1))))
+    forms.object_with(
+        image_id=forms.whole(),
+        file_name=forms.text,
+        segments_info=forms.list_of(forms.object_with(id=forms.whole(1))),
+    )
 )
 
 
@@ -24,12 +29,14 @@ def read_coco_panoptic(content: bytes, path: Path) -> Annotations:
         ValueError: it is not such a file, or an id is duplicate or undefined.
     """
     whole = parse_coco(content)
-    if not forms.fits(whole["annotations"], _FORM):
-        raise ValueError("its annotations lack file_name or segments_info with ids from 1: it is not panoptic")
+    _FORM(whole["annotations"], "annotations")
+    images = Counter(annotation["image_id"] for annotation in whole["annotations"])
+    if twice := [image for image, count in images.items() if count > 1]:
+        raise ValueError(f"image {twice[0]} has {images[twice[0]]} annotations, whose segments may overlap: keep one")
     segments = []
     for annotation in whole["annotations"]:
         numbers = tuple(segment["id"] for segment in annotation["segments_info"])
-        shared = {"image_id": annotation.get("image_id"), "png": annotation["file_name"], "numbers": numbers}
+        shared = {"image_id": annotation["image_id"], "png": annotation["file_name"], "numbers": numbers}
         segments += [{**segment, **shared} for segment in annotation["segments_info"]]
     folder = path.with_suffix("")
 

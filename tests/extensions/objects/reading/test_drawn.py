@@ -162,6 +162,38 @@ def test_packed_objects_equal_those_of_the_file(tmp_path):
     assert read("coco_instances", tmp_path).fingerprint() != before
 
 
+@pytest.mark.parametrize("words", [("data.reader.partition.by=fraction",), ("data.folds=3", "data.fold=1")])
+def test_tiles_of_an_image_stay_in_one_split(tmp_path, words):
+    """So do the frames of a video: names of one group are on one side, each with its own objects."""
+    names = [f"scan{number}_{tile}" for number in range(4) for tile in range(3)]
+    for name in names:
+        save(tmp_path / f"images/{name}.png", np.zeros((*SIZE, 3)))
+    images = [
+        {"id": n, "file_name": f"{name}.png", "height": SIZE[0], "width": SIZE[1]} for n, name in enumerate(names)
+    ]
+    rows = [(n, k) for n in range(len(names)) for k in range(n % 5)]
+    annotations = [
+        {"id": n, "image_id": image, "category_id": 1, "segmentation": [rectangle(9 * k, 3, 8, 8)]}
+        for n, (image, k) in enumerate(rows)
+    ]
+    content = {"images": images, "categories": [{"id": 1, "name": "leaf"}], "annotations": annotations}
+    halves = [{**content, "images": images[:6]}, {**content, "images": images[6:]}]
+    for side, half in zip(("train", "val"), halves, strict=True):
+        inside = {image["id"] for image in half["images"]}
+        half["annotations"] = [each for each in annotations if each["image_id"] in inside]
+        (tmp_path / f"{side}.json").write_text(json.dumps(half))
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    sides = []
+    for split in ("train", "val"):
+        data = read("coco_instances", tmp_path, "data.group='^[^_]+'", *words, split=split, background=0)
+        assert all(pair.objects.count == names.index(pair.name) % 5 for pair in data.pairs)
+        assert all(len(sample["maps"][OBJECTS].unique()) == 1 + names.index(sample["name"]) % 5 for sample in data)
+        sides.append(data.names)
+    assert sorted(sides[0] + sides[1]) == names
+    groups = [{name.split("_")[0] for name in side} for side in sides]
+    assert groups[0] and groups[1] and not groups[0] & groups[1]
+
+
 def write_labelme(root, shapes):
     save(root / "train/a.png", np.zeros((*SIZE, 3)))
     rows = [{"label": label, "points": points, "group_id": group} for label, points, group in shapes]
@@ -238,18 +270,33 @@ def test_changed_panoptic_files_change_the_fingerprint(tmp_path):
     assert before != read("coco_panoptic", tmp_path).fingerprint()
 
 
-def test_panoptic_files_that_disagree_are_refused(tmp_path):
-    def refuse(ids, segments, *words):
-        write_panoptic(tmp_path, ids, segments)
-        assert_refused(lambda: read("coco_panoptic", tmp_path)[0], "a.png", *words)
-
-    ids = panoptic_ids()
-    refuse(ids, SEGMENTS[1:], "70001", "without a segment")
-    refuse(ids, [*SEGMENTS, (99, 10)], "99", "without pixels")
-    refuse(ids[:30], SEGMENTS, "56 x 30", "56 x 40")
-    for wrong, word in (((5, 30), "segment of this image has the same id"), ((6, 11), "category_id is 11")):
-        write_panoptic(tmp_path, ids, [*SEGMENTS, wrong])
-        assert_refused(lambda: read("coco_panoptic", tmp_path), f"annotation {wrong[0]} of a.png", word)
-    path = write_coco(tmp_path, [])
-    path.with_name("panoptic_train.json").write_text(json.dumps(json.loads(path.read_text()) | {"annotations": [{}]}))
-    assert_refused(lambda: read("coco_panoptic", tmp_path), "panoptic_train.json", "segments_info")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"segments": SEGMENTS[1:]}, ("panoptic_train/a.png", "70001", "without a segment")),
+        ({"segments": [*SEGMENTS, (99, 10)]}, ("panoptic_train/a.png", "99", "without pixels")),
+        ({"ids": panoptic_ids()[:30]}, ("panoptic_train/a.png", "56 x 30", "56 x 40")),
+        ({"segments": [*SEGMENTS, (5, 20)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
+        ({"segments": [*SEGMENTS, (5, 30)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
+        ({"segments": [*SEGMENTS, (6, 11)]}, ("annotation 6 of a.png", "category_id is 11")),
+        ({"segments": [*SEGMENTS, {"id": 6}]}, ("annotation 6 of a.png", "category_id is None")),
+        (
+            {"segments": [*SEGMENTS, (0, 10)]},
+            ("panoptic_train.json", "annotations[0].segments_info[4].id is 0", "from 1"),
+        ),
+        ({"segments": [*SEGMENTS, ("5", 10)]}, ("panoptic_train.json", "segments_info[4].id is '5'", "whole number")),
+        ({"annotations": [{}]}, ("panoptic_train.json", "annotations[0]", "segments_info")),
+        (
+            {"annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": []}] * 2},
+            ("panoptic_train.json", "image 1 has 2 annotations", "overlap"),
+        ),
+        (
+            {"annotations": [{"image_id": 8, "file_name": "a.png", "segments_info": [{"id": 5, "category_id": 10}]}]},
+            ("panoptic_train.json", "image 8", "not in images"),
+        ),
+    ],
+)
+def test_panoptic_files_that_disagree_are_refused(tmp_path, changes, words):
+    write_panoptic(tmp_path, **{"ids": panoptic_ids(), "segments": SEGMENTS} | changes)
+    assert_refused(lambda: read("coco_panoptic", tmp_path)[0], *words)
+    assert_refused(lambda: read("coco_panoptic", tmp_path, "data.things=[leaf]")[0], *words)
