@@ -140,6 +140,18 @@ def drawn_for_coco(stand_ins, folder):
     return folder
 
 
+@stand_in("YOLO")
+def drawn_for_yolo(stand_ins, folder):
+    write_images(folder, "images/{split}/{name}.jpg", None, (0,))
+    for split in ("train", "val"):
+        for number, name in enumerate("ab"):
+            path = folder / f"labels/{split}/{name}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{number} 0.1 0.1 0.6 0.1 0.6 0.8\n")
+    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [leaf, stem]\n")
+    return folder
+
+
 @stand_in("LABELME")
 def drawn_for_labelme(stand_ins, folder):
     write_images(folder, "{name}.jpg", None, (0,), names="abcd", splits=("",))

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -134,7 +134,7 @@ class Shapes:
             ones.
         without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
         crowds: of COCO. `class`: a crowd has the class of its label and is drawn below all objects; `ignore`: its
-            pixels are ignored.
+            pixels are ignored; `object`: it is an object like others, since CVAT exports brush masks as crowds.
         grouped: of COCO: use the supercategories as labels.
     """
 
@@ -143,7 +143,7 @@ class Shapes:
     unlabelled: str | None = "background"
     order: Literal["file", "area"] = "file"
     without_shapes: Literal["keep", "skip"] = "keep"
-    crowds: Literal["class", "ignore"] = "class"
+    crowds: Literal["class", "ignore", "object"] = "class"
     grouped: bool = False
 
 
@@ -318,7 +318,10 @@ class _Maker:
             ]
             return Pair(name, image, Layers(tuple(shown), Drawing.read))
         by_area = self.shapes.order == "area"
-        drawn = sorted(entry.shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
+        shapes = entry.shapes
+        if self.shapes.crowds == "object":
+            shapes = [replace(shape, crowd=False) for shape in shapes]
+        drawn = sorted(shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
         labelled = [(self._class_id(shape.label), shape) for shape in drawn]
         return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms, labelled, self.stuff))

@@ -102,11 +102,12 @@ def check_objects(split: str, counts: ObjectCounts, queries: int | None) -> Iter
     if not counts.objects:
         return
     objects = counts.objects.values()
+    crowds = sum(counts.crowds.values())
     yield Finding(
         "note",
         "objects",
         f"{split}: {count_of(sum(objects), 'object')} in {count_of(objects, 'image')} (median {median(objects):g}, at "
-        f"most {max(objects)}), {count_of(sum(counts.crowds.values()), 'crowd')}; of several parts: "
+        f"most {max(objects)}), {count_of(crowds, 'crowd')}; of several parts: "
         f"{sum(counts.divided.values())}.",
     )
     if empty := [name for name, count in counts.empty.items() if count]:
@@ -116,6 +117,14 @@ def check_objects(split: str, counts: ObjectCounts, queries: int | None) -> Iter
             f"{split}: {count_of(sum(counts.empty.values()), 'object')} without pixels, left out.",
             tuple(empty),
             "Correct or delete them in the annotation tool.",
+        )
+    if crowds > sum(objects):
+        yield Finding(
+            "warning",
+            "more_crowds_than_objects",
+            f"{split}: {count_of(crowds, 'crowd')} and {count_of(sum(objects), 'object')}; crowds are no objects.",
+            tuple(name for name, count in counts.crowds.items() if count),
+            "CVAT exports brush masks to COCO as crowds. If each is an object: data.reader.shapes.crowds=object.",
         )
     crowded = [name for name, count in counts.objects.items() if queries is not None and count > queries]
     if crowded:

@@ -51,6 +51,15 @@ def test_doctor_counts_objects(tmp_path):
     assert "head.num_queries" in found["more_objects_than_queries"]["remedy"]
 
 
+def test_doctor_warns_about_more_crowds_than_objects(tmp_path):
+    rows = [(1, [rectangle(9 * number, 20)], number > 0) for number in range(3)]
+    write(tmp_path / "data", "train", rows)
+    write(tmp_path / "data", "val", rows[:2])
+    found = findings(tmp_path)["more_crowds_than_objects"]
+    assert found["files"] == ["train1"] and "2 crowds and 1 object;" in found["message"]
+    assert "data.reader.shapes.crowds=object" in found["remedy"]
+
+
 def test_doctor_names_objects_that_cannot_be_read(tmp_path):
     for split in ("train", "val"):
         for number, ids in enumerate(([0, 1], [1, 1])):
