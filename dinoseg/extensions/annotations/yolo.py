@@ -29,7 +29,7 @@ def read_yolo(content: bytes, path: Path) -> Annotations:
     if not isinstance(names, list) or not names:
         raise ValueError("it has no list of classes: add it as `names: [leaf, stem]`")
     if "kpt_shape" in whole:
-        raise ValueError("kpt_shape says that its text files hold key points: export polygons (YOLO segmentation)")
+        raise ValueError("kpt_shape declares key points in its text files: export polygons (YOLO segmentation)")
     labels = [text(name, f"the name of class {number}") for number, name in enumerate(names)]
     places = {key: value if isinstance(value, list) else [value] for key, value in whole.items() if value}
     return Annotations(labels, [], places=places)
@@ -70,7 +70,7 @@ def list_yolo_images(held: Annotations, path: Path, splits: Sequence[str]) -> An
     entries = [_read_entry(image, folder, path, held.labels) for image in images]
     if entries and all(entry.path == path for entry in entries):
         raise UserError(
-            f"{path}: none of {count_of(entries, 'image')} has a text file of polygons, such as "
+            f"{path}: no text file of polygons was found for {count_of(entries, 'image')}, such as "
             f"{_text_file(next(iter(images)))}. Put them there, or correct the entries of the images."
         )
     return replace(held, entries=entries, folder=folder)

@@ -159,7 +159,7 @@ def test_labels_may_lie_beside_the_images(tmp_path):
         (NAMES + "train: pictures\n", ("names pictures", "no ", "Correct its entries")),
         (NAMES + "train: images/train\nkpt_shape: [17, 3]\n", ("key points", "export polygons")),
         (NAMES + "train: images\ntrain: images\n", ("more than once",)),
-        (NAMES + "train: images/bare\n", ("none of 1 image has", "labels/bare/b.txt")),
+        (NAMES + "train: images/bare\n", ("no text file of polygons", "labels/bare/b.txt")),
         (NAMES + "train: images/empty\n", ("data.yaml holds no image",)),
     ],
 )
