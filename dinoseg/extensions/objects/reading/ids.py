@@ -209,7 +209,7 @@ def add_id_objects(
         if instances is not True:
             mask = ClassesOfIds(path, instances, has_areas)
         elif all(is_one_thing):
-            mask = OneThing(path, *found, dataset.ignore_index, tuple(mapped))
+            mask = OneThing(path, min(found), dataset.ignore_index, tuple(mapped))
         sources.append(IdObjects(path, mask, dataset.reader, found))
         pairs.append(replace(pair, mask=mask) if files is None else pair)
     return dataset.with_pairs(pairs).with_objects(sources, found)
