@@ -128,3 +128,24 @@ def write_segments(folder, categories, images):
             annotations.append({"image_id": image[0], "file_name": file, "segments_info": entries})
         content = {"categories": categories, "annotations": annotations}
         (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def write_object_data(root, *, train=6, val=2, size=(32, 48), empty=()):
+    """Write images of bright rectangles on a dark ground, with masks of their ids, for data=folder_instances.
+
+    The training images numbered in `empty` show none. Return the words of a command line.
+    """
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            rng = np.random.default_rng([number, len(split)])
+            ids = np.zeros(size, np.uint8)
+            for value in range(1, 1 if split == "train" and number in empty else 4):
+                top, left = rng.integers(0, np.subtract(size, 10))
+                ids[top : top + rng.integers(6, 12), left : left + rng.integers(6, 12)] = value
+            image = np.where(ids[..., None] > 0, 120 + 40 * ids[..., None], 20) + rng.integers(0, 12, (*size, 3))
+            write_png(root / split / "images" / f"{number}.png", image.astype(np.uint8))
+            write_png(root / split / "masks" / f"{number}.png", ids)
+    (root / "classes.yaml").write_text(
+        "classes: {ground: {ids: [0]}, thing: {ids: []}}\nbackground: ground\nothers: thing\n"
+    )
+    return ("data=folder_instances", f"data.root={root}")

@@ -40,7 +40,7 @@ def register_resolvers() -> None:
     - `${dinoseg.len:${.classes}}` is the length of a list.
     - `${dinoseg.class_file:KEY}` is the value of a key in `classes.yaml`. With `${dinoseg.class_file:KEY,shapes}`, the
       annotation files replace an absent `classes.yaml`; `${dinoseg.class_file:classes,MODULE.FUNCTION}` names the
-      function that reads the classes there.
+      function that reads the classes there, and with `things` the classes that have objects.
     - `${dinoseg.cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training
       crop; null if the patch size is null.
     - `${dinoseg.evaluate:${oc.select:data.fold}}` is `last` with a fold, else `best`: see `trainer.evaluate`.
@@ -94,8 +94,8 @@ def _is_of_file(value: Any) -> bool:
 def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
     """Return the value of a key in `classes.yaml` in `data.root`; if `data.classes` is given, the file is not read.
 
-    Without the file, and with masks drawn from `shapes`, the labels of the shapes are the classes: for `classes`,
-    `shapes` names the function that reads them.
+    Without the file, and with masks drawn from `shapes`, the labels of the shapes are the classes: for `classes`
+    and for `things`, `shapes` may name the function that reads them.
     """
     from dinoseg.data.classes.file import CLASS_FILE, LABELS, NOT_DESCRIBED
 
@@ -112,8 +112,10 @@ def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
                 "`masks: labels` in it."
             )
         return described[key]
-    if shapes and key in ("classes", "background") and root is not None:
-        return _classes_of_labels(data, root, shapes) if key == "classes" else _ground(data)
+    if shapes and root is not None and key == "background":
+        return _ground(data)
+    if "." in shapes and root is not None:
+        return _names_of_labels(data, root, shapes)
     if key in NOT_DESCRIBED:
         return NOT_DESCRIBED[key]
     if shapes:
@@ -156,8 +158,8 @@ def _ground(data: DictConfig) -> str | None:
     return None if data.unlabelled == "ignore" else data.unlabelled
 
 
-def _classes_of_labels(data: DictConfig, root: str, function: str) -> list[str]:
-    """Return the classes that a function reads from annotation files; see `annotation_files.classes_of_labels`."""
+def _names_of_labels(data: DictConfig, root: str, function: str) -> list[str]:
+    """Return the names that a function reads from annotation files; see `annotation_files.classes_of_labels`."""
     layout, shapes = data.reader.layout, data.reader.shapes
     try:
         return list(

@@ -219,7 +219,8 @@ class Prediction:
 
         Heads return them in float32 or better, see `upsample`.
         """
-        return self.to_pixels(self.outputs, size or self.size, self.valid)
+        scores = self.to_pixels(self.outputs, size or self.size, self.valid)
+        return self.task.pixel_scores(scores) if isinstance(self.outputs, MaskOutputs) else scores
 
     def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return the IDs (B, H, W) uint8 of the classes with the highest `scores`; of layers, 0 and 1 (B, K, H, W).

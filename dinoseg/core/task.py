@@ -10,7 +10,8 @@ from torch import Tensor
 from dinoseg.core.class_ids import argmax_ids
 from dinoseg.core.metric import BINS
 from dinoseg.core.objects import Objects
-from dinoseg.core.targets import MaskTargets
+from dinoseg.core.sample_maps import MapKind
+from dinoseg.core.targets import MaskTargets, class_targets
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count, OpenShare, Positive, check_annotations
@@ -27,6 +28,7 @@ class Task(ABC):
         is_auto: whether `thresholds` are still to be chosen on data.
         chosen_on: the split on which `thresholds` were chosen; None: they were set.
         has_objects: whether it also predicts the single objects of an image, from the masks of queries.
+        maps: kinds by name of the maps that `targets` reads.
         is_argmax: whether a pixel's class is that of the highest score; else `decide` needs the probabilities.
         beta: thresholds are chosen by F-beta.
         eval_metrics: options of the group `metric` that mode=eval counts without being asked.
@@ -34,6 +36,7 @@ class Task(ABC):
 
     has_layers: ClassVar[bool]
     has_objects: ClassVar[bool] = False
+    maps: ClassVar[Mapping[str, MapKind]] = {}
     is_argmax: bool = True
     reader_options: ClassVar[Mapping[str, Any]]
     advice: ClassVar[str]
@@ -51,6 +54,15 @@ class Task(ABC):
     def logits(self, probabilities: Tensor) -> Tensor:
         """Return float32 logits (B, K, H, W) whose `probabilities` are these."""
 
+    def pixel_scores(self, scores: Tensor) -> Tensor:
+        """Return class scores of pixels (B, K, H, W), the highest of which wins, from those of masks.
+
+        Args:
+            scores: sums (B, K, H, W) over the masks of each one's class probability times that of the pixel; they may
+                exceed 1.
+        """
+        return scores
+
     @abstractmethod
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return the predicted masks, uint8, of probabilities (B, K, H, W)."""
@@ -65,6 +77,19 @@ class Task(ABC):
             ignore_index: id of pixels without a label.
         """
         raise NotImplementedError
+
+    def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:  # noqa: B027
+        """Refuse data that lack what a training for this task reads, or a loss that cannot be computed on them.
+
+        Args:
+            name: of the data, for messages.
+            kinds: of their maps, by name.
+            classes: names in the order of their ids.
+            loss: a `Loss`.
+
+        Raises:
+            UserError: they do not fit.
+        """
 
     def find_objects(
         self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
@@ -111,6 +136,10 @@ class SemanticTask(Task):
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return the ids (B, H, W) of the most probable classes; ties go to the first."""
         return argmax_ids(probabilities)
+
+    def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
+        """Return each class of an image as a target."""
+        return class_targets(mask, num_classes, ignore_index)
 
 
 class MultilabelTask(Task):

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from dinoseg.core.object_ids import CROWD, OBJECTS
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, Sample, SegmentationData
 from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
@@ -36,6 +37,7 @@ Item = TypeVar("Item")
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
 """Map an image (H, W, 3), its mask (H, W) and a generator to a view of both; `Augment.maps` moves maps with them."""
 ORDER, VIEW, CLIP = 0, 1, 5  # purposes of random streams, one Philox counter word
+_REDRAWS = 10  # of a view without objects; EoMT's are unlimited (tue-mps/eomt, datasets/transforms.py)
 _LEAST = 2  # one decodes the next batch while the other one hands over its own
 _MOST = 8  # each has its own memory; packing a slow dataset helps more than further processes
 _MANY = 4  # processes per core above which a warning is logged
@@ -57,31 +59,51 @@ class TrainViews:
         augment: samples a view of an image and its mask.
         seed: determines the views, together with epoch and sample.
         views: number of fixed views per sample, used in turn; None: new views in each epoch.
+        needs_objects: whether a view that shows none of an image's objects is drawn again, up to `_REDRAWS` times.
     """
 
     data: SegmentationData
     augment: Transform
     seed: int
     views: int | None = None
+    needs_objects: bool = False
 
     def view_number(self, epoch: int) -> int:
         """Return the number of the view that each sample shows in an epoch."""
         return epoch if self.views is None else epoch % self.views
 
-    def make_rng(self, epoch: int, sample: int) -> np.random.Generator:
-        """Return the random generator of a sample's view in an epoch."""
-        return make_rng(self.seed, self.view_number(epoch), sample, VIEW)
+    def make_rng(self, epoch: int, sample: int, redraws: int = 0) -> np.random.Generator:
+        """Return the random generator of a sample's view in an epoch, after it was drawn again some times."""
+        return make_rng(self.seed, self.view_number(epoch), sample, VIEW, redraws)
 
     def read(self, epoch: int, sample: int) -> Sample:
         """Return the view of a sample in an epoch."""
+        return self.draw(epoch, sample)[0]
+
+    def draw(self, epoch: int, sample: int) -> tuple[Sample, int]:
+        """Return the view of a sample in an epoch, and how many times it was drawn again."""
         whole = self.data[sample]
         pixels = np.ascontiguousarray(whole["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
         ids = whole["mask"].numpy()
-        image, mask = self.augment(pixels, ids, self.make_rng(epoch, sample))
+        redraws, maps = 0, whole.get("maps")
+        if maps is not None:
+            redraws, maps = self._draw_maps(maps, ids, functools.partial(self.make_rng, epoch, sample))
+        image, mask = self.augment(pixels, ids, self.make_rng(epoch, sample, redraws))
         view = Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
-        if "maps" in whole:
-            view["maps"] = self._view_maps(whole["maps"], ids, self.make_rng(epoch, sample))
-        return view
+        if maps is not None:
+            view["maps"] = maps
+        return view, redraws
+
+    def _draw_maps(
+        self, maps: Mapping[str, Tensor], ids: np.ndarray, make_view_rng: Callable[[int], np.random.Generator]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Return how many times the view of a sample is drawn again, and the view's maps, as `_view_maps`."""
+        redraws, seen = 0, self._view_maps(maps, ids, make_view_rng(0))
+        if self.needs_objects and _has_object(maps[OBJECTS]):
+            while redraws < _REDRAWS and not _has_object(seen[OBJECTS]):
+                redraws += 1
+                seen = self._view_maps(maps, ids, make_view_rng(redraws))
+        return redraws, seen
 
     def _view_maps(self, maps: Mapping[str, Tensor], ids: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         """Return the views of a sample's maps, which show the same pixels as the view of its mask `ids`."""
@@ -90,10 +112,15 @@ class TrainViews:
         return {name: torch.from_numpy(values) for name, values in moved.items()}
 
 
-def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
+def _has_object(objects: Tensor) -> bool:
+    """Return whether an `ObjectMap` has an object that is no crowd."""
+    return bool(((objects > 0) & (objects < CROWD)).any())
+
+
+def make_rng(seed: int, epoch: int, sample: int, purpose: int, redraws: int = 0) -> np.random.Generator:
     """Return the random generator of a sample in an epoch for one purpose."""
     # Philox has an independent stream per key and counter; sampling advances only the lowest counter word
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
+    return np.random.Generator(np.random.Philox(key=seed, counter=[redraws << 32, sample, epoch, purpose]))
 
 
 def train_batches(

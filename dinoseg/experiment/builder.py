@@ -281,7 +281,11 @@ class Builder(ModelBuilder):
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
         check_partial(self.value("loss.criterion"), "loss.criterion")
         loss = expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
-        loss.task = self.task
+        if loss.needs_masks:
+            loss.needs_maps = {**loss.needs_maps, **self.task.maps}
+        for part in loss.modules():  # a sum has terms
+            if isinstance(part, Loss):
+                part.task = self.task
         return loss
 
     @cached_property

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dinoseg.core.geometry import Span, reduce_tile, spans, upsample_tile
 from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.core.targets import UNLABELLED, label_ids
 from dinoseg.losses.fused import Fused, KernelSpec, PixelSums, choose_faster
-from dinoseg.losses.labelled import UNLABELLED, labels
 from dinoseg.utils.devices import threads
 from dinoseg.utils.precision import at_least_float32
 
@@ -157,7 +157,7 @@ class _Tiles:
         if self.extra is not None:
             scores = torch.cat([scores, self.extra(image, rows.pixels, columns.pixels).to(scores).flatten(1)])
         index = image, rows.pixels, columns.pixels
-        target = labels(self.mask[index], self.ignore_index).flatten()
+        target = label_ids(self.mask[index], self.ignore_index).flatten()
         counted = (target != UNLABELLED).to(scores.dtype)
         if self.weights is not None:
             counted *= self.weights[index].flatten()

@@ -6,22 +6,15 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.core.targets import label_ids
 from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 
-UNLABELLED = -100  # internal ignore value for all data sets; the default `ignore_index` of torch's cross_entropy
-
 
 def labelled_pixels(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return logits (B, K, H, W) at mask size, in float32 or better, and the `labels` (B, H, W)."""
+    """Return logits (B, K, H, W) at mask size, in float32 or better, and the `label_ids` (B, H, W)."""
     height, width = batch.mask.shape[-2:]
-    return prediction.logits((height, width)), labels(batch.mask, ignore_index)
-
-
-def labels(mask: Tensor, ignore_index: int) -> Tensor:
-    """Return the class ids of a mask as int64, with UNLABELLED instead of `ignore_index`."""
-    ids = mask.long()
-    return ids.masked_fill(ids == ignore_index, UNLABELLED)
+    return prediction.logits((height, width)), label_ids(batch.mask, ignore_index)
 
 
 def check_classes(class_weights: Tensor) -> None:

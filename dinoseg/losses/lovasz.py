@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import safe_divide
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import UNLABELLED, ImageLoss, check_classes, labelled_images, labelled_pixels
+from dinoseg.core.targets import UNLABELLED
+from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images, labelled_pixels
 from dinoseg.utils.ranges import check_annotations
 
 

@@ -1,5 +1,6 @@
-"""Mask classification loss: one query predicts each class of an image, with its mask."""
+"""Mask classification loss: one query predicts each target of an image, such as a class or object, with its mask."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
-from dinoseg.losses.labelled import UNLABELLED, checked_factors, labels
+from dinoseg.core.targets import NO_TARGET, UNLABELLED, MaskTargets
+from dinoseg.losses.labelled import checked_factors
 from dinoseg.losses.points import (
     random_points,
     sample_labels,
@@ -25,6 +27,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count, NotNegative, Range, Share, check_annotations
 
+logger = logging.getLogger(__name__)
 Oversampling = Annotated[float, Range("a number of at least 1", 1)]
 TERMS = ("class", "mask", "dice")
 FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
@@ -56,100 +59,122 @@ class PointTargets:
         return self.interpolation == "bilinear"
 
     def at(
-        self, target: Tensor, image: Tensor, points: Tensor, classes: Tensor, dtype: torch.dtype
+        self, targets: MaskTargets, image: Tensor, points: Tensor, numbers: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return the shares (N, P, M) of `classes` (N, M) at points (N, P, 2), and the weight of each point (N, P).
+        """Return the shares (R, P, M) of targets at points (R, P, 2), and the weight of each point (R, P).
 
         A weight is 1, or less for points on ignored pixels if these are excluded.
+
+        Args:
+            targets: of the images.
+            image: image index of each row of points (R,).
+            points: (R, P, 2).
+            numbers: of the targets (R, M).
+            dtype: of the result.
         """
+        first, *others = targets.ids.unbind(1)  # (B, H, W)
         if self.interpolation == "nearest":
-            ids = sample_labels(target, image, points)
-            shares = ids[..., None] == classes[:, None]
+            ids = sample_labels(first, image, points)
+            inside = ids[..., None] == numbers[:, None]
+            for layer in others:
+                inside |= sample_labels(layer, image, points)[..., None] == numbers[:, None]
             weights = ids != UNLABELLED
-            return shares.to(dtype), (weights if self.excludes_ignored else torch.ones_like(weights)).to(dtype)
-        shares = sample_membership(target, image, points, classes, dtype)
+            return inside.to(dtype), (weights if self.excludes_ignored else torch.ones_like(weights)).to(dtype)
+        shares = sample_membership(first, image, points, numbers, dtype)
+        for layer in others:
+            shares += sample_membership(layer, image, points, numbers, dtype)
         weights = shares.new_ones(shares.shape[:2])
         if self.excludes_ignored:
-            labelled = (target != UNLABELLED).long()
-            weights = sample_membership(labelled, image, points, classes.new_ones(len(classes), 1), dtype)[..., 0]
+            labelled = (first != UNLABELLED).long()
+            weights = sample_membership(labelled, image, points, numbers.new_ones(len(numbers), 1), dtype)[..., 0]
         return shares, weights
 
 
 @dataclass
 class Matched:
-    """Matching of N pairs of an image and a class in it with queries."""
+    """Matching of N targets of the images with queries of a layer.
 
-    image: Tensor  # (N,) ascending
-    wanted: Tensor  # (N,) class ids, ascending in an image
-    queries: Sequence[Tensor]  # (N,) for each layer
+    Args:
+        image: (N,) index of the image of each, ascending.
+        target: (N,) index of the target in its image, ascending there.
+        query: (N,) index of the query.
+        share: of all targets of the images; below 1 if an image has more targets than queries.
+    """
+
+    image: Tensor
+    target: Tensor
+    query: Tensor
+    share: float
 
 
 @torch.no_grad()
 def match(
     layers: Sequence[MaskOutputs],
-    target: Tensor,
-    names: Sequence[str],
-    num_classes: int,
+    targets: MaskTargets,
     factors: Mapping[str, float],
     num_points: int,
     valid: tuple[float, float],
-    targets: PointTargets,
-) -> Matched:
-    """Return the matched query, in each layer, for each class that occurs in an image.
+    reading: PointTargets,
+) -> tuple[list[Matched], np.ndarray]:
+    """Return the matching of each layer, and the number of targets of each image (B,).
 
-    The assignment minimises the summed cost (as in Cheng et al., arXiv 2112.01527). Every image and layer samples its
-    own uniform points. The device is synchronised once: all costs and their classes are transferred to the host
-    together.
+    The assignment minimises the summed cost (as in Cheng et al., arXiv 2112.01527). Of more targets than queries, it
+    matches as many as there are queries. Every image and layer samples its own uniform points. The device is
+    synchronised once: all costs and their targets are transferred to the host together.
 
     Args:
         layers: outputs of several layers for the same images.
-        target: class ids (B, H, W), UNLABELLED for ignored pixels.
-        names: of the images.
-        num_classes: K.
+        targets: of the images.
         factors: of the costs `class`, `mask` and `dice`.
         num_points: number of points at which masks are compared.
         valid: share of the masks' height and width that the image covers.
-        targets: how target masks are read at points.
-
-    Raises:
-        UserError: an image has more classes than there are queries.
+        reading: how target masks are read at points.
     """
-    class_ids = _present(target, num_classes)  # (B, M)
-    image = torch.arange(len(target), device=target.device)
+    numbers = targets.present  # (B, M)
+    image = torch.arange(len(numbers), device=numbers.device)
     costs = []
     for layer in layers:
-        points = random_points(len(target), num_points, target.device)
-        logits = sample_logits(at_least_float32(layer.mask_logits), points, valid, fading=targets.fades_outside)
-        parts = pair_costs(
-            logits, layer.class_logits, class_ids, *targets.at(target, image, points, class_ids, logits.dtype)
-        )
+        points = random_points(len(numbers), num_points, numbers.device)
+        logits = sample_logits(at_least_float32(layer.mask_logits), points, valid, fading=reading.fades_outside)
+        at_points = reading.at(targets, image, points, numbers, logits.dtype)
+        parts = pair_costs(logits, layer.class_logits, targets.classes, *at_points)
         costs.append(torch.stack([factors[name] * part for name, part in parts.items()]).sum(0))
     all_costs = torch.stack(costs).nan_to_num(HOPELESS, HOPELESS, -HOPELESS)  # (layers, B, Q, M)
-    on_host = torch.cat([class_ids.flatten().to(all_costs), all_costs.flatten()]).cpu().numpy()
-    classes = on_host[: class_ids.numel()].reshape(class_ids.shape)
-    _check_queries(classes, names, all_costs.shape[2], num_classes)
-    image_ids, columns = np.nonzero(classes >= 0)
-    rows = [image_ids, classes[image_ids, columns]]
-    for layer_costs in on_host[class_ids.numel() :].reshape(all_costs.shape):
-        pairs = zip(layer_costs, classes, strict=True)
-        queries = [linear_sum_assignment(each[:, ids >= 0].T)[1] for each, ids in pairs]
-        rows.append(np.concatenate([np.zeros(0), *queries]))  # concatenate needs at least one array
-    image, wanted, *of_layers = to_device(torch.from_numpy(np.array(rows, np.int64)), target.device)
-    return Matched(image, wanted, of_layers)
+    on_host = torch.cat([numbers.flatten().to(all_costs), all_costs.flatten()]).cpu().numpy()
+    present = on_host[: numbers.numel()].reshape(numbers.shape) != NO_TARGET
+    assigned = [_assign(each, present) for each in on_host[numbers.numel() :].reshape(all_costs.shape)]
+    counts = present.sum(1)
+    share = assigned[0].shape[1] / max(1, int(counts.sum()))
+    pairs = to_device(torch.from_numpy(np.stack(assigned)), numbers.device)
+    return [Matched(image, target, query, share) for image, target, query in pairs], counts
+
+
+def _assign(costs: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return images, targets and queries (3, N) of the assignment of least cost.
+
+    Args:
+        costs: (B, Q, M).
+        present: (B, M), whether there is a target.
+    """
+    rows = [np.zeros((3, 0), np.int64)]  # concatenate needs at least one array
+    for image, (of_image, columns) in enumerate(zip(costs, map(np.flatnonzero, present), strict=True)):
+        targets, queries = linear_sum_assignment(of_image[:, columns].T)
+        rows.append(np.stack([np.full(len(queries), image), columns[targets], queries]))
+    return np.concatenate(rows, axis=1)
 
 
 def pair_costs(
     logits: Tensor, class_logits: Tensor, classes: Tensor, inside: Tensor, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Return the costs (B, Q, M) of assigning each query to each class: `class`, `mask` and `dice`.
+    """Return the costs (B, Q, M) of assigning each query to each target: `class`, `mask` and `dice`.
 
     They are minus the class probability, the mean binary cross-entropy, and the dice loss over the points.
 
     Args:
         logits: of the masks at the points (B, Q, P).
         class_logits: (B, Q, K) or (B, Q, K + 1).
-        classes: class ids (B, M), padded with -1.
-        inside: shares of the classes at the points (B, P, M).
+        classes: class ids (B, M) of the targets, padded with NO_TARGET.
+        inside: shares of the targets at the points (B, P, M).
         weights: of the points (B, P), 0 for those that do not count.
     """
     labelled = weights[..., None]  # (B, P, 1)
@@ -166,35 +191,6 @@ def pair_costs(
     }
 
 
-def present_classes(target: Tensor, num_classes: int) -> Tensor:
-    """Return which classes occur (B, K) bool in each image of `target` (B, H, W)."""
-    ids = target.flatten(1)
-    present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
-    return present.scatter_(1, ids.where(ids != UNLABELLED, num_classes), True)[:, :num_classes]
-
-
-def _present(target: Tensor, num_classes: int) -> Tensor:
-    """Return the classes that occur in each image (B, M), ascending and padded with -1.
-
-    On a CPU, M is the maximum number of classes of any image; elsewhere it is K, since a count would synchronise.
-    """
-    present = present_classes(target, num_classes)
-    classes = torch.arange(num_classes, device=target.device).where(present, num_classes)
-    if classes.device.type == "cpu":
-        longest = int(present.sum(1).amax()) if len(classes) else 0
-        classes = classes.sort(1).values[:, :longest]
-    return classes.where(classes < num_classes, -1)
-
-
-def _check_queries(classes: np.ndarray, names: Sequence[str], num_queries: int, num_classes: int) -> None:
-    for name, count in zip(names, (classes >= 0).sum(1), strict=True):
-        if count > num_queries:
-            raise UserError(
-                f"num_queries={num_queries}: {name} has {count} classes, and each needs its own query. Give the head "
-                f"num_queries={num_classes}, the number of classes, or more."
-            )
-
-
 class Sampling(TypedDict):
     """Options of `uncertain_points`."""
 
@@ -204,11 +200,14 @@ class Sampling(TypedDict):
 
 
 class MaskClassification(Loss):
-    """Mask2Former's loss (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1) for the classes of semantic masks.
+    """Mask2Former's loss (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1) for the targets of a task.
 
-    In the last layer and in each of `aux`, queries are matched with the classes that occur in the image. Matched
-    masks get binary cross-entropy and dice loss at sampled points; all queries get cross-entropy on their class or
-    "no object".
+    In the last layer and in each of `aux`, queries are matched with the targets of the image: the classes that occur in
+    a semantic mask, or objects. Matched masks get binary cross-entropy and dice loss at sampled points; all queries get
+    cross-entropy on their class or "no object".
+
+    Of more objects than queries, those that fit best are matched; the mask and dice terms are still divided by the
+    number of all. The class term of a step of several micro-batches then counts its images as if all were matched.
 
     By default two details differ from the original. Ignored pixels count nowhere, and in an image without labels,
     queries are not trained to predict "no object". The label of a point is that of the pixel it lies in, and logits
@@ -260,6 +259,8 @@ class MaskClassification(Loss):
         self.factors = checked_factors(factors, TERMS)
         self.no_object = no_object
         self.targets = PointTargets(ignored, interpolation)
+        self.excludes_ignored = self.targets.excludes_ignored
+        self.has_warned = False  # of more objects than queries
         self.sampling: Sampling = {"num_points": num_points, "oversample": oversample, "importance": importance}
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -276,12 +277,18 @@ class MaskClassification(Loss):
 
     def divisors(self, batch: Batch) -> Tensor:
         """Return (3,): number of target masks, their summed class weights, and number of images with a class loss."""
-        target = labels(to_device(batch.mask, self.weight.device), self.ignore_index)
-        present = present_classes(target, len(self.weight))
-        images = present.new_full((), len(present), dtype=torch.long)
-        if self.targets.excludes_ignored:
-            images = present.any(1).sum()
-        return torch.stack([present.sum(), (present * self.weight).sum(), images])
+        targets = self._find_targets(batch)
+        counts = targets.count_classes(len(self.weight))
+        return torch.stack([counts.sum(), (counts * self.weight).sum(), self._has_class_loss(targets).sum()])
+
+    def _find_targets(self, batch: Batch) -> MaskTargets:
+        mask = to_device(batch.mask, self.weight.device)
+        maps = {name: to_device(values, self.weight.device) for name, values in batch.maps.items()}
+        return self.task.targets(mask, maps, len(self.weight), self.ignore_index)
+
+    def _has_class_loss(self, targets: MaskTargets) -> Tensor:
+        """Return whether the queries of an image (B,) are trained to predict "no object"."""
+        return targets.labelled if self.targets.excludes_ignored else torch.ones_like(targets.labelled)
 
     def step_loss(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
@@ -315,34 +322,51 @@ class MaskClassification(Loss):
                 "mask_classification needs a head that predicts masks: mask2former or eomt. Or choose cross_entropy, "
                 "which fits every head."
             )
-        layers, target = [outputs, *outputs.aux], labels(batch.mask, self.ignore_index)
+        layers, targets = [outputs, *outputs.aux], self._find_targets(batch)
         points = self.sampling["num_points"]
-        matched = match(
-            layers, target, batch.names, len(self.weight), self.factors, points, prediction.valid, self.targets
-        )
+        matched, counts = match(layers, targets, self.factors, points, prediction.valid, self.targets)
+        self._check_queries(counts, batch.names, outputs.class_logits.shape[1])
         return outputs, [
-            self._terms(layer, target, matched, query, prediction.valid)
-            for layer, query in zip(layers, matched.queries, strict=True)
+            self._terms(layer, targets, each, prediction.valid) for layer, each in zip(layers, matched, strict=True)
         ]
 
+    def _check_queries(self, counts: Sequence[int] | np.ndarray, names: Sequence[str], num_queries: int) -> None:
+        """Refuse more classes than queries, and warn once of more objects."""
+        for name, count in zip(names, counts, strict=True):
+            if count <= num_queries:
+                continue
+            if not self.task.has_objects:
+                raise UserError(
+                    f"num_queries={num_queries}: {name} has {count} classes, and each needs its own query. Give the "
+                    f"head num_queries={len(self.weight)}, the number of classes, or more."
+                )
+            if not self.has_warned:
+                logger.warning(
+                    "%s has %d target masks for %d queries: only those that fit best train the model, here and in any "
+                    "other such image. Give the head num_queries=%d or more.",
+                    *(name, count, num_queries, count),
+                )
+                self.has_warned = True
+
     def _terms(
-        self, layer: MaskOutputs, target: Tensor, matched: Matched, query: Tensor, valid: tuple[float, float]
+        self, layer: MaskOutputs, targets: MaskTargets, matched: Matched, valid: tuple[float, float]
     ) -> dict[str, Tensor]:
-        class_term = self._class_term(at_least_float32(layer.class_logits), matched, query)
-        masks = at_least_float32(layer.mask_logits[matched.image, query])  # (N, h, w)
+        class_term = self._class_term(at_least_float32(layer.class_logits), targets, matched)
+        masks = at_least_float32(layer.mask_logits[matched.image, matched.query])  # (N, h, w)
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
         excluded = self.targets.excludes_ignored
         fading = self.targets.fades_outside
         points = uncertain_points(
-            masks.detach(), target, matched.image, valid, excluded=excluded, fading=fading, **self.sampling
+            masks.detach(), targets.ids[:, 0], matched.image, valid, excluded=excluded, fading=fading, **self.sampling
         )
         logits = sample_logits(masks[:, None], points, valid, fading=fading)[:, 0]
-        inside, weights = self.targets.at(target, matched.image, points, matched.wanted[:, None], logits.dtype)
+        wanted = targets.present[matched.image, matched.target][:, None]
+        inside, weights = self.targets.at(targets, matched.image, points, wanted, logits.dtype)
         entropy, dice = mask_losses(logits, inside[..., 0], weights)
-        return {"class": class_term, "mask": entropy.mean(), "dice": dice.mean()}
+        return {"class": class_term, "mask": matched.share * entropy.mean(), "dice": matched.share * dice.mean()}
 
-    def _class_term(self, logits: Tensor, matched: Matched, query: Tensor) -> Tensor:
+    def _class_term(self, logits: Tensor, targets: MaskTargets, matched: Matched) -> Tensor:
         """Return the class loss of the queries (B, Q), weighted by their target class.
 
         Images without labels count only if ignored pixels are background.
@@ -353,10 +377,9 @@ class MaskClassification(Loss):
         if logits.shape[-1] == num_classes + 1:
             weights = torch.cat([weights, weights.new_full((1,), self.no_object)])
             unmatched = num_classes
-        default = UNLABELLED if self.targets.excludes_ignored else unmatched
-        wanted = torch.full(logits.shape[:2], default, device=logits.device)
-        wanted.index_fill_(0, matched.image, unmatched)  # indexed assignment synchronises with CUDA in torch 2.11
-        wanted[matched.image, query] = matched.wanted
+        default = torch.where(self._has_class_loss(targets), unmatched, UNLABELLED)
+        wanted = default[:, None].repeat(1, logits.shape[1])
+        wanted[matched.image, matched.query] = targets.classes[matched.image, matched.target]
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
         norm = torch.where(wanted == UNLABELLED, 0, weights[wanted.clamp(min=0)]).sum()
         return safe_divide(total, norm)

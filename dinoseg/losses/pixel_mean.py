@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.core.targets import UNLABELLED, label_ids
 from dinoseg.losses.full_resolution import Vjp, pixel_sums, pixel_values
 from dinoseg.losses.fused import KernelSpec
-from dinoseg.losses.labelled import UNLABELLED, check_classes, labels
+from dinoseg.losses.labelled import check_classes
 from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare
@@ -112,7 +113,7 @@ class PixelMean(Loss):
         if self.average == "all":
             return self.weight.new_full((1,), batch.mask.numel())
         mask = to_device(batch.mask, self.weight.device)
-        target = labels(mask, self.ignore_index)
+        target = label_ids(mask, self.ignore_index)
         weights = self.weight[target.clamp(min=0)]
         return torch.where(target == UNLABELLED, 0, weights).sum()[None]
 

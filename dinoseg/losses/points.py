@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.losses.labelled import UNLABELLED
+from dinoseg.core.targets import UNLABELLED
 
 
 def random_points(count: int, num_points: int, device: torch.device) -> Tensor:

@@ -76,6 +76,7 @@ class ImageTraining(TrainingMethod):
         self.labels = self.labelled = self.data_module.train
         for split, data in (("train", train), ("val", val)):
             names = f"loss={builder.options['loss']}", f"data={builder.options['data']} ({split})"
+            builder.task.check_data(names[1], get_map_kinds(data), data.classes, self._loss)
             check_needed_maps(self._loss.needs_maps, get_map_kinds(data), *names)
 
     def _check_masks(self) -> None:
@@ -86,6 +87,11 @@ class ImageTraining(TrainingMethod):
             raise UserError(
                 f"loss={builder.options['loss']} does not fit task={builder.options['task']}. Choose {task.advice}; or "
                 f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
+            )
+        if task.has_objects and not self._loss.needs_masks:
+            raise UserError(
+                f"loss={builder.options['loss']} does not fit task={builder.options['task']}, whose objects are masks. "
+                f"Choose {task.advice}; or task=semantic for this loss."
             )
         for key in ("data.augment.cat_max_ratio", "data.cache"):
             if (value := builder.value(key)) is not None:

@@ -49,7 +49,7 @@ class SegmentationModel(nn.Module):
             refuse_layers(task, f"a head of masks or slots, {type(head).__name__},", "Choose head=linear or head=dpt.")
         if task.has_objects and not head.mixture:
             raise UserError(
-                f"{type(head).__name__} predicts no masks, of which a task of objects is made. Choose head=eomt or "
+                f"{type(head).__name__} predicts no masks, which a task of objects needs. Choose head=eomt or "
                 "head=mask2former, or task=semantic."
             )
         self.task = task

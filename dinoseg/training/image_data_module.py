@@ -104,7 +104,7 @@ class ImageDataModule:
     @property
     def train_views(self) -> TrainViews:
         """Return the training images as augmented views."""
-        return TrainViews(self.train, self.augment, self.seed, self.views)
+        return TrainViews(self.train, self.augment, self.seed, self.views, self.task.has_objects)
 
     @property
     def epoch(self) -> float:

@@ -163,8 +163,8 @@ def _of_folder(kind: Kind, root: Path) -> Annotations:
     return Annotations(sorted(labels), found)
 
 
-def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: bool = False) -> list[str]:
-    """Return the labels (or groups) of the train and val files, or of the file for both, in file order.
+def annotations_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: bool = False) -> list[Annotations]:
+    """Return the contents of the train and val files, or of the file for both, with labels or groups.
 
     Raises:
         UserError: there is no file, or one cannot be read.
@@ -179,8 +179,7 @@ def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: b
                     raise
         if places:
             break
-    held = (read_annotations(kind, path, grouped=grouped) for path in places)
-    return list(dict.fromkeys(label for annotations in held for label in annotations.labels))
+    return [read_annotations(kind, path, grouped=grouped) for path in places]
 
 
 def classes_of_labels(
@@ -205,12 +204,28 @@ def classes_of_labels(
     Raises:
         UserError: there is no file, one cannot be read, or a label holds an interpolation.
     """
-    found = labels_below(KINDS[kind], root, AnnotationLayout(**layout), grouped=grouped)
+    held = annotations_below(KINDS[kind], root, AnnotationLayout(**layout), grouped=grouped)
+    found = dict.fromkeys(label for annotations in held for label in annotations.labels)
     names = [label for label in found if label not in labels]
     pointer = next((name for name in names if "${" in name), None)
     if pointer is not None:
         raise UserError(f"The label {pointer} would be read as a reference to a key. Rename it, or map it to a class.")
     return list(dict.fromkeys([*filter(None, [background]), *names]))
+
+
+def things_of_labels(
+    root: Path, *, kind: str, layout: Mapping[str, Any], labels: Collection[str], grouped: bool, **_: object
+) -> list[str]:
+    """Return the classes of `classes_of_labels` that annotation files declare to be things; the arguments are the same.
+
+    Raises:
+        UserError: there is no file, or one cannot be read.
+    """
+    held = annotations_below(KINDS[kind], root, AnnotationLayout(**layout), grouped=grouped)
+    things = dict.fromkeys(
+        label for annotations in held for label in annotations.labels if label not in annotations.stuff
+    )
+    return [label for label in things if label not in labels]
 
 
 def _insert_split(pattern: str, name: str) -> str:

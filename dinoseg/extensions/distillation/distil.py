@@ -287,6 +287,11 @@ class Distillation(ImageTraining):
     ) -> None:
         super().__init__(builder, val_images=val_images)
         refuse_layers(builder.task, "trainer=distil", "Choose trainer=supervised.")
+        if builder.task.has_objects:
+            raise UserError(
+                "trainer=distil learns the class scores of a teacher, which do not separate objects. Choose "
+                "trainer=supervised, or task=semantic."
+            )
         check_named(teacher)
         self._given, self._unlabelled = teacher, unlabelled
         self._unlabelled_every, self._unlabelled_batch_size = unlabelled_every, unlabelled_batch_size

@@ -232,7 +232,13 @@ def _read_views(
     drawn: TrainViews, store: FeatureStore, drawing: str, masks: CachedMasks, epoch: int, index: int
 ) -> View:
     data, augment = drawn.data, drawn.augment
-    key = view_key(data, index, drawing, drawn.seed, drawn.view_number(epoch), index, *_mask_digests(drawn, index))
+    facts = (drawing, drawn.seed, drawn.view_number(epoch), index, *_mask_digests(drawn, index))
+    if get_map_kinds(data):
+        # the objects decide how often a view is drawn again
+        sample, redraws = drawn.draw(epoch, index)
+        key = view_key(data, index, *facts, *([redraws] if redraws else []))
+        return View(key, sample, store.get(key), sample["image"])
+    key = view_key(data, index, *facts)
     name = data.names[index]
     features = store.get(key)
     if features is not None and _has_masks_only(data) and _transforms_masks_only(augment):

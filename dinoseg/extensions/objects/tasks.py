@@ -1,18 +1,21 @@
 """Tasks of single objects: instance and panoptic segmentation by heads that predict masks."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.objects import Objects
+from dinoseg.core.sample_maps import MapKind, ObjectMap
 from dinoseg.core.targets import MaskTargets
 from dinoseg.core.task import SemanticTask
 from dinoseg.extensions.objects.finding import find_instances, find_segments
 from dinoseg.extensions.objects.joining import join_instances, join_segments
 from dinoseg.extensions.objects.reading.things import find_things
-from dinoseg.extensions.objects.targets import object_targets, panoptic_targets
+from dinoseg.extensions.objects.targets import check_objects, object_targets
+from dinoseg.utils.errors import UserError
 
 
 class InstanceTask(SemanticTask):
@@ -30,6 +33,7 @@ class InstanceTask(SemanticTask):
     """
 
     has_objects: ClassVar[bool] = True
+    maps: ClassVar[Mapping[str, MapKind]] = {OBJECTS: ObjectMap()}
     advice = "loss=mask_classification with head=eomt or head=mask2former"
     eval_metrics = ("instance_ap",)
 
@@ -43,11 +47,28 @@ class InstanceTask(SemanticTask):
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label."""
-        return object_targets(mask, maps[OBJECTS], ignore_index)
+        return object_targets(mask, maps[OBJECTS], num_classes, ignore_index)
 
-    def logits(self, probabilities: Tensor) -> Tensor:
-        """Return the logarithm of the probabilities; that of the background is 1 minus the highest of the things."""
-        raise NotImplementedError
+    def pixel_scores(self, scores: Tensor) -> Tensor:
+        """Return the scores of things; that of the background is 1 minus the highest, and other stuff has none."""
+        if self.background is None:
+            return scores
+        things = sorted(self.things)
+        of_things = scores[:, things]
+        pixels = torch.zeros_like(scores)
+        pixels[:, self.background] = (1 - of_things.amax(1)).clamp(min=0)
+        pixels[:, things] = of_things
+        return pixels
+
+    def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:
+        """Refuse data without objects, those of other classes, and a loss without pixels outside of them."""
+        check_objects(name, kinds, classes, self.things)
+        if len(self.things) == len(classes) and loss.excludes_ignored:
+            raise UserError(
+                f"task=instance: every class of {name} has objects, so that no pixel outside of objects has a label, "
+                "and loss.criterion.ignored=excluded leaves out those without one: masks would grow over all of them. "
+                "Set loss.criterion.ignored=background."
+            )
 
     def find_objects(
         self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
@@ -73,6 +94,7 @@ class PanopticTask(SemanticTask):
     """
 
     has_objects: ClassVar[bool] = True
+    maps: ClassVar[Mapping[str, MapKind]] = {OBJECTS: ObjectMap()}
     advice = "loss=mask_classification with head=eomt or head=mask2former"
     eval_metrics = ("panoptic_quality",)
 
@@ -85,7 +107,12 @@ class PanopticTask(SemanticTask):
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label, and the classes of stuff."""
-        return panoptic_targets(mask, maps[OBJECTS], ignore_index, self.things)
+        stuff = {*range(num_classes)} - self.things
+        return object_targets(mask, maps[OBJECTS], num_classes, ignore_index, stuff)
+
+    def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:
+        """Refuse data without objects, or with those of other classes."""
+        check_objects(name, kinds, classes, self.things)
 
     def find_objects(
         self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]

@@ -18,7 +18,7 @@ def find_things(
         stuff: ids of classes that an annotation file declares to be no things.
 
     Raises:
-        UserError: a name is not a class, or there are no things.
+        UserError: a name is not a class or the background, or there are no things.
     """
     if unknown := [name for name in things or () if name not in classes]:
         raise UserError(f"data.things={unknown[0]} is not a class. Name some of {', '.join(classes)}.")
@@ -26,6 +26,11 @@ def find_things(
         found = {*range(len(classes))} - {background, *stuff}
     else:
         found = {classes.index(name) for name in things}
+    if background is not None and background in found:
+        raise UserError(
+            f"data.things names {classes[background]}, the background, which has no objects. Leave it out, or set "
+            "data.background=null."
+        )
     if not found:
         raise UserError(f"No class is a thing. Name those with objects: data.things=[NAME], of {join_names(classes)}.")
     return frozenset(found)

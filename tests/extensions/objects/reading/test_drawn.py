@@ -10,9 +10,11 @@ from mistakes import assert_refused
 from pycocotools import mask as official
 from pycocotools.coco import COCO
 
+from dinoseg.api.compose import compose
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.object_ids import OBJECTS, crowd_flags, object_classes, object_numbers
 from dinoseg.core.sample_maps import ObjectMap
+from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.packed.pack import pack
 from dinoseg.testing import check_dataset
 
@@ -315,3 +317,11 @@ def test_panoptic_files_that_disagree_are_refused(tmp_path, changes, words):
     write_panoptic(tmp_path, **{"ids": panoptic_ids(), "segments": SEGMENTS} | changes)
     assert_refused(lambda: read("coco_panoptic", tmp_path)[0], *words)
     assert_refused(lambda: read("coco_panoptic", tmp_path, "data.things=[leaf]")[0], *words)
+
+
+def test_things_of_a_panoptic_file_are_in_the_config(tmp_path):
+    write_panoptic(tmp_path, panoptic_ids(), SEGMENTS)
+    cfg = compose(["mode=train", "data=coco_panoptic", f"data.root={tmp_path}", "task=panoptic"])
+    things = [name for number, name in enumerate(cfg.data.classes) if number in Builder(cfg).task.things]
+    assert list(cfg.data.things) == things and {*things} < {*cfg.data.classes}
+    assert read("coco_panoptic", tmp_path).maps[OBJECTS].things == tuple(sorted(Builder(cfg).task.things))
