@@ -1,7 +1,7 @@
 """What a model predicts for a pixel: exactly one class, or a yes or no for each class."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,6 +29,8 @@ class Task(ABC):
         chosen_on: the split on which `thresholds` were chosen; None: they were set.
         has_objects: whether it also predicts the single objects of an image, from the masks of queries.
         maps: kinds by name of the maps that `targets` reads.
+        objects_overlap: whether these objects may overlap; else each pixel belongs to one at most.
+        things: ids of the classes whose objects are told apart, of a task that `has_objects`.
         is_argmax: whether a pixel's class is that of the highest score; else `decide` needs the probabilities.
         beta: thresholds are chosen by F-beta.
         eval_metrics: options of the group `metric` that mode=eval counts without being asked.
@@ -37,6 +39,8 @@ class Task(ABC):
     has_layers: ClassVar[bool]
     has_objects: ClassVar[bool] = False
     maps: ClassVar[Mapping[str, MapKind]] = {}
+    objects_overlap: ClassVar[bool] = True
+    things: Collection[int] = ()
     is_argmax: bool = True
     reader_options: ClassVar[Mapping[str, Any]]
     advice: ClassVar[str]

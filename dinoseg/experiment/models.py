@@ -17,6 +17,7 @@ from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.classes.labels import Labels
+from dinoseg.inference.objects import check_objects
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.model import SegmentationModel
@@ -142,10 +143,14 @@ class ModelBuilder:
 
         Args:
             classes: names of the model's classes, in the order of their IDs.
+
+        Raises:
+            UserError: the task has objects, which it does not predict.
         """
         strategy: InferenceStrategy = self.part("inference")
         if self.value("inference.regions") is not None:
             strategy = self.part("inference.regions")(strategy, classes)
+        check_objects(self.task, strategy)
         return strategy
 
     def _instantiate(self, key: str) -> Any:

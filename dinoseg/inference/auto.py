@@ -81,6 +81,11 @@ class Auto(InferenceStrategy):
             return self.whole.bands(model, rows, autocast, size=size, on_pass=on_pass)
         return self.windows.over(model, rows, autocast, grid, size=size, on_pass=on_pass)
 
+    @property
+    def no_objects_reason(self) -> str | None:
+        """Why it predicts no single objects; None: it predicts them."""
+        return self.windows.no_objects_reason
+
     def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         rows = MemoryRows(torch.empty(1, 3, *size, device="meta"))

@@ -102,7 +102,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
         return [prediction for single in alone for prediction in infer(single)]
 
     def predict_batch(batch: _Batch) -> list[ImagePrediction]:
-        results = by.predictor.ids_and_probabilities(batch.images, probabilities=needs_probabilities)
+        results = by.predictor.predict(batch.images, probabilities=needs_probabilities)
         return [
             ImagePrediction(given.mask, given.path, image, *result)
             for given, image, result in zip(batch.inputs, batch.images, results, strict=True)
@@ -151,6 +151,7 @@ def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run
         palette=by.labels.palette,
         ignore_index=by.labels.ignore_index,
         opacity=by.opacity,
+        objects=prediction.objects,
     )
     run.done.note(name)
     run.count += 1

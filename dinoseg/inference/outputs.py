@@ -9,6 +9,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 from torch import Tensor
 
+from dinoseg.core.objects import Objects
+from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.classes.labels import Labels
 from dinoseg.report.palette import write_indexed_png
 from dinoseg.utils.atomic import atomic_file
@@ -27,6 +29,7 @@ class ImagePrediction:
         image: (H, W, 3) uint8 RGB, upright; or (H, W, C), uint8 or uint16, of other channels.
         ids: (H, W) uint8, classes 0..K-1; or layers (K, H, W) of 0 and 1.
         probabilities: (K, H, W) float32 on the model's device; None if no writer needs them.
+        objects: of a model of objects; else None.
     """
 
     name: str
@@ -34,6 +37,7 @@ class ImagePrediction:
     image: np.ndarray
     ids: np.ndarray
     probabilities: Tensor | None = None
+    objects: Objects | None = None
 
 
 class ImageWriter(Protocol):
@@ -56,7 +60,7 @@ class FurtherOutputs(ABC):
     names: ClassVar[Sequence[str]]  # of the outputs
 
     @abstractmethod
-    def make_writer(self, name: str, folder: Path, labels: Labels, background: int | None) -> ImageWriter:
+    def make_writer(self, name: str, folder: Path, labels: Labels, background: int | None, task: Task) -> ImageWriter:
         """Return the writer of one of its outputs.
 
         Args:
@@ -64,6 +68,10 @@ class FurtherOutputs(ABC):
             folder: receives its files.
             labels: the classes.
             background: ID of the class that is not an object; None: without one.
+            task: of the model.
+
+        Raises:
+            UserError: the task does not have what the output needs.
         """
 
 
@@ -134,7 +142,12 @@ _MAKERS: Mapping[str, Callable[[Path, Labels], ImageWriter]] = {
 
 
 def image_writers(
-    outputs: Sequence[str], folder: Path, labels: Labels, background: int | None, shapes: FurtherOutputs | None
+    outputs: Sequence[str],
+    folder: Path,
+    labels: Labels,
+    background: int | None,
+    shapes: FurtherOutputs | None,
+    task: Task = SEMANTIC,
 ) -> dict[str, ImageWriter]:
     """Return the requested writers by name; each writes into a subfolder of its name.
 
@@ -144,11 +157,15 @@ def image_writers(
         labels: the classes.
         background: ID of the background class, which gets no shapes; None: every class gets shapes.
         shapes: makes the writers of annotation tools; None: there are none.
+        task: of the model.
+
+    Raises:
+        UserError: the task does not have what an output needs.
     """
     writers = {}
     for name in outputs:
         if shapes is not None and name in shapes.names:
-            writers[name] = shapes.make_writer(name, folder / name, labels, background)
+            writers[name] = shapes.make_writer(name, folder / name, labels, background, task)
         else:
             writers[name] = _MAKERS[name](folder / name, labels)
     return writers

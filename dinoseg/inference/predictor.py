@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Prediction
 from dinoseg.core.task import refuse_layers
 from dinoseg.inference.memory import OutOfMemory, free_bytes, telling_shortage
+from dinoseg.inference.objects import ObjectCollector, check_objects
 from dinoseg.inference.rows import MemoryRows
 from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
 from dinoseg.inference.windows import Whole
@@ -25,14 +28,35 @@ T = TypeVar("T")
 _DECODING_BYTES = 24  # of memory per pixel: WebP takes 22, other formats up to 16 (docs/log/memory.md)
 
 
+class PixelsAndObjects(NamedTuple):
+    """Prediction of an image.
+
+    Attributes:
+        ids: (H, W) uint8; of layers, (K, H, W).
+        probabilities: (K, H, W) float32, on the device; None if they were not requested.
+        objects: None if the task has none.
+    """
+
+    ids: np.ndarray
+    probabilities: Tensor | None
+    objects: Objects | None
+
+
 @dataclass(frozen=True)
 class Predictor:
-    """SegmentationModel in eval mode with its device, precision and inference strategy."""
+    """SegmentationModel in eval mode with its device, precision and inference strategy.
+
+    Raises:
+        UserError: the model predicts objects, and the strategy does not.
+    """
 
     model: SegmentationModel
     device: torch.device
     autocast: Autocast
     strategy: InferenceStrategy = field(default_factory=Whole)
+
+    def __post_init__(self) -> None:
+        check_objects(self.model.task, self.strategy)
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -57,19 +81,29 @@ class Predictor:
             lambda bands: torch.cat([band.probabilities() for band in bands], dim=2),
         )
 
-    def ids_and_probabilities(
-        self, images: Sequence[np.ndarray], *, probabilities: bool
-    ) -> list[tuple[np.ndarray, Tensor | None]]:
-        """Return the class IDs (H, W) of each image, with its probabilities (K, H, W) if requested.
+    @torch.inference_mode()
+    def predict(self, images: Sequence[np.ndarray], *, probabilities: bool = False) -> list[PixelsAndObjects]:
+        """Return the class IDs of each image (H, W, 3) of one size, from the same passes as its objects.
 
         Raises:
             OutOfMemory: the images need more memory than is available.
         """
-        if not probabilities:
-            return [(ids, None) for ids in self.ids(images)]
-        shares = self.probabilities(images)
-        ids = self.model.task.decide(shares).cpu().numpy()
-        return list(zip(ids, shares, strict=True))
+        stack, task = self._stack_images(images), self.model.task
+        size = (stack.shape[-2], stack.shape[-1])
+        collector = ObjectCollector(task, len(images), size) if task.has_objects else None
+
+        def take(bands: Iterator[Prediction]) -> tuple[Tensor, Tensor | None]:
+            if collector is not None:
+                collector.clear()  # of an attempt that ran out of memory
+            if not probabilities:
+                return torch.cat([band.class_ids() for band in bands], dim=-2), None
+            shares = torch.cat([band.probabilities() for band in bands], dim=2)
+            return task.decide(shares), shares
+
+        ids, shares = self.run_bands(stack, take, on_pass=collector)
+        columns = (ids.cpu().numpy(), repeat(None) if shares is None else shares)
+        objects = repeat(None) if collector is None else collector.objects()
+        return list(map(PixelsAndObjects, *columns, objects))
 
     @torch.inference_mode()
     def write_ids(self, source: str | Path, target: str | Path) -> None:

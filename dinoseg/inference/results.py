@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.channels import ChannelFiles
+from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Palette
 from dinoseg.core.sources import first_file
+from dinoseg.report.object_overlay import draw_objects, object_legend
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import class_statistics
 from dinoseg.utils import forms
@@ -34,21 +36,28 @@ def write_image_results(
     palette: Palette,
     ignore_index: int = 255,
     opacity: float = 0.5,
+    objects: Objects | None = None,
 ) -> None:
     """Write the results of an image (H, W, C) with class IDs (H, W) or layers (K, H, W) uint8 to `folder`.
 
     They replace an older result. Files: original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png
-    (image and overlay side by side, with a legend) and class_statistics.txt.
+    (image and overlay side by side, with a legend) and class_statistics.txt. The overlay shows objects if there are
+    any to be predicted, else classes.
     """
     image = to_display(image)
-    overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
-    legend = legend_of([mask], classes, palette, ignore_index=ignore_index)
+    if objects is None:
+        overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
+        legend = legend_of([mask], classes, palette, ignore_index=ignore_index)
+    else:
+        overlay = draw_objects(image, objects, palette, opacity=opacity)
+        legend = object_legend(objects, classes, palette)
+    caption = "segmentation" if objects is None else "objects"
     with atomic_folder(folder) as part:
         write_png(part / "original.png", image)
         np.save(part / "segmentation_raw.npy", mask)
         colours = blend(image, mask, palette, ignore_index=ignore_index, opacity=1)
         write_png(part / "segmentation_colored.png", colours)
-        write_png(part / "comparison.png", side_by_side([("image", image), ("segmentation", overlay)], legend))
+        write_png(part / "comparison.png", side_by_side([("image", image), (caption, overlay)], legend))
         write_text(part / "class_statistics.txt", class_statistics(mask, classes))
 
 

@@ -59,6 +59,11 @@ class InferenceStrategy(Protocol):
         """Return another strategy with the post-processing of this one."""
         return base
 
+    @property
+    def no_objects_reason(self) -> str | None:
+        """Why it predicts no single objects, with the remedy, for messages; None: it predicts them."""
+        return f"inference: {type(self).__name__} predicts the classes of pixels, and no objects. Set inference=whole."
+
     def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         return False

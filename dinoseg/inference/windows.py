@@ -36,6 +36,10 @@ TURNS: dict[Flips, Sequence[Turn]] = {
     ],
 }
 _MAX_PIXELS = 2**26  # limit of an image enlarged by `shortest`
+_VIEWS = (
+    "inference.flips and inference.scales average the classes of pixels, and objects have no average. Set "
+    "inference.flips=none inference.scales=[1.0]."
+)
 
 
 class Windows(InferenceStrategy):
@@ -161,10 +165,28 @@ class Windows(InferenceStrategy):
         """Return whether one window without further resizing, flips and scales covers an image of `size`."""
         grid = backbone_size(size, 1.0, model.longest)
         is_enlarged = self.shortest is not None and with_shorter_side(grid, self.shortest) != grid
-        if is_enlarged or len(self.turns) > 1 or list(self.scales) != [1.0]:
+        if is_enlarged or self.averages_views:
             return False
         is_resized_once = grid == size or model.scale == 1.0
         return grid == model.reduced_size(size) and is_resized_once and all(map(operator.le, grid, self.size))
+
+    @property
+    def no_objects_reason(self) -> str | None:
+        """Why it predicts no single objects; None: it predicts them."""
+        if self.averages_views:
+            return _VIEWS
+        strides = self.stride or [side * (1 - self.overlap) for side in self.size]
+        if self.placement == "stride" and all(map(operator.lt, strides, self.size)):
+            return None
+        return (
+            "Windows that do not overlap cut objects at their borders in two. Set inference.placement=stride "
+            "inference.overlap=0.25 inference.stride=null, or inference=whole."
+        )
+
+    @property
+    def averages_views(self) -> bool:
+        """Whether it averages over flips or scales, or predicts at another scale than 1."""
+        return len(self.turns) > 1 or list(self.scales) != [1.0]
 
     def starts(self, axis: int, length: int) -> list[int]:
         """Return the first positions of windows that cover `length` pixels along an axis of the images."""
@@ -214,9 +236,14 @@ class Whole(InferenceStrategy):
             on_pass(prediction, images, [Place(image, 0, 0) for image in range(rows.count)], rows.size)
         yield replace(prediction, size=size or prediction.size)
 
+    @property
+    def no_objects_reason(self) -> str | None:
+        """Why it predicts no single objects; None: it predicts them."""
+        return _VIEWS if self.passes.averages_views else None
+
     def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction is a single pass: no flips and only scale 1."""
-        return len(self.passes.turns) == 1 and list(self.passes.scales) == [1.0]
+        return not self.passes.averages_views
 
 
 @dataclass

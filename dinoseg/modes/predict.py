@@ -94,7 +94,8 @@ def predict(
     layers = labels.classes if trained.model.task.has_layers else ()
     _check_outputs_of_layers(trained.model.task, outputs)
     by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, builder.pixels, layers)
-    writers = image_writers(outputs, out_dir, labels, builder.background if outputs and images else None, shapes)
+    background = builder.background if outputs and images else None
+    writers = image_writers(outputs, out_dir, labels, background, shapes, trained.model.task)
     mask_folder = None if masks is False else out_dir / MASK_FOLDER
     run = ImageRun(out_dir, mask_folder, DoneInputs(out_dir), list(writers.values()))
     write_json(out_dir / _RECORD, settings)

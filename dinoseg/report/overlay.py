@@ -190,7 +190,7 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) 
     factor = _enlargement(height, width)
     height, width = height * factor, width * factor
     size = max(14, round(min(0.016 * width * len(panels), 0.1 * height)))  # font size in pixels
-    font = _font(size)
+    font = load_font(size)
     gap = size // 2
     column = max([width, *(_text_width(font, caption) for caption, _ in panels)])
     rows = _legend_rows(legend, font, size, len(panels) * (column + gap) - gap)
@@ -253,7 +253,8 @@ def _enlargement(height: int, width: int) -> int:
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Return the font of captions and numbers in a size in pixels."""
     import matplotlib
 
     # matplotlib ships DejaVu Sans, so it is always available; it covers more than Latin letters

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.objects import Objects
+from dinoseg.core.runs import Runs
 from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.segmenter.inputs import OnError, Picture, is_many_files, is_one, pictures
 from dinoseg.segmenter.runtime import Options, Runtime, list_model_files
@@ -23,6 +25,37 @@ from dinoseg.utils.images import write_png
 from dinoseg.utils.mask_files import write_masks
 from dinoseg.utils.ranges import Count, check_annotations
 from dinoseg.utils.wording import format_value
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentedObject:
+    """An object of an image; of a panoptic model also a class of stuff, as a whole.
+
+    Attributes:
+        class_name: name of its class.
+        class_id: id of its class.
+        score: 0..1, higher is more certain.
+        box: left, top, width and height in pixels.
+        runs: its pixels, see `mask`.
+        size: (H, W) of the image.
+    """
+
+    class_name: str
+    class_id: int
+    score: float
+    box: tuple[int, int, int, int]
+    runs: Runs = field(repr=False)
+    size: tuple[int, int] = field(repr=False)
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return self.runs.area
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Its pixels (H, W) bool, decoded with each access."""
+        return self.runs.to_mask(self.size)
 
 
 @dataclass(eq=False, repr=False)
@@ -36,6 +69,7 @@ class Segmentation:
         image: the image (H, W, 3) uint8 RGB, or (H, W, C), uint8 or uint16, of a model of other channels.
         facts: of the model.
         source: the image's file, where it came from one.
+        found: what `objects` lists.
 
     Examples:
         >>> import dinoseg, numpy
@@ -49,6 +83,7 @@ class Segmentation:
     image: np.ndarray
     facts: ModelFacts
     source: Path | None = None
+    found: Objects | None = None
     # called only when needed: 4 * K bytes a pixel, and another forward pass
     ask: Callable[[np.ndarray], np.ndarray] = field(kw_only=True)
 
@@ -56,6 +91,20 @@ class Segmentation:
     def probabilities(self) -> np.ndarray:
         """Class probabilities (K, H, W) float32."""
         return self.ask(self.image)
+
+    @cached_property
+    def objects(self) -> list[SegmentedObject] | None:
+        """The objects of a model of task=instance or task=panoptic, best first; None of other models.
+
+        Instances of low scores are mostly wrong. Choose a threshold, such as 0.5.
+        """
+        if self.found is None:
+            return None
+        scores, boxes = self.found.scores.tolist(), self.found.boxes.tolist()
+        return [
+            SegmentedObject(self.facts.classes[label], label, scores[place], tuple(boxes[place]), mask, self.found.size)
+            for place, (label, mask) in enumerate(zip(self.found.classes.tolist(), self.found.masks, strict=True))
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"ask": _without_model}
@@ -79,11 +128,17 @@ class Segmentation:
         return {name: int(count) for name, count in zip(self.facts.classes, counts, strict=False)}
 
     def overlay(self, opacity: float = 0.5) -> np.ndarray:
-        """Return the image (H, W, 3) uint8 tinted by class; opacity 0..1, 1 = colours alone."""
+        """Return the image (H, W, 3) uint8 tinted by class; opacity 0..1, 1 = colours alone.
+
+        Objects are outlined and numbered, from 1 in the order of `objects`; those of scores below 0.5 are left out.
+        """
+        from dinoseg.report.object_overlay import draw_objects
         from dinoseg.report.overlay import blend
         from dinoseg.utils.levels import to_display
 
         colours = self.facts.palette
+        if self.found is not None:
+            return draw_objects(to_display(self.image), self.found, colours, opacity=opacity)
         return blend(to_display(self.image), self.mask, colours, ignore_index=self.facts.ignore_index, opacity=opacity)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -280,11 +335,11 @@ class Model:
     def _predict_batches(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
         runtime = self.runtime  # once: that of a model in training takes milliseconds
         for batch in _batches(found, batch_size):
-            ids = runtime.ids([image for _, image in batch])
-            for (path, image), mask in zip(batch, ids, strict=True):
+            results = runtime.predict([image for _, image in batch])
+            for (path, image), (mask, objects) in zip(batch, results, strict=True):
                 stable = image if path is not None else image.copy()  # a caller may reuse the memory of an array
                 mask = mask.astype(bool) if mask.ndim > 2 else mask
-                yield Segmentation(mask, stable, self.facts, path, ask=self._probabilities)
+                yield Segmentation(mask, stable, self.facts, path, objects, ask=self._probabilities)
 
     def _probabilities(self, image: np.ndarray) -> np.ndarray:
         return self.runtime.probabilities([image])[0]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dinoseg.core.objects import Objects
 from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.utils.errors import UserError
 
@@ -28,6 +29,10 @@ class Runtime(Protocol):
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
+        ...
+
+    def predict(self, images: Sequence[np.ndarray]) -> Sequence[tuple[np.ndarray, Objects | None]]:
+        """Return for each image what `ids` does, and its objects from the same passes; None without objects."""
         ...
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dinoseg.core.objects import Objects
 from dinoseg.inference.predictor import Predictor
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.torch_defaults import default_precision_and_device, default_settings
@@ -40,6 +41,11 @@ class TorchRuntime:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
         with default_precision_and_device():
             return self.predictor.ids(images)
+
+    def predict(self, images: Sequence[np.ndarray]) -> Sequence[tuple[np.ndarray, Objects | None]]:
+        """Return for each image what `ids` does, and its objects from the same passes; None without objects."""
+        with default_precision_and_device():
+            return [(found.ids, found.objects) for found in self.predictor.predict(images)]
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""

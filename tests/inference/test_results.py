@@ -94,7 +94,7 @@ def test_run_renders_with_opacity_palette_and_ignore_index(tmp_path, monkeypatch
     monkeypatch.setattr(image_run, "write_image_results", lambda *_, **named: drawn.append(named))
     write_png(tmp_path / "a.png", np.zeros((4, 6, 3), np.uint8))
     predictor = SimpleNamespace(
-        ids_and_probabilities=lambda images, probabilities: [(np.zeros((4, 6), np.uint8), None) for _ in images]
+        predict=lambda images, probabilities: [(np.zeros((4, 6), np.uint8), None) for _ in images]
     )
     labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
     run = ImageRun(tmp_path, None, DoneInputs(tmp_path))

@@ -33,6 +33,9 @@ class Thresholds:
         self.seen.append([image.shape[:2] for image in images])
         return (np.stack(images)[..., 0] > 127).astype(np.uint8)
 
+    def predict(self, images):
+        return [(ids, None) for ids in self.ids(images)]
+
     def probabilities(self, images):
         red = np.stack(images)[..., 0] / np.float32(255)
         return np.stack([1 - red, red], axis=1)

@@ -1,4 +1,4 @@
-"""Predictions in the formats of annotation tools (COCO, LabelMe), for correction there."""
+"""Predictions in the formats of annotation tools (COCO, LabelMe), for correction there, and of COCO's scores."""
 
 import base64
 import io
@@ -17,14 +17,18 @@ import numpy as np
 from PIL import Image
 
 import dinoseg
+from dinoseg.core.objects import Objects
+from dinoseg.core.task import Task
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
+from dinoseg.extensions.annotations.coco_ids import CocoIds
 from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.inference.outputs import FurtherOutputs, ImagePrediction, ImageWriter
 from dinoseg.utils.atomic import atomic_file, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
-from dinoseg.utils.ranges import Count, NotNegative
+from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import Count, NotNegative, Share
 
 _PIECES = ".pieces"  # one file per image, merged at the end; needed again when a stopped run resumes
 _FINE = 3  # upscaling factor: outline corners are then distinct from edge midpoints
@@ -32,12 +36,17 @@ _FINE = 3  # upscaling factor: outline corners are then distinct from edge midpo
 
 @dataclass(frozen=True)
 class MaskRegion:
-    """Pixels of one class: a mask (h, w) bool whose first pixel is at (left, top) of the image."""
+    """Pixels of one class: a mask (h, w) bool whose first pixel is at (left, top) of the image.
+
+    Those of a predicted object have a score and the object's number, from 1 in the order of the scores.
+    """
 
     value: int
     left: int
     top: int
     mask: np.ndarray
+    number: int = 0
+    score: float | None = None
 
     def counts(self, height: int, width: int) -> np.ndarray:
         """Return COCO's run lengths (N,) int64, by columns of the whole image."""
@@ -74,6 +83,14 @@ def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, min_area: 
             left, top, width, height, area = boxes[label].tolist()
             if area >= min_area:
                 yield MaskRegion(value, left, top, labels[top : top + height, left : left + width] == label)
+
+
+def regions_of(objects: Objects) -> Iterator[MaskRegion]:
+    """Yield the masks of objects."""
+    for place, (left, top, width, height) in enumerate(objects.boxes.tolist()):
+        mask = objects.masks[place].to_mask(objects.size)[top : top + height, left : left + width]
+        score = float(objects.scores[place])
+        yield MaskRegion(int(objects.classes[place]), left, top, mask, place + 1, score)
 
 
 def edge_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
@@ -124,20 +141,25 @@ def _simpler(points: np.ndarray, tolerance: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PredictedShapes(FurtherOutputs):
-    """Conversion of class IDs to shapes.
+    """Conversion of class IDs, or of the objects of a model that predicts some, to shapes.
 
     Args:
         format: `polygons`, editable point by point, or `rle`: masks, exact to the pixel.
         objects: `component`: each connected component is an object; `class`: all pixels of a class in an image are one.
+            A model that predicts objects has its own.
         tolerance: maximum shift in pixels of a polygon's edge by simplification; 0: exact.
         min_area: minimum area in pixels; smaller parts are dropped.
+        min_score: minimum score of predicted objects; COCO's results hold all.
+        ids: JSON file of COCO whose ids of images and categories the files of COCO get; None: from 1 on.
     """
 
-    names: ClassVar = ("coco", "labelme")
+    names: ClassVar = ("coco", "labelme", "panoptic")
     format: Literal["polygons", "rle"] = "polygons"
     objects: Literal["component", "class"] = "component"
     tolerance: NotNegative = 1.0
     min_area: Count = 1
+    min_score: Share = 0.5
+    ids: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -147,15 +169,33 @@ class PredictedShapes(FurtherOutputs):
                 "and an area from 1."
             )
 
-    def make_writer(self, name: str, folder: Path, labels: Labels, background: int | None) -> ImageWriter:
-        """Return the writer of `coco` or `labelme` files into a folder; see `FurtherOutputs`."""
-        kind = CocoAnnotations if name == "coco" else LabelmeAnnotations
-        return kind(folder, labels, background, self)
+    def make_writer(self, name: str, folder: Path, labels: Labels, background: int | None, task: Task) -> ImageWriter:
+        """Return the writer of `coco`, `labelme` or `panoptic` files into a folder; see `FurtherOutputs`.
 
-    def parts(self, ids: np.ndarray, background: int | None) -> Iterator[MaskRegion]:
-        """Yield the parts of class IDs (H, W) that become objects."""
-        joined = self.objects == "class"
-        yield from parts_of(ids, leave_out=background, joined=joined, min_area=self.min_area)
+        Raises:
+            UserError: `panoptic` of a model whose objects overlap or that has none, or `ids` is no such file.
+        """
+        if name == "labelme":
+            return LabelmeAnnotations(folder, labels, background, self)
+        ids = CocoIds.read(self.ids, labels)
+        if name == "coco":
+            return CocoAnnotations(folder, labels, background, self, task, ids)
+        if not task.has_objects or task.objects_overlap:
+            raise UserError(
+                "mode.outputs=panoptic needs the segments of a model of task=panoptic. Leave it out, or choose coco."
+            )
+        return PanopticSegments(folder, labels, background, task, ids)
+
+    def parts(self, prediction: ImagePrediction, background: int | None) -> Iterator[MaskRegion]:
+        """Yield the parts of an image that become objects."""
+        found = prediction.objects
+        if found is None:
+            joined = self.objects == "class"
+            yield from parts_of(prediction.ids, leave_out=background, joined=joined, min_area=self.min_area)
+            return
+        for part in regions_of(found.select(np.flatnonzero(found.scores >= self.min_score))):
+            if part.value != background and part.mask.sum() >= self.min_area:
+                yield part
 
 
 @dataclass(frozen=True)
@@ -188,26 +228,52 @@ class _Annotations:
         write_text(self.folder / CLASS_FILE, text)
 
 
+@dataclass(frozen=True)
 class CocoAnnotations(_Annotations):
     """Writer of `annotations.json` for all images: polygons along pixel edges, or compressed run-length encoding.
 
-    The category ID is the class ID + 1. COCO polygons have no holes: a part with holes is split into several polygons
-    of one annotation.
+    COCO polygons have no holes: a part with holes is split into several polygons of one annotation. A model that
+    predicts objects has `results.json`, too, which mode=score reads: the objects of things of any score, as run
+    lengths.
+
+    Args:
+        task: of the model.
+        ids: of images and categories.
     """
+
+    task: Task
+    ids: CocoIds
 
     def write(self, prediction: ImagePrediction) -> None:
         """Write the annotations of one image to an intermediate file."""
         height, width = prediction.ids.shape
-        annotations = [
-            self._annotation(part, height, width) for part in self.shapes.parts(prediction.ids, self.background)
+        annotations = [self._annotation(part, height, width) for part in self.shapes.parts(prediction, self.background)]
+        results = [
+            {
+                "category_id": self.ids.find_category(part.value),
+                "segmentation": _run_lengths(part, height, width),
+                "score": part.score,
+            }
+            for part in ([] if prediction.objects is None else regions_of(prediction.objects))
+            if part.value in self.task.things
         ]
-        image = {"file_name": _image_name(prediction), "height": height, "width": width}
-        write_text(_piece(self.folder, prediction), json.dumps({"image": image, "annotations": annotations}))
+        piece = {"image": _describe(prediction, self.ids), "annotations": annotations, "results": results}
+        write_text(_piece(self.folder, prediction), json.dumps(piece))
 
     def finish(self) -> None:
         """Merge the intermediate files and number images and annotations."""
         super().finish()
-        categories = [{"id": index + 1, "name": name, "supercategory": ""} for index, name in self.names()]
+        if self.task.has_objects:
+            with atomic_file(self.folder / "results.json") as part, open(part, "w", encoding="utf-8") as file:
+                file.write("[")
+                _join(file.write, self._number("results"))
+                file.write("]\n")
+        numbers = self.ids.categories
+        categories = [
+            {"id": numbers[index], "name": name, "supercategory": ""}
+            for index, name in self.names()
+            if index in numbers
+        ]
         with atomic_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
             info = {"description": "predictions of dinoseg", "version": dinoseg.__version__}
             head = {
@@ -218,24 +284,23 @@ class CocoAnnotations(_Annotations):
             file.write(f'{json.dumps(head)[:-1]},\n"images": [')
             _join(file.write, ({"id": number, **piece["image"]} for number, piece in _pieces(self.folder)))
             file.write('],\n"annotations": [')
-            _join(file.write, self._number_annotations())
+            _join(file.write, ({"id": count, **one} for count, one in enumerate(self._number("annotations"), 1)))
             file.write("]}\n")
 
-    def _number_annotations(self) -> Iterator[dict[str, Any]]:
-        count = 0
+    def _number(self, key: str) -> Iterator[dict[str, Any]]:
         for number, piece in _pieces(self.folder):
-            for annotation in piece["annotations"]:
-                count += 1
-                yield {"id": count, "image_id": number, **annotation}
+            yield from ({"image_id": number, **entry} for entry in piece[key])
 
     def _annotation(self, part: MaskRegion, height: int, width: int) -> dict[str, Any]:
         if self.shapes.format == "rle":
-            drawn: Any = {"size": [height, width], "counts": to_text(part.counts(height, width))}
+            drawn: Any = _run_lengths(part, height, width)
         else:
             drawn = [points.ravel().tolist() for points in edge_polygons(part, self.shapes.tolerance)]
         box = [part.left, part.top, part.mask.shape[1], part.mask.shape[0]]
         area = int(part.mask.sum())
-        return {"category_id": part.value + 1, "iscrowd": 0, "area": area, "bbox": box, "segmentation": drawn}
+        score = {} if part.score is None else {"score": part.score}
+        category = self.ids.find_category(part.value)
+        return {"category_id": category, "iscrowd": 0, "area": area, "bbox": box, "segmentation": drawn, **score}
 
 
 class LabelmeAnnotations(_Annotations):
@@ -252,7 +317,7 @@ class LabelmeAnnotations(_Annotations):
         target = self.folder / f"{prediction.name}{suffix}"
         with atomic_file(target) as part:
             _link(prediction.path, part)
-        parts = enumerate(self.shapes.parts(prediction.ids, self.background))
+        parts = enumerate(self.shapes.parts(prediction, self.background))
         content = {
             "version": "5.4.1", "flags": {},
             "shapes": [shape for number, part in parts for shape in self._draw_shape(part, number)],
@@ -261,7 +326,8 @@ class LabelmeAnnotations(_Annotations):
         write_text(self.folder / f"{prediction.name}.json", json.dumps(content, indent=1))
 
     def _draw_shape(self, part: MaskRegion, number: int) -> Iterator[dict[str, Any]]:
-        shape = {"label": self.labels.classes[part.value], "group_id": number, "description": "", "flags": {}}
+        group = part.number or number  # an object's number is that of the overlay
+        shape = {"label": self.labels.classes[part.value], "group_id": group, "description": "", "flags": {}}
         if self.shapes.format == "rle":
             height, width = part.mask.shape
             corners = [[part.left, part.top], [part.left + width - 1, part.top + height - 1]]
@@ -274,6 +340,79 @@ class LabelmeAnnotations(_Annotations):
             yield {**shape, "shape_type": "polygon", "points": points.tolist(), "mask": None}
 
 
+@dataclass(frozen=True)
+class PanopticSegments:
+    """Writer of `panoptic.json` and of a PNG of segment ids for each image in the folder `panoptic` beside it.
+
+    The background is void if the reference of the ids has no such category.
+
+    Args:
+        folder: output folder.
+        labels: the classes.
+        background: ID of the class that is no object; None: there is none.
+        task: of the model.
+        ids: of images and categories.
+    """
+
+    folder: Path
+    labels: Labels
+    background: int | None
+    task: Task
+    ids: CocoIds
+    needs_probabilities = False
+
+    def write(self, prediction: ImagePrediction) -> None:
+        """Write the PNG of one image, and its entry to an intermediate file."""
+        found = prediction.objects
+        assert found is not None, "the task has objects"
+        canvas = np.zeros((*found.size, 3), np.uint8)
+        segments = []
+        for place, (mask, box) in enumerate(zip(found.masks, found.boxes.tolist(), strict=True)):
+            number = place + 1
+            label = int(found.classes[place])
+            if label == self.background and label not in self.ids.categories:
+                continue
+            mask.paint(canvas, (number % 256, number // 256 % 256, number // 2**16))
+            category = self.ids.find_category(label)
+            segment = {"id": number, "category_id": category, "area": mask.area, "bbox": box, "iscrowd": 0}
+            segments.append({**segment, "score": float(found.scores[place])})
+        write_png(self.folder / "panoptic" / f"{prediction.name}.png", canvas)
+        entry = {"file_name": f"{prediction.name}.png", "segments_info": segments}
+        piece = {"image": _describe(prediction, self.ids), "annotation": entry}
+        write_text(_piece(self.folder, prediction), json.dumps(piece))
+
+    def finish(self) -> None:
+        """Merge the intermediate files and number the images."""
+        categories = [
+            {
+                "id": number,
+                "name": self.labels.classes[index],
+                "isthing": int(index in self.task.things),
+                "color": list(self.labels.palette[index]),
+            }
+            for index, number in self.ids.categories.items()
+        ]
+        pieces = [*_pieces(self.folder)]
+        content = {
+            "images": [{"id": number, **piece["image"]} for number, piece in pieces],
+            "categories": categories,
+            "annotations": [{"image_id": number, **piece["annotation"]} for number, piece in pieces],
+        }
+        write_text(self.folder / "panoptic.json", json.dumps(content, ensure_ascii=False))
+
+
+def _run_lengths(part: MaskRegion, height: int, width: int) -> dict[str, Any]:
+    return {"size": [height, width], "counts": to_text(part.counts(height, width))}
+
+
+def _describe(prediction: ImagePrediction, ids: CocoIds) -> dict[str, Any]:
+    """Return the entry of an image, with an id if it does not get one from the order of the images."""
+    height, width = prediction.ids.shape
+    number = ids.find_image(prediction.name)
+    known = {} if number is None else {"id": number}
+    return {**known, "file_name": _image_name(prediction), "height": height, "width": width}
+
+
 def _image_name(prediction: ImagePrediction) -> str:
     """Return the path of an image relative to the input folder, with its suffix."""
     return (Path(prediction.name).parent / prediction.path.name).as_posix()
@@ -284,11 +423,12 @@ def _piece(folder: Path, prediction: ImagePrediction) -> Path:
 
 
 def _pieces(folder: Path) -> Iterator[tuple[int, Any]]:
-    """Yield number, from 1, and content of each intermediate file, sorted by path."""
+    """Yield the id and the content of each intermediate file, sorted by path; without an id, a number from 1."""
     top = folder / _PIECES
     paths = sorted(parent / file for parent, files in visible_files(top) for file in files if file.endswith(".json"))
     for number, path in enumerate(paths, 1):
-        yield number, json.loads(path.read_bytes())
+        piece = json.loads(path.read_bytes())
+        yield piece["image"].pop("id", number), piece
 
 
 def _join(write: Callable[[str], object], rows: Iterator[dict[str, Any]]) -> None:

@@ -102,6 +102,11 @@ class AveragedStrategy(InferenceStrategy):
             sums = [self._sum(group, band) for group, band in zip(groups, bands, strict=True)]
             yield self._as_prediction(torch.stack(sums).sum(dim=0))
 
+    @property
+    def no_objects_reason(self) -> str:
+        """Why it predicts no single objects."""
+        return "An ensemble averages the classes of pixels, and objects have no average. Give one model."
+
     def reduce_memory(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Handle an out-of-memory error of any member; return whether a retry would use less memory."""
         members = self.groups_of(rows.size).values()

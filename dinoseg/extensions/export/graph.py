@@ -63,13 +63,17 @@ def record_of(
         precision: of the stored weights.
 
     Raises:
-        UserError: if the model has slots, the size is too large or no multiple of the patch size, or
-            `export.dynamic=true` contradicts the head.
+        UserError: if the model has slots or predicts objects, the size is too large or no multiple of the patch size,
+            or `export.dynamic=true` contradicts the head.
     """
     head = segmenter.head
     if head.slots is not None:
         raise UserError(
             "A slot model cannot be exported: its segments are tracked from frame to frame. Use mode=track."
+        )
+    if segmenter.task.has_objects:
+        raise UserError(
+            "A graph predicts classes of pixels, and this model predicts single objects. Choose export=safetensors."
         )
     reason = _reason(segmenter, options)
     fill = [float(value) for value in segmenter.backbone.mean.flatten()]

@@ -43,6 +43,10 @@ class GraphRuntime:
             ]
         )
 
+    def predict(self, images: Sequence[np.ndarray]) -> Sequence[tuple[np.ndarray, None]]:
+        """Return for each image what `ids` does; a graph predicts no objects."""
+        return [(ids, None) for ids in self.ids(images)]
+
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
         shares = _shares if self.record.mixture else softmax if self.record.thresholds is None else sigmoid

@@ -1,15 +1,139 @@
-"""Objects of an image from those of overlapping windows."""
+"""Objects of an image from those of overlapping windows: parts of one object that several windows see become one."""
 
 from collections.abc import Collection, Sequence
+from itertools import combinations, groupby
+
+import numpy as np
 
 from dinoseg.core.objects import Objects
+from dinoseg.core.runs import Runs, overlaps
+
+MIN_IOU = 0.5  # of two parts of one object, within the pixels that both windows see
+Part = tuple[Objects, int, int]  # objects of a window, and its first row and column
 
 
-def join_instances(parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
-    """Return the instances of an image of `size` (H, W) from those of windows, with their first row and column."""
-    raise NotImplementedError
+def join_instances(parts: Sequence[Part], size: tuple[int, int]) -> Objects:
+    """Return the instances of an image from those of windows, best first.
+
+    Two objects of different windows are one if they have the same class, an IoU of at least `MIN_IOU` within the
+    pixels that both windows see, and if there each is the other's best; so are objects that are joined by others.
+    Its mask is the union, and its score the mean weighted by the areas of the parts.
+
+    Args:
+        parts: objects of each window, and its first row and column.
+        size: (H, W) of the image.
+    """
+    placed = _place(parts, size)
+    groups = _find_groups(parts, placed, size)
+    areas = placed.areas
+    masks = [unite_runs([placed.masks[place] for place in group]) for group in groups]
+    scores = np.array([np.average(placed.scores[group], weights=areas[group]) for group in groups])
+    joined = Objects.of_runs(size, masks, [placed.classes[group[0]] for group in groups], scores)
+    return joined.select(np.argsort(-joined.scores, kind="stable"))
 
 
-def join_segments(parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int], things: Collection[int]) -> Objects:
-    """Return the segments of an image of `size` (H, W) from those of windows, with their first row and column."""
-    raise NotImplementedError
+def join_segments(parts: Sequence[Part], size: tuple[int, int], things: Collection[int]) -> Objects:
+    """Return the segments of an image from those of windows, best first.
+
+    Things are joined as instances are. A pixel for which windows disagree belongs to the segment of the highest score,
+    and the segments of a class of stuff are one.
+
+    Args:
+        parts: segments of each window, and its first row and column.
+        size: (H, W) of the image.
+        things: class ids; the others are stuff.
+    """
+    joined = join_instances(parts, size)
+    is_thing = np.isin(joined.classes, [*things])
+    stuff = [np.flatnonzero(~is_thing & (joined.classes == label)) for label in np.unique(joined.classes[~is_thing])]
+    owners = np.arange(len(joined))
+    for members in stuff:
+        owners[members] = members[0]
+    canvas = np.full(size, -1)
+    for place in reversed(range(len(joined))):
+        joined.masks[place].paint(canvas, owners[place])
+    kept = np.unique(canvas[canvas >= 0])
+    masks = [Runs.of_mask(canvas == place) for place in kept.tolist()]
+    return Objects.of_runs(size, masks, joined.classes[kept], joined.scores[kept])
+
+
+def unite_runs(masks: Sequence[Runs]) -> Runs:
+    """Return the runs of the pixels of any of some masks of one image; none is empty, and none touch."""
+    starts = np.concatenate([np.empty(0, np.int64), *(mask.starts for mask in masks)])
+    ends = np.concatenate([np.empty(0, np.int64), *(mask.ends for mask in masks)])
+    is_used = ends > starts
+    order = np.argsort(starts[is_used], kind="stable")
+    starts, ends = starts[is_used][order], ends[is_used][order]
+    reached = np.maximum.accumulate(ends)
+    is_new = np.concatenate([[True], starts[1:] > reached[:-1]])[: len(starts)]
+    return Runs(starts[is_new], reached[np.roll(is_new, -1)])
+
+
+def place_runs(mask: Runs, height: int, size: tuple[int, int], top: int, left: int) -> Runs:
+    """Return the runs of a mask of a height at a row and column of an image of `size` (H, W)."""
+    first = mask.starts // height
+    last = (mask.ends - 1) // height
+    counts = np.where(mask.ends > mask.starts, last - first + 1, 0)  # a run may continue in the next columns
+    before = np.cumsum(counts) - counts
+    columns = np.repeat(first - before, counts) + np.arange(counts.sum())
+    starts = np.maximum(np.repeat(mask.starts, counts), columns * height) - columns * height
+    ends = np.minimum(np.repeat(mask.ends, counts), (columns + 1) * height) - columns * height
+    offset = (columns + left) * size[0] + top
+    return unite_runs([Runs(starts + offset, ends + offset)])
+
+
+def _place(parts: Sequence[Part], size: tuple[int, int]) -> Objects:
+    """Return the objects of all windows as objects of the image, in the order of the windows."""
+    masks = [place_runs(mask, each.size[0], size, top, left) for each, top, left in parts for mask in each.masks]
+    classes = np.concatenate([objects.classes for objects, _, _ in parts])
+    return Objects.of_runs(size, masks, classes, np.concatenate([objects.scores for objects, _, _ in parts]))
+
+
+def _find_groups(parts: Sequence[Part], placed: Objects, size: tuple[int, int]) -> list[list[int]]:
+    """Return the places of the parts of each object; a group of one is an object that one window sees."""
+    roots = list(range(len(placed)))
+
+    def find_root(place: int) -> int:
+        while roots[place] != place:
+            place = roots[place]
+        return place
+
+    ends = np.cumsum([len(objects) for objects, _, _ in parts]).tolist()
+    for first, second in combinations(range(len(parts)), 2):
+        band = _find_band(parts[first], parts[second], size)
+        if band is None:
+            continue
+        sides = [list(range(ends[side] - len(parts[side][0]), ends[side])) for side in (first, second)]
+        for pair in _match(placed, sides[0], sides[1], band):
+            one, other = sorted(map(find_root, pair))
+            roots[other] = one
+    places = sorted(range(len(roots)), key=find_root)
+    return [[*group] for _, group in groupby(places, key=find_root)]
+
+
+def _find_band(first: Part, second: Part, size: tuple[int, int]) -> Runs | None:
+    """Return the pixels that two windows have in common; None: there are none."""
+    top = max(first[1], second[1])
+    left = max(first[2], second[2])
+    bottom = min(part[1] + part[0].size[0] for part in (first, second))
+    right = min(part[2] + part[0].size[1] for part in (first, second))
+    if top >= bottom or left >= right:
+        return None
+    columns = np.arange(left, right) * size[0]
+    return Runs(columns + top, columns + bottom)
+
+
+def _match(placed: Objects, first: list[int], second: list[int], band: Runs) -> list[tuple[int, int]]:
+    """Return the pairs of objects of two windows that are one object."""
+    sides = [placed.select(first), placed.select(second)]
+    common = overlaps(sides[0].masks, sides[1].masks)
+    areas = [overlaps(side.masks, [band])[:, 0] for side in sides]
+    unions = areas[0][:, None] + areas[1] - common
+    is_same = sides[0].classes[:, None] == sides[1].classes
+    ious = np.where(is_same, common / np.maximum(unions, 1), 0)
+    if not ious.size:
+        return []
+    best = ious.argmax(axis=1)  # of equal IoUs, the object of the higher score
+    rows = np.arange(len(first))
+    is_pair = (ious[rows, best] >= MIN_IOU) & (ious.argmax(axis=0)[best] == rows)
+    return [(first[row], second[best[row]]) for row in np.flatnonzero(is_pair).tolist()]

@@ -11,17 +11,18 @@ from dinoseg.core.objects import Objects
 from dinoseg.core.sample_maps import MapKind, ObjectMap
 from dinoseg.core.targets import MaskTargets
 from dinoseg.core.task import SemanticTask
-from dinoseg.extensions.objects.finding import find_instances, find_segments
+from dinoseg.extensions.objects.finding import OVERLAP_THRESHOLD, SCORE_THRESHOLD, find_instances, find_segments
 from dinoseg.extensions.objects.joining import join_instances, join_segments
 from dinoseg.extensions.objects.reading.things import find_things
 from dinoseg.extensions.objects.targets import check_objects, object_targets
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Share, check_annotations
 
 
 class InstanceTask(SemanticTask):
     """Objects of things, each with a mask, a class and a score; they may overlap.
 
-    A pixel's class is that of the most probable object there; the background if no object is more probable than not.
+    A pixel's class is the most probable one of the objects there; the background if it is that no object is there.
 
     Args:
         classes: names in the order of their ids.
@@ -88,22 +89,33 @@ class PanopticTask(SemanticTask):
         classes: names in the order of their ids.
         things: names of the classes that have objects; None: all but the background.
         background: name or id of the class that is no object, which is stuff; None: there is none.
+        score_threshold: class probability above which a query becomes a segment.
+        overlap_threshold: share of the pixels of its mask that a query must win against the others.
 
     Raises:
-        UserError: a name is no class, or no class is a thing.
+        UserError: a name is no class, no class is a thing, or a threshold is out of range.
     """
 
     has_objects: ClassVar[bool] = True
     maps: ClassVar[Mapping[str, MapKind]] = {OBJECTS: ObjectMap()}
+    objects_overlap: ClassVar[bool] = False
     advice = "loss=mask_classification with head=eomt or head=mask2former"
     eval_metrics = ("panoptic_quality",)
 
+    @check_annotations
     def __init__(
-        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+        self,
+        classes: Sequence[str],
+        things: Sequence[str] | None = None,
+        background: str | int | None = None,
+        *,
+        score_threshold: Share = SCORE_THRESHOLD,
+        overlap_threshold: Share = OVERLAP_THRESHOLD,
     ) -> None:
         self.num_classes = len(classes)
         background = classes.index(background) if isinstance(background, str) else background
         self.things = find_things(classes, things, background)
+        self.score_threshold, self.overlap_threshold = score_threshold, overlap_threshold
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label, and the classes of stuff."""
@@ -118,7 +130,16 @@ class PanopticTask(SemanticTask):
         self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
     ) -> list[Objects]:
         """Return the segments of each image, which do not overlap."""
-        return find_segments(class_logits, mask_logits, size, valid, self.num_classes, self.things)
+        return find_segments(
+            class_logits,
+            mask_logits,
+            size,
+            valid,
+            self.num_classes,
+            self.things,
+            score_threshold=self.score_threshold,
+            overlap_threshold=self.overlap_threshold,
+        )
 
     def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
         """Return the segments of an image from those of overlapping parts."""

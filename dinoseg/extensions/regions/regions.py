@@ -121,6 +121,14 @@ class Regions(InferenceStrategy):
             self._remove(of_image.flatten(1), ids.copy())
         yield prediction
 
+    @property
+    def no_objects_reason(self) -> str:
+        """Why it predicts no single objects."""
+        return (
+            "inference.min_region and inference.largest_component remove regions of the classes of pixels, and objects "
+            "would keep them. Set inference.min_region=0 inference.largest_component=[]."
+        )
+
     def reduce_memory(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Let the inner strategy use less memory; return whether it can."""
         return self.strategy.reduce_memory(model, rows, size=size)

@@ -6,7 +6,6 @@ from fractions import Fraction
 from itertools import islice
 
 import numpy as np
-from torch import Tensor
 
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES
 from dinoseg.extensions.video.prediction import VideoReader
@@ -14,6 +13,7 @@ from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.image_run import DEPTH, ImageRun, SegmentationSettings
 from dinoseg.inference.memory import check_frames
 from dinoseg.inference.outputs import ImagePrediction, frame_writer
+from dinoseg.inference.predictor import PixelsAndObjects
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
 from dinoseg.report.overlay import blend
@@ -23,7 +23,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.mask_files import write_masks
 
 _Frame = tuple[np.ndarray, Fraction | None]  # (H, W, 3), and its timestamp
-_Result = tuple[np.ndarray, Tensor | None]  # class IDs (H, W), and probabilities (K, H, W) if requested
 
 
 class VideoFiles(VideoSegmenter):
@@ -85,12 +84,12 @@ def segment_video(
         bar = stack.enter_context(Bar(total=total, unit="frame", desc=reader.path.name))
         frames: Iterable[_Frame] = islice(reader.timed_frames(), options.frames)
 
-        def infer(batch: list[_Frame]) -> list[tuple[_Frame, _Result]]:
+        def infer(batch: list[_Frame]) -> list[tuple[_Frame, PixelsAndObjects]]:
             images = [frame for frame, _ in batch]
-            results = by.predictor.ids_and_probabilities(images, probabilities=needs_probabilities)
+            results = by.predictor.predict(images, probabilities=needs_probabilities)
             return list(zip(batch, results, strict=True))
 
-        def write(done: list[tuple[_Frame, _Result]]) -> None:
+        def write(done: list[tuple[_Frame, PixelsAndObjects]]) -> None:
             palette, ignored = by.labels.palette, by.labels.ignore_index
             for (frame, time), result in done:
                 shown = ImagePrediction(f"{writer.frames_written:09d}", reader.path, frame, *result)

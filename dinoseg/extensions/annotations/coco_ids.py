@@ -1,0 +1,87 @@
+"""Ids of images and categories in the files of COCO that predictions are written to."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os.path import splitext
+from pathlib import Path
+from typing import Self
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value
+
+_IMAGES = forms.list_of(forms.object_with(id=forms.whole(), file_name=forms.text))
+_CATEGORIES = forms.list_of(forms.object_with(id=forms.whole(), name=forms.text))
+_FORM = forms.object_with(images=_IMAGES, categories=_CATEGORIES)
+
+
+@dataclass(frozen=True)
+class CocoIds:
+    """Ids of a reference, so that predictions can be scored with it; without one, numbers from 1.
+
+    Args:
+        labels: the classes.
+        categories: id of each class in the files, by class id; a reference may lack some.
+        images: id of each image by its name without suffix, and by its file's if no other image has that; None: images
+            are numbered in their order.
+        path: of the reference.
+    """
+
+    labels: Labels
+    categories: Mapping[int, int]
+    images: Mapping[str, int] | None = None
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, path: str | None, labels: Labels) -> Self:
+        """Return the ids of a file of COCO, of instances or panoptic segments; None: numbers from 1.
+
+        Raises:
+            UserError: it is no such file.
+        """
+        if path is None:
+            return cls(labels, {index: index + 1 for index in range(len(labels.classes))})
+        file = Path(path).expanduser()
+        try:
+            whole = forms.read_json(file, _FORM)
+        except (OSError, forms.SchemaError) as error:
+            raise UserError(
+                f"mode.shapes.ids={path} is not a JSON file of COCO with images and categories: {error}. Give the file "
+                "of the references."
+            ) from None
+        names = {splitext(image["file_name"])[0].replace("\\", "/"): image["id"] for image in whole["images"]}
+        counts = Counter(Path(name).name for name in names)
+        short = {Path(name).name: number for name, number in names.items() if counts[Path(name).name] == 1}
+        numbers = {category["name"]: category["id"] for category in whole["categories"]}
+        categories = {index: numbers[name] for index, name in enumerate(labels.classes) if name in numbers}
+        return cls(labels, categories, {**short, **names}, file)
+
+    def find_image(self, name: str) -> int | None:
+        """Return the id of an image by its name without suffix; None: its number.
+
+        Raises:
+            UserError: the reference does not have it.
+        """
+        if self.images is None:
+            return None
+        number = self.images.get(name, self.images.get(Path(name).name))
+        if number is None:
+            raise UserError(
+                f"mode.shapes.ids={self.path} has no image {format_value(name)}. Give the file that has it."
+            )
+        return number
+
+    def find_category(self, class_id: int) -> int:
+        """Return the id of a class.
+
+        Raises:
+            UserError: the reference has no category of its name.
+        """
+        if class_id not in self.categories:
+            name = format_value(self.labels.classes[class_id])
+            raise UserError(
+                f"mode.shapes.ids={self.path} has no category {name}, a class of the model. Give the file that has it."
+            )
+        return self.categories[class_id]

@@ -1,0 +1,73 @@
+"""Figures of single objects over a frame: colours of their classes, outlines, and their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dinoseg.report.overlay import Colour, Legend, default_outline, find_edges, load_font
+from dinoseg.report.palette import layer_colours
+
+if TYPE_CHECKING:  # imports torch, which drawing does not need
+    from dinoseg.core.objects import Objects
+    from dinoseg.core.shapes import Palette
+
+MIN_SCORE = 0.5  # objects of lower scores are mostly wrong, and would hide the others
+_SMALLEST_TEXT = 10  # pixels
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+
+
+def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opacity: float = 0.5) -> np.ndarray:
+    """Return a frame (H, W, 3) uint8 tinted by objects of at least MIN_SCORE, those of the best scores on top.
+
+    Each has the colour of its class, an outline and its number, from 1 in the order of the objects. A class whose
+    colour is black has a white outline, and leaves the frame unchanged at any opacity below 1.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        objects: of the frame, in the order of their scores.
+        palette: a colour for each class.
+        opacity: of the colours, 0..1.
+    """
+    drawn = frame.copy()
+    colours = layer_colours(palette)
+    width = default_outline(objects.size)
+    owners = np.full(objects.size, -1)  # the object on top
+    for place in reversed(select_shown(objects)):
+        mask = objects.masks[place].to_mask(objects.size)
+        label = int(objects.classes[place])
+        owners[mask] = place
+        if opacity == 1 or max(palette[label]):
+            tinted = frame[mask] * (1 - opacity) + np.array(palette[label]) * opacity
+            drawn[mask] = tinted.round().astype(np.uint8)
+        drawn[mask & find_edges(mask, width)] = colours[label]
+    picture = Image.fromarray(drawn)
+    pen = ImageDraw.Draw(picture)
+    font = load_font(max(_SMALLEST_TEXT, round(max(objects.size) / 40)))
+    for place in np.unique(owners[owners >= 0]).tolist():
+        middle = _find_middle(owners == place)
+        pen.text(middle, str(place + 1), _WHITE, font, anchor="mm", stroke_width=width + 1, stroke_fill=_BLACK)
+    return np.asarray(picture)
+
+
+def select_shown(objects: Objects) -> list[int]:
+    """Return the places of the objects that `draw_objects` draws."""
+    return np.flatnonzero(objects.scores >= MIN_SCORE).tolist()
+
+
+def object_legend(objects: Objects, classes: Sequence[str], palette: Palette) -> Legend:
+    """Return (name, colour) of each class that `draw_objects` draws, in id order."""
+    colours: list[Colour] = layer_colours(palette)
+    return [(classes[label], colours[label]) for label in np.unique(objects.classes[select_shown(objects)]).tolist()]
+
+
+def _find_middle(mask: np.ndarray) -> tuple[int, int]:
+    """Return the column and row of a pixel of a mask (H, W) bool that is far from its border."""
+    import cv2
+
+    depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    row, column = np.unravel_index(depth.argmax(), mask.shape)
+    return int(column), int(row)

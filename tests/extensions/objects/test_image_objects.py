@@ -1,0 +1,109 @@
+"""Objects of images from inference strategies."""
+
+import numpy as np
+import pytest
+import torch
+from object_models import LABELS, SCORES, draw_image, make_model, make_predictor
+
+from dinoseg.extensions.ensembles.strategy import AveragedStrategy
+from dinoseg.extensions.export.graph import GraphOptions, record_of
+from dinoseg.extensions.objects.letterbox import Letterbox
+from dinoseg.extensions.regions.regions import Regions
+from dinoseg.inference.auto import Auto
+from dinoseg.inference.memory import OutOfMemory
+from dinoseg.inference.windows import Whole, Windows
+from dinoseg.utils.errors import UserError
+
+WINDOWS = Windows((36, 40), overlap=0.35)
+
+
+@pytest.mark.parametrize("strategy", [Whole(), WINDOWS, Auto(40), Letterbox(90)])
+def test_strategies_find_each_object_once(strategy):
+    images, masks = zip(*(draw_image(seed=seed) for seed in range(3)), strict=True)
+    for (ids, _, objects), own in zip(make_predictor(strategy=strategy).predict(images), masks, strict=True):
+        # best first: red, green, blue, and the ground as a whole
+        assert objects.classes.tolist() == list(LABELS)
+        assert objects.scores == pytest.approx(SCORES, abs=1e-5)
+        for mask, expected in zip(objects.masks, [*own, ~own.any(axis=0)], strict=True):
+            assert np.array_equal(mask.to_mask(ids.shape), expected)
+        assert np.array_equal(ids, np.select(list(own), LABELS[:3], 0))
+
+
+def test_instances_of_windows_overlap_nothing_else():
+    image, masks = draw_image()
+    objects = make_predictor("instance", WINDOWS).predict([image])[0].objects
+    best = objects.select(np.flatnonzero(objects.scores > 0.5))
+    assert best.classes.tolist() == list(LABELS[:3])  # stuff is left out
+    for mask, expected in zip(best.masks, masks, strict=True):
+        assert np.array_equal(mask.to_mask(image.shape[:2]), expected)
+
+
+def test_probabilities_come_with_the_same_objects():
+    image, _ = draw_image()
+    ids, probabilities, objects = make_predictor().predict([image], probabilities=True)[0]
+    plain = make_predictor().predict([image])[0]
+    assert probabilities.shape == (3, *image.shape[:2])
+    assert np.array_equal(ids, plain.ids) and len(objects) == len(plain.objects) and plain.probabilities is None
+
+
+def test_windows_of_a_resized_image_find_objects_at_its_own_size():
+    image, masks = draw_image((120, 180))
+    strategy = Windows((40, 50), overlap=0.3, shortest=60)
+    objects = make_predictor(strategy=strategy).predict([image])[0].objects
+    assert objects.size == (120, 180) and objects.classes.tolist() == list(LABELS)
+    for mask, expected in zip(objects.masks, masks, strict=False):
+        found = mask.to_mask(objects.size)
+        assert (found & expected).sum() / (found | expected).sum() > 0.85
+
+
+@pytest.mark.parametrize("side", [45, 200])
+def test_letterbox_finds_objects_at_the_size_of_the_image(side):
+    image, masks = draw_image()
+    ids, _, objects = make_predictor(strategy=Letterbox(side)).predict([image])[0]
+    assert ids.shape == objects.size == (60, 90) and objects.classes.tolist() == list(LABELS)
+    for mask, expected in zip(objects.masks, masks, strict=False):
+        found = mask.to_mask(objects.size)
+        assert (found & expected).sum() / (found | expected).sum() > 0.85
+
+
+def test_a_retry_with_less_memory_forgets_earlier_objects(monkeypatch):
+    strategy = Auto((36, 40), overlap=0.35)
+    bands = strategy.whole.bands
+
+    def fail_late(*args, **kwargs):
+        yield from list(bands(*args, **kwargs))[:0]
+        raise OutOfMemory("no memory")
+
+    monkeypatch.setattr(strategy.whole, "bands", fail_late)
+    image, _ = draw_image()
+    assert len(make_predictor(strategy=strategy).predict([image])[0].objects) == 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key"),
+    [
+        (Whole(flips="horizontal"), "inference.flips=none"),
+        (Windows(40, scales=[0.5, 1.0]), "inference.scales=[1.0]"),
+        (Auto(40, flips="all"), "inference.flips=none"),
+        (Regions(Whole(), 5), "inference.min_region=0"),
+        (AveragedStrategy([make_predictor(), make_predictor()]), "one model"),
+        (Windows(40, overlap=0.0), "inference.overlap=0.25"),
+        (Windows(40, stride=(30, 40)), "inference.stride=null"),
+        (Windows(40, placement="even"), "inference.placement=stride"),
+    ],
+)
+def test_strategies_that_average_classes_are_refused(strategy, key):
+    with pytest.raises(UserError) as error:
+        make_predictor(strategy=strategy)
+    assert key in str(error.value)
+
+
+def test_objects_need_no_gradient_graph():
+    image, _ = draw_image()
+    with torch.inference_mode():
+        assert make_predictor().predict([image])[0].objects.scores.dtype == np.float64
+
+
+def test_graphs_of_classes_are_refused():
+    with pytest.raises(UserError, match="export=safetensors"):
+        record_of(make_model(), None, GraphOptions(), (32, 32))

@@ -1,0 +1,85 @@
+"""mode=predict and dinoseg.load with models of single objects."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import call, succeed
+
+import dinoseg
+from dinoseg.extensions.objects.finding import MAX_INSTANCES
+from dinoseg.utils.images import write_png
+
+SIZES = {"a": (40, 56), "b": (64, 48)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder of images and of a model of each task, with random weights."""
+    where = tmp_path_factory.mktemp("objects")
+    for name, size in SIZES.items():
+        write_png(where / "images" / f"{name}.png", np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    for task in ("instance", "panoptic"):
+        model = dinoseg.create_model(
+            "tiny",
+            head={"name": "eomt", "blocks": 1, "num_queries": 9},
+            classes=["person", "car"],
+            weights="random",
+            task=task,
+        )
+        with torch.no_grad():
+            model.head.classify.weight.mul_(50)
+        model.save(where / f"{task}.safetensors")
+    return where
+
+
+def predict(folder, task, *words):
+    words = ("mode=predict", f"resume={task}.safetensors", "input=images", "engine=cpu", *words)
+    return call(folder, *words)
+
+
+@pytest.mark.parametrize("strategy", ["whole", "windows", "letterbox"])
+def test_predict_writes_the_objects_that_python_finds(folder, strategy):
+    words = (f"inference={strategy}", *(["inference.size=48"] if strategy != "whole" else []))
+    out = folder / strategy
+    done = predict(folder, "instance", *words, "mode.outputs=[coco]", f"hydra.run.dir={out}")
+    assert done.status == 0, done.err
+    results = json.loads((out / "coco" / "results.json").read_text())
+    whole = json.loads((out / "coco" / "annotations.json").read_text())
+    numbers = {image["file_name"]: image["id"] for image in whole["images"]}
+    assert len(results) > len(whole["annotations"]) > 0
+    if strategy == "whole":
+        model = dinoseg.load(folder / "instance.safetensors", inference="whole")
+        found = model.predict(folder / "images" / "a.png").objects
+        own = [result for result in results if result["image_id"] == numbers["a.png"]]
+        assert [each["score"] for each in own] == pytest.approx([each.score for each in found], abs=1e-5)
+        assert len(found) <= MAX_INSTANCES and found[0].mask.shape == SIZES["a"]
+
+
+def test_predict_writes_panoptic_segments(folder):
+    out = folder / "segments"
+    words = ("task.score_threshold=0.4", "task.overlap_threshold=0.1", f"hydra.run.dir={out}")
+    done = predict(folder, "panoptic", "inference=whole", "mode.outputs=[panoptic,labelme]", *words)
+    assert done.status == 0, done.err
+    content = json.loads((out / "panoptic" / "panoptic.json").read_text())
+    assert [entry["file_name"] for entry in content["annotations"]] == ["a.png", "b.png"]
+    assert (out / "a_segmentation" / "comparison.png").is_file()
+    succeed(
+        folder, "mode=score", "protocol=coco_panoptic", f"reference={out}/panoptic/panoptic.json",
+        f"prediction={out}/panoptic/panoptic.json", "mode.workers=1", "hydra.run.dir=scores",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "remedy"),
+    [
+        ("instance", ["inference=whole", "inference.flips=horizontal"], "inference.flips=none"),
+        ("panoptic", ["inference=windows", "inference.scales=[0.5]"], "inference.scales=[1.0]"),
+        ("panoptic", ["inference=whole", "inference.min_region=9"], "inference.min_region=0"),
+        ("instance", ["mode.outputs=[panoptic]"], "task=panoptic"),
+    ],
+)
+def test_what_objects_cannot_have_is_refused(folder, task, words, remedy):
+    done = predict(folder, task, *words, "hydra.run.dir=refused")
+    assert done.status != 0 and remedy in done.err

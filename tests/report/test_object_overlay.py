@@ -1,0 +1,54 @@
+"""Figures of single objects over a frame."""
+
+import numpy as np
+
+from dinoseg.core.objects import Objects
+from dinoseg.report.object_overlay import draw_objects, object_legend
+from dinoseg.report.palette import default_palette
+
+PALETTE = default_palette(3)
+FRAME = np.full((80, 120, 3), 100, np.uint8)
+
+
+def make_masks():
+    masks = np.zeros((3, 80, 120), bool)
+    masks[0, 10:50, 10:60] = True
+    masks[1, 30:70, 40:100] = True  # the first one is on top of it
+    masks[2, 60:78, 5:30] = True
+    return masks
+
+
+def test_best_object_is_on_top_and_outlined():
+    drawn = draw_objects(FRAME, Objects.of_masks(make_masks(), [1, 2, 1], [0.9, 0.8, 0.7]), PALETTE)
+    half = [tuple(np.round((100 + np.array(colour)) / 2).astype(int)) for colour in PALETTE]
+    assert tuple(drawn[12, 12]) == half[1] and tuple(drawn[45, 45]) == half[1]
+    assert tuple(drawn[67, 97]) == half[2] and tuple(drawn[75, 100]) == (100, 100, 100)
+    assert tuple(drawn[10, 30]) == PALETTE[1] and tuple(drawn[69, 70]) == PALETTE[2]
+    assert np.array_equal(FRAME, np.full_like(FRAME, 100))
+
+
+def test_objects_of_low_scores_are_left_out():
+    objects = Objects.of_masks(make_masks(), [1, 2, 1], [0.9, 0.8, 0.4])
+    drawn = draw_objects(FRAME, objects, PALETTE)
+    assert tuple(drawn[70, 10]) == (100, 100, 100)
+    assert object_legend(objects.select([2]), "abc", PALETTE) == []
+    assert object_legend(objects, "abc", PALETTE) == [("b", PALETTE[1]), ("c", PALETTE[2])]
+
+
+def test_black_classes_have_a_white_outline_alone():
+    objects = Objects.of_masks(make_masks()[:1], [0], [0.9])
+    drawn = draw_objects(FRAME, objects, PALETTE)
+    assert tuple(drawn[10, 30]) == (255, 255, 255) and tuple(drawn[12, 12]) == (100, 100, 100)
+    assert tuple(draw_objects(FRAME, objects, PALETTE, opacity=1)[12, 12]) == (0, 0, 0)
+
+
+def test_numbers_lie_inside_their_objects():
+    masks = make_masks()
+    drawn = draw_objects(FRAME, Objects.of_masks(masks[2:], [1], [0.9]), PALETTE)
+    white = (drawn == 255).all(axis=-1)
+    assert white.any() and not (white & ~masks[2]).any()
+
+
+def test_no_objects_leave_the_frame_unchanged():
+    empty = Objects.of_masks(np.zeros((0, 80, 120), bool), [], [])
+    assert np.array_equal(draw_objects(FRAME, empty, PALETTE), FRAME)
