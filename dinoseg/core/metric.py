@@ -70,11 +70,11 @@ class LabelledImage:
     objects: Objects | None = None
 
 
-class Metric(ABC):
-    """Base class of metrics: counts of single images that add up over a dataset, and scores of these sums.
+class ImageMetric(ABC):
+    """Base class of metrics, which count single images of a dataset and score all of them; they have no state.
 
-    A metric has no state. Since counts are summed in the order of the images, scores do not depend on the number of
-    ranks, and leaving out one image or video at a time gives confidence intervals.
+    Inherit `Metric` if the counts add up, else `RowMetric`. Counts are joined in the order of the images, so that
+    scores do not depend on the number of ranks. Leaving out one image or video at a time gives confidence intervals.
 
     Attributes:
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
@@ -85,23 +85,8 @@ class Metric(ABC):
             classes, and they have no interval.
         needs_logits: whether `count` needs `PredictedImage.logits`.
         needs_bins: whether `count` needs `PredictedImage.bins`. It then takes masks with layers, too, as a whole.
-
-    Examples:
-        >>> import numpy as np
-        >>> from dinoseg.metrics import LabelledImage, Metric, PredictedImage
-        >>> class Correct(Metric):
-        ...     scores = {"correct": "max"}
-        ...
-        ...     def count(self, prediction, sample):
-        ...         labelled = sample.mask != sample.ignore_index
-        ...         correct = labelled & (prediction.ids == sample.mask)
-        ...         return {"correct": correct.sum(), "labelled": labelled.sum()}
-        ...
-        ...     def compute(self, sums):
-        ...         return {"correct": sums["correct"] / sums["labelled"]}
-        >>> metric, ids = Correct(), np.array([[0, 1]])
-        >>> metric.score([metric.count(PredictedImage(ids), LabelledImage(ids, num_classes=2))])
-        {'correct': 1.0}
+        needs_objects: whether `count` needs the `objects` of `PredictedImage` and `LabelledImage`.
+        class_columns: names of values of `score_classes` in 0..1 that tables of objects show.
     """
 
     scores: Mapping[str, str]
@@ -109,6 +94,8 @@ class Metric(ABC):
     totals: Collection[str] = ()
     needs_logits: bool = False
     needs_bins: bool = False
+    needs_objects: bool = False
+    class_columns: Sequence[str] = ()
 
     @property
     def class_name(self) -> str:
@@ -131,6 +118,78 @@ class Metric(ABC):
             UserError: naming the parameter.
         """
 
+    def check_things(self, things: Collection[int]) -> None:  # noqa: B027
+        """Refuse options that do not fit the classes with objects of the data; by default, all fit.
+
+        Args:
+            things: ids of these classes.
+
+        Raises:
+            UserError: naming the key.
+        """
+
+    @abstractmethod
+    def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+        """Return the counts of one image."""
+
+    @abstractmethod
+    def score_rows(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return each score over images from the counts of each; nan where undefined."""
+
+    def score_classes(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return values (K,) of each class by name from the counts of each image; by default none."""
+        return {}
+
+    def count_errors(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+        """Return numbers (K,) of objects that are `found`, `missed` and `invented`; only of a metric of objects."""
+        raise NotImplementedError
+
+    def draw_errors(
+        self, prediction: PredictedImage, sample: LabelledImage, canvas: np.ndarray, colours: Mapping[str, tuple]
+    ) -> None:
+        """Draw these objects; only of a metric of objects.
+
+        Args:
+            prediction: of an image.
+            sample: its labels.
+            canvas: (h, w, 3) uint8, the image at any size.
+            colours: RGB of the objects by the names of `count_errors`.
+        """
+        raise NotImplementedError
+
+    def score(self, rows: Iterable[Counts]) -> dict[str, float | None]:
+        """Return the scores over images from the counts of each; None where undefined.
+
+        Raises:
+            UserError: there are no images.
+        """
+        counts = list(rows)
+        if not counts:
+            raise UserError("rows: there are no counts. Give those of at least one image.")
+        return {name: plain_score(value) for name, value in self.score_rows(counts).items()}
+
+
+class Metric(ImageMetric):
+    """Base class of metrics whose counts of single images add up over a dataset: scores come from the sums.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.metrics import LabelledImage, Metric, PredictedImage
+        >>> class Correct(Metric):
+        ...     scores = {"correct": "max"}
+        ...
+        ...     def count(self, prediction, sample):
+        ...         labelled = sample.mask != sample.ignore_index
+        ...         correct = labelled & (prediction.ids == sample.mask)
+        ...         return {"correct": correct.sum(), "labelled": labelled.sum()}
+        ...
+        ...     def compute(self, sums):
+        ...         return {"correct": sums["correct"] / sums["labelled"]}
+        >>> metric, ids = Correct(), np.array([[0, 1]])
+        >>> metric.score([metric.count(PredictedImage(ids), LabelledImage(ids, num_classes=2))])
+        {'correct': 1.0}
+    """
+
     @abstractmethod
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return the counts of one image; their names and shapes are those of every image of the dataset."""
@@ -143,28 +202,21 @@ class Metric(ABC):
         """Return values (..., K) of each class by name, from the sums that `compute` takes; by default none."""
         return {}
 
-    def score(self, rows: Iterable[Counts]) -> dict[str, float | None]:
-        """Return the scores over images from the counts of each; None where undefined.
+    def score_rows(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return each score of the sums."""
+        return self.compute(sum_counts(rows))
 
-        Raises:
-            UserError: there are no images.
-        """
-        sums = sum_counts(rows)
-        if not sums:
-            raise UserError("rows: there are no counts. Give those of at least one image.")
-        found = self.compute(sums)
-        return {name: plain_score(value) for name, value in found.items()}
+    def score_classes(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return the values of each class of the sums."""
+        return self.per_class(sum_counts(rows))
 
 
-class RowMetric(ABC):
+class RowMetric(ImageMetric):
     """Base class of scores that no sum over images determines, such as the average precision.
 
     Images have rows of any length, in arrays by name, whose first axis is that of the rows. A score is computed from
-    the rows of all images, and from those of all but one for its confidence interval.
-
-    Attributes:
-        scores: names of the scores, the main one first, with "max" or "min": which value is the best.
-        unbounded: names of the scores that may lie outside 0..1.
+    the rows of all images, and from those of all but one for its confidence interval. An image without rows says
+    nothing about it.
 
     Examples:
         >>> import numpy as np
@@ -172,19 +224,15 @@ class RowMetric(ABC):
         >>> class Median(RowMetric):
         ...     scores = {"median": "max"}
         ...
-        ...     def compute(self, rows):
+        ...     def count(self, prediction, sample):
+        ...         return {"values": prediction.ids[sample.mask == 1]}
+        ...
+        ...     def score_rows(self, rows):
         ...         return {"median": np.median(np.concatenate([row["values"] for row in rows]))}
         >>> rows = [{"values": np.array([1.0, 2.0])}, {"values": np.array([4.0])}, {"values": np.array([3.0])}]
         >>> Median().leave_one_out(rows, [0, 1, 1])["median"].tolist()
         [3.5, 1.5]
     """
-
-    scores: Mapping[str, str]
-    unbounded: Collection[str] = ()
-
-    @abstractmethod
-    def compute(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
-        """Return each score over the images of some rows; nan where undefined."""
 
     def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
         """Return each score (U,) without the images of each unit; by default, each is computed anew.
@@ -194,7 +242,7 @@ class RowMetric(ABC):
             units: 0..U-1 of each image.
         """
         left_out = [
-            self.compute([row for row, own in zip(rows, units, strict=True) if own != unit])
+            self.score_rows([row for row, own in zip(rows, units, strict=True) if own != unit])
             for unit in range(max(units, default=-1) + 1)
         ]
         return {name: np.array([found[name] for found in left_out]) for name in self.scores}
@@ -247,7 +295,7 @@ def _format_option(value: Any) -> Any:
     return hashlib.sha256(repr(value.tolist()).encode()).hexdigest() if hasattr(value, "tolist") else value
 
 
-def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+def count_image(metric: ImageMetric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
     """Return the counts of one image by `metric.count`.
 
     Raises:
@@ -307,7 +355,7 @@ def explain_infinite_scores(name: str) -> str:
     return f"add {both} to `scores` and `unbounded`, and {name}{INFINITE_IMAGES} to `totals`"
 
 
-def check_infinite_scores(metric: Metric) -> None:
+def check_infinite_scores(metric: ImageMetric) -> None:
     """Refuse a number of infinite images that is none of the `totals`, or without the mean of the others.
 
     Raises:

@@ -1,7 +1,7 @@
 """Per-image results of an evaluation for its report: exact counts, sampled logits and a few images."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import starmap
 
@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.core.geometry import LATTICE, lattice
-from dinoseg.core.metric import LabelledImage, plain_score
+from dinoseg.core.metric import Counts, LabelledImage, plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.miou import MeanIoU, count_classes
 from dinoseg.metrics.surface import boundary_errors
-from dinoseg.report.html.pictures import Shot
+from dinoseg.report.html.pictures import OUTLINES, ObjectShot, Shot, mark_pixels
 from dinoseg.report.overlay import downscale, downscale_mask
 from dinoseg.utils.levels import to_display
 
@@ -33,6 +33,7 @@ class Collected:
         labels: (P,) uint8, reference classes of these pixels.
         best: the best images, best first.
         worst: the worst images, worst first, disjoint from `best`.
+        errors: images with the most objects that are missed or invented, most first.
     """
 
     classes: np.ndarray
@@ -41,6 +42,7 @@ class Collected:
     labels: np.ndarray
     best: list[Shot]
     worst: list[Shot]
+    errors: list[ObjectShot]
 
 
 class Collector:
@@ -57,6 +59,7 @@ class Collector:
         self._rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self._best: list[tuple[float, int, Shot]] = []
         self._worst: list[tuple[float, int, Shot]] = []
+        self._errors: list[tuple[int, int, ObjectShot]] = []
 
     def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
         """Add a batch, in the form that `evaluate` passes to `on_batch`."""
@@ -79,11 +82,29 @@ class Collector:
             self._store_image(image_mious(counts[None])[0], batch.image[row], prediction, mask)
             self._next += self._world
 
+    def add_errors(
+        self, index: int, image: Tensor, counts: Counts, draw: Callable[[np.ndarray, Mapping[str, tuple]], None]
+    ) -> None:
+        """Add the objects of an image, as `MetricRows` passes them to `on_errors`."""
+        numbers = {name: int(each.sum()) for name, each in counts.items()}
+        errors = numbers["missed"] + numbers["invented"]
+        key = errors, -index  # ties store the earlier image, independent of its rank
+        if not errors or (len(self._errors) == SHOWN and key < self._errors[0][:2]):
+            return
+        frame = np.array(downscale(to_display(image.permute(1, 2, 0).cpu().numpy()), _LONGEST))
+        outlines = mark_pixels(frame, [])
+        draw(outlines, OUTLINES)
+        shot = ObjectShot(index, numbers, frame, outlines)
+        heapq.heappush(self._errors, (*key, shot))
+        if len(self._errors) > SHOWN:
+            heapq.heappop(self._errors)
+
     @property
-    def parts(self) -> list[tuple[list, list[tuple]]]:
+    def parts(self) -> list[tuple[list, list[tuple], list[tuple]]]:
         """Return this rank's results as a list of one entry, for `Engine.gather`."""
         shots = {index: shot for heap in (self._best, self._worst) for _, index, shot in heap}
-        return [(self._rows, [tuple(vars(shot).values()) for shot in shots.values()])]
+        errors = [tuple(vars(shot).values()) for _, _, shot in self._errors]
+        return [(self._rows, [tuple(vars(shot).values()) for shot in shots.values()], errors)]
 
     def _store_image(self, score: float | None, image: Tensor, prediction: np.ndarray, mask: np.ndarray) -> None:
         if score is None:
@@ -102,11 +123,12 @@ class Collector:
                 heapq.heappop(heap)
 
 
-def join(parts: Iterable[tuple[list, list[tuple]]]) -> Collected:
+def join(parts: Iterable[tuple[list, list[tuple], list[tuple]]]) -> Collected:
     """Merge the results of all ranks."""
     parts = list(parts)
-    rows = sorted((row for rows, _ in parts for row in rows), key=lambda row: row[0])
-    shots = list({shot.index: shot for _, shots in parts for shot in starmap(Shot, shots)}.values())
+    rows = sorted((row for rows, _, _ in parts for row in rows), key=lambda row: row[0])
+    shots = list({shot.index: shot for _, shots, _ in parts for shot in starmap(Shot, shots)}.values())
+    errors = [ObjectShot(*shot) for _, _, shots in parts for shot in shots]
     best = sorted(shots, key=lambda shot: (-shot.score, shot.index))[:SHOWN]
     worst = sorted(shots, key=lambda shot: (shot.score, shot.index))[:SHOWN]
     # with few distinct images, show each once: the better half as best
@@ -121,6 +143,7 @@ def join(parts: Iterable[tuple[list, list[tuple]]]) -> Collected:
         labels=np.concatenate([row[4] for row in rows]),
         best=best,
         worst=worst,
+        errors=sorted(errors, key=lambda shot: (-shot.errors, shot.index))[:SHOWN],
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.metric import Counts
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
@@ -88,7 +89,7 @@ def report_images(
     intervals = _estimate_intervals(ClassScores(len(data.classes), background), sums[scored], rows, groups)
     mious = image_mious(collected.classes)
     sources = {"model": record.source, "data": record.root}
-    _write_table(out_dir / TABLE, record, mious)
+    _write_table(out_dir / TABLE, record, mious, rows.errors)
     page = evaluation_page(
         record,
         EvaluationScores(scores, intervals, official, rows.metrics, charts),
@@ -99,6 +100,7 @@ def report_images(
             distances=DISTANCES,
             boundary=collected.boundary.sum(axis=0),
             calibration=_calibration(collected) if calibrates else None,
+            objects=collected.errors,
         ),
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
         subtitle=provenance.kind,
@@ -167,9 +169,13 @@ def _training(folder: Path | None) -> list[dict[str, Any]] | None:
         return None
 
 
-def _write_table(path: Path, record: ImageRecord, mious: list[float | None]) -> None:
-    rows: list[list[Any]] = [["image", "unit", "miou", "labelled_pixels", "wrong_pixels"]]
-    for name, unit, miou, counts in zip(record.images, record.units, mious, record.counts, strict=True):
+def _write_table(path: Path, record: ImageRecord, mious: list[float | None], errors: Sequence[Counts]) -> None:
+    """Write a line for each image; with numbers of objects, if they were compared."""
+    numbers: Sequence[Counts] = errors or [{}] * len(mious)
+    heads = ["image", "unit", "miou", "labelled_pixels", "wrong_pixels"]
+    rows: list[list[Any]] = [[*heads, *(f"objects_{name}" for name in numbers[0])]]
+    images = zip(record.images, record.units, mious, record.counts, numbers, strict=True)
+    for name, unit, miou, counts, objects in images:
         correct, labelled = map(int, count_decisions(counts))
-        rows.append([name, unit, miou, labelled, labelled - correct])
+        rows.append([name, unit, miou, labelled, labelled - correct, *(int(each.sum()) for each in objects.values())])
     write_csv(path, rows)

@@ -2,21 +2,20 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, Metric, plain_score
+from dinoseg.core.metric import Counts, ImageMetric, Metric, RowMetric, plain_score
 from dinoseg.evaluation.scoring.intervals import (
     Estimate,
     add_units,
     combine_errors,
+    estimate_scores,
     has_labels,
-    jackknife,
     jackknife_error,
     leave_one_out,
     mean_of,
-    scored_sums,
     unit_sums,
 )
 from dinoseg.metrics.counts import FlatMetric, flatten_counts, mean_defined
@@ -59,7 +58,41 @@ class ClassScores:
         return scores | {f"iou/{index}": ious[..., index] for index in range(self.num_classes)}
 
 
-def metric_intervals(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, list[float] | None]:
+class UnitScores(NamedTuple):
+    """Scores of a metric over units.
+
+    Attributes:
+        values: by name, over all units.
+        left_out: by name, (U,) without each unit, in the order of the units' first images.
+        scored: (U,) bool, whether the metric counts something in each unit.
+    """
+
+    values: Mapping[str, np.ndarray]
+    left_out: Mapping[str, np.ndarray]
+    scored: np.ndarray
+
+
+def leave_units_out(metric: ImageMetric, counts: Sequence[Counts], units: Sequence[str]) -> UnitScores:
+    """Return the scores of a metric over all units and without each, from its counts and the unit of each image."""
+    if isinstance(metric, Metric):
+        sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
+        function = FlatMetric.of(metric, counts[0])
+        return UnitScores(function.scores(add_units(sums)), leave_one_out(function, sums), has_labels(sums))
+    assert isinstance(metric, RowMetric)
+    places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
+    numbers = [places[unit] for unit in units]
+    scored = np.zeros(len(places), bool)
+    for number, row in zip(numbers, counts, strict=True):
+        scored[number] |= any(map(len, row.values()))
+    left_out = {name: np.full(1, np.nan) for name in metric.scores}
+    if len(places) > 1:
+        left_out = metric.leave_one_out(counts, numbers)
+    return UnitScores(metric.score_rows(counts), left_out, scored)
+
+
+def metric_intervals(
+    metric: ImageMetric, counts: Sequence[Counts], units: Sequence[str]
+) -> dict[str, list[float] | None]:
     """Return the 95 % interval of each score of a metric but `totals`, over the units in which it counts something.
 
     Args:
@@ -67,8 +100,8 @@ def metric_intervals(metric: Metric, counts: Sequence[Counts], units: Sequence[s
         counts: its counts of each image.
         units: the unit of each image.
     """
-    sums = scored_sums(np.stack([flatten_counts(row) for row in counts]), units)
-    found = jackknife(FlatMetric.of(metric, counts[0]), sums)
+    values, left_out, scored = leave_units_out(metric, counts, units)
+    found = estimate_scores(values, {key: each[scored] for key, each in left_out.items()}, metric.unbounded, {})
     return {key: estimate.ci95 for key, estimate in found.items() if key not in metric.totals}
 
 
@@ -91,15 +124,12 @@ class FurtherScore:
     scored: Sequence[bool]
 
 
-def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, FurtherScore]:
+def further_scores(metric: ImageMetric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, FurtherScore]:
     """Return the scores of a metric by name, without `unbounded` ones, from its counts and the unit of each image."""
-    sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
-    function = FlatMetric.of(metric, counts[0])
-    whole, left_out = function.scores(add_units(sums)), leave_one_out(function, sums)
-    scored = has_labels(sums).tolist()
+    values, left_out, scored = leave_units_out(metric, counts, units)
     return {
         name: FurtherScore(
-            better, metric.settings, plain_score(whole[name]), [*map(plain_score, left_out[name])], scored
+            better, metric.settings, plain_score(values[name]), [*map(plain_score, left_out[name])], scored.tolist()
         )
         for name, better in metric.scores.items()
         if name not in metric.unbounded

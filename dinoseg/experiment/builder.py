@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,7 +18,7 @@ from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
-from dinoseg.core.metric import Metric
+from dinoseg.core.metric import ImageMetric, RowMetric
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
@@ -155,7 +155,7 @@ class Builder(ModelBuilder):
         """Return the error of a `trainer.score` that selects no checkpoint."""
         method = self.training_method
         metrics = [] if method.on_clips else options_in([SHIPPED, *map(Path, self.config_dirs)], METRIC)
-        chosen = dict(zip(self.value(METRIC) or {}, self.metrics, strict=True))
+        chosen = dict(zip(self.metric_nodes, self.metrics, strict=True))
         return explain_score(self.value("trainer.score"), method.score_names, metrics, chosen)
 
     @cached_property
@@ -289,33 +289,53 @@ class Builder(ModelBuilder):
         return loss
 
     @cached_property
-    def metrics(self) -> list[Metric]:
-        """The metrics of the config group `metric`, in addition to those that every validation counts.
+    def metric_nodes(self) -> Mapping[str, Any]:
+        """The config nodes of the group `metric`, after those of the metrics that a task of objects always counts."""
+        chosen = self.value(METRIC) or {}
+        names = [name for name in self.task.eval_metrics if name not in chosen] if self.task.has_objects else []
+        return {**self.with_metrics(names).value(METRIC), **chosen} if names else chosen
+
+    def with_metrics(self, names: Sequence[str]) -> Self:
+        """Return a builder with further options of the group `metric`, which come first."""
+        if not names:
+            return self
+        chosen = self.config.get(METRIC) or {}
+        return self.with_changes({METRIC: {**compose_options({METRIC: [*names]})[METRIC], **chosen}})
+
+    @cached_property
+    def metrics(self) -> list[ImageMetric]:
+        """The metrics of `metric_nodes`, in addition to what every validation counts.
 
         Metrics of a task of layers count each layer by itself, except those that `needs_bins`.
 
         Raises:
-            UserError: a config node makes no metric, or its options do not fit the classes.
+            UserError: a config node makes no metric, its options do not fit the classes, or it needs objects, which the
+                task does not predict.
         """
-        nodes = self.value(METRIC) or {}
         has_layers = self.task.has_layers
-        metrics: list[Metric] = []
-        for name, node in nodes.items():
+        metrics: list[ImageMetric] = []
+        for name, node in self.metric_nodes.items():
             if not OmegaConf.is_dict(node):
                 raise UserError(
                     f"metric.{name}={node} is not a metric. Choose options of the group metric: metric=[NAME]. In its "
                     "YAML file, `_target_` and its arguments are below the key NAME:."
                 )
-            metric = expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
+            metric = expect_type(ImageMetric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
+            if metric.needs_objects and not self.task.has_objects:
+                raise UserError(
+                    f"metric=[{name}] compares objects, which task={self.options['task']} does not predict. Leave it "
+                    "out, or train with task=instance or task=panoptic."
+                )
             with name_parameters(argument_keys(node)):
                 metric.check_classes(len(self.class_names), has_layers=has_layers)
-            metrics.append(metric if metric.needs_bins or not has_layers else instantiate(_LAYER_METRIC)(metric))
+            is_whole = metric.needs_bins or isinstance(metric, RowMetric)
+            metrics.append(metric if is_whole or not has_layers else instantiate(_LAYER_METRIC)(metric))
         return metrics
 
     @property
     def score_metric(self) -> str | None:
         """Return the option of `metric` that computes `trainer.score`; None if validations count it anyway."""
-        named = zip(self.value(METRIC) or {}, self.metrics, strict=True)
+        named = zip(self.metric_nodes, self.metrics, strict=True)
         return next((name for name, metric in named if self.value("trainer.score") in metric.scores), None)
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:

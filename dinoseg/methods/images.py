@@ -172,7 +172,7 @@ class ImageTraining(TrainingMethod):
         data, out_dir = self.data_module.val, provenance.folder / EVALUATION
         place = (data, engine.rank, engine.world_size)
         collector = Collector(*place) if report else None
-        rows = MetricRows(self._metrics, *place)
+        rows = MetricRows(self._metrics, *place, None if collector is None else collector.add_errors)
         scores = evaluate_images(
             model,
             data,

@@ -1,6 +1,7 @@
 """Counts of metrics for each image of a dataset, on any number of ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import (
     INFINITE_IMAGES,
     Counts,
+    ImageMetric,
     LabelledImage,
     Metric,
     PredictedImage,
@@ -20,6 +22,9 @@ from dinoseg.core.metric import (
     plain_score,
     sum_counts,
 )
+from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.objects import Objects
+from dinoseg.core.sample_maps import ObjectMap, get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.confusion import SCORES
 from dinoseg.utils.errors import UserError
@@ -37,7 +42,10 @@ _TAKEN = (
     "classes",
 )
 _ROUNDING = 1e-9  # shares of float64 sums may exceed 1 by this much
-Row = tuple[int, list[Counts]]  # index of an image in the dataset, and the counts of each metric
+# index of an image in the dataset, the counts of each metric, and `count_errors` of the first one of objects
+Row = tuple[int, list[Counts], Counts]
+# called with the index of an image, its pixels (3, H, W), its `count_errors`, and a function that draws them
+OnErrors = Callable[[int, Tensor, Counts, Callable[[np.ndarray, Mapping[str, tuple]], None]], None]
 
 
 class MetricRows:
@@ -48,31 +56,83 @@ class MetricRows:
         data: the dataset.
         rank: this rank, which has every `world_size`-th image in order.
         world_size: number of ranks.
+        on_errors: receives the errors of each image, if a metric needs objects.
+
+    Attributes:
+        counts: of each metric, by image; set by `add_scores`.
+        errors: of each image `count_errors` of the first metric that needs objects; set by `add_scores`.
+
+    Raises:
+        UserError: a metric needs objects, which the dataset lacks, or takes other classes as things.
     """
 
-    def __init__(self, metrics: Sequence[Metric], data: SegmentationData, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        metrics: Sequence[ImageMetric],
+        data: SegmentationData,
+        rank: int = 0,
+        world_size: int = 1,
+        on_errors: OnErrors | None = None,
+    ) -> None:
         self.metrics = metrics
-        self.counts: list[list[Counts]] = [[] for _ in metrics]  # of each metric, by image; set by `add_scores`
+        self.needs_bins = any(metric.needs_bins for metric in metrics)
+        self._of_objects = next((metric for metric in metrics if metric.needs_objects), None)
+        self.needs_objects = self._of_objects is not None
+        kind = get_map_kinds(data).get(OBJECTS)
+        for metric in metrics if self.needs_objects else ():
+            if metric.needs_objects and kind is None:
+                raise UserError(
+                    f"{metric.class_name} compares objects, and this dataset has none. Choose data with objects, such "
+                    "as data=coco_instances, or another metric and task."
+                )
+            metric.check_things(kind.things if isinstance(kind, ObjectMap) else ())
+        self.counts: list[list[Counts]] = [[] for _ in metrics]
+        self.errors: list[Counts] = []
+        self._on_errors = on_errors
         self._data, self._next, self._world = data, rank, world_size
         self._rows: list[Row] = []
 
-    def add(self, batch: Batch, ids: Tensor, logits: Tensor, bins: Tensor | None = None) -> None:
-        """Count a batch, in the form that `evaluate` passes to `on_batch`; bins (B, K, H, W) if a metric needs them."""
+    def add(
+        self,
+        batch: Batch,
+        ids: Tensor,
+        logits: Tensor,
+        bins: Tensor | None = None,
+        objects: Sequence[Objects] | None = None,
+    ) -> None:
+        """Count a batch, in the form that `evaluate` passes to `on_batch`.
+
+        Args:
+            batch: images with masks.
+            ids: predicted class ids.
+            logits: at some pixels.
+            bins: (B, K, H, W); None unless `needs_bins`.
+            objects: predicted in each image; None unless `needs_objects`.
+        """
         masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
         places = lattice((masks.shape[-2], masks.shape[-1]))
         needs_logits = any(metric.needs_logits for metric in self.metrics)
         sampled = logits.cpu().numpy() if needs_logits else None
         binned = None if bins is None else bins.cpu().numpy()
+        held = batch.maps[OBJECTS].cpu().numpy() if self.needs_objects else None
         for image, name in enumerate(batch.names):
             prediction = PredictedImage(
                 predictions[image],
                 None if sampled is None else sampled[image],
                 places,
                 None if binned is None else binned[image],
+                None if objects is None else objects[image],
             )
-            sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name)
+            labelled = None if held is None else Objects.of_map(held[image])
+            sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name, labelled)
             counts = [_narrow(count_image(metric, prediction, sample)) for metric in self.metrics]
-            self._rows.append((self._next, counts))
+            errors: Counts = {}
+            if self._of_objects is not None:
+                errors = self._of_objects.count_errors(prediction, sample)
+                if self._on_errors is not None:
+                    draw = partial(self._of_objects.draw_errors, prediction, sample)
+                    self._on_errors(self._next, batch.image[image], errors, draw)
+            self._rows.append((self._next, counts, errors))
             self._next += self._world
 
     def add_scores(self, result: dict[str, Any], gather: Callable[[list[Any]], list[Any]]) -> None:
@@ -88,17 +148,21 @@ class MetricRows:
                 shapes.
         """
         rows = sorted(gather(self._rows), key=lambda row: row[0])
-        self.counts = [[counts[number] for _, counts in rows] for number in range(len(self.metrics))]
-        names = [self._data.names[index] for index, _ in rows]
+        self.counts = [[counts[number] for _, counts, _ in rows] for number in range(len(self.metrics))]
+        self.errors = [errors for _, _, errors in rows] if self.needs_objects else []
+        names = [self._data.names[index] for index, _, _ in rows]
         for metric, counts in zip(self.metrics, self.counts, strict=True):
-            check_forms(metric, counts, names)
-            sums = sum_counts(counts)
-            scores = metric.compute(sums)
+            if isinstance(metric, Metric):
+                check_forms(metric, counts, names)
+            scores = metric.score_rows(counts)
             _check_scores(metric, scores)
             result |= {name: plain_score(value) for name, value in scores.items()}
-            for name, values in metric.per_class(sums).items():
+            for name, values in metric.score_classes(counts).items():
                 for row, value in zip(result["classes"], values, strict=True):
-                    row[name] = plain_score(value)
+                    row[name] = int(value) if values.dtype.kind in "iu" else plain_score(value)
+        for name, values in sum_counts(self.errors).items():
+            for row, value in zip(result["classes"], values.tolist(), strict=True):
+                row[name] = value
 
 
 def _narrow(counts: Counts) -> Counts:
@@ -111,7 +175,7 @@ def _narrow(counts: Counts) -> Counts:
     }
 
 
-def check_score_names(metrics: Iterable[Metric]) -> None:
+def check_score_names(metrics: Iterable[ImageMetric]) -> None:
     """Refuse metrics with a score of the same name as another score of an evaluation, or with half of two scores.
 
     Raises:
@@ -129,7 +193,7 @@ def check_score_names(metrics: Iterable[Metric]) -> None:
             seen.add(name)
 
 
-def _check_scores(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:
+def _check_scores(metric: ImageMetric, scores: Mapping[str, np.ndarray]) -> None:
     if scores.keys() != metric.scores.keys():
         raise UserError(
             f"metric: `compute` of {metric.class_name} returns the scores {[*scores]}, and its `scores` are "

@@ -8,14 +8,12 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from dinoseg.checkpoints.trained import Trained, check_classes, is_trained, load_trained
-from dinoseg.config.composition import compose_options
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
-from dinoseg.experiment.recipe import METRIC
 from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils.errors import UserError
@@ -104,7 +102,7 @@ def evaluate_split(
     draw_curves: Callable[..., list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Score a trained model on the images of a split; arguments as of `run`."""
-    builder = _add_metrics_of_task(builder)
+    builder = builder.with_metrics(builder.task.eval_metrics)
     cfg = builder.cfg
     trained = load_trained(builder)
     check_score_names(builder.metrics)
@@ -120,7 +118,7 @@ def evaluate_split(
     effect = None if regions is None else regions(trained.strategy, data, engine)
     if effect is not None:
         receiver = effect.watch(receiver)
-    rows = MetricRows(builder.metrics, *place)
+    rows = MetricRows(builder.metrics, *place, None if collector is None else collector.add_errors)
     is_edited = trained.strategy.base is not trained.strategy
     if is_edited and any(metric.needs_bins for metric in builder.metrics):
         logger.warning(_EDITED)
@@ -185,11 +183,3 @@ def _needs_thresholds(builder: Builder, trained: Trained, out_dir: Path) -> bool
     """Return whether thresholds are to be chosen; those of the checkpoint are chosen again if the command says so."""
     is_asked = builder.value("task.threshold") == "auto" and "task.threshold" in find_typed_keys(out_dir)
     return trained.model.task.is_auto or is_asked
-
-
-def _add_metrics_of_task(builder: Builder) -> Builder:
-    """Return a builder whose metrics include those that its task adds to each evaluation."""
-    if not builder.task.eval_metrics:
-        return builder
-    added = compose_options({METRIC: [*builder.task.eval_metrics]})[METRIC]
-    return builder.with_changes({METRIC: {**added, **(builder.config.get(METRIC) or {})}})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from dinoseg.core.metric import Metric
+from dinoseg.core.metric import ImageMetric
 from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.wording import count_of
 
@@ -27,7 +27,10 @@ FEW = 10  # units: with fewer, intervals cover less than 95 % (benchmarks/interv
 
 
 def class_table(
-    scores: Mapping[str, Any], classes: Sequence[str], background: int | None = None, metrics: Sequence[Metric] = ()
+    scores: Mapping[str, Any],
+    classes: Sequence[str],
+    background: int | None = None,
+    metrics: Sequence[ImageMetric] = (),
 ) -> str:
     """Return the scores of a `ConfusionMatrix` as text, in percent: one row per class, then the means.
 
@@ -60,7 +63,31 @@ def class_table(
         colalign=("left", "right", "left"),
     )
     notes = _describe_thresholds(scores["thresholds"], classes) if "thresholds" in scores else ""
-    return f"{table}\n\n{text}{notes}"
+    columns = object_columns(metrics)
+    shown = f"{_object_table(scores['classes'], columns, classes)}\n\n" if columns else ""
+    return f"{table}\n\n{shown}{text}{notes}"
+
+
+def object_columns(metrics: Sequence[ImageMetric]) -> list[str]:
+    """Return the names of the scores of classes that tables of objects show; empty without metrics of objects."""
+    return [name for metric in metrics for name in metric.class_columns]
+
+
+def _object_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], classes: Sequence[str]) -> str:
+    """Return scores of the objects of each class as text, in percent, and how many are found, missed and invented."""
+    counts = ("found", "missed", "invented")
+    cells = [
+        [
+            str(row["id"]),
+            classes[row["id"]],
+            *(percent(row[key]) for key in columns),
+            *(str(row[key]) for key in counts),
+        ]
+        for row in rows
+    ]
+    heads = ["id", "class", *(f"{key} %" for key in columns), *counts]
+    aligned = ("right", "left", *["right"] * (len(heads) - 2))
+    return tabulate(cells, headers=heads, disable_numparse=True, colalign=aligned)
 
 
 def _describe_thresholds(thresholds: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -108,7 +135,7 @@ def _text_row(row: Mapping[str, Any], name: str) -> list[str]:
     return [str(row["id"]), name, *scores, f"{row['pixels']:,}"]
 
 
-def metric_text(metric: Metric, name: str, score: float | None) -> str:
+def metric_text(metric: ImageMetric, name: str, score: float | None) -> str:
     """Return a score of a metric as text: in percent, or as a plain number if it may lie outside 0..1."""
     return _with_sign(score) if score is None or name not in metric.unbounded else f"{score:.4g}"
 

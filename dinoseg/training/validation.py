@@ -3,19 +3,21 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import lattice
+from dinoseg.core.objects import Objects
 from dinoseg.core.sample_maps import MapKind, get_map_kinds, resize_map, resize_nearest
 from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData, tree_map
 from dinoseg.core.task import probability_bins
 from dinoseg.data.loader import eval_samples, stack_equal
+from dinoseg.inference.objects import ObjectCollector
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.strategy import InferenceStrategy, Place
+from dinoseg.inference.strategy import InferenceStrategy, OnPass, Place
 from dinoseg.inference.windows import Whole
 from dinoseg.metrics.confusion import make_counts
 from dinoseg.metrics.rows import MetricRows
@@ -73,14 +75,13 @@ def evaluate(
     for drawn in batches:
         batch = drawn.to(engine.device)
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        needs_bins = rows is not None and any(metric.needs_bins for metric in rows.metrics)
-        ids, logits, bins, added = _predict_batch(predictor, batch, loss, maps, size, needs_bins=needs_bins)
-        losses += added
-        counts.update(ids, batch.mask)
+        predicted = _predict_batch(predictor, batch, loss, maps, size, rows)
+        losses += predicted.losses
+        counts.update(predicted.ids, batch.mask)
         if rows is not None:
-            rows.add(batch, ids, logits, bins)
+            rows.add(batch, predicted.ids, predicted.logits, predicted.bins, predicted.objects)
         if on_batch is not None:
-            on_batch(batch, ids, logits)
+            on_batch(batch, predicted.ids, predicted.logits)
     model.train(training)
     # integers, so that the sum over ranks is exact in any order
     counts.counts = engine.sum(counts.counts.to(engine.device))
@@ -94,30 +95,54 @@ def evaluate(
     return result
 
 
+class _PredictedBatch(NamedTuple):
+    """Predictions of a batch, as `_read` returns them, with the objects of each image and the losses."""
+
+    ids: Tensor
+    logits: Tensor
+    bins: Tensor | None
+    objects: list[Objects] | None
+    losses: list[Tensor]
+
+
 def _predict_batch(
     predictor: Predictor,
     batch: Batch,
     loss: Loss | None,
     kinds: Mapping[str, MapKind],
     size: Size,
-    *,
-    needs_bins: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """Return the class IDs, logits and bins of a batch as `_read` does, and its losses."""
+    rows: MetricRows | None,
+) -> _PredictedBatch:
+    """Predict a batch at `size` (H, W), with what the loss and the metrics of the rows need."""
     losses: list[Tensor] = []
+    needs_bins = rows is not None and rows.needs_bins
+    needs_objects = rows is not None and rows.needs_objects
     if isinstance(batch, FeatureBatch):
         with predictor.autocast():
             prediction = predictor.model(batch.image)
         if loss is not None:
             losses += _losses_of_images(loss, prediction, batch)
-        return *_read([prediction], size, needs_bins=needs_bins), losses
-    on_pass = partial(_add_loss, loss, losses, kinds, batch) if loss is not None else None
+        read = _read([prediction], size, needs_bins=needs_bins)
+        return _PredictedBatch(*read, prediction.objects(size) if needs_objects else None, losses)
+    receivers: list[OnPass] = []
+    if loss is not None:
+        receivers.append(partial(_add_loss, loss, losses, kinds, batch))
+    found = ObjectCollector(predictor.model.task, batch.count, size)
+    if needs_objects:
+        receivers.append(found)
+
+    def on_pass(prediction: Prediction, parts: Tensor, places: Sequence[Place], whole: Size) -> None:
+        for receive in receivers:
+            receive(prediction, parts, places, whole)
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor, Tensor | None]:
-        losses.clear()  # of an attempt that ran out of memory
+        # of an attempt that ran out of memory
+        losses.clear()
+        found.clear()
         return _read(bands, size, needs_bins=needs_bins)
 
-    return *predictor.run_bands(batch.image, take, size=size, on_pass=on_pass), losses
+    read = predictor.run_bands(batch.image, take, size=size, on_pass=on_pass if receivers else None)
+    return _PredictedBatch(*read, found.objects() if needs_objects else None, losses)
 
 
 def _read(bands: Iterable[Prediction], size: Size, *, needs_bins: bool) -> tuple[Tensor, Tensor, Tensor | None]:

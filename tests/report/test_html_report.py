@@ -285,7 +285,7 @@ def test_decisive_images_are_sorted_by_size_of_their_share():
 
 def test_scores_of_unbounded_metrics_are_numbers():
     given = report()
-    given["metrics"] = [SimpleNamespace(scores={"share": "max", "area": "min"}, unbounded=("area",))]
+    given["metrics"] = [SimpleNamespace(scores={"share": "max", "area": "min"}, unbounded=("area",), class_columns=())]
     given["values"] = {**given["values"], "share": 0.4075, "area": 1.5}
     given["intervals"] = {**given["intervals"], "share": [0.25, 0.5], "area": [1.0, 2.25]}
     page = evaluation_html(given)

@@ -135,7 +135,7 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
     """
     whole = protocol.scores(add_units(sums))
     left_out = leave_one_out(protocol, sums) if len(sums) > 1 else {}
-    return _estimate({key: whole[key] for key in protocol.keys}, left_out, protocol.unbounded, protocol.highest)
+    return estimate_scores({key: whole[key] for key in protocol.keys}, left_out, protocol.unbounded, protocol.highest)
 
 
 def jackknife_rows(metric: RowMetric, units: Sequence[str], *sides: Sequence[Counts]) -> dict[str, Estimate]:
@@ -147,17 +147,17 @@ def jackknife_rows(metric: RowMetric, units: Sequence[str], *sides: Sequence[Cou
         sides: rows of each image, once, or of a first and a second side.
     """
     places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
-    values = [metric.compute(rows) for rows in sides]
+    values = [metric.score_rows(rows) for rows in sides]
     left_out: list[dict[str, np.ndarray]] = [{} for _ in sides]
     if len(places) > 1:
         left_out = [metric.leave_one_out(rows, [places[unit] for unit in units]) for rows in sides]
     if len(sides) == 1:
-        return _estimate(values[0], left_out[0], metric.unbounded, {})
+        return estimate_scores(values[0], left_out[0], metric.unbounded, {})
     gaps = [{key: each[key] - first[key] for key in each} for first, each in (values, left_out)]
-    return _estimate(gaps[0], gaps[1], [*metric.scores], {})
+    return estimate_scores(gaps[0], gaps[1], [*metric.scores], {})
 
 
-def _estimate(
+def estimate_scores(
     values: Mapping[str, np.ndarray | float],
     left_out: Mapping[str, np.ndarray],
     unbounded: Collection[str],

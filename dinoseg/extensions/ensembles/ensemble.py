@@ -283,10 +283,12 @@ def describe_member(
         strategy: of its inference.
 
     Raises:
-        UserError: the model has slots, and no classes.
+        UserError: the model has slots, and no classes, or finds objects, which are no averages.
     """
     if model.head.slots is not None:
         raise UserError("A slot model has no classes, whose probabilities an ensemble averages. Leave it out.")
+    if model.task.has_objects:
+        raise UserError("An ensemble averages the probabilities of classes, and finds no objects. Give a single run.")
     return {
         "classes": [*labels.classes],
         "ignored id": labels.ignore_index,

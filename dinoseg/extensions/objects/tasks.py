@@ -28,6 +28,7 @@ class InstanceTask(SemanticTask):
         classes: names in the order of their ids.
         things: names of the classes that have objects; None: all but the background.
         background: name or id of the class that is no object; None: there is none.
+        score: of validations that selects the best checkpoint, unless `trainer.score` is set.
 
     Raises:
         UserError: a name is no class, or no class is a thing.
@@ -39,9 +40,14 @@ class InstanceTask(SemanticTask):
     eval_metrics = ("instance_ap",)
 
     def __init__(
-        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+        self,
+        classes: Sequence[str],
+        things: Sequence[str] | None = None,
+        background: str | int | None = None,
+        score: str = "AP",
     ) -> None:
         self.num_classes = len(classes)
+        self.score = score
         self.background = classes.index(background) if isinstance(background, str) else background
         self.things = find_things(classes, things, self.background)
         self.is_argmax = self.background is None
@@ -91,6 +97,7 @@ class PanopticTask(SemanticTask):
         background: name or id of the class that is no object, which is stuff; None: there is none.
         score_threshold: class probability above which a query becomes a segment.
         overlap_threshold: share of the pixels of its mask that a query must win against the others.
+        score: of validations that selects the best checkpoint, unless `trainer.score` is set.
 
     Raises:
         UserError: a name is no class, no class is a thing, or a threshold is out of range.
@@ -108,11 +115,13 @@ class PanopticTask(SemanticTask):
         classes: Sequence[str],
         things: Sequence[str] | None = None,
         background: str | int | None = None,
+        score: str = "PQ",
         *,
         score_threshold: Share = SCORE_THRESHOLD,
         overlap_threshold: Share = OVERLAP_THRESHOLD,
     ) -> None:
         self.num_classes = len(classes)
+        self.score = score
         background = classes.index(background) if isinstance(background, str) else background
         self.things = find_things(classes, things, background)
         self.score_threshold, self.overlap_threshold = score_threshold, overlap_threshold

@@ -61,10 +61,10 @@ class _Evaluated(NamedTuple):
 def _evaluate(protocol: ScoreProtocol, scored: ScoringResult) -> _Evaluated:
     if isinstance(protocol, RowProtocol):
         rows = [measured.rows for _, measured in scored.cases]
-        by_unit = [protocol.metric.compute([row]) for row in rows]
+        by_unit = [protocol.metric.score_rows([row]) for row in rows]
         units, sides = _select_rows(dict(zip(scored.units, scored.groups, strict=True)), scored.cases)
         return _Evaluated(
-            scores=protocol.metric.compute(rows),
+            scores=protocol.metric.score_rows(rows),
             unit_scores={key: np.array([found[key] for found in by_unit]) for key in protocol.keys},
             classes=protocol.per_class(rows),
             estimates=jackknife_rows(protocol.metric, units, *sides),

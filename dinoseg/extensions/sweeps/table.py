@@ -41,6 +41,9 @@ SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the sc
     "miou": "mIoU %",
     "miou_no_background": "mIoU without background %",
     "accuracy": "pixel accuracy %",
+    "AP": "AP %",
+    "AP50": "AP50 %",
+    "PQ": "PQ %",
     "J&F-Mean": "J&F %",
     "FG-ARI": "FG-ARI %",
     "mBO": "mBO %",
@@ -49,7 +52,12 @@ LOSS = "val/loss"  # column of a job's `loss`, as in metrics.jsonl: a swept `los
 _BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), LOSS: (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
 OTHERS = {LOSS: "z.4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
-RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
+OF_IMAGES = ("PQ", "AP", "miou")  # scores that mode=compare tests
+RANKED = (
+    *OF_IMAGES,
+    "J&F-Mean",
+    "FG-ARI",
+)  # the first one that any job has is the sort key; without any, the lowest loss
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
 _LONGEST_NUMBER = 10  # characters
@@ -279,7 +287,7 @@ class SweepTable(Callback):
         print("".join(f"{remark}\n" for remark in remarks), end="")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
         scores = [key for key in columns if key == score or key not in OTHERS]
-        bold, note = _find_significance(path.parent, rows, jobs, scores) if score == "miou" else ({}, "")
+        bold, note = _find_significance(path.parent, rows, jobs, scores, score) if score in OF_IMAGES else ({}, "")
         labels = [*swept, *counts]
         cells = [
             [
@@ -315,9 +323,11 @@ def _score(row: Row, key: str) -> Score:
 
 
 def _find_significance(
-    sweep: Path, rows: Sequence[Row], jobs: Sequence[Row], scores: Sequence[str]
+    sweep: Path, rows: Sequence[Row], jobs: Sequence[Row], scores: Sequence[str], ranked: str
 ) -> tuple[dict[str, int], str]:
     """Print how many settings are significantly worse than the best, and the test; return `find_bold` of the scores.
+
+    The best setting is that of the score `ranked`, of which nothing is tested if folds are pooled, unless it is mIoU.
 
     There is nothing if a row with a score has no record of images, or cannot be compared with the others.
     """
@@ -325,7 +335,7 @@ def _find_significance(
     from dinoseg.extensions.compare.sides import describe_units, sides_of
 
     runs = {str(job["job"]): job["run"] for job in jobs if job.get("run")}
-    scored = [str(row["job"]).split(",") for row in rows if row.get("miou") is not None]
+    scored = [str(row["job"]).split(",") for row in rows if row.get(ranked) is not None]
     try:
         sides = sides_of([[runs[number] for number in numbers if number in runs] for numbers in scored])
     except UserError:
@@ -333,8 +343,10 @@ def _find_significance(
     if len(sides) < len(scored):  # a swept key that is not part of a recipe
         return {}, ""
     best = find_best(sides)
+    if ranked not in best:
+        return {}, ""
     print(
-        f"significantly worse than the best setting: {best['miou'][1]} of {len(sides) - 1}; differences of the others "
+        f"significantly worse than the best setting: {best[ranked][1]} of {len(sides) - 1}; differences of the others "
         f"are within the 95 % interval ({describe_units(sides)})"
     )
     command = shlex.quote(f"runs=[{sweep}]")

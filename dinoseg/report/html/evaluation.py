@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.core.metric import Metric
+from dinoseg.core.metric import ImageMetric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
-from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
-from dinoseg.report.table import CHOSEN_HERE, MEANS, few_units, metric_text
+from dinoseg.report.html.pictures import OUTLINES, EvaluatedImages, ObjectShot, Shot, object_card, prediction_card
+from dinoseg.report.table import CHOSEN_HERE, MEANS, few_units, metric_text, object_columns
 from dinoseg.utils.wording import count_of
 
 _HISTOGRAM_BARS = 20
@@ -53,7 +53,7 @@ class EvaluationScores:
     values: Mapping[str, Any]
     intervals: Mapping[str, list[float] | None]
     official: Mapping[str, Any] | None = None
-    metrics: Sequence[Metric] = ()
+    metrics: Sequence[ImageMetric] = ()
     charts: Sequence[Mapping[str, Any]] = ()
 
 
@@ -70,6 +70,7 @@ class ErrorAnalysis:
         calibration: `pixels` and `images` of the sample, `temperature`, and two states, `before` and `after` scaling
             by it. A state has `nll`, `ece` and `bins`: pixels, correct pixels and sum of confidences of each bin. None:
             no pixel is labelled, or there is only one class.
+        objects: images with the most objects that are missed or invented.
     """
 
     mious: Sequence[float | None]
@@ -78,6 +79,7 @@ class ErrorAnalysis:
     distances: Sequence[int]
     boundary: np.ndarray
     calibration: Mapping[str, Any] | None
+    objects: Sequence[ObjectShot] = ()
 
 
 def evaluation_page(
@@ -121,6 +123,9 @@ def evaluation_page(
             for name in metric.scores
         ],
         class_charts=scores.charts,
+        object_columns=object_columns(scores.metrics),
+        object_counts=[*OUTLINES],
+        object_cards=[object_card(shot, evaluated) for shot in errors.objects],
         intervals=scores.intervals,
         unit=evaluated.unit,
         units=units,
@@ -169,7 +174,7 @@ def boundary_rows(distances: Sequence[int], bands: np.ndarray) -> list[tuple[str
     ]
 
 
-def _metric_interval(metric: Metric, name: str, limits: Sequence[float] | None) -> str:
+def _metric_interval(metric: ImageMetric, name: str, limits: Sequence[float] | None) -> str:
     if limits is None:
         return ""
     return " .. ".join(f"{end:.4g}" for end in limits) if name in metric.unbounded else format_interval(limits)

@@ -1,6 +1,6 @@
 """Images inside a page: cards of one image, with error maps of its predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy as np
 from dinoseg.core.shapes import Palette
 from dinoseg.report.overlay import blend, legend_of
 from dinoseg.report.table import percent
+from dinoseg.utils.wording import count_of
 
 WRONG, RIGHT, BOTH_WRONG = (224, 46, 34), (70, 150, 255), (240, 196, 60)  # colour-blind safe
+OUTLINES = {"found": RIGHT, "missed": WRONG, "invented": BOTH_WRONG}  # colours of objects
 _DARKEST = 0.45  # brightness of a frame below an error map
 _OPACITY = 0.6
 
@@ -61,6 +63,28 @@ class Shot:
 
 
 @dataclass(frozen=True)
+class ObjectShot:
+    """An image with outlines of its objects, downscaled.
+
+    Args:
+        index: index of the image in its data set.
+        numbers: of objects, by the names of `OUTLINES`.
+        frame: (H, W, 3) uint8.
+        outlines: (H, W, 3) uint8.
+    """
+
+    index: int
+    numbers: Mapping[str, int]
+    frame: np.ndarray
+    outlines: np.ndarray
+
+    @property
+    def errors(self) -> int:
+        """The number of objects that are missed or invented."""
+        return self.numbers["missed"] + self.numbers["invented"]
+
+
+@dataclass(frozen=True)
 class PairShot:
     """An image that two runs predict differently, downscaled.
 
@@ -91,6 +115,17 @@ def prediction_card(shot: Shot, evaluated: EvaluatedImages) -> dict[str, Any]:
     card = _mask_card(shot.frame, masks, evaluated)
     card["panels"].append((f"errors: {percent(share)} % of the labelled pixels", drawn))
     return {"title": evaluated.images[shot.index], "summary": f"mIoU {percent(shot.score)} %", **card}
+
+
+def object_card(shot: ObjectShot, evaluated: EvaluatedImages) -> dict[str, Any]:
+    """Return a card of an image: the frame, and the outlines of its objects."""
+    objects = count_of(shot.numbers["found"] + shot.numbers["missed"], "object")
+    return {
+        "title": evaluated.images[shot.index],
+        "summary": f"{shot.numbers['missed']} of {objects} missed, {shot.numbers['invented']} invented",
+        "panels": [("frame", shot.frame), ("objects", shot.outlines)],
+        "legend": [*OUTLINES.items()],
+    }
 
 
 def pair_card(shot: PairShot, sides: tuple[str, str], evaluated: EvaluatedImages) -> dict[str, Any]:

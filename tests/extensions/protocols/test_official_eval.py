@@ -186,7 +186,6 @@ def test_resizing_benchmark_accepts_any_size(tmp_path, caplog):
 def test_the_first_rank_alone_scores_and_warns(tmp_path, monkeypatch, is_main):
     for name in ("check_score_names", "check_classes", "MetricRows"):
         monkeypatch.setattr(evaluate_mode, name, Mock())
-    monkeypatch.setattr(evaluate_mode, "_add_metrics_of_task", lambda builder: builder)
     for name in ("load_trained", "provenance_of", "list_skipped"):
         monkeypatch.setattr(evaluate_mode, name, Mock())
     monkeypatch.setattr(evaluate_mode, "evaluate_images", lambda *_, **__: {"miou": 0.5})
@@ -194,7 +193,9 @@ def test_the_first_rank_alone_scores_and_warns(tmp_path, monkeypatch, is_main):
     benchmark = MagicMock()
     options = {"metrics_only": True, "official": True, "report": False, "scorer": lambda *_: benchmark}
     options["regions"] = None
-    scores = evaluate_mode.evaluate_split(Mock(checkpoints=["best"], metrics=[]), tmp_path, "val", **options)
+    builder = Mock(checkpoints=["best"], metrics=[])
+    builder.with_metrics.return_value = builder
+    scores = evaluate_mode.evaluate_split(builder, tmp_path, "val", **options)
     assert benchmark.can_score.call_args.kwargs == {"warns": is_main}
     assert benchmark.score.called == is_main == ("official" in scores)
 

@@ -10,9 +10,10 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, RowMetric
+from dinoseg.core.metric import Counts, LabelledImage, PredictedImage, RowMetric
 from dinoseg.core.objects import Objects
 from dinoseg.core.runs import overlaps
+from dinoseg.extensions.objects.scoring.errors import ObjectMetric
 from dinoseg.metrics.counts import mean_defined, ratio
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU
@@ -99,25 +100,31 @@ def _lie_within(areas: np.ndarray) -> np.ndarray:
     return (areas >= AREAS[:, :1]) & (areas <= AREAS[:, 1:])
 
 
-class InstanceAveragePrecision(RowMetric):
+class InstanceAveragePrecision(ObjectMetric, RowMetric):
     """AP over IoUs of 0.5 to 0.95, at 0.5 and 0.75, and of small, medium and large objects.
 
-    Each is a mean over the classes that have such an object; nan without any.
+    Each is a mean over the classes that have such an object; nan without any. Sizes are areas of masks in pixels.
 
     Args:
         num_classes: K.
     """
 
     scores = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), "max")
+    class_columns = (*scores,)
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def compute(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+    def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+        """Return the rows of an image, see `count_instances`."""
+        assert prediction.objects is not None and sample.objects is not None
+        return count_instances(sample.objects, prediction.objects)
+
+    def score_rows(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
         """Return each score over images."""
         return _select(mean_defined(self.class_values(rows).transpose(1, 2, 0)))
 
-    def per_class(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+    def score_classes(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
         """Return the scores (K,) of each class, and numbers of reference and predicted objects."""
         found = _select(np.moveaxis(self.class_values(rows), 0, -1))
         held = [row["labels"][row["positives"][:, 0]] for row in rows]

@@ -148,7 +148,7 @@ class CocoInstances(RowProtocol):
 
     def per_class(self, rows: Sequence[Counts]) -> list[dict[str, Any]]:
         """Return the scores and numbers of objects of each class."""
-        found = self.metric.per_class(rows)
+        found = self.metric.score_classes(rows)
         return [
             {"id": number, "name": name, **{key: values[place] for key, values in found.items()}}
             for place, (number, name) in enumerate(self._categories.items())

@@ -1,10 +1,17 @@
 """Panoptic quality of segments that do not overlap; no torch (A. Kirillov et al., CVPR 2019)."""
 
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.core.objects import Objects
+from dinoseg.extensions.objects.reading.things import find_things
+from dinoseg.extensions.objects.scoring.errors import ObjectMetric
 from dinoseg.metrics.counts import mean_defined, ratio
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import join_names
 
 COUNTS = ("iou", "hits", "false_positives", "false_negatives")  # of each class; the first is a sum over the hits
 GROUPS = {"": None, "_things": True, "_stuff": False}  # suffixes of the scores, and whether classes are things
@@ -24,6 +31,87 @@ class Segments(NamedTuple):
     numbers: np.ndarray
     classes: np.ndarray
     crowds: np.ndarray
+
+
+def paint_segments(objects: Objects, order: Iterable[int]) -> Segments:
+    """Return objects as segments; where they overlap, the last one in `order` counts. A hidden one is left out."""
+    ids = np.zeros(objects.size, np.int64)
+    for place in order:
+        objects.masks[place].paint(ids, place + 1)
+    numbers = np.unique(ids[ids > 0])
+    return Segments(ids, numbers, objects.classes[numbers - 1], objects.crowds[numbers - 1])
+
+
+def add_stuff(segments: Segments, mask: np.ndarray, stuff: Iterable[int]) -> Segments:
+    """Return the segments of things with those of stuff: each class of a mask (H, W) outside of all objects."""
+    ids, first = segments.ids.copy(), segments.numbers.max(initial=0) + 1
+    free = ids == 0
+    classes = [label for label in stuff if (free & (mask == label)).any()]
+    for number, label in enumerate(classes, first):
+        ids[free & (mask == label)] = number
+    return Segments(
+        ids,
+        np.concatenate([segments.numbers, np.arange(first, first + len(classes))]),
+        np.concatenate([segments.classes, np.array(classes, np.int64)]),
+        np.concatenate([segments.crowds, np.zeros(len(classes), bool)]),
+    )
+
+
+class PanopticQuality(ObjectMetric, Metric):
+    """PQ, SQ and RQ: means over all classes with a segment, and over those of things and of stuff.
+
+    Segments of the reference are its objects, of which later ones cover earlier ones and all cover crowds, and each
+    class of stuff in the mask. All other pixels are void. Of predicted objects that overlap, the best one counts.
+
+    Args:
+        classes: names in the order of their ids.
+        things: names of the classes that have objects; None: all but the background.
+        background: name or id of the class that is no object; None: there is none.
+
+    Raises:
+        UserError: a name is no class, or no class is a thing.
+    """
+
+    scores = dict.fromkeys((f"{name}{suffix}" for suffix in GROUPS for name in ("PQ", "SQ", "RQ")), "max")
+    class_columns = ("PQ", "SQ", "RQ")
+
+    def __init__(
+        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+    ) -> None:
+        ground = classes.index(background) if isinstance(background, str) else background
+        self.thing_ids = sorted(find_things(classes, things, ground))
+        self.classes = [*classes]
+        self.things = [label in self.thing_ids for label in range(len(classes))]
+
+    def check_things(self, things: Collection[int]) -> None:
+        """Refuse data with objects of other classes, whose stuff would be void."""
+        different = {*np.flatnonzero(self.things).tolist()} ^ {*things}
+        if different:
+            differing = join_names([self.classes[label] for label in sorted(different)])
+            raise UserError(
+                f"data.things: the dataset and metric=[panoptic_quality] disagree on whether {differing} are things. "
+                "Name all things as data.things=[NAME]."
+            )
+
+    def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+        """Return the counts (4, K) of an image, see `count_segments`."""
+        held, found = sample.objects, prediction.objects
+        assert held is not None and found is not None
+        # crowds lie below all objects
+        segments = paint_segments(held, sorted(range(len(held)), key=lambda place: not held.crowds[place]))
+        stuff = [label for label, is_thing in enumerate(self.things) if not is_thing and label != sample.ignore_index]
+        reference = add_stuff(segments, sample.mask, stuff)
+        predicted = paint_segments(found, reversed(range(len(found))))
+        return {"segments": count_segments(reference, predicted, len(self.things))}
+
+    def compute(self, sums: Counts) -> dict[str, np.ndarray]:
+        """Return each score."""
+        return mean_qualities(sums["segments"], np.array(self.things))
+
+    def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
+        """Return PQ, SQ and RQ of each class, and its numbers of segments by `COUNTS`."""
+        numbers = np.moveaxis(sums["segments"], -2, 0)[1:].astype(np.int64)
+        return class_qualities(sums["segments"]) | dict(zip(COUNTS[1:], numbers, strict=True))
 
 
 def count_segments(reference: Segments, prediction: Segments, num_classes: int) -> np.ndarray:

@@ -132,7 +132,7 @@ def test_difference_of_two_results_leaves_out_the_same_images(tmp_path):
     assert {(row["value"], *row["ci95"]) for row in difference(protocol, first, second).values()} == {(0, 0, 0)}
     _, second = score(tmp_path, reference, results[::2])
     gap = difference(protocol, first, second)["AP50"]
-    ap = [protocol.metric.compute([held.rows for _, held in side.cases])["AP50"] for side in (first, second)]
+    ap = [protocol.metric.score_rows([held.rows for _, held in side.cases])["AP50"] for side in (first, second)]
     assert gap["value"] == pytest.approx(ap[1] - ap[0]) and gap["n"] == 12
     assert gap["ci95"][0] < gap["value"] < gap["ci95"][1]
 

@@ -1,0 +1,182 @@
+"""AP and PQ of a model's objects: equal to those of COCO's files of the same objects, on any number of ranks."""
+
+import numpy as np
+import pytest
+from drawn_objects import draw_segments, write_segments
+from known_objects import (
+    KnownImages,
+    KnownInstances,
+    KnownSegments,
+    draw_known_instances,
+    evaluate_known,
+    write_instance_files,
+)
+from mistakes import refusals
+
+from dinoseg.core.objects import Objects
+from dinoseg.evaluation.unit_scores import leave_units_out, metric_intervals
+from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
+from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
+from dinoseg.extensions.objects.scoring.coco_panoptic import CocoPanoptic
+from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
+from dinoseg.extensions.protocols.folders import score_cases
+from dinoseg.extensions.protocols.summary import summary
+from dinoseg.metrics.rows import MetricRows
+from dinoseg.training.rendezvous import decode_message, encode_message
+
+
+def score_files(protocol, folder):
+    return summary(
+        protocol, score_cases(protocol, protocol.find(folder / "gt.json", folder / "results.json"), where="both")
+    )
+
+
+def assert_equal_scores(result, rows, expected):
+    """Compare scores, values of classes, and intervals over images with those of a protocol."""
+    metric = rows.metrics[0]
+    assert {name: result[name] for name in metric.scores} == pytest.approx(expected["scores"], abs=1e-12)
+    for row, other in zip(result["classes"], expected["per_class"], strict=True):
+        named = {key: value for key, value in other.items() if key not in ("id", "name")}
+        assert {key: row[key] for key in named} == pytest.approx(named, abs=1e-12)
+        assert [type(row[key]) for key in named] == [type(value) for value in named.values()]
+    units = [f"{number}" for number in range(len(rows.counts[0]))]
+    found = metric_intervals(metric, rows.counts[0], units)
+    assert found.keys() == expected["ci95"].keys()
+    for name, limits in expected["ci95"].items():
+        assert found[name] == (limits if limits is None else pytest.approx(limits, abs=1e-9))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_ap_equals_that_of_files(tmp_path, seed):
+    data, predicted = draw_known_instances(seed)
+    write_instance_files(tmp_path, data, predicted)
+    rows = MetricRows([InstanceAveragePrecision(len(data.classes))], data)
+    result = evaluate_known(data, predicted, KnownInstances, rows, batch_size=1 + seed % 3)
+    assert_equal_scores(result, rows, score_files(CocoInstances(), tmp_path))
+
+
+def make_panoptic(seed):
+    """Return a dataset and predicted segments of `draw_segments`, and the images of its files."""
+    categories, drawn = draw_segments(seed)
+    places = {each["id"]: place for place, each in enumerate(categories)}
+    things = [place for place, each in enumerate(categories) if each["isthing"]]
+    images, predicted, files = [], [], []
+    for _, (held, reference), (found, prediction) in sorted(drawn, key=lambda image: image[0]):
+        mask = np.full(held.shape, 255, np.uint8)
+        objects = []
+        entries, ids = [], np.zeros_like(held)
+        for each in sorted(reference, key=lambda each: each["iscrowd"]):
+            pixels, label = held == each["id"], places[each["category_id"]]
+            mask[pixels] = label
+            if label in things:
+                objects.append((pixels, label, bool(each["iscrowd"])))
+                ids[pixels] = each["id"]
+                entries.append(each)
+        for place, each in enumerate(categories):
+            if place not in things and (mask == place).any():  # one segment of each class of stuff
+                ids[mask == place] = 1000 + place
+                entries.append({"id": 1000 + place, "category_id": each["id"], "iscrowd": 0})
+        stacked = np.array([found == each["id"] for each in prediction], bool).reshape(-1, *held.shape)
+        labels = [places[each["category_id"]] for each in prediction]
+        predicted.append(Objects.of_masks(stacked, labels, np.linspace(1, 0.5, len(labels))))
+        files.append((len(images), (ids, entries), (found, prediction)))
+        images.append((mask, objects))
+    data = KnownImages(images, len(categories), things)
+    return data, predicted, categories, files
+
+
+SEGMENTED = [seed for seed in range(40) if make_panoptic(seed)[0].maps["objects"].things]
+
+
+@pytest.mark.parametrize("seed", SEGMENTED[:24])
+def test_pq_equals_that_of_files(tmp_path, seed):
+    data, predicted, categories, files = make_panoptic(seed)
+    write_segments(tmp_path, categories, files)
+    things = [data.classes[place] for place in data.maps["objects"].things]
+    rows = MetricRows([PanopticQuality(data.classes, things)], data)
+    result = evaluate_known(data, predicted, KnownSegments, rows, batch_size=1 + seed % 3)
+    assert_equal_scores(result, rows, score_files(CocoPanoptic(), tmp_path))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_object_scores_do_not_depend_on_ranks(world_size):
+    for seed in range(6):
+        data, predicted = draw_known_instances(100 + seed)
+        metrics = [InstanceAveragePrecision(len(data.classes)), PanopticQuality(data.classes)]
+        whole = MetricRows(metrics, data)
+        expected = evaluate_known(data, predicted, KnownInstances, whole)
+        sent, ranks = [], []
+        for rank in range(world_size):
+            rows = MetricRows(metrics, data, rank, world_size)
+            own = KnownImages(data.images[rank::world_size], len(data.classes), data.maps["objects"].things)
+            rows.add_scores = lambda *_: None
+            if len(own):
+                evaluate_known(own, predicted[rank::world_size], KnownInstances, rows)
+            sent += decode_message(encode_message(rows._rows))
+            ranks.append(rows)
+        found = {"classes": [{} for _ in data.classes]}
+        MetricRows.add_scores(ranks[0], found, lambda _, sent=sent: sent)
+        assert {name: found[name] for metric in metrics for name in metric.scores}.items() <= expected.items()
+        assert all(
+            row.items() <= other.items() for row, other in zip(found["classes"], expected["classes"], strict=True)
+        )
+
+
+def test_errors_are_counted_by_image_and_class():
+    masks = np.zeros((5, 6, 6), bool)
+    masks[0, :3, :3] = masks[1, :3, 3:] = masks[2, 3:, :3] = masks[3, 3:, 3:] = masks[4, :2, :3] = True
+    objects = [(masks[0], 0, False), (masks[1], 0, False), (masks[3], 1, True)]
+    data = KnownImages([(np.zeros((6, 6), np.uint8), objects)] * 2, 3, (0, 1))
+    # the same object twice, one in a crowd, one invented, one that is not sure, one of stuff
+    labels, scores = [0, 0, 1, 1, 1, 2], [0.9, 0.8, 0.7, 0.6, 0.3, 0.9]
+    predicted = [Objects.of_masks(masks[[0, 4, 3, 2, 2, 1]], labels, scores), Objects.of_masks(masks[:0], [])]
+    seen = []
+    metric = PanopticQuality(data.classes, ["class 0", "class 1"])
+    rows = MetricRows([metric], data, on_errors=lambda *given: seen.append(given))
+    result = evaluate_known(data, predicted, KnownInstances, rows)
+    expected = {"found": [1, 0, 0], "missed": [1, 0, 0], "invented": [1, 1, 0]}
+    assert {name: each.tolist() for name, each in rows.errors[0].items()} == expected
+    assert {name: each.tolist() for name, each in rows.errors[1].items()} == {
+        "found": [0, 0, 0],
+        "missed": [2, 0, 0],
+        "invented": [0, 0, 0],
+    }
+    assert [row["missed"] for row in result["classes"]] == [3, 0, 0]
+    assert [index for index, *_ in seen] == [0, 1] and seen[0][2]["invented"].tolist() == [1, 1, 0]
+    canvas = np.zeros((12, 12, 3), np.uint8)
+    seen[1][3](canvas, {"found": (1, 0, 0), "missed": (0, 1, 0), "invented": (0, 0, 1)})
+    assert canvas[:6, :, 1].any() and not canvas[8:].any() and not canvas[..., [0, 2]].any()
+
+
+def test_absent_classes_and_single_images_leave_scores_undefined():
+    empty = KnownImages([(np.full((4, 4), 255, np.uint8), [])] * 2, 2, (0, 1))
+    predicted = [Objects.of_masks(np.ones((1, 4, 4), bool), [1], [0.5])] * 2
+    for metric in (InstanceAveragePrecision(2), PanopticQuality(empty.classes)):
+        rows = MetricRows([metric], empty)
+        result = evaluate_known(empty, predicted, KnownInstances, rows)
+        assert [result[name] for name in metric.scores] == [None] * len(metric.scores)
+        values, left_out, _ = leave_units_out(metric, rows.counts[0], ["a", "a"])
+        assert all(np.isnan([*values.values()])) and {len(each) for each in left_out.values()} == {1}
+
+
+class WithoutObjects(KnownImages):
+    maps = {}
+
+    def __init__(self):
+        pass
+
+
+test_metrics_of_objects_need_data_with_objects = refusals(
+    {
+        "data without objects": (
+            lambda: MetricRows([InstanceAveragePrecision(2)], WithoutObjects()),
+            "InstanceAveragePrecision compares objects, and this dataset has none",
+            "data=coco_instances",
+        ),
+        "other things": (
+            lambda: MetricRows([PanopticQuality(["class 0", "class 1"])], KnownImages([], 2, (1,))),
+            "disagree on whether class 0 are things",
+            "data.things=[NAME]",
+        ),
+    }
+)
