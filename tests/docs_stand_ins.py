@@ -26,6 +26,8 @@ SHORT = ("trainer.steps=2", "trainer.val_every=2", "resolution.crop=[48,64]", "d
 CPU = ("engine=cpu", "engine.workers=0")
 LEAVES = ("data=folder", "data.root={FOLDER}", "data.classes=[background,leaf]")
 LAYERS = ("data=folder", "data.root={OVERLAPS}", "data.classes=[smoke,tool]", "task=multilabel", "loss=bce_dice")
+INSTANCES = ("data=coco_instances", "data.root={COCO}", "task=instance", "loss=mask_classification")
+INSTANCES += ("head=eomt", "head.blocks=1", "head.num_queries=5")
 SMALL_SLOTS = ("head.slot_dim=16", "head.decoder_dim=16")
 RENDERED_SLOTS = ("hparam=slots_rendered", "data.root={MOVI}", *SMALL_SLOTS)
 VIT_SLOTS = (*VIT, "backbone.final_norm=false", "backbone.layers=[1]", "resolution.scale=2")
@@ -47,6 +49,8 @@ RUNS = {  # run folders, and the words of the commands that write them
     "SLOTS": (*SLOTS, *SHORT, "data.root={MOVI}"),
     "FRAME_SLOTS": ("mode=train", *SMALL, *RENDERED_SLOTS, *SHORT),
     "VIT_SLOTS": ("mode=train", *VIT_SLOTS, *RENDERED_SLOTS, *SHORT),
+    "OBJECTS": ("mode=train", *INSTANCES, "mode.metrics_only=true", *SMALL, *SHORT),
+    "TRACKED": ("mode=track", "backbone=rgb", "input={FRAMES}", "labels={MASK}"),
     "EXPORTED": ("mode=export", "export=safetensors", "resume={RUN}"),
     "EXPORTED_ONNX": ("mode=export", "export=onnx", "resume={RUN}"),
     "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),

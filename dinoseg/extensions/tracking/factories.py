@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dinoseg.core.contracts import Backbone
+from dinoseg.extensions.tracking.identities import ObjectTracker
 from dinoseg.extensions.tracking.propagation.settings import PropagationSettings
 from dinoseg.extensions.tracking.propagation.tracker import PropagationTracker
 from dinoseg.extensions.tracking.smoothing import SmoothingTracker
@@ -19,6 +20,7 @@ class PropagationFactory(PropagationSettings):
     """Factory of trackers by label propagation; the arguments are those of `PropagationSettings`.
 
     With a backbone, objects of a first mask are tracked. With a segmenter, its classes are smoothed over time.
+    With a model of objects, these get IDs.
     """
 
     def __call__(
@@ -29,9 +31,21 @@ class PropagationFactory(PropagationSettings):
         autocast: Autocast = nullcontext,
         batch_size: int = 4,
         smoothing: float = 0.5,
+        keep: int = 30,
+        min_score: float = 0.5,
         sizes: TrainedSizes | None = None,
     ) -> Tracker:
-        """Return a tracker; `smoothing` and `sizes` are for a segmenter, see `SmoothingTracker`."""
+        """Return a tracker; further arguments are for a segmenter, see `SmoothingTracker` and `ObjectTracker`."""
+        if isinstance(model, SegmentationModel) and model.task.has_objects:
+            return ObjectTracker(
+                model,
+                self,
+                keep=keep,
+                min_score=min_score,
+                sizes=sizes,
+                autocast=autocast,
+                batch_size=batch_size,
+            )
         if isinstance(model, SegmentationModel):
             return SmoothingTracker(
                 model, self, smoothing=smoothing, sizes=sizes, autocast=autocast, batch_size=batch_size

@@ -1,9 +1,7 @@
 """Temporal smoothing of a trained segmenter's masks by label propagation, which reduces flicker."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
 from functools import cached_property
 from typing import Any
 
@@ -12,51 +10,23 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.geometry import upsample
-from dinoseg.core.shapes import Prediction
 from dinoseg.extensions.tracking.grid.cells import area_mean
 from dinoseg.extensions.tracking.grid.propagator import Propagator
 from dinoseg.extensions.tracking.grid.settings import MatchSettings
-from dinoseg.extensions.tracking.provenance import model_settings, precision_of
+from dinoseg.extensions.tracking.segmenter_tracker import SegmenterTracker, Share, crop_to_image
 from dinoseg.extensions.tracking.state_form import TensorForm, check_state
-from dinoseg.extensions.tracking.tracker import Autocast, Tracker
-from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
+from dinoseg.extensions.tracking.tracker import Autocast
+from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
-from dinoseg.utils.devices import to_device
-from dinoseg.utils.errors import UserError
 
 _COUNTED = {"masks": TensorForm(torch.uint8, "2 H W"), "counts": TensorForm(torch.int64, "3", 0)}
 _PROPAGATED = {
     "features": TensorForm(torch.float32, "F h w C"),
     "labels": TensorForm(torch.float32, "F h w K"),
 }
-_READ = {field.name for field in fields(MatchSettings)}  # settings that apply here; the segmenter resizes frames itself
-Share = tuple[float, float]
 
 
-def with_features(model: SegmentationModel, images: Tensor) -> tuple[Prediction, Tensor]:
-    """Return a prediction for images (B, 3, H, W) and the backbone's last map (B, C, h, w) of the same pass.
-
-    A head that runs the blocks itself requests no maps. The map then consists of the patch tokens of the last
-    final-norm call, from which the head predicted its masks.
-    """
-    # such a head applies the norm after several blocks; its final masks come from the last call
-    outputs: dict[str, Tensor] = {}
-    hooks = [model.backbone.register_forward_hook(lambda *call: outputs.update(last_map=call[2][-1]))]
-    if model.backbone.norm is not None:
-        hooks.append(model.backbone.norm.register_forward_hook(lambda *call: outputs.update(tokens=call[2])))
-    try:
-        prediction = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if "last_map" in outputs:
-        return prediction, outputs["last_map"]
-    size = model.input_size((images.shape[-2], images.shape[-1]))
-    grid = (math.ceil(size[0] / model.patch_size), math.ceil(size[1] / model.patch_size))
-    return prediction, outputs["tokens"][:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
-
-
-class SmoothingTracker(Tracker):
+class SmoothingTracker(SegmenterTracker):
     """Tracker that segments each frame and smooths its class probabilities with those of earlier frames.
 
     On the feature grid, label propagation contributes the fraction `smoothing` of the probabilities, and the frame
@@ -73,10 +43,6 @@ class SmoothingTracker(Tracker):
         batch_size: frames per forward pass.
     """
 
-    unread_because = (
-        "Smoothing uses no slots, and a segmenter resizes frames by resolution.scale and resolution.longest."
-    )
-
     def __init__(
         self,
         model: SegmentationModel,
@@ -87,16 +53,9 @@ class SmoothingTracker(Tracker):
         autocast: Autocast = nullcontext,
         batch_size: int = 4,
     ) -> None:
-        super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
-        self._model, self._share, self._sizes = model, smoothing, sizes
-        limit_to_trained_size(model, sizes)
+        super().__init__(model, settings, sizes=sizes, autocast=autocast, batch_size=batch_size)
+        self._share = smoothing
         self._propagator = Propagator(settings)
-        self._matching = {key: value for key, value in asdict(settings).items() if key in _READ}
-        self.unread = (
-            "slots",
-            "resolution.crop",
-            *(f"tracker.{field.name}" for field in fields(settings) if field.name not in _READ),
-        )
         self._last: np.ndarray | None = None  # (2, H, W): the segmenter's mask and the smoothed mask
         self._changed = np.zeros(2, np.int64)  # changed pixels of either mask
         self._compared = 0
@@ -104,14 +63,7 @@ class SmoothingTracker(Tracker):
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """Return the settings that masks depend on besides frames and labels."""
-        return {
-            "kind": "smoothing",
-            "smoothing": self._share,
-            "tracker": self._matching,
-            "model": model_settings(self._model),
-            "precision": precision_of(self.autocast, self.device),
-            **_large_frames(self._sizes),
-        }
+        return {"kind": "smoothing", "smoothing": self._share, **self._common_settings()}
 
     @torch.no_grad()
     def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -120,16 +72,7 @@ class SmoothingTracker(Tracker):
         Raises:
             UserError: labels are given.
         """
-        if any(mask is not None for mask in labels):
-            raise UserError(
-                "labels are given, but a trained segmenter needs no masks. Leave labels out; or leave resume out to "
-                "track the objects of a mask."
-            )
-        images = (
-            to_device(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2).contiguous()
-        )  # (B, 3, H, W)
-        with self.autocast():
-            prediction, features = with_features(self._model, images)
+        prediction, features = self._predict(frames, labels)
         scores = prediction.scores()  # (B, K, H, W)
         masks = []
         for mask, frame, cells in zip(scores.max(dim=1).indices, scores, features, strict=True):
@@ -173,7 +116,7 @@ class SmoothingTracker(Tracker):
 
     def _smooth_mask(self, mask: Tensor, pixels: Tensor, features: Tensor, valid: Share) -> Tensor:
         """Return the smoothed mask (H, W) of a frame with probabilities `pixels` (K, H, W); modifies `pixels`."""
-        features, valid = _on_image(features, valid)
+        features, valid = crop_to_image(features, valid)
         cells = area_mean(pixels, (features.shape[-2], features.shape[-1]), valid)  # (K, h, w)
         change = self._propagator.blend(features, cells, self._share) - cells
         if not change.any():
@@ -191,24 +134,9 @@ class SmoothingTracker(Tracker):
         return now[1].copy()
 
 
-def _large_frames(sizes: TrainedSizes | None) -> dict[str, str]:
-    if sizes is None:
-        return {}
-    above = f"above {sizes.largest} pixels reduced to {sizes.typical}"
-    return {"large_frames": f"{above} (resolution.longest not set)"}
-
-
 def _probabilities(scores: Tensor, mixture: bool) -> Tensor:
     """Return the softmax of `Prediction.logits` for one frame (K, H, W), in float32."""
     scores = scores.float()
     if mixture:
         return scores / scores.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
     return scores.softmax(0)
-
-
-def _on_image(features: Tensor, valid: Share) -> tuple[Tensor, Share]:
-    """Return the cells of (C, h, w) that overlap the image, and the fraction of them (height, width) that it covers."""
-    height, width = features.shape[-2:]
-    covered = (height * valid[0], width * valid[1])
-    rows, columns = (math.ceil(cells - 1e-6) for cells in covered)
-    return features[:, :rows, :columns], (covered[0] / rows, covered[1] / columns)

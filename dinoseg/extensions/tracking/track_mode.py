@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +39,11 @@ from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.wording import count_of, format_value
 
 logger = logging.getLogger(__name__)
-_NO_SMOOTHING = (
-    "mode.smoothing={} is for the classes of a trained segmenter (resume=RUN, or a head released trained), and this is "
-    "none. Leave mode.smoothing out."
-)
+_PURPOSES = {  # of options that only some models have
+    "smoothing": "the classes of a trained segmenter without single objects (resume=RUN, or a head released trained)",
+    "keep": "single objects of a trained model (task=instance or panoptic)",
+    "min_score": "single objects of a trained model (task=instance or panoptic)",
+}
 
 
 def track(
@@ -58,12 +59,15 @@ def track(
     outline: Natural | None,
     palette: Sequence[Sequence[int]] | None,
     smoothing: Share | None,
+    keep: Natural | None,
+    min_score: Share | None,
 ) -> dict[str, Any]:
     """Track the objects of `labels` through `input`; return counts and rates.
 
     Without a trained model, labels are propagated by the similarity of backbone features. A trained segmenter, from
-    `resume` or released, predicts the classes of each frame, smoothed over time by `smoothing` (None: 0.5). A slot
-    model tracks its own segments or, with `labels`, the objects.
+    `resume` or released, predicts the classes of each frame, smoothed over time by `smoothing` (None: 0.5). A model of
+    single objects gives those of at least `min_score` (None: 0.5) an ID, which ends after `keep` frames (None: 30)
+    without the object. A slot model tracks its own segments or, with `labels`, the objects.
 
     Writes masks/<frame>.png (IDs with `palette`), overlay.mp4, objects.csv and, at the end, track.json. They go to
     `out_dir`, or to the folder of the unfinished run that `restart` names.
@@ -72,15 +76,16 @@ def track(
         UserError: an option is out of range, or input, labels or the run to resume cannot be used.
     """
     builder = Builder(cfg)
-    if smoothing is not None and not is_trained(builder):
-        raise UserError(_NO_SMOOTHING.format(smoothing))
+    options = {"smoothing": smoothing, "keep": keep, "min_score": min_score}
+    if not is_trained(builder):
+        _check_options(options, ())
     check_rgb(builder.pixels, f"a frame of {input}")
     given = _read_palette(palette)
     folder = Path(out_dir if restart is None else restart).expanduser()
     with _unfinished_run(folder, restart) as state:
         frames, masks = _open_input(input, labels, needs_labels=not is_trained(builder))
         with frames:
-            tracker, colours = _build_tracker(builder, batch_size, smoothing, labels, out_dir)
+            tracker, colours = _build_tracker(builder, batch_size, options, labels, out_dir)
             colours = replace(colours, palette=(*given, *colours.palette[len(given) :]))
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if state is None else _go_on(tracker, state, folder)
@@ -138,19 +143,18 @@ def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) ->
 
 
 def _build_tracker(
-    builder: Builder, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
+    builder: Builder, batch_size: int, options: Mapping[str, float | None], labels: str | None, out_dir: Path
 ) -> tuple[Tracker, MaskColours]:
     """Return the tracker, and how its masks are displayed.
 
     Raises:
-        UserError: the model does not support `smoothing` or `labels`, or the tracker cannot be built.
+        UserError: the model does not support an option or `labels`, or the tracker cannot be built.
     """
     if not is_trained(builder):
         return tracker_maker(builder, builder.engine(), batch_size=batch_size)(), MaskColours()
     trained = load_trained(builder)
     if trained.model.head.slots is not None:
-        if smoothing is not None:
-            raise UserError(_NO_SMOOTHING.format(smoothing))
+        _check_options(options, ())
         make_tracker = tracker_maker(builder, trained.engine, trained, batch_size=batch_size)
         if builder.value("slots.lock_on") and labels is None:
             raise UserError(
@@ -163,6 +167,12 @@ def _build_tracker(
             f"labels={labels}: a trained segmenter needs no masks. Leave labels out; or leave "
             f"{'head.weights' if builder.resume is None else 'resume'} out to track the objects of a mask."
         )
+    has_objects = trained.model.task.has_objects
+    _check_options(options, ("keep", "min_score") if has_objects else ("smoothing",))
+    if has_objects and builder.members:
+        raise UserError(
+            f"resume names {1 + len(builder.members)} models of single objects, which cannot be averaged. Give one."
+        )
     refuse_layers(trained.model.task, "mode=track", "mode=predict segments each frame of a video.")
     if trained.strategy.base is not trained.strategy:
         logger.warning(
@@ -172,10 +182,21 @@ def _build_tracker(
     sizes = find_trained_sizes(trained, out_dir)
     if sizes is not None:
         trained.limit_size()
-    make_tracker = tracker_maker(
-        builder, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes
-    )
+    make_tracker = tracker_maker(builder, trained.engine, trained, batch_size=batch_size, options=options, sizes=sizes)
+    if has_objects:
+        return make_tracker(), MaskColours(classes=tuple(trained.classes))
     return make_tracker(), MaskColours(palette=tuple(trained.palette), background=None)
+
+
+def _check_options(options: Mapping[str, float | None], allowed: Collection[str]) -> None:
+    """Refuse options that the model does not have.
+
+    Raises:
+        UserError: one of the others is set; the message says which models have it.
+    """
+    for key, value in options.items():
+        if value is not None and key not in allowed:
+            raise UserError(f"mode.{key}={value} is for {_PURPOSES[key]}, and this is none. Leave mode.{key} out.")
 
 
 @contextmanager

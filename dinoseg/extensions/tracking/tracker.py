@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,13 @@ from dinoseg.utils.errors import UserError
 Autocast = Callable[[], AbstractContextManager]
 Size = tuple[int, int]
 LabelledFrames = tuple[Sequence[np.ndarray], Sequence[np.ndarray | None]]  # the arguments of `Tracker.track`
+
+
+class TrackedObject(NamedTuple):
+    """Class and mean score of an object of a video."""
+
+    class_id: int
+    score: float
 
 
 class Tracker(ABC):
@@ -99,6 +106,10 @@ class Tracker(ABC):
 
     def flicker(self) -> dict[str, float] | None:
         """Return the fraction of pixels, 0 to 1, that change class between frames; None if it is not measured."""
+        return None
+
+    def tracked_objects(self) -> Mapping[int, TrackedObject] | None:
+        """Return the object of each ID so far; None if IDs have neither class nor score."""
         return None
 
 

@@ -24,7 +24,7 @@ def tracker_maker(
     trained: Trained | None = None,
     *,
     batch_size: int,
-    smoothing: float | None = None,
+    options: Mapping[str, float | None] | None = None,
     sizes: TrainedSizes | None = None,
 ) -> Callable[[], Tracker]:
     """Return a function that creates trackers of a trained model, or of the backbone of a config.
@@ -36,28 +36,30 @@ def tracker_maker(
         engine: device and precision.
         trained: the trained model; None: the backbone alone tracks, without adapter.
         batch_size: frames per forward pass.
-        smoothing: share of earlier frames in the class probabilities of a segmenter; None: the tracker's default.
+        options: values of keys of `mode`, such as smoothing, by argument of the tracker; None: the tracker's default.
         sizes: image sizes of a segmenter's training, to which larger frames are reduced; None: no reduction.
 
     Raises:
-        UserError: the config node makes no tracker, or one that does not take `smoothing`.
+        UserError: the config node makes no tracker, or one that does not take an option.
     """
     follows_slots = trained is not None and trained.model.head.slots is not None
     group, node = ("slots", builder.value("slots")) if follows_slots else ("tracker", builder.value("tracker"))
     name = f"{group}={builder.options[group]}"
     make = tracker_factory(node, name)
     takes = signature(make).parameters
-    options: dict[str, Any] = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
-    if smoothing is not None:
-        if "smoothing" not in takes:
-            raise UserError(f"mode.smoothing={smoothing}: {name} takes no `smoothing`. Leave mode.smoothing out.")
-        options["smoothing"] = smoothing
+    arguments: dict[str, Any] = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
+    for key, value in (options or {}).items():
+        if value is None:
+            continue
+        if key not in takes:
+            raise UserError(f"mode.{key}={value}: {name} takes no `{key}`. Leave mode.{key} out.")
+        arguments[key] = value
     if "sizes" in takes:
-        options["sizes"] = sizes
+        arguments["sizes"] = sizes
     elif trained is not None:
         limit_to_trained_size(trained.model, sizes)
     model = builder.backbone().to(engine.device) if trained is None else trained.single_pass_model
-    return lambda: expect_type(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
+    return lambda: expect_type(Tracker, make(model, **arguments), group)  # type: ignore[type-abstract]
 
 
 def tracker_factory(node: Any, name: str, overrides: Mapping[str, Any] | None = None) -> Callable[..., Tracker]:

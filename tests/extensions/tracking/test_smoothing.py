@@ -15,7 +15,8 @@ from dinoseg.extensions.query_heads.eomt import EomtHead
 from dinoseg.extensions.tracking.grid.cells import area_mean, one_hot
 from dinoseg.extensions.tracking.grid.propagator import Propagator
 from dinoseg.extensions.tracking.propagation.settings import DINOV3, PropagationSettings
-from dinoseg.extensions.tracking.smoothing import SmoothingTracker, with_features
+from dinoseg.extensions.tracking.segmenter_tracker import with_features
+from dinoseg.extensions.tracking.smoothing import SmoothingTracker
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.extensions.slots.tracker.assignment import best_assignment
+from dinoseg.extensions.tracking.grid.assignment import best_assignment
 
 _MIN = 1e-4  # added to masks before the logarithm
 _STAY = 1e-6  # tolerance within which two assignments count as equal

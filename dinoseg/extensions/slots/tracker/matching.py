@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.geometry import upsample
-from dinoseg.extensions.slots.tracker.assignment import best_assignment
+from dinoseg.extensions.tracking.grid.assignment import best_assignment
+from dinoseg.extensions.tracking.grid.cells import soft_iou
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
@@ -26,18 +27,6 @@ def overlap(first: Tensor, second: Tensor) -> Tensor:
     for mask in first:
         products = torch.einsum("hw,bhw->b", mask, second)
         rows.append(products / torch.maximum(mask, second).sum((1, 2)).clamp(min=1e-12))
-    return torch.stack(rows)
-
-
-def soft_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Return the IoU (A, B) of soft masks (A, h, w) and (B, h, w) in 0..1: sum of minima over sum of maxima.
-
-    For binary masks this is the usual IoU; that of two empty masks is 0.
-    """
-    rows = []
-    for mask in first:  # one at a time: all pairs at once would take A x B grids
-        least = torch.minimum(mask, second).sum((1, 2))
-        rows.append(least / (mask.sum() + second.sum((1, 2)) - least).clamp(min=1e-12))
     return torch.stack(rows)
 
 

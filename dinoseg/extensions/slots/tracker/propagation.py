@@ -12,9 +12,9 @@ from torch import Tensor
 from dinoseg.core.contracts import Slots
 from dinoseg.extensions.clips.videos import VOID
 from dinoseg.extensions.slots.tracker.appearance import Appearance
-from dinoseg.extensions.slots.tracker.matching import Correspondence, assign_slots, cosine, overlap, owners, soft_iou
+from dinoseg.extensions.slots.tracker.matching import Correspondence, assign_slots, cosine, overlap, owners
 from dinoseg.extensions.slots.tracker.settings import SlotTracking
-from dinoseg.extensions.tracking.grid.cells import area_mean
+from dinoseg.extensions.tracking.grid.cells import area_mean, soft_iou
 from dinoseg.extensions.tracking.tracker import Autocast
 from dinoseg.utils.errors import UserError
 

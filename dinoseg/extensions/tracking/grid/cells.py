@@ -1,4 +1,4 @@
-"""Conversion of pixel masks to feature-grid cells: one-hot labels and area-weighted means."""
+"""Conversion of pixel masks to feature-grid cells: one-hot labels, area-weighted means and the IoU of masks."""
 
 import torch
 from torch import Tensor
@@ -44,6 +44,18 @@ def area_mean(pixels: Tensor, grid: tuple[int, int], valid: tuple[float, float])
     # half precision rounds means to 3 digits, too few for the small differences between frames
     with torch.autocast(pixels.device.type, enabled=False):
         return to_device(rows, pixels.device) @ pixels @ to_device(columns, pixels.device).T
+
+
+def soft_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Return the IoU (A, B) of soft masks (A, h, w) and (B, h, w) in 0..1: sum of minima over sum of maxima.
+
+    For binary masks this is the usual IoU; that of two empty masks is 0.
+    """
+    iou = first.new_zeros(len(first), len(second))
+    for row, mask in zip(iou, first, strict=True):  # one at a time: all pairs at once would take A x B grids
+        least = torch.minimum(mask, second).sum((1, 2))
+        row.copy_(least / (mask.sum() + second.sum((1, 2)) - least).clamp(min=1e-12))
+    return iou
 
 
 def _overlaps(length: int, cells: int, valid: float) -> Tensor:

@@ -187,10 +187,10 @@ class Propagator:
         Raises:
             UserError: the first frame has no labels, or features or labels have another shape than before.
         """
-        target, lengths = _unit(features)
+        target, lengths = unit_features(features)
         seeds = None if labels is None else _on_grid(labels, target)
         if self._first is None:
-            _check_finite(lengths)
+            check_finite(lengths)
             return self._start(target, seeds)
         soft = self._match(target, lengths, self._first)
         if seeds is not None:
@@ -212,7 +212,7 @@ class Propagator:
         """
         if self._first is None:
             return self.step(features, labels)
-        target, lengths = _unit(features)
+        target, lengths = unit_features(features)
         soft = self._match(target, lengths, self._first)
         mixed = torch.lerp(_on_grid(labels, target).permute(1, 2, 0), soft, share)  # (h, w, L)
         self._recent.append((target, mixed))
@@ -223,7 +223,7 @@ class Propagator:
         _check_same(target, first[0])
         with torch.autocast(target.device.type, enabled=False):  # half precision would create ties
             soft = match(target, [first, *self._recent], self.settings)
-        _check_finite(lengths)
+        check_finite(lengths)
         return soft
 
     def state(self) -> dict[str, Tensor]:
@@ -261,7 +261,7 @@ class Propagator:
         return _channels_first(self._first[1])
 
 
-def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
+def unit_features(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return (C, h, w) as unit vectors (h, w, C) in new memory, and their original lengths; zero vectors stay zero."""
     if features.ndim != 3:
         raise UserError(f"A frame's features have the shape {tuple(features.shape)}. Give (C, h, w).")
@@ -271,7 +271,7 @@ def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
     return torch.div(wide.permute(1, 2, 0), lengths.clamp(min=1e-12)[..., None], out=target), lengths
 
 
-def _check_finite(lengths: Tensor) -> None:
+def check_finite(lengths: Tensor) -> None:
     """Check that feature lengths are finite; called after matching, which has synchronised the device anyway."""
     if not lengths.isfinite().all():
         raise UserError(

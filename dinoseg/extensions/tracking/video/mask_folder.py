@@ -15,15 +15,17 @@ from dinoseg.report.progress import Bar
 
 @dataclass(frozen=True)
 class MaskColours:
-    """Colours of masks.
+    """Colours of masks, and classes of their objects.
 
     Args:
         palette: one colour per ID.
         background: ID of the background, which is no object; None: every ID is an object.
+        classes: names of the classes of objects, in the order of their ids; empty if IDs have no class.
     """
 
     palette: Palette = tuple(default_palette(256))
     background: int | None = 0
+    classes: tuple[str, ...] = ()
 
 
 class TrackedBatch(NamedTuple):

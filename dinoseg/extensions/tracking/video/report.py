@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dinoseg import __version__
+from dinoseg.extensions.tracking.tracker import TrackedObject
 from dinoseg.extensions.tracking.video.mask_folder import MaskColours
 from dinoseg.extensions.tracking.video.run import TrackJob
 from dinoseg.extensions.tracking.video.state import MASKS, RESULT, STATE
@@ -75,8 +76,11 @@ def write_results(
         passed.seconds,
         frames_per_s,
     )
+    tracked = job.tracker.tracked_objects()
     with open_frames(source) as frames:
-        objects, report = write_track_report(frames, job.folder, opacity=opacity, outline=outline, colours=job.colours)
+        objects, report = write_track_report(
+            frames, job.folder, opacity=opacity, outline=outline, colours=job.colours, tracked=tracked
+        )
     flicker = job.tracker.flicker()
     if flicker is not None:
         before, after = 100 * flicker["before"], 100 * flicker["after"]
@@ -109,18 +113,23 @@ def write_track_report(
     opacity: float,
     outline: int | None = None,
     colours: MaskColours = MaskColours(),  # noqa: B008 (frozen)
+    tracked: Mapping[int, TrackedObject] | None = None,
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv to a run folder; return all IDs in its masks, and the throughput.
 
     The overlay has the timestamps and colours of the input video, as with mode=predict.
 
     objects.csv has one row per object and frame in which the object is visible. Pixels are counted from 0. Left, top,
-    right and bottom are the object's outermost pixels, the centre is the mean of all its pixels.
+    right and bottom are the object's outermost pixels, the centre is the mean of all its pixels. `tracked` adds
+    columns of class and score.
 
     Raises:
         UserError: a frame or a mask cannot be read, or the disk is full.
     """
     seen: set[int] = set()
+    more = {
+        number: (colours.classes[found.class_id], round(found.score, 4)) for number, found in (tracked or {}).items()
+    }
 
     def infer(item: _Masked) -> tuple[np.ndarray, Fraction | None, list[ObjectRow]]:
         rows = object_rows(item.position, frames.frame_name(item.position), item.mask, colours.background)
@@ -130,11 +139,11 @@ def write_track_report(
     def write(shown: tuple[np.ndarray, Fraction | None, list[ObjectRow]]) -> None:
         overlay, time, rows = shown
         video.write(overlay, time)
-        table.writerows(map(csv_cells, rows))
+        table.writerows(csv_cells((*row, *more.get(row.id, ()))) for row in rows)
         seen.update(row.id for row in rows)
 
     with (
-        _table(folder / "objects.csv") as table,
+        _table(folder / "objects.csv", () if tracked is None else ("class", "score")) as table,
         VideoWriter(folder / "overlay.mp4", frames.rate, frames.size, like=frames.traits) as video,
     ):
         passed = run_pipeline(_with_masks(frames, folder / MASKS), infer, write, depth=_DEPTH)
@@ -167,9 +176,9 @@ def _with_masks(frames: FrameReader, masks: Path) -> Iterator[_Masked]:
 
 
 @contextmanager
-def _table(path: Path) -> Iterator[Any]:
+def _table(path: Path, more: Sequence[str]) -> Iterator[Any]:
     """Open a CSV writer whose file gets its name on success and is deleted on an exception."""
     with atomic_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(ObjectRow._fields)
+        writer.writerow((*ObjectRow._fields, *more))
         yield writer

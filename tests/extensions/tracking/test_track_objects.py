@@ -1,0 +1,118 @@
+"""mode=track with a model of single objects: files, options, and a run that was stopped."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from command_line import call
+from drawn_videos import Rectangle, draw_scene, make_model
+from failing import fail_after
+
+from dinoseg.checkpoints.trained import Trained
+from dinoseg.extensions.tracking import track_mode as mode
+from dinoseg.extensions.tracking.video import mask_folder
+from dinoseg.utils.images import read_ids, write_png
+
+CLASSES = ["car", "person", "sky"]
+SCENE = draw_scene(
+    [
+        Rectangle("a", 0, [(8, 8 + 4 * time) for time in range(9)]),
+        Rectangle("b", 1, [None] * 3 + [(40, 60)] * 2 + [None] * 2 + [(40, 60)] * 2, score=0.8),
+        Rectangle("c", 1, [(40, 8)] * 9, score=0.2),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def clip(trained):
+    for number, frame in enumerate(SCENE[0]):
+        write_png(trained / f"objects/{number:05d}.png", frame)
+    write_png(trained / "object.png", np.ones(SCENE[0][0].shape[:2], np.uint8))
+    return trained
+
+
+@pytest.fixture
+def track(clip, monkeypatch):
+    """Return a function that runs the command with a model that finds the scene's objects from frame `start` on."""
+
+    def run(out, *more, start=0, status=0):
+        def load(builder):
+            return Trained(make_model(SCENE[1][start:]), builder.engine(), CLASSES, [(9, 9, 9)] * 3, 255, {})
+
+        monkeypatch.setattr(mode, "load_trained", load)
+        monkeypatch.setattr(mode, "find_trained_sizes", lambda *_: None)
+        words = ("mode=track", "input=objects", "resume=segmenter", "engine=cpu", "engine.precision=fp32")
+        words += ("mode.batch_size=2", "mode.save_every=2", "tracker.context=3", f"hydra.run.dir={out}")
+        done = call(clip, *words, *more)
+        assert done.status == status and "Traceback" not in done.err, done.err
+        return done
+
+    return run
+
+
+def read_masks(folder):
+    return np.stack([read_ids(path) for path in sorted((folder / "masks").glob("*.png"))])
+
+
+def test_objects_are_written_with_id_class_and_score(track, clip):
+    track("objects_whole")
+    folder = clip / "objects_whole"
+    masks = read_masks(folder)
+    assert [np.unique(mask).tolist() for mask in masks] == [[0, 1]] * 3 + [[0, 1, 2]] * 2 + [[0, 1]] * 2 + [
+        [0, 1, 2]
+    ] * 2
+    with open(folder / "objects.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["id"], row["class"], row["score"]) for row in rows} == {("1", "car", "0.9"), ("2", "person", "0.8")}
+    assert len(rows) == 9 + 4 and (folder / "overlay.mp4").is_file()
+    told = json.loads((folder / "track.json").read_text())
+    assert told["objects"] == [1, 2] and told["flicker"] is None
+    assert {key: told["settings"][key] for key in ("kind", "keep", "min_score")} == {
+        "kind": "identities", "keep": 30, "min_score": 0.5,
+    }  # fmt: skip
+
+
+def test_options_of_objects_apply(track, clip):
+    track("objects_options", "mode.keep=1", "mode.min_score=0.1")
+    assert np.unique(read_masks(clip / "objects_options")).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_stopped_run_of_objects_resumes(track, clip, monkeypatch):
+    track("objects_full")
+    with monkeypatch.context() as patch:
+        fail_after(patch, mask_folder, "write_indexed_png", 5, KeyboardInterrupt())
+        track("objects_stopped", status=130)
+    track("objects_on", "mode.restart=objects_stopped", start=4)
+    np.testing.assert_array_equal(read_masks(clip / "objects_stopped"), read_masks(clip / "objects_full"))
+    names = ("objects.csv", "track.json")
+    table, told = (
+        [(clip / folder / name).read_text() for folder in ("objects_stopped", "objects_full")] for name in names
+    )
+    assert table[0] == table[1]
+    assert json.loads(told[0])["settings"] == json.loads(told[1])["settings"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ("mode.smoothing=0.5",),
+            "mode.smoothing=0.5 is for the classes of a trained segmenter without single objects",
+        ),
+        (("labels=object.png",), "labels=object.png: a trained segmenter needs no masks"),
+        (("mode.min_score=2",), "min_score"),
+    ],
+)
+def test_options_of_other_models_are_refused(track, clip, more, message):
+    assert message in track("objects_refused", *more, status=1).err
+    assert not (clip / "objects_refused").exists()
+
+
+@pytest.mark.parametrize("option", ["mode.keep=3", "mode.min_score=0.5"])
+@pytest.mark.parametrize("words", [("resume=segmenter",), ("resume=slots",), ("labels=first.png", "backbone=rgb")])
+def test_options_of_objects_are_refused_for_other_models(clip, option, words):
+    done = call(clip, "mode=track", "input=clip", "engine=cpu", "hydra.run.dir=other_refused", *words, option)
+    assert done.status == 1 and "Traceback" not in done.err
+    assert f"{option} is for single objects of a trained model" in done.err
+    assert not (clip / "other_refused").exists()
