@@ -10,6 +10,7 @@ from tiny_parts import tiny_vit
 from dinoseg.core.contracts import Head
 from dinoseg.extensions.query_heads.eomt import EomtHead
 from dinoseg.extensions.query_heads.mask2former.head import Mask2FormerHead
+from dinoseg.extensions.query_heads.pmt import PmtHead
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.models.backbones.convnext import ConvNext
 from dinoseg.models.backbones.rgb import RgbBackbone
@@ -90,6 +91,23 @@ def test_tokens_enter_the_first_trained_block_of_timm(layers):
     count = len(backbone.blocks)
     frozen = check_cut(model_of(backbone))
     assert len(frozen.tensors) == 1 + len([layer for layer in backbone.layers if layer < count - 2])
+
+
+@pytest.mark.parametrize("layers", [[-1], [0, 2, 3], [3, 1]])
+@pytest.mark.parametrize("adapter", [Frozen(), LastBlocks(2), Lora(2, 4, blocks=1, dropout=0.5)])
+@pytest.mark.parametrize("name", ["dino", "dinov3", "timm"])
+def test_pmt_resumes_from_all_tokens(name, adapter, layers):
+    backbone = adapter(BACKBONES[name](layers))
+    torch.manual_seed(1)
+    head = PmtHead(backbone.dim, len(layers), 3, patch_size=backbone.patch_size, num_queries=3, blocks=2)
+    model = SegmentationModel(backbone, head).train()
+    frozen = check_cut(model)
+    read = [layer for layer in {*backbone.layers} if layer < (backbone.first_trained or 100)]
+    assert len(frozen.tensors) == len(read) + (backbone.first_trained is not None)
+    tokens = {"dino": 1 + 35, "dinov3": deep_vit().num_prefix + 35, "timm": 1 + 12}[name]
+    assert {part.shape[1] for part in frozen.tensors} == {tokens} and len(model(frozen).outputs.aux) == 2
+    live, kept = (model.eval()(given).scores() for given in (IMAGES, model.frozen(IMAGES)))
+    assert torch.equal(live, kept)
 
 
 @pytest.mark.parametrize("deep", [True, False])

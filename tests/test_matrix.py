@@ -55,6 +55,8 @@ def refusal(backbone, adapter, head):
         return "adapter.bits=8.*layers of a pyramid take feature maps"
     if head == "eomt" and (backbone in PYRAMIDS or backbone == "timm_vit"):
         return "EoMT needs a backbone whose blocks take queries"
+    if head == "pmt" and backbone in PYRAMIDS:
+        return "PMT needs a backbone that returns all tokens"
     if head == "mask2former" and backbone in PYRAMIDS:
         return "this Mask2Former head builds its own pyramid.*Choose a vision transformer"
     return None

@@ -136,6 +136,11 @@ EOMT_DINOV3 = EOMT | {
     **{"backbone.arch.pos_embed_rescale": 2.0, "backbone.arch.hidden_size": 1024},
     **{"optim.optimizer.lr": 2e-4, "optim.optimizer.layer_decay": None},
 }
+PMT = EOMT | {  # tue-mps/pmt: image/configs, image/training/warmup_cosine_schedule.py, image/models
+    **{"adapter._target_": "dinoseg.models.adapters.Frozen", "backbone.arch.hidden_size": 1024},
+    **{"head.blocks": 6, "head.layers": [5, 11, 17, 23], "optim.optimizer.lr": 2e-4},
+    **{"optim.schedule.kind": "cosine", "optim.schedule.min_lr_ratio": 1e-9 / 2e-4},
+}
 OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
     **{f"linear_{data}": (DINOV3_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
     **{f"linear_{data}_dinov2": (DINOV2_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
@@ -156,6 +161,12 @@ OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
     "eomt_cityscapes_dinov3": (
         EOMT_DINOV3 | {"trainer.steps": 107 * 186, "resolution.crop": [1024, 1024], "inference.size": 1024},
         (round(19902 * 2000 / 20192), round(19902 * 3000 / 20192)),
+    ),
+    "pmt_ade20k_dinov3": (
+        PMT
+        | {"trainer.steps": 16 * 1262, "resolution.crop": [512, 512], "inference.size": 512}
+        | {"head.anneal": [[0, 3000], [5384, 8749], [7403, 10769], [9422, 12788], [11442, 14807], [13461, 16826]]},
+        (6000, None),
     ),
 }
 
@@ -214,12 +225,14 @@ def test_annealing_of_eomt_is_even_as_in_its_configurations():
         pytest.param("linear_voc_dinov2", marks=pytest.mark.heavy),
         pytest.param("eomt_cityscapes", marks=pytest.mark.heavy),
         "eomt_ade20k_dinov3",
+        "pmt_ade20k_dinov3",
     ],
 )
 def test_official_recipes_train_and_validate(tmp_path, hparam):
     """Two steps and two validations on small images, with a small backbone: one recipe of each kind."""
     write_data(tmp_path / "data")
     own = ["adapter=frozen", "inference.stride=32"] if "linear" in hparam else ["loss.criterion.num_points=40"]
+    own += ["head.layers=quarters"] if "pmt" in hparam else []
     words = [*SMALL, "backbone.arch.num_hidden_layers=4", "resolution.crop=[48,48]", "inference.size=48", *own]
     words += ["inference.shortest=48", "trainer.val_every=1", "trainer.save_every=null", "engine.precision=fp32"]
     succeed(tmp_path, "mode=train", f"hparam={hparam}", *words, "mode.metrics_only=true", "hydra.run.dir=run")

@@ -42,6 +42,7 @@ PLAIN = {
         *("head.num_heads=4", *QUERIES),
     ),
     "eomt": ("head=eomt", "head.num_queries=6", "head.blocks=1", *QUERIES),
+    "pmt": ("head=pmt", "adapter=frozen", "head.num_queries=6", "head.blocks=2", *QUERIES),
     "frozen": ("adapter=frozen",),
     "frozen_cached": ("adapter=frozen", "engine.cache=memory", "data.views=2"),
     "frozen_scaled": ("adapter=frozen", "resolution.scale=0.5"),

@@ -30,6 +30,7 @@ SMALL_HEADS = {
     "detail": {"fine": 4, "width": 8, "channels": 3},
     "mask2former": {"num_queries": 6, "num_heads": 4, "hidden_dim": 64, "feedforward_dim": 32, "drop_path": 0.0},
     "eomt": {"num_queries": 6, "blocks": 2},
+    "pmt": {"num_queries": 6, "blocks": 2},
 }
 BASE = ("data.classes=[a,b,c]", "data.root=none", "engine=cpu")
 

@@ -66,6 +66,8 @@ class Backbone(GuardedModule):
     uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is used outside their `forward`
     has_class_attention: bool = False  # whether `with_class_attention` and `with_keys` are implemented
     takes_queries: bool = False  # whether `embed` is implemented, and blocks accept more tokens than it returns
+    returns_tokens: bool = False  # whether `frozen_tokens` and `trainable_tokens` are implemented
+    head_dim: int = 64  # width of a head of the blocks' attention, for a head that reads tokens
 
     if TYPE_CHECKING:  # nn.Module's own, which is untyped
 
@@ -143,6 +145,21 @@ class Backbone(GuardedModule):
         """Return the L maps (B, C, h, w) from the result of `forward_frozen` for images of `size` (H, W)."""
         maps = dict(zip(sorted({*self._read}), frozen, strict=True))
         return [maps[layer] for layer in self._read]
+
+    def frozen_tokens(self, images: Tensor) -> list[Tensor]:
+        """Return the result of `forward_frozen` with class and register tokens, as input of `trainable_tokens`."""
+        raise NotImplementedError
+
+    def trainable_tokens(self, frozen: list[Tensor], size: tuple[int, int]) -> tuple[list[Tensor], BlockKwargs]:
+        """Return all tokens of each block that is read, and the keyword arguments of the blocks.
+
+        The tokens (B, num_prefix + h * w, C) have passed the norm of the maps; class and register tokens come first.
+
+        Args:
+            frozen: result of `frozen_tokens`.
+            size: (H, W) of its images.
+        """
+        raise NotImplementedError
 
     @property
     def _read(self) -> Sequence[int]:

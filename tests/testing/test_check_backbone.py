@@ -99,6 +99,11 @@ def with_pixels(prepare):
 
 
 OtherSplit = with_members(forward_frozen=lambda self, images: Patches.forward_frozen(self, images)[::-1])
+OtherTokens = with_members(
+    returns_tokens=True,
+    frozen_tokens=Patches.forward_frozen,
+    trainable_tokens=lambda self, frozen, _: ([part.flatten(2).mT.flip(1) for part in frozen], {}),
+)
 COLOURS = [torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD)]
 pad = partial(pad_to_multiple, multiple=8)
 
@@ -130,6 +135,7 @@ def test_a_backbone_that_keeps_its_contract_passes():
             "with `mean` at the bottom and on the right",
         ),
         (OtherSplit, r"forward_trainable\(forward_frozen\(images\)\) must give the maps"),
+        (OtherTokens, r"the last h \* w tokens of trainable_tokens.* must be those of the maps"),
         (NoTrain, r"after train\(False\) .* but embedding, blocks.* did not change; call super"),
         (with_maps(lambda part: dropout(part, 0.1)), "equal in eval mode, but they differ; .*self.training"),
         (with_maps(lambda part: part - part.mean(0)), "alone and in a batch, but they differ; compute no statistics"),

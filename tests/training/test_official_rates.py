@@ -43,6 +43,10 @@ EOMT_DINOV3 = """
 optimizer: {lr: 2.0e-4, weight_decay: 0.05, weight_decay_on: all, layer_decay: null}
 schedule: {kind: poly, power: 0.9, warmup: 2000, warmup_start: 0, backbone_warmup: 3000}
 """
+PMT = """
+optimizer: {lr: 2.0e-4, weight_decay: 0.05, weight_decay_on: all}
+schedule: {kind: cosine, warmup: 6000, warmup_start: 0, min_lr_ratio: 5.0e-6}
+"""
 SLOTS = """
 optimizer: {lr: 4.0e-4, weight_decay: 0.0}
 schedule: {kind: exponential, warmup: 2500, warmup_start: 0, min_lr_ratio: 0.5}
@@ -157,6 +161,18 @@ def test_rates_of_eomt(family, depth, recipe, lr, llrd, warmups, steps):
         for name, power in powers.items():
             rate = lr * head if power is None else lr * llrd**power * vit
             assert found[name] == (pytest.approx(rate, rel=1e-9), 0.05), name
+
+
+@pytest.mark.parametrize("steps", [16 * 1262, 12 * 7391])
+def test_rates_of_pmt(steps):
+    """`WarmupCosineSchedule` of tue-mps/pmt with a rate of 2e-4, a warm-up of 6,000 steps and a least rate of 1e-9."""
+    make, factor = parts_of(PMT)
+    optimizer = make(segmenter(adapter=Frozen))
+    for step in (*range(20), 2999, 5999, 6000, 6001, 12_345, steps - 2, steps - 1):
+        decayed = 1e-9 + 0.5 * (2e-4 - 1e-9) * (1 + math.cos(math.pi * (step - 6000) / (steps - 6000)))
+        rate = 2e-4 * step / 6000 if step < 6000 else decayed
+        found = rates_at(optimizer, factor, step, steps)
+        assert found and all(value == (pytest.approx(rate, rel=1e-9), 0.05) for value in found.values())
 
 
 def test_rates_of_slotcontrast_and_videosaur():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.contracts import Backbone, BlockKwargs, Head
 from dinoseg.core.shapes import MaskOutputs, WeightedMasks
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 from dinoseg.utils.errors import UserError
@@ -117,10 +117,29 @@ class EomtHead(Head[MaskOutputs]):
         blocks = list(backbone.blocks)
         for block in blocks[: -self.blocks]:
             tokens = block(tokens, **block_kwargs)  # (B, num_prefix + h * w, dim)
+        return self.join(tokens, blocks[-self.blocks :], norm, grid, block_kwargs)
+
+    def join(
+        self,
+        tokens: Tensor,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        grid: tuple[int, int],
+        block_kwargs: BlockKwargs,
+    ) -> MaskOutputs:
+        """Return the outputs after `blocks`, which the queries pass together with all other tokens.
+
+        Args:
+            tokens: (B, num_prefix + h * w, dim), input of the first of these blocks.
+            blocks: one for each window of the annealing; each also takes the attention mask of the queries.
+            norm: precedes each prediction.
+            grid: (h, w) of the patches.
+            block_kwargs: further arguments of each block.
+        """
         queries = self.queries.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([queries, tokens], dim=1)  # (B, N, dim), N = Q + num_prefix + h * w
         earlier = []
-        for block, window in zip(blocks[-self.blocks :], self.windows, strict=True):
+        for block, window in zip(blocks, self.windows, strict=True):
             mask = None
             if self.training:
                 earlier.append(self._read(norm(tokens), grid))

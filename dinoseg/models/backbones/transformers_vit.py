@@ -80,6 +80,7 @@ class TransformersVit(Backbone):
 
     has_class_attention = True
     takes_queries = True
+    returns_tokens = True
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class TransformersVit(Backbone):
         self.layers = resolve_layers(layers, config.num_hidden_layers)
         self.patch_size = patch_size
         self.dim = config.hidden_size
+        self.head_dim = config.hidden_size // config.num_attention_heads
         self.depth = config.num_hidden_layers
         self.num_layers = len(self.layers)
         self.num_prefix = 1 + getattr(config, "num_register_tokens", 0)
@@ -193,25 +195,43 @@ class TransformersVit(Backbone):
         If nothing is trained, they have passed the final norm. Otherwise the input tokens (B, num_prefix + h * w,
         dim) of the first trained block are appended.
         """
+        return self._run_frozen(images, self.num_prefix)
+
+    def frozen_tokens(self, images: Tensor) -> list[Tensor]:
+        """See `Backbone`."""
+        return self._run_frozen(images, 0)
+
+    def _run_frozen(self, images: Tensor, dropped: int) -> list[Tensor]:
+        """Return the tokens of `forward_frozen`, without the first `dropped` ones of each tapped block."""
         first = self.first_trained
         cut = len(self.blocks) if first is None else first
         tokens, block_kwargs = self.embed(self.pixels(images))
-        given = run_frozen_blocks(list(self.blocks), cut, self.layers, tokens, self.num_prefix, block_kwargs)
-        return [self.norm(patches) for patches in given] if first is None else given
+        given = run_frozen_blocks(list(self.blocks), cut, self.layers, tokens, dropped, block_kwargs)
+        return [self.norm(part) for part in given] if first is None else given
 
     def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps (B, dim, h, w) for the output of `forward_frozen` on images of `size` (H, W)."""
+        patches, _ = self._run_trainable(frozen, size, self.num_prefix)
+        return self._maps(patches, size)
+
+    def trainable_tokens(self, frozen: list[Tensor], size: tuple[int, int]) -> tuple[list[Tensor], BlockKwargs]:
+        """See `Backbone`."""
+        tokens, block_kwargs = self._run_trainable(frozen, size, 0)
+        return [at_least_float32(tokens[layer]) for layer in self.layers], block_kwargs
+
+    def _run_trainable(
+        self, frozen: list[Tensor], size: tuple[int, int], dropped: int
+    ) -> tuple[dict[int, Tensor], BlockKwargs]:
+        """Return the normed tokens of each tapped block for the output of `_run_frozen`, and the blocks' arguments."""
         first = self.first_trained
         dtype = cast(Any, self.model).embeddings.cls_token.dtype
         frozen = [part.to(dtype) for part in frozen]  # cached features are float32
+        padded = [-(-side // self.patch_size) * self.patch_size for side in size]
+        block_kwargs = self._block_kwargs((padded[0], padded[1]))
         if first is None:
-            patches = dict(zip(sorted({*self.layers}), frozen, strict=True))
-        else:
-            padded = [-(-side // self.patch_size) * self.patch_size for side in size]
-            block_kwargs = self._block_kwargs((padded[0], padded[1]))
-            patches = run_trained_blocks(list(self.blocks), first, self.layers, frozen, self.num_prefix, block_kwargs)
-            patches = {number: self.norm(part) for number, part in patches.items()}
-        return self._maps(patches, size)
+            return dict(zip(sorted({*self.layers}), frozen, strict=True)), block_kwargs
+        tokens = run_trained_blocks(list(self.blocks), first, self.layers, frozen, dropped, block_kwargs)
+        return {number: self.norm(part) for number, part in tokens.items()}, block_kwargs
 
     def _maps(self, patches: Mapping[int, Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the patch tokens (B, h * w, dim) of blocks as L maps, for images of `size` (H, W)."""

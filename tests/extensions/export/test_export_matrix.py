@@ -34,6 +34,8 @@ CELLS = [  # each head and each family of backbones
     ("timm_pyramid", "upernet", GraphOptions()),
     ("dinov3", "eomt", GraphOptions()),
     ("dinov2_registers", "eomt", GraphOptions(pixels=True)),
+    ("dinov3", "pmt", GraphOptions()),
+    ("timm_vit", "pmt", GraphOptions()),
     ("dinov3", "mask2former", GraphOptions()),
 ]
 ONE_SIZE = ("upernet", "mask2former")

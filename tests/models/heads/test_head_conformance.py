@@ -10,6 +10,7 @@ from tiny_parts import SMALL_HEADS, load_option, tiny_node
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.extensions.query_heads.eomt import EomtHead
+from dinoseg.extensions.query_heads.pmt import PmtHead
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.dpt import DptHead
 from dinoseg.models.heads.upernet import UperNetHead
@@ -17,7 +18,7 @@ from dinoseg.testing import check_head
 
 pytestmark = pytest.mark.slow
 
-ON_BLOCKS = ("eomt",)  # heads that run the blocks of a transformer, see below
+ON_BLOCKS = ("eomt", "pmt")  # heads that read the blocks or tokens of a transformer, see below
 FILES = {option: read_whole("head", option) for option in options("head")}
 HEADS = [
     option
@@ -40,14 +41,15 @@ def test_a_head_keeps_the_contract(option):
     check_head(make, num_layers=num_layers)
 
 
+@pytest.mark.parametrize("head", [EomtHead, PmtHead])
 @pytest.mark.parametrize(
     "family",
     [pytest.param(family, marks=[] if family == "dinov3_vit" else [pytest.mark.heavy]) for family in FAMILIES],
 )
-def test_a_head_on_blocks_keeps_the_contract(family):
+def test_a_head_on_blocks_keeps_the_contract(family, head):
     arch, patch_size = FAMILIES[family]
     backbone = TransformersVit(family, arch, "random", patch_size)
-    check_head(partial(EomtHead, patch_size=patch_size, blocks=2, num_queries=5), backbone)
+    check_head(partial(head, patch_size=patch_size, blocks=2, num_queries=5), backbone)
 
 
 @pytest.mark.parametrize(
