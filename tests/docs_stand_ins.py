@@ -156,6 +156,23 @@ def drawn_for_yolo(stand_ins, folder):
     return folder
 
 
+@stand_in("COCO_PANOPTIC")
+def drawn_for_coco_panoptic(stand_ins, folder):
+    write_images(folder, "{split}2017/{name}.jpg", None, (0,), splits=("train", "val"))
+    images = [{"id": number, "file_name": f"{'ab'[number]}.jpg", "height": 50, "width": 66} for number in (0, 1)]
+    segments = [{"id": number, "category_id": number, "iscrowd": 0} for number in (1, 2)]
+    files = [{"image_id": number, "file_name": f"{'ab'[number]}.png", "segments_info": segments} for number in (0, 1)]
+    categories = [{"id": 1, "name": "leaf", "isthing": 1}, {"id": 2, "name": "ground", "isthing": 0}]
+    ids = np.full((50, 66, 3), (2, 0, 0), np.uint8)
+    ids[10:40, 10:40] = 1, 0, 0
+    for split in ("train", "val"):
+        content = {"images": images, "annotations": files, "categories": categories}
+        write_json(folder / f"annotations/panoptic_{split}2017.json", content)
+        for each in files:
+            save(folder / f"annotations/panoptic_{split}2017/{each['file_name']}", ids, np.uint8)
+    return folder
+
+
 @stand_in("LABELME")
 def drawn_for_labelme(stand_ins, folder):
     write_images(folder, "{name}.jpg", None, (0,), names="abcd", splits=("",))

@@ -89,13 +89,14 @@ ORIGINALS = {
     | {"loss.criterion.terms.similarity.temperature": 0.25, "data.clips.eval_cut.step": None}
     | {"data.clips.eval_cut.short": "skip"},
 }
+COLOR = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5}  # in all of these codes
 PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
     **{"resolution.crop": [512, 512], "data.batch_size": 16, "trainer.steps": 40000, "trainer.clip": None},
     **{"head.init": "normal", "head.layers": [-1], "loss.criterion.average": "all", "engine.precision": "fp32"},
     **{"data.augment.relative_to": "short", "data.augment.scale": [0.5, 2.0]},
     **{"data.augment.distribution": "uniform", "data.augment.cat_max_ratio": 0.75, "data.augment.flip": 0.5},
     **{"data.augment.padding": "end", "data.augment.fill": [124, 116, 104], "data.augment.color.additive": True},
-    **{"data.augment.color.contrast": 0.5, "data.augment.color.saturation": 0.5},
+    **{f"data.augment.color.{part}": value for part, value in COLOR.items()},
     **{"optim.optimizer.lr": 1e-3, "optim.optimizer.weight_decay_on": "all", "optim.optimizer.betas": [0.9, 0.999]},
     **{"inference.size": 512, "inference.stride": 341, "inference.shortest": 512, "inference.scales": [1.0]},
     **{"inference.weights": "uniform", "inference.average": "scores", "inference.flips": "none"},
@@ -113,33 +114,64 @@ DINOV2_PROBE = PROBE | {
     "inference.resample": "bilinear",
     **{"trainer.val_every": 10000, "trainer.evaluate": "last"},
 }
-EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, datasets/transforms.py
+EOMT = {  # tue-mps/eomt: configs, training/mask_classification_*.py, datasets/transforms.py
     **{"data.batch_size": 16, "trainer.clip": 0.01, "trainer.ema": None, "trainer.evaluate": "last"},
     "adapter._target_": "dinoseg.models.adapters.Full",
-    **{"head.num_queries": 100, "head.blocks": 4, "head.no_object": True, "backbone.patch_size": 16},
+    **{"head.blocks": 4, "head.no_object": True, "backbone.patch_size": 16},
     **{"loss.criterion.ignored": "background", "loss.criterion.no_object": 0.1, "loss.criterion.num_points": 12544},
     **{"loss.criterion.factors": {"class": 2.0, "mask": 5.0, "dice": 5.0}, "loss.criterion.interpolation": "bilinear"},
     **{"loss.criterion.oversample": 3.0, "loss.criterion.importance": 0.75},
-    **{"data.augment.relative_to": "fit", "data.augment.scale": [0.5, 2.0], "data.augment.distribution": "uniform"},
+    **{"data.augment.relative_to": "fit", "data.augment.distribution": "uniform", "data.augment.flip": 0.5},
     **{"data.augment.padding": "end", "data.augment.fill": [0, 0, 0], "data.augment.cat_max_ratio": None},
     "data.augment.resample": "antialias",
+    **{"optim.optimizer.weight_decay": 0.05, "optim.optimizer.weight_decay_on": "all"},
+    "optim.schedule.warmup_start": 0.0,
+}
+SEMANTIC = {
+    **{"head.num_queries": 100, "data.augment.scale": [0.5, 2.0]},
+    **{f"data.augment.color.{part}": value for part, value in COLOR.items()},
     **{"data.augment.color.additive": False, "data.augment.color.before_scaling": True, "data.augment.color.hue": 0.05},
-    **{"optim.optimizer.weight_decay": 0.05, "optim.optimizer.weight_decay_on": "all", "optim.schedule.kind": "poly"},
-    **{"optim.optimizer.layer_decay_rule": "eomt", "optim.schedule.power": 0.9, "optim.schedule.warmup_start": 0.0},
     **{"inference.placement": "even", "inference.weights": "uniform", "inference.average": "scores"},
 }
-EOMT_DINOV2 = EOMT | {
+POLY = {"optim.schedule.kind": "poly", "optim.schedule.power": 0.9, "optim.optimizer.layer_decay_rule": "eomt"}
+DINOV2 = POLY | {
     **{"backbone.weights_patch_size": 14, "backbone.arch.num_register_tokens": 4, "backbone.arch.hidden_size": 1024},
     **{"optim.optimizer.lr": 1e-4, "optim.optimizer.layer_decay": 0.8, "head.anneal": "even"},
 }
-EOMT_DINOV3 = EOMT | {
+DINOV3 = POLY | {
     **{"backbone.arch.pos_embed_rescale": 2.0, "backbone.arch.hidden_size": 1024},
     **{"optim.optimizer.lr": 2e-4, "optim.optimizer.layer_decay": None},
 }
-PMT = EOMT | {  # tue-mps/pmt: image/configs, image/training/warmup_cosine_schedule.py, image/models
-    **{"adapter._target_": "dinoseg.models.adapters.Frozen", "backbone.arch.hidden_size": 1024},
-    **{"head.blocks": 6, "head.layers": [5, 11, 17, 23], "optim.optimizer.lr": 2e-4},
-    **{"optim.schedule.kind": "cosine", "optim.schedule.min_lr_ratio": 1e-9 / 2e-4},
+EOMT_DINOV2, EOMT_DINOV3 = EOMT | SEMANTIC | DINOV2, EOMT | SEMANTIC | DINOV3
+COCO = EOMT | {
+    **{"head.num_queries": 200, "data.augment.scale": [0.1, 2.0], "resolution.crop": [640, 640]},
+    **{f"data.augment.color.{part}": 0 for part in ("brightness", "contrast", "saturation", "hue")},
+    "data.unlabelled": "ignore",
+}
+PANOPTIC = COCO | {
+    "task._target_": "dinoseg.extensions.objects.tasks.PanopticTask",
+    **{"data.kind": "coco_panoptic", "trainer.steps": 12 * 7391, "trainer.val_every": 7391},
+}
+INSTANCE = COCO | {
+    "task._target_": "dinoseg.extensions.objects.tasks.InstanceTask",
+    **{"data.kind": "coco", "trainer.steps": 12 * 7329, "trainer.val_every": 2 * 7329},
+    "head.anneal": [[14782, 29564], [29564, 44346], [44346, 59128], [59128, 73910]],
+}
+COCO_DINOV2 = DINOV2 | {"backbone.arch.num_hidden_layers": 24}
+COCO_DINOV3 = DINOV3 | {"optim.optimizer.layer_decay": 0.8, "optim.optimizer.layer_decay_rule": "eomt_joint"}
+STARTS_EARLY = {"head.anneal": [[0, 3000], [29564, 44346], [44346, 59128], [59128, 73910]]}
+LONGER = COCO_DINOV3 | {  # DINOv3-S and B
+    **{"head.blocks": 3, "head.anneal": [[0, 3000], [73910, 103474], [118256, 147820]]},
+    **{"trainer.steps": 24 * 7391, "backbone.arch.num_hidden_layers": 12},
+}
+LARGER = {"resolution.crop": [1280, 1280]}
+PMT = {  # tue-mps/pmt: image/configs, image/training/warmup_cosine_schedule.py
+    **{"adapter._target_": "dinoseg.models.adapters.Frozen", "backbone.arch.pos_embed_rescale": None},
+    **{"head.blocks": 6, "head.layers": [5, 11, 17, 23], "optim.schedule.kind": "cosine"},
+    **{"optim.optimizer.lr": 2e-4, "optim.schedule.min_lr_ratio": 1e-9 / 2e-4, "backbone.arch.hidden_size": 1024},
+}
+PMT_COCO = PMT | {
+    "head.anneal": [[0, 3000], [23651, 38433], [32520, 47302], [41389, 56171], [50258, 65040], [59128, 73910]]
 }
 OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
     **{f"linear_{data}": (DINOV3_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
@@ -163,11 +195,35 @@ OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
         (round(19902 * 2000 / 20192), round(19902 * 3000 / 20192)),
     ),
     "pmt_ade20k_dinov3": (
-        PMT
+        EOMT
+        | SEMANTIC
+        | PMT
+        | {"optim.optimizer.layer_decay": None}
         | {"trainer.steps": 16 * 1262, "resolution.crop": [512, 512], "inference.size": 512}
         | {"head.anneal": [[0, 3000], [5384, 8749], [7403, 10769], [9422, 12788], [11442, 14807], [13461, 16826]]},
         (6000, None),
     ),
+    "eomt_coco_panoptic": (PANOPTIC | COCO_DINOV2, (500, 1000)),
+    "eomt_coco_panoptic_1280": (PANOPTIC | COCO_DINOV2 | LARGER, (500, 1000)),
+    "eomt_coco_panoptic_dinov3": (PANOPTIC | COCO_DINOV3 | STARTS_EARLY, (2000, 3000)),
+    "eomt_coco_panoptic_dinov3_1280": (PANOPTIC | COCO_DINOV3 | STARTS_EARLY | LARGER, (2000, 3000)),
+    "eomt_coco_panoptic_dinov3_vits": (PANOPTIC | LONGER | {"backbone.arch.hidden_size": 384}, (2000, 3000)),
+    "eomt_coco_panoptic_dinov3_vitb": (PANOPTIC | LONGER | {"backbone.arch.hidden_size": 768}, (2000, 3000)),
+    "eomt_coco_instance": (COCO_DINOV2 | INSTANCE, (500, 1000)),
+    "eomt_coco_instance_1280": (COCO_DINOV2 | INSTANCE | LARGER, (500, 1000)),
+    "eomt_coco_instance_dinov3": (COCO_DINOV3 | INSTANCE, (2000, 3000)),
+    "eomt_coco_instance_dinov3_1280": (COCO_DINOV3 | INSTANCE | LARGER, (2000, 3000)),
+    "pmt_coco_panoptic": (PANOPTIC | PMT_COCO, (6000, None)),
+    "pmt_coco_panoptic_1280": (PANOPTIC | PMT_COCO | LARGER, (6000, None)),
+    **{
+        f"pmt_coco_panoptic_{size}": (
+            PANOPTIC | PMT_COCO | {"head.layers": [2, 5, 8, 11], "backbone.arch.hidden_size": width},
+            (6000, None),
+        )
+        for size, width in (("vits", 384), ("vitb", 768))
+    },
+    "pmt_coco_instance": (INSTANCE | PMT_COCO | {"trainer.val_every": 7329}, (6000, None)),
+    "pmt_coco_instance_1280": (INSTANCE | PMT_COCO | {"trainer.val_every": 7329} | LARGER, (6000, None)),
 }
 
 # the recipes of a family have most of their numbers in common
@@ -175,6 +231,7 @@ FAMILY = (
     *("slotcontrast_movi_c", "slotcontrast_ytvis2021", "videosaur_movi_c", "videosaur_movi_e", "idd_m2f_no_object"),
     *("linear_cityscapes", "linear_voc", "linear_cityscapes_dinov2", "linear_voc_dinov2"),
     *("eomt_cityscapes", "eomt_cityscapes_dinov3"),
+    *(name for name in OFFICIAL if "_coco_" in name and name not in ("eomt_coco_panoptic_dinov3", "pmt_coco_instance")),
 )
 
 
@@ -196,7 +253,6 @@ def test_a_recipe_has_the_numbers_of_an_official_one(compose, hparam):
     wanted, warmups = OFFICIAL[hparam]
     found = {key: OmegaConf.select(cfg, key) for key in wanted}
     assert {key: to_plain(value) for key, value in found.items()} == wanted
-    assert round(255 * cfg.data.augment.color.brightness, 2) == 32  # of 255, as in all of these codes
     shares = cfg.optim.schedule.warmup, cfg.optim.schedule.backbone_warmup
     assert tuple(share and round(share * cfg.trainer.steps) for share in shares) == warmups
 

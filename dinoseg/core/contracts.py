@@ -222,6 +222,7 @@ class Head(GuardedModule, Generic[Outputs]):
     min_batch_size: int = 1  # minimum number of training images per rank and pass
     weights: str | None = None  # file of its frozen part, if any
     no_object: bool = False  # whether the last column of its class logits means "no object"
+    joint_blocks: int = 0  # number of the backbone's last blocks that its queries pass through
     init: str | None = None  # `probe`: a new training starts from a linear probe, see `start`; None: at random
     fixed_size_reason: str | None = None  # why its exported graph has a fixed input size; None: any size
 

@@ -23,7 +23,7 @@ _WITHOUT_DECAY = (  # kinds of modules with weights of several axes that scale o
     nn.RMSNorm,
     nn.modules.batchnorm._NormBase,
 )
-LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the parameters before the blocks, take
+LayerDecayRule = Literal["beit", "eomt", "eomt_joint"]
 ScheduleKind = Literal["constant", "cosine", "poly", "exponential", "one_cycle"]
 _MIN_PAST_WARMUP = 0.2  # share of the steps
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
@@ -38,7 +38,7 @@ def parameter_groups(
     backbone_lr: float | None = None,
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
-    layer_decay_rule: Literal["beit", "eomt"] = "beit",
+    layer_decay_rule: LayerDecayRule = "beit",
     weight_decay_on: Literal["matrices", "all"] = "matrices",
     freeze_backbone_until: float = 0.0,
 ) -> list[dict]:
@@ -53,6 +53,8 @@ def parameter_groups(
 
     - `layer_decay_rule="beit"`: d^(n - i) and d^(n + 1) (BEiT, arXiv 2106.08254).
     - `layer_decay_rule="eomt"`: d^(n - 1 - i) and d^(n - 1) (tue-mps/eomt, training/lightning_module.py).
+    - `layer_decay_rule="eomt_joint"`: the same, but 1 in the last blocks, which the head's queries join
+      (`llrd_l2_enabled: False` there).
 
     n counts the blocks that are read, or the stages of a pyramid. The final norm is trained at the rate without decay.
 
@@ -66,7 +68,7 @@ def parameter_groups(
     """
     backbone_lr = lr if backbone_lr is None else backbone_lr
     of_backbone = {id(parameter) for parameter in model.backbone.parameters()}
-    above = {} if layer_decay is None else _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule])
+    above = {} if layer_decay is None else _layers_above(model, layer_decay_rule)
     decayed = weight_matrices(model) if weight_decay_on == "matrices" else {*model.parameters()}
     delayed_start, parts = model.head.delayed_modules
     delayed = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -117,7 +119,7 @@ def adamw(
     betas: tuple[LowShare, LowShare] = (0.9, 0.999),
     backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
-    layer_decay_rule: Literal["beit", "eomt"] = "beit",
+    layer_decay_rule: LayerDecayRule = "beit",
     weight_decay_on: Literal["matrices", "all"] = "matrices",
     freeze_backbone_until: LowShare = 0.0,
 ) -> Optimizer:
@@ -352,16 +354,15 @@ def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
-def _layers_above(model: SegmentationModel, extra: int) -> dict[int, int]:
-    """Return the number of layers between a backbone parameter and the head, by parameter ID.
-
-    It is 0 for the final norm, and `extra` for the last block. Parameters before the blocks are `extra` layers below
-    the first one.
-    """
-    backbone = model.backbone
-    lowest = max(0, len(backbone.blocks) - 1 + 2 * extra)
-    above = {id(parameter): lowest for parameter in backbone.parameters()}
-    for number, block in enumerate(backbone.blocks):
-        above |= {id(parameter): len(backbone.blocks) - 1 - number + extra for parameter in block.parameters()}
+def _layers_above(model: SegmentationModel, rule: LayerDecayRule) -> dict[int, int]:
+    """Return the number of layers between a backbone parameter and the head, by parameter ID, as a rule counts them."""
+    backbone, blocks = model.backbone, list(model.backbone.blocks)
+    # the head is a layer above the last block, and what lies before the blocks one below the first
+    extra = int(rule == "beit")
+    joint = len(blocks) - model.head.joint_blocks if rule == "eomt_joint" else len(blocks)
+    above = {id(parameter): max(0, len(blocks) - 1 + 2 * extra) for parameter in backbone.parameters()}
+    for number, block in enumerate(blocks):
+        layers = len(blocks) - 1 - number + extra if number < joint else 0
+        above |= {id(parameter): layers for parameter in block.parameters()}
     last = [] if backbone.norm is None else backbone.norm.parameters()
     return above | {id(parameter): 0 for parameter in last}

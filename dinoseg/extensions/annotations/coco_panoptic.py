@@ -21,9 +21,10 @@ _FORM = forms.list_of(
 
 
 def read_coco_panoptic(content: bytes, path: Path) -> Annotations:
-    """Parse a file in COCO's panoptic format; its PNG files lie in the folder of its name beside it.
+    """Parse a file in COCO's panoptic format; its PNG files lie in the folder of its name, beside it or one level up.
 
-    Pixels of no segment, id 0, are void.
+    The first is COCO's archive when unpacked, the second the layout of detectron2. Pixels of no segment, id 0, are
+    void.
 
     Raises:
         ValueError: it is not such a file, or an id is duplicate or undefined.
@@ -38,7 +39,8 @@ def read_coco_panoptic(content: bytes, path: Path) -> Annotations:
         numbers = tuple(segment["id"] for segment in annotation["segments_info"])
         shared = {"image_id": annotation["image_id"], "png": annotation["file_name"], "numbers": numbers}
         segments += [{**segment, **shared} for segment in annotation["segments_info"]]
-    folder = path.with_suffix("")
+    beside, above = path.with_suffix(""), path.parent.parent / path.stem
+    folder = above if above.is_dir() and not beside.is_dir() else beside
 
     def make_shape(segment: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
         number = segment["id"]

@@ -70,7 +70,7 @@ class EomtHead(Head[MaskOutputs]):
         super().__init__()
         if not isinstance(in_dim, int):
             raise _needs_another_backbone()
-        self.blocks = blocks
+        self.joint_blocks = blocks
         self.no_object = no_object
         self.windows = annealing_windows(anneal, blocks)
         self.step, self.steps = 0, 1
@@ -91,8 +91,8 @@ class EomtHead(Head[MaskOutputs]):
         if not backbone.takes_queries:
             raise _needs_another_backbone()
         count = len(backbone.blocks)
-        if self.blocks > count:
-            raise UserError(f"blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
+        if self.joint_blocks > count:
+            raise UserError(f"blocks={self.joint_blocks}: this backbone reads {count} blocks; give 1 to {count}.")
 
     def set_progress(self, step: int, steps: int) -> None:
         """Set the 0-based step and the length of the training, which control the annealing."""
@@ -115,9 +115,9 @@ class EomtHead(Head[MaskOutputs]):
         tokens, block_kwargs = backbone.embed(pixels)
         norm = backbone.norm or nn.Identity()
         blocks = list(backbone.blocks)
-        for block in blocks[: -self.blocks]:
+        for block in blocks[: -self.joint_blocks]:
             tokens = block(tokens, **block_kwargs)  # (B, num_prefix + h * w, dim)
-        return self.join(tokens, blocks[-self.blocks :], norm, grid, block_kwargs)
+        return self.join(tokens, blocks[-self.joint_blocks :], norm, grid, block_kwargs)
 
     def join(
         self,

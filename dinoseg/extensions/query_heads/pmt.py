@@ -102,6 +102,7 @@ class PmtHead(EomtHead):
             no_object=no_object,
             anneal=even_windows(blocks) if anneal == "even" else anneal,
         )
+        self.joint_blocks = 0  # the queries pass none of the backbone's
         self.norms = nn.ModuleList(nn.BatchNorm1d(in_dim) for _ in range(num_layers))
         self.laterals = nn.ModuleList(
             nn.Sequential(nn.Linear(in_dim, in_dim // 2), nn.GELU(), nn.Linear(in_dim // 2, in_dim))

@@ -277,6 +277,16 @@ def test_panoptic_segments_are_objects_and_the_mask(tmp_path):
     check_dataset(read("coco_panoptic", tmp_path))
 
 
+def test_panoptic_files_may_lie_beside_the_annotations(tmp_path):
+    """As in the layout of detectron2."""
+    roots = tmp_path / "below", tmp_path / "beside"
+    for root in roots:
+        write_panoptic(root, panoptic_ids(), SEGMENTS)
+    (roots[1] / "annotations/panoptic_train").rename(roots[1] / "panoptic_train")
+    below, beside = (read("coco_panoptic", root)[0] for root in roots)
+    assert (below["mask"] == beside["mask"]).all() and (below["maps"][OBJECTS] == beside["maps"][OBJECTS]).all()
+
+
 def test_changed_panoptic_files_change_the_fingerprint(tmp_path):
     write_panoptic(tmp_path, panoptic_ids(), SEGMENTS)
     before = read("coco_panoptic", tmp_path).fingerprint()
