@@ -12,7 +12,6 @@ from dinoseg.core.object_ids import OBJECTS, encode_object, stack_objects
 from dinoseg.core.objects import Objects
 from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.shapes import MaskOutputs, Prediction
-from dinoseg.core.task import SemanticTask
 from dinoseg.extensions.objects.tasks import InstanceTask, PanopticTask
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
@@ -149,8 +148,6 @@ def _draw_rectangle(rng, size):
 
 class BrightestClass(InstanceTask):
     """A task that finds one object: the pixels whose most probable class is 1."""
-
-    logits = SemanticTask.logits
 
     def find_objects(self, class_logits, mask_logits, size, valid):
         shares = class_logits.float().softmax(dim=-1)[..., : self.num_classes]

@@ -20,6 +20,7 @@ from dinoseg.runs.folder import last_command_line
 from dinoseg.segmenter.load import load
 from dinoseg.segmenter.model import Model
 from dinoseg.training import checkpoint
+from dinoseg.training.description import resolve_score
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations
 
@@ -117,7 +118,7 @@ class Run:
         """Return a matplotlib figure of the curves of loss and scores; a star marks the best checkpoint."""
         best = self.best_checkpoint
         step = 0 if best is None else int(checkpoint.describe(best)["progress"]["best_step"])
-        return curves_figure(self._rows, self.config["trainer"]["score"], step)
+        return curves_figure(self._rows, resolve_score(self.config), step)
 
     @check_annotations
     def load_model(self, which: str = "best", **options: Any) -> Model:

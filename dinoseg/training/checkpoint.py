@@ -31,6 +31,7 @@ from dinoseg.training.description import (
     locate_weights,
     read_description,
     resolve_evaluate,
+    resolve_score,
 )
 from dinoseg.training.loading import (
     CASTS,
@@ -420,7 +421,7 @@ def _chosen_by(info: Mapping[str, Any], other: Mapping[str, Any], metric: str | 
     """
     config = info.get("config", {})
     trainer = config.get("trainer", {})
-    score, images = trainer.get("score"), trainer.get("val_images")
+    score, images = resolve_score(config), trainer.get("val_images")
     settings = (config.get("metric") or {}).get(metric or score) or {}
     changed = changed_prediction(info, other, score)
     options = "".join(f" {key}={value}" for key, value in [*changed.items(), *settings.items()])

@@ -54,6 +54,13 @@ def locate_weights(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {**config, **{part: {**node, **_whole_path(node.get("weights"), folder)} for part, node in parts.items()}}
 
 
+def resolve_score(config: Mapping[str, Any]) -> str:
+    """Return `trainer.score` of a saved config, in which none or an interpolation means the default."""
+    default = (config.get("task") or {}).get("score", "miou")
+    score: str = config.get("trainer", {}).get("score", default)
+    return default if score.startswith("$") else score
+
+
 def resolve_evaluate(evaluate: str | None, fold: int | None) -> str:
     """Return the weights that a run evaluates, `best` or `last`.
 

@@ -104,7 +104,9 @@ class ImageDataModule:
     @property
     def train_views(self) -> TrainViews:
         """Return the training images as augmented views."""
-        return TrainViews(self.train, self.augment, self.seed, self.views, self.task.has_objects)
+        # a panoptic view without objects still trains on stuff
+        needs_objects = self.task.has_objects and self.task.objects_overlap
+        return TrainViews(self.train, self.augment, self.seed, self.views, needs_objects)
 
     @property
     def epoch(self) -> float:

@@ -264,7 +264,7 @@ def test_some_options_compose_and_are_restored(compose):
         check_row(chosen, whole, words, cfg)
         if whole["mode"] == "train":
             check_restored(cfg)
-            check_backbone(chosen["backbone"], cfg.backbone)
+            check_backbone(whole["backbone"], cfg.backbone)
 
 
 @pytest.mark.heavy

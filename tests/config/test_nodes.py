@@ -76,7 +76,7 @@ def test_interpolated_arguments_name_the_key_that_is_set(compose):
         ("data.opened", ["data.on_error=ignore"], "stop, skip"),
         ("data.reader", ["data.reader.masks.on_size_mismatch=crop"], "error, resize_mask"),
         ("data.reader", ["data.reader.partition.by=chance"], "folder, lists, fraction"),
-        ("data.reader", ["data=coco", "data.reader.shapes.crowds=x"], "class, ignore"),
+        ("data.reader", ["data=coco", "data.reader.shapes.crowds=x"], "class, ignore, object"),
         ("data.reader", ["data=sarrarp", "data.source=avi"], "frames, video"),
         ("inference", ["inference=windows", "inference.weights=hann"], "cosine, uniform"),
         ("optim.optimizer", ["optim.optimizer.weight_decay_on=none"], "matrices, all"),

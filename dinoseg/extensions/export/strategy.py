@@ -11,6 +11,7 @@ from dinoseg.config.stored import Source, compose_stored
 from dinoseg.core.sizes import Size
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import USE
+from dinoseg.training.description import resolve_score
 from dinoseg.utils.wording import count_of, format_override
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def missing_strategy(trained: Trained, sizes: Sequence[Size], folders: Sequence[
         if not key.startswith("_") and not _is_default(value, defaults.get(key)):
             words.append(f"{USE}.{key}={format_override(value)}")
     progress = trained.info["progress"]
-    is_scored = stored["trainer"].get("score") == _SELECTING and progress["step"] == progress["best_step"]
+    is_scored = resolve_score(stored) == _SELECTING and progress["step"] == progress["best_step"]
     # the strategy of a self-contained file may have been given at its export
     return Strategy(words, progress["best"] if is_scored and "facts" not in trained.info else None)
 

@@ -243,10 +243,10 @@ def run_slowly(backbone, head, images):
     found = []
     for number, block in enumerate(backbone.blocks):
         left = len(backbone.blocks) - number
-        if left == head.blocks:
+        if left == head.joint_blocks:
             tokens = torch.cat([torch.stack([head.queries] * len(images)), tokens], dim=1)
         bias = None
-        if left <= head.blocks and head.training:
+        if left <= head.joint_blocks and head.training:
             found.append(read_slowly(head, backbone.norm(tokens), grid))
             logits = F.interpolate(found[-1][1], grid, mode="bilinear")
             bias = torch.zeros(len(images), 1, tokens.shape[1], tokens.shape[1], dtype=tokens.dtype)
@@ -266,7 +266,7 @@ def published_model(backbone, head, size):
     options = {"pos_embed_rescale": None, "image_size": size, "patch_size": patch, "layer_norm_eps": 1e-5}
     options |= {
         "num_queries": len(head.queries),
-        "num_blocks": head.blocks,
+        "num_blocks": head.joint_blocks,
         "num_labels": head.classify.out_features - 1,
     }
     model = EomtDinov3ForUniversalSegmentation(EomtDinov3Config(**arch, **options))
