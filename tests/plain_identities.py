@@ -44,9 +44,8 @@ class PlainTracks:
         )
         found = {place: one for one, place in best}
         shares = {}
-        for one, kind in self.classes.items():
-            taken = sum(area for area, other in zip(areas, objects.classes, strict=True) if other == kind)
-            shares[one] = past[one] * np.clip(1 - taken, 0, None)
+        for one in self.classes:
+            shares[one] = past[one]
             self.missed[one] += 1
         for one in found.values():
             self.missed[one] = 0
@@ -54,14 +53,12 @@ class PlainTracks:
             del self.missed[one], self.classes[one], shares[one]
             for _, labels in self.memory:
                 del labels[one]
-        earlier = dict(self.classes)
         for place in [place for place in range(len(areas)) if place not in found]:
             one = found[place] = self.next
             self.next += 1
             self.classes[one], self.missed[one] = objects.classes[place], 0
             for features, labels in self.memory:
-                taken = sum(labels[other] for other, kind in earlier.items() if kind == objects.classes[place])
-                labels[one] = self.spread(features, [(cells, {one: areas[place]})], one) * np.clip(1 - taken, 0, None)
+                labels[one] = self.spread(features, [(cells, {one: areas[place]})], one)
         shares |= {one: areas[place] for place, one in found.items()}
         self.memory.append((cells, shares))
         if len(self.memory) > self.settings.context:

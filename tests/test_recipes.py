@@ -358,6 +358,7 @@ def test_sizes_that_do_not_suit_are_reported(log_start):
     message = f"{resized} trains on resized images, but validation and inference do not resize. Set inference=windows"
     assert message in log_start(resized)
     assert not log_start(resized, "inference=windows", "inference.size=48", "inference.shortest=48")
+    assert not log_start(resized, "inference=letterbox", "inference.size=48")
 
 
 @pytest.mark.parametrize(("end", "count"), [(30, 1), (2, 0)])

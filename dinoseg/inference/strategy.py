@@ -28,6 +28,8 @@ OnPass = Callable[[Prediction, Tensor, Sequence[Place], Size], None]
 class InferenceStrategy(Protocol):
     """Inference strategy: splits images into parts for the model and merges the predictions."""
 
+    resizes: bool = False  # whether images of all sizes are resized to one size before the model sees them
+
     def bands(
         self,
         model: SegmentationModel,

@@ -117,6 +117,7 @@ class Windows(InferenceStrategy):
         self.turns = TURNS[flips]
         self.scales = scales
         self.shortest, self.multiple = shortest, multiple
+        self.resizes = shortest is not None
         self.antialias = resample == "antialias"
 
     def bands(

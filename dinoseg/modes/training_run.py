@@ -262,7 +262,10 @@ class TrainingRun:
             print(f"curves:       {curves}")
             self.finish_log(log, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
-            print("\n".join(next_commands(self.out_dir, self.builder.config_dirs, on_clips=self.method.on_clips)))
+            # graphs hold no objects
+            export = "safetensors" if self.builder.task.has_objects else "onnx"
+            folders = self.builder.config_dirs
+            print("\n".join(next_commands(self.out_dir, folders, on_clips=self.method.on_clips, export=export)))
         return {**scores, **cost, "best_step": best_step, "run": str(self.out_dir)}
 
     def finish_log(self, log: RunLog, scores: Mapping[str, Any], checkpoints: Checkpointer) -> None:
@@ -311,8 +314,8 @@ def _log_resume(start: Checkpoint, steps: int) -> None:
 
 def _warn_of_other_sizes(builder: Builder) -> None:
     """Warn if training resizes images to a size to which inference does not resize them."""
-    relative_to, inference = builder.config["data"]["augment"].get("relative_to", "image"), builder.value("inference")
-    if relative_to != "image" and inference.get("shortest") is None:
+    relative_to = builder.config["data"]["augment"].get("relative_to", "image")
+    if relative_to != "image" and not builder.part("inference").resizes:
         logger.warning(
             "data.augment.relative_to=%s trains on resized images, but validation and inference do not resize. Set "
             "inference=windows inference.shortest=PIXELS, or data.augment.relative_to=image.",
@@ -320,13 +323,17 @@ def _warn_of_other_sizes(builder: Builder) -> None:
         )
 
 
-def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool) -> list[str]:
+def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool, export: str = "onnx") -> list[str]:
     """Return a line for each command that uses a finished training, and for the one that advises on its data.
 
-    Commands of extensions that are not installed are left out.
+    `export` is an option that suits the model. Commands of extensions that are not installed are left out.
     """
     folders = [SHIPPED, *map(Path, config_dirs)]
-    uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
+    uses = (
+        ["mode=track {} input=VIDEO"]
+        if on_clips
+        else ["mode=predict {} input=PATH", f"mode=export {{}} export={export}"]
+    )
     resume = shlex.quote(f"resume={run}")
     own = shlex.join(folder_words(config_dirs))
     there = [use for use in ("mode=eval {}", *uses) if has_options(folders, use)]

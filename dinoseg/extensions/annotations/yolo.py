@@ -57,12 +57,12 @@ def list_yolo_images(held: Annotations, path: Path, splits: Sequence[str]) -> An
             f"{path} has no entry {splits[0]}. Add one, such as `{splits[0]}: images/{splits[0]}`, or divide the "
             "images of the others: data.reader.partition.by=fraction."
         )
-    bases = [path.parent / str(*held.places.get("path", [""])), path.parent]
+    bases = [*(path.parent / str(base) for base in held.places.get("path", ())), path.parent]
     folders = []
     images: dict[Path, None] = {}  # ordered set
     for name in places:
         place = _find_path(bases, name)
-        if not place.exists():
+        if not os.path.exists(place):  # also of names too long for the file system
             raise UserError(f"{path} names {name}, but there is no {place}. Correct its entries.")
         folders.append(place if place.is_dir() else path.parent)
         images |= dict.fromkeys(_images_at(place, bases))
@@ -80,7 +80,7 @@ def _find_path(bases: Sequence[Path], name: str) -> Path:
     """Return the first path that exists; Roboflow writes ../ before paths that start in the folder of data.yaml."""
     name = name.replace("\\", "/")
     places = [base / each for base in bases for each in (name, name.removeprefix("../"))]
-    return Path(os.path.abspath(next((place for place in places if place.exists()), places[0])))
+    return Path(os.path.abspath(next(filter(os.path.exists, places), places[0])))
 
 
 def _images_at(place: Path, bases: Sequence[Path]) -> list[Path]:
@@ -100,7 +100,7 @@ def _text_file(image: Path) -> Path:
 def _read_entry(image: Path, folder: Path, source: Path, labels: Sequence[str]) -> Entry:
     """Return an image with the polygons of its text file; `source`: data.yaml, which stands for a missing one."""
     path = _text_file(image)
-    entry = Entry(path if path.is_file() else source, image.relative_to(folder).as_posix(), None)
+    entry = Entry(path if os.path.isfile(path) else source, image.relative_to(folder).as_posix(), None)
     if entry.path == path:
         try:
             lines = read_regular(path).decode("utf-8-sig", "replace").splitlines()

@@ -24,6 +24,8 @@ class Letterbox(InferenceStrategy):
         size: height and width that the model sees; one number for both.
     """
 
+    resizes = True
+
     @check_annotations
     def __init__(self, size: Count | tuple[Count, Count]) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -249,7 +249,7 @@ def load_decoder(head: PmtHead, path: str, *, new_class_layer: bool) -> None:
     content = read_tensor_file(Path(path).expanduser(), "weights")
     inner = content.get("state_dict")
     named = inner if isinstance(inner, Mapping) else content
-    found = {name.replace("._orig_mod", ""): value for name, value in named.items() if isinstance(value, Tensor)}
+    found = {str(name).replace("._orig_mod", ""): value for name, value in named.items() if isinstance(value, Tensor)}
     state = head.state_dict()
     names = {official_name(name): name for name in state}
     loaded = {official: name for official, name in names.items() if not new_class_layer or _CLASS_LAYER not in name}

@@ -57,8 +57,7 @@ class ObjectTracker(SegmenterTracker):
     The masks of the last frames are propagated to the next one. Its objects are assigned to the tracks of their class
     so that the sum of the IoU with their masks, propagated or last (the greater IoU), is greatest; pairs have at least
     0.5. The IoU is that of the shares of the feature grid's cells, so that objects smaller than a cell count, too.
-    Objects without a pair get a new ID. Only tracks of one class compete for a cell, so that an object whose class
-    changes for one frame does not lose its ID.
+    Objects without a pair get a new ID.
 
     Masks hold IDs 1 to 254 in the order of appearance, and 0 elsewhere. An object that is not found has no pixel, but
     its mask is still propagated, for `keep` frames. Then the ID ends, and is never used again. Pixels of several
@@ -175,19 +174,16 @@ class ObjectTracker(SegmenterTracker):
         now = shares.permute(2, 0, 1)
         iou = torch.maximum(soft_iou(past.permute(2, 0, 1), now), soft_iou(last.permute(2, 0, 1), now)).cpu().numpy()
         pairs = match_objects(iou, is_same)
-        # a track without a pair stays where no object of its class is
-        labels = past * (1 - shares @ shares.new_tensor(is_same).T).clamp(min=0)
         ids = np.zeros(1 + len(objects), np.uint8)
         for place, found in pairs:
             ids[1 + found] = live[place]
-            labels[..., place] = shares[..., found]
+            past[..., place] = shares[..., found]
         new = np.flatnonzero(ids[1:] == 0)
         self._start_tracks(objects.classes[new])
         ids[1 + new] = np.arange(len(self._tracks) - len(new), len(self._tracks)) + 1
         self._count_frame(tracks, ids[1:].tolist(), objects.scores.tolist())
         kept = [place for place, track in enumerate(tracks) if track.missed >= 0]
-        taken = shares.new_tensor(is_same[kept][:, new])
-        self._remember(target, labels[..., kept], shares[..., new.tolist()], kept, taken)
+        self._remember(target, past[..., kept], shares[..., new.tolist()], kept)
         return ids[numbers]
 
     def _start_tracks(self, classes: np.ndarray) -> None:
@@ -216,7 +212,7 @@ class ObjectTracker(SegmenterTracker):
             if track.missed > self._keep:
                 track.missed = -1
 
-    def _remember(self, target: Tensor, labels: Tensor, new: Tensor, kept: Sequence[int], is_same: Tensor) -> None:
+    def _remember(self, target: Tensor, labels: Tensor, new: Tensor, kept: Sequence[int]) -> None:
         """Store a frame, and bring the frames in memory to its channels.
 
         The masks of new objects are propagated back. Otherwise the frames in which the model missed an object would
@@ -227,15 +223,11 @@ class ObjectTracker(SegmenterTracker):
             labels: shares (h, w, M) of the tracks that are kept.
             new: shares (h, w, N) of new objects.
             kept: places of the tracks that are kept, among those before.
-            is_same: (M, N) 1 where a track and a new object have the same class, so that they share no cell; else 0.
         """
         memory = []
         for features, before in self._memory:
-            before = before[..., kept]
-            added = new
-            if new.shape[2]:
-                added = _match(features, [(target, new)], self._search) * (1 - before @ is_same).clamp(min=0)
-            memory.append((features, torch.cat([before, added], dim=2)))
+            added = _match(features, [(target, new)], self._search) if new.shape[2] else new
+            memory.append((features, torch.cat([before[..., kept], added], dim=2)))
         self._memory = [*memory, (target, torch.cat([labels, new], dim=2))]
         if len(self._memory) > self._search.context:
             del self._memory[self._find_spare()]

@@ -169,10 +169,6 @@ def _build_tracker(
         )
     has_objects = trained.model.task.has_objects
     _check_options(options, ("keep", "min_score") if has_objects else ("smoothing",))
-    if has_objects and builder.members:
-        raise UserError(
-            f"resume names {1 + len(builder.members)} models of single objects, which cannot be averaged. Give one."
-        )
     refuse_layers(trained.model.task, "mode=track", "mode=predict segments each frame of a video.")
     if trained.strategy.base is not trained.strategy:
         logger.warning(

@@ -120,7 +120,9 @@ def test_a_wrong_row_is_named_with_its_file_and_line(tmp_path, row, words):
 def test_entries_of_splits_are_folders_lists_or_several(tmp_path):
     for folder in ("train", "more/deep", "valid"):
         write(tmp_path, {"a": f"1 {TRIANGLE}"}, folder=folder, suffix=".JPG" if folder == "valid" else ".png")
-    (tmp_path / "list.txt").write_text("images/train/a.png\n\n./images/more/deep/a.png\nimages/train/gone.png\n")
+    (tmp_path / "list.txt").write_text(
+        "images/train/a.png\n\n./images/more/deep/a.png\nimages/train/gone.png\n" + "x" * 300
+    )
     several = "train: [images/train, images/more]\n"
     for entries, split, names in (
         (ENTRIES.replace("val: images/val", "val: images/valid"), "val", ["a"]),
@@ -128,6 +130,7 @@ def test_entries_of_splits_are_folders_lists_or_several(tmp_path):
         ("train: ../images/train\nval: ../images/valid\n", "train", ["a"]),  # Roboflow
         (f"path: {tmp_path / 'images'}\ntrain: train\n", "train", ["a"]),
         ("path: somewhere/else\ntrain: images/train\n", "train", ["a"]),
+        ("path: [nowhere, .]\ntrain: images/train\n", "train", ["a"]),
         (several, "train", ["more/deep/a", "train/a"]),
         ("train: list.txt\n", "train", ["images/more/deep/a", "images/train/a"]),
         ("train: images\\train\n", "train", ["a"]),
@@ -136,7 +139,9 @@ def test_entries_of_splits_are_folders_lists_or_several(tmp_path):
         data = read(tmp_path, split=split)
         assert data.names == names and [*data.classes] == ["background", "leaf", "stem"]
         assert all((sample["mask"] == 2).any() for sample in data)
-        assert all("train/gone" in name and "gone.png" in reason for name, reason in data.lacking.items())
+        assert all(
+            "train/gone" in name and "gone.png" in reason or "xxx" in name for name, reason in data.lacking.items()
+        )
     (tmp_path / "data.yaml").write_text(f"train: images/train\nval: images/valid\n{NAMES}")
     sides = [read(tmp_path, "data.reader.partition.by=fraction", split=split).names for split in ("train", "val")]
     assert sorted(sides) == [["train/a"], ["valid/a"]]
@@ -157,6 +162,7 @@ def test_labels_may_lie_beside_the_images(tmp_path):
         ("names: {0: leaf, 2: stem}\ntrain: images/train\n", ("name of class 1", "None")),
         (NAMES + "val: images/val\n", ("no entry train", "partition.by=fraction")),
         (NAMES + "train: pictures\n", ("names pictures", "no ", "Correct its entries")),
+        (NAMES + f"train: {'a' * 300}\n", ("names aaa", "Correct its entries")),
         (NAMES + "train: images/train\nkpt_shape: [17, 3]\n", ("key points", "export polygons")),
         (NAMES + "train: images\ntrain: images\n", ("more than once",)),
         (NAMES + "train: images/bare\n", ("no text file of polygons", "labels/bare/b.txt")),
@@ -189,3 +195,11 @@ def test_export_of_cvat_is_read(tmp_path):
     words = ("data.reader.partition.by=fraction", "data.group='images/train/([^/]+)'")
     sides = [read(tmp_path, *words, split=split).names for split in ("train", "val")]
     assert sorted(sides) == [data.names[:1], data.names[1:]]
+
+
+def test_the_last_folder_of_images_has_labels_beside_it(tmp_path):
+    save(tmp_path / "images/plants/images/a.png", np.zeros((*SIZE, 3)))
+    (tmp_path / "images/plants/labels").mkdir()
+    (tmp_path / "images/plants/labels/a.txt").write_text(f"0 {TRIANGLE}")
+    (tmp_path / "data.yaml").write_text(f"train: images/plants/images\n{NAMES}")
+    assert (read(tmp_path)[0]["mask"] == 1).any()

@@ -302,6 +302,10 @@ test_files_that_do_not_fit_are_refused = refusals(
         ),
         "not finite": (partial(load_changed, put(Q, torch.full((3, 32), math.nan))), "NaN"),
         "a list": (partial(load_changed, put(Q, [1.0])), Q),
+        "a number as name": (
+            partial(load_changed, lambda content: content.update({1: content.pop(Q)})),
+            "1 tensor missing",
+        ),
         "no file": (lambda: PmtHead(32, 4, 4, **FOUR, weights="none.pth"), "none.pth"),
         "nothing to replace": (
             lambda: PmtHead(32, 4, 4, **FOUR, class_layer="new"),

@@ -160,7 +160,8 @@ def test_masks_are_those_of_the_rules(seed):
     keep = seed % 4
     plain = PlainTracks(Colours(), NEAR, keep)
     expected = [plain.track(*each) for each in zip(frames, objects, strict=True)]
-    masks, tracker = follow((frames, objects), keep=keep)
+    settings = MatchSettings(context=4, radius=4, window_first=seed % 2 == 0)  # the window applies to every frame
+    masks, tracker = follow((frames, objects), settings=settings, keep=keep)
     np.testing.assert_array_equal(masks, expected)
     assert len(tracker.tracked_objects()) == plain.next - 1
 
