@@ -24,6 +24,7 @@ class ColourHead(Head[MaskOutputs]):
     """Queries for red, green, blue and black."""
 
     mixture = True
+    no_object = True
 
     def forward(self, features):
         levels = 10 * features[0]  # (B, 3, H, W), -10..10
@@ -32,7 +33,7 @@ class ColourHead(Head[MaskOutputs]):
         for query, (label, score) in enumerate(zip(LABELS, SCORES, strict=True)):
             classes[query, -1] = 1 - score
             classes[query, label] = score
-        return MaskOutputs(classes.log().expand(len(levels), -1, -1), masks)
+        return MaskOutputs(classes.log().expand(levels.shape[0], -1, -1), masks)
 
     def weighted_masks(self, outputs):
         return weighted_masks(outputs)

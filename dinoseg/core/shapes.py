@@ -227,25 +227,26 @@ class Prediction:
 
         Ties go to the first class, up to rounding: see `class_ids.py`.
         """
-        if not self.task.is_argmax:
+        if self.task.has_layers:
             return self.task.decide(self.probabilities(size))
         if self.grid is not None:
             return class_ids(self.grid, size or self.size, self.valid)
         if self.masks is not None:
-            return mixed_class_ids(*self.masks, size or self.size, self.valid)
+            return mixed_class_ids(*self.task.class_masks(*self.masks), size or self.size, self.valid)
         return argmax_ids(self.scores(size))
 
     def class_ids_and_logits(self, places: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
         """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, at the size of the images."""
         if self.grid is not None:
             return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
-        if self.masks is not None and self.task.is_argmax:
+        if self.masks is not None:
             pixels = upsample_at(self.masks.logits, self.size, self.valid, places).sigmoid()
             with torch.autocast(pixels.device.type, enabled=False):
-                return self.class_ids(), self.as_logits(torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels))
+                mixed = torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels)
+            return self.class_ids(), self.as_logits(self.task.pixel_scores(mixed))
         scores = self.scores()
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
-        if not self.task.is_argmax:
+        if self.task.has_layers:
             return self.task.decide(self.task.probabilities(self.as_logits(scores).float())), chosen
         return argmax_ids(scores), chosen
 

@@ -29,10 +29,6 @@ class MaskTargets:
     classes: Tensor
     labelled: Tensor
 
-    def count_classes(self, num_classes: int) -> Tensor:
-        """Return the number of targets (B, K) of each class in each image."""
-        return (self.classes[..., None] == torch.arange(num_classes, device=self.classes.device)).sum(1)
-
 
 def class_targets(mask: Tensor, num_classes: int, ignore_index: int) -> MaskTargets:
     """Return each class of the mask (B, H, W) of an image as a target, whose number is the class id."""

@@ -27,21 +27,18 @@ class Task(ABC):
         thresholds: (K,) probabilities from which a class is predicted; None: the most probable class is.
         is_auto: whether `thresholds` are still to be chosen on data.
         chosen_on: the split on which `thresholds` were chosen; None: they were set.
-        has_objects: whether it also predicts the single objects of an image, from the masks of queries.
-        maps: kinds by name of the maps that `targets` reads.
+        has_objects: whether it also predicts the single objects of an image, from the masks of queries, and `targets`
+            reads the map of objects.
         objects_overlap: whether these objects may overlap; else each pixel belongs to one at most.
         things: ids of the classes whose objects are told apart, of a task that `has_objects`.
-        is_argmax: whether a pixel's class is that of the highest score; else `decide` needs the probabilities.
         beta: thresholds are chosen by F-beta.
         eval_metrics: options of the group `metric` that mode=eval counts without being asked.
     """
 
     has_layers: ClassVar[bool]
     has_objects: ClassVar[bool] = False
-    maps: ClassVar[Mapping[str, MapKind]] = {}
     objects_overlap: ClassVar[bool] = True
     things: Collection[int] = ()
-    is_argmax: bool = True
     reader_options: ClassVar[Mapping[str, Any]]
     advice: ClassVar[str]
     eval_metrics: ClassVar[Sequence[str]] = ()
@@ -49,6 +46,14 @@ class Task(ABC):
     is_auto: bool = False
     beta: float = 1.0
     chosen_on: str | None = None
+
+    @property
+    def object_options(self) -> Mapping[str, Any] | None:
+        """Plain values by which an exported graph finds the objects; None: it cannot.
+
+        Keys: `things`, `background`, and `score_threshold` and `overlap_threshold`, which are None for instances.
+        """
+        return None
 
     @abstractmethod
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -66,6 +71,15 @@ class Task(ABC):
                 exceed 1.
         """
         return scores
+
+    def class_masks(self, logits: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masks whose mixture has the same highest class at each pixel as `pixel_scores`.
+
+        Args:
+            logits: of the masks (B, Q, h, w).
+            shares: (B, Q, K) of each mask in each class; a class's score is the sum of share times mask probability.
+        """
+        return logits, shares
 
     @abstractmethod
     def decide(self, probabilities: Tensor) -> Tensor:
@@ -160,7 +174,6 @@ class MultilabelTask(Task):
     """
 
     has_layers = True
-    is_argmax = False
     reader_options: ClassVar[Mapping[str, Any]] = {"layers": True}
     advice = "loss=bce or loss=bce_dice"
     eval_metrics = ("average_precision",)

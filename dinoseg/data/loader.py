@@ -85,28 +85,22 @@ class TrainViews:
         whole = self.data[sample]
         pixels = np.ascontiguousarray(whole["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
         ids = whole["mask"].numpy()
-        redraws, maps = 0, whole.get("maps")
-        if maps is not None:
-            redraws, maps = self._draw_maps(maps, ids, functools.partial(self.make_rng, epoch, sample))
+        maps = whole.get("maps", {})
+        has_object = self.needs_objects and _has_object(maps[OBJECTS])
+        for redraws in range(_REDRAWS + 1):
+            seen = self._view_maps(maps, ids, self.make_rng(epoch, sample, redraws))
+            if not has_object or _has_object(seen[OBJECTS]):
+                break
         image, mask = self.augment(pixels, ids, self.make_rng(epoch, sample, redraws))
         view = Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
-        if maps is not None:
-            view["maps"] = maps
+        if maps:
+            view["maps"] = seen
         return view, redraws
-
-    def _draw_maps(
-        self, maps: Mapping[str, Tensor], ids: np.ndarray, make_view_rng: Callable[[int], np.random.Generator]
-    ) -> tuple[int, dict[str, Tensor]]:
-        """Return how many times the view of a sample is drawn again, and the view's maps, as `_view_maps`."""
-        redraws, seen = 0, self._view_maps(maps, ids, make_view_rng(0))
-        if self.needs_objects and _has_object(maps[OBJECTS]):
-            while redraws < _REDRAWS and not _has_object(seen[OBJECTS]):
-                redraws += 1
-                seen = self._view_maps(maps, ids, make_view_rng(redraws))
-        return redraws, seen
 
     def _view_maps(self, maps: Mapping[str, Tensor], ids: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         """Return the views of a sample's maps, which show the same pixels as the view of its mask `ids`."""
+        if not maps:
+            return {}
         arrays = {name: values.numpy() for name, values in maps.items()}
         moved = self.augment.maps(arrays, get_map_kinds(self.data), ids, rng)  # type: ignore[attr-defined]
         return {name: torch.from_numpy(values) for name, values in moved.items()}

@@ -19,6 +19,8 @@ from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import ImageMetric, RowMetric
+from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
@@ -281,8 +283,8 @@ class Builder(ModelBuilder):
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
         check_partial(self.value("loss.criterion"), "loss.criterion")
         loss = expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
-        if loss.needs_masks:
-            loss.needs_maps = {**loss.needs_maps, **self.task.maps}
+        if self.task.has_objects:
+            loss.needs_maps = {**loss.needs_maps, OBJECTS: ObjectMap()}
         for part in loss.modules():  # a sum has terms
             if isinstance(part, Loss):
                 part.task = self.task
@@ -291,9 +293,8 @@ class Builder(ModelBuilder):
     @cached_property
     def metric_nodes(self) -> Mapping[str, Any]:
         """The config nodes of the group `metric`, after those of the metrics that a task of objects always counts."""
-        chosen = self.value(METRIC) or {}
-        names = [name for name in self.task.eval_metrics if name not in chosen] if self.task.has_objects else []
-        return {**self.with_metrics(names).value(METRIC), **chosen} if names else chosen
+        names = self.task.eval_metrics if self.task.has_objects else ()
+        return self.with_metrics(names).value(METRIC) or {}
 
     def with_metrics(self, names: Sequence[str]) -> Self:
         """Return a builder with further options of the group `metric`, which come first."""

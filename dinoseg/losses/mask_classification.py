@@ -278,7 +278,8 @@ class MaskClassification(Loss):
     def divisors(self, batch: Batch) -> Tensor:
         """Return (3,): number of target masks, their summed class weights, and number of images with a class loss."""
         targets = self._find_targets(batch)
-        counts = targets.count_classes(len(self.weight))
+        ids = torch.arange(len(self.weight), device=self.weight.device)
+        counts = (targets.classes[..., None] == ids).sum(1)  # (B, K)
         return torch.stack([counts.sum(), (counts * self.weight).sum(), self._has_class_loss(targets).sum()])
 
     def _find_targets(self, batch: Batch) -> MaskTargets:
@@ -288,7 +289,7 @@ class MaskClassification(Loss):
 
     def _has_class_loss(self, targets: MaskTargets) -> Tensor:
         """Return whether the queries of an image (B,) are trained to predict "no object"."""
-        return targets.labelled if self.targets.excludes_ignored else torch.ones_like(targets.labelled)
+        return targets.labelled if self.excludes_ignored else torch.ones_like(targets.labelled)
 
     def step_loss(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
@@ -309,7 +310,9 @@ class MaskClassification(Loss):
         """Return the summed weights () of all queries, given `divisors` (3,)."""
         masks, weight, images = counts
         _, queries, columns = class_logits.shape
-        return weight + self.no_object * (images * queries - masks) if columns > len(self.weight) else weight
+        # of more masks than queries, no query is left
+        unmatched = (images * queries - masks).clamp(min=0)
+        return weight + self.no_object * unmatched if columns > len(self.weight) else weight
 
     def _sum_terms(self, terms: Sequence[Mapping[str, Tensor]]) -> Tensor:
         return torch.stack([self.factors[name] * each[name] for each in terms for name in TERMS]).sum()
@@ -355,7 +358,7 @@ class MaskClassification(Loss):
         masks = at_least_float32(layer.mask_logits[matched.image, matched.query])  # (N, h, w)
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
-        excluded = self.targets.excludes_ignored
+        excluded = self.excludes_ignored
         fading = self.targets.fades_outside
         points = uncertain_points(
             masks.detach(), targets.ids[:, 0], matched.image, valid, excluded=excluded, fading=fading, **self.sampling

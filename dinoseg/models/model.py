@@ -52,6 +52,11 @@ class SegmentationModel(nn.Module):
                 f"{type(head).__name__} predicts no masks, which a task of objects needs. Choose head=eomt or "
                 "head=mask2former, or task=semantic."
             )
+        if task.has_objects and not head.no_object:
+            raise UserError(
+                "no_object=false: each query of the head would predict an object in every image. Choose no_object=true, "
+                "or task=semantic."
+            )
         self.task = task
         self.num_classes = num_classes
         self.backbone = backbone

@@ -36,20 +36,30 @@ def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opaci
     colours = layer_colours(palette)
     width = default_outline(objects.size)
     owners = np.full(objects.size, -1)  # the object on top
-    for place in reversed(select_shown(objects)):
-        mask = objects.masks[place].to_mask(objects.size)
+    boxes = objects.boxes.tolist()
+    shown = select_shown(objects)
+    regions = {}  # of the image, with a margin: an outline costs as much as its object, and not as the image
+    for place in reversed(shown):
+        left, top, columns, rows = boxes[place]
+        region = (slice(max(0, top - width), top + rows + width), slice(max(0, left - width), left + columns + width))
+        mask = objects.masks[place].to_mask(objects.size)[region]
         label = int(objects.classes[place])
-        owners[mask] = place
+        owners[region][mask] = place
         if opacity == 1 or max(palette[label]):
-            tinted = frame[mask] * (1 - opacity) + np.array(palette[label]) * opacity
-            drawn[mask] = tinted.round().astype(np.uint8)
-        drawn[mask & find_edges(mask, width)] = colours[label]
+            tinted = frame[region][mask] * (1 - opacity) + np.array(palette[label]) * opacity
+            drawn[region][mask] = tinted.round().astype(np.uint8)
+        drawn[region][mask & find_edges(mask, width)] = colours[label]
+        regions[place] = region
     picture = Image.fromarray(drawn)
     pen = ImageDraw.Draw(picture)
     font = load_font(max(_SMALLEST_TEXT, round(max(objects.size) / 40)))
-    for place in np.unique(owners[owners >= 0]).tolist():
-        middle = _find_middle(owners == place)
-        pen.text(middle, str(place + 1), _WHITE, font, anchor="mm", stroke_width=width + 1, stroke_fill=_BLACK)
+    for place in shown:
+        region = regions[place]
+        own = owners[region] == place
+        if own.any():
+            column, row = _find_middle(own)
+            middle = (column + region[1].start, row + region[0].start)
+            pen.text(middle, str(place + 1), _WHITE, font, anchor="mm", stroke_width=width + 1, stroke_fill=_BLACK)
     return np.asarray(picture)
 
 

@@ -1,9 +1,11 @@
 """Figures of single objects over a frame."""
 
 import numpy as np
+import pytest
 
 from dinoseg.core.objects import Objects
 from dinoseg.report.object_overlay import draw_objects, object_legend
+from dinoseg.report.overlay import default_outline
 from dinoseg.report.palette import default_palette
 
 PALETTE = default_palette(3)
@@ -52,3 +54,26 @@ def test_numbers_lie_inside_their_objects():
 def test_no_objects_leave_the_frame_unchanged():
     empty = Objects.of_masks(np.zeros((0, 80, 120), bool), [], [])
     assert np.array_equal(draw_objects(FRAME, empty, PALETTE), FRAME)
+
+
+@pytest.mark.parametrize("size", [(120, 190), (120, 1200)])
+def test_outlines_lie_on_all_sides_within_the_object(size):
+    width = default_outline(size)
+    mask = np.zeros((1, *size), bool)
+    left = size[1] - 170
+    mask[0, 10:110, left : left + 150] = True
+    drawn = draw_objects(np.zeros((*size, 3), np.uint8), Objects.of_masks(mask, [0], [0.9]), [(200, 3, 9)])
+    edge = (drawn == (200, 3, 9)).all(axis=2)
+    expected = mask[0].copy()
+    expected[10 + width : 110 - width, left + width : left + 150 - width] = False
+    assert np.array_equal(edge, expected)
+    digit = np.argwhere((drawn == 255).all(axis=2))
+    assert digit[:, 0].min() >= 10 and digit[:, 1].min() >= left and digit[:, 1].max() < left + 150
+
+
+def test_outlines_are_left_out_at_the_border_of_the_image():
+    mask = np.zeros((1, 60, 90), bool)
+    mask[0, :20, :30] = True
+    drawn = draw_objects(np.zeros((60, 90, 3), np.uint8), Objects.of_masks(mask, [0], [0.9]), [(200, 3, 9)])
+    edge = (drawn == (200, 3, 9)).all(axis=2)
+    assert edge[19, :30].all() and edge[:20, 29].all() and not edge[:19, :29].any()

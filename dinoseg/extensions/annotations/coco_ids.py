@@ -39,7 +39,7 @@ class CocoIds:
         """Return the ids of a file of COCO, of instances or panoptic segments; None: numbers from 1.
 
         Raises:
-            UserError: it is no such file.
+            UserError: it is no such file, or an id or the name of an image occurs twice.
         """
         if path is None:
             return cls(labels, {index: index + 1 for index in range(len(labels.classes))})
@@ -51,7 +51,17 @@ class CocoIds:
                 f"mode.shapes.ids={path} is not a JSON file of COCO with images and categories: {error}. Give the file "
                 "of the references."
             ) from None
-        names = {splitext(image["file_name"])[0].replace("\\", "/"): image["id"] for image in whole["images"]}
+        stems = [splitext(image["file_name"])[0].replace("\\", "/") for image in whole["images"]]
+        image_ids = [image["id"] for image in whole["images"]]
+        category_ids = [category["id"] for category in whole["categories"]]
+        for kind, values in (("images", stems), ("images", image_ids), ("categories", category_ids)):
+            twice = [value for value, count in Counter(values).items() if count > 1]
+            if twice:
+                raise UserError(
+                    f"mode.shapes.ids={path} has several {kind} {format_value(twice[0])}, which would get one id. Make "
+                    "each unique."
+                )
+        names = dict(zip(stems, image_ids, strict=True))
         counts = Counter(Path(name).name for name in names)
         short = {Path(name).name: number for name, number in names.items() if counts[Path(name).name] == 1}
         numbers = {category["name"]: category["id"] for category in whole["categories"]}

@@ -173,11 +173,15 @@ class PredictedShapes(FurtherOutputs):
         """Return the writer of `coco`, `labelme` or `panoptic` files into a folder; see `FurtherOutputs`.
 
         Raises:
-            UserError: `panoptic` of a model whose objects overlap or that has none, or `ids` is no such file.
+            UserError: `panoptic` of a model whose objects overlap or that has none, or `ids` is no such file, or lacks
+                a class of the objects.
         """
         if name == "labelme":
             return LabelmeAnnotations(folder, labels, background, self)
         ids = CocoIds.read(self.ids, labels)
+        # results have instances of nearly all classes, if of low scores; so the first image would fail later
+        for label in sorted(task.things if name == "coco" else {*range(len(labels.classes))} - {background}):
+            ids.find_category(label)
         if name == "coco":
             return CocoAnnotations(folder, labels, background, self, task, ids)
         if not task.has_objects or task.objects_overlap:
@@ -423,12 +427,24 @@ def _piece(folder: Path, prediction: ImagePrediction) -> Path:
 
 
 def _pieces(folder: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the id and the content of each intermediate file, sorted by path; without an id, a number from 1."""
+    """Yield the id and the content of each intermediate file, sorted by path; without an id, a number from 1.
+
+    Raises:
+        UserError: two images have the same id, that of one image of a reference.
+    """
+    names: dict[int, str] = {}
     top = folder / _PIECES
     paths = sorted(parent / file for parent, files in visible_files(top) for file in files if file.endswith(".json"))
     for number, path in enumerate(paths, 1):
         piece = json.loads(path.read_bytes())
-        yield piece["image"].pop("id", number), piece
+        number = piece["image"].pop("id", number)
+        name = piece["image"]["file_name"]
+        if names.setdefault(number, name) != name:
+            raise UserError(
+                f"mode.shapes.ids has one id, {number}, for both {names[number]} and {name}. Predict one of them, or "
+                "give the file that has both with their folders."
+            )
+        yield number, piece
 
 
 def _join(write: Callable[[str], object], rows: Iterator[dict[str, Any]]) -> None:

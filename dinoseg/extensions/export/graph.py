@@ -63,17 +63,22 @@ def record_of(
         precision: of the stored weights.
 
     Raises:
-        UserError: if the model has slots or predicts objects, the size is too large or no multiple of the patch size,
-            or `export.dynamic=true` contradicts the head.
+        UserError: if the model has slots, predicts objects and `export.pixels=true`, the size is too large or no
+            multiple of the patch size, or `export.dynamic=true` contradicts the head.
     """
     head = segmenter.head
     if head.slots is not None:
         raise UserError(
             "A slot model cannot be exported: its segments are tracked from frame to frame. Use mode=track."
         )
-    if segmenter.task.has_objects:
+    if segmenter.task.has_objects and options.pixels:
         raise UserError(
-            "A graph predicts classes of pixels, and this model predicts single objects. Choose export=safetensors."
+            "export.pixels=true gives classes of pixels, and this model predicts single objects. Leave it out."
+        )
+    if segmenter.task.has_objects and segmenter.task.object_options is None:
+        raise UserError(
+            f"A graph finds the objects of task=instance and task=panoptic, and not those of "
+            f"{type(segmenter.task).__name__}. Choose export=safetensors."
         )
     reason = _reason(segmenter, options)
     fill = [float(value) for value in segmenter.backbone.mean.flatten()]
@@ -93,6 +98,7 @@ def record_of(
         opset=opset,
         precision=precision,
         thresholds=segmenter.task.thresholds,
+        objects=segmenter.task.object_options,
     )
     if reason is None:
         return record, None

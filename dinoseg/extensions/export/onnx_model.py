@@ -84,6 +84,10 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
         raise UserError(
             f"{path} has {len(record.thresholds)} thresholds and {len(facts.classes)} classes. Export the model again."
         )
+    if record.objects is not None:
+        labels = [*record.objects["things"], record.objects["background"] or 0]
+        if record.kind != "masks" or max(labels) >= len(facts.classes):
+            raise UserError(f"{path} cannot find objects of its {len(facts.classes)} classes. Export the model again.")
     names = list(OUTPUTS[record.kind])
 
     def compute(pixels: np.ndarray) -> list[np.ndarray]:

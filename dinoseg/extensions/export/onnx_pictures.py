@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from dinoseg.core.objects import Objects
 from dinoseg.core.sizes import Size
+from dinoseg.extensions.export.numpy_ops import bilinear_matrix, sigmoid, softmax
+from dinoseg.extensions.export.objects import find_instances, find_segments
 from dinoseg.extensions.export.onnx_record import GraphRecord, Layout
 from dinoseg.utils.errors import UserError
 
@@ -36,21 +39,39 @@ class GraphRuntime:
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
-        return np.stack(
-            [
-                np.concatenate([self._decide(band).astype(np.uint8) for band in bands], axis=-2)
-                for bands in self._pictures(images)
-            ]
-        )
+        return np.stack([ids for ids, _ in self._predict(images, objects=False)])
 
-    def predict(self, images: Sequence[np.ndarray]) -> Sequence[tuple[np.ndarray, None]]:
-        """Return for each image what `ids` does; a graph predicts no objects."""
-        return [(ids, None) for ids in self.ids(images)]
+    def predict(self, images: Sequence[np.ndarray]) -> Sequence[tuple[np.ndarray, Objects | None]]:
+        """Return for each image what `ids` does, and its objects from the same passes; None without objects."""
+        return [*self._predict(images, objects=self.record.objects is not None)]
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
         shares = _shares if self.record.mixture else softmax if self.record.thresholds is None else sigmoid
-        return np.stack([np.concatenate([shares(band) for band in bands], axis=1) for bands in self._pictures(images)])
+        size = images[0].shape[:2]
+        return np.stack(
+            [
+                np.concatenate([shares(band) for band in bands(outputs, size, valid, self.record)], axis=1)
+                for outputs, valid in self._run(images)
+            ]
+        )
+
+    def _predict(self, images: Sequence[np.ndarray], *, objects: bool) -> Iterator[tuple[np.ndarray, Objects | None]]:
+        size = (images[0].shape[0], images[0].shape[1])
+        for outputs, valid in self._run(images):
+            parts = [self._decide(band).astype(np.uint8) for band in bands(outputs, size, valid, self.record)]
+            yield np.concatenate(parts, axis=-2), self._find_objects(outputs, size, valid) if objects else None
+
+    def _find_objects(self, outputs: Sequence[np.ndarray], size: Size, valid: tuple[float, float]) -> Objects:
+        """Return the objects of one image; arguments as of `bands`."""
+        assert self.record.objects is not None
+        class_logits, mask_logits = outputs
+        options = {
+            key: value for key, value in self.record.objects.items() if key != "background" and value is not None
+        }
+        find = find_segments if "score_threshold" in options else find_instances
+        num_classes = class_logits.shape[1] - self.record.no_object
+        return find(class_logits, mask_logits, size, valid, num_classes=num_classes, **options)
 
     def _decide(self, scores: np.ndarray) -> np.ndarray:
         """Return the ids (r, W) of the highest scores (K, r, W), or where each class reaches its threshold."""
@@ -58,8 +79,8 @@ class GraphRuntime:
             return scores.argmax(axis=0)
         return sigmoid(scores) >= np.array(self.record.thresholds, np.float32)[:, None, None]
 
-    def _pictures(self, images: Sequence[np.ndarray]) -> Iterator[Iterator[np.ndarray]]:
-        """Yield an iterator for each image, over bands (K, rows, W) of its class scores from the top down."""
+    def _run(self, images: Sequence[np.ndarray]) -> Iterator[tuple[list[np.ndarray], tuple[float, float]]]:
+        """Yield the outputs of the graph for each image, and the shares of their height and width that it covers."""
         size = (images[0].shape[0], images[0].shape[1])
         layout = self.record.layout(size)
         if math.prod(layout.padded) > _MAX_PIXELS:
@@ -73,7 +94,7 @@ class GraphRuntime:
             missing = step - len(batch)
             outputs = self.compute(np.concatenate([batch, batch[:1].repeat(missing, axis=0)]) if missing else batch)
             for index in range(len(batch)):
-                yield bands([np.asarray(part[index]) for part in outputs], size, layout.valid, self.record)
+                yield [np.asarray(part[index]) for part in outputs], layout.valid
 
 
 def pixels(image: np.ndarray, layout: Layout, fill: Sequence[float]) -> np.ndarray:
@@ -117,34 +138,22 @@ def bands(
         if classes is None:
             yield band
         else:
-            yield (classes @ sigmoid(band).reshape(len(band), -1)).reshape(len(classes), *band.shape[1:])
-
-
-def bilinear_matrix(length: int, cells: int, share: float) -> np.ndarray:
-    """Return the weights (length, cells) with which `length` pixels read `cells`, as `geometry.upsample` does.
-
-    Args:
-        length: pixels along a side of the image.
-        cells: along the same side of the grid.
-        share: of the grid that the image covers, from its start.
-    """
-    positions = np.clip((np.arange(length) + 0.5) * cells * share / length - 0.5, 0, cells - 1)
-    distance = np.abs(positions[:, None] - np.arange(cells))
-    return np.clip(1 - distance, 0, None).astype(np.float32)
-
-
-def softmax(logits: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Return the softmax of logits over an axis."""
-    raised = np.exp(logits - logits.max(axis=axis, keepdims=True))
-    return raised / raised.sum(axis=axis, keepdims=True)
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Return the logistic function of logits, without overflow."""
-    return 0.5 * (np.tanh(0.5 * logits) + 1)
+            scores = (classes @ sigmoid(band).reshape(len(band), -1)).reshape(len(classes), *band.shape[1:])
+            yield _pixel_scores(scores, record)
 
 
 def _shares(scores: np.ndarray) -> np.ndarray:
     """Return a mixture's scores (K, ...) as probabilities, equal to the softmax of `Prediction.logits`."""
     positive = scores.clip(np.finfo(np.float32).tiny)
     return positive / positive.sum(axis=0, keepdims=True)
+
+
+def _pixel_scores(scores: np.ndarray, record: GraphRecord) -> np.ndarray:
+    """Return class scores of pixels (K, r, W) from those of masks, as `Task.pixel_scores` does."""
+    if record.objects is None or record.objects["background"] is None:
+        return scores
+    things = record.objects["things"]
+    pixels = np.zeros_like(scores)
+    pixels[record.objects["background"]] = 1 - scores[things].max(axis=0)
+    pixels[things] = scores[things]
+    return pixels

@@ -43,6 +43,14 @@ _FORM = forms.record(
     opset=forms.maybe(forms.whole(1, 1000)),
     precision=_one_of(*PRECISIONS),
     thresholds=forms.maybe(forms.list_of(forms.number(0, 1))),
+    objects=forms.maybe(
+        forms.record(
+            things=forms.list_of(forms.whole(0, 255)),
+            background=forms.maybe(forms.whole(0, 255)),
+            score_threshold=forms.maybe(forms.number(0, 1)),
+            overlap_threshold=forms.maybe(forms.number(0, 1)),
+        )
+    ),
 )
 
 
@@ -82,6 +90,8 @@ class GraphRecord:
         opset: of ONNX; None for a torch program.
         precision: of the stored weights; the graph computes in float32.
         thresholds: sigmoids from which a class is predicted, of a multi-label model; None: one class per pixel.
+        objects: options of `objects.find_segments`, or of `find_instances` if `score_threshold` is None; `background`:
+            the class of pixels in no instance, if there is one. None: the model predicts no objects.
     """
 
     multiple: int
@@ -98,6 +108,7 @@ class GraphRecord:
     opset: int | None
     precision: str
     thresholds: Sequence[float] | None = None
+    objects: Mapping[str, Any] | None = None
     version: int = 1
 
     def layout(self, size: Size) -> Layout:

@@ -65,8 +65,8 @@ def check_objects(name: str, kinds: Mapping[str, MapKind], classes: Sequence[str
     if not isinstance(kind, ObjectMap):
         raise UserError(
             f"{name} has no objects, which a task of objects is trained on. Choose data=folder_instances, "
-            "data=coco_instances, data=coco_panoptic, data=labelme_instances or data=cityscapes_instances; or "
-            "task=semantic."
+            "data=coco_instances, data=coco_panoptic, data=labelme_instances, data=yolo_instances or "
+            "data=cityscapes_instances; or task=semantic."
         )
     if {*kind.things} != {*things}:
         raise UserError(

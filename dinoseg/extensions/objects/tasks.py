@@ -1,14 +1,15 @@
 """Tasks of single objects: instance and panoptic segmentation by heads that predict masks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.objects import Objects
-from dinoseg.core.sample_maps import MapKind, ObjectMap
+from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.targets import MaskTargets
 from dinoseg.core.task import SemanticTask
 from dinoseg.extensions.objects.finding import OVERLAP_THRESHOLD, SCORE_THRESHOLD, find_instances, find_segments
@@ -17,9 +18,45 @@ from dinoseg.extensions.objects.reading.things import find_things
 from dinoseg.extensions.objects.targets import check_objects, object_targets
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Share, check_annotations
+from dinoseg.utils.wording import join_names
+
+_OPTIONS = ("things", "background", "score_threshold", "overlap_threshold")  # of `Task.object_options`
+_CERTAIN = 64.0  # logit whose sigmoid is 1 in any precision
 
 
-class InstanceTask(SemanticTask):
+class ObjectTask(SemanticTask):
+    """Base class of tasks of single objects.
+
+    Args:
+        classes: names in the order of their ids.
+        things: names of the classes that have objects; None: all but the background.
+        background: name or id of the class that is no object; None: there is none.
+
+    Raises:
+        UserError: a name is no class, or no class is a thing.
+    """
+
+    has_objects = True
+    advice = "loss=mask_classification with head=eomt or head=mask2former"
+
+    def __init__(
+        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+    ) -> None:
+        if isinstance(background, str) and background not in classes:
+            raise UserError(
+                f"data.background={background} is not a class. Name one of {join_names(classes)}; or null if there is "
+                "none."
+            )
+        self.num_classes = len(classes)
+        self.background = classes.index(background) if isinstance(background, str) else background
+        self.things = find_things(classes, things, self.background)
+
+    def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:
+        """Refuse data without objects, or with those of other classes."""
+        check_objects(name, kinds, classes, self.things)
+
+
+class InstanceTask(ObjectTask):
     """Objects of things, each with a mask, a class and a score; they may overlap.
 
     A pixel's class is the most probable one of the objects there; the background if it is that no object is there.
@@ -34,9 +71,6 @@ class InstanceTask(SemanticTask):
         UserError: a name is no class, or no class is a thing.
     """
 
-    has_objects: ClassVar[bool] = True
-    maps: ClassVar[Mapping[str, MapKind]] = {OBJECTS: ObjectMap()}
-    advice = "loss=mask_classification with head=eomt or head=mask2former"
     eval_metrics = ("instance_ap",)
 
     def __init__(
@@ -46,11 +80,14 @@ class InstanceTask(SemanticTask):
         background: str | int | None = None,
         score: str = "AP",
     ) -> None:
-        self.num_classes = len(classes)
+        super().__init__(classes, things, background)
         self.score = score
-        self.background = classes.index(background) if isinstance(background, str) else background
-        self.things = find_things(classes, things, self.background)
-        self.is_argmax = self.background is None
+
+    @property
+    def object_options(self) -> Mapping[str, Any]:
+        """Plain values by which an exported graph finds the instances."""
+        values = (sorted(self.things), self.background, None, None)
+        return dict(zip(_OPTIONS, values, strict=True))
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label."""
@@ -67,9 +104,22 @@ class InstanceTask(SemanticTask):
         pixels[:, things] = of_things
         return pixels
 
+    def class_masks(self, logits: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the masks of things, and one of the whole image that scores 0.5 for the background.
+
+        1 minus the highest score is above that score where it is below 0.5.
+        """
+        if self.background is None:
+            return logits, shares
+        things = sorted(self.things)
+        of_things = torch.zeros_like(F.pad(shares, (0, 0, 0, 1)))
+        of_things[:, :-1, things] = shares[:, :, things]
+        of_things[:, -1, self.background] = 0.5
+        return F.pad(logits, (0, 0, 0, 0, 0, 1), value=_CERTAIN), of_things
+
     def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:
         """Refuse data without objects, those of other classes, and a loss without pixels outside of them."""
-        check_objects(name, kinds, classes, self.things)
+        super().check_data(name, kinds, classes, loss)
         if len(self.things) == len(classes) and loss.excludes_ignored:
             raise UserError(
                 f"task=instance: every class of {name} has objects, so that no pixel outside of objects has a label, "
@@ -88,7 +138,7 @@ class InstanceTask(SemanticTask):
         return join_instances(parts, size)
 
 
-class PanopticTask(SemanticTask):
+class PanopticTask(ObjectTask):
     """A segment of each pixel: an object of a thing, or a class of stuff as a whole.
 
     Args:
@@ -103,10 +153,7 @@ class PanopticTask(SemanticTask):
         UserError: a name is no class, no class is a thing, or a threshold is out of range.
     """
 
-    has_objects: ClassVar[bool] = True
-    maps: ClassVar[Mapping[str, MapKind]] = {OBJECTS: ObjectMap()}
-    objects_overlap: ClassVar[bool] = False
-    advice = "loss=mask_classification with head=eomt or head=mask2former"
+    objects_overlap = False
     eval_metrics = ("panoptic_quality",)
 
     @check_annotations
@@ -120,20 +167,20 @@ class PanopticTask(SemanticTask):
         score_threshold: Share = SCORE_THRESHOLD,
         overlap_threshold: Share = OVERLAP_THRESHOLD,
     ) -> None:
-        self.num_classes = len(classes)
+        super().__init__(classes, things, background)
         self.score = score
-        background = classes.index(background) if isinstance(background, str) else background
-        self.things = find_things(classes, things, background)
         self.score_threshold, self.overlap_threshold = score_threshold, overlap_threshold
+
+    @property
+    def object_options(self) -> Mapping[str, Any]:
+        """Plain values by which an exported graph finds the segments; a background is a class of stuff."""
+        values = (sorted(self.things), None, self.score_threshold, self.overlap_threshold)
+        return dict(zip(_OPTIONS, values, strict=True))
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label, and the classes of stuff."""
-        stuff = {*range(num_classes)} - self.things
+        stuff = {*range(num_classes)}.difference(self.things)
         return object_targets(mask, maps[OBJECTS], num_classes, ignore_index, stuff)
-
-    def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:
-        """Refuse data without objects, or with those of other classes."""
-        check_objects(name, kinds, classes, self.things)
 
     def find_objects(
         self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]

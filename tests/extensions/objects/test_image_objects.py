@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from object_models import LABELS, SCORES, draw_image, make_model, make_predictor
+from object_models import LABELS, SCORES, draw_image, make_predictor
 
+from dinoseg.core.objects import Objects
 from dinoseg.extensions.ensembles.strategy import AveragedStrategy
-from dinoseg.extensions.export.graph import GraphOptions, record_of
 from dinoseg.extensions.objects.letterbox import Letterbox
 from dinoseg.extensions.regions.regions import Regions
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.memory import OutOfMemory
+from dinoseg.inference.objects import ObjectCollector
+from dinoseg.inference.strategy import Place
 from dinoseg.inference.windows import Whole, Windows
 from dinoseg.utils.errors import UserError
 
@@ -104,6 +106,39 @@ def test_objects_need_no_gradient_graph():
         assert make_predictor().predict([image])[0].objects.scores.dtype == np.float64
 
 
-def test_graphs_of_classes_are_refused():
-    with pytest.raises(UserError, match="export=safetensors"):
-        record_of(make_model(), None, GraphOptions(), (32, 32))
+@pytest.mark.parametrize("size", [(45, 120), (100, 60)])
+def test_letterbox_of_two_sides_finds_the_same_objects(size):
+    image, masks = draw_image()
+    objects = make_predictor(strategy=Letterbox(size)).predict([image])[0].objects
+    assert objects.classes.tolist() == list(LABELS)
+    for mask, expected in zip(objects.masks, masks, strict=False):
+        found = mask.to_mask(objects.size)
+        assert (found & expected).sum() / (found | expected).sum() > 0.85
+
+
+def test_letterbox_keeps_a_row_of_thin_images():
+    assert Letterbox(40).fit((1, 200)) == (1, 40) and Letterbox((40, 80)).fit((500, 2)) == (40, 1)
+
+
+class RecordedParts:
+    """A task that returns the parts which it is given, and a prediction of objects of the requested size."""
+
+    def join_objects(self, parts, size):
+        return [(objects.size, top, left) for objects, top, left in parts]
+
+    def of_images(self, images):
+        return self
+
+    def objects(self, size):
+        return [Objects.of_runs(size, [], [])]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((10, 9), [((3, 7), 0, 2), ((3, 7), 7, 2)]), ((1, 1), [((1, 1), 0, 0), ((1, 1), 0, 0)])],
+)
+def test_parts_of_resized_images_are_rounded(size, expected):
+    collector = ObjectCollector(RecordedParts(), 1, size)
+    for top in (0, 2):
+        collector(RecordedParts(), torch.zeros(1, 3, 1, 3), [Place(0, top, 1)], (3, 4))
+    assert collector.objects() == [expected]

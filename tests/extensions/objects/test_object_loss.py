@@ -217,6 +217,10 @@ def test_crowds_and_ignored_pixels_have_no_label():
     found = TASKS[PanopticTask].targets(mask, {OBJECTS: objects}, K, 255)
     assert found.ids.tolist() == [[[[1, 3, u, 6], [1, 2, u, u]]]]
     assert (found.present.tolist(), found.classes.tolist()) == ([[1, 2, 3, 6]], [[2, 1, 0, 3]])
+    found = TASKS[PanopticTask].targets(mask, {OBJECTS: objects}, K, 0)  # class 0 is ignored
+    assert found.ids.tolist() == [[[[1, u, u, 6], [1, 2, u, n]]]] and found.classes.tolist() == [[2, 1, 3]]
+    below = torch.zeros_like(mask).masked_fill(objects[:, 0, 0] == crowd, 3)
+    assert TASKS[PanopticTask].targets(below, {OBJECTS: objects}, K, 255).classes.tolist() == [[2, 1, 0]]
 
 
 @pytest.mark.parametrize(("value", "labelled"), [(0, True), (255, False)])
@@ -248,3 +252,21 @@ def test_more_objects_than_queries_are_warned_of_once(caplog):
         "first has 12 target masks for 5 queries: only those that fit best train the model, here and in any other such "
         "image. Give the head num_queries=12 or more."
     ]
+
+
+def test_more_objects_than_queries_never_raise_the_class_loss():
+    """Classes lighter than "no object": a crowded image has no query without an object, not fewer than none."""
+    objects = torch.zeros(2, 1, 3, 4, dtype=torch.int32)
+    objects[0] = torch.arange(12, dtype=torch.int32).view(3, 4) + encode_object(1, 1)
+    mask = (objects[:, 0] > 0).to(torch.uint8)
+    outputs = MaskOutputs(torch.zeros(2, 5, K + 1), torch.zeros(2, 5, 3, 4))
+    prediction = Prediction(outputs, (3, 4), (1.0, 1.0), None, mixture=True)
+    whole = Batch(mask, mask, ["crowded", "empty"], {OBJECTS: objects})
+    criterion = MaskClassification(torch.full((K,), 0.2), factors={"class": 1, "mask": 0, "dice": 0}, no_object=0.4)
+    criterion.task = TASKS[InstanceTask]
+    for row, batch in enumerate(whole.split(2)):
+        own = prediction.of_images(slice(row, row + 1))
+        for counted in (whole, batch):
+            value, alone, _ = criterion.step_loss(own, batch, criterion.divisors(counted))
+            assert value > 0
+        torch.testing.assert_close(value, alone)

@@ -10,14 +10,18 @@ from finished_runs import rows, train_run
 from mistakes import assert_refused
 
 from dinoseg.api.compose import compose
+from dinoseg.core.contracts import Loss
 from dinoseg.core.object_ids import OBJECTS, encode_object
 from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction
-from dinoseg.data.loader import TrainViews, train_batches
+from dinoseg.data.loader import VIEW, TrainViews, make_rng, train_batches
 from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.objects.tasks import InstanceTask
+from dinoseg.extensions.objects.tasks import InstanceTask, PanopticTask
 from dinoseg.losses.mask_classification import MaskClassification
+from dinoseg.losses.overlap import Dice
+from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.training.image_data_module import ImageDataModule
 
 SHORT = (
     *(*TINY, "mode=train", "adapter=full", "engine=cpu", "engine.workers=0", "engine.precision=fp32"),
@@ -95,7 +99,9 @@ def test_cached_features_show_the_same_views(tmp_path):
     words = (*MASK2FORMER, *write_object_data(tmp_path / "data", empty=(1,)), "task=instance", "adapter=frozen")
     words = (*words, "data.views=2", "trainer.steps=8", "data.augment.scale=[3,4]", "features.dtype=float32")
     plain, _ = train_run(tmp_path, "plain", *words, "engine.cache=off")
-    cached, _ = train_run(tmp_path, "cached", *words, "engine.cache=memory")
+    words = (*words, "engine.cache=disk", f"cache_dir={tmp_path}/cache")
+    train_run(tmp_path, "panoptic", *words, "task=panoptic")  # its views are not drawn again
+    cached, _ = train_run(tmp_path, "cached", *words)
     assert losses(tmp_path, "cached") == pytest.approx(losses(tmp_path, "plain"), rel=1e-5)
     assert plain.keys() == cached.keys()
 
@@ -148,6 +154,19 @@ def test_views_without_objects_are_drawn_again():
     assert sum(shown) > 55 > before
 
 
+def test_redrawn_views_have_random_numbers_of_their_own():
+    drawn = [set(make_rng(3, 1, 2, VIEW, redraws).random(50).tolist()) for redraws in range(3)]
+    assert len(set.union(*drawn)) == 150
+
+
+@pytest.mark.parametrize(("task", "redraws"), [(InstanceTask, True), (PanopticTask, False), (None, False)])
+def test_only_views_of_instances_need_objects(task, redraws):
+    """A panoptic view without objects still trains on stuff."""
+    given = {} if task is None else {"task": task(OneObject.classes, background="ground")}
+    module = ImageDataModule(OneObject(), OneObject(), Augment((16, 16)), 1, 0, 0, **given)
+    assert module.train_views.needs_objects == redraws
+
+
 def test_redrawn_views_do_not_depend_on_workers():
     views = TrainViews(OneObject(), Augment((16, 16)), 0, needs_objects=True)
     alone, several = (train_batches(views, batch_size=2, start=1, workers=workers) for workers in (0, 2))
@@ -173,6 +192,7 @@ def test_class_of_a_pixel_is_the_most_probable_thing_or_background():
     found = prediction.probabilities()
     torch.testing.assert_close(found.sum(1), torch.ones(1, 2, 2))
     torch.testing.assert_close(found[0, :, 0, 1], torch.tensor([0.1, 0.9, 0.8, 0]) / 1.8, atol=1e-3, rtol=0)
+    assert task.pixel_scores(torch.full((1, 4, 1, 1), 1.5)).flatten().tolist() == [0, 1.5, 1.5, 0]
     averaged = Prediction(found, (2, 2), (1.0, 1.0), lambda scores, *_: scores, mixture=True, task=task)
     assert averaged.class_ids().tolist() == [[[1, 1], [2, 0]]]
 
@@ -207,6 +227,8 @@ PLAIN = ("data=folder", "data.classes=[dark,bright]", "data.root=plain")
         (PLAIN, ["data=folder (train) has no objects", "data=folder_instances"]),
         (("data.things=[ground]",), ["data.things names ground", "data.background=null"]),
         (("data.things=[tree]",), ["data.things=tree is not a class"]),
+        (("data.background=tree",), ["data.background=tree is not a class", "ground, thing"]),
+        (("head.no_object=false",), ["no_object=true", "task=semantic"]),
         (
             ("data.classes=[thing]", "data.background=null", "data.reader.masks.others=thing"),
             ["every class", "loss.criterion.ignored=background"],
@@ -218,6 +240,28 @@ def test_what_no_training_of_objects_can_use_is_refused(data, words, parts):
     folder, given = data
     done = call(folder, *EOMT, *given, "task=instance", "trainer.steps=1", *words)
     assert done.status == 1 and all(part in done.err for part in parts), done.err
+
+
+def test_sums_with_masks_of_labelled_pixels_are_refused():
+    """No pixel outside of objects has a label if every class is a thing."""
+    masks = partial(MaskClassification, ignored="excluded")
+    summed = WeightedSum({"masks": masks, "dice": Dice}, {"masks": 1, "dice": 1}, torch.ones(2))
+    kinds = {OBJECTS: ObjectMap(things=(0, 1))}
+    check = partial(InstanceTask(["leaf", "fruit"]).check_data, "data=own", kinds, ["leaf", "fruit"], summed)
+    assert_refused(check, "data=own", "loss.criterion.ignored=background")
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"), [("instance", ["instance_ap"]), ("panoptic", ["panoptic_quality"]), ("multilabel", [])]
+)
+def test_builder_passes_task_to_terms_and_adds_metrics(data, task, metrics):
+    """The terms of a sum have the task; only a task of objects adds metrics to validations."""
+    folder, given = data
+    loss = "bce_dice" if task == "multilabel" else "ce_dice"
+    builder = Builder(compose([*TINY, *given, f"data.root={folder}/objects", f"task={task}", f"loss={loss}"]))
+    assert [*builder.metric_nodes] == metrics
+    parts = [part for part in builder.loss_outline.modules() if isinstance(part, Loss)]
+    assert len(parts) == 3 and all(part.task is builder.task for part in parts)
 
 
 def test_data_with_objects_of_other_classes_are_refused(data):

@@ -11,6 +11,7 @@ from dinoseg.training import checkpoint
 from dinoseg.utils.atomic import write_text
 
 DATA = ("data=folder_instances", "data.background=dark", "trainer.val_every=2", "mode.metrics_only=true", "logger=[]")
+LOSS = ("loss=mask_classification",)
 HEAD = ("head=mask2former", "head.num_queries=6", "head.num_heads=4", "head.hidden_dim=64", "head.feedforward_dim=32")
 WORDS = (
     "--config-dir",
@@ -18,6 +19,7 @@ WORDS = (
     *SMALL,
     *DATA,
     *HEAD,
+    *LOSS,
     "head.drop_path=0",
     "backbone.arch.num_hidden_layers=4",
     "optim.optimizer.lr=1e-3",

@@ -8,6 +8,7 @@ import pytest
 from object_models import CLASSES, draw_image, make_model, make_predictor
 
 from dinoseg.data.classes.labels import Labels
+from dinoseg.extensions.annotations.coco_ids import CocoIds
 from dinoseg.extensions.annotations.entry import polygons
 from dinoseg.extensions.annotations.rle import decode, from_text
 from dinoseg.extensions.annotations.written_files import PredictedShapes
@@ -100,6 +101,7 @@ def test_files_without_a_reference_number_from_one(tmp_path):
     whole = read_json(out, "coco", "annotations.json")
     assert [image["id"] for image in whole["images"]] == [1, 2, 3]
     assert [category["id"] for category in whole["categories"]] == [1, 2, 3]
+    assert {entry["category_id"] for entry in read_json(out, "coco", "results.json")} == {2, 3}  # no stuff
     segments = read_json(out, "panoptic", "panoptic.json")["annotations"][0]["segments_info"]
     assert [entry["id"] for entry in segments] == [
         1, 2, 3, 4,
@@ -151,3 +153,38 @@ def test_image_that_the_reference_lacks_is_named(tmp_path):
     ids.write_text(json.dumps({**content, "images": content["images"][:1]}))
     with pytest.raises(UserError, match="b/c"):
         write(tmp_path, ["coco"], ids=str(ids))
+
+
+def test_class_that_the_reference_lacks_is_refused_at_the_start(tmp_path):
+    ids = write_reference(tmp_path, "ids.json")
+    content = read_json(ids)
+    content["categories"] = [each for each in content["categories"] if each["name"] != "stone"]
+    ids.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="stone"):
+        image_writers(
+            ["coco"], tmp_path, LABELS, 0, PredictedShapes(ids=str(ids)), make_model("instance").task
+        )  # before any image
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("images", {"id": 70}), ("images", {"file_name": "a.jpg"}), ("categories", {"id": 25})]
+)
+def test_ids_of_a_reference_must_be_unique(tmp_path, kind, change):
+    ids = write_reference(tmp_path, "ids.json")
+    content = read_json(ids)
+    content[kind][1].update(change)
+    ids.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"several {kind}"):
+        CocoIds.read(str(ids), LABELS)
+
+
+@pytest.mark.parametrize("output", ["coco", "panoptic"])
+def test_two_images_with_one_id_are_refused(tmp_path, output):
+    ids = write_reference(tmp_path, "ids.json")
+    writer = image_writers([output], tmp_path, LABELS, 0, PredictedShapes(ids=str(ids)), make_model().task)[output]
+    image, _ = draw_image()
+    for name in ("left/a", "right/a"):
+        result = make_predictor().predict([image])[0]
+        writer.write(ImagePrediction(name, tmp_path / f"{name}.png", image, *result))
+    with pytest.raises(UserError, match=r"left/a\.png and right/a\.png"):
+        writer.finish()
