@@ -86,7 +86,8 @@ class ImageMetric(ABC):
         needs_logits: whether `count` needs `PredictedImage.logits`.
         needs_bins: whether `count` needs `PredictedImage.bins`. It then takes masks with layers, too, as a whole.
         needs_objects: whether `count` needs the `objects` of `PredictedImage` and `LabelledImage`.
-        class_columns: names of values of `score_classes` in 0..1 that tables of objects show.
+        class_columns: names of values of `score_classes` in 0..1 that tables of objects show, beside the numbers of
+            `count_errors`; only of a metric that has this method.
     """
 
     scores: Mapping[str, str]

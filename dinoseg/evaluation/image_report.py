@@ -14,7 +14,7 @@ from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.run_facts import about_run
 from dinoseg.evaluation.scoring.intervals import has_labels, jackknife, unit_sums
-from dinoseg.evaluation.unit_scores import ClassScores, FurtherScore, further_scores, metric_intervals
+from dinoseg.evaluation.unit_scores import ClassScores, FurtherScore, further_scores, leave_units_out, metric_intervals
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.metrics.miou import count_decisions
@@ -69,6 +69,8 @@ def report_images(
     groups = _group_images(provenance.group, data.names, official)
     sums = unit_sums(collected.classes, groups)
     scored = has_labels(sums)
+    kind = ClassScores(len(data.classes), background)
+    further, intervals = _estimate_scores(kind, sums[scored], rows, groups)
     record = ImageRecord(
         classes=list(data.classes),
         palette=data.palette,
@@ -82,11 +84,10 @@ def report_images(
         units=groups,
         source=provenance.model,
         counts=collected.classes,
-        scores=_further_scores(rows, groups),
+        scores=further,
         chosen_here=scores.get("thresholds", {}).get("chosen_here", False),
     )
     write_record(record, out_dir)
-    intervals = _estimate_intervals(ClassScores(len(data.classes), background), sums[scored], rows, groups)
     mious = image_mious(collected.classes)
     sources = {"model": record.source, "data": record.root}
     _write_table(out_dir / TABLE, record, mious, rows.errors)
@@ -112,21 +113,18 @@ def report_images(
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
 
 
-def _estimate_intervals(
+def _estimate_scores(
     kind: ClassScores, sums: np.ndarray, rows: MetricRows, groups: Sequence[str]
-) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each score of the classes, and of further metrics."""
+) -> tuple[dict[str, FurtherScore], dict[str, list[float] | None]]:
+    """Return the scores of further metrics, and the 95 % intervals of these and of the scores of the classes."""
+    scores: dict[str, FurtherScore] = {}
     intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()}
     for metric, counts in zip(rows.metrics, rows.counts, strict=True):
-        intervals |= metric_intervals(metric, counts, groups)
-    return intervals
-
-
-def _further_scores(rows: MetricRows, groups: Sequence[str]) -> dict[str, FurtherScore]:
-    found: dict[str, FurtherScore] = {}
-    for metric, counts in zip(rows.metrics, rows.counts, strict=True):
-        found |= further_scores(metric, counts, groups)
-    return found
+        # leaving out images of many objects takes minutes: once for both
+        found = leave_units_out(metric, counts, groups)
+        scores |= further_scores(metric, found)
+        intervals |= metric_intervals(metric, found)
+    return scores, intervals
 
 
 def _group_images(pattern: str | None, names: Sequence[str], official: Mapping[str, Any] | None) -> list[str]:

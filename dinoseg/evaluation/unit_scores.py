@@ -83,25 +83,17 @@ def leave_units_out(metric: ImageMetric, counts: Sequence[Counts], units: Sequen
     numbers = [places[unit] for unit in units]
     scored = np.zeros(len(places), bool)
     for number, row in zip(numbers, counts, strict=True):
-        scored[number] |= any(map(len, row.values()))
+        scored[number] |= any(each.size for each in row.values())
     left_out = {name: np.full(1, np.nan) for name in metric.scores}
     if len(places) > 1:
         left_out = metric.leave_one_out(counts, numbers)
     return UnitScores(metric.score_rows(counts), left_out, scored)
 
 
-def metric_intervals(
-    metric: ImageMetric, counts: Sequence[Counts], units: Sequence[str]
-) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each score of a metric but `totals`, over the units in which it counts something.
-
-    Args:
-        metric: the metric.
-        counts: its counts of each image.
-        units: the unit of each image.
-    """
-    values, left_out, scored = leave_units_out(metric, counts, units)
-    found = estimate_scores(values, {key: each[scored] for key, each in left_out.items()}, metric.unbounded, {})
+def metric_intervals(metric: ImageMetric, scores: UnitScores) -> dict[str, list[float] | None]:
+    """Return the 95 % interval of each score of a metric but `totals`, over the units in which it counts something."""
+    left_out = {key: each[scores.scored] for key, each in scores.left_out.items()}
+    found = estimate_scores(scores.values, left_out, metric.unbounded, {})
     return {key: estimate.ci95 for key, estimate in found.items() if key not in metric.totals}
 
 
@@ -124,9 +116,9 @@ class FurtherScore:
     scored: Sequence[bool]
 
 
-def further_scores(metric: ImageMetric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, FurtherScore]:
-    """Return the scores of a metric by name, without `unbounded` ones, from its counts and the unit of each image."""
-    values, left_out, scored = leave_units_out(metric, counts, units)
+def further_scores(metric: ImageMetric, scores: UnitScores) -> dict[str, FurtherScore]:
+    """Return the scores of a metric by name, without `unbounded` ones."""
+    values, left_out, scored = scores
     return {
         name: FurtherScore(
             better, metric.settings, plain_score(values[name]), [*map(plain_score, left_out[name])], scored.tolist()

@@ -292,16 +292,14 @@ class Builder(ModelBuilder):
 
     @cached_property
     def metric_nodes(self) -> Mapping[str, Any]:
-        """The config nodes of the group `metric`, after those of the metrics that a task of objects always counts."""
-        names = self.task.eval_metrics if self.task.has_objects else ()
-        return self.with_metrics(names).value(METRIC) or {}
+        """The config nodes of the group `metric`, and then of the metrics that a task of objects always counts."""
+        always = self.task.eval_metrics if self.task.has_objects else ()
+        return self.with_metrics(always).value(METRIC) or {}
 
     def with_metrics(self, names: Sequence[str]) -> Self:
-        """Return a builder with further options of the group `metric`, which come first."""
-        if not names:
-            return self
-        chosen = self.config.get(METRIC) or {}
-        return self.with_changes({METRIC: {**compose_options({METRIC: [*names]})[METRIC], **chosen}})
+        """Return a builder with further options of the group `metric`, after those that are chosen."""
+        added = [name for name in names if name not in (self.value(METRIC) or {})]
+        return self.with_changes({METRIC: compose_options({METRIC: added})[METRIC]}) if added else self
 
     @cached_property
     def metrics(self) -> list[ImageMetric]:

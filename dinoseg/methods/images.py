@@ -202,8 +202,9 @@ class ImageTraining(TrainingMethod):
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total
             print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")
-        # layers have no matrix, and no class that could be predicted everywhere
-        commonest, constant = (0, 0.0) if scores["matrix"] is None else commonest_class(scores["matrix"])
+        # layers have no matrix, and no class that could be predicted everywhere; objects may be found at a low mIoU
+        is_semantic = scores["matrix"] is not None and not self.data_module.task.has_objects
+        commonest, constant = commonest_class(scores["matrix"]) if is_semantic else (0, 0.0)
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(
                 "mIoU %.4f is not better than the %.4f of always predicting %s, the most frequent class: the model "

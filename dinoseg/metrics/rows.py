@@ -42,7 +42,7 @@ _TAKEN = (
     "classes",
 )
 _ROUNDING = 1e-9  # shares of float64 sums may exceed 1 by this much
-# index of an image in the dataset, the counts of each metric, and `count_errors` of the first one of objects
+# index of an image in the dataset, the counts of each metric, and `count_errors` of the first one with `class_columns`
 Row = tuple[int, list[Counts], Counts]
 # called with the index of an image, its pixels (3, H, W), its `count_errors`, and a function that draws them
 OnErrors = Callable[[int, Tensor, Counts, Callable[[np.ndarray, Mapping[str, tuple]], None]], None]
@@ -56,11 +56,12 @@ class MetricRows:
         data: the dataset.
         rank: this rank, which has every `world_size`-th image in order.
         world_size: number of ranks.
-        on_errors: receives the errors of each image, if a metric needs objects.
+        on_errors: receives the errors of each image, if a metric has `class_columns`.
 
     Attributes:
         counts: of each metric, by image; set by `add_scores`.
-        errors: of each image `count_errors` of the first metric that needs objects; set by `add_scores`.
+        errors: of each image `count_errors` of the first metric with `class_columns`, empty without any; set by
+            `add_scores`.
 
     Raises:
         UserError: a metric needs objects, which the dataset lacks, or takes other classes as things.
@@ -76,16 +77,16 @@ class MetricRows:
     ) -> None:
         self.metrics = metrics
         self.needs_bins = any(metric.needs_bins for metric in metrics)
-        self._of_objects = next((metric for metric in metrics if metric.needs_objects), None)
-        self.needs_objects = self._of_objects is not None
+        self.needs_objects = any(metric.needs_objects for metric in metrics)
+        self._of_errors = next((metric for metric in metrics if metric.class_columns), None)
         kind = get_map_kinds(data).get(OBJECTS)
-        for metric in metrics if self.needs_objects else ():
-            if metric.needs_objects and kind is None:
+        for metric in (each for each in metrics if each.needs_objects):
+            if not isinstance(kind, ObjectMap):
                 raise UserError(
                     f"{metric.class_name} compares objects, and this dataset has none. Choose data with objects, such "
                     "as data=coco_instances, or another metric and task."
                 )
-            metric.check_things(kind.things if isinstance(kind, ObjectMap) else ())
+            metric.check_things(kind.things)
         self.counts: list[list[Counts]] = [[] for _ in metrics]
         self.errors: list[Counts] = []
         self._on_errors = on_errors
@@ -125,12 +126,12 @@ class MetricRows:
             )
             labelled = None if held is None else Objects.of_map(held[image])
             sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name, labelled)
-            counts = [_narrow(count_image(metric, prediction, sample)) for metric in self.metrics]
+            counts = [_count(metric, prediction, sample) for metric in self.metrics]
             errors: Counts = {}
-            if self._of_objects is not None:
-                errors = self._of_objects.count_errors(prediction, sample)
+            if self._of_errors is not None:
+                errors = self._of_errors.count_errors(prediction, sample)
                 if self._on_errors is not None:
-                    draw = partial(self._of_objects.draw_errors, prediction, sample)
+                    draw = partial(self._of_errors.draw_errors, prediction, sample)
                     self._on_errors(self._next, batch.image[image], errors, draw)
             self._rows.append((self._next, counts, errors))
             self._next += self._world
@@ -149,7 +150,7 @@ class MetricRows:
         """
         rows = sorted(gather(self._rows), key=lambda row: row[0])
         self.counts = [[counts[number] for _, counts, _ in rows] for number in range(len(self.metrics))]
-        self.errors = [errors for _, _, errors in rows] if self.needs_objects else []
+        self.errors = [errors for _, _, errors in rows]
         names = [self._data.names[index] for index, _, _ in rows]
         for metric, counts in zip(self.metrics, self.counts, strict=True):
             if isinstance(metric, Metric):
@@ -165,8 +166,13 @@ class MetricRows:
                 row[name] = value
 
 
-def _narrow(counts: Counts) -> Counts:
-    """Return counts with whole numbers in their shortest type: in int64, those in bins would take gigabytes."""
+def _count(metric: ImageMetric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+    """Return the counts of an image; those that add up have whole numbers in their shortest type."""
+    counts = count_image(metric, prediction, sample)
+    # a `RowMetric` computes with its rows: differences of narrow types would wrap around
+    if not isinstance(metric, Metric):
+        return counts
+    # in int64, those in bins would take gigabytes
     return {
         name: value.astype(np.min_scalar_type(value.max(initial=0)))
         if value.dtype.kind == "i" and value.min(initial=0) == 0
@@ -196,13 +202,13 @@ def check_score_names(metrics: Iterable[ImageMetric]) -> None:
 def _check_scores(metric: ImageMetric, scores: Mapping[str, np.ndarray]) -> None:
     if scores.keys() != metric.scores.keys():
         raise UserError(
-            f"metric: `compute` of {metric.class_name} returns the scores {[*scores]}, and its `scores` are "
+            f"metric: {metric.class_name} returns the scores {[*scores]}, and its `scores` are "
             f"{[*metric.scores]}. Return exactly these."
         )
     for name, score in scores.items():
         if np.shape(score) != ():
             raise UserError(
-                f"metric: `compute` of {metric.class_name} returns {name} of shape {np.shape(score)}. Return a number "
+                f"metric: {metric.class_name} returns the score {name} of shape {np.shape(score)}. Return a number "
                 "for sums of one dataset."
             )
         if name not in metric.unbounded and (score < -_ROUNDING or score > 1 + _ROUNDING):

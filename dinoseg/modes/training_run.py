@@ -262,10 +262,7 @@ class TrainingRun:
             print(f"curves:       {curves}")
             self.finish_log(log, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
-            # graphs hold no objects
-            export = "safetensors" if self.builder.task.has_objects else "onnx"
-            folders = self.builder.config_dirs
-            print("\n".join(next_commands(self.out_dir, folders, on_clips=self.method.on_clips, export=export)))
+            print("\n".join(next_commands(self.out_dir, self.builder.config_dirs, on_clips=self.method.on_clips)))
         return {**scores, **cost, "best_step": best_step, "run": str(self.out_dir)}
 
     def finish_log(self, log: RunLog, scores: Mapping[str, Any], checkpoints: Checkpointer) -> None:
@@ -323,17 +320,13 @@ def _warn_of_other_sizes(builder: Builder) -> None:
         )
 
 
-def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool, export: str = "onnx") -> list[str]:
+def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool) -> list[str]:
     """Return a line for each command that uses a finished training, and for the one that advises on its data.
 
-    `export` is an option that suits the model. Commands of extensions that are not installed are left out.
+    Commands of extensions that are not installed are left out.
     """
     folders = [SHIPPED, *map(Path, config_dirs)]
-    uses = (
-        ["mode=track {} input=VIDEO"]
-        if on_clips
-        else ["mode=predict {} input=PATH", f"mode=export {{}} export={export}"]
-    )
+    uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
     resume = shlex.quote(f"resume={run}")
     own = shlex.join(folder_words(config_dirs))
     there = [use for use in ("mode=eval {}", *uses) if has_options(folders, use)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from dinoseg.core.task import probability_bins
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.objects import ObjectCollector
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.strategy import InferenceStrategy, OnPass, Place
+from dinoseg.inference.strategy import InferenceStrategy, Place
 from dinoseg.inference.windows import Whole
 from dinoseg.metrics.confusion import make_counts
 from dinoseg.metrics.rows import MetricRows
@@ -124,16 +123,13 @@ def _predict_batch(
             losses += _losses_of_images(loss, prediction, batch)
         read = _read([prediction], size, needs_bins=needs_bins)
         return _PredictedBatch(*read, prediction.objects(size) if needs_objects else None, losses)
-    receivers: list[OnPass] = []
-    if loss is not None:
-        receivers.append(partial(_add_loss, loss, losses, kinds, batch))
     found = ObjectCollector(predictor.model.task, batch.count, size)
-    if needs_objects:
-        receivers.append(found)
 
     def on_pass(prediction: Prediction, parts: Tensor, places: Sequence[Place], whole: Size) -> None:
-        for receive in receivers:
-            receive(prediction, parts, places, whole)
+        if loss is not None:
+            losses.extend(_losses_of_images(loss, prediction, _cut_parts(batch, kinds, parts, places, whole)))
+        if needs_objects:
+            found(prediction, parts, places, whole)
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor, Tensor | None]:
         # of an attempt that ran out of memory
@@ -141,7 +137,9 @@ def _predict_batch(
         found.clear()
         return _read(bands, size, needs_bins=needs_bins)
 
-    read = predictor.run_bands(batch.image, take, size=size, on_pass=on_pass if receivers else None)
+    read = predictor.run_bands(
+        batch.image, take, size=size, on_pass=on_pass if loss is not None or needs_objects else None
+    )
     return _PredictedBatch(*read, found.objects() if needs_objects else None, losses)
 
 
@@ -161,20 +159,6 @@ def _read(bands: Iterable[Prediction], size: Size, *, needs_bins: bool) -> tuple
             bins.append(probability_bins(band.probabilities()))
         due, top = due + rows.step * chosen.shape[2], top + some.shape[-2]
     return torch.cat(ids, dim=-2), torch.cat(logits, dim=2), torch.cat(bins, dim=2) if needs_bins else None
-
-
-def _add_loss(
-    loss: Loss,
-    losses: list[Tensor],
-    kinds: Mapping[str, MapKind],
-    batch: Batch,
-    prediction: Prediction,
-    parts: Tensor,
-    places: Sequence[Place],
-    size: Size,
-) -> None:
-    """Append the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
-    losses += _losses_of_images(loss, prediction, _cut_parts(batch, kinds, parts, places, size))
 
 
 def _losses_of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:

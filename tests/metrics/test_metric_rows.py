@@ -9,8 +9,9 @@ from mistakes import refusals
 from test_metric_contract import CLASSES, METRICS, OUTLINES, Share, score, ugly_case
 
 from dinoseg.core.geometry import lattice
-from dinoseg.core.metric import LabelledImage, PredictedImage, sum_counts
+from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric, sum_counts
 from dinoseg.core.shapes import Batch
+from dinoseg.evaluation.unit_scores import leave_units_out
 from dinoseg.metrics.counts import FlatMetric, flatten_counts
 from dinoseg.metrics.layers import LayerMetric
 from dinoseg.metrics.miou import MeanIoU
@@ -104,7 +105,7 @@ OUTSIDE = "share of Given is 7, outside 0..1. Name it in `unbounded`"
 INFINITE = ("share of Given is inf", "share_infinite_images", "`totals`")
 OTHER_COUNTS = ("of Given returns counts of ", " for the image 01, and of ", " for 00")
 OTHER_LAYERS = ("of Given returns counts of ", " for the image 04 (layer 1)")
-OTHER_SCORES = "`compute` of Given returns"
+OTHER_SCORES = "Given returns"
 
 test_message_names_metric_and_image = refusals(
     {
@@ -138,3 +139,39 @@ def test_unbounded_scores_and_rounding_are_accepted():
 def test_sums_of_narrow_counts_do_not_overflow(value, total):
     found = sum_counts([{"pixels": value}] * 4)["pixels"]
     assert found == total and found.dtype in (np.int64, np.float64)
+
+
+class AreaError(RowMetric):
+    """Mean difference of the pixels of class 1, from one number for each image."""
+
+    scores, unbounded = {"area_error": "min"}, ("area_error",)
+
+    def count(self, prediction, sample):
+        return {"found": (prediction.ids == 1).sum(), "held": (sample.mask == 1).sum()}
+
+    def score_rows(self, rows):
+        found, held = (np.array([row[name] for row in rows]) for name in ("found", "held"))
+        return {"area_error": np.abs(found - held).mean()}
+
+
+def test_rows_keep_their_types_and_may_be_single_numbers():
+    metric = AreaError()
+    rows = MetricRows([metric], Data())
+    for pixels in (3, 40):
+        mask = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        mask[0].flatten()[:pixels] = 1
+        rows.add(Batch(torch.zeros(1, 3, 8, 8), mask, ["x"]), torch.zeros_like(mask), torch.zeros(1, CLASSES, 8, 8))
+    result = {"classes": []}
+    rows.add_scores(result, list)
+    assert result["area_error"] == 21.5
+    found = leave_units_out(metric, rows.counts[0], ["a", "b"])
+    assert found.left_out["area_error"].tolist() == [40, 3] and found.scored.all()
+    alone = leave_units_out(metric, rows.counts[0], ["a", "a"])
+    assert alone.values["area_error"] == 21.5 and np.isnan(alone.left_out["area_error"]).all()
+
+
+def test_units_without_rows_are_not_scored():
+    rows = [{"found": np.array(values), "held": np.array(values)} for values in ([1, 2], [], [])]
+    metric = AreaError()
+    metric.score_rows = lambda rows: {"area_error": np.concatenate([row["found"] for row in rows]).sum()}
+    assert leave_units_out(metric, rows, ["a", "a", "b"]).scored.tolist() == [True, False]

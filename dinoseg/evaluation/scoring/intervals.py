@@ -13,8 +13,6 @@ from typing import Protocol
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, RowMetric
-
 METHOD = "Student's t, jackknife over units"  # as written to results
 _MAX_LOGITS = 500.0
 _AT_ONCE = 2**22  # values per chunk, 32 MiB
@@ -136,25 +134,6 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
     whole = protocol.scores(add_units(sums))
     left_out = leave_one_out(protocol, sums) if len(sums) > 1 else {}
     return estimate_scores({key: whole[key] for key in protocol.keys}, left_out, protocol.unbounded, protocol.highest)
-
-
-def jackknife_rows(metric: RowMetric, units: Sequence[str], *sides: Sequence[Counts]) -> dict[str, Estimate]:
-    """Return each score over all images with its error, or the difference of the scores of two sides.
-
-    Args:
-        metric: computes the scores.
-        units: the unit of each image.
-        sides: rows of each image, once, or of a first and a second side.
-    """
-    places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
-    values = [metric.score_rows(rows) for rows in sides]
-    left_out: list[dict[str, np.ndarray]] = [{} for _ in sides]
-    if len(places) > 1:
-        left_out = [metric.leave_one_out(rows, [places[unit] for unit in units]) for rows in sides]
-    if len(sides) == 1:
-        return estimate_scores(values[0], left_out[0], metric.unbounded, {})
-    gaps = [{key: each[key] - first[key] for key in each} for first, each in (values, left_out)]
-    return estimate_scores(gaps[0], gaps[1], [*metric.scores], {})
 
 
 def estimate_scores(

@@ -28,7 +28,14 @@ from dinoseg.extensions.compare.comparison import (
 )
 from dinoseg.extensions.compare.effects import effects_table, estimate_effects
 from dinoseg.extensions.compare.page import ComparedRun, comparison_page
-from dinoseg.extensions.compare.paper_table import LATEX, MARKDOWN, PaperTable, format_score, write_paper_tables
+from dinoseg.extensions.compare.paper_table import (
+    LATEX,
+    MARKDOWN,
+    PaperTable,
+    find_main_score,
+    format_score,
+    write_paper_tables,
+)
 from dinoseg.extensions.compare.sides import Side, describe_folds, describe_seeds, describe_units, sides_of, swept_words
 from dinoseg.report.table import CHOSEN_HERE, few_units, percent
 from dinoseg.training.cost import COST
@@ -39,6 +46,8 @@ from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 COLUMNS = {  # key of a row: heading and format
+    "PQ": ("PQ %", lambda value: f"{100 * value:.2f}"),
+    "AP": ("AP %", lambda value: f"{100 * value:.2f}"),
     "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
     "accuracy": ("pixel accuracy %", lambda value: f"{100 * value:.2f}"),
     "parameters": ("parameters", "{:,}".format),
@@ -56,22 +65,24 @@ _MAX_COST_COLUMN = 13  # characters: the table fits a terminal of 120 columns
 
 
 def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """Return a row for each run, by mIoU; unknown values are None, and a damaged cost record is logged.
+    """Return a row for each run, by the main score; unknown values are None, and a damaged cost record is logged.
 
-    Folds are scored on different images, so they are not ranked: they stand in their order at their side's mIoU.
+    Folds are scored on different images, so they are not ranked: they stand in their order at their side's score.
     """
+    main = find_main_score(scores_of(sides[0].scored))
     rows = []
-    ranks = []  # mIoU that each row is sorted by
+    ranks = []  # score that each row is sorted by
     runs = [(side, *run) for side in sides for run in zip(side.names, side.folders, side.records, strict=True)]
     for side, name, folder, record in runs:
         scores = scores_of([record])
-        ranks.append(scores["miou"] if side.pooled is None else scores_of(side.scored)["miou"])
+        ranks.append(scores[main] if side.pooled is None else scores_of(side.scored)[main])
         trained = [folder, Path(record.source).parent.parent]  # run of mode=train, or the checkpoint's
         found = next((path for run in trained if (path := run / COST).is_file()), None)
         cost = (None if found is None else _read(found)) or dict.fromkeys(_KEYS)
         speed = cost.pop("images_per_s")
         seconds = 1 / speed if speed else None
-        rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
+        shown = {key: scores[key] for key in (main, "miou", "accuracy")}
+        rows.append({"run": name, **shown, **cost, "seconds": seconds})
     return [rows[index] for index in best_first(ranks)]
 
 
@@ -118,7 +129,8 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         logger.warning("%s: %s", join_names(chosen), CHOSEN_HERE)
     write_tables(out_dir, first, others)
     write_paper_tables(out_dir, result_tables(sides))
-    write_csv_table(out_dir / "runs.csv", ["run", *COLUMNS], rows)  # scores in 0..1; unknown values are empty cells
+    columns = [key for key in ("run", *COLUMNS) if key in rows[0]]
+    write_csv_table(out_dir / "runs.csv", columns, rows)  # scores in 0..1; unknown values are empty cells
     scores = scores_of(first.scored)
     result = {
         "sides": {side.name: [str(folder) for folder in side.folders] for side in sides},
@@ -154,7 +166,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
 
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows of `run` and `COLUMNS`, in their order, as text, without columns that all runs lack."""
-    columns = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    columns = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     shown = [[row["run"], *("-" if row[key] is None else columns[key][1](row[key]) for key in columns)] for row in rows]
     heads = ["run", *(head for head, _ in columns.values())]
     return tabulate(
@@ -169,7 +181,8 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def result_tables(sides: Sequence[Side]) -> list[PaperTable]:
     """Return the scores of all sides for a paper, best first, and main effects if all runs are jobs of sweeps."""
-    ranked = [sides[index] for index in best_first([scores_of(side.scored)["miou"] for side in sides])]
+    main = find_main_score(scores_of(sides[0].scored))
+    ranked = [sides[index] for index in best_first([scores_of(side.scored)[main] for side in sides])]
     best, labels = find_best(ranked), score_labels(ranked[0])
     bold, note = find_bold(best, ranked, len(ranked))
     rows = [
@@ -194,7 +207,9 @@ def result_tables(sides: Sequence[Side]) -> list[PaperTable]:
     if all(words):
         settings = [{key: word.partition("=")[2] for key, word in of_run.items()} for of_run in words]
         records = [record for side in sides for record in side.records]
-        effects, freedom = estimate_effects(settings, [scores_of([record])["miou"] for record in records])
+        effects, freedom = estimate_effects(settings, [scores_of([record])[main] for record in records])
         if effects:
-            tables.append(effects_table(effects, freedom, "mIoU %", lambda value, sign: percent(value, 2, sign)))
+            tables.append(
+                effects_table(effects, freedom, f"{labels[main]} %", lambda value, sign: percent(value, 2, sign))
+            )
     return tables

@@ -30,7 +30,7 @@ from dinoseg.evaluation.scoring.intervals import (
 )
 from dinoseg.evaluation.unit_scores import ClassScores, further_difference
 from dinoseg.extensions.compare.page import OtherRun
-from dinoseg.extensions.compare.paper_table import Score
+from dinoseg.extensions.compare.paper_table import Score, find_main_score
 from dinoseg.extensions.compare.sides import Side
 from dinoseg.report.html.page import format_interval
 from dinoseg.report.html.pictures import PairShot
@@ -222,17 +222,24 @@ def verdicts(first: Side, others: Sequence[OtherRun]) -> str:
 
 
 def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
-    """Return a text table with one row per side, best first.
-
-    It shows mIoU in percent, differences in points, and the number of classes with a significant difference.
-    """
-    heads = ["side", "mIoU %", "points", "95 % interval", "p", "verdict", "classes\nbetter", "\nworse"]
-    first_miou = scores_of(first.scored)["miou"]
-    rows = [[first.name, percent(first_miou, 2), "-", "-", "-", "the first", "", ""]]
+    """Return a text table with one row per side, best first: the main score in percent, differences in points."""
+    scores = scores_of(first.scored)
+    main = find_main_score(scores)
+    heads = [
+        "side",
+        f"{MEANS.get(main, main)} %",
+        "points",
+        "95 % interval",
+        "p",
+        "verdict",
+        "classes\nbetter",
+        "\nworse",
+    ]
+    rows = [[first.name, percent(scores[main], 2), "-", "-", "-", "the first", "", ""]]
     for other in others:
         counts = [str(other.count_classes(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
-        rows.append([other.name, percent(other.scores["miou"], 2), *_gap_cells(other.differences["miou"]), *counts])
-    order = best_first([first_miou, *(other.scores["miou"] for other in others)])
+        rows.append([other.name, percent(other.scores[main], 2), *_gap_cells(other.differences[main]), *counts])
+    order = best_first([scores[main], *(other.scores[main] for other in others)])
     return _tabulate([rows[index] for index in order], heads, "lrrrrlrr", {"side": MAX_NAME})
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinoseg.core.sizes import evenly_spaced
+from dinoseg.extensions.compare.paper_table import find_main_score
 from dinoseg.report.html.charts import Axes, line_chart, range_around, scatter_chart, thin
 from dinoseg.report.html.page import render
 from dinoseg.report.html.pictures import EvaluatedImages, PairShot, pair_card
@@ -74,6 +75,7 @@ def comparison_page(
     """
     classes, units = evaluated.classes, evaluated.count_units()
     means = {key: MEANS.get(key, key) for key in first.scores if not key.startswith("iou/")}
+    main = find_main_score(means)
     class_keys = [f"iou/{index}" for index in range(len(classes))]
     return render(
         "extensions/compare/comparison.html.jinja",
@@ -81,6 +83,7 @@ def comparison_page(
         subtitle=subtitle,
         warnings=[few_units(units, evaluated.unit)],
         means=means,
+        main=main,
         class_keys=class_keys,
         classes=classes,
         palette=evaluated.palette,
@@ -96,7 +99,7 @@ def comparison_page(
             for other in others
         ],
         reach={
-            "scores": _largest_gap(others, ["miou"]),
+            "scores": _largest_gap(others, [main]),
             "means": _largest_gap(others, means),
             "classes": _largest_gap(others, class_keys),
         },

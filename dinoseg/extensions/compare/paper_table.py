@@ -11,6 +11,11 @@ from tabulate import tabulate
 from dinoseg.utils.atomic import write_text
 
 MARKDOWN, LATEX = "table.md", "table.tex"
+MAIN_SCORES = (
+    "PQ",
+    "AP",
+    "miou",
+)  # the first one that all runs have ranks them: of single objects before those of pixels
 _MARKDOWN_ESCAPES = str.maketrans({**{character: f"\\{character}" for character in "\\`*_|<~"}, "\n": " ", "\r": " "})
 _LATEX_ESCAPES = str.maketrans(
     {
@@ -33,6 +38,11 @@ _LATEX_ESCAPES = str.maketrans(
 # an interval after its score; \shortstack sets it below, so that several scores fit a page
 _INTERVAL = re.compile(r"(\S.*?) (\{\[\}.*)")
 _MINUS = re.compile(r"(?<![\w.-])-(?=\d)")
+
+
+def find_main_score(scores: Collection[str]) -> str:
+    """Return the name of the score that ranks runs, of those that all have."""
+    return next(name for name in MAIN_SCORES if name in scores)
 
 
 @dataclass(frozen=True)

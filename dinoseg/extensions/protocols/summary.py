@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinoseg.core.metric import Counts
+from dinoseg.core.metric import Counts, RowMetric
 from dinoseg.evaluation.scoring.intervals import (
     METHOD,
     Difference,
     Estimate,
+    estimate_scores,
     jackknife,
-    jackknife_rows,
     scored_sums,
 )
+from dinoseg.evaluation.unit_scores import leave_units_out
 from dinoseg.extensions.protocols.contract import Measured, RowProtocol, ScoreProtocol, ScoringCase, SumProtocol
 from dinoseg.extensions.protocols.folders import ScoringResult, sums_by_unit
 
@@ -67,7 +68,7 @@ def _evaluate(protocol: ScoreProtocol, scored: ScoringResult) -> _Evaluated:
             scores=protocol.metric.score_rows(rows),
             unit_scores={key: np.array([found[key] for found in by_unit]) for key in protocol.keys},
             classes=protocol.per_class(rows),
-            estimates=jackknife_rows(protocol.metric, units, *sides),
+            estimates=_jackknife_rows(protocol.metric, units, *sides),
             units=len({*units}),
         )
     assert isinstance(protocol, SumProtocol)
@@ -75,6 +76,22 @@ def _evaluate(protocol: ScoreProtocol, scored: ScoringResult) -> _Evaluated:
     classes = protocol.per_class(scored.total)
     scores = protocol.scores(scored.total), protocol.scores(scored.sums)
     return _Evaluated(*scores, classes, jackknife(protocol, sums), len(sums))
+
+
+def _jackknife_rows(metric: RowMetric, units: Sequence[str], *sides: Sequence[Counts]) -> dict[str, Estimate]:
+    """Return each score over all images with its error, or the difference of the scores of two sides.
+
+    Args:
+        metric: computes the scores.
+        units: the unit of each image.
+        sides: rows of each image, once, or of a first and a second side.
+    """
+    first, *others = [leave_units_out(metric, rows, units) for rows in sides]
+    if not others:
+        return estimate_scores(first.values, first.left_out, metric.unbounded, {})
+    values = {key: others[0].values[key] - first.values[key] for key in metric.scores}
+    left_out = {key: others[0].left_out[key] - first.left_out[key] for key in metric.scores}
+    return estimate_scores(values, left_out, [*metric.scores], {})
 
 
 def _select_rows(
@@ -102,7 +119,7 @@ def difference(protocol: ScoreProtocol, first: ScoringResult, second: ScoringRes
     sides = [[(case, held) for case, held in scored.cases if case.name in shared] for scored in (first, second)]
     if isinstance(protocol, RowProtocol):
         units, rows = _select_rows(groups, *sides)
-        found, count = jackknife_rows(protocol.metric, units, *rows), len({*units})
+        found, count = _jackknife_rows(protocol.metric, units, *rows), len({*units})
     else:
         assert isinstance(protocol, SumProtocol)
         by_unit = [sums_by_unit(protocol, cases) for cases in sides]

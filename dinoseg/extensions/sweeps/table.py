@@ -26,7 +26,15 @@ from dinoseg.config.plain import to_container
 from dinoseg.core.metric import INFINITE_IMAGES, plain_score
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.extensions.compare.effects import FOLD, SEED, effects_table, estimate_effects
-from dinoseg.extensions.compare.paper_table import LATEX, MARKDOWN, PaperTable, Score, format_score, write_paper_tables
+from dinoseg.extensions.compare.paper_table import (
+    LATEX,
+    MAIN_SCORES,
+    MARKDOWN,
+    PaperTable,
+    Score,
+    format_score,
+    write_paper_tables,
+)
 from dinoseg.extensions.sweeps.job_results import JobResults
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.metrics.counts import iou, mean_defined, ratio
@@ -52,12 +60,8 @@ LOSS = "val/loss"  # column of a job's `loss`, as in metrics.jsonl: a swept `los
 _BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), LOSS: (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
 OTHERS = {LOSS: "z.4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
-OF_IMAGES = ("PQ", "AP", "miou")  # scores that mode=compare tests
-RANKED = (
-    *OF_IMAGES,
-    "J&F-Mean",
-    "FG-ARI",
-)  # the first one that any job has is the sort key; without any, the lowest loss
+# the first one that any job has is the sort key; without any, the lowest loss
+RANKED = (*MAIN_SCORES, "J&F-Mean", "FG-ARI")
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
 _LONGEST_NUMBER = 10  # characters
@@ -287,7 +291,7 @@ class SweepTable(Callback):
         print("".join(f"{remark}\n" for remark in remarks), end="")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
         scores = [key for key in columns if key == score or key not in OTHERS]
-        bold, note = _find_significance(path.parent, rows, jobs, scores, score) if score in OF_IMAGES else ({}, "")
+        bold, note = _find_significance(path.parent, rows, jobs, scores, score) if score in MAIN_SCORES else ({}, "")
         labels = [*swept, *counts]
         cells = [
             [

@@ -13,11 +13,17 @@ from scipy import stats
 from dinoseg.checkpoints.run_config import open_saved_data
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
-from dinoseg.evaluation.unit_scores import FurtherScore, further_difference, further_scores, metric_intervals
+from dinoseg.evaluation.unit_scores import (
+    FurtherScore,
+    further_difference,
+    further_scores,
+    leave_units_out,
+    metric_intervals,
+)
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.compare import comparison
 from dinoseg.extensions.compare.alignment import align_records
-from dinoseg.extensions.compare.compare_mode import COLUMNS, costs_table
+from dinoseg.extensions.compare.compare_mode import COLUMNS, costs_table, result_tables, run_rows
 from dinoseg.extensions.compare.comparison import (
     SHOWN,
     _pair_shot,
@@ -200,7 +206,7 @@ def metric_scores(metric, seed, names, units):
         mask = np.random.default_rng(int(name)).integers(0, CLASSES, (16, 18)).astype(np.uint8)
         ids = np.where(rng.random(mask.shape) < 0.1 * (seed + 1), 0, mask).astype(np.uint8)
         found.append(metric.count(PredictedImage(ids), LabelledImage(mask, CLASSES)))
-    return further_scores(metric, found, units), found
+    return further_scores(metric, leave_units_out(metric, found, units)), found
 
 
 @pytest.mark.parametrize("metric", [ClDice(), ForegroundShare()])
@@ -277,10 +283,15 @@ def test_images_without_a_rare_class_do_not_narrow_its_interval():
         return [metric.count(PredictedImage(predicted), LabelledImage(mask, 3)) for predicted, mask in pairs]
 
     def difference(images):
-        sides = [[further_scores(metric, count(seed, images), units[:images])["rare"]] for seed in (0, 1)]
+        sides = [
+            [further_scores(metric, leave_units_out(metric, count(seed, images), units[:images]))["rare"]]
+            for seed in (0, 1)
+        ]
         return further_difference(*sides)
 
-    intervals = [metric_intervals(metric, count(0, images), units[:images]) for images in (3, IMAGES)]
+    intervals = [
+        metric_intervals(metric, leave_units_out(metric, count(0, images), units[:images])) for images in (3, IMAGES)
+    ]
     assert intervals[0] == intervals[1] and intervals[0]["rare"]
     assert difference(3) == difference(IMAGES) and difference(3).ci95
 
@@ -347,6 +358,21 @@ def test_each_side_has_a_line_and_the_best_is_first(tmp_path):
     assert "IoU a" in three and "mIoU without" in three and "mean Dice" in three
 
 
+def test_sides_are_ranked_by_the_score_of_objects(tmp_path):
+    """The first side has the higher mIoU, the other one the higher AP."""
+    units = len({*record().units})
+    low, high = (FurtherScore("max", "", value, [value] * units, [True] * units) for value in (0.3, 0.5))
+    counts = np.maximum(record().counts - np.array([[1], [0], [0]]), 0)
+    given = [record(scores={"AP": low}), record(counts=counts, scores={"AP": high})]
+    first, other = sides([tmp_path / "a", tmp_path / "b"], given)
+    assert scores_of(first.records)["miou"] > scores_of(other.records)["miou"]
+    lines = verdicts(first, against([first, other], pytest.fail)).split("\n\n")[0].splitlines()
+    assert "AP %" in lines[0] and [line.split()[:2] for line in lines[-2:]] == [["b", "50.00"], ["a", "30.00"]]
+    table, *_ = result_tables([first, other])
+    assert [row[0] for row in table.rows] == ["b", "a"]
+    assert [(row["run"], row["AP"]) for row in run_rows([first, other])] == [("b", 0.5), ("a", 0.3)]
+
+
 def test_tables_fit_a_terminal_of_120_columns(tmp_path):
     name = "backbone=dinov2_vitl14_reg4 adapter.rank=16 head=multiscale"
     first = sides([tmp_path / name], [record(classes=["a rather long name of a class", "b", "c"])])[0]
@@ -355,7 +381,12 @@ def test_tables_fit_a_terminal_of_120_columns(tmp_path):
     other = OtherRun(f"{name} seed=1", scores, [], dict.fromkeys(scores, verdict), [], [])
     lines = verdicts(first, [other] * 3).splitlines()
     assert 110 < max(map(len, lines)) <= 120
-    row = dict.fromkeys(COLUMNS, 1.0) | {"run": name, "parameters": 1_000_000_000, "trainable": 1_000_000_000}
+    # a row has one of PQ and AP
+    row = dict.fromkeys(COLUMNS.keys() - {"PQ"}, 1.0) | {
+        "run": name,
+        "parameters": 1_000_000_000,
+        "trainable": 1_000_000_000,
+    }
     assert max(map(len, costs_table([row]).splitlines())) <= 120
 
 

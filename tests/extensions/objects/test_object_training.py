@@ -89,8 +89,7 @@ def test_resumed_training_of_objects_is_equal(tmp_path, task, words):
     words = (*words, "trainer.accumulate=2")
     whole, _ = train_run(tmp_path, "whole", *words, "trainer.steps=4", "trainer.val_every=2", "engine.workers=1")
     train_run(tmp_path, "run", *words, "trainer.steps=2", "trainer.val_every=2")
-    resumed, done = train_run(tmp_path, "run", "mode=train", "resume=run", "trainer.steps=4")
-    assert "export=safetensors" in done.out and "onnx" not in done.out
+    resumed, _ = train_run(tmp_path, "run", "mode=train", "resume=run", "trainer.steps=4")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and len(whole) == len(resumed)
 
 

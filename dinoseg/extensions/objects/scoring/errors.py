@@ -52,7 +52,6 @@ def compare_objects(reference: Objects, prediction: Objects, things: Collection[
     invented, except those of which more than half lies in a crowd of their class.
     """
     sure = prediction.select(np.flatnonzero((prediction.scores >= SURE) & np.isin(prediction.classes, [*things])))
-    sure = sure.select(np.argsort(-sure.scores, kind="stable"))
     common = overlaps(sure.masks, reference.masks)
     areas = np.array([mask.area for mask in sure.masks], np.int64)[:, None]
     held = np.array([mask.area for mask in reference.masks], np.int64)

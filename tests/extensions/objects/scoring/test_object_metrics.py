@@ -1,7 +1,10 @@
 """AP and PQ of a model's objects: equal to those of COCO's files of the same objects, on any number of ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from drawn_objects import draw_segments, write_segments
 from known_objects import (
     KnownImages,
@@ -13,15 +16,22 @@ from known_objects import (
 )
 from mistakes import refusals
 
+from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric
 from dinoseg.core.objects import Objects
+from dinoseg.core.runs import Runs
+from dinoseg.core.shapes import Batch
+from dinoseg.evaluation.collected import Collector, join
 from dinoseg.evaluation.unit_scores import leave_units_out, metric_intervals
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.coco_panoptic import CocoPanoptic
+from dinoseg.extensions.objects.scoring.errors import compare_objects
 from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
 from dinoseg.extensions.protocols.folders import score_cases
 from dinoseg.extensions.protocols.summary import summary
 from dinoseg.metrics.rows import MetricRows
+from dinoseg.report.html.pictures import OUTLINES, object_card
+from dinoseg.report.table import class_table
 from dinoseg.training.rendezvous import decode_message, encode_message
 
 
@@ -40,7 +50,7 @@ def assert_equal_scores(result, rows, expected):
         assert {key: row[key] for key in named} == pytest.approx(named, abs=1e-12)
         assert [type(row[key]) for key in named] == [type(value) for value in named.values()]
     units = [f"{number}" for number in range(len(rows.counts[0]))]
-    found = metric_intervals(metric, rows.counts[0], units)
+    found = metric_intervals(metric, leave_units_out(metric, rows.counts[0], units))
     assert found.keys() == expected["ci95"].keys()
     for name, limits in expected["ci95"].items():
         assert found[name] == (limits if limits is None else pytest.approx(limits, abs=1e-9))
@@ -133,7 +143,7 @@ def test_errors_are_counted_by_image_and_class():
     seen = []
     metric = PanopticQuality(data.classes, ["class 0", "class 1"])
     rows = MetricRows([metric], data, on_errors=lambda *given: seen.append(given))
-    result = evaluate_known(data, predicted, KnownInstances, rows)
+    result = evaluate_known(data, predicted, KnownInstances, rows, batch_size=1)
     expected = {"found": [1, 0, 0], "missed": [1, 0, 0], "invented": [1, 1, 0]}
     assert {name: each.tolist() for name, each in rows.errors[0].items()} == expected
     assert {name: each.tolist() for name, each in rows.errors[1].items()} == {
@@ -146,6 +156,89 @@ def test_errors_are_counted_by_image_and_class():
     canvas = np.zeros((12, 12, 3), np.uint8)
     seen[1][3](canvas, {"found": (1, 0, 0), "missed": (0, 1, 0), "invented": (0, 0, 1)})
     assert canvas[:6, :, 1].any() and not canvas[8:].any() and not canvas[..., [0, 2]].any()
+
+
+class ObjectCount(RowMetric):
+    """A metric of a user: share of images with as many predicted objects as there are."""
+
+    scores = {"object_count": "max"}
+    needs_objects = True
+
+    def count(self, prediction, sample):
+        return {"equal": np.array([len(prediction.objects) == len(sample.objects)])}
+
+    def score_rows(self, rows):
+        return {"object_count": np.concatenate([row["equal"] for row in rows]).mean()}
+
+
+def test_own_metrics_of_objects_need_no_errors():
+    data, predicted = draw_known_instances(5)
+    rows = MetricRows([ObjectCount()], data)
+    result = evaluate_known(data, predicted, KnownInstances, rows)
+    equal = [len(found) == len(held) for found, (_, held) in zip(predicted, data.images, strict=True)]
+    assert result["object_count"] == np.mean(equal) and rows.errors == [{}] * len(data)
+    assert "missed" not in class_table(result, data.classes, metrics=rows.metrics)
+    both = MetricRows([ObjectCount(), InstanceAveragePrecision(len(data.classes))], data)
+    evaluate_known(data, predicted, KnownInstances, both)
+    assert [each.keys() for each in both.errors] == [{"found", "missed", "invented"}] * len(data)
+
+
+def make_objects(*entries, scores=None):
+    """Return objects of the first pixels of an image (1, 40), from (start, end, class, crowd) of each."""
+    masks = np.zeros((len(entries), 1, 40), bool)
+    for mask, (start, end, *_) in zip(masks, entries, strict=True):
+        mask[0, start:end] = True
+    labels, crowds = ([entry[place] for entry in entries] for place in (2, 3))
+    runs = [Runs.of_mask(mask) for mask in masks]
+    return Objects.of_runs((1, 40), runs, labels, scores, crowds)
+
+
+def test_errors_at_the_limits_of_score_and_iou():
+    held = make_objects((0, 4, 0, False), (10, 25, 0, False), (9, 25, 0, False), (30, 34, 1, True))
+    found = make_objects(
+        (9, 25, 0, False),  # shares more with the third object than with the second
+        (10, 24, 0, False),  # of the second object
+        (10, 25, 0, False),  # of an object that is found before
+        (0, 8, 0, False),  # an IoU of 0.5
+        (32, 36, 1, False),  # half of it lies in a crowd
+        (31, 36, 1, False),  # most of it lies in a crowd
+        scores=[0.9, 0.8, 0.7, 0.5, 0.5, 0.5],
+    )
+    compared = compare_objects(held, found, {0, 1})
+    areas = {name: [mask.area for mask in objects.masks] for name, objects in compared.items()}
+    assert areas == {"found": [15, 16], "missed": [4], "invented": [15, 8, 4]}
+    first = compare_objects(held, found.select([0]), {0, 1})
+    assert [mask.area for mask in first["found"].masks] == [16]
+
+
+def test_pq_of_overlapping_objects_and_of_an_ignored_class():
+    """The best object covers the other one, and the ignored class of stuff is void."""
+    metric = PanopticQuality(["thing", "stuff", "ignored"], ["thing"])
+    mask = np.repeat(np.array([0, 1, 2], np.uint8), [10, 10, 20])[None]
+    found = make_objects((0, 10, 0, False), (0, 20, 1, False), scores=[0.9, 0.8])
+    sample = LabelledImage(mask, 3, ignore_index=2, objects=make_objects((0, 10, 0, False)))
+    counts = metric.count(PredictedImage(mask, objects=found), sample)["segments"]
+    assert counts.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_images_with_most_errors_are_shown_on_any_ranks(world_size):
+    numbers = [(1, 0), (0, 2), (3, 1), (0, 0), (2, 1), (1, 1), (0, 1), (5, 0), (2, 0), (0, 2)]  # missed and invented
+    data = KnownImages([(np.zeros((4, 5), np.uint8), [])] * len(numbers), 2, (0, 1))
+    ranks = [Collector(data, rank, world_size) for rank in range(world_size)]
+    image = torch.zeros(3, 4, 5, dtype=torch.uint8)
+    for index, each in enumerate(numbers):
+        counts = {name: np.array([0, number]) for name, number in zip(OUTLINES, (1, *each), strict=True)}
+        collector = ranks[index % world_size]
+        collector.add_errors(index, image, counts, lambda canvas, colours: canvas.fill(colours["missed"][0]))
+        mask = torch.zeros(1, 4, 5, dtype=torch.uint8)
+        collector.add(Batch(image[None], mask, [data.names[index]]), mask, torch.zeros(1, 2, 4, 5))
+    shown = join(part for collector in ranks for part in collector.parts).errors
+    assert [shot.index for shot in shown] == [7, 2, 4, 1, 5, 8]
+    assert shown[1].numbers == {"found": 1, "missed": 3, "invented": 1}
+    assert (shown[0].outlines == OUTLINES["missed"][0]).all() and not shown[0].frame.any()
+    card = object_card(shown[1], SimpleNamespace(images=data.names))
+    assert card["title"] == "p002" and card["summary"] == "3 of 4 objects missed, 1 invented"
 
 
 def test_absent_classes_and_single_images_leave_scores_undefined():
