@@ -54,8 +54,8 @@ class SegmentationModel(nn.Module):
             )
         if task.has_objects and not head.no_object:
             raise UserError(
-                "no_object=false: each query of the head would predict an object in every image. Choose no_object=true, "
-                "or task=semantic."
+                "no_object=false: each query of the head would predict an object in every image. Choose "
+                "no_object=true, or task=semantic."
             )
         self.task = task
         self.num_classes = num_classes
