@@ -111,6 +111,7 @@ class Masks(Head):
     """A head of masks without any content."""
 
     mixture = True
+    no_object = True
 
     def forward(self, features):
         (maps,) = features

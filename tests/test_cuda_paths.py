@@ -234,7 +234,7 @@ def test_tracking_waits_once_per_batch_and_twice_per_frame():
     (here, _), (there, found) = track(False), track(True)
     assert all(np.array_equal(one, other) for one, other in zip(here, there, strict=True))
     assert found == {
-        "extensions/tracking/grid/propagator.py _check_finite: read": 2,
+        "extensions/tracking/grid/propagator.py check_finite: read": 2,
         "extensions/tracking/grid/propagator.py match: read": 2,
         "extensions/tracking/propagation/masks.py mask: copy to the host": 2,
     }

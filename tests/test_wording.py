@@ -84,3 +84,9 @@ def test_lists_show_line_breaks_and_long_values_are_cut():
 def test_a_suggested_key_has_the_same_parent_if_one_is_similar(word, found):
     known = ["data.augment.flip", "data.augment.scale", "data.batch_size", "inference.flips"]
     assert suggest_nearest(word, known) == f" Did you mean {found}?"
+
+
+def test_longer_keys_of_the_same_group_are_suggested_first():
+    assert (
+        suggest_nearest("render.train", ["data.train", "render.train_videos"]) == " Did you mean render.train_videos?"
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
 from dinoseg.core.task import refuse_layers
-from dinoseg.data.checks.errors import check_for_errors
+from dinoseg.data.checks.errors import check_for_errors, check_for_objects
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.collected import Collector
@@ -124,8 +124,9 @@ class ImageTraining(TrainingMethod):
             )
         if self._loss.needs_masks and not head.mixture:
             raise UserError(
-                "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
-                "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
+                "loss=mask_classification needs a head that predicts masks: head=eomt, head=pmt, head=mask2former or "
+                "head=mask2former_meta. For other heads choose a loss on pixels, such as loss=cross_entropy or "
+                "loss=ce_dice."
             )
 
     def check_sources(self) -> None:
@@ -153,7 +154,11 @@ class ImageTraining(TrainingMethod):
             group=builder.value("data.group"),
             data_name=builder.options["data"],
             workers=builder.workers,
+            has_objects=builder.task.has_objects,
         )
+        if builder.task.has_objects:
+            datasets = {"train": self.data_module.train, "val": self.data_module.val}
+            check_for_objects(datasets, builder.options["data"])
         sizes = [
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]

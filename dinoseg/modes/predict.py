@@ -118,7 +118,7 @@ def predict(
             write_class_record(masks_of, *facts, keys, has_layers=bool(layers), groups=groups)
     _check_failures(run, len(images) + len(films))
     reference = None if split is None else out_dir / REFERENCES
-    print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, by.layers)))
+    print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, trained.model.task, by.layers)))
     return {**totals, "run": str(out_dir)}
 
 
@@ -291,12 +291,24 @@ def _score_line(run: ImageRun, reference: Path | None, layers: Sequence[str]) ->
     return f"score them:   python -m dinoseg {shlex.join(words)}{names}"
 
 
+def _object_line(run: ImageRun, task: Task, outputs: Sequence[str]) -> str:
+    """Return the command that scores the objects of a run, or how to write them as files."""
+    of_task = ("coco", "coco/results.json") if task.objects_overlap else ("panoptic", "panoptic/panoptic.json")
+    output, file = of_task
+    if output not in outputs:
+        return f"objects:      mode.outputs=[{output}] writes them as files, which mode=score reads"
+    protocol = "coco_instances" if task.objects_overlap else "coco_panoptic"
+    words = ("mode=score", f"protocol={protocol}", f"prediction={run.folder / file}", "reference=FILE.json")
+    return f"and objects:  python -m dinoseg {shlex.join(words)}  # FILE.json: annotations of the same images"
+
+
 def _summary_lines(
     run: ImageRun,
     totals: Mapping[str, Any],
     video_masks: bool,
     outputs: Sequence[str],
     reference: Path | None,
+    task: Task,
     layers: Sequence[str],
 ) -> Iterator[str]:
     """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
@@ -308,6 +320,8 @@ def _summary_lines(
             yield f"masks:        {run.masks}{files}"
             if has_options([SHIPPED], "mode=score"):
                 yield _score_line(run, reference, layers)
+    if run.count and task.has_objects and has_options([SHIPPED], "mode=score"):
+        yield _object_line(run, task, outputs)
     if run.count and outputs:
         yield f"also:         {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):

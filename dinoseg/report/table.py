@@ -81,7 +81,7 @@ def _object_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], cla
             str(row["id"]),
             classes[row["id"]],
             *(percent(row[key]) for key in columns),
-            *(str(row[key]) for key in counts),
+            *(str(row[key]) if any(row[each] for each in counts) else "-" for key in counts),
         ]
         for row in rows
     ]

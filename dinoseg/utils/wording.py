@@ -45,14 +45,15 @@ def in_bytes(size: float) -> str:
 def suggest_nearest(word: str, known: Sequence[str], before: str = "") -> str:
     """Return a question that suggests up to three known words; "" for none.
 
-    Similar keys below the same parent come first, then keys with the same last part, longer words with this beginning,
-    similar words, and longer words with a similar beginning.
+    Similar and longer keys below the same parent come first, then keys with the same last part, longer words with this
+    beginning, similar words, and longer words with a similar beginning.
     """
     if not word:
         return ""
     parent, _, last = word.rpartition(".")
     siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
     found = difflib.get_close_matches(word, siblings, n=1, cutoff=0.9)
+    found = found or [key for key in siblings if key.startswith(word)][:3]
     found = found or [key for key in known if key.rsplit(".", 1)[-1] == last][:3]
     found = found or [key for key in known if key.startswith(word)][:3]
     found = found or difflib.get_close_matches(word, known, n=3, cutoff=0.75)

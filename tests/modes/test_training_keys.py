@@ -46,7 +46,7 @@ ALONE = """
     optim.optimizer.lr=0.1 optim.optimizer.weight_decay=0.5 optim.optimizer.weight_decay_on=all
     optim.optimizer.betas=[0.5,0.9] optim.schedule.warmup=0.5
     trainer.steps=3 trainer.epochs=1 trainer.val_every=1 trainer.save_every=1 trainer.max_minutes=1e-6
-    trainer.val_images=1 trainer.log_every=2 trainer.accumulate=2 trainer.clip=1e-6 trainer.ema=0.5 trainer.score=dice
+    trainer.val_images=1 trainer.log_every=2 trainer.accumulate=2 trainer.clip=1e-6 trainer.ema=0.5
     mode.metrics_only=false mode.pictures=1 mode.report=true mode.resume_from=best
 """.split()
 WINDOWS = "inference.memory=1e-9 resolution.crop=[24,24]"

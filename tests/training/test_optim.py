@@ -277,6 +277,7 @@ SLOT_HEADS = {
 def test_weight_decay_of_heads_is_by_meaning(head):
     vectors = (
         r"queries|query_\w+|level_\w+|learned_slots|mean|log_variance|table|\w*tokens?|position_embeddings|lambda1"
+        r"|scales\.\d+|scale\d"
     )
     small = SLOTS | SLOT_HEADS[head] if head in SLOT_HEADS else SMALL_HEADS.get(head, {})
     node = {**load_option("head", "slots" if head in SLOT_HEADS else head), **small}

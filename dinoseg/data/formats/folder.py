@@ -271,8 +271,9 @@ def _find_folder(root: Path, split: str, pattern: str, layout: FolderLayout, rem
         there = next(parent for parent in folder.parents if parent.is_dir())
         folders = sorted(path.name for path in there.iterdir() if path.is_dir())
         raise UserError(
-            f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
-            f"{join_names(folders, 10) or 'none'}. Check data.root and data.reader.layout.{remedy}"
+            f"No folder {folder} for split {split} (pattern {pattern}). {there} holds "
+            f"{f'the folders {join_names(folders, 10)}' if folders else 'no folders'}. Check data.root and "
+            f"data.reader.layout.{remedy}{_advise_on_coco(root)}"
             f"{_advise_on_splits(root, folders) if there == root else ''}"
         )
     return folder
@@ -289,6 +290,12 @@ def _advise_on_splits(root: Path, folders: Sequence[str]) -> str:
         " These folders have no splits. To hold out a share of the images for val, add "
         f"data.reader.layout.images={images} data.reader.layout.masks={masks[0]} data.reader.partition.by=fraction"
     )
+
+
+def _advise_on_coco(root: Path) -> str:
+    """Return advice on data in COCO's layout; "" for others."""
+    file = next(iter(sorted(root.glob("annotations/*.json"))), None)
+    return f" {file} looks like COCO's: choose data=coco, or data=coco_instances for its objects." if file else ""
 
 
 def _has_images(folder: Path) -> bool:

@@ -109,7 +109,7 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     except Exception as error:  # a decoder may raise anything on a damaged file
         record = record.with_problem("unreadable_image", _explain(image, error))
     try:
-        if _is_jpeg(mask_file(mask)):
+        if stated_size(mask) is None and _is_jpeg(mask_file(mask)):
             reason = f"{mask} is a JPEG file, which changes the ids near borders. Save it as PNG."
             record = record.with_problem("mask_is_jpeg", reason)
         return _with_ids(record, mask, image, reader)

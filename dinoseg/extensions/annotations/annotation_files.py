@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,8 @@ KINDS = {
 }
 
 
-def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayout, *, by_split: bool) -> Path:
-    """Return the annotation file of a split; of LabelMe, its folder.
+def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayout, *, by_split: bool | None) -> Path:
+    """Return the annotation file of a split, of all splits, or of either (None); of LabelMe, its folder.
 
     Raises:
         UserError: there is none.
@@ -104,7 +105,8 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
     if not root.is_dir():
         unpack = "Archives are not read: unpack it and give" if root.suffix.lower() in _ARCHIVES else "Give"
         raise UserError(f"data.root={root} is not a folder. {unpack} the folder that holds the annotations.")
-    patterns = (kind.by_split if by_split else kind.single) if layout.annotations is None else (layout.annotations,)
+    usual = {True: kind.by_split, False: kind.single, None: (*kind.single, *kind.by_split)}
+    patterns = usual[by_split] if layout.annotations is None else (layout.annotations,)
     places = list(
         dict.fromkeys(root / _insert_split(pattern, name) for pattern in patterns for name in layout.names(split))
     )
@@ -172,13 +174,12 @@ def annotations_below(kind: Kind, root: Path, layout: AnnotationLayout, *, group
     places: dict[Path, None] = {}  # ordered set
     for by_split in (True, False):
         for split in ("train", "val"):
-            try:
+            with suppress(UserError):
                 places[find_annotations(kind, root, split, layout, by_split=by_split)] = None
-            except UserError:
-                if split == "val" and not by_split and not places:
-                    raise
         if places:
             break
+    else:
+        find_annotations(kind, root, "train", layout, by_split=None)  # names all places
     return [read_annotations(kind, path, grouped=grouped) for path in places]
 
 

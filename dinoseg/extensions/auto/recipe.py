@@ -166,6 +166,11 @@ def _without(words: Sequence[str], *roots: str) -> list[str]:
 def _check(builder: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     builder.arguments(Budget, {"minutes": "budget.minutes"})
+    if builder.task.has_objects:
+        raise UserError(
+            f"hparam=auto chooses for classes of pixels, not for task={builder.options['task']}. Choose a recipe of "
+            "objects, such as hparam=eomt_coco_instance, or set head=eomt loss=mask_classification without hparam."
+        )
     if builder.training_method.on_clips or "unlabelled" in builder.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={builder.options['trainer']}. Choose a "

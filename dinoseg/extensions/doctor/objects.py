@@ -110,6 +110,14 @@ def check_objects(split: str, counts: ObjectCounts, queries: int | None) -> Iter
         f"most {max(objects)}), {count_of(crowds, 'crowd')}; of several parts: "
         f"{sum(counts.divided.values())}.",
     )
+    if not sum(objects):
+        yield Finding(
+            "warning",
+            "no_objects",
+            f"{split}: no image has an object. task=instance and task=panoptic refuse such data.",
+            (),
+            "Check data.things, data.background and data.instances, or the annotations.",
+        )
     if empty := [name for name, count in counts.empty.items() if count]:
         yield Finding(
             "warning",

@@ -11,6 +11,12 @@ from dinoseg.core.targets import NO_TARGET, UNLABELLED, MaskTargets, list_presen
 from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 
+# options of the group `data`, the most usual first
+WITH_OBJECTS = (
+    *("folder_instances", "coco_instances", "coco_panoptic", "yolo_instances", "labelme_instances"),
+    *("cityscapes_instances", "sarrarp_instances"),
+)
+
 
 def object_targets(
     mask: Tensor, objects: Tensor, num_classes: int, ignore_index: int, stuff: Collection[int] = ()
@@ -63,10 +69,11 @@ def check_objects(name: str, kinds: Mapping[str, MapKind], classes: Sequence[str
     """
     kind = kinds.get(OBJECTS)
     if not isinstance(kind, ObjectMap):
+        option = name.split()[0].removeprefix("data=")
+        options = sorted(WITH_OBJECTS, key=lambda each: not each.startswith(f"{option}_"))
         raise UserError(
-            f"{name} has no objects, which a task of objects is trained on. Choose data=folder_instances, "
-            "data=coco_instances, data=coco_panoptic, data=labelme_instances, data=yolo_instances or "
-            "data=cityscapes_instances; or task=semantic."
+            f"{name} has no objects, which a task of objects is trained on. Choose data={options[0]}, or other data "
+            f"with objects: {', '.join(options[1:])}; or task=semantic."
         )
     if {*kind.things} != {*things}:
         raise UserError(

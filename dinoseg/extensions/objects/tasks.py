@@ -14,10 +14,10 @@ from dinoseg.core.targets import MaskTargets
 from dinoseg.core.task import SemanticTask
 from dinoseg.extensions.objects.finding import OVERLAP_THRESHOLD, SCORE_THRESHOLD, find_instances, find_segments
 from dinoseg.extensions.objects.joining import join_instances, join_segments
-from dinoseg.extensions.objects.reading.things import find_things
+from dinoseg.extensions.objects.reading.things import advise_on_background, find_things
 from dinoseg.extensions.objects.targets import check_objects, object_targets
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Share, check_annotations
+from dinoseg.utils.ranges import Natural, Share, check_annotations
 from dinoseg.utils.wording import join_names
 
 _OPTIONS = ("things", "background", "score_threshold", "overlap_threshold")  # of `Task.object_options`
@@ -37,10 +37,10 @@ class ObjectTask(SemanticTask):
     """
 
     has_objects = True
-    advice = "loss=mask_classification with head=eomt or head=mask2former"
+    advice = "loss=mask_classification with head=eomt, head=pmt or head=mask2former"
 
     def __init__(
-        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | Natural | None = None
     ) -> None:
         if isinstance(background, str) and background not in classes:
             raise UserError(
@@ -77,7 +77,7 @@ class InstanceTask(ObjectTask):
         self,
         classes: Sequence[str],
         things: Sequence[str] | None = None,
-        background: str | int | None = None,
+        background: str | Natural | None = None,
         score: str = "AP",
     ) -> None:
         super().__init__(classes, things, background)
@@ -124,7 +124,7 @@ class InstanceTask(ObjectTask):
             raise UserError(
                 f"task=instance: every class of {name} has objects, so that no pixel outside of objects has a label, "
                 "and loss.criterion.ignored=excluded leaves out those without one: masks would grow over all of them. "
-                "Set loss.criterion.ignored=background."
+                f"{advise_on_background(classes) or 'Set loss.criterion.ignored=background'}."
             )
 
     def find_objects(
@@ -161,7 +161,7 @@ class PanopticTask(ObjectTask):
         self,
         classes: Sequence[str],
         things: Sequence[str] | None = None,
-        background: str | int | None = None,
+        background: str | Natural | None = None,
         score: str = "PQ",
         *,
         score_threshold: Share = SCORE_THRESHOLD,

@@ -142,6 +142,8 @@ class Davis2017Unsupervised(Sequences):
         objects = _largest_id(case)
         proposals = 0
         rule = _allowed_ids(self.max_proposals, "proposals")
+        if self.max_proposals < MAX_OBJECTS:
+            rule += f" To score more, set protocol.max_proposals={MAX_OBJECTS}, which is not official."
         scores = []
         for file, reference, prediction in _frames(case, skip_ends=False):
             refuse_ids(prediction, prediction > self.max_proposals, file, rule)

@@ -19,6 +19,8 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count, OnError
 
+DEFAULT_PROTOCOL = "semantic"
+
 
 def run(
     cfg: DictConfig,
@@ -44,6 +46,12 @@ def run(
             folder lists all of them.
     """
     folders = _folders(reference, prediction)
+    chosen = (cfg.get("choices") or {}).get("protocol")
+    if chosen == DEFAULT_PROTOCOL and all(folder.suffix == ".json" for folder in folders):
+        raise UserError(
+            f"protocol={DEFAULT_PROTOCOL} reads folders of masks, and {folders[0]} is a JSON file. For files of "
+            "objects choose protocol=coco_instances or protocol=coco_panoptic."
+        )
     protocol = score_protocol(cfg, folders[1:], out_dir)
     warn_of_unread_data(out_dir, reads_classes=cfg.protocol.get("classes", ()) is None)
     find_groups = find_score_groups(cfg.data.get("group"), protocol, folders[1:], out_dir)

@@ -60,6 +60,12 @@ def test_doctor_warns_about_more_crowds_than_objects(tmp_path):
     assert "data.reader.shapes.crowds=object" in found["remedy"]
 
 
+def test_doctor_warns_about_data_without_objects(tmp_path):
+    write(tmp_path / "data", "train", [])
+    write(tmp_path / "data", "val", [(1, [rectangle(2, 2)], 0)])
+    assert findings(tmp_path)["no_objects"]["severity"] == "warning"
+
+
 def test_doctor_names_objects_that_cannot_be_read(tmp_path):
     for split in ("train", "val"):
         for number, ids in enumerate(([0, 1], [1, 1])):

@@ -276,3 +276,20 @@ def test_config_of_data_without_things_composes(data, task):
     folder, _ = data
     done = succeed(folder, *EOMT, "data=camvid", "data.root=plain", f"task={task}", "--cfg", "job", "--resolve")
     assert "things: null" in done.out
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_data_without_objects_are_refused(tmp_path, task):
+    words = write_object_data(tmp_path / "data", train=2, empty=(0, 1))
+    done = call(tmp_path, *EOMT, *words, f"task={task}", "trainer.steps=1")
+    assert done.status != 0 and "(train): no image has an object" in done.err and "data.things" in done.err
+
+
+def test_objects_of_a_single_class_are_trained(tmp_path):
+    """Semantic segmentation needs a second class; objects have the pixels outside of them."""
+    words = write_object_data(tmp_path / "data", train=2)
+    (tmp_path / "data/classes.yaml").write_text("classes: {thing: {ids: []}}\nothers: thing\nignore: {ids: [0]}\n")
+    words = (*EOMT, *words, "loss.criterion.ignored=background", "trainer.steps=1", "hydra.run.dir=run")
+    assert "AP75" in succeed(tmp_path, *words, "task=instance").out
+    done = call(tmp_path, *words[:-1], "task=semantic")
+    assert done.status != 0 and "has one class, thing" in done.err

@@ -12,7 +12,7 @@ from dinoseg.core.sources import MaskSource, ObjectSource, VirtualMask, mask_fil
 from dinoseg.data.classes.mask_advice import for_ids
 from dinoseg.data.classes.masks import MaskReader, take_one_channel
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.extensions.objects.reading.things import find_things
+from dinoseg.extensions.objects.reading.things import advise_on_background, find_things
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 from dinoseg.utils.ranges import Natural, Range
@@ -186,9 +186,11 @@ def add_id_objects(
         raise UserError("data.instances=false: a dataset without objects is data=folder. Or give true, or a divisor.")
     if instances is True and files is None and len(found) > 1:
         names = ", ".join(dataset.classes[each] for each in sorted(found))
+        advice = "" if background is not None else advise_on_background(dataset.classes)
         raise UserError(
-            f"data.instances=true: ids in mask files have no classes, and there are {len(found)} things: {names}. Name "
-            "one as data.things=[NAME], or give the divisor of ids with classes, such as data.instances=1000."
+            f"data.instances=true: ids in mask files have no classes, and there are {len(found)} things: {names}. "
+            f"{advice}{', name' if advice else 'Name'} one as data.things=[NAME], or give the divisor of ids with "
+            "classes, such as data.instances=1000."
         )
     masks = dataset.reader.masks
     mapped = sorted((masks.ids or {}).items())

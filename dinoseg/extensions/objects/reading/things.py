@@ -34,3 +34,8 @@ def find_things(
     if not found:
         raise UserError(f"No class is a thing. Name those with objects: data.things=[NAME], of {join_names(classes)}.")
     return frozenset(found)
+
+
+def advise_on_background(classes: Sequence[str]) -> str:
+    """Return how to declare the class that is named background as no thing; "" if there is none."""
+    return next((f"Set data.background={name}" for name in classes if name.lower() == "background"), "")

@@ -15,6 +15,7 @@ from dinoseg.core.objects import Objects
 from dinoseg.core.runs import overlaps
 from dinoseg.extensions.objects.scoring.errors import ObjectMetric
 from dinoseg.metrics.counts import mean_defined, ratio
+from dinoseg.utils.ranges import Count
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU
 RECALLS = np.linspace(0, 1, 101)  # at which precisions are read
@@ -112,7 +113,7 @@ class InstanceAveragePrecision(ObjectMetric, RowMetric):
     scores = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), "max")
     class_columns = (*scores,)
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: Count) -> None:
         self.num_classes = num_classes
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:

@@ -11,6 +11,7 @@ from dinoseg.extensions.objects.reading.things import find_things
 from dinoseg.extensions.objects.scoring.errors import ObjectMetric
 from dinoseg.metrics.counts import mean_defined, ratio
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Natural
 from dinoseg.utils.wording import join_names
 
 COUNTS = ("iou", "hits", "false_positives", "false_negatives")  # of each class; the first is a sum over the hits
@@ -76,7 +77,7 @@ class PanopticQuality(ObjectMetric, Metric):
     class_columns = ("PQ", "SQ", "RQ")
 
     def __init__(
-        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | int | None = None
+        self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | Natural | None = None
     ) -> None:
         ground = classes.index(background) if isinstance(background, str) else background
         self.thing_ids = sorted(find_things(classes, things, ground))
