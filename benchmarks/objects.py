@@ -47,6 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.keep or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         data = make_images(folder, args.videos, args.size)
         tensors = load_file(args.weights)
         save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}, folder / BACKBONE)
@@ -63,11 +64,11 @@ def main() -> int:
     return 0
 
 
-def run_dinoseg(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dinoseg", *words], capture_output=True, text=True)
+def run_dinoseg(folder: Path, *words: str) -> None:
+    """Run a command line in a folder, which receives caches and logs too."""
+    done = subprocess.run([sys.executable, "-m", "dinoseg", *words], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{words} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def busy_seconds() -> float:
@@ -83,7 +84,7 @@ def make_images(folder: Path, videos: int, size: int) -> Path:
         return data
     rendered = folder / "rendered"
     counts = [f"render.train_videos={videos}", f"render.val_videos={max(1, videos // 4)}"]
-    run_dinoseg("mode=render", "data=movi", f"data.root={rendered}", f"render.size=[{size},{size}]", *counts)
+    run_dinoseg(folder, "mode=render", "data=movi", f"data.root={rendered}", f"render.size=[{size},{size}]", *counts)
     for source, split in (("train", "train"), ("validation", "val")):
         for part in ("images", "masks"):
             (data / split / part).mkdir(parents=True)
@@ -108,22 +109,26 @@ def compare(folder: Path, data: Path, head: str, seed: int, args: argparse.Names
     words += ["optim.optimizer.lr=2.0e-4", "trainer.clip=0.01", f"seed={seed}", "mode.pictures=0", *RECIPES[head]]
     run = folder / f"{head}_{seed}"
     trial = folder / f"{head}_{seed}_trial"
-    begun = busy_seconds()
     for steps in (2, TRIAL):
         begun = busy_seconds()
         rest = [f"trainer.steps={steps}", f"trainer.val_every={steps}", "trainer.val_images=1", "mode.report=false"]
-        run_dinoseg(*words, *rest, f"hydra.run.dir={trial}_{steps}", "logger=[]")
+        run_dinoseg(folder, *words, *rest, f"hydra.run.dir={trial}_{steps}", "logger=[]")
         if steps == 2:
             start = busy_seconds() - begun
     step = (busy_seconds() - begun - start) / (TRIAL - 2)
     steps = max(2, int(60 * args.minutes / step))
     begun = busy_seconds()
-    run_dinoseg(*words, f"trainer.steps={steps}", f"trainer.val_every={steps}", f"hydra.run.dir={run}")
+    run_dinoseg(folder, *words, f"trainer.steps={steps}", f"trainer.val_every={steps}", f"hydra.run.dir={run}")
     minutes = (busy_seconds() - begun) / 60
     scores = json.loads((run / "evaluation" / "scores.json").read_text())
     out = folder / f"{head}_{seed}_predicted"
     run_dinoseg(
-        "mode=predict", f"resume={run}", f"input={data}/val/images", "mode.outputs=[coco]", f"hydra.run.dir={out}"
+        folder,
+        "mode=predict",
+        f"resume={run}",
+        f"input={data}/val/images",
+        "mode.outputs=[coco]",
+        f"hydra.run.dir={out}",
     )
     plain = plain_ap50(data / "val/masks", out / "coco")
     return [steps, minutes, scores["AP"], scores["AP50"], scores["AP75"], plain]
