@@ -94,6 +94,11 @@ class Objects:
                 box[:] = left, top, columns.max() - left + 1, rows.max() - top + 1
         return boxes
 
+    def sort_by_score(self) -> "Objects":
+        """Return the objects that have pixels, those of the highest scores first; equal scores stay in order."""
+        order = np.argsort(-self.scores, kind="stable")
+        return self.select(order[self.areas[order] > 0])
+
     def select(self, places: Sequence[int] | np.ndarray) -> "Objects":
         """Return the objects at some places, in their order."""
         kept = np.asarray(places, np.int64)

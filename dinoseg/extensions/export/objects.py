@@ -52,11 +52,10 @@ def find_instances(
             inside = pixels > 0
             masks[query] = Runs.of_mask(inside)
             means[query] = float(sigmoid(pixels[inside]).sum() / (inside.sum() + _EPSILON))
-        if masks[query].area:
-            kept.append((query, label))
+        kept.append((query, label))
     scores = np.array([float(shares[query, label]) * means[query] for query, label in kept])
     objects = Objects.of_runs(size, [masks[query] for query, _ in kept], [label for _, label in kept], scores)
-    return objects.select(np.argsort(-scores, kind="stable"))
+    return objects.sort_by_score()
 
 
 def find_segments(
@@ -107,9 +106,7 @@ def find_segments(
             merged.setdefault((classes[query], query if classes[query] in things else -1), []).append(query)
     masks = [Runs.of_mask(is_inside & np.isin(winners, members)) for members in merged.values()]
     best = [max(scores[query] for query in members) for members in merged.values()]
-    found = Objects.of_runs(size, masks, [label for label, _ in merged], best)
-    places = np.flatnonzero(found.areas)
-    return found.select(places[np.argsort(-found.scores[places], kind="stable")])
+    return Objects.of_runs(size, masks, [label for label, _ in merged], best).sort_by_score()
 
 
 def _upsample(logits: np.ndarray, size: Size, valid: tuple[float, float]) -> np.ndarray:

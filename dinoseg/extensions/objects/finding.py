@@ -59,10 +59,9 @@ def find_instances(
             sums = (pixels.sigmoid() * inside).sum(dim=(1, 2))
             masks |= zip(chunk, _find_runs(inside), strict=True)
             means |= zip(chunk, (sums / (inside.sum(dim=(1, 2)) + _EPSILON)).tolist(), strict=True)
-        kept = [pair for pair in kept if masks[pair[0]].area]
         scores = np.array([float(shares[query, label]) * means[query] for query, label in kept])
         objects = Objects.of_runs(size, [masks[query] for query, _ in kept], [label for _, label in kept], scores)
-        found.append(objects.select(np.argsort(-scores, kind="stable")))
+        found.append(objects.sort_by_score())
     return found
 
 
@@ -142,9 +141,7 @@ def _find_segments(
         mask = is_inside & torch.isin(winners, torch.tensor(members, device=winners.device))
         masks += _find_runs(mask[None])
     best = np.array([max(scores[query] for query in members) for members in merged.values()])
-    found = Objects.of_runs(size, masks, [label for label, _ in merged], best)
-    places = np.flatnonzero(found.areas)
-    return found.select(places[np.argsort(-found.scores[places], kind="stable")])
+    return Objects.of_runs(size, masks, [label for label, _ in merged], best).sort_by_score()
 
 
 def _upsample_chunks(

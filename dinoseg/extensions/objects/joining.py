@@ -28,8 +28,7 @@ def join_instances(parts: Sequence[Part], size: tuple[int, int]) -> Objects:
     areas = placed.areas
     masks = [unite_runs([placed.masks[place] for place in group]) for group in groups]
     scores = np.array([np.average(placed.scores[group], weights=areas[group]) for group in groups])
-    joined = Objects.of_runs(size, masks, [placed.classes[group[0]] for group in groups], scores)
-    return joined.select(np.argsort(-joined.scores, kind="stable"))
+    return Objects.of_runs(size, masks, [placed.classes[group[0]] for group in groups], scores).sort_by_score()
 
 
 def join_segments(parts: Sequence[Part], size: tuple[int, int], things: Collection[int]) -> Objects:

@@ -20,7 +20,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share, check_annotations
 from dinoseg.utils.wording import join_names
 
-_OPTIONS = ("things", "background", "score_threshold", "overlap_threshold")  # of `Task.object_options`
 _CERTAIN = 64.0  # logit whose sigmoid is 1 in any precision
 
 
@@ -86,8 +85,12 @@ class InstanceTask(ObjectTask):
     @property
     def object_options(self) -> Mapping[str, Any]:
         """Plain values by which an exported graph finds the instances."""
-        values = (sorted(self.things), self.background, None, None)
-        return dict(zip(_OPTIONS, values, strict=True))
+        return {
+            "things": sorted(self.things),
+            "background": self.background,
+            "score_threshold": None,
+            "overlap_threshold": None,
+        }
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label."""
@@ -174,8 +177,12 @@ class PanopticTask(ObjectTask):
     @property
     def object_options(self) -> Mapping[str, Any]:
         """Plain values by which an exported graph finds the segments; a background is a class of stuff."""
-        values = (sorted(self.things), None, self.score_threshold, self.overlap_threshold)
-        return dict(zip(_OPTIONS, values, strict=True))
+        return {
+            "things": sorted(self.things),
+            "background": None,
+            "score_threshold": self.score_threshold,
+            "overlap_threshold": self.overlap_threshold,
+        }
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label, and the classes of stuff."""
