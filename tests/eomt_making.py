@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from dinoseg.extensions.query_heads.eomt import EomtHead
 from dinoseg.models.adapters import Full
 from dinoseg.models.backbones import attention
+from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -17,10 +18,16 @@ FAMILIES = {
 
 
 def pair(family="dinov3_vit", blocks=2, adapter=None, held=None, **options):
-    arch, patch = FAMILIES[family]
+    """Return a backbone of one of FAMILIES, or of timm by its name, and a head."""
     torch.manual_seed(0)
-    backbone = (adapter or Full())(TransformersVit(family, arch, "random", patch, **(held or {})))
-    return backbone, EomtHead(24, 1, 4, patch_size=patch, blocks=blocks, num_queries=5, **options)
+    if family in FAMILIES:
+        arch, patch = FAMILIES[family]
+        backbone = TransformersVit(family, arch, "random", patch, **(held or {}))
+    else:
+        backbone = TimmBackbone(family, "random", None, **(held or {}))
+    backbone = (adapter or Full())(backbone)
+    head = EomtHead(backbone.dim, 1, 4, patch_size=backbone.patch_size, blocks=blocks, num_queries=5, **options)
+    return backbone, head
 
 
 def spy_on_attention(monkeypatch):

@@ -63,7 +63,7 @@ def check_cut(model, size=(37, 51)):
 
 def test_frozen_maps_suffice_for_a_head():
     frozen = check_cut(model_of(Frozen()(deep_vit([1, 3]))))
-    assert [part.shape for part in frozen.tensors] == [(3, 5 * 7, 24)] * 2
+    assert [part.shape for part in frozen.tensors] == [(3, 1 + 5 * 7, 24)] * 2
     assert not any(part.requires_grad for part in frozen.tensors)
 
 

@@ -53,10 +53,8 @@ def refusal(backbone, adapter, head):
         return "adapter.targets=attention matches no linear layer"
     if backbone in PYRAMIDS and adapter == "lora_8bit":
         return "adapter.bits=8.*layers of a pyramid take feature maps"
-    if head == "eomt" and (backbone in PYRAMIDS or backbone == "timm_vit"):
-        return "EoMT needs a backbone whose blocks take queries"
-    if head == "pmt" and backbone in PYRAMIDS:
-        return "PMT needs a backbone that returns all tokens"
+    if head in ("eomt", "pmt") and backbone in PYRAMIDS:
+        return "EoMT and PMT need a plain vision transformer"
     if head == "mask2former" and backbone in PYRAMIDS:
         return "this Mask2Former head builds its own pyramid.*Choose a vision transformer"
     return None

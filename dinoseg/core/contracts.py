@@ -3,17 +3,20 @@
 Custom parts inherit one of them. Axis letters are those of `shapes.py`.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinoseg.core.geometry import pad_to_multiple, upsample
 from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.shapes import Batch, ClipBatch, Prediction, WeightedMasks
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
 
 Outputs = TypeVar("Outputs")
 _FEW = (4, 3, 2, 1)  # chunk sizes: 0.87 of the time of 16 images at once, ViT-S, 350 x 476, float32
@@ -50,6 +53,9 @@ class Backbone(GuardedModule):
     h = ceil(H / patch_size) and w = ceil(W / patch_size). A backbone normalises images and pads them at the bottom
     and on the right to the patch multiple; the caller crops back. The maps of a pyramid differ in width and grid, the
     coarsest being h x w; `dim` then lists the widths.
+
+    A plain vision transformer sets `has_tokens` and `num_prefix`, defines `embed`, `blocks` and `norm`, and inherits
+    the rest. Each block maps tokens (B, N, C) to tokens, of which the last h * w are patches.
     """
 
     dim: int | list[int]
@@ -65,8 +71,9 @@ class Backbone(GuardedModule):
     undecayed: frozenset[str] = frozenset()  # names of weights that its library exempts from weight decay
     uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is used outside their `forward`
     has_class_attention: bool = False  # whether `with_class_attention` and `with_keys` are implemented
-    takes_queries: bool = False  # whether `embed` is implemented, and blocks accept more tokens than it returns
-    returns_tokens: bool = False  # whether `frozen_tokens` and `trainable_tokens` are implemented
+    has_tokens: bool = False  # whether `embed` is implemented, and blocks accept more tokens than it returns
+    num_prefix: int = 0  # class and register tokens, which come before the patches
+    recomputed_modes: Collection[bool] = ()  # values of a block's `training` with which `run_block` recomputes it
     head_dim: int = 64  # width of a head of the blocks' attention, for a head that reads tokens
 
     if TYPE_CHECKING:  # nn.Module's own, which is untyped
@@ -95,6 +102,16 @@ class Backbone(GuardedModule):
     def pixels(self, images: Tensor) -> Tensor:
         """Return images normalised and padded, as input of the blocks."""
         return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (h, w) of the patches of images of `size` (H, W)."""
+        return -(-size[0] // self.patch_size), -(-size[1] // self.patch_size)  # torch.export cannot write math.ceil
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return L maps (B, C, h, w) of a plain vision transformer; other backbones override it."""
+        size = (images.shape[-2], images.shape[-1])
+        _, read = self.run_blocks(self.embed(images), self.block_kwargs(size))
+        return self._to_maps(self._finish(read, self.norm, self.num_prefix), size)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Run `forward`, in chunks of at most 4 images if the backbone is frozen and on the CPU.
@@ -128,12 +145,20 @@ class Backbone(GuardedModule):
         """Return the frozen part's tokens (B, N, C) or maps (B, C, h, w) for images, as input of `forward_trainable`.
 
         There is one for each block that is read, in their order. If something is trained, these are the blocks before
-        the first trained one. If later blocks are read too, the input of that block comes last.
+        the first trained one, whose input comes last; otherwise they have passed the norm. Tokens include class and
+        register tokens.
 
         Raises:
             UserError: something is trained, and this backbone can only be split behind its last block.
         """
-        if self.first_trained is not None:
+        first = self.first_trained
+        if self.has_tokens:
+            block_kwargs = self.block_kwargs((images.shape[-2], images.shape[-1]))
+            tokens, read = self.run_blocks(self.embed(images), block_kwargs, stop=first)
+            if first is None:
+                return [(self.norm or nn.Identity())(part) for part in read.values()]
+            return [*read.values()] if first == len(self.blocks) else [*read.values(), tokens]
+        if first is not None:
             raise UserError(
                 "This backbone can only be split after its last block, and some of it is trained. Choose "
                 "adapter=frozen, a vision transformer, or engine.cache=off."
@@ -143,23 +168,58 @@ class Backbone(GuardedModule):
 
     def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps (B, C, h, w) from the result of `forward_frozen` for images of `size` (H, W)."""
+        if self.has_tokens:
+            return self._to_maps(self.trainable_tokens(frozen, self.block_kwargs(size), self.num_prefix), size)
         maps = dict(zip(sorted({*self._read}), frozen, strict=True))
         return [maps[layer] for layer in self._read]
 
-    def frozen_tokens(self, images: Tensor) -> list[Tensor]:
-        """Return the result of `forward_frozen` with class and register tokens, as input of `trainable_tokens`."""
-        raise NotImplementedError
-
-    def trainable_tokens(self, frozen: list[Tensor], size: tuple[int, int]) -> tuple[list[Tensor], BlockKwargs]:
-        """Return all tokens of each block that is read, and the keyword arguments of the blocks.
-
-        The tokens (B, num_prefix + h * w, C) have passed the norm of the maps; class and register tokens come first.
+    def trainable_tokens(
+        self, frozen: list[Tensor], block_kwargs: BlockKwargs, skipped_prefix: int = 0
+    ) -> list[Tensor]:
+        """Return the tokens (B, num_prefix + h * w, C) of each block that is read, after the norm of the maps.
 
         Args:
-            frozen: result of `frozen_tokens`.
-            size: (H, W) of its images.
+            frozen: result of `forward_frozen`.
+            block_kwargs: result of `block_kwargs` for the size of its images.
+            skipped_prefix: number of class and register tokens to leave out.
         """
-        raise NotImplementedError
+        first = self.first_trained
+        read = dict(zip(sorted({*self.layers}), frozen, strict=False))  # ends with the blocks before the first trained
+        if first is None:
+            return self._finish(read, None, skipped_prefix)
+        read |= self.run_blocks(frozen[-1], block_kwargs, first)[1]
+        return self._finish(read, self.norm, skipped_prefix)
+
+    def run_blocks(
+        self, tokens: Tensor, block_kwargs: BlockKwargs, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the tokens (B, N, C) after blocks `start` to `stop`, and those after each one that is read."""
+        read = {}
+        for number, block in enumerate(list(self.blocks)[start:stop], start):
+            tokens = self.run_block(block, tokens, **block_kwargs)
+            if number in self.layers:
+                read[number] = tokens
+        return tokens, read
+
+    def run_block(self, block: nn.Module, tokens: Tensor, **block_kwargs: Any) -> Tensor:
+        """Return the tokens (B, N, C) after a block.
+
+        More tokens than those of `embed` may come first, and `attention_mask` (B, 1, Q, N), bool, True = attend,
+        restrict the first Q.
+        """
+        has_gradient = torch.is_grad_enabled() and (block.training or tokens.requires_grad)
+        if has_gradient and block.training in self.recomputed_modes:
+            return checkpoint(partial(block, **block_kwargs), tokens, use_reentrant=False)
+        return block(tokens, **block_kwargs)
+
+    def _finish(self, read: Mapping[int, Tensor], norm: nn.Module | None, skipped_prefix: int) -> list[Tensor]:
+        # without the prefix before the norm: its rows would change the rounding of the norm's gradients
+        parts = {number: part[:, skipped_prefix:].contiguous() for number, part in read.items()}
+        normed = {number: part if norm is None else norm(part) for number, part in parts.items()}
+        return [at_least_float32(normed[layer]) for layer in self.layers]
+
+    def _to_maps(self, patches: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        return [part.mT.unflatten(2, self.grid(size)) for part in patches]
 
     @property
     def _read(self) -> Sequence[int]:
@@ -173,9 +233,13 @@ class Backbone(GuardedModule):
         """Return the maps and the attention keys (B, C, h, w) of all heads in the last block that is read."""
         raise NotImplementedError
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, BlockKwargs]:
-        """Return the tokens (B, N, C) that enter the first block, and further keyword arguments of each block."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens (B, num_prefix + h * w, C) of images that enter the first block."""
         raise NotImplementedError
+
+    def block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
+        """Return keyword arguments of each block for images of `size` (H, W), such as rotary positions."""
+        return {}
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names that `weights` reads from a file.
@@ -271,9 +335,9 @@ class Head(GuardedModule, Generic[Outputs]):
         """Return tokens (B, N, C) or maps (B, C, h, w) from before anything trained, for `forward_trainable`.
 
         Raises:
-            UserError: this head overrides `run`, but not this method.
+            UserError: this head overrides `run`, but not `forward_trainable`.
         """
-        if type(self).run is not Head.run:
+        if type(self).run is not Head.run and type(self).forward_trainable is Head.forward_trainable:
             raise UserError(
                 f"{type(self).__name__} runs the backbone itself, so the frozen part cannot be split off. Choose "
                 "engine.cache=off, or a head that reads feature maps, such as head=linear or head=dpt."

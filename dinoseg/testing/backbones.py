@@ -150,11 +150,11 @@ def check_frozen_split(backbone: Backbone) -> None:
         f"{type(backbone).__name__}: forward_trainable(forward_frozen(images)) must give the maps of forward(images), "
         "but they differ; correct these two methods, or inherit both.",
     )
-    if backbone.returns_tokens:
-        tokens, _ = frozen.trainable_tokens(frozen.frozen_tokens(images), IMAGE_SIZE)
+    if backbone.has_tokens:
+        tokens = frozen.trainable_tokens(frozen.forward_frozen(images), frozen.block_kwargs(IMAGE_SIZE))
         patches = [part[:, -maps[0][0, 0].numel() :].mT.unflatten(2, maps[0].shape[2:]) for part in tokens]
         require(
             are_close(maps, patches),
-            f"{type(backbone).__name__}: the last h * w tokens of trainable_tokens(frozen_tokens(images)) must be "
+            f"{type(backbone).__name__}: the last h * w tokens of trainable_tokens(forward_frozen(images)) must be "
             "those of the maps, but they differ; put class and register tokens first, and apply the norm of the maps.",
         )

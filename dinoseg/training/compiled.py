@@ -70,7 +70,8 @@ class _Once(_Replacement):
         self._chosen: tuple[Any, ...] = ()
 
     def __call__(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), kwargs.get("attention_mask") is None)
+        given = [name for name, value in kwargs.items() if value is not None]  # a mask is given until it is annealed
+        seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), given)
         if seen == self._last:
             self._chosen = self._chosen or seen
         self._last = seen

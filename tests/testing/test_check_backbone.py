@@ -100,9 +100,10 @@ def with_pixels(prepare):
 
 OtherSplit = with_members(forward_frozen=lambda self, images: Patches.forward_frozen(self, images)[::-1])
 OtherTokens = with_members(
-    returns_tokens=True,
-    frozen_tokens=Patches.forward_frozen,
-    trainable_tokens=lambda self, frozen, _: ([part.flatten(2).mT.flip(1) for part in frozen], {}),
+    has_tokens=True,
+    forward_frozen=lambda self, images: self(images),
+    forward_trainable=lambda self, frozen, _: frozen,
+    trainable_tokens=lambda self, frozen, _: [part.flatten(2).mT.flip(1) for part in frozen],
 )
 COLOURS = [torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD)]
 pad = partial(pad_to_multiple, multiple=8)

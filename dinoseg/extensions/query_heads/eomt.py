@@ -1,15 +1,14 @@
 """Encoder-only mask transformer (EoMT): queries pass through the last blocks of the backbone itself."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Backbone, BlockKwargs, Head
+from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.shapes import MaskOutputs, WeightedMasks
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 from dinoseg.utils.errors import UserError
@@ -69,7 +68,7 @@ class EomtHead(Head[MaskOutputs]):
     ) -> None:
         super().__init__()
         if not isinstance(in_dim, int):
-            raise _needs_another_backbone()
+            raise _needs_tokens()
         self.joint_blocks = blocks
         self.no_object = no_object
         self.windows = annealing_windows(anneal, blocks)
@@ -83,13 +82,13 @@ class EomtHead(Head[MaskOutputs]):
         self.upscale = nn.Sequential(*(_Doubling(in_dim) for _ in range(doublings)))
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Refuse a backbone whose blocks do not accept queries, or that has too few blocks.
+        """Refuse a backbone whose blocks do not take tokens, or that has too few blocks.
 
         Raises:
             UserError: the backbone does not fit; the message names ones that do.
         """
-        if not backbone.takes_queries:
-            raise _needs_another_backbone()
+        if not backbone.has_tokens:
+            raise _needs_tokens()
         count = len(backbone.blocks)
         if self.joint_blocks > count:
             raise UserError(f"blocks={self.joint_blocks}: this backbone reads {count} blocks; give 1 to {count}.")
@@ -110,31 +109,23 @@ class EomtHead(Head[MaskOutputs]):
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
-        pixels = backbone.pixels(images)
-        grid = (pixels.shape[-2] // backbone.patch_size, pixels.shape[-1] // backbone.patch_size)
-        tokens, block_kwargs = backbone.embed(pixels)
-        norm = backbone.norm or nn.Identity()
-        blocks = list(backbone.blocks)
-        for block in blocks[: -self.joint_blocks]:
-            tokens = block(tokens, **block_kwargs)  # (B, num_prefix + h * w, dim)
-        return self.join(tokens, blocks[-self.joint_blocks :], norm, grid, block_kwargs)
+        size = (images.shape[-2], images.shape[-1])
+        block_kwargs = backbone.block_kwargs(size)
+        tokens, _ = backbone.run_blocks(backbone.embed(images), block_kwargs, stop=-self.joint_blocks)
+        joint = list(backbone.blocks)[-self.joint_blocks :]
+        blocks = [partial(backbone.run_block, block, **block_kwargs) for block in joint]
+        return self.join(tokens, blocks, backbone.norm or nn.Identity(), backbone.grid(size))
 
     def join(
-        self,
-        tokens: Tensor,
-        blocks: Sequence[nn.Module],
-        norm: nn.Module,
-        grid: tuple[int, int],
-        block_kwargs: BlockKwargs,
+        self, tokens: Tensor, blocks: Sequence[Callable[..., Tensor]], norm: nn.Module, grid: tuple[int, int]
     ) -> MaskOutputs:
         """Return the outputs after `blocks`, which the queries pass together with all other tokens.
 
         Args:
             tokens: (B, num_prefix + h * w, dim), input of the first of these blocks.
-            blocks: one for each window of the annealing; each also takes the attention mask of the queries.
+            blocks: one for each window of the annealing, called as `block(tokens, attention_mask=mask)`.
             norm: precedes each prediction.
             grid: (h, w) of the patches.
-            block_kwargs: further arguments of each block.
         """
         queries = self.queries.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([queries, tokens], dim=1)  # (B, N, dim), N = Q + num_prefix + h * w
@@ -145,7 +136,7 @@ class EomtHead(Head[MaskOutputs]):
                 earlier.append(self._read(norm(tokens), grid))
                 share = masked_share(self.step if is_in_steps(window) else self.step / self.steps, window)
                 mask = attention_mask(earlier[-1].mask_logits, grid, tokens.shape[1], share)
-            tokens = _through(block, tokens, attention_mask=mask, **block_kwargs)
+            tokens = block(tokens, attention_mask=mask)
         last = self._read(norm(tokens), grid)
         return MaskOutputs(last.class_logits, last.mask_logits, earlier)
 
@@ -177,14 +168,6 @@ class _Doubling(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         mixed = self.mix(F.gelu(self.grow(features)))  # (B, dim, 2h, 2w)
         return self.norm(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def _through(block: nn.Module, tokens: Tensor, **block_kwargs: object) -> Tensor:
-    # checkpointed blocks recompute activations in train mode only, but the gradients of the queries also pass through
-    # frozen blocks, which are in eval mode
-    if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not block.training:
-        return checkpoint(partial(block, **block_kwargs), tokens, use_reentrant=False)
-    return block(tokens, **block_kwargs)
 
 
 @torch.no_grad()
@@ -255,8 +238,9 @@ def _is_window(window: Sequence[float]) -> bool:
     return 0 <= start <= end <= 1
 
 
-def _needs_another_backbone() -> UserError:
+def _needs_tokens() -> UserError:
     return UserError(
-        "EoMT needs a backbone whose blocks take queries: dinov2_*, dinov3_vit*, dino_*, tiny or tiny_surgical. "
-        "Choose one of these, or a head that reads maps, such as mask2former or dpt."
+        "EoMT and PMT need a plain vision transformer, whose blocks take tokens: dino_*, dinov2_*, dinov3_vit*, tiny, "
+        "tiny_surgical, or one of timm without rotary positions, such as vit_small_patch16_224. Choose one of these, "
+        "or a head that reads maps, such as mask2former or dpt."
     )

@@ -5,6 +5,7 @@ Names of the official code and its files of weights: tue-mps/pmt, image/models/p
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -86,8 +87,6 @@ class PmtHead(EomtHead):
         weights: str | None = None,
         class_layer: Literal["loaded", "new"] = "loaded",
     ) -> None:
-        if not isinstance(in_dim, int):
-            raise _needs_tokens()
         if class_layer == "new" and not weights:
             raise UserError(
                 "class_layer=new without weights: the whole head is new. Leave class_layer out, or give weights=FILE."
@@ -115,35 +114,24 @@ class PmtHead(EomtHead):
         if weights and not self.queries.is_meta:  # on meta only sizes are counted, without the file
             load_decoder(self, weights, new_class_layer=class_layer == "new")
 
-    def check_backbone(self, backbone: Backbone) -> None:
-        """Refuse a backbone that does not return all its tokens.
-
-        Raises:
-            UserError: the backbone does not fit; the message names ones that do.
-        """
-        if not backbone.returns_tokens:
-            raise _needs_tokens()
-
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
         size = (images.shape[-2], images.shape[-1])
         return self.forward_trainable(backbone, self.forward_frozen(backbone, images), size)
 
-    def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return all tokens (B, N, dim) from before anything trained, for `forward_trainable`."""
-        return backbone.frozen_tokens(images)
-
     def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> MaskOutputs:
         """Return the outputs for the result of `forward_frozen` for images passed to the backbone at `size` (H, W)."""
-        tokens, block_kwargs = backbone.trainable_tokens(frozen, size)
-        grid = (-(-size[0] // backbone.patch_size), -(-size[1] // backbone.patch_size))
+        block_kwargs = backbone.block_kwargs(size)
+        tokens = backbone.trainable_tokens(frozen, block_kwargs)
+        grid = backbone.grid(size)
         parts = zip(tokens, self.norms, self.laterals, self.scales, strict=True)
         normed = [(norm(part.mT).mT, lateral, scale) for part, norm, lateral, scale in parts]
         fused = torch.stack([(part + lateral(part)) * scale for part, lateral, scale in normed]).sum(dim=0)
         if not block_kwargs:
             positions = rotary_positions(grid, backbone.head_dim, fused, rescale=_RESCALE if self.training else None)
             block_kwargs = {"position_embeddings": positions}
-        return self.join(fused, list(self.decoder), self.decoder_norm, grid, block_kwargs)
+        blocks = [partial(block, **block_kwargs) for block in self.decoder]
+        return self.join(fused, blocks, self.decoder_norm, grid)
 
 
 class _Block(nn.Module):
@@ -270,11 +258,3 @@ def load_decoder(head: PmtHead, path: str, *, new_class_layer: bool) -> None:
     with torch.no_grad():
         for official, name in loaded.items():
             state[name].copy_(found[official])
-
-
-def _needs_tokens() -> UserError:
-    return UserError(
-        "PMT needs a backbone that returns all tokens of a plain vision transformer: dinov2_*, dinov3_vit*, dino_*, "
-        "tiny, or a plain one of timm, such as vit_small_patch16_224. Choose one of these, or a head that reads the "
-        "maps of a pyramid, such as linear or dpt."
-    )

@@ -3,21 +3,19 @@
 import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Backbone, BlockKwargs
+from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.attention import attend_fastest, class_maps, key_maps, plain_attention, watch_timm
-from dinoseg.models.backbones.layers import Block, Layers, resolve_layers, run_frozen_blocks, run_trained_blocks
+from dinoseg.models.backbones.layers import Layers, resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.patch_projection import adapt_input
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
@@ -118,12 +116,14 @@ class TimmBackbone(Backbone):
         self.unused = find_unused_parameters(self, maps)
         self.undecayed = _find_undecayed(self)
         self.has_class_attention = plain_attention(self.model) is not None
-        self.returns_tokens = not self.is_pyramid and _is_plain(self.model)
-        if self.returns_tokens:
+        self.has_tokens = not self.is_pyramid and _is_plain(self.model)
+        if self.has_tokens:
+            self.num_prefix = self.model.num_prefix_tokens
             self.head_dim = getattr(getattr(self.model.blocks[0], "attn", None), "head_dim", self.head_dim)
         attend_fastest(self.model)
         if checkpointing:
             self.model.set_grad_checkpointing(True)
+            self.recomputed_modes = (False, True)
         known = self.model.pretrained_cfg
         register_colours(self, *resolve_colours(weights, mean, std, (known["mean"], known["std"]), channels))
 
@@ -141,50 +141,21 @@ class TimmBackbone(Backbone):
         """Return one map (B, C, h, w) for each tapped layer."""
         return self._maps(self.pixels(images))
 
-    def forward_frozen(self, images: Tensor) -> list[Tensor]:
-        """Return the maps if nothing is trained; otherwise, for a plain ViT, the output of `run_frozen_blocks`."""
-        first, model = self.first_trained, self.model
-        if first is None or not self.returns_tokens:
-            return super().forward_frozen(images)
-        return run_frozen_blocks(self.blocks, first, self.layers, self._embed(images), model.num_prefix_tokens, {})
-
-    def frozen_tokens(self, images: Tensor) -> list[Tensor]:
+    def embed(self, images: Tensor) -> Tensor:
         """See `Backbone`; only for a plain ViT."""
-        first = self.first_trained
-        cut = len(self.blocks) if first is None else first
-        given = run_frozen_blocks(self.blocks, cut, self.layers, self._embed(images), 0, {})
-        return [self.model.norm(part) for part in given] if first is None else given
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Return the tokens (B, num_prefix + h * w, C) that enter the first block of a plain ViT."""
         model = self.model
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(self.pixels(images)))))
 
+    def run_block(self, block: nn.Module, tokens: Tensor, **block_kwargs: Any) -> Tensor:
+        """See `Backbone`; timm's attention takes masks of all rows."""
+        mask = block_kwargs.pop("attention_mask", None)
+        if mask is not None:
+            block_kwargs["attn_mask"] = F.pad(mask, (0, 0, 0, tokens.shape[1] - mask.shape[2]), value=True)
+        return super().run_block(block, tokens, **block_kwargs)
+
     def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps for the output of `forward_frozen` on images of `size` (H, W)."""
-        first = self.first_trained
-        if first is None:
-            return frozen
-        grid = [-(-side // self.patch_size) for side in size]
-        normed = self._run_trained(first, frozen, self.model.num_prefix_tokens)
-        return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
-
-    def trainable_tokens(self, frozen: list[Tensor], size: tuple[int, int]) -> tuple[list[Tensor], BlockKwargs]:
-        """See `Backbone`; only for a plain ViT, whose blocks take no keyword arguments."""
-        first = self.first_trained
-        if first is None:
-            tokens = dict(zip(sorted({*self.layers}), frozen, strict=True))
-        else:
-            tokens = self._run_trained(first, frozen, 0)
-        return [at_least_float32(tokens[layer]) for layer in self.layers], {}
-
-    def _run_trained(self, first: int, frozen: list[Tensor], dropped: int) -> dict[int, Tensor]:
-        """Return the normed tokens of each tapped block, without the first `dropped` ones."""
-        blocks = cast(Sequence[Block], self.blocks)
-        if self.model.grad_checkpointing:
-            blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
-        tokens = run_trained_blocks(blocks, first, self.layers, frozen, dropped, {})
-        return {number: self.model.norm(part) for number, part in tokens.items()}
+        """See `Backbone`; the maps have the memory format of `forward`."""
+        return [part.contiguous() for part in super().forward_trainable(frozen, size)]
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the class token's attention in the last tapped block, from one forward pass.
@@ -197,7 +168,7 @@ class TimmBackbone(Backbone):
         """
         with watch_timm(self._plain_attention()) as calls:
             maps = self(images)
-        return maps, class_maps(calls[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+        return maps, class_maps(calls[0], self.num_prefix, maps[0].shape[2:])
 
     def with_keys(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the attention keys (B, dim, h, w) of the last tapped block, without gradients.
@@ -207,7 +178,7 @@ class TimmBackbone(Backbone):
         """
         with watch_timm(self._plain_attention()) as calls:
             maps = self(images)
-        return maps, key_maps(calls[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+        return maps, key_maps(calls[0], self.num_prefix, maps[0].shape[2:])
 
     def _plain_attention(self) -> Any:
         attention = plain_attention(self.model)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,7 @@ from dinoseg.models.backbones.attention import (
     register_query_mask,
     watch_transformers,
 )
-from dinoseg.models.backbones.layers import (
-    Layers,
-    resolve_layers,
-    run_blocks,
-    run_frozen_blocks,
-    run_trained_blocks,
-)
+from dinoseg.models.backbones.layers import Layers, resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.patch_projection import PatchProjection, adapt_input
 from dinoseg.models.backbones.pretrained import configuration, exported_state, load_model
@@ -79,8 +73,7 @@ class TransformersVit(Backbone):
     """
 
     has_class_attention = True
-    takes_queries = True
-    returns_tokens = True
+    has_tokens = True
 
     def __init__(
         self,
@@ -123,6 +116,8 @@ class TransformersVit(Backbone):
         mask_queries_only(self.model)
         if checkpointing:
             _enable_checkpointing(self.model)
+            # blocks recompute themselves in train mode alone, but gradients of queries also pass through frozen ones
+            self.recomputed_modes = (False,)
         self.unused = [
             name for name, _ in self.named_parameters() if name.endswith("mask_token") or "local_cls_norm" in name
         ]
@@ -138,27 +133,21 @@ class TransformersVit(Backbone):
         """The final LayerNorm, or an identity if it was removed."""
         return getattr(self.model, _norm_name(self.model))
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, BlockKwargs]:
-        """Return the input tokens of the first block, and the keyword arguments of each block.
-
-        The tokens are (B, num_prefix + h * w, dim). Blocks are called as `block(tokens, **block_kwargs)`. More tokens
-        may be prepended, and the first Q rows of the attention masked with `attention_mask` (B, 1, Q, N), bool, True =
-        attend.
-        """
-        block_kwargs = self._block_kwargs((pixels.shape[-2], pixels.shape[-1]))
+    def embed(self, images: Tensor) -> Tensor:
+        """See `Backbone`."""
         embeddings: Any = self.model.embeddings
-        pixels = pixels.to(embeddings.cls_token.dtype)
-        tokens = embeddings(pixels) if block_kwargs else self._embed_with_learned_positions(pixels)
-        return tokens, block_kwargs
+        pixels = self.pixels(images).to(embeddings.cls_token.dtype)
+        has_rotary = hasattr(self.model, "rope_embeddings")
+        return embeddings(pixels) if has_rotary else self._embed_with_learned_positions(pixels)
 
-    def _block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
-        """Return the block keyword arguments for padded pixels of `size` (H, W): rotary positions, if any."""
+    def block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
+        """See `Backbone`: rotary positions, if any."""
         model: Any = self.model
         if not hasattr(model, "rope_embeddings"):
             return {}
-        pixels = model.embeddings.cls_token.new_empty(()).expand(
-            1, self.channels, *size
-        )  # only shape and dtype are used
+        padded = [cells * self.patch_size for cells in self.grid(size)]
+        # only shape and dtype are used
+        pixels = model.embeddings.cls_token.new_empty(()).expand(1, self.channels, *padded)
         return {"position_embeddings": model.rope_embeddings(pixels)}
 
     def _embed_with_learned_positions(self, pixels: Tensor) -> Tensor:
@@ -174,14 +163,6 @@ class TransformersVit(Backbone):
         tokens = [*(part.expand(pixels.shape[0], -1, -1) for part in prefix), patches]
         return parts.dropout(torch.cat(tokens, dim=1))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return one map (B, dim, h, w) for each tapped layer."""
-        pixels = self.pixels(images)
-        tokens, block_kwargs = self.embed(pixels)
-        _, patches = run_blocks(self.blocks, self.layers, tokens, self.num_prefix, block_kwargs)
-        normed = {number: self.norm(part) for number, part in patches.items()}
-        return self._maps(normed, (images.shape[-2], images.shape[-1]))
-
     @property
     def first_trained(self) -> int | None:
         """See `Backbone`; also 0 if training randomises the positions, which all blocks must share."""
@@ -189,54 +170,13 @@ class TransformersVit(Backbone):
         drawn = [getattr(model, f"pos_embed_{how}", None) for how in ("shift", "jitter", "rescale")]
         return 0 if first and any(drawn) else first
 
-    def forward_frozen(self, images: Tensor) -> list[Tensor]:
-        """Return the patch tokens (B, h * w, dim) of each tapped block before the first trained one.
-
-        If nothing is trained, they have passed the final norm. Otherwise the input tokens (B, num_prefix + h * w,
-        dim) of the first trained block are appended.
-        """
-        return self._run_frozen(images, self.num_prefix)
-
-    def frozen_tokens(self, images: Tensor) -> list[Tensor]:
-        """See `Backbone`."""
-        return self._run_frozen(images, 0)
-
-    def _run_frozen(self, images: Tensor, dropped: int) -> list[Tensor]:
-        """Return the tokens of `forward_frozen`, without the first `dropped` ones of each tapped block."""
-        first = self.first_trained
-        cut = len(self.blocks) if first is None else first
-        tokens, block_kwargs = self.embed(self.pixels(images))
-        given = run_frozen_blocks(list(self.blocks), cut, self.layers, tokens, dropped, block_kwargs)
-        return [self.norm(part) for part in given] if first is None else given
-
-    def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps (B, dim, h, w) for the output of `forward_frozen` on images of `size` (H, W)."""
-        patches, _ = self._run_trainable(frozen, size, self.num_prefix)
-        return self._maps(patches, size)
-
-    def trainable_tokens(self, frozen: list[Tensor], size: tuple[int, int]) -> tuple[list[Tensor], BlockKwargs]:
-        """See `Backbone`."""
-        tokens, block_kwargs = self._run_trainable(frozen, size, 0)
-        return [at_least_float32(tokens[layer]) for layer in self.layers], block_kwargs
-
-    def _run_trainable(
-        self, frozen: list[Tensor], size: tuple[int, int], dropped: int
-    ) -> tuple[dict[int, Tensor], BlockKwargs]:
-        """Return the normed tokens of each tapped block for the output of `_run_frozen`, and the blocks' arguments."""
-        first = self.first_trained
-        dtype = cast(Any, self.model).embeddings.cls_token.dtype
-        frozen = [part.to(dtype) for part in frozen]  # cached features are float32
-        padded = [-(-side // self.patch_size) * self.patch_size for side in size]
-        block_kwargs = self._block_kwargs((padded[0], padded[1]))
-        if first is None:
-            return dict(zip(sorted({*self.layers}), frozen, strict=True)), block_kwargs
-        tokens = run_trained_blocks(list(self.blocks), first, self.layers, frozen, dropped, block_kwargs)
-        return {number: self.norm(part) for number, part in tokens.items()}, block_kwargs
-
-    def _maps(self, patches: Mapping[int, Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the patch tokens (B, h * w, dim) of blocks as L maps, for images of `size` (H, W)."""
-        grid = [-(-side // self.patch_size) for side in size]  # torch.export cannot write math.ceil
-        return [patches[layer].transpose(1, 2).unflatten(2, grid).float() for layer in self.layers]
+    def trainable_tokens(
+        self, frozen: list[Tensor], block_kwargs: BlockKwargs, skipped_prefix: int = 0
+    ) -> list[Tensor]:
+        """See `Backbone`; cached features are float32."""
+        embeddings: Any = self.model.embeddings
+        frozen = [part.to(embeddings.cls_token.dtype) for part in frozen]
+        return super().trainable_tokens(frozen, block_kwargs, skipped_prefix)
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the class token's attention in the last tapped block, from one forward pass.

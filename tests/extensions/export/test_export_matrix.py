@@ -34,6 +34,7 @@ CELLS = [  # each head and each family of backbones
     ("timm_pyramid", "upernet", GraphOptions()),
     ("dinov3", "eomt", GraphOptions()),
     ("dinov2_registers", "eomt", GraphOptions(pixels=True)),
+    ("timm_vit", "eomt", GraphOptions()),
     ("dinov3", "pmt", GraphOptions()),
     ("timm_vit", "pmt", GraphOptions()),
     ("dinov3", "mask2former", GraphOptions()),

@@ -15,6 +15,7 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.semantic import semantic_map
 from dinoseg.models.model import SegmentationModel
 
+TIMM = ["test_vit", "test_vit2", "test_vit3"]  # a class token; a register alone; neither, with layer scale
 ADAPTERS = [Full(), LastBlocks(1), Lora(2, 2, dropout=0.1, blocks=2), Lora(2, 2), Frozen()]
 
 
@@ -145,8 +146,9 @@ def test_maps_have_the_size_of_the_image(family, size, no_object):
 @pytest.mark.parametrize(
     ("adapter", "progress"), [*zip(ADAPTERS, cycle((0.4, 0.9, 0.0)), strict=False), (Full(), 0.0), (Full(), 0.9)]
 )
-def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress):
-    model = SegmentationModel(*pair(adapter=adapter)).train()
+@pytest.mark.parametrize("family", ["dinov3_vit", "test_vit"])
+def test_gradients_reach_all_that_is_trained_and_nothing_else(family, adapter, progress):
+    model = SegmentationModel(*pair(family, adapter=adapter)).train()
     model.set_progress(round(1000 * progress), 1000)
     outputs = model(torch.rand(2, 3, 40, 33)).outputs
     parts = [outputs, *outputs.aux]
@@ -159,7 +161,10 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress)
             assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize(("adapter", "family"), [*zip(ADAPTERS, cycle(FAMILIES), strict=False)])
+@pytest.mark.parametrize(
+    ("adapter", "family"),
+    [*zip(ADAPTERS, cycle(FAMILIES), strict=False), (Full(), "test_vit"), (Lora(2, 2, dropout=0.1), "test_vit2")],
+)
 def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
     calls, gradients, passes = spy_on_attention(monkeypatch), [], []
     for checkpointing in (False, True):
@@ -234,12 +239,24 @@ def read_slowly(head, tokens, grid):
     return classes, torch.stack([torch.stack(rows) for rows in masks])
 
 
+def embed_plainly(backbone, images):
+    """Return the tokens of the library's own forward, and the library's name of masks; its attention is unfused."""
+    if hasattr(backbone.model, "config"):
+        backbone.model.config._attn_implementation = "eager"
+        return backbone.embed(images), "attention_mask"
+    for part in backbone.modules():
+        vars(part).update({"fused_attn": False} if hasattr(part, "fused_attn") else {})
+    inputs = []
+    with backbone.blocks[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0])):
+        backbone.model.forward_features(backbone.pixels(images))
+    return inputs[0], "attn_mask"
+
+
 def run_slowly(backbone, head, images):
-    """The forward with every mask in place if it trains: transformers' own attention, given dense N x N masks."""
-    backbone.model.config._attn_implementation = "eager"
-    pixels = backbone.pixels(images)
-    grid = tuple(side // backbone.patch_size for side in pixels.shape[-2:])
-    tokens, beside = backbone.embed(pixels)
+    """The forward with every mask in place if it trains: the library's own attention, given dense N x N masks."""
+    grid = tuple(-(-side // backbone.patch_size) for side in images.shape[-2:])
+    tokens, mask_name = embed_plainly(backbone, images)
+    beside = backbone.block_kwargs(images.shape[-2:])
     found = []
     for number, block in enumerate(backbone.blocks):
         left = len(backbone.blocks) - number
@@ -253,7 +270,7 @@ def run_slowly(backbone, head, images):
             first = tokens.shape[1] - grid[0] * grid[1]
             for image, query, y, x in (logits <= 0).nonzero().tolist():
                 bias[image, 0, query, first + y * grid[1] + x] = -math.inf
-        tokens = block(tokens, attention_mask=bias, **beside)
+        tokens = block(tokens, **{mask_name: bias}, **beside)
     found.append(read_slowly(head, backbone.norm(tokens), grid))
     return found
 
@@ -300,16 +317,32 @@ def test_head_equals_the_model_of_transformers(masked):
     torch.testing.assert_close(outputs.mask_logits, expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def shake(module):
+    """Move all norms, factors and positions away from their initial values."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) / 5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *TIMM])
 @pytest.mark.parametrize("training", [True, False])
-def test_outputs_equal_an_explicit_forward_with_dense_masks(family, training, monkeypatch):
+def test_outputs_and_gradients_equal_a_forward_with_dense_masks(family, training, monkeypatch):
     backbone, head = (part.double().train(training) for part in pair(family))
+    if family not in FAMILIES:
+        shake(backbone)
     images = torch.rand(2, 3, 45, 61, dtype=torch.float64)
     calls = spy_on_attention(monkeypatch)
     outputs = head.run(backbone, images)
     assert sum(mask is not None for *_, mask in calls) == len(outputs.aux) == 2 * training
     expected = run_slowly(backbone, head, images)
     assert 0.05 < (expected[0][1] > 0).double().mean() < 0.95  # masks that hide something and show something
-    for found, (classes, masks) in zip([*outputs.aux, outputs], expected, strict=True):
-        torch.testing.assert_close(found.class_logits, classes)
-        torch.testing.assert_close(found.mask_logits, masks)
+    found = [(part.class_logits, part.mask_logits) for part in (*outputs.aux, outputs)]
+    weights = [torch.randn_like(part) for part in sum(expected, ())]
+    trained = [parameter for part in (backbone, head) for parameter in part.parameters() if parameter.requires_grad]
+    slopes = []
+    for results in (found, expected):
+        total = sum((part * weight).sum() for part, weight in zip(sum(results, ()), weights, strict=True))
+        slopes.append(torch.autograd.grad(total, trained))
+    share = 1e-6 if family in FAMILIES else 1e-10  # transformers' own softmax is in float32
+    for one, other in zip([*sum(found, ()), *slopes[0]], [*sum(expected, ()), *slopes[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=share * max(1, other.abs().max().item()))

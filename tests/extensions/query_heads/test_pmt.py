@@ -141,10 +141,9 @@ def test_outputs_and_gradients_equal_a_plain_reference(family, training, size, m
     images = torch.rand(3, 3, *size, dtype=torch.float64)
     frozen = head.forward_frozen(backbone, images)
     grid = tuple(-(-side // backbone.patch_size) for side in size)
-    prefix = 1 if family == "timm" else backbone.num_prefix
-    assert [tuple(part.shape) for part in frozen] == [(3, prefix + grid[0] * grid[1], backbone.dim)] * 2
+    assert [tuple(part.shape) for part in frozen] == [(3, backbone.num_prefix + grid[0] * grid[1], backbone.dim)] * 2
     own = rotary_positions(grid, backbone.head_dim, images, rescale=None)
-    positions = backbone.trainable_tokens(frozen, size)[1].get("position_embeddings", own)
+    positions = backbone.block_kwargs(size).get("position_embeddings", own)
     expected = run_slowly(head, frozen, grid, [part.double() for part in positions])
     outputs = head.run(backbone, images)
     found = [(one.class_logits, one.mask_logits) for one in (*outputs.aux, outputs)]
@@ -162,7 +161,8 @@ def test_outputs_and_gradients_equal_a_plain_reference(family, training, size, m
 def test_tokens_hold_the_maps_after_class_and_register_tokens(family):
     backbone, _ = make_pair(family)
     images = torch.rand(2, 3, 37, 50)
-    tokens, block_kwargs = backbone.eval().trainable_tokens(backbone.frozen_tokens(images), (37, 50))
+    block_kwargs = backbone.eval().block_kwargs((37, 50))
+    tokens = backbone.trainable_tokens(backbone.forward_frozen(images), block_kwargs)
     for part, expected in zip(tokens, backbone(images), strict=True):
         found = part[:, -12:].mT.unflatten(2, (3, 4))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -248,9 +248,12 @@ def make_tokens():
     """Return a backbone of tokens alone, and the tokens (2, 5 + 12, 32) of four blocks."""
     positions = tuple(part.double() for part in write_positions((3, 4), 8))
     tokens = [noise(f"tokens {number}", 2, 17, 32) * 1.7 for number in range(4)]
-    return SimpleNamespace(
-        patch_size=16, trainable_tokens=lambda frozen, _: (frozen, {"position_embeddings": positions})
-    ), tokens
+    backbone = SimpleNamespace(
+        grid=lambda _: (3, 4),
+        block_kwargs=lambda _: {"position_embeddings": positions},
+        trainable_tokens=lambda frozen, _: frozen,
+    )
+    return backbone, tokens
 
 
 def test_released_files_with_a_backbone_or_compiled_names_are_loaded(tmp_path):
@@ -311,9 +314,9 @@ test_files_that_do_not_fit_are_refused = refusals(
             lambda: PmtHead(32, 4, 4, **FOUR, class_layer="new"),
             *("class_layer=new without weights", "weights=FILE"),
         ),
-        "widths of a pyramid": (lambda: PmtHead([96, 192], 2, 4, **FOUR), "PMT needs a backbone", "dinov3_vit", "dpt"),
+        "widths of a pyramid": (lambda: PmtHead([96, 192], 2, 4, **FOUR), "EoMT and PMT need", "dinov3_vit", "dpt"),
         "another anneal": (lambda: PmtHead(32, 4, 4, **FOUR, anneal="odd"), "anneal=odd: give even"),
-        "maps alone": (lambda: SegmentationModel(Backbone(), make_pair()[1]), "PMT needs a backbone", "vit_small"),
+        "maps alone": (lambda: SegmentationModel(Backbone(), make_pair()[1]), "EoMT and PMT need", "vit_small"),
     }
 )
 

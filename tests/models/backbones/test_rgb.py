@@ -67,7 +67,7 @@ test_message_names_value_and_remedy = refusals(
         "last blocks": (lambda: LastBlocks(1)(RgbBackbone()), "blocks=1: this backbone reads 0 blocks"),
         "EoMT": (
             lambda: SegmentationModel(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1)),
-            "EoMT needs a backbone whose blocks take queries",
+            "EoMT and PMT need a plain vision transformer",
         ),
         "four maps": (lambda: RgbBackbone(layers=[-4, -3, -2, -1]), "layers=", "this backbone has 1"),
     }

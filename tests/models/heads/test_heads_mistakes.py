@@ -122,10 +122,10 @@ test_message_names_value_and_remedy = refusals(
             lambda: SegmentationModel(*pair(blocks=4)),
             "blocks=4: this backbone reads 3 blocks; give 1 to 3",
         ),
-        "EoMT without queries": (
+        "EoMT without tokens": (
             lambda: pair()[1].check_backbone(Backbone()),
-            *("EoMT needs a backbone", "dinov2_", "dinov3_vit", "mask2former"),
+            *("EoMT and PMT need", "dinov2_", "dinov3_vit", "vit_small_patch16_224", "mask2former"),
         ),
-        "EoMT on a pyramid": (lambda: EomtHead([96, 192], 2, 4, patch_size=16), "EoMT needs a backbone"),
+        "EoMT on a pyramid": (lambda: EomtHead([96, 192], 2, 4, patch_size=16), "EoMT and PMT need"),
     }
 )
