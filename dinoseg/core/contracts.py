@@ -110,8 +110,9 @@ class Backbone(GuardedModule):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return L maps (B, C, h, w) of a plain vision transformer; other backbones override it."""
         size = (images.shape[-2], images.shape[-1])
-        _, read = self.run_blocks(self.embed(images), self.block_kwargs(size))
-        return self._to_maps(self._finish(read, self.norm, self.num_prefix), size)
+        block_kwargs = self.block_kwargs(size)
+        _, read = self.run_blocks(self.embed(images), block_kwargs, skipped_prefix=self.num_prefix)
+        return self._to_maps(self._finish(read, self.norm), size)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Run `forward`, in chunks of at most 4 images if the backbone is frozen and on the CPU.
@@ -184,21 +185,31 @@ class Backbone(GuardedModule):
             skipped_prefix: number of class and register tokens to leave out.
         """
         first = self.first_trained
-        read = dict(zip(sorted({*self.layers}), frozen, strict=False))  # ends with the blocks before the first trained
+        parts = [part[:, skipped_prefix:].contiguous() for part in frozen]
+        read = dict(zip(sorted({*self.layers}), parts, strict=False))  # ends with the blocks before the first trained
         if first is None:
-            return self._finish(read, None, skipped_prefix)
-        read |= self.run_blocks(frozen[-1], block_kwargs, first)[1]
-        return self._finish(read, self.norm, skipped_prefix)
+            return self._finish(read, None)
+        read |= self.run_blocks(frozen[-1], block_kwargs, first, skipped_prefix=skipped_prefix)[1]
+        return self._finish(read, self.norm)
 
     def run_blocks(
-        self, tokens: Tensor, block_kwargs: BlockKwargs, start: int = 0, stop: int | None = None
+        self,
+        tokens: Tensor,
+        block_kwargs: BlockKwargs,
+        start: int = 0,
+        stop: int | None = None,
+        skipped_prefix: int = 0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the tokens (B, N, C) after blocks `start` to `stop`, and those after each one that is read."""
+        """Return the tokens (B, N, C) after blocks `start` to `stop`, and those after each one that is read.
+
+        `skipped_prefix`: number of tokens to leave out of the latter. Their copies precede the next block, since the
+        order of operations decides how their gradients are rounded.
+        """
         read = {}
         for number, block in enumerate(list(self.blocks)[start:stop], start):
             tokens = self.run_block(block, tokens, **block_kwargs)
             if number in self.layers:
-                read[number] = tokens
+                read[number] = tokens[:, skipped_prefix:].contiguous()
         return tokens, read
 
     def run_block(self, block: nn.Module, tokens: Tensor, **block_kwargs: Any) -> Tensor:
@@ -212,10 +223,8 @@ class Backbone(GuardedModule):
             return checkpoint(partial(block, **block_kwargs), tokens, use_reentrant=False)
         return block(tokens, **block_kwargs)
 
-    def _finish(self, read: Mapping[int, Tensor], norm: nn.Module | None, skipped_prefix: int) -> list[Tensor]:
-        # without the prefix before the norm: its rows would change the rounding of the norm's gradients
-        parts = {number: part[:, skipped_prefix:].contiguous() for number, part in read.items()}
-        normed = {number: part if norm is None else norm(part) for number, part in parts.items()}
+    def _finish(self, read: Mapping[int, Tensor], norm: nn.Module | None) -> list[Tensor]:
+        normed = {number: part if norm is None else norm(part) for number, part in read.items()}
         return [at_least_float32(normed[layer]) for layer in self.layers]
 
     def _to_maps(self, patches: list[Tensor], size: tuple[int, int]) -> list[Tensor]:

@@ -333,7 +333,9 @@ def test_outputs_and_gradients_equal_a_forward_with_dense_masks(family, training
     images = torch.rand(2, 3, 45, 61, dtype=torch.float64)
     calls = spy_on_attention(monkeypatch)
     outputs = head.run(backbone, images)
-    assert sum(mask is not None for *_, mask in calls) == len(outputs.aux) == 2 * training
+    assert len(outputs.aux) == 2 * training
+    if family in FAMILIES:
+        assert sum(mask is not None for *_, mask in calls) == 2 * training
     expected = run_slowly(backbone, head, images)
     assert 0.05 < (expected[0][1] > 0).double().mean() < 0.95  # masks that hide something and show something
     found = [(part.class_logits, part.mask_logits) for part in (*outputs.aux, outputs)]
