@@ -93,6 +93,10 @@ def test_tokens_enter_the_first_trained_block_of_timm(layers):
     assert len(frozen.tensors) == 1 + len([layer for layer in backbone.layers if layer < count - 2])
 
 
+def test_frozen_layers_of_timm_keep_their_order():
+    check_cut(model_of(Frozen()(BACKBONES["timm"]([5, 1]))))
+
+
 @pytest.mark.parametrize("layers", [[-1], [0, 2, 3], [3, 1]])
 @pytest.mark.parametrize("adapter", [Frozen(), LastBlocks(2), Lora(2, 4, blocks=1, dropout=0.5)])
 @pytest.mark.parametrize("name", ["dino", "dinov3", "timm"])
