@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ class EomtHead(Head[MaskOutputs]):
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
         size = (images.shape[-2], images.shape[-1])
-        block_kwargs = backbone.block_kwargs(size)
+        block_kwargs: dict[str, Any] = backbone.block_kwargs(size)
         tokens, _ = backbone.run_blocks(backbone.embed(images), block_kwargs, stop=-self.joint_blocks)
         joint = list(backbone.blocks)[-self.joint_blocks :]
         blocks = [partial(backbone.run_block, block, **block_kwargs) for block in joint]

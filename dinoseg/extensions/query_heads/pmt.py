@@ -101,6 +101,7 @@ class PmtHead(EomtHead):
             no_object=no_object,
             anneal=even_windows(blocks) if anneal == "even" else anneal,
         )
+        in_dim = self.queries.shape[1]
         self.joint_blocks = 0  # the queries pass none of the backbone's
         self.norms = nn.ModuleList(nn.BatchNorm1d(in_dim) for _ in range(num_layers))
         self.laterals = nn.ModuleList(
