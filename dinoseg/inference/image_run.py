@@ -14,6 +14,7 @@ from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.inference.predictor import Predictor, is_large
 from dinoseg.inference.results import DoneInputs, write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
+from dinoseg.report.object_overlay import select_shown
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.mask_files import mask_paths, write_masks
@@ -64,6 +65,7 @@ class ImageRun:
         writers: writers of further outputs.
         done: inputs that an earlier, stopped run completed in the same folder.
         failures: one message per image that failed.
+        undrawn: highest score of each image of a model of objects whose overlay shows none; 0 if none was found.
         count: number of completed images, including those of the earlier run.
     """
 
@@ -72,6 +74,7 @@ class ImageRun:
     done: DoneInputs
     writers: Sequence[ImageWriter] = ()
     failures: list[str] = field(default_factory=list)
+    undrawn: list[float] = field(default_factory=list)
     count: int = 0
 
 
@@ -153,6 +156,8 @@ def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run
         opacity=by.opacity,
         objects=prediction.objects,
     )
+    if prediction.objects is not None and not select_shown(prediction.objects):
+        run.undrawn.append(max(prediction.objects.scores, default=0))
     run.done.note(name)
     run.count += 1
 

@@ -27,6 +27,7 @@ from dinoseg.inference.outputs import FurtherOutputs, check_outputs, image_write
 from dinoseg.inference.results import DoneInputs, mask_names, result_names
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
+from dinoseg.report.object_overlay import MIN_SCORE
 from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
@@ -251,6 +252,8 @@ def _segment_images(
     given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
     earlier, passed = segment_images(by, given, run)
     _log("images", passed, count_of(run.count - earlier, "image"))
+    if run.undrawn:
+        logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, by.predictor.model.task))
     return {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
 
 
@@ -281,6 +284,22 @@ def _log(what: str, passed: Throughput, count: str) -> None:
     logger.info("%s: %s in %.1f s including reading and writing: %.2f per second", what, count, passed.seconds, rate)
     if report := passed.report():
         logger.info("%s: %s", what, report)
+
+
+def _undrawn_line(scores: Sequence[float], count: int, task: Task) -> str:
+    """Return how many of the images have an overlay without objects, and what to do.
+
+    Args:
+        scores: the highest one of each of these images.
+        count: number of all images.
+        task: of the model.
+    """
+    lower = "a lower task.score_threshold finds more segments"
+    remedy = "mode.outputs=[coco] writes those of all scores" if task.objects_overlap else lower
+    return (
+        f"{len(scores)} of {count_of(count, 'overlay')} show no object: none there scores {MIN_SCORE} or more (highest: "
+        f"{max(scores):.2f}). If the images have objects, train longer; {remedy}."
+    )
 
 
 def _score_line(run: ImageRun, reference: Path | None, layers: Sequence[str]) -> str:
