@@ -24,6 +24,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.annotations.coco_ids import CocoIds
 from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.inference.outputs import FurtherOutputs, ImagePrediction, ImageWriter
+from dinoseg.report.palette import layer_colours
 from dinoseg.utils.atomic import atomic_file, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
@@ -387,12 +388,14 @@ class PanopticSegments:
 
     def finish(self) -> None:
         """Merge the intermediate files and number the images."""
+        # as in overlays: panopticapi takes black as void
+        colours = layer_colours(self.labels.palette)
         categories = [
             {
                 "id": number,
                 "name": self.labels.classes[index],
                 "isthing": int(index in self.task.things),
-                "color": list(self.labels.palette[index]),
+                "color": list(colours[index]),
             }
             for index, number in self.ids.categories.items()
         ]

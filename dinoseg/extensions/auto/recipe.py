@@ -169,7 +169,7 @@ def _check(builder: Builder) -> None:
     if builder.task.has_objects:
         raise UserError(
             f"hparam=auto chooses for classes of pixels, not for task={builder.options['task']}. Choose a recipe of "
-            "objects, such as hparam=eomt_coco_instance, or set head=eomt loss=mask_classification without hparam."
+            "objects: hparam=instance or hparam=panoptic."
         )
     if builder.training_method.on_clips or "unlabelled" in builder.value("trainer"):
         raise UserError(

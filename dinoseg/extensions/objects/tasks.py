@@ -20,6 +20,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share, check_annotations
 from dinoseg.utils.wording import join_names
 
+_PARTS = "loss=mask_classification with head=eomt, head=pmt or head=mask2former"
 _CERTAIN = 64.0  # logit whose sigmoid is 1 in any precision
 
 
@@ -36,7 +37,6 @@ class ObjectTask(SemanticTask):
     """
 
     has_objects = True
-    advice = "loss=mask_classification with head=eomt, head=pmt or head=mask2former"
 
     def __init__(
         self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | Natural | None = None
@@ -70,6 +70,7 @@ class InstanceTask(ObjectTask):
         UserError: a name is no class, or no class is a thing.
     """
 
+    advice = f"hparam=instance, or {_PARTS}"
     eval_metrics = ("instance_ap",)
 
     def __init__(
@@ -156,6 +157,7 @@ class PanopticTask(ObjectTask):
         UserError: a name is no class, no class is a thing, or a threshold is out of range.
     """
 
+    advice = f"hparam=panoptic, or {_PARTS}"
     objects_overlap = False
     eval_metrics = ("panoptic_quality",)
 

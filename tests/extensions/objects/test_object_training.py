@@ -199,7 +199,7 @@ def test_class_of_a_pixel_is_the_most_probable_thing_or_background():
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("loss=cross_entropy",), ["loss=cross_entropy does not fit task=instance", "loss=mask_classification"]),
+        (("loss=cross_entropy",), ["loss=cross_entropy does not fit task=instance", "hparam=instance", "head=eomt"]),
         (("loss=mask_classification",), ["LinearHead predicts no masks", "head=eomt"]),
     ],
 )

@@ -87,6 +87,8 @@ def test_panoptic_files_score_with_the_ids_of_the_reference(tmp_path):
     whole = read_json(out, "panoptic", "panoptic.json")
     assert [image["id"] for image in whole["images"]] == [70, 71, 72]
     assert {entry["name"]: entry["isthing"] for entry in whole["categories"]} == {"ground": 0, "leaf": 1, "stone": 1}
+    # black means void in this format
+    assert [entry["color"] for entry in whole["categories"]] == [[255] * 3, [34, 119, 255], [204, 255, 0]]
     entry = whole["annotations"][1]
     pixels = read_ids(out / "panoptic" / "panoptic" / entry["file_name"]).astype(int) @ [1, 256, 65536]
     for segment, mask in zip(entry["segments_info"], drawn["b/c"], strict=False):
