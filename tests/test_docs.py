@@ -93,7 +93,7 @@ def small_model(words):
         return ()
     if {"hparam=idd_lora", "head=dpt"} & set(words):  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
-    if any("=eomt" in word for word in words):
+    if any("=eomt" in word or word == "hparam=instance" for word in words) and "head=pmt" not in words:
         windows = SMALL_WINDOWS if "hparam=eomt_ade20k_dinov3" in words else ()
         return (*SMALL, *windows, "head.blocks=1", "head.anneal=even")
     return SMALL

@@ -66,6 +66,19 @@ def test_masks_of_queries_become_the_objects():
     assert found == {tuple((objects[0] == value).any(0).flatten().tolist()) for value in objects.unique()[1:]}
 
 
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_recipe_of_a_task_chooses_head_and_loss(task):
+    words = ("mode=train", f"hparam={task}", f"data={'folder_instances' if task == 'instance' else 'coco_panoptic'}")
+    groups = ("task", "head", "loss", "adapter", "backbone", "optim")
+    given = compose([*words, "data.root=."]).choices
+    assert [given[group] for group in groups[:4]] == [task, "eomt", "mask_classification", "full"]
+    usual = compose(["mode=train", "data.root=."]).choices
+    assert [given[group] for group in groups[4:]] == [usual[group] for group in groups[4:]]
+    for head in ("pmt", "mask2former"):
+        typed = compose([*words, "data.root=.", f"head={head}", "adapter=frozen"]).choices
+        assert [typed[group] for group in groups[:4]] == [task, head, "mask_classification", "frozen"]
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_tiny_training_overfits(tmp_path, task):
