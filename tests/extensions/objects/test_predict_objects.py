@@ -71,7 +71,9 @@ def test_predict_writes_panoptic_segments(folder):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "remedy"), [("instance", "mode.outputs=[coco]"), ("panoptic", "task.score_threshold")])
+@pytest.mark.parametrize(
+    ("task", "remedy"), [("instance", "mode.outputs=[coco]"), ("panoptic", "task.score_threshold")]
+)
 def test_overlays_without_objects_are_logged(folder, task, remedy):
     model = dinoseg.load(folder / f"{task}.safetensors")
     with torch.no_grad():
