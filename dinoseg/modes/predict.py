@@ -297,7 +297,7 @@ def _undrawn_line(scores: Sequence[float], count: int, task: Task) -> str:
     lower = "a lower task.score_threshold finds more segments"
     remedy = "mode.outputs=[coco] writes those of all scores" if task.objects_overlap else lower
     return (
-        f"{len(scores)} of {count_of(count, 'overlay')} show no object: none there scores {MIN_SCORE} or more "
+        f"No object is drawn in {len(scores)} of {count_of(count, 'overlay')}: none there scores {MIN_SCORE} or more "
         f"(highest: {max(scores):.2f}). If the images have objects, train longer; {remedy}."
     )
 
