@@ -15,6 +15,7 @@ BINS = 1024  # equal bins of a probability; a power of 2, so that their edges ar
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
 # suffixes of the scores that stand beside a score which may be infinite
 INFINITE_IMAGES, FINITE_MEAN = "_infinite_images", "_finite_mean"
+_AT_ONCE = 2**22  # counts of units that are left out at once, 32 MiB
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 Counts = Mapping[str, np.ndarray]  # int64 or float64, by name
@@ -70,11 +71,14 @@ class LabelledImage:
     objects: Objects | None = None
 
 
-class ImageMetric(ABC):
+class RowMetric(ABC):
     """Base class of metrics, which count single images of a dataset and score all of them; they have no state.
 
-    Inherit `Metric` if the counts add up, else `RowMetric`. Counts are joined in the order of the images, so that
-    scores do not depend on the number of ranks. Leaving out one image or video at a time gives confidence intervals.
+    The counts of an image are arrays by name. They are joined in the order of the images, so that scores do not depend
+    on the number of ranks. Leaving out one image or video at a time gives confidence intervals.
+
+    Inherit `Metric` if the counts add up. Else, as of the average precision, no sum over images determines a score, and
+    an image has rows of any length: the first axis of its arrays. An image without rows says nothing about a score.
 
     Attributes:
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
@@ -88,6 +92,21 @@ class ImageMetric(ABC):
         needs_objects: whether `count` needs the `objects` of `PredictedImage` and `LabelledImage`.
         class_columns: names of values of `score_classes` in 0..1 that tables of objects show, beside the numbers of
             `count_errors`; only of a metric that has this method.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.core.metric import RowMetric
+        >>> class Median(RowMetric):
+        ...     scores = {"median": "max"}
+        ...
+        ...     def count(self, prediction, sample):
+        ...         return {"values": prediction.ids[sample.mask == 1]}
+        ...
+        ...     def score_rows(self, rows):
+        ...         return {"median": np.median(np.concatenate([row["values"] for row in rows]))}
+        >>> rows = [{"values": np.array([1.0, 2.0])}, {"values": np.array([4.0])}, {"values": np.array([3.0])}]
+        >>> Median().leave_one_out(rows, [0, 1, 1])["median"].tolist()
+        [3.5, 1.5]
     """
 
     scores: Mapping[str, str]
@@ -141,6 +160,23 @@ class ImageMetric(ABC):
         """Return values (K,) of each class by name from the counts of each image; by default none."""
         return {}
 
+    def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return each score (U,) without the images of each unit; by default, each is computed anew.
+
+        Args:
+            rows: counts of each image.
+            units: 0..U-1 of each image.
+        """
+        left_out = [
+            self.score_rows([row for row, own in zip(rows, units, strict=True) if own != unit])
+            for unit in range(max(units, default=-1) + 1)
+        ]
+        return {name: np.array([found[name] for found in left_out]) for name in self.scores}
+
+    def has_counts(self, row: Counts) -> bool:
+        """Return whether the counts of an image say something about a score; by default, whether there are rows."""
+        return any(np.size(each) for each in row.values())
+
     def count_errors(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return numbers (K,) of objects that are `found`, `missed` and `invented`; only of a metric of objects."""
         raise NotImplementedError
@@ -170,7 +206,7 @@ class ImageMetric(ABC):
         return {name: plain_score(value) for name, value in self.score_rows(counts).items()}
 
 
-class Metric(ImageMetric):
+class Metric(RowMetric):
     """Base class of metrics whose counts of single images add up over a dataset: scores come from the sums.
 
     Examples:
@@ -211,42 +247,23 @@ class Metric(ImageMetric):
         """Return the values of each class of the sums."""
         return self.per_class(sum_counts(rows))
 
-
-class RowMetric(ImageMetric):
-    """Base class of scores that no sum over images determines, such as the average precision.
-
-    Images have rows of any length, in arrays by name, whose first axis is that of the rows. A score is computed from
-    the rows of all images, and from those of all but one for its confidence interval. An image without rows says
-    nothing about it.
-
-    Examples:
-        >>> import numpy as np
-        >>> from dinoseg.core.metric import RowMetric
-        >>> class Median(RowMetric):
-        ...     scores = {"median": "max"}
-        ...
-        ...     def count(self, prediction, sample):
-        ...         return {"values": prediction.ids[sample.mask == 1]}
-        ...
-        ...     def score_rows(self, rows):
-        ...         return {"median": np.median(np.concatenate([row["values"] for row in rows]))}
-        >>> rows = [{"values": np.array([1.0, 2.0])}, {"values": np.array([4.0])}, {"values": np.array([3.0])}]
-        >>> Median().leave_one_out(rows, [0, 1, 1])["median"].tolist()
-        [3.5, 1.5]
-    """
-
     def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return each score (U,) without the images of each unit; by default, each is computed anew.
+        """Return each score (U,) of the sums without those of each unit."""
+        whole = sum_counts(rows)
+        by_unit: list[list[Counts]] = [[] for _ in range(max(units, default=-1) + 1)]
+        for unit, row in zip(units, rows, strict=True):
+            by_unit[unit].append(row)
+        at_once = max(1, _AT_ONCE // sum(value.size for value in whole.values()))
+        parts = []
+        for start in range(0, len(by_unit), at_once):
+            sums = [sum_counts(each) for each in by_unit[start : start + at_once]]
+            rest = {name: value - np.stack([each[name] for each in sums]) for name, value in whole.items()}
+            parts.append(self.compute(rest))
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.scores}
 
-        Args:
-            rows: of each image.
-            units: 0..U-1 of each image.
-        """
-        left_out = [
-            self.score_rows([row for row, own in zip(rows, units, strict=True) if own != unit])
-            for unit in range(max(units, default=-1) + 1)
-        ]
-        return {name: np.array([found[name] for found in left_out]) for name in self.scores}
+    def has_counts(self, row: Counts) -> bool:
+        """Return whether a count of an image is not 0."""
+        return any(np.any(each) for each in row.values())
 
 
 def check_image(prediction: PredictedImage, sample: LabelledImage) -> None:
@@ -296,7 +313,7 @@ def _format_option(value: Any) -> Any:
     return hashlib.sha256(repr(value.tolist()).encode()).hexdigest() if hasattr(value, "tolist") else value
 
 
-def count_image(metric: ImageMetric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+def count_image(metric: RowMetric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
     """Return the counts of one image by `metric.count`.
 
     Raises:
@@ -356,7 +373,7 @@ def explain_infinite_scores(name: str) -> str:
     return f"add {both} to `scores` and `unbounded`, and {name}{INFINITE_IMAGES} to `totals`"
 
 
-def check_infinite_scores(metric: ImageMetric) -> None:
+def check_infinite_scores(metric: RowMetric) -> None:
     """Refuse a number of infinite images that is none of the `totals`, or without the mean of the others.
 
     Raises:

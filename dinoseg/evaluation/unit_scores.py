@@ -6,19 +6,15 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, ImageMetric, Metric, RowMetric, plain_score
+from dinoseg.core.metric import Counts, RowMetric, plain_score
 from dinoseg.evaluation.scoring.intervals import (
     Estimate,
-    add_units,
     combine_errors,
     estimate_scores,
-    has_labels,
     jackknife_error,
-    leave_one_out,
     mean_of,
-    unit_sums,
 )
-from dinoseg.metrics.counts import FlatMetric, flatten_counts, mean_defined
+from dinoseg.metrics.counts import mean_defined
 from dinoseg.metrics.miou import MeanIoU
 
 
@@ -72,25 +68,20 @@ class UnitScores(NamedTuple):
     scored: np.ndarray
 
 
-def leave_units_out(metric: ImageMetric, counts: Sequence[Counts], units: Sequence[str]) -> UnitScores:
+def leave_units_out(metric: RowMetric, counts: Sequence[Counts], units: Sequence[str]) -> UnitScores:
     """Return the scores of a metric over all units and without each, from its counts and the unit of each image."""
-    if isinstance(metric, Metric):
-        sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
-        function = FlatMetric.of(metric, counts[0])
-        return UnitScores(function.scores(add_units(sums)), leave_one_out(function, sums), has_labels(sums))
-    assert isinstance(metric, RowMetric)
     places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
     numbers = [places[unit] for unit in units]
     scored = np.zeros(len(places), bool)
     for number, row in zip(numbers, counts, strict=True):
-        scored[number] |= any(each.size for each in row.values())
+        scored[number] |= metric.has_counts(row)
     left_out = {name: np.full(1, np.nan) for name in metric.scores}
     if len(places) > 1:
         left_out = metric.leave_one_out(counts, numbers)
     return UnitScores(metric.score_rows(counts), left_out, scored)
 
 
-def metric_intervals(metric: ImageMetric, scores: UnitScores) -> dict[str, list[float] | None]:
+def metric_intervals(metric: RowMetric, scores: UnitScores) -> dict[str, list[float] | None]:
     """Return the 95 % interval of each score of a metric but `totals`, over the units in which it counts something."""
     left_out = {key: each[scores.scored] for key, each in scores.left_out.items()}
     found = estimate_scores(scores.values, left_out, metric.unbounded, {})
@@ -116,7 +107,7 @@ class FurtherScore:
     scored: Sequence[bool]
 
 
-def further_scores(metric: ImageMetric, scores: UnitScores) -> dict[str, FurtherScore]:
+def further_scores(metric: RowMetric, scores: UnitScores) -> dict[str, FurtherScore]:
     """Return the scores of a metric by name, without `unbounded` ones."""
     values, left_out, scored = scores
     return {

@@ -18,7 +18,7 @@ from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
-from dinoseg.core.metric import ImageMetric, RowMetric
+from dinoseg.core.metric import Metric, RowMetric
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.shapes import SegmentationData
@@ -302,7 +302,7 @@ class Builder(ModelBuilder):
         return self.with_changes({METRIC: compose_options({METRIC: added})[METRIC]}) if added else self
 
     @cached_property
-    def metrics(self) -> list[ImageMetric]:
+    def metrics(self) -> list[RowMetric]:
         """The metrics of `metric_nodes`, in addition to what every validation counts.
 
         Metrics of a task of layers count each layer by itself, except those that `needs_bins`.
@@ -312,14 +312,14 @@ class Builder(ModelBuilder):
                 task does not predict.
         """
         has_layers = self.task.has_layers
-        metrics: list[ImageMetric] = []
+        metrics: list[RowMetric] = []
         for name, node in self.metric_nodes.items():
             if not OmegaConf.is_dict(node):
                 raise UserError(
                     f"metric.{name}={node} is not a metric. Choose options of the group metric: metric=[NAME]. In its "
                     "YAML file, `_target_` and its arguments are below the key NAME:."
                 )
-            metric = expect_type(ImageMetric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
+            metric = expect_type(RowMetric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             if metric.needs_objects and not self.task.has_objects:
                 raise UserError(
                     f"metric=[{name}] compares objects, which task={self.options['task']} does not predict. Leave it "
@@ -327,7 +327,7 @@ class Builder(ModelBuilder):
                 )
             with name_parameters(argument_keys(node)):
                 metric.check_classes(len(self.class_names), has_layers=has_layers)
-            is_whole = metric.needs_bins or isinstance(metric, RowMetric)
+            is_whole = metric.needs_bins or not isinstance(metric, Metric)
             metrics.append(metric if is_whole or not has_layers else instantiate(_LAYER_METRIC)(metric))
         return metrics
 

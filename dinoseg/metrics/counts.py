@@ -1,16 +1,8 @@
-"""Counts and ratios derived from them; no torch.
+"""Counts of pixels of a reference and a prediction, exact in int64, and ratios derived from them; no torch."""
 
-They are counts of pixels of a reference and a prediction, exact in int64, or those of a metric as one array, in which
-rows of images or videos are summed and left out.
-"""
-
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from collections.abc import Sequence
 
 import numpy as np
-
-from dinoseg.core.metric import Counts, Metric
 
 
 def confusion(reference: np.ndarray, prediction: np.ndarray, size: int) -> np.ndarray:
@@ -71,53 +63,3 @@ def mean_defined(values: np.ndarray) -> np.ndarray:
     """Return the mean over the last axis, ignoring nan; nan if all entries are nan."""
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1))
-
-
-def flatten_counts(counts: Counts) -> np.ndarray:
-    """Return the counts of an image as one array (d,) in the type that holds all of them."""
-    return np.concatenate([np.ravel(value) for value in counts.values()])
-
-
-@dataclass(frozen=True)
-class FlatMetric:
-    """A metric as a function of flat sums (..., d), as `jackknife` takes it.
-
-    Args:
-        metric: the metric.
-        shapes: shape of each of its counts, by name.
-    """
-
-    metric: Metric
-    shapes: Mapping[str, tuple[int, ...]]
-    highest: ClassVar[Mapping[str, float]] = {}
-
-    @classmethod
-    def of(cls, metric: Metric, counts: Counts) -> Self:
-        """Return the function for a metric with the shapes of an image's counts."""
-        return cls(metric, {name: np.shape(value) for name, value in counts.items()})
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Return the names of the scores."""
-        return [*self.metric.scores]
-
-    @property
-    def unbounded(self) -> Collection[str]:
-        """Return the names of the scores that may lie outside 0..1."""
-        return self.metric.unbounded
-
-    @property
-    def size(self) -> int:
-        """Return d."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
-
-    def split(self, sums: np.ndarray) -> Counts:
-        """Return the counts (..., *shape) by name, from flat sums (..., d)."""
-        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()])[:-1]
-        parts = np.split(sums, ends, axis=-1)
-        named = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.reshape((*sums.shape[:-1], *shape)) for (name, shape), part in named}
-
-    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each score (...) from flat sums (..., d); nan where undefined."""
-        return self.metric.compute(self.split(sums))

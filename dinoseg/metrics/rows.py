@@ -11,10 +11,10 @@ from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import (
     INFINITE_IMAGES,
     Counts,
-    ImageMetric,
     LabelledImage,
     Metric,
     PredictedImage,
+    RowMetric,
     check_forms,
     check_infinite_scores,
     count_image,
@@ -69,7 +69,7 @@ class MetricRows:
 
     def __init__(
         self,
-        metrics: Sequence[ImageMetric],
+        metrics: Sequence[RowMetric],
         data: SegmentationData,
         rank: int = 0,
         world_size: int = 1,
@@ -166,7 +166,7 @@ class MetricRows:
                 row[name] = value
 
 
-def _count(metric: ImageMetric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+def _count(metric: RowMetric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
     """Return the counts of an image; those that add up have whole numbers in their shortest type."""
     counts = count_image(metric, prediction, sample)
     # a `RowMetric` computes with its rows: differences of narrow types would wrap around
@@ -181,7 +181,7 @@ def _count(metric: ImageMetric, prediction: PredictedImage, sample: LabelledImag
     }
 
 
-def check_score_names(metrics: Iterable[ImageMetric]) -> None:
+def check_score_names(metrics: Iterable[RowMetric]) -> None:
     """Refuse metrics with a score of the same name as another score of an evaluation, or with half of two scores.
 
     Raises:
@@ -199,7 +199,7 @@ def check_score_names(metrics: Iterable[ImageMetric]) -> None:
             seen.add(name)
 
 
-def _check_scores(metric: ImageMetric, scores: Mapping[str, np.ndarray]) -> None:
+def _check_scores(metric: RowMetric, scores: Mapping[str, np.ndarray]) -> None:
     if scores.keys() != metric.scores.keys():
         raise UserError(
             f"metric: {metric.class_name} returns the scores {[*scores]}, and its `scores` are "

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from dinoseg.core.metric import ImageMetric
+from dinoseg.core.metric import RowMetric
 from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.wording import count_of
 
@@ -30,7 +30,7 @@ def class_table(
     scores: Mapping[str, Any],
     classes: Sequence[str],
     background: int | None = None,
-    metrics: Sequence[ImageMetric] = (),
+    metrics: Sequence[RowMetric] = (),
 ) -> str:
     """Return the scores of a `ConfusionMatrix` as text, in percent: one row per class, then the means.
 
@@ -68,7 +68,7 @@ def class_table(
     return f"{table}\n\n{shown}{text}{notes}"
 
 
-def object_columns(metrics: Sequence[ImageMetric]) -> list[str]:
+def object_columns(metrics: Sequence[RowMetric]) -> list[str]:
     """Return the names of the scores of classes that tables of objects show; empty without metrics of objects."""
     return [name for metric in metrics for name in metric.class_columns]
 
@@ -135,7 +135,7 @@ def _text_row(row: Mapping[str, Any], name: str) -> list[str]:
     return [str(row["id"]), name, *scores, f"{row['pixels']:,}"]
 
 
-def metric_text(metric: ImageMetric, name: str, score: float | None) -> str:
+def metric_text(metric: RowMetric, name: str, score: float | None) -> str:
     """Return a score of a metric as text: in percent, or as a plain number if it may lie outside 0..1."""
     return _with_sign(score) if score is None or name not in metric.unbounded else f"{score:.4g}"
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss, overrides_both
-from dinoseg.core.metric import ImageMetric
+from dinoseg.core.metric import RowMetric
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.task import SEMANTIC, Task
@@ -69,7 +69,7 @@ class ImageDataModule:
     pictures: int = 0
     views: Count | None = None
     cache: BatchCache | None = None
-    metrics: Sequence[ImageMetric] = ()
+    metrics: Sequence[RowMetric] = ()
     task: Task = SEMANTIC
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = field(init=False)

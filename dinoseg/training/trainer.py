@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
-from dinoseg.core.metric import FINITE_MEAN, INFINITE_IMAGES, ImageMetric, find_infinite_score, split_infinite
+from dinoseg.core.metric import FINITE_MEAN, INFINITE_IMAGES, RowMetric, find_infinite_score, split_infinite
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint, Progress
@@ -212,7 +212,7 @@ def selects_checkpoints(score: str, names: Sequence[str]) -> bool:
 
 
 def explain_score(
-    score: str, names: Sequence[str], metrics: Sequence[str] = (), chosen: Mapping[str, ImageMetric] | None = None
+    score: str, names: Sequence[str], metrics: Sequence[str] = (), chosen: Mapping[str, RowMetric] | None = None
 ) -> UserError:
     """Return the error of a score that selects no checkpoint.
 

@@ -8,11 +8,11 @@ import torch
 from mistakes import refusals
 from test_metric_contract import CLASSES, METRICS, OUTLINES, Share, score, ugly_case
 
+from dinoseg.core import metric as metric_module
 from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric, sum_counts
 from dinoseg.core.shapes import Batch
 from dinoseg.evaluation.unit_scores import leave_units_out
-from dinoseg.metrics.counts import FlatMetric, flatten_counts
 from dinoseg.metrics.layers import LayerMetric
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.rows import MetricRows
@@ -51,14 +51,18 @@ def test_any_number_of_ranks_gives_equal_scores(world_size):
     assert 0 < one["ece"] < 1
 
 
-def test_flat_sums_give_the_scores_of_counts():
+@pytest.mark.parametrize("at_once", [1, 2**7, 2**22])
+def test_scores_without_a_unit_are_those_of_the_other_rows(monkeypatch, at_once):
+    monkeypatch.setattr(metric_module, "_AT_ONCE", at_once)
     images = [pair for seed in range(6) for pair in ugly_case(seed)]
+    units = [number % 7 for number in range(len(images))]
     for name, metric in (*OUTLINES, ("miou", MeanIoU()), ("share", Share())):
         rows = [metric.count(PredictedImage(ids), LabelledImage(mask, CLASSES)) for ids, mask in images]
-        flat = FlatMetric.of(metric, rows[0])
-        sums = np.stack([flatten_counts(row) for row in rows])
-        assert sums.shape == (len(rows), flat.size) and name in flat.keys
-        assert float(flat.scores(sums.sum(0))[name]) == pytest.approx(score(metric, images)[name], abs=1e-12)
+        found, expected = metric.leave_one_out(rows, units), RowMetric.leave_one_out(metric, rows, units)
+        assert found.keys() == metric.scores.keys() and np.isfinite(found[name]).all()
+        assert {key: each.tolist() for key, each in found.items()} == {
+            key: pytest.approx(each.tolist(), abs=1e-12, nan_ok=True) for key, each in expected.items()
+        }
 
 
 BLANK = np.zeros((CLASSES, 2, 4), np.uint8)

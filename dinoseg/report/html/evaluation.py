@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.core.metric import ImageMetric
+from dinoseg.core.metric import RowMetric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
 from dinoseg.report.html.pictures import OUTLINES, EvaluatedImages, ObjectShot, Shot, object_card, prediction_card
@@ -53,7 +53,7 @@ class EvaluationScores:
     values: Mapping[str, Any]
     intervals: Mapping[str, list[float] | None]
     official: Mapping[str, Any] | None = None
-    metrics: Sequence[ImageMetric] = ()
+    metrics: Sequence[RowMetric] = ()
     charts: Sequence[Mapping[str, Any]] = ()
 
 
@@ -174,7 +174,7 @@ def boundary_rows(distances: Sequence[int], bands: np.ndarray) -> list[tuple[str
     ]
 
 
-def _metric_interval(metric: ImageMetric, name: str, limits: Sequence[float] | None) -> str:
+def _metric_interval(metric: RowMetric, name: str, limits: Sequence[float] | None) -> str:
     if limits is None:
         return ""
     return " .. ".join(f"{end:.4g}" for end in limits) if name in metric.unbounded else format_interval(limits)

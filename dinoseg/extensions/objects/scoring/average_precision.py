@@ -10,7 +10,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, LabelledImage, PredictedImage, RowMetric
+from dinoseg.core.metric import Counts, LabelledImage, PredictedImage
 from dinoseg.core.objects import Objects
 from dinoseg.core.runs import overlaps
 from dinoseg.extensions.objects.scoring.errors import ObjectMetric
@@ -101,7 +101,7 @@ def _lie_within(areas: np.ndarray) -> np.ndarray:
     return (areas >= AREAS[:, :1]) & (areas <= AREAS[:, 1:])
 
 
-class InstanceAveragePrecision(ObjectMetric, RowMetric):
+class InstanceAveragePrecision(ObjectMetric):
     """AP over IoUs of 0.5 to 0.95, at 0.5 and 0.75, and of small, medium and large objects.
 
     Each is a mean over the classes that have such an object; nan without any. Sizes are areas of masks in pixels.

@@ -5,14 +5,14 @@ from collections.abc import Collection, Mapping
 import cv2
 import numpy as np
 
-from dinoseg.core.metric import Counts, ImageMetric, LabelledImage, PredictedImage
+from dinoseg.core.metric import Counts, LabelledImage, PredictedImage, RowMetric
 from dinoseg.core.objects import Objects
 from dinoseg.core.runs import overlaps
 
 SURE = 0.5  # score from which a predicted object is found or invented
 
 
-class ObjectMetric(ImageMetric):
+class ObjectMetric(RowMetric):
     """Base class of metrics of objects, which also count and draw those that are found, missed and invented.
 
     Attributes:
