@@ -91,7 +91,7 @@ class RowMetric(ABC):
         needs_bins: whether `count` needs `PredictedImage.bins`. It then takes masks with layers, too, as a whole.
         needs_objects: whether `count` needs the `objects` of `PredictedImage` and `LabelledImage`.
         class_columns: names of values of `score_classes` in 0..1 that tables of objects show, beside the numbers of
-            `count_errors`; only of a metric that has this method.
+            `find_errors`; only of a metric that has this method.
 
     Examples:
         >>> import numpy as np
@@ -177,21 +177,8 @@ class RowMetric(ABC):
         """Return whether the counts of an image say something about a score; by default, whether there are rows."""
         return any(np.size(each) for each in row.values())
 
-    def count_errors(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
-        """Return numbers (K,) of objects that are `found`, `missed` and `invented`; only of a metric of objects."""
-        raise NotImplementedError
-
-    def draw_errors(
-        self, prediction: PredictedImage, sample: LabelledImage, canvas: np.ndarray, colours: Mapping[str, tuple]
-    ) -> None:
-        """Draw these objects; only of a metric of objects.
-
-        Args:
-            prediction: of an image.
-            sample: its labels.
-            canvas: (h, w, 3) uint8, the image at any size.
-            colours: RGB of the objects by the names of `count_errors`.
-        """
+    def find_errors(self, prediction: PredictedImage, sample: LabelledImage) -> dict[str, Objects]:
+        """Return the objects that are `found`, `missed` and `invented`; only of a metric of objects."""
         raise NotImplementedError
 
     def score(self, rows: Iterable[Counts]) -> dict[str, float | None]:

@@ -1,19 +1,20 @@
 """Per-image results of an evaluation for its report: exact counts, sampled logits and a few images."""
 
-import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import starmap
 
 import numpy as np
 from torch import Tensor
 
 from dinoseg.core.geometry import LATTICE, lattice
-from dinoseg.core.metric import Counts, LabelledImage, plain_score
+from dinoseg.core.metric import LabelledImage, plain_score
+from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.miou import MeanIoU, count_classes
 from dinoseg.metrics.surface import boundary_errors
-from dinoseg.report.html.pictures import OUTLINES, ObjectShot, Shot, mark_pixels
+from dinoseg.report.html.pictures import ObjectShot, Shot, outline_objects
 from dinoseg.report.overlay import downscale, downscale_mask
 from dinoseg.utils.levels import to_display
 
@@ -57,9 +58,8 @@ class Collector:
         per_image = _LOGITS // (len(data.classes) * max(len(data), 1))
         self._samples = min(max(per_image, 1), LATTICE)  # sampled pixels per image
         self._rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-        self._best: list[tuple[float, int, Shot]] = []
-        self._worst: list[tuple[float, int, Shot]] = []
-        self._errors: list[tuple[int, int, ObjectShot]] = []
+        # the best images, the worst and those with the most errors: a score, minus the index, and values of a shot
+        self._shots: dict[str, list[tuple[float, int, tuple]]] = {"best": [], "worst": [], "errors": []}
 
     def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
         """Add a batch, in the form that `evaluate` passes to `on_batch`."""
@@ -79,72 +79,69 @@ class Collector:
                 boundary = np.stack([boundary_errors(*layers, ignored) for layers in pairs]).sum(axis=0)
                 samples = np.empty((0, len(mask)), np.float32), np.empty(0, np.uint8)
             self._rows.append((self._next, counts, boundary, *samples))
-            self._store_image(image_mious(counts[None])[0], batch.image[row], prediction, mask)
+            score = image_mious(counts[None])[0]
+            if score is not None:
+                make = partial(_make_shot, self._next, score, batch.image[row], prediction, mask)
+                self._store("best", score, self._next, make)
+                self._store("worst", -score, self._next, make)
             self._next += self._world
 
-    def add_errors(
-        self, index: int, image: Tensor, counts: Counts, draw: Callable[[np.ndarray, Mapping[str, tuple]], None]
-    ) -> None:
+    def add_errors(self, index: int, image: Tensor, found: Mapping[str, Objects]) -> None:
         """Add the objects of an image, as `MetricRows` passes them to `on_errors`."""
-        numbers = {name: int(each.sum()) for name, each in counts.items()}
-        errors = numbers["missed"] + numbers["invented"]
-        key = errors, -index  # ties store the earlier image, independent of its rank
-        if not errors or (len(self._errors) == SHOWN and key < self._errors[0][:2]):
-            return
-        frame = np.array(downscale(to_display(image.permute(1, 2, 0).cpu().numpy()), _LONGEST))
-        outlines = mark_pixels(frame, [])
-        draw(outlines, OUTLINES)
-        shot = ObjectShot(index, numbers, frame, outlines)
-        heapq.heappush(self._errors, (*key, shot))
-        if len(self._errors) > SHOWN:
-            heapq.heappop(self._errors)
+        errors = len(found["missed"]) + len(found["invented"])
+        if errors:
+            self._store("errors", errors, index, partial(_make_object_shot, index, image, found))
+
+    def _store(self, name: str, score: float, index: int, make: Callable[[], Shot | ObjectShot]) -> None:
+        """Store an image if its score is one of the highest; ties store the earlier image, independent of its rank."""
+        shots, key = self._shots[name], (score, -index)
+        if len(shots) < SHOWN or key > shots[-1][:2]:
+            shots.append((*key, tuple(vars(make()).values())))
+            shots.sort(reverse=True)
+            del shots[SHOWN:]
 
     @property
-    def parts(self) -> list[tuple[list, list[tuple], list[tuple]]]:
+    def parts(self) -> list[tuple[list, dict[str, list]]]:
         """Return this rank's results as a list of one entry, for `Engine.gather`."""
-        shots = {index: shot for heap in (self._best, self._worst) for _, index, shot in heap}
-        errors = [tuple(vars(shot).values()) for _, _, shot in self._errors]
-        return [(self._rows, [tuple(vars(shot).values()) for shot in shots.values()], errors)]
-
-    def _store_image(self, score: float | None, image: Tensor, prediction: np.ndarray, mask: np.ndarray) -> None:
-        if score is None:
-            return
-        # ties store the earlier image, independent of its rank
-        entries = [(self._best, (score, -self._next)), (self._worst, (-score, -self._next))]
-        wanting = [(heap, key) for heap, key in entries if len(heap) < SHOWN or key > heap[0][:2]]
-        if not wanting:
-            return
-        frame = to_display(image.permute(1, 2, 0).cpu().numpy())
-        masks = [np.array(downscale_mask(each, _LONGEST)) for each in (prediction, mask)]
-        shot = Shot(self._next, score, np.array(downscale(frame, _LONGEST)), *masks)
-        for heap, key in wanting:
-            heapq.heappush(heap, (*key, shot))
-            if len(heap) > SHOWN:
-                heapq.heappop(heap)
+        return [(self._rows, self._shots)]
 
 
-def join(parts: Iterable[tuple[list, list[tuple], list[tuple]]]) -> Collected:
+def join(parts: Iterable[tuple[list, dict[str, list]]]) -> Collected:
     """Merge the results of all ranks."""
     parts = list(parts)
-    rows = sorted((row for rows, _, _ in parts for row in rows), key=lambda row: row[0])
-    shots = list({shot.index: shot for _, shots, _ in parts for shot in starmap(Shot, shots)}.values())
-    errors = [ObjectShot(*shot) for _, _, shots in parts for shot in shots]
-    best = sorted(shots, key=lambda shot: (-shot.score, shot.index))[:SHOWN]
-    worst = sorted(shots, key=lambda shot: (shot.score, shot.index))[:SHOWN]
+    rows = sorted((row for rows, _ in parts for row in rows), key=lambda row: row[0])
+    best, worst, errors = (
+        [values for *_, values in sorted((each for _, shots in parts for each in shots[name]), reverse=True)[:SHOWN]]
+        for name in ("best", "worst", "errors")
+    )
     # with few distinct images, show each once: the better half as best
-    distinct = {shot.index: shot for shot in (*best, *worst)}
-    if len(distinct) < 2 * SHOWN:
-        order, half = sorted(distinct.values(), key=lambda shot: (-shot.score, shot.index)), (len(distinct) + 1) // 2
-        best, worst = order[:half], sorted(order[half:], key=lambda shot: (shot.score, shot.index))
+    distinct = {shot.index: shot for shot in starmap(Shot, (*best, *worst))}
+    shots, half = [*distinct.values()], (len(distinct) + 1) // 2
     return Collected(
         classes=np.stack([row[1] for row in rows]),
         boundary=np.stack([row[2] for row in rows]),
         logits=np.concatenate([row[3] for row in rows]),
         labels=np.concatenate([row[4] for row in rows]),
-        best=best,
-        worst=worst,
-        errors=sorted(errors, key=lambda shot: (-shot.errors, shot.index))[:SHOWN],
+        best=shots[:half],
+        worst=sorted(shots[half:], key=lambda shot: (shot.score, shot.index)),
+        errors=[*starmap(ObjectShot, errors)],
     )
+
+
+def _make_shot(index: int, score: float, image: Tensor, prediction: np.ndarray, mask: np.ndarray) -> Shot:
+    masks = [np.array(downscale_mask(each, _LONGEST)) for each in (prediction, mask)]
+    return Shot(index, score, _shrink(image), *masks)
+
+
+def _make_object_shot(index: int, image: Tensor, found: Mapping[str, Objects]) -> ObjectShot:
+    frame = _shrink(image)
+    numbers = {name: len(objects) for name, objects in found.items()}
+    return ObjectShot(index, numbers, frame, outline_objects(frame, found))
+
+
+def _shrink(image: Tensor) -> np.ndarray:
+    """Return an image (3, H, W) for the page, (h, w, 3) uint8."""
+    return np.array(downscale(to_display(image.permute(1, 2, 0).cpu().numpy()), _LONGEST))
 
 
 def image_mious(counts: np.ndarray) -> list[float | None]:

@@ -1,7 +1,6 @@
 """Counts of metrics for each image of a dataset, on any number of ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,10 +41,8 @@ _TAKEN = (
     "classes",
 )
 _ROUNDING = 1e-9  # shares of float64 sums may exceed 1 by this much
-# index of an image in the dataset, the counts of each metric, and `count_errors` of the first one with `class_columns`
-Row = tuple[int, list[Counts], Counts]
-# called with the index of an image, its pixels (3, H, W), its `count_errors`, and a function that draws them
-OnErrors = Callable[[int, Tensor, Counts, Callable[[np.ndarray, Mapping[str, tuple]], None]], None]
+# called with the index of an image, its pixels (3, H, W), and its objects by `find_errors`
+OnErrors = Callable[[int, Tensor, Mapping[str, Objects]], None]
 
 
 class MetricRows:
@@ -60,8 +57,8 @@ class MetricRows:
 
     Attributes:
         counts: of each metric, by image; set by `add_scores`.
-        errors: of each image `count_errors` of the first metric with `class_columns`, empty without any; set by
-            `add_scores`.
+        errors: of each image the numbers (K,) of objects by `find_errors` of the first metric with `class_columns`;
+            none without any. Set by `add_scores`.
 
     Raises:
         UserError: a metric needs objects, which the dataset lacks, or takes other classes as things.
@@ -91,7 +88,8 @@ class MetricRows:
         self.errors: list[Counts] = []
         self._on_errors = on_errors
         self._data, self._next, self._world = data, rank, world_size
-        self._rows: list[Row] = []
+        # index of an image in the dataset, and the counts of each metric, then those of errors
+        self._rows: list[tuple[int, list[Counts]]] = []
 
     def add(
         self,
@@ -110,6 +108,7 @@ class MetricRows:
             bins: (B, K, H, W); None unless `needs_bins`.
             objects: predicted in each image; None unless `needs_objects`.
         """
+        classes = len(self._data.classes)
         masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
         places = lattice((masks.shape[-2], masks.shape[-1]))
         needs_logits = any(metric.needs_logits for metric in self.metrics)
@@ -125,15 +124,14 @@ class MetricRows:
                 None if objects is None else objects[image],
             )
             labelled = None if held is None else Objects.of_map(held[image])
-            sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name, labelled)
+            sample = LabelledImage(masks[image], classes, self._data.ignore_index, name, labelled)
             counts = [_count(metric, prediction, sample) for metric in self.metrics]
-            errors: Counts = {}
             if self._of_errors is not None:
-                errors = self._of_errors.count_errors(prediction, sample)
+                found = self._of_errors.find_errors(prediction, sample)
+                counts.append({key: np.bincount(each.classes, minlength=classes) for key, each in found.items()})
                 if self._on_errors is not None:
-                    draw = partial(self._of_errors.draw_errors, prediction, sample)
-                    self._on_errors(self._next, batch.image[image], errors, draw)
-            self._rows.append((self._next, counts, errors))
+                    self._on_errors(self._next, batch.image[image], found)
+            self._rows.append((self._next, counts))
             self._next += self._world
 
     def add_scores(self, result: dict[str, Any], gather: Callable[[list[Any]], list[Any]]) -> None:
@@ -149,9 +147,9 @@ class MetricRows:
                 shapes.
         """
         rows = sorted(gather(self._rows), key=lambda row: row[0])
-        self.counts = [[counts[number] for _, counts, _ in rows] for number in range(len(self.metrics))]
-        self.errors = [errors for _, _, errors in rows]
-        names = [self._data.names[index] for index, _, _ in rows]
+        self.counts = [[counts[number] for _, counts in rows] for number in range(len(self.metrics))]
+        self.errors = [counts[-1] for _, counts in rows if self._of_errors is not None]
+        names = [self._data.names[index] for index, _ in rows]
         for metric, counts in zip(self.metrics, self.counts, strict=True):
             if isinstance(metric, Metric):
                 check_forms(metric, counts, names)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +74,13 @@ def evaluate(
     for drawn in batches:
         batch = drawn.to(engine.device)
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        predicted = _predict_batch(predictor, batch, loss, maps, size, rows)
-        losses += predicted.losses
-        counts.update(predicted.ids, batch.mask)
+        ids, logits, bins, objects, added = _predict_batch(predictor, batch, loss, maps, size, rows)
+        losses += added
+        counts.update(ids, batch.mask)
         if rows is not None:
-            rows.add(batch, predicted.ids, predicted.logits, predicted.bins, predicted.objects)
+            rows.add(batch, ids, logits, bins, objects)
         if on_batch is not None:
-            on_batch(batch, predicted.ids, predicted.logits)
+            on_batch(batch, ids, logits)
     model.train(training)
     # integers, so that the sum over ranks is exact in any order
     counts.counts = engine.sum(counts.counts.to(engine.device))
@@ -94,16 +94,6 @@ def evaluate(
     return result
 
 
-class _PredictedBatch(NamedTuple):
-    """Predictions of a batch, as `_read` returns them, with the objects of each image and the losses."""
-
-    ids: Tensor
-    logits: Tensor
-    bins: Tensor | None
-    objects: list[Objects] | None
-    losses: list[Tensor]
-
-
 def _predict_batch(
     predictor: Predictor,
     batch: Batch,
@@ -111,18 +101,17 @@ def _predict_batch(
     kinds: Mapping[str, MapKind],
     size: Size,
     rows: MetricRows | None,
-) -> _PredictedBatch:
-    """Predict a batch at `size` (H, W), with what the loss and the metrics of the rows need."""
+) -> tuple[Tensor, Tensor, Tensor | None, list[Objects] | None, list[Tensor]]:
+    """Return what `MetricRows.add` takes of a batch that is predicted at `size` (H, W), and the losses."""
     losses: list[Tensor] = []
-    needs_bins = rows is not None and rows.needs_bins
-    needs_objects = rows is not None and rows.needs_objects
+    needs_bins, needs_objects = (False, False) if rows is None else (rows.needs_bins, rows.needs_objects)
     if isinstance(batch, FeatureBatch):
         with predictor.autocast():
             prediction = predictor.model(batch.image)
         if loss is not None:
             losses += _losses_of_images(loss, prediction, batch)
         read = _read([prediction], size, needs_bins=needs_bins)
-        return _PredictedBatch(*read, prediction.objects(size) if needs_objects else None, losses)
+        return *read, prediction.objects(size) if needs_objects else None, losses
     found = ObjectCollector(predictor.model.task, batch.count, size)
 
     def on_pass(prediction: Prediction, parts: Tensor, places: Sequence[Place], whole: Size) -> None:
@@ -137,10 +126,9 @@ def _predict_batch(
         found.clear()
         return _read(bands, size, needs_bins=needs_bins)
 
-    read = predictor.run_bands(
-        batch.image, take, size=size, on_pass=on_pass if loss is not None or needs_objects else None
-    )
-    return _PredictedBatch(*read, found.objects() if needs_objects else None, losses)
+    needs_passes = loss is not None or needs_objects
+    read = predictor.run_bands(batch.image, take, size=size, on_pass=on_pass if needs_passes else None)
+    return *read, found.objects() if needs_objects else None, losses
 
 
 def _read(bands: Iterable[Prediction], size: Size, *, needs_bins: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Palette
 from dinoseg.report.overlay import blend, legend_of
 from dinoseg.report.table import percent
@@ -78,11 +79,6 @@ class ObjectShot:
     frame: np.ndarray
     outlines: np.ndarray
 
-    @property
-    def errors(self) -> int:
-        """The number of objects that are missed or invented."""
-        return self.numbers["missed"] + self.numbers["invented"]
-
 
 @dataclass(frozen=True)
 class PairShot:
@@ -126,6 +122,18 @@ def object_card(shot: ObjectShot, evaluated: EvaluatedImages) -> dict[str, Any]:
         "panels": [("frame", shot.frame), ("objects", shot.outlines)],
         "legend": [*OUTLINES.items()],
     }
+
+
+def outline_objects(frame: np.ndarray, found: Mapping[str, Objects]) -> np.ndarray:
+    """Return a dark grey frame (h, w, 3), an image at any size, with the outlines of its objects by `OUTLINES`."""
+    drawn = mark_pixels(frame, [])
+    for name, objects in found.items():
+        for runs in objects.masks:
+            mask = runs.to_mask(objects.size).astype(np.uint8)
+            resized = cv2.resize(mask, (frame.shape[1], frame.shape[0]), interpolation=cv2.INTER_NEAREST)
+            contours, _ = cv2.findContours(resized, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+            cv2.drawContours(drawn, contours, -1, OUTLINES[name], 2)
+    return drawn
 
 
 def pair_card(shot: PairShot, sides: tuple[str, str], evaluated: EvaluatedImages) -> dict[str, Any]:

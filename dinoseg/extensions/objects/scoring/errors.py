@@ -1,11 +1,10 @@
-"""Objects that a prediction finds, misses and invents: their numbers, and pictures of their outlines."""
+"""Objects that a prediction finds, misses and invents."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
-import cv2
 import numpy as np
 
-from dinoseg.core.metric import Counts, LabelledImage, PredictedImage, RowMetric
+from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric
 from dinoseg.core.objects import Objects
 from dinoseg.core.runs import overlaps
 
@@ -13,7 +12,7 @@ SURE = 0.5  # score from which a predicted object is found or invented
 
 
 class ObjectMetric(RowMetric):
-    """Base class of metrics of objects, which also count and draw those that are found, missed and invented.
+    """Base class of metrics of objects, which also find those that are missed and invented.
 
     Attributes:
         thing_ids: classes whose objects are compared; None: all.
@@ -22,23 +21,8 @@ class ObjectMetric(RowMetric):
     needs_objects = True
     thing_ids: Collection[int] | None = None
 
-    def count_errors(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
-        """Return the numbers (K,) of objects of each class that are `found`, `missed` and `invented`."""
-        compared = self._compare(prediction, sample)
-        return {name: np.bincount(each.classes, minlength=sample.num_classes) for name, each in compared.items()}
-
-    def draw_errors(
-        self, prediction: PredictedImage, sample: LabelledImage, canvas: np.ndarray, colours: Mapping[str, tuple]
-    ) -> None:
-        """Draw the outlines of the objects."""
-        for name, objects in self._compare(prediction, sample).items():
-            for runs in objects.masks:
-                mask = runs.to_mask(objects.size).astype(np.uint8)
-                resized = cv2.resize(mask, (canvas.shape[1], canvas.shape[0]), interpolation=cv2.INTER_NEAREST)
-                contours, _ = cv2.findContours(resized, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-                cv2.drawContours(canvas, contours, -1, colours[name], 2)
-
-    def _compare(self, prediction: PredictedImage, sample: LabelledImage) -> dict[str, Objects]:
+    def find_errors(self, prediction: PredictedImage, sample: LabelledImage) -> dict[str, Objects]:
+        """Return the objects that are `found`, `missed` and `invented`, see `compare_objects`."""
         assert prediction.objects is not None and sample.objects is not None
         things = range(sample.num_classes) if self.thing_ids is None else self.thing_ids
         return compare_objects(sample.objects, prediction.objects, things)

@@ -30,7 +30,7 @@ from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
 from dinoseg.extensions.protocols.folders import score_cases
 from dinoseg.extensions.protocols.summary import summary
 from dinoseg.metrics.rows import MetricRows
-from dinoseg.report.html.pictures import OUTLINES, object_card
+from dinoseg.report.html.pictures import OUTLINES, object_card, outline_objects
 from dinoseg.report.table import class_table
 from dinoseg.training.rendezvous import decode_message, encode_message
 
@@ -152,10 +152,10 @@ def test_errors_are_counted_by_image_and_class():
         "invented": [0, 0, 0],
     }
     assert [row["missed"] for row in result["classes"]] == [3, 0, 0]
-    assert [index for index, *_ in seen] == [0, 1] and seen[0][2]["invented"].tolist() == [1, 1, 0]
-    canvas = np.zeros((12, 12, 3), np.uint8)
-    seen[1][3](canvas, {"found": (1, 0, 0), "missed": (0, 1, 0), "invented": (0, 0, 1)})
-    assert canvas[:6, :, 1].any() and not canvas[8:].any() and not canvas[..., [0, 2]].any()
+    assert [index for index, *_ in seen] == [0, 1] and seen[0][2]["invented"].classes.tolist() == [0, 1]
+    drawn = outline_objects(np.zeros((12, 12, 3), np.uint8), seen[1][2])
+    assert (drawn[:6] == OUTLINES["missed"]).all(axis=-1).any() and not drawn[8:].any()
+    assert {tuple(colour) for colour in drawn.reshape(-1, 3).tolist()} == {(0, 0, 0), OUTLINES["missed"]}
 
 
 class ObjectCount(RowMetric):
@@ -176,7 +176,7 @@ def test_own_metrics_of_objects_need_no_errors():
     rows = MetricRows([ObjectCount()], data)
     result = evaluate_known(data, predicted, KnownInstances, rows)
     equal = [len(found) == len(held) for found, (_, held) in zip(predicted, data.images, strict=True)]
-    assert result["object_count"] == np.mean(equal) and rows.errors == [{}] * len(data)
+    assert result["object_count"] == np.mean(equal) and rows.errors == []
     assert "missed" not in class_table(result, data.classes, metrics=rows.metrics)
     both = MetricRows([ObjectCount(), InstanceAveragePrecision(len(data.classes))], data)
     evaluate_known(data, predicted, KnownInstances, both)
@@ -228,15 +228,19 @@ def test_images_with_most_errors_are_shown_on_any_ranks(world_size):
     ranks = [Collector(data, rank, world_size) for rank in range(world_size)]
     image = torch.zeros(3, 4, 5, dtype=torch.uint8)
     for index, each in enumerate(numbers):
-        counts = {name: np.array([0, number]) for name, number in zip(OUTLINES, (1, *each), strict=True)}
+        whole = np.ones((1, 4, 5), bool)
+        found = {
+            name: Objects.of_masks(np.repeat(whole, number, axis=0), [1] * number)
+            for name, number in zip(OUTLINES, (1, *each), strict=True)
+        }
         collector = ranks[index % world_size]
-        collector.add_errors(index, image, counts, lambda canvas, colours: canvas.fill(colours["missed"][0]))
+        collector.add_errors(index, image, found)
         mask = torch.zeros(1, 4, 5, dtype=torch.uint8)
         collector.add(Batch(image[None], mask, [data.names[index]]), mask, torch.zeros(1, 2, 4, 5))
     shown = join(part for collector in ranks for part in collector.parts).errors
     assert [shot.index for shot in shown] == [7, 2, 4, 1, 5, 8]
     assert shown[1].numbers == {"found": 1, "missed": 3, "invented": 1}
-    assert (shown[0].outlines == OUTLINES["missed"][0]).all() and not shown[0].frame.any()
+    assert (shown[0].outlines[0] == OUTLINES["missed"]).all() and not shown[0].frame.any()
     card = object_card(shown[1], SimpleNamespace(images=data.names))
     assert card["title"] == "p002" and card["summary"] == "3 of 4 objects missed, 1 invented"
 
