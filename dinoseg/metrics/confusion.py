@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.metric import plain_score
 from dinoseg.core.task import Task
+from dinoseg.metrics.counts import mean_defined, ratio
+from dinoseg.metrics.miou import MeanIoU
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import AT_LEAST_1, INTEGERS, Range, whole_number
 
@@ -135,19 +138,14 @@ class ConfusionMatrix:
             UserError: a mask held an id that is neither a class nor the ignore index.
         """
         self._raise_for_outsiders(self.counts)
-        matrix = self.matrix.tolist()
-        classes = [_class_scores(matrix, index) for index in range(self.num_classes)]
-        hits = sum(matrix[index][index] for index in range(self.num_classes))
+        matrix = self.matrix.cpu().numpy()
+        counts = np.stack([matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)])
         ignored = {"ignored_class": self.ignore_index} if 0 <= self.ignore_index < self.num_classes else {}
+        counts[2, [*ignored.values()]] = 0
+        scores = score_counts(counts, self.background)
         for index in ignored.values():
-            classes[index] |= {"iou": None, "dice": None, "precision": None}
-        return {
-            **mean_scores(classes, hits, self.background),
-            **ignored,
-            "ignored_pixels": int(self.counts[-3]),
-            "matrix": matrix,
-            "classes": classes,
-        }
+            scores["classes"][index]["predicted_pixels"] = int(matrix[:, index].sum())
+        return {**scores, **ignored, "ignored_pixels": int(self.counts[-3]), "matrix": matrix.tolist()}
 
     def _raise_for_outsiders(self, counts: Tensor, mask: Tensor | None = None) -> None:
         """Refuse counts of ids outside the classes; `mask`: the reference ids, for the message."""
@@ -201,17 +199,8 @@ class LayerCounts:
         `pixels` counts the reference's pixels of all classes. `accuracy` is the share of correct decisions, present or
         absent, over the labelled pixels of all classes.
         """
-        hits, reference, predicted, labelled = self.counts[:-1].view(4, -1).tolist()
-        rows = zip(hits, reference, predicted, strict=True)
-        classes = [class_scores(index, *row) for index, row in enumerate(rows)]
-        correct = sum(labelled) - sum(reference) - sum(predicted) + 2 * sum(hits)
-        return {
-            **mean_scores(classes, sum(hits), self.background),
-            "accuracy": correct / sum(labelled) if any(labelled) else None,
-            "ignored_pixels": int(self.counts[-1]),
-            "matrix": None,
-            "classes": classes,
-        }
+        scores = score_counts(self.counts[:-1].view(4, -1).cpu().numpy(), self.background)
+        return {**scores, "ignored_pixels": int(self.counts[-1]), "matrix": None}
 
 
 def make_counts(
@@ -222,20 +211,33 @@ def make_counts(
     return kind(num_classes, ignore_index, background)
 
 
-def mean_scores(classes: list[dict[str, Any]], hits: int, background: int | None) -> dict[str, Any]:
-    """Return the scores over all classes from those of each (`class_scores`) and the number of correct pixels."""
-    pixels = sum(row["pixels"] for row in classes)
-    scores = {"miou": _mean(row["iou"] for row in classes)}
+def score_counts(counts: np.ndarray, background: int | None) -> dict[str, Any]:
+    """Return the scores of `ConfusionMatrix.compute` from those counts of `MeanIoU`: (3, K), or of layers (4, K)."""
+    metric, sums = MeanIoU(), {"classes": counts}
+    means, values = metric.compute(sums), metric.per_class(sums)
+    objects = {}
     if background is not None:
-        objects = (row["iou"] for row in classes if row["id"] != background)
-        scores |= {"background": background, "miou_no_background": _mean(objects)}
+        mean = plain_score(mean_defined(np.delete(values["iou"], background)))
+        objects = {"background": background, "miou_no_background": mean}
+    right, reference, predicted = counts[:3]
+    shares = {
+        "iou": values["iou"],
+        "dice": values["dice"],
+        "precision": ratio(right, predicted),
+        "recall": values["accuracy"],
+    }
+    numbers = zip(reference.tolist(), predicted.tolist(), strict=True)
     return {
-        **scores,
-        "dice": _mean(row["dice"] for row in classes),
-        "accuracy": _ratio(hits, pixels),
-        "mean_accuracy": _mean(row["recall"] for row in classes),
-        "present_classes": sum(row["iou"] is not None for row in classes),
-        "pixels": pixels,
+        "miou": plain_score(means["miou"]),
+        **objects,
+        **{name: plain_score(means[name]) for name in ("dice", "accuracy", "mean_accuracy")},
+        "present_classes": int(np.isfinite(values["iou"]).sum()),
+        "pixels": int(reference.sum()),
+        "classes": [
+            {"id": index, **{name: plain_score(each[index]) for name, each in shares.items()}}
+            | {"pixels": held, "predicted_pixels": found}
+            for index, (held, found) in enumerate(numbers)
+        ],
     }
 
 
@@ -292,29 +294,3 @@ def _histogram(bins: Tensor, length: int) -> Tensor:
     # on CUDA, torch.bincount reads back the largest value, which synchronises
     zeros = torch.zeros(length, dtype=torch.int64, device=bins.device)
     return zeros.scatter_add_(0, bins, torch.ones_like(bins))
-
-
-def _class_scores(matrix: list[list[int]], index: int) -> dict[str, Any]:
-    return class_scores(index, matrix[index][index], sum(matrix[index]), sum(row[index] for row in matrix))
-
-
-def class_scores(index: int, hit: int, reference: int, predicted: int) -> dict[str, Any]:
-    """Return the scores of a class from its correct, reference and predicted pixels."""
-    return {
-        "id": index,
-        "iou": _ratio(hit, reference + predicted - hit),
-        "dice": _ratio(2 * hit, reference + predicted),
-        "precision": _ratio(hit, predicted),
-        "recall": _ratio(hit, reference),
-        "pixels": reference,
-        "predicted_pixels": predicted,
-    }
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
-
-
-def _mean(values) -> float | None:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None

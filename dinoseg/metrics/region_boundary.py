@@ -5,6 +5,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from dinoseg.metrics.counts import mean_defined
 from dinoseg.metrics.surface import check_sizes
 
 TOLERANCE = 0.008  # share of the image diagonal within which boundaries match
@@ -88,7 +89,7 @@ def statistics(values: np.ndarray) -> np.ndarray:
     limits = (np.round(np.linspace(1, length, 5) + 1e-10) - 1).astype(np.int64)
     first, last = values[..., : limits[1] + 1], values[..., limits[3] :]
     recall = (values > 0.5).mean(axis=-1)
-    return np.stack([_mean(values), recall, _mean(first) - _mean(last)], axis=-1)
+    return np.stack([mean_defined(values), recall, mean_defined(first) - mean_defined(last)], axis=-1)
 
 
 def match_proposals(region: np.ndarray, boundary: np.ndarray) -> np.ndarray:
@@ -103,13 +104,6 @@ def match_proposals(region: np.ndarray, boundary: np.ndarray) -> np.ndarray:
     quality = (region.mean(axis=2) + boundary.mean(axis=2)) / 2
     proposals, objects = linear_sum_assignment(quality, maximize=True)
     return proposals[np.argsort(objects)]
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    defined = ~np.isnan(values)
-    count = defined.sum(axis=-1)
-    total = np.where(defined, values, 0.0).sum(axis=-1)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
 def _masks(ids: np.ndarray, count: int, void: np.ndarray | None) -> list[Mask]:
