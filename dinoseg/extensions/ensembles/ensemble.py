@@ -97,7 +97,9 @@ class Ensemble:
             for each, trained in zip(builders, models, strict=True):
                 trained.model.task = each.with_changes({}).task
         facts = {
-            f"resume={each.resume}": describe_member(trained.model, trained, each.pixels.as_dict(), trained.strategy)
+            f"resume={each.resume}": describe_member(
+                trained.model, trained, each.pixels.as_dict(), trained.strategy, averages=not self.out_of_fold
+            )
             for each, trained in zip(builders, models, strict=True)
         }
         check_members(facts, "Set task.threshold=[...] with numbers for all.")
@@ -190,6 +192,7 @@ class TrainedEnsemble(Trained):
             scoring.check_unseen(folds[fold], group, [paths[number] for number in members])
         self.data = scoring.FoldedData(folds)
         scoring.check_folds(self.data, paths)
+        self.averaged.active = max(self._folds.values(), key=len)
         return self.data
 
     def batches(self, data: SegmentationData) -> Iterator[Batch] | None:
@@ -272,7 +275,12 @@ class TrainedEnsemble(Trained):
 
 
 def describe_member(
-    model: SegmentationModel, labels: Any, pixels: Mapping[str, Any], strategy: InferenceStrategy
+    model: SegmentationModel,
+    labels: Any,
+    pixels: Mapping[str, Any],
+    strategy: InferenceStrategy,
+    *,
+    averages: bool = True,
 ) -> dict[str, Any]:
     """Return what the members of an ensemble must have in common, by its name in messages.
 
@@ -281,13 +289,14 @@ def describe_member(
         labels: has its `classes` and `ignore_index`.
         pixels: format of its images.
         strategy: of its inference.
+        averages: whether members predict the same images.
 
     Raises:
         UserError: the model has slots, and no classes, or finds objects, which are no averages.
     """
     if model.head.slots is not None:
         raise UserError("A slot model has no classes, whose probabilities an ensemble averages. Leave it out.")
-    if model.task.has_objects:
+    if averages and model.task.has_objects:
         raise UserError("An ensemble averages the probabilities of classes, and finds no objects. Give a single run.")
     return {
         "classes": [*labels.classes],

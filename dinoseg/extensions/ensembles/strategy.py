@@ -89,8 +89,16 @@ class AveragedStrategy(InferenceStrategy):
         size: Size | None = None,
         on_pass: OnPass | None = None,
     ) -> Iterator[Prediction]:
-        """Yield the mean over the members as mixtures; `model` and `autocast` are those of the members."""
-        assert on_pass is None, "the passes of several models are not those of one"
+        """Yield the mean over the members as mixtures, or what a single one predicts for the callback `on_pass`.
+
+        `model` and `autocast` are those of the members.
+        """
+        if on_pass is not None:
+            (number,) = self.active  # the passes of several models are not those of one
+            member = self.members[number]
+            member.model.to(member.device)
+            yield from member.strategy.bands(member.model, rows, member.autocast, size=size, on_pass=on_pass)
+            return
         if self.ids is not None:  # also after an attempt that ran out of memory
             self.ids = {}
         groups = self.groups_of(rows.size)
@@ -103,9 +111,10 @@ class AveragedStrategy(InferenceStrategy):
             yield self._as_prediction(torch.stack(sums).sum(dim=0))
 
     @property
-    def no_objects_reason(self) -> str:
-        """Why it predicts no single objects."""
-        return "An ensemble averages the classes of pixels, and objects have no average. Give one model."
+    def no_objects_reason(self) -> str | None:
+        """Why it predicts no single objects; None: a single member predicts each image."""
+        reason = "An ensemble averages the classes of pixels, and objects have no average. Give one model, or of all "
+        return None if len(self.active) == 1 else f"{reason}folds one each, and mode.ensemble.out_of_fold=true."
 
     def reduce_memory(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Handle an out-of-memory error of any member; return whether a retry would use less memory."""

@@ -7,6 +7,7 @@ import pytest
 from command_line import SMALL, call, succeed, write_data
 
 from dinoseg.methods import images
+from dinoseg.metrics.rows import MetricRows
 from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
 from dinoseg.utils.atomic import write_text
@@ -120,3 +121,30 @@ def test_a_metric_of_objects_needs_a_task_of_objects(tmp_path, metric):
     write_data(tmp_path / "data")
     done = call(tmp_path, "mode=train", *SMALL, f"metric=[{metric}]")
     assert done.status == 1 and f"metric=[{metric}] compares objects, which task=semantic does not predict" in done.err
+
+
+def test_objects_of_all_folds_are_scored_as_one_dataset(tmp_path, monkeypatch):
+    write_data(tmp_path / "data", train=4, val=1)
+    for path in (tmp_path / "data/val").rglob("0.png"):
+        path.rename(path.with_name("4.png"))
+    write_task(tmp_path, "instances")
+    words = ("-m", "mode=train", *WORDS, "task=instances", "mode.report=false", "trainer.steps=2")
+    folds = ("data.folds=2", "data.fold=0,1", "hydra.sweep.dir=folds", "hydra.mode=MULTIRUN")
+    succeed(tmp_path, *words, *folds)
+    counted = []
+    add_scores = MetricRows.add_scores
+    monkeypatch.setattr(MetricRows, "add_scores", lambda self, *given: (add_scores(self, *given), counted.append(self)))
+    again = ("mode=eval", "engine=cpu", "engine.workers=0", "--config-dir", "own")
+    for name, resume in (("first", "folds/0"), ("second", "folds/1"), ("pooled", "folds")):
+        succeed(tmp_path, *again, f"resume={resume}", f"hydra.run.dir={name}")
+    *apart, pooled = [rows.counts[0] for rows in counted]
+    concatenated = [row for rows in apart for row in rows]
+    assert len(apart) == 2 and len(pooled) == 5
+    for row, other in zip(pooled, concatenated, strict=True):
+        assert {key: each.tolist() for key, each in row.items()} == {key: each.tolist() for key, each in other.items()}
+    scores = json.loads((tmp_path / "pooled/scores.json").read_text())
+    assert scores["AP"] == counted[0].metrics[0].score(concatenated)["AP"] > 0
+    twice = ("resume=[folds/0,folds/1,other]", "mode.ensemble.out_of_fold=true")
+    succeed(tmp_path, *words[1:], "data.folds=2", "data.fold=1", "seed=1", "hydra.run.dir=other")
+    refused = call(tmp_path, *again, *twice)
+    assert refused.status == 1 and "objects have no average" in refused.err and "folds one each" in refused.err
