@@ -1,7 +1,7 @@
 """Record of an image evaluation for comparisons: per-image counts and metadata, stored without pickle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class ImageRecord(EvaluatedImages):
         source: origin of the model.
         counts: (N, 3, K) int64 of `MeanIoU`; of layers, (N, 4, K).
         scores: scores of further metrics by name.
+        image_scores: of each image by itself, the main score of metrics of objects by name; None where undefined.
         chosen_here: whether the thresholds of the classes were chosen on this split.
     """
 
@@ -43,6 +44,7 @@ class ImageRecord(EvaluatedImages):
     counts: np.ndarray
     scores: Mapping[str, FurtherScore] = field(default_factory=dict)
     chosen_here: bool = False
+    image_scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     @property
     def scored_units(self) -> np.ndarray:

@@ -86,6 +86,11 @@ def report_images(
         counts=collected.classes,
         scores=further,
         chosen_here=scores.get("thresholds", {}).get("chosen_here", False),
+        image_scores={
+            next(iter(metric.scores)): [next(iter(metric.score([row]).values())) for row in counts]
+            for metric, counts in zip(rows.metrics, rows.counts, strict=True)
+            if metric.needs_objects
+        },
     )
     write_record(record, out_dir)
     mious = image_mious(collected.classes)

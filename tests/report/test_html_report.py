@@ -102,10 +102,11 @@ def make_comparison(name="run"):
     gaps = {key: {"value": value and 0.1 - value / 2, "ci95": limits[key], **verdict} for key, value in scores.items()}
     images = [0.3] * 11 + [None]
     others = [OtherRun(f"{name} {n}", scores, images, gaps, images, [shot], "" if n else "none") for n in (0, 1)]
-    shared = ("classes", "palette", "ignore_index", "unit", "images", "units", "mious", "about")
+    shared = ("classes", "palette", "ignore_index", "unit", "images", "units", "about")
     return dict(
         subtitle=HOSTILE,
         **{key: base[key] for key in shared},
+        image_scores=base["mious"],
         intervals="over 12 images",
         seeds="none",
         name=name,
@@ -238,8 +239,8 @@ def test_significant_differences_are_marked_beyond_colour():
     for key, value, verdict in (("miou", 0.15, "better"), ("dice", -0.25, "worse")):
         gaps[key] |= {"value": value, "verdict": f"significantly {verdict}"}
     gaps["accuracy"]["value"] = 0.0
-    mious = [0.9] * 3 + [0.0] * 2 + [None] + list(base["mious"][6:])
-    page = comparison_html(base | {"others": [replace(base["others"][1], differences=gaps, mious=mious)]})
+    mious = [0.9] * 3 + [0.0] * 2 + [None] + list(base["image_scores"][6:])
+    page = comparison_html(base | {"others": [replace(base["others"][1], differences=gaps, image_scores=mious)]})
     rows = {row[0]: row[4] for row in cells(page, "means")[1:]}
     assert rows == {"mIoU": "▲ +15.0", "mean Dice": "▼ -25.0", "pixel accuracy": "+0.0"}
     assert "is better in\n3, worse in 2 and equal in 6 of 11 images" in page
@@ -269,7 +270,7 @@ def test_last_image_marks_which_model_is_right(monkeypatch):
     )
     shot = PairShot("a", (0.1, 0.2), np.zeros((1, 5, 3), np.uint8), reference, (first, second))
     evaluated = EvaluatedImages(["a", "b"], default_palette(2), 255, "image", ["a"], ["a"])
-    pair_card(shot, ("one", "other"), evaluated)
+    pair_card(shot, ("one", "other"), evaluated, "mIoU")
     assert {colour: mask[0].tolist() for mask, colour in seen[0]} == {
         RIGHT: [False, True, False, False, False],
         WRONG: [False, False, False, True, False],
@@ -297,9 +298,11 @@ def test_a_page_grows_no_further_with_its_images():
     sizes = []
     for images in (3_000, 30_000):
         mious = draw.random(images).tolist()
-        other = replace(base["others"][1], mious=mious[::-1], decides=mious)
+        other = replace(base["others"][1], image_scores=mious[::-1], decides=mious)
         names = [f"{index:05}" for index in range(images)]
-        sizes.append(len(comparison_html(base | {"images": names, "units": names, "mious": mious, "others": [other]})))
+        sizes.append(
+            len(comparison_html(base | {"images": names, "units": names, "image_scores": mious, "others": [other]}))
+        )
     assert max(sizes) < 1.02 * min(sizes)
     assert len(thin([(float(x), float(x)) for x in range(3999)])) <= MAX
     assert [x for x, _ in thin([(0.0, 1.0), (1.0, 1.0)])] == [0.0, 1.0]

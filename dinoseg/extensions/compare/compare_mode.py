@@ -19,7 +19,7 @@ from dinoseg.extensions.compare.comparison import (
     best_first,
     find_best,
     find_bold,
-    mean_mious,
+    mean_image_scores,
     score_labels,
     scores_of,
     side_scores,
@@ -150,7 +150,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
     }
     page = comparison_page(
         record,
-        ComparedRun(first.name, scores, mean_mious(first)),
+        ComparedRun(first.name, scores, mean_image_scores(first)),
         others,
         subtitle=f"data={record.data}, split {record.split}, {count_of(record.images, 'image')}",
         intervals=intervals,

@@ -81,7 +81,7 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
     first = sides[0]
     kind = _kind(first.scored[0])
     counts = [[record.counts for record in side.scored] for side in sides]
-    mious = [mean_mious(side) for side in sides]
+    by_image = [mean_image_scores(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
 
@@ -104,7 +104,7 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
         other = sides[number]
         folders = {name: (first.place_of(name), other.place_of(name)) for name in names}
         try:
-            shots, reason = largest_differences(load, folders, mious[0], mious[number], len(sides) - 1)
+            shots, reason = largest_differences(load, folders, by_image[0], by_image[number], len(sides) - 1)
         except UserError as error:
             shots = []
             reason = f"No images: {error}"
@@ -114,7 +114,7 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
                 name=other.name,
                 scores=scores_of(other.scored),
                 differences=gaps | further[number - 1],
-                mious=mious[number],
+                image_scores=by_image[number],
                 decides=image_contributions(kind, counts[0], counts[number]),
                 shots=shots,
                 no_pictures=reason,
@@ -204,10 +204,11 @@ def _scored_sums(sides: Sequence[Side]) -> list[list[np.ndarray]]:
     return [[unit_sums(record.counts, record.units)[scored] for record in side.scored] for side in sides]
 
 
-def mean_mious(side: Side) -> list[float | None]:
-    """Return the mIoU of each image, averaged over those runs of a side where it is defined."""
-    by_image = zip(*(image_mious(record.counts) for record in side.scored), strict=True)
-    defined = [[miou for miou in of_image if miou is not None] for of_image in by_image]
+def mean_image_scores(side: Side) -> list[float | None]:
+    """Return the score that ranks runs of each image by itself, averaged over those runs where it is defined."""
+    main = find_main_score({"miou", *side.scored[0].scores})
+    by_run = [record.image_scores.get(main) or image_mious(record.counts) for record in side.scored]
+    defined = [[score for score in of_image if score is not None] for of_image in zip(*by_run, strict=True)]
     return [float(np.mean(each)) if each else None for each in defined]
 
 
@@ -293,9 +294,9 @@ def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None
             line += [other.scores[key], gap["value"], *(gap["ci95"] or (None, None)), gap["p"], gap["verdict"]]
         lines.append(line)
     write_csv(out_dir / "compare.csv", lines)
-    columns = [part for other in others for part in (other.mious, other.decides)]
+    columns = [part for other in others for part in (other.image_scores, other.decides)]
     names = [name for other in others for name in (other.name, f"{other.name} adds")]
-    per_image = zip(record.images, record.units, mean_mious(first), *columns, strict=True)
+    per_image = zip(record.images, record.units, mean_image_scores(first), *columns, strict=True)
     write_csv(out_dir / "images.csv", [["image", "unit", first.name, *names], *per_image])
 
 
@@ -428,7 +429,7 @@ def _verdict(gap: Estimate, p_value: float | None, *, lower_is_better: bool = Fa
     return SURELY_BETTER if (gap.value > 0) != lower_is_better else SURELY_WORSE
 
 
-def _pair_shot(data: SegmentationData, name: str, folders: tuple[Path, Path], mious: tuple[float, float]) -> PairShot:
+def _pair_shot(data: SegmentationData, name: str, folders: tuple[Path, Path], scores: tuple[float, float]) -> PairShot:
     """Return an image with the predictions of two runs.
 
     Raises:
@@ -452,7 +453,7 @@ def _pair_shot(data: SegmentationData, name: str, folders: tuple[Path, Path], mi
             raise UserError(f"{path} is not a mask of the {classes} classes.")
         predictions.append(downscale(ids, _LONGEST))
     frame = downscale(to_display(sample["image"].permute(1, 2, 0).numpy()), _LONGEST)
-    return PairShot(name, mious, frame, downscale(reference, _LONGEST), (predictions[0], predictions[1]))
+    return PairShot(name, scores, frame, downscale(reference, _LONGEST), (predictions[0], predictions[1]))
 
 
 def largest_differences(
@@ -462,13 +463,13 @@ def largest_differences(
     second: Sequence[float | None],
     sides: int = 1,
 ) -> tuple[list[PairShot], str]:
-    """Return the images whose mIoU differs most in another run, by size of the difference; or none, and the reason.
+    """Return the images whose score differs most in another run, by size of the difference; or none, and the reason.
 
     Args:
         load: returns the data set of an evaluation, by its folder.
         folders: of the evaluations of both runs, by image, in the order of the scores.
-        first: mIoU of each image in the first run.
-        second: mIoU of each image in the other run.
+        first: score of each image in the first run.
+        second: score of each image in the other run.
         sides: number of runs compared with the first: many runs get fewer images each.
 
     Raises:

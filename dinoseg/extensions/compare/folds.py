@@ -62,6 +62,7 @@ def pool_folds(folds: Sequence[Fold], scale: int) -> PooledFolds:
         unit=first.unit if len(units) == 1 else "group",
         counts=np.concatenate(counts),
         scores={},
+        image_scores={},
     )
     return PooledFolds(
         record,

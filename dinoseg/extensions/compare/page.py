@@ -23,12 +23,12 @@ class ComparedRun:
     Args:
         name: name of the run.
         scores: scores by name.
-        mious: mIoU of each image; None without labelled pixels.
+        image_scores: of each image by itself, the score that ranks the runs; None where undefined.
     """
 
     name: str
     scores: Mapping[str, float | None]
-    mious: Sequence[float | None]
+    image_scores: Sequence[float | None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def comparison_page(
             {
                 "other": other,
                 "images": compare_images(evaluated.images, first, other),
-                "cards": [pair_card(shot, (first.name, other.name), evaluated) for shot in other.shots],
+                "cards": [pair_card(shot, (first.name, other.name), evaluated, means[main]) for shot in other.shots],
             }
             for other in others
         ],
@@ -121,11 +121,11 @@ def _largest_gap(others: Sequence[OtherRun], keys: Iterable[str]) -> float:
 def compare_images(images: Sequence[str], first: ComparedRun, other: OtherRun) -> dict[str, Any] | None:
     """Return how many images another run predicts better, those that decide the difference, and charts of all.
 
-    None: no image has a labelled pixel.
+    None: no image has a score.
     """
     pairs = [
         (100 * before, 100 * after, name)
-        for before, after, name in zip(first.mious, other.mious, images, strict=True)
+        for before, after, name in zip(first.image_scores, other.image_scores, images, strict=True)
         if before is not None and after is not None
     ]
     if not pairs:

@@ -86,14 +86,14 @@ class PairShot:
 
     Args:
         name: name of the image.
-        mious: mIoU of both runs.
+        scores: of the image in both runs.
         frame: (H, W, 3) uint8.
         reference: (H, W) uint8.
         predictions: (H, W) uint8 of both runs.
     """
 
     name: str
-    mious: tuple[float, float]
+    scores: tuple[float, float]
     frame: np.ndarray
     reference: np.ndarray
     predictions: tuple[np.ndarray, np.ndarray]
@@ -136,14 +136,21 @@ def outline_objects(frame: np.ndarray, found: Mapping[str, Objects]) -> np.ndarr
     return drawn
 
 
-def pair_card(shot: PairShot, sides: tuple[str, str], evaluated: EvaluatedImages) -> dict[str, Any]:
-    """Return a card of an image: frame, reference, predictions of both sides, and a map of which of them is correct."""
+def pair_card(shot: PairShot, sides: tuple[str, str], evaluated: EvaluatedImages, score: str) -> dict[str, Any]:
+    """Return a card of an image: frame, reference, predictions of both sides, and a map of which of them is correct.
+
+    Args:
+        shot: the image.
+        sides: names of both sides.
+        evaluated: the images of the evaluation.
+        score: name of the scores.
+    """
     masks = {"reference": shot.reference, **dict(zip(sides, shot.predictions, strict=True))}
     labelled = shot.reference != evaluated.ignore_index
     first, second = ((mask == shot.reference) & labelled for mask in shot.predictions)
     marks = [(second & ~first, RIGHT), (first & ~second, WRONG), (labelled & ~first & ~second, BOTH_WRONG)]
-    before, after = shot.mious
-    summary = f"mIoU {percent(before)} % and {percent(after)} %: {percent(after - before, sign='+')} points"
+    before, after = shot.scores
+    summary = f"{score} {percent(before)} % and {percent(after)} %: {percent(after - before, sign='+')} points"
     card = _mask_card(shot.frame, masks, evaluated)
     card["panels"].append(("which is correct", mark_pixels(shot.frame, marks)))
     return {"title": shot.name, "summary": summary, **card}

@@ -112,9 +112,9 @@ def test_images_in_another_order_are_the_same_images(caplog):
     given = align(TWO, first, replace(second, images=names, units=units, counts=second.counts[order]))
     assert np.array_equal(given[1].counts, second.counts) and "belong to" not in caplog.text
     other = against(sides(TWO, given), pytest.fail)[0]
-    assert other.scores == scores_of([second]) and other.mious[0] != pytest.approx(scores_of([first])["miou"])
+    assert other.scores == scores_of([second]) and other.image_scores[0] != pytest.approx(scores_of([first])["miou"])
     right, held, predicted = second.counts[0].astype(float)
-    assert other.mious[0] == pytest.approx((right / (held + predicted - right)).mean())
+    assert other.image_scores[0] == pytest.approx((right / (held + predicted - right)).mean())
     assert other.no_pictures.startswith("No images: a run was evaluated with mode.metrics_only=true")
 
 
