@@ -8,10 +8,10 @@ heavy tails. Units of it, drawn with replacement, are a data set; the score of t
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -19,12 +19,12 @@ from tabulate import tabulate
 
 from dinoseg.evaluation.image_record import find_evaluation, read_record
 from dinoseg.evaluation.scoring.intervals import (
-    Difference,
     ScoreFunction,
-    combine_errors,
+    estimate_difference,
     jackknife,
     leave_one_out,
     mean_of,
+    score_units,
     unit_sums,
 )
 from dinoseg.evaluation.unit_scores import ClassScores
@@ -49,6 +49,29 @@ class Population(NamedTuple):
     name: str
     kind: ClassScores
     sums: np.ndarray
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Scores of a second run minus those of a first one, from sums (..., 2 d) of both side by side."""
+
+    kind: ClassScores
+    highest: ClassVar[Mapping[str, float]] = {}
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Return the names of the scores."""
+        return self.kind.keys
+
+    @property
+    def unbounded(self) -> Sequence[str]:
+        """Return all names: a difference may be negative."""
+        return self.kind.keys
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each key's difference (...)."""
+        first, second = (self.kind.scores(part) for part in np.split(sums, 2, axis=-1))
+        return {key: second[key] - first[key] for key in self.kind.keys}
 
 
 def drawn_population(generator: np.random.Generator, count: int = 1000) -> Population:
@@ -157,17 +180,17 @@ def told(held: list[bool | None], widths: list[float]) -> str:
 
 def coverage_of_seeds(simulations: int, generator: np.random.Generator, seeds: int = 3) -> list[list[str]]:
     """Return how often the difference of two sides of one recipe holds 0, with seeds as further units and without."""
-    kind = Difference(ClassScores(len(PRESENT)), seeds, seeds)
+    kind = ClassScores(len(PRESENT))
     cells: dict[str, list[str]] = {"seeds left out": [], f"{seeds} seeds a side as further units": []}
     for units in UNITS:
         held: list[list[bool]] = [[], []]
         for _ in range(simulations):
             reference = drawn_reference(generator, units)
             runs = [drawn_run(generator, reference, 0.0) for _ in range(2 * seeds)]
-            estimate = jackknife(kind, np.concatenate(runs, axis=1))["miou"]
-            mious = [float(kind.protocol.scores(run.sum(axis=0))["miou"]) for run in runs]
-            whole = combine_errors(estimate, [mean_of(mious[:seeds]), mean_of(mious[seeds:])])
-            for place, each in enumerate((estimate, whole)):
+            mious = [score_units(kind, run)["miou"] for run in runs]
+            sides = mious[:seeds], mious[seeds:]
+            by_seed = [[mean_of([float(score.value or 0) for score in side])] for side in sides]
+            for place, each in enumerate((estimate_difference(*sides), estimate_difference(*sides, by_seed))):
                 low, high = each.ci95 or (0.0, 0.0)
                 held[place].append(low <= 0 <= high)
         for row, each in zip(cells.values(), held, strict=True):

@@ -70,13 +70,12 @@ class Collector:
         for row, (mask, prediction) in enumerate(zip(masks, predictions, strict=True)):
             sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index)
             counts = count_classes(prediction, sample)  # `evaluate` has checked the ids
-            ignored = self._data.ignore_index
             if mask.ndim == 2:
-                boundary = boundary_errors(mask, prediction, ignored)
-                samples = _sample_pixels(sampled[row], mask[places], ignored, self._samples)
+                boundary = boundary_errors(mask, prediction, sample.ignore_index)
+                samples = _sample_pixels(sampled[row], mask[places], sample.ignore_index, self._samples)
             else:  # of each layer; without logits, since calibration needs one class per pixel
                 pairs = zip(mask, prediction, strict=True)
-                boundary = np.stack([boundary_errors(*layers, ignored) for layers in pairs]).sum(axis=0)
+                boundary = np.sum([boundary_errors(*layers, sample.ignore_index) for layers in pairs], axis=0)
                 samples = np.empty((0, len(mask)), np.float32), np.empty(0, np.uint8)
             self._rows.append((self._next, counts, boundary, *samples))
             score = image_mious(counts[None])[0]

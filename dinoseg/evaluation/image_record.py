@@ -10,8 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from dinoseg.evaluation.run_facts import EVALUATION, TRACKING
-from dinoseg.evaluation.scoring.intervals import has_labels, unit_sums
-from dinoseg.evaluation.unit_scores import FurtherScore
+from dinoseg.evaluation.scoring.intervals import UnitScore, has_labels, unit_sums
 from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError
@@ -42,18 +41,13 @@ class ImageRecord(EvaluatedImages):
     split: str
     source: str
     counts: np.ndarray
-    scores: Mapping[str, FurtherScore] = field(default_factory=dict)
+    scores: Mapping[str, UnitScore] = field(default_factory=dict)
     chosen_here: bool = False
     image_scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
-    @property
-    def scored_units(self) -> np.ndarray:
-        """Which units (U,) have labelled pixels, in the order of their first images."""
-        return has_labels(unit_sums(self.counts, self.units))
-
     def count_units(self) -> int:
         """Return the number of different units with labelled pixels, over which intervals are computed."""
-        return int(self.scored_units.sum())
+        return int(has_labels(unit_sums(self.counts, self.units)).sum())
 
     @property
     def task(self) -> str:
@@ -105,7 +99,7 @@ def read_record(folder: Path) -> ImageRecord:
         with open(folder / COUNTS, "rb") as file, np.load(file) as arrays:
             counts = arrays["classes"]
         palette = [tuple(colour) for colour in content["palette"]]
-        scores = {name: FurtherScore(**score) for name, score in content["scores"].items()}
+        scores = {name: UnitScore(**score) for name, score in content["scores"].items()}
         record = ImageRecord(**{**content, "palette": palette, "scores": scores}, counts=counts)
     except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:
         raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None

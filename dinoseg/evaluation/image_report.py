@@ -13,8 +13,8 @@ from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.run_facts import about_run
-from dinoseg.evaluation.scoring.intervals import has_labels, jackknife, unit_sums
-from dinoseg.evaluation.unit_scores import ClassScores, FurtherScore, further_scores, leave_units_out, metric_intervals
+from dinoseg.evaluation.scoring.intervals import UnitScore, has_labels, jackknife, unit_sums
+from dinoseg.evaluation.unit_scores import ClassScores, further_scores, leave_units_out, metric_intervals
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.metrics.miou import count_decisions
@@ -68,9 +68,8 @@ def report_images(
     collected, choices = join(parts), provenance.choices
     groups = _group_images(provenance.group, data.names, official)
     sums = unit_sums(collected.classes, groups)
-    scored = has_labels(sums)
     kind = ClassScores(len(data.classes), background)
-    further, intervals = _estimate_scores(kind, sums[scored], rows, groups)
+    further, intervals = _estimate_scores(kind, sums, rows, groups)
     record = ImageRecord(
         classes=list(data.classes),
         palette=data.palette,
@@ -79,7 +78,7 @@ def report_images(
         data=choices["data"],
         root=provenance.root,
         split=split,
-        unit=_unit(groups, int(scored.sum()), official),
+        unit=_unit(groups, int(has_labels(sums).sum()), official),
         images=[*data.names],
         units=groups,
         source=provenance.model,
@@ -94,7 +93,6 @@ def report_images(
     )
     write_record(record, out_dir)
     mious = image_mious(collected.classes)
-    sources = {"model": record.source, "data": record.root}
     _write_table(out_dir / TABLE, record, mious, rows.errors)
     page = evaluation_page(
         record,
@@ -110,7 +108,9 @@ def report_images(
         ),
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
         subtitle=provenance.kind,
-        about=about_run(provenance.folder, provenance.config, sources, engine.device),
+        about=about_run(
+            provenance.folder, provenance.config, {"model": record.source, "data": record.root}, engine.device
+        ),
         training=_training(provenance.training),
         selecting=provenance.score,
     )
@@ -120,9 +120,9 @@ def report_images(
 
 def _estimate_scores(
     kind: ClassScores, sums: np.ndarray, rows: MetricRows, groups: Sequence[str]
-) -> tuple[dict[str, FurtherScore], dict[str, list[float] | None]]:
+) -> tuple[dict[str, UnitScore], dict[str, list[float] | None]]:
     """Return the scores of further metrics, and the 95 % intervals of these and of the scores of the classes."""
-    scores: dict[str, FurtherScore] = {}
+    scores: dict[str, UnitScore] = {}
     intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()}
     for metric, counts in zip(rows.metrics, rows.counts, strict=True):
         # leaving out images of many objects takes minutes: once for both

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dinoseg.metrics import calibration, surface
 from dinoseg.metrics.confusion import ConfusionMatrix, as_tensor
+from dinoseg.metrics.counts import ratio as ratio_of
 from dinoseg.metrics.region_boundary import object_scores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, HighShare, NotNegative, Positive, check_annotations
@@ -119,7 +120,7 @@ def boundary_iou(prediction: Values, target: Values, num_classes: Count, *, rati
     """
     prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
     both, either = surface.boundary_ious(_array(target), _array(prediction), range(num_classes), ratio).T
-    return _ratio(both, either)
+    return torch.from_numpy(ratio_of(both, either))
 
 
 @check_annotations
@@ -146,7 +147,7 @@ def surface_dice(prediction: Values, target: Values, num_classes: Count, *, tole
     """
     prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
     near, total = surface.surface_counts(_array(target), _array(prediction), range(num_classes), tolerance).T
-    return _ratio(near, total)
+    return torch.from_numpy(ratio_of(near, total))
 
 
 @check_annotations
@@ -234,11 +235,6 @@ def _as_ids(value: Any, name: str) -> Tensor:
     if ids.is_floating_point() or ids.is_complex():
         raise UserError(f"{name} is {ids.dtype}. Give ids of an integer type: {name}.long().")
     return ids
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> Tensor:
-    """Return part / whole, and NaN where the whole is 0."""
-    return torch.from_numpy(np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0))
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -111,8 +111,7 @@ class MetricRows:
         classes = len(self._data.classes)
         masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
         places = lattice((masks.shape[-2], masks.shape[-1]))
-        needs_logits = any(metric.needs_logits for metric in self.metrics)
-        sampled = logits.cpu().numpy() if needs_logits else None
+        sampled = logits.cpu().numpy() if any(metric.needs_logits for metric in self.metrics) else None
         binned = None if bins is None else bins.cpu().numpy()
         held = batch.maps[OBJECTS].cpu().numpy() if self.needs_objects else None
         for image, name in enumerate(batch.names):

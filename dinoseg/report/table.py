@@ -63,14 +63,9 @@ def class_table(
         colalign=("left", "right", "left"),
     )
     notes = _describe_thresholds(scores["thresholds"], classes) if "thresholds" in scores else ""
-    columns = object_columns(metrics)
+    columns = [name for metric in metrics for name in metric.class_columns]
     shown = f"{_object_table(scores['classes'], columns, classes)}\n\n" if columns else ""
     return f"{table}\n\n{shown}{text}{notes}"
-
-
-def object_columns(metrics: Sequence[RowMetric]) -> list[str]:
-    """Return the names of the scores of classes that tables of objects show; empty without metrics of objects."""
-    return [name for metric in metrics for name in metric.class_columns]
 
 
 def _object_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], classes: Sequence[str]) -> str:

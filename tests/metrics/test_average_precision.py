@@ -7,7 +7,7 @@ from plain_precision import plain_average_precision
 
 from dinoseg.core.metric import BINS, LabelledImage, PredictedImage, sum_counts
 from dinoseg.core.task import MultilabelTask, probability_bins
-from dinoseg.evaluation.scoring.intervals import jackknife, scored_sums
+from dinoseg.evaluation.scoring.intervals import jackknife, unit_sums
 from dinoseg.evaluation.unit_scores import further_scores, leave_units_out, metric_intervals
 from dinoseg.metrics import AveragePrecision
 from dinoseg.testing import check_metric
@@ -128,7 +128,7 @@ def test_intervals_leave_out_units_as_one_block_does():
     rows = [row for seed in range(60) for row in count_layers([case for case in draw_case(seed) if len(case[1]) == 2])]
     units = [f"video {number % 9}" for number in range(len(rows))]
     assert len(rows) > 12
-    sums = scored_sums(np.stack([np.stack([*row.values()]) for row in rows]), units)
+    sums = unit_sums(np.stack([np.stack([*row.values()]) for row in rows]), units)
     wanted = jackknife(FlatSums(), sums)["average_precision"]
     assert metric_intervals(METRIC, leave_units_out(METRIC, rows, units))["average_precision"] == pytest.approx(
         wanted.ci95, abs=1e-12

@@ -168,14 +168,14 @@ def test_rows_keep_their_types_and_may_be_single_numbers():
     result = {"classes": []}
     rows.add_scores(result, list)
     assert result["area_error"] == 21.5
-    found = leave_units_out(metric, rows.counts[0], ["a", "b"])
-    assert found.left_out["area_error"].tolist() == [40, 3] and found.scored.all()
-    alone = leave_units_out(metric, rows.counts[0], ["a", "a"])
-    assert alone.values["area_error"] == 21.5 and np.isnan(alone.left_out["area_error"]).all()
+    found = leave_units_out(metric, rows.counts[0], ["a", "b"])["area_error"]
+    assert found.left_out == [40, 3] and all(found.scored)
+    alone = leave_units_out(metric, rows.counts[0], ["a", "a"])["area_error"]
+    assert alone.value == 21.5 and alone.left_out == [None]
 
 
 def test_units_without_rows_are_not_scored():
     rows = [{"found": np.array(values), "held": np.array(values)} for values in ([1, 2], [], [])]
     metric = AreaError()
     metric.score_rows = lambda rows: {"area_error": np.concatenate([row["found"] for row in rows]).sum()}
-    assert leave_units_out(metric, rows, ["a", "a", "b"]).scored.tolist() == [True, False]
+    assert leave_units_out(metric, rows, ["a", "a", "b"])["area_error"].scored == [True, False]

@@ -24,59 +24,17 @@ class ScoreFunction(Protocol):
     @property
     def keys(self) -> Sequence[str]:
         """Return the names of the scores."""
-        ...
 
     @property
     def unbounded(self) -> Collection[str]:
         """Return the names of the scores that may lie outside 0..1."""
-        ...
 
     @property
     def highest(self) -> Mapping[str, float]:
         """Return the upper bound of each unbounded score that has one."""
-        ...
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each key's score (...) from sums (..., d); nan where undefined."""
-        ...
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Scores of a second side minus those of a first side, averaged over the runs of each side.
-
-    Args:
-        protocol: protocol of the scores; the sums (..., runs * d) concatenate those of all runs.
-        first: number of runs of the first side, which come first.
-        second: number of runs of the second side.
-    """
-
-    protocol: ScoreFunction
-    first: int = 1
-    second: int = 1
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Return the names of the scores."""
-        return self.protocol.keys
-
-    @property
-    def unbounded(self) -> Collection[str]:
-        """Return all names: any difference may be negative."""
-        return self.keys
-
-    @property
-    def highest(self) -> Mapping[str, float]:
-        """Return no bounds: two scores of at most 1 may differ by more than 1."""
-        return {}
-
-    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each key's difference (...)."""
-        found = self.protocol.scores(sums.reshape(*sums.shape[:-1], self.first + self.second, -1))
-        # relative to one run: means of equal scores over different numbers of runs may differ in the last digit
-        relative = {key: values - values[..., :1] for key, values in found.items()}
-        parts = {key: np.split(values, [self.first], axis=-1) for key, values in relative.items()}
-        return {key: second.mean(axis=-1) - first.mean(axis=-1) for key, (first, second) in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -126,33 +84,91 @@ class Estimate:
         return float(2 * stdtr(self.freedom, -abs(self.value) / self.error))
 
 
-def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
-    """Return each key's score over all units with its error, from sums (U, d) of the units.
+@dataclass(frozen=True)
+class UnitScore:
+    """A score over units, and without each of them.
 
-    A score that is undefined without one of the units depends on that unit alone, and has no error.
+    Args:
+        value: over all units; None or nan where undefined.
+        left_out: (U,) without each unit, in the order of the units' first images; None or nan where undefined.
+        scored: (U,) whether something counts in each unit. Others say nothing about the score.
+        better: max or min, which value is the best.
+        settings: the metric's class and plain options, as text.
     """
-    whole = protocol.scores(add_units(sums))
-    left_out = leave_one_out(protocol, sums) if len(sums) > 1 else {}
-    return estimate_scores({key: whole[key] for key in protocol.keys}, left_out, protocol.unbounded, protocol.highest)
+
+    value: float | None
+    left_out: Sequence[float | None] | np.ndarray
+    scored: Sequence[bool] | np.ndarray
+    better: str = "max"
+    settings: str = ""
+
+    def estimate(self, *, is_share: bool = True, highest: float = inf) -> Estimate:
+        """Return the score with its error over the units that are scored.
+
+        A score that is undefined without one of the units depends on that unit alone, and has no error.
+
+        Args:
+            is_share: whether it lies in 0..1.
+            highest: upper bound of another score.
+        """
+        value = nan if self.value is None else float(self.value)
+        left_out = np.array(self.left_out, np.float64)[np.array(self.scored, bool)]
+        lowest, highest = (0.0, 1.0) if is_share else (-inf, highest)
+        error, freedom = jackknife_error(left_out), len(left_out) - 1
+        return Estimate(value, error, freedom, share=is_share, lowest=lowest, highest=highest)
+
+
+def score_units(function: ScoreFunction, sums: np.ndarray) -> dict[str, UnitScore]:
+    """Return each key's score over units, from sums (U, d) of the units."""
+    whole, left_out, scored = function.scores(add_units(sums)), leave_one_out(function, sums), has_labels(sums)
+    return {key: UnitScore(float(whole[key]), left_out[key], scored) for key in function.keys}
+
+
+def jackknife(function: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
+    """Return each key's score over all units with its error, from sums (U, d) of the units."""
+    return estimate_scores(score_units(function, sums), function.unbounded, function.highest)
 
 
 def estimate_scores(
-    values: Mapping[str, np.ndarray | float],
-    left_out: Mapping[str, np.ndarray],
-    unbounded: Collection[str],
-    highest: Mapping[str, float],
+    scores: Mapping[str, UnitScore], unbounded: Collection[str], highest: Mapping[str, float]
 ) -> dict[str, Estimate]:
-    """Return scores with their errors, from their values (U,) without each unit; without errors if there are none."""
-    if not left_out:
-        return {key: Estimate(float(value)) for key, value in values.items()}
-    found = {}
-    for key, value in values.items():
-        error = jackknife_error(left_out[key])
-        share = key not in unbounded
-        bounds = (0.0, 1.0) if share else (-inf, highest.get(key, inf))
-        freedom = len(left_out[key]) - 1
-        found[key] = Estimate(float(value), error, freedom, share=share, lowest=bounds[0], highest=bounds[1])
-    return found
+    """Return scores by name with their errors, from the names of the `unbounded` ones and their upper bounds."""
+    return {
+        key: score.estimate(is_share=key not in unbounded, highest=highest.get(key, inf))
+        for key, score in scores.items()
+    }
+
+
+def subtract_means(first: Sequence[UnitScore], second: Sequence[UnitScore]) -> np.ndarray:
+    """Return the mean of a score over the runs of a second side minus that of a first side.
+
+    Returns:
+        (1 + U,) float64: over all units, and without each.
+    """
+    scores = np.array([[run.value, *run.left_out] for run in (*first, *second)], dtype=np.float64)
+    relative = scores - scores[:1]  # means of equal scores over different numbers of runs may differ in a digit
+    return relative[len(first) :].mean(axis=0) - relative[: len(first)].mean(axis=0)
+
+
+def estimate_difference(
+    first: Sequence[UnitScore], second: Sequence[UnitScore], seeds: Sequence[Sequence[Estimate]] = ((), ())
+) -> Estimate:
+    """Return the difference of `subtract_means`, paired by unit.
+
+    The error is that over the units that any run has `scored`, and over the seeds of both sides. With a single unit, it
+    is that over seeds alone, if both sides have several.
+
+    Args:
+        first: of each run of the first side.
+        second: of each run of the second side.
+        seeds: of each side, estimates with its errors over seeds; empty for a single one.
+    """
+    gaps = subtract_means(first, second)
+    left_out = gaps[1:][np.any([run.scored for run in (*first, *second)], axis=0)]
+    gap = Estimate(float(gaps[0]), jackknife_error(left_out), len(left_out) - 1)
+    if len(left_out) == 1 and all(seeds):
+        gap = replace(gap, error=0.0, freedom=1)
+    return combine_errors(gap, [each for of_side in seeds for each in of_side])
 
 
 def jackknife_error(left_out: np.ndarray) -> float:
@@ -166,11 +182,11 @@ def jackknife_error(left_out: np.ndarray) -> float:
     return sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
 
 
-def leave_one_out(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, np.ndarray]:
+def leave_one_out(function: ScoreFunction, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Return each key's scores (U,) of all units but one, from sums (U, d) of the units."""
     whole, at_once = add_units(sums), max(1, _AT_ONCE // sums.shape[1])
-    parts = [protocol.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]
-    return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
+    parts = [function.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]
+    return {key: np.concatenate([np.zeros(0), *(part[key] for part in parts)]) for key in function.keys}
 
 
 def mean_of(values: Sequence[float], lowest: float = -inf, highest: float = inf) -> Estimate:
@@ -217,12 +233,6 @@ def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
 def add_units(sums: np.ndarray) -> np.ndarray:
     """Return the sum (d,) of the sums (U, d) of all units, int64 or float64: narrow types would overflow."""
     return sums.sum(axis=0, dtype=np.result_type(sums, np.int64))
-
-
-def scored_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """Return the sums (U, d) of counts (N, ...) by unit, as `unit_sums` does, of those units that have a count."""
-    sums = unit_sums(counts, units)
-    return sums[has_labels(sums)]
 
 
 def has_labels(sums: np.ndarray) -> np.ndarray:

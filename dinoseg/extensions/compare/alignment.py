@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.unit_scores import FurtherScore, shared_scores
+from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names
 
@@ -31,7 +31,7 @@ def align_records(records: Mapping[Any, ImageRecord]) -> list[ImageRecord]:
         if not differences:
             positions = {name: index for index, name in enumerate(other.images)}
             order = [positions[name] for name in first.images]
-            scores: Mapping[str, FurtherScore] = {}
+            scores: Mapping[str, UnitScore] = {}
             if [other.units[index] for index in order] != [*first.units]:
                 logger.warning(
                     "%s and %s group images differently (data.group): intervals use %s of the second.",
@@ -64,7 +64,8 @@ def align_records(records: Mapping[Any, ImageRecord]) -> list[ImageRecord]:
                 f"compared:{reasons}\nEvaluate both on the same data and split, with the same classes and sizes."
             )
         found.append(other)
-    shared = shared_scores([record.scores for record in found])
+    settings = [{name: score.settings for name, score in record.scores.items()} for record in found]
+    shared = [name for name, own in settings[0].items() if all(other.get(name) == own for other in settings)]
     if lost := sorted({name for record in found for name in record.scores} - {*shared}):
         logger.warning(
             "Not all runs have these scores, with the same settings, so they are left out: %s.", ", ".join(lost)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
@@ -18,17 +18,18 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.scoring.intervals import (
-    Difference,
     Estimate,
+    UnitScore,
     combine_errors,
+    estimate_difference,
     holm,
-    jackknife,
     jackknife_error,
-    leave_one_out,
     mean_of,
+    score_units,
+    subtract_means,
     unit_sums,
 )
-from dinoseg.evaluation.unit_scores import ClassScores, further_difference
+from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.extensions.compare.page import OtherRun
 from dinoseg.extensions.compare.paper_table import Score, find_main_score
 from dinoseg.extensions.compare.sides import Side
@@ -98,9 +99,8 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
             raise opened
         return opened
 
-    further = further_differences(sides)
     names = first.scored[0].images
-    for number, gaps in enumerate(class_differences(sides), start=1):
+    for number, gaps in enumerate(differences([score_side(side) for side in sides]), start=1):
         other = sides[number]
         folders = {name: (first.place_of(name), other.place_of(name)) for name in names}
         try:
@@ -113,7 +113,7 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
             OtherRun(
                 name=other.name,
                 scores=scores_of(other.scored),
-                differences=gaps | further[number - 1],
+                differences=gaps,
                 image_scores=by_image[number],
                 decides=image_contributions(kind, counts[0], counts[number]),
                 shots=shots,
@@ -132,13 +132,13 @@ def find_best(sides: Sequence[Side]) -> dict[str, tuple[int, int]]:
     """
     further = sides[0].scored[0].scores
     scores = [scores_of(side.scored) for side in sides]
+    by_unit = [score_side(side) for side in sides]
     found = {}
     for key in (*_kind(sides[0].scored[0]).means, *further):
         sign = -1 if key in further and further[key].better == "min" else 1
         values = [of_side[key] for of_side in scores]
         order = best_first([None if value is None else sign * value for value in values])
-        ranked = [sides[index] for index in order]
-        gaps = further_differences(ranked) if key in further else class_differences(ranked)
+        gaps = differences([by_unit[index] for index in order], [key])
         found[key] = order[0], sum(gap[key]["verdict"] == SURELY_WORSE for gap in gaps)
     return found
 
@@ -162,46 +162,20 @@ def side_scores(side: Side) -> dict[str, Score]:
 
     With a single unit, the interval is over seeds alone. The deviation is over seeds; with folds there is none.
     """
-    kind = _kind(side.scored[0])
-    runs = _scored_sums([side])[0]
-    seeds = _seed_errors(kind, runs, _get_seed_totals(side))
-    left_out = [leave_one_out(kind, run) if len(run) else {key: np.zeros(0) for key in kind.keys} for run in runs]
-    parts = {
-        key: (values, np.stack([each[key] for each in left_out]), [each[key] for each in seeds])
-        for key, values in _scores(kind, runs).items()
-    }
-    for name in side.scored[0].scores:
-        of_runs = [record.scores[name] for record in side.scored]
+    runs, seeds = score_side(side)
+    found = {}
+    for key in runs[0]:
+        of_runs = [run[key] for run in runs]
         values = np.array([score.value for score in of_runs], dtype=np.float64)
-        left = np.array([score.left_out for score in of_runs], dtype=np.float64)
+        left_out = np.array([score.left_out for score in of_runs], dtype=np.float64).mean(axis=0)
         scored = np.any([score.scored for score in of_runs], axis=0)
-        parts[name] = values, left[:, scored], [mean_of(values.tolist())] if len(values) > 1 else []
-    return {key: _side_score(*of_score, side.seeds) for key, of_score in parts.items()}
-
-
-def _side_score(values: np.ndarray, left_out: np.ndarray, by_seed: Sequence[Estimate], seeds: int) -> Score:
-    """Return the mean of a score over its `values` (S,) of runs, from those without each unit (S, U)."""
-    error, freedom = jackknife_error(left_out.mean(axis=0)), left_out.shape[1] - 1
-    if left_out.shape[1] == 1 and by_seed:
-        error, freedom = 0.0, 1
-    mean = Estimate(float(values.mean()), error, freedom, share=True, lowest=0.0, highest=1.0)
-    deviation = plain_score(values.std(ddof=1)) if len(values) > 1 else None
-    return Score(plain_score(values.mean()), deviation, combine_errors(mean, by_seed).ci95, seeds)
-
-
-def class_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]]:
-    """Return the `differences` of each other side from the first side."""
-    return differences(_kind(sides[0].scored[0]), _scored_sums(sides), [_get_seed_totals(side) for side in sides])
-
-
-def _get_seed_totals(side: Side) -> Sequence[np.ndarray]:
-    return () if side.pooled is None else side.pooled.without_seed
-
-
-def _scored_sums(sides: Sequence[Side]) -> list[list[np.ndarray]]:
-    """Return the sums (U, d) of each run of each side, over the units with labelled pixels."""
-    scored = sides[0].scored[0].scored_units  # the references of all runs are equal, and so are their units
-    return [[unit_sums(record.counts, record.units)[scored] for record in side.scored] for side in sides]
+        mean = UnitScore(float(values.mean()), left_out, scored).estimate()
+        if scored.sum() == 1 and seeds:
+            mean = replace(mean, error=0.0, freedom=1)
+        interval = combine_errors(mean, [each[key] for each in seeds]).ci95
+        deviation = plain_score(values.std(ddof=1)) if len(values) > 1 else None
+        found[key] = Score(plain_score(values.mean()), deviation, interval, side.seeds)
+    return found
 
 
 def mean_image_scores(side: Side) -> list[float | None]:
@@ -310,47 +284,85 @@ def score_labels(side: Side) -> Mapping[str, str]:
 Runs = Sequence[np.ndarray]  # runs of one side: sums (U, 3 K) each, over the same units
 
 
+class SideScores(NamedTuple):
+    """Scores of a side.
+
+    Attributes:
+        runs: of each run by name: `ClassScores`, and those of further metrics.
+        seeds: errors over seeds by name: one over the runs, or with folds one over the seeds of each fold; empty
+            without several seeds.
+    """
+
+    runs: Sequence[Mapping[str, UnitScore]]
+    seeds: Sequence[Mapping[str, Estimate]]
+
+
+def score_side(side: Side) -> SideScores:
+    """Return the scores of all runs of a side.
+
+    Seeds of folds are left out one by one, with all other folds complete.
+    """
+    kind, records = _kind(side.scored[0]), side.scored
+    runs = score_runs(kind, [unit_sums(record.counts, record.units) for record in records])
+    runs = [{**run, **record.scores} for run, record in zip(runs, records, strict=True)]
+    if side.pooled is None:
+        return SideScores(runs, average_seeds(runs))
+    seeds = [
+        {
+            key: Estimate(math.nan, jackknife_error(scores), len(scores) - 1)
+            for key, scores in kind.scores(totals).items()
+        }
+        for totals in side.pooled.without_seed
+    ]
+    return SideScores(runs, seeds)
+
+
+def score_runs(kind: ClassScores, runs: Runs) -> list[dict[str, UnitScore]]:
+    """Return the scores of the classes of each run."""
+    return [score_units(kind, run.reshape(len(run), math.prod(run.shape[1:]))) for run in runs]
+
+
+def average_seeds(runs: Sequence[Mapping[str, UnitScore]]) -> list[dict[str, Estimate]]:
+    """Return `SideScores.seeds` of runs without folds."""
+    values = {key: np.array([run[key].value for run in runs], dtype=np.float64).tolist() for key in runs[0]}
+    return [{key: mean_of(scores) for key, scores in values.items()}] if len(runs) > 1 else []
+
+
 def mean_scores(kind: ClassScores, side: Runs) -> dict[str, float | None]:
     """Return each score, averaged over the runs of a side; None where undefined."""
-    found = {key: values.mean() for key, values in _scores(kind, side).items()}
-    return {key: float(value) if np.isfinite(value) else None for key, value in found.items()}
+    scores = kind.scores(np.stack([run.sum(axis=0).reshape(-1) for run in side]))
+    return {key: plain_score(values.mean()) for key, values in scores.items()}
 
 
-def differences(
-    kind: ClassScores, sides: Sequence[Runs], without_seed: Sequence[Runs] | None = None
-) -> list[dict[str, dict[str, Any]]]:
+def differences(sides: Sequence[SideScores], keys: Sequence[str] | None = None) -> list[dict[str, dict[str, Any]]]:
     """Return, for each other side, the differences of its scores from those of the first side.
 
     Each difference has a `value`, an interval `ci95`, a p-value `p` and the resulting `verdict`. Holm's method
     corrects `p` over all sides; for the class scores, over all classes as well.
 
     Args:
-        kind: the scores.
-        sides: the runs of each side.
-        without_seed: of each side `PooledFolds.without_seed`; None without folds.
+        sides: the scores of each side.
+        keys: names of scores; None: all.
     """
-    seeds = [
-        _seed_errors(kind, side, folds) for side, folds in zip(sides, without_seed or [()] * len(sides), strict=True)
-    ]
-    gaps = [
-        _difference(kind, sides[0], side, [seeds[0], each]) for side, each in zip(sides[1:], seeds[1:], strict=True)
-    ]
-    families = [*([key] for key in kind.means), [key for key in kind.keys if key not in kind.means]]
-    return _with_verdicts(gaps, families)
-
-
-def further_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]]:
-    """Return the differences of the scores of further metrics in the form of `differences`."""
-    first, *others = [side.scored for side in sides]
-    scores = first[0].scores
+    first, *others = sides
+    scores = {key: first.runs[0][key] for key in keys or first.runs[0]}
     gaps = [
         {
-            name: further_difference([run.scores[name] for run in first], [run.scores[name] for run in other])
-            for name in scores
+            key: estimate_difference(
+                [run[key] for run in first.runs],
+                [run[key] for run in other.runs],
+                [[each[key] for each in side.seeds] for side in (first, other)],
+            )
+            for key in scores
         }
         for other in others
     ]
-    return _with_verdicts(gaps, [[name] for name in scores], [name for name in scores if scores[name].better == "min"])
+    families = [*([key] for key in scores if not _is_of_class(key)), [key for key in scores if _is_of_class(key)]]
+    return _with_verdicts(gaps, families, [key for key, score in scores.items() if score.better == "min"])
+
+
+def _is_of_class(key: str) -> bool:
+    return key.startswith("iou/")
 
 
 def _with_verdicts(
@@ -374,51 +386,8 @@ def image_contributions(kind: ClassScores, first: Runs, second: Runs) -> list[fl
 
     The runs of both sides are counts (N, 3, K) of the same images.
     """
-    whole = Difference(kind, len(first), len(second))
-    sums = _side_by_side(first, second)
-    gaps = float(whole.scores(sums.sum(axis=0))["miou"]) - leave_one_out(whole, sums)["miou"]
-    return [float(gap) if np.isfinite(gap) else None for gap in gaps]
-
-
-def _difference(
-    kind: ClassScores, first: Runs, second: Runs, seeds: Sequence[Sequence[Mapping[str, Estimate]]]
-) -> dict[str, Estimate]:
-    """Return each score's difference, with the error over units and those over the `seeds` of both sides.
-
-    With a single unit, the error is that over seeds alone, if both sides have several.
-    """
-    found = jackknife(Difference(kind, len(first), len(second)), _side_by_side(first, second))
-    if len(first[0]) == 1 and all(seeds):
-        found = {key: replace(gap, error=0.0, freedom=1) for key, gap in found.items()}
-    return {
-        key: combine_errors(gap, [each[key] for of_side in seeds for each in of_side]) for key, gap in found.items()
-    }
-
-
-def _seed_errors(kind: ClassScores, side: Runs, without_seed: Runs) -> list[dict[str, Estimate]]:
-    """Return the errors of a side's scores over its seeds: one over its runs, or with folds one over those of each.
-
-    The latter is the jackknife over the seeds of a fold, with all other folds complete. Empty without several seeds.
-    """
-    if len(side) > 1:
-        return [{key: mean_of(scores.tolist()) for key, scores in _scores(kind, side).items()}]
-    return [
-        {
-            key: Estimate(math.nan, jackknife_error(scores), len(scores) - 1)
-            for key, scores in kind.scores(totals).items()
-        }
-        for totals in without_seed
-    ]
-
-
-def _side_by_side(*sides: Runs) -> np.ndarray:
-    runs = [run.reshape(len(run), math.prod(run.shape[1:])) for side in sides for run in side]  # also of no unit
-    return np.concatenate(runs, axis=1).astype(np.float64)
-
-
-def _scores(kind: ClassScores, side: Runs) -> dict[str, np.ndarray]:
-    """Return each score (S,) of the S runs of a side."""
-    return kind.scores(np.stack([run.sum(axis=0).reshape(-1) for run in side]))
+    whole, *others = subtract_means(*([run["miou"] for run in score_runs(kind, side)] for side in (first, second)))
+    return [plain_score(whole - gap) for gap in others]
 
 
 def _verdict(gap: Estimate, p_value: float | None, *, lower_is_better: bool = False) -> str:

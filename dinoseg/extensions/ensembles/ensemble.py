@@ -14,7 +14,7 @@ from dinoseg.checkpoints.trained import C, Trained, load_member
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.evaluation.image_record import read_record
-from dinoseg.evaluation.scoring.intervals import jackknife, scored_sums
+from dinoseg.evaluation.scoring.intervals import jackknife, unit_sums
 from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.models import ModelBuilder
@@ -237,15 +237,15 @@ class TrainedEnsemble(Trained):
             gain = scoring.measure_gain(record, counts, [str(builder.resume) for builder in self.builders])
             write_json(out_dir / "ensemble.json", gain)
             return {"ensemble": gain}
-        sums = scored_sums(record.counts, record.units)
-        found = jackknife(ClassScores(len(record.classes), record.background), sums)["miou"]
+        kind, units = ClassScores(len(record.classes), record.background), record.count_units()
+        found = jackknife(kind, unit_sums(record.counts, record.units))["miou"]
         logger.info(
             "out of fold: mIoU %s %% (95 %% interval %s) over %s, each predicted by the runs of its fold",
             percent(found.value, 2),
             format_interval(found.ci95, 2),
-            count_of(len(sums), record.unit),
+            count_of(units, record.unit),
         )
-        if few := few_units(len(sums), record.unit):
+        if few := few_units(units, record.unit):
             logger.warning("%s", few)
         if any(trained.info["config"]["trainer"].get("patience") for trained in self.models):
             logger.info("trainer.patience may have stopped trainings by scores of these images, which may be too high")

@@ -17,7 +17,7 @@ from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.scoring.intervals import Difference, jackknife, unit_sums
+from dinoseg.evaluation.scoring.intervals import estimate_difference, score_units, unit_sums
 from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.extensions.ensembles.strategy import AveragedStrategy
 from dinoseg.metrics.miou import count_classes
@@ -208,9 +208,11 @@ def measure_gain(record: ImageRecord, counts: np.ndarray, names: Sequence[str]) 
     """
     kind = ClassScores(len(record.classes), record.background)
     by_run = [*counts.swapaxes(0, 1), record.counts]
-    sums = [unit_sums(of_run, record.units)[record.scored_units] for of_run in by_run]
-    gaps = jackknife(Difference(kind, len(names), 1), np.concatenate(sums, axis=1).astype(np.float64))
-    scores = [{key: plain_score(value) for key, value in kind.scores(of_run.sum(axis=0)).items()} for of_run in sums]
+    *members, ensemble = [score_units(kind, unit_sums(of_run, record.units)) for of_run in by_run]
+    gaps = {key: estimate_difference([each[key] for each in members], [ensemble[key]]) for key in kind.keys}
+    scores = [
+        {key: plain_score(value) for key, value in kind.scores(each.sum(axis=0).ravel()).items()} for each in by_run
+    ]
     gap = gaps["miou"]
     logger.info(
         "ensemble of %d: mIoU %s %%, %s over the mean of its members (95 %% interval %s over %s; members: %s %%)",
@@ -218,7 +220,7 @@ def measure_gain(record: ImageRecord, counts: np.ndarray, names: Sequence[str]) 
         percent(scores[-1]["miou"], 2),
         percent(plain_score(gap.value), 2, "+"),
         format_interval(gap.ci95, 2, "+"),
-        count_of(len(sums[0]), record.unit),
+        count_of(record.count_units(), record.unit),
         ", ".join(percent(each["miou"], 2) for each in scores[:-1]),
     )
     over_mean = {key: {"value": plain_score(gap.value), "ci95": gap.ci95} for key, gap in gaps.items()}

@@ -10,7 +10,8 @@ from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.collected import Collector
-from dinoseg.evaluation.unit_scores import further_difference, further_scores, leave_units_out
+from dinoseg.evaluation.scoring.intervals import estimate_difference
+from dinoseg.evaluation.unit_scores import leave_units_out
 from dinoseg.extensions.regions.regions import Regions
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.metrics.miou import MeanIoU
@@ -73,11 +74,8 @@ class RegionEffect:
             return None
         groups, _ = find_groups(group, list(self._data.names), "data.group")
         units = [groups.get(name, name) for name in self._data.names]
-        before, after = (
-            further_scores(side.metrics[0], leave_units_out(side.metrics[0], side.counts[0], units))
-            for side in self._sides
-        )
-        gaps = {name: further_difference([before[name]], [after[name]]) for name in before}
+        before, after = (leave_units_out(side.metrics[0], side.counts[0], units) for side in self._sides)
+        gaps = {name: estimate_difference([before[name]], [after[name]]) for name in before}
         scored = count_of(sum(before["miou"].scored), "group" if groups else "image")
         gap = gaps["miou"]
         low, high = gap.ci95 or (0.0, 0.0)

@@ -11,7 +11,7 @@ from dinoseg.core.metric import RowMetric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
 from dinoseg.report.html.pictures import OUTLINES, EvaluatedImages, ObjectShot, Shot, object_card, prediction_card
-from dinoseg.report.table import CHOSEN_HERE, MEANS, few_units, metric_text, object_columns
+from dinoseg.report.table import CHOSEN_HERE, MEANS, few_units, metric_text
 from dinoseg.utils.wording import count_of
 
 _HISTOGRAM_BARS = 20
@@ -123,7 +123,7 @@ def evaluation_page(
             for name in metric.scores
         ],
         class_charts=scores.charts,
-        object_columns=object_columns(scores.metrics),
+        object_columns=[name for metric in scores.metrics for name in metric.class_columns],
         object_counts=[*OUTLINES],
         object_cards=[object_card(shot, evaluated) for shot in errors.objects],
         intervals=scores.intervals,
@@ -142,7 +142,13 @@ def evaluation_page(
         boundary=boundary_rows(errors.distances, errors.boundary),
         videos=[]
         if len({*evaluated.units}) == len(evaluated.units)
-        else video_charts(_group_scores(evaluated.units, errors.mious), "mIoU %"),
+        else video_charts(
+            {
+                unit: [miou for own, miou in zip(evaluated.units, errors.mious, strict=True) if own == unit]
+                for unit in dict.fromkeys(evaluated.units)
+            },
+            "mIoU %",
+        ),
         calibration=calibration and {**calibration, "charts": calibration_charts(calibration)},
         min_bin_pixels=_MIN_BIN_PIXELS,
         training=training_charts(training or [], selecting),
@@ -182,13 +188,6 @@ def _metric_interval(metric: RowMetric, name: str, limits: Sequence[float] | Non
 
 def _divide(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
-
-
-def _group_scores(groups: Sequence[str], scores: Sequence[float | None]) -> dict[str, list[float | None]]:
-    found: dict[str, list[float | None]] = {}
-    for group, score in zip(groups, scores, strict=True):
-        found.setdefault(group, []).append(score)
-    return found
 
 
 def video_charts(videos: Mapping[str, Sequence[float | None]], name: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.unit_scores import FurtherScore
+from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.extensions.compare.compare_mode import result_tables
 from dinoseg.extensions.compare.comparison import find_best, find_bold, side_scores
 from dinoseg.extensions.compare.sides import Side
@@ -138,8 +138,8 @@ def make_side(name, share, seeds=2, **changes):
 
 
 def test_table_of_sides_has_bold_seeds_and_dashes():
-    worse = FurtherScore("min", "", 0.5, [0.5] * 20, [True] * 20)
-    better = FurtherScore("min", "", 0.1, [0.1] * 20, [True] * 20)
+    worse = UnitScore(0.5, [0.5] * 20, [True] * 20, "min")
+    better = UnitScore(0.1, [0.1] * 20, [True] * 20, "min")
     undefined = replace(worse, value=None, left_out=[None] * 20)
     scores = ({"hole": worse, "none": undefined}, {"hole": better, "none": worse})
     sides = [make_side(name, share, scores=each) for name, share, each in zip("ab", (0.9, 0.7), scores, strict=True)]

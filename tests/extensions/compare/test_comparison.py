@@ -13,13 +13,8 @@ from scipy import stats
 from dinoseg.checkpoints.run_config import open_saved_data
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
-from dinoseg.evaluation.unit_scores import (
-    FurtherScore,
-    further_difference,
-    further_scores,
-    leave_units_out,
-    metric_intervals,
-)
+from dinoseg.evaluation.scoring.intervals import UnitScore, estimate_difference, mean_of
+from dinoseg.evaluation.unit_scores import further_scores, leave_units_out, metric_intervals
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.compare import comparison
 from dinoseg.extensions.compare.alignment import align_records
@@ -287,7 +282,7 @@ def test_images_without_a_rare_class_do_not_narrow_its_interval():
             [further_scores(metric, leave_units_out(metric, count(seed, images), units[:images]))["rare"]]
             for seed in (0, 1)
         ]
-        return further_difference(*sides)
+        return estimate_difference(*sides)
 
     intervals = [
         metric_intervals(metric, leave_units_out(metric, count(0, images), units[:images])) for images in (3, IMAGES)
@@ -298,17 +293,18 @@ def test_images_without_a_rare_class_do_not_narrow_its_interval():
 
 def runs_of(*values):
     """Return runs of a score over a single unit."""
-    return [FurtherScore("max", "", value, [None], [True]) for value in values]
+    return [UnitScore(value, [None], [True]) for value in values]
 
 
 def test_a_single_unit_has_the_error_of_its_runs():
     first, second = (0.2, 0.3, 0.5), (0.6, 0.8)
-    gap = further_difference(runs_of(*first), runs_of(*second))
+    seeds = [[mean_of(values)] for values in (first, second)]
+    gap = estimate_difference(runs_of(*first), runs_of(*second), seeds)
     expected = stats.ttest_ind(second, first, equal_var=False)
     assert gap.value == pytest.approx(0.7 - 1 / 3) and gap.p == pytest.approx(expected.pvalue)
-    assert further_difference(runs_of(*first), runs_of(0.6)).ci95 is None
+    assert estimate_difference(runs_of(*first), runs_of(0.6), [seeds[0], []]).ci95 is None
     assert np.mean([0.1] * 3) != np.mean([0.1] * 2)  # in the last digit
-    assert further_difference(runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)).value == 0
+    assert estimate_difference(runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)).value == 0
 
 
 def test_scores_unbounded_or_of_other_settings_are_no_rivals(caplog):
@@ -361,7 +357,7 @@ def test_each_side_has_a_line_and_the_best_is_first(tmp_path):
 def test_sides_are_ranked_by_the_score_of_objects(tmp_path):
     """The first side has the higher mIoU, the other one the higher AP."""
     units = len({*record().units})
-    low, high = (FurtherScore("max", "", value, [value] * units, [True] * units) for value in (0.3, 0.5))
+    low, high = (UnitScore(value, [value] * units, [True] * units) for value in (0.3, 0.5))
     counts = np.maximum(record().counts - np.array([[1], [0], [0]]), 0)
     given = [record(scores={"AP": low}), record(counts=counts, scores={"AP": high})]
     first, other = sides([tmp_path / "a", tmp_path / "b"], given)

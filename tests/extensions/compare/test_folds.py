@@ -11,7 +11,7 @@ from mistakes import assert_refused
 from scipy import stats
 
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.unit_scores import FurtherScore
+from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.extensions.compare.compare_mode import run_rows
 from dinoseg.extensions.compare.comparison import against, side_scores
 from dinoseg.extensions.compare.sides import (
@@ -474,7 +474,7 @@ def test_pooling_does_not_depend_on_the_number_of_seeds():
 
 
 def test_further_metrics_are_left_out_by_name(caplog):
-    score = FurtherScore("max", "", 0.5, [0.5, 0.5], [True, True])
+    score = UnitScore(0.5, [0.5, 0.5], [True, True])
     runs = simple_runs((0, 1), (2, 3))
     records = [ImageRecord(**{**vars(record), "scores": {"cldice": score}}) for record in runs.records]
     runs = Side("", runs.folders, runs.names, runs.places, records, runs.recipes)

@@ -6,7 +6,15 @@ from scipy import stats
 
 from dinoseg.evaluation.scoring.intervals import Estimate
 from dinoseg.evaluation.unit_scores import ClassScores
-from dinoseg.extensions.compare.comparison import _verdict, differences, image_contributions, mean_scores
+from dinoseg.extensions.compare import comparison
+from dinoseg.extensions.compare.comparison import (
+    SideScores,
+    _verdict,
+    average_seeds,
+    image_contributions,
+    mean_scores,
+    score_runs,
+)
 
 KIND = ClassScores(3)
 
@@ -17,6 +25,12 @@ def run_of(seed, units=9, better=0.0):
     draw = np.random.default_rng(seed)
     right = (reference * np.clip(draw.normal(0.6 + better, 0.1, reference.shape), 0, 1)).astype(int)
     return np.concatenate([right, reference, right + draw.integers(0, 60, reference.shape)], axis=1)
+
+
+def differences(kind, sides):
+    """Return the differences of sides of runs from the first."""
+    scores = [score_runs(kind, side) for side in sides]
+    return comparison.differences([SideScores(runs, average_seeds(runs)) for runs in scores])
 
 
 def miou(run, units):

@@ -13,7 +13,7 @@ from mistakes import assert_refused
 from scipy import special, stats
 
 from dinoseg.evaluation.scoring import intervals
-from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife
+from dinoseg.evaluation.scoring.intervals import Estimate, estimate_difference, holm, jackknife, score_units
 from dinoseg.extensions.protocols import folders
 from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, ScoringCase, SumProtocol
 from dinoseg.extensions.protocols.folders import Unscorable, score_cases
@@ -169,7 +169,7 @@ def test_interval_is_clipped_for_scores_but_not_for_differences(monkeypatch):
     assert found.ci95 == [free.ci95[0], 1.0] and free.ci95[0] < -1 and free.ci95[1] > 1
     assert found.p == free.p == pytest.approx(1 - 2 * np.arctan(0.5 / 0.4) / np.pi)
     first, second = np.array([[1, 2, -0.5, 1], [1, 2, -0.7, 1]]), np.array([[1, 2, 0.9, 1], [1, 2, 0.8, 1]])
-    apart = jackknife(Difference(Share()), np.hstack([first, second]))["mean"]
+    apart = estimate_difference(*([score_units(Share(), sums)["mean"]] for sums in (first, second)))
     assert apart.value == pytest.approx(1.45) and apart.ci95[0] < 1.45 < apart.ci95[1]
     assert VideoClustering.highest == {key: 1.0 for key in VideoClustering.keys if "ARI" in key}
 
@@ -181,15 +181,17 @@ def test_one_unit_has_no_interval_and_units_alike_a_point():
     assert found["mean"].ci95 is not None
     alike = jackknife(Share(), np.tile([1.0, 2, 0.5, 1], (7, 1)))["share"]
     assert alike.ci95 == [0.5, 0.5] and alike.p == 0
-    assert jackknife(Difference(Share()), np.tile([1.0, 2, 0.5, 1], (7, 2)))["share"].p == 1
+    alike = score_units(Share(), np.tile([1.0, 2, 0.5, 1], (7, 1)))["share"]
+    assert estimate_difference([alike], [alike]).p == 1
 
 
 @pytest.mark.parametrize("runs", [(1, 3), (3, 1), (1, 5), (2, 3)])
 def test_equal_scores_do_not_differ_for_any_number_of_runs(runs):
     """A mean of three equal numbers may be another one in the last place, and so surely another than one of two."""
     for sums in np.random.default_rng(0).integers(1, 20, (40, 4, 4)).astype(float):
-        found = jackknife(Difference(Share(), *runs), np.tile(sums, (1, sum(runs))))
-        assert [(each.value, each.error, each.p) for each in found.values()] == [(0, 0, 1)] * 2
+        for score in score_units(Share(), sums).values():
+            found = estimate_difference(*([score] * count for count in runs))
+            assert (found.value, found.error, found.p) == (0, 0, 1)
 
 
 def test_the_paired_difference_leaves_the_same_units_out_of_both():

@@ -252,8 +252,8 @@ def test_absent_classes_and_single_images_leave_scores_undefined():
         rows = MetricRows([metric], empty)
         result = evaluate_known(empty, predicted, KnownInstances, rows)
         assert [result[name] for name in metric.scores] == [None] * len(metric.scores)
-        values, left_out, _ = leave_units_out(metric, rows.counts[0], ["a", "a"])
-        assert all(np.isnan([*values.values()])) and {len(each) for each in left_out.values()} == {1}
+        scores = leave_units_out(metric, rows.counts[0], ["a", "a"]).values()
+        assert {score.value for score in scores} == {None} and {len(score.left_out) for score in scores} == {1}
 
 
 class WithoutObjects(KnownImages):
