@@ -164,7 +164,8 @@ def estimate_difference(
         seeds: of each side, estimates with its errors over seeds; empty for a single one.
     """
     gaps = subtract_means(first, second)
-    left_out = gaps[1:][np.any([run.scored for run in (*first, *second)], axis=0)]
+    scored = np.array([run.scored for run in (*first, *second)], bool).any(axis=0)
+    left_out = gaps[1:][scored]
     gap = Estimate(float(gaps[0]), jackknife_error(left_out), len(left_out) - 1)
     if len(left_out) == 1 and all(seeds):
         gap = replace(gap, error=0.0, freedom=1)

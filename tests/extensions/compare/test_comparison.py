@@ -24,6 +24,7 @@ from dinoseg.extensions.compare.comparison import (
     _pair_shot,
     against,
     largest_differences,
+    mean_image_scores,
     scores_of,
     verdicts,
 )
@@ -104,8 +105,10 @@ def sides(folders, records):
 def test_images_in_another_order_are_the_same_images(caplog):
     first, second, order = record(), record(1), np.random.default_rng(0).permutation(IMAGES)
     names, units = ([each[index] for index in order] for each in (second.images, second.units))
-    given = align(TWO, first, replace(second, images=names, units=units, counts=second.counts[order]))
+    moved = replace(second, images=names, units=units, counts=second.counts[order], image_scores={"AP": order.tolist()})
+    given = align(TWO, first, moved)
     assert np.array_equal(given[1].counts, second.counts) and "belong to" not in caplog.text
+    assert given[1].image_scores == {"AP": [*range(IMAGES)]}
     other = against(sides(TWO, given), pytest.fail)[0]
     assert other.scores == scores_of([second]) and other.image_scores[0] != pytest.approx(scores_of([first])["miou"])
     right, held, predicted = second.counts[0].astype(float)
@@ -359,8 +362,15 @@ def test_sides_are_ranked_by_the_score_of_objects(tmp_path):
     units = len({*record().units})
     low, high = (UnitScore(value, [value] * units, [True] * units) for value in (0.3, 0.5))
     counts = np.maximum(record().counts - np.array([[1], [0], [0]]), 0)
-    given = [record(scores={"AP": low}), record(counts=counts, scores={"AP": high})]
+    of_images = [[None, *np.linspace(0.1, 0.5, IMAGES - 1)], [0.2] * IMAGES]
+    given = [
+        record(counts=each, scores={"AP": score}, image_scores={"AP": values})
+        for each, score, values in zip((record().counts, counts), (low, high), of_images, strict=True)
+    ]
     first, other = sides([tmp_path / "a", tmp_path / "b"], given)
+    # images are compared by the same score
+    assert [mean_image_scores(side) for side in (first, other)] == of_images
+    assert against([first, other], pytest.fail)[0].image_scores == of_images[1]
     assert scores_of(first.records)["miou"] > scores_of(other.records)["miou"]
     lines = verdicts(first, against([first, other], pytest.fail)).split("\n\n")[0].splitlines()
     assert "AP %" in lines[0] and [line.split()[:2] for line in lines[-2:]] == [["b", "50.00"], ["a", "30.00"]]

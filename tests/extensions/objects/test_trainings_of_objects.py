@@ -74,7 +74,12 @@ def test_the_best_checkpoint_is_chosen_by_the_score_of_the_task(tmp_path, name):
     for table in tables:
         lines = table.splitlines()
         assert f"{score} %" in lines[0] and [line.split()[0] for line in lines[-2:]] == order
-    assert f"{score} of each side" in (tmp_path / "compared/report.html").read_text()
+    page = (tmp_path / "compared/report.html").read_text()
+    assert f"{score} of each side" in page and f"{score} of an image by itself" in page
+    record = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
+    with (tmp_path / "compared/images.csv").open() as file:
+        by_image = [float(row["run"]) for row in csv.DictReader(file)]
+    assert len(by_image) == 3 and by_image == pytest.approx(record["image_scores"][score])
     gaps = json.loads((tmp_path / "compared/compare.json").read_text())["others"]["half"]["differences"]
     assert gaps[score]["value"] == pytest.approx(
         json.loads((tmp_path / "half/scores.json").read_text())[score] - max(values)
