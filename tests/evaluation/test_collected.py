@@ -11,6 +11,7 @@ from dinoseg.evaluation.collected import SHOWN, Collector, image_mious, join
 from dinoseg.evaluation.scoring.intervals import unit_sums
 from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.training.rendezvous import decode_message, encode_message
 
 SIZE, CLASSES = (40, 52), 4
 
@@ -40,7 +41,7 @@ def collect(images, world_size=1, ignore_index=255):
         collector = Collector(data, rank, world_size)
         for image, mask, prediction, logits in images[rank::world_size]:
             collector.add(Batch(image[None], mask[None], ["x"]), prediction[None], logits[None])
-        parts += collector.parts
+        parts += decode_message(encode_message(collector.parts))
     return join(parts)
 
 
