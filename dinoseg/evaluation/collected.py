@@ -55,8 +55,8 @@ class Collector:
 
     def __init__(self, data: SegmentationData, rank: int = 0, world_size: int = 1) -> None:
         self._data, self._world, self._next = data, world_size, rank
-        per_image = _LOGITS // (len(data.classes) * max(len(data), 1))
-        self._samples = min(max(per_image, 1), LATTICE)  # sampled pixels per image
+        # sampled pixels per image
+        self._samples = min(max(_LOGITS // (len(data.classes) * max(len(data), 1)), 1), LATTICE)
         self._rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         # the best images, the worst and those with the most errors: a score, minus the index, and values of a shot
         self._shots: dict[str, list[tuple[float, int, tuple]]] = {"best": [], "worst": [], "errors": []}

@@ -85,11 +85,7 @@ def report_images(
         counts=collected.classes,
         scores=further,
         chosen_here=scores.get("thresholds", {}).get("chosen_here", False),
-        image_scores={
-            next(iter(metric.scores)): [next(iter(metric.score([row]).values())) for row in counts]
-            for metric, counts in zip(rows.metrics, rows.counts, strict=True)
-            if metric.needs_objects
-        },
+        image_scores=_score_images(rows),
     )
     write_record(record, out_dir)
     mious = image_mious(collected.classes)
@@ -130,6 +126,16 @@ def _estimate_scores(
         scores |= further_scores(metric, found)
         intervals |= metric_intervals(metric, found)
     return scores, intervals
+
+
+def _score_images(rows: MetricRows) -> dict[str, list[float | None]]:
+    """Return the main score of each metric of objects, of each image by itself."""
+    return {
+        main: [metric.score([row])[main] for row in counts]
+        for metric, counts in zip(rows.metrics, rows.counts, strict=True)
+        if metric.needs_objects
+        for main in [next(iter(metric.scores))]
+    }
 
 
 def _group_images(pattern: str | None, names: Sequence[str], official: Mapping[str, Any] | None) -> list[str]:

@@ -63,9 +63,11 @@ def evaluate_images(
     )
     task = model.task
     if task.has_layers:
-        chosen_here = task.chosen_on == split
-        values = thresholds_by_fold or task.thresholds
-        scores["thresholds"] = {"values": values, "chosen_on": task.chosen_on, "chosen_here": chosen_here}
+        scores["thresholds"] = {
+            "values": thresholds_by_fold or task.thresholds,
+            "chosen_on": task.chosen_on,
+            "chosen_here": task.chosen_on == split,
+        }
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_scores_csv(out_dir / "scores.csv", scores, data.classes)

@@ -41,12 +41,12 @@ def class_table(
     rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", *["right"] * 5))
     present = f"over {scores['present_classes']} of {len(scores['classes'])} classes"
-    is_layered = scores["matrix"] is None
-    objects: list[tuple[str, float | None, str]] = []
-    if background is not None:
-        note = f"without class {background}, {classes[background]}"
-        objects = [(MEANS["miou_no_background"], scores["miou_no_background"], note)]
-    decided = "of all decisions, present or absent" if is_layered else f"of {scores['pixels']:,} pixels"
+    objects = [
+        (MEANS["miou_no_background"], scores["miou_no_background"], f"without class {index}, {classes[index]}")
+        for index in ([] if background is None else [background])
+    ]
+    has_layers = scores["matrix"] is None
+    decided = "of all decisions, present or absent" if has_layers else f"of {scores['pixels']:,} pixels"
     means = [
         (MEANS["miou"], scores["miou"], present),
         *objects,

@@ -168,7 +168,7 @@ def side_scores(side: Side) -> dict[str, Score]:
         of_runs = [run[key] for run in runs]
         values = np.array([score.value for score in of_runs], dtype=np.float64)
         left_out = np.array([score.left_out for score in of_runs], dtype=np.float64).mean(axis=0)
-        scored = np.array([score.scored for score in of_runs], bool).any(axis=0)
+        scored = np.any(np.array([score.scored for score in of_runs], bool), axis=0)
         mean = UnitScore(float(values.mean()), left_out, scored).estimate()
         if scored.sum() == 1 and seeds:
             mean = replace(mean, error=0.0, freedom=1)
