@@ -90,6 +90,7 @@ def report_images(
     write_record(record, out_dir)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious, rows.errors)
+    sources = {"model": record.source, "data": record.root}
     page = evaluation_page(
         record,
         EvaluationScores(scores, intervals, official, rows.metrics, charts),
@@ -104,9 +105,7 @@ def report_images(
         ),
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
         subtitle=provenance.kind,
-        about=about_run(
-            provenance.folder, provenance.config, {"model": record.source, "data": record.root}, engine.device
-        ),
+        about=about_run(provenance.folder, provenance.config, sources, engine.device),
         training=_training(provenance.training),
         selecting=provenance.score,
     )
