@@ -10,7 +10,7 @@ from torch import nn
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import MaskOutputs
-from dinoseg.core.task import SemanticTask
+from dinoseg.core.task import ObjectTask
 from dinoseg.models.model import SegmentationModel
 
 SIZE = (62, 101)  # no multiples of the cells
@@ -80,10 +80,9 @@ def make_objects(masks, rectangles):
     return NamedObjects(**vars(plain), names=[each.name for each in rectangles])
 
 
-class KnownObjects(SemanticTask):
+class KnownObjects(ObjectTask):
     """A task that finds the given objects, those of the next image in each image; classes 0 and 1 are things."""
 
-    has_objects = True
     things = frozenset({0, 1})
 
     def __init__(self, objects):
@@ -91,6 +90,9 @@ class KnownObjects(SemanticTask):
 
     def find_objects(self, class_logits, mask_logits, size, valid):
         return [self.objects.pop(0) for _ in class_logits]
+
+    def join_objects(self, parts, size):
+        raise AssertionError("images are whole")
 
 
 class Colours(Backbone):

@@ -392,7 +392,6 @@ class Loss(nn.Module):
     needs_similarity: bool = False  # whether it needs `SlotOutputs` with `similarity`
     needs_carried: bool = False  # whether it compares slots that are propagated from frame to frame
     needs_maps: Mapping[str, MapKind] = {}  # maps that it reads from `Batch.maps`, by name
-    excludes_ignored: bool = False  # whether its masks, if it `needs_masks`, leave out pixels without a label
     sums_over_batch: bool = False  # whether splitting a batch changes it: it is no mean over samples or labels
     num_divisors: int = 1  # D, number of divisors of its terms; more than 1: see `step_loss`
     task: Task = SEMANTIC  # of the model, whose `targets` a loss of masks reads; set by the builder

@@ -2,12 +2,60 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from dinoseg.core.object_ids import crowd_flags, object_classes, object_numbers
-from dinoseg.core.runs import Runs
+
+
+class Runs(NamedTuple):
+    """Runs of ones of a mask (H, W) whose columns follow one another, as in COCO's run lengths.
+
+    Attributes:
+        starts: (R,) int64, first pixel of each run, ascending.
+        ends: (R,) int64, the pixel after each run; runs do not overlap, and may be empty.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of_mask(cls, mask: np.ndarray) -> Self:
+        """Return the runs of a mask (H, W) bool."""
+        flat = np.zeros(mask.size + 2, bool)  # a zero on each side, so that runs at the border change too
+        flat[1:-1] = mask.T.ravel()
+        changes = np.flatnonzero(flat[1:] != flat[:-1])
+        return cls(changes[::2], changes[1::2])
+
+    @classmethod
+    def of_counts(cls, counts: np.ndarray) -> Self:
+        """Return the runs of run lengths (N,), of zeros first."""
+        bounds = np.cumsum(counts)
+        ends = bounds[1::2]
+        return cls(bounds[::2][: len(ends)], ends)
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return int((self.ends - self.starts).sum())
+
+    def paint(self, canvas: np.ndarray, value: object) -> None:
+        """Set the pixels of a canvas (H, W) where the mask is 1."""
+        rows, places = len(canvas), self.pixels()
+        canvas[places % rows, places // rows] = value
+
+    def pixels(self) -> np.ndarray:
+        """Return the pixels (P,) int64 where the mask is 1, counted column by column."""
+        lengths = self.ends - self.starts
+        before = np.cumsum(lengths) - lengths
+        return np.arange(lengths.sum()) + np.repeat(self.starts - before, lengths)
+
+    def to_mask(self, size: tuple[int, int]) -> np.ndarray:
+        """Return the mask (H, W) bool of `size` (H, W)."""
+        flat = np.zeros(size[0] * size[1], bool)
+        flat[self.pixels()] = True
+        return flat.reshape(size[1], size[0]).T
 
 
 @dataclass(frozen=True)
@@ -69,14 +117,12 @@ class Objects:
     @classmethod
     def of_map(cls, values: np.ndarray) -> Self:
         """Return the objects of an `ObjectMap` (N, H, W) int32 in the order of their numbers, crowds last."""
-        found: dict[int, Runs] = {}
-        for layer in values:
-            for value in np.unique(layer[layer > 0]).tolist():
-                found[value] = Runs.of_mask(layer == value)
+        found = {
+            value: Runs.of_mask(layer == value) for layer in values for value in np.unique(layer[layer > 0]).tolist()
+        }
         codes = np.array(sorted(found, key=lambda value: (crowd_flags(value), object_numbers(value))), np.int64)
         masks = [found[value] for value in codes.tolist()]
-        size = (values.shape[1], values.shape[2])
-        return cls.of_runs(size, masks, object_classes(codes), crowds=crowd_flags(codes) == 1)
+        return cls.of_runs(values.shape[1:], masks, object_classes(codes), crowds=crowd_flags(codes) == 1)
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -84,14 +130,11 @@ class Objects:
     @property
     def boxes(self) -> np.ndarray:
         """The boxes (N, 4) int64 as left, top, width and height in pixels; of an empty mask, zeros."""
-        height = self.size[0]
         boxes = np.zeros((len(self), 4), np.int64)
         for box, mask in zip(boxes, self.masks, strict=True):
-            pixels = mask.pixels()
-            if pixels.size:
-                columns, rows = pixels // height, pixels % height
-                left, top = columns.min(), rows.min()
-                box[:] = left, top, columns.max() - left + 1, rows.max() - top + 1
+            columns, rows = np.divmod(mask.pixels(), self.size[0])
+            if rows.size:
+                box[:] = columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
         return boxes
 
     def sort_by_score(self) -> "Objects":

@@ -19,7 +19,7 @@ from torch import Tensor
 from dinoseg.core.class_ids import argmax_ids, class_ids, mixed_class_ids
 from dinoseg.core.geometry import unify_depth, upsample_at
 from dinoseg.core.objects import Objects
-from dinoseg.core.task import SEMANTIC, Task
+from dinoseg.core.task import SEMANTIC, ObjectTask, Task
 from dinoseg.utils.devices import to_device
 
 Palette = Sequence[tuple[int, int, int]]
@@ -251,11 +251,10 @@ class Prediction:
         return argmax_ids(scores), chosen
 
     def objects(self, size: tuple[int, int] | None = None) -> list[Objects]:
-        """Return the objects of each image at `size` (default: that of the images), of a task that `has_objects`."""
-        assert isinstance(self.outputs, MaskOutputs), "`SegmentationModel` refuses other heads"
-        return self.task.find_objects(
-            self.outputs.class_logits, self.outputs.mask_logits, size or self.size, self.valid
-        )
+        """Return the objects of each image at `size` (default: that of the images), of an `ObjectTask`."""
+        task, outputs = self.task, self.outputs
+        assert isinstance(task, ObjectTask) and isinstance(outputs, MaskOutputs), "`SegmentationModel` refuses others"
+        return task.find_objects(outputs.class_logits, outputs.mask_logits, size or self.size, self.valid)
 
     def of_images(self, images: slice) -> Prediction:
         """Return the prediction for some of the images."""

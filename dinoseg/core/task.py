@@ -27,18 +27,11 @@ class Task(ABC):
         thresholds: (K,) probabilities from which a class is predicted; None: the most probable class is.
         is_auto: whether `thresholds` are still to be chosen on data.
         chosen_on: the split on which `thresholds` were chosen; None: they were set.
-        has_objects: whether it also predicts the single objects of an image, from the masks of queries, and `targets`
-            reads the map of objects.
-        objects_overlap: whether these objects may overlap; else each pixel belongs to one at most.
-        things: ids of the classes whose objects are told apart, of a task that `has_objects`.
         beta: thresholds are chosen by F-beta.
         eval_metrics: options of the group `metric` that mode=eval counts without being asked.
     """
 
     has_layers: ClassVar[bool]
-    has_objects: ClassVar[bool] = False
-    objects_overlap: ClassVar[bool] = True
-    things: Collection[int] = ()
     reader_options: ClassVar[Mapping[str, Any]]
     advice: ClassVar[str]
     eval_metrics: ClassVar[Sequence[str]] = ()
@@ -46,14 +39,6 @@ class Task(ABC):
     is_auto: bool = False
     beta: float = 1.0
     chosen_on: str | None = None
-
-    @property
-    def object_options(self) -> Mapping[str, Any] | None:
-        """Plain values by which an exported graph finds the objects; None: it cannot.
-
-        Keys: `things`, `background`, and `score_threshold` and `overlap_threshold`, which are None for instances.
-        """
-        return None
 
     @abstractmethod
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -86,7 +71,7 @@ class Task(ABC):
         """Return the predicted masks, uint8, of probabilities (B, K, H, W)."""
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
-        """Return the target masks of the queries of a head that predicts masks.
+        """Return the target masks of a head that predicts masks; by default, each class of an image is a target.
 
         Args:
             mask: class ids (B, H, W) uint8.
@@ -94,42 +79,7 @@ class Task(ABC):
             num_classes: K.
             ignore_index: id of pixels without a label.
         """
-        raise NotImplementedError
-
-    def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:  # noqa: B027
-        """Refuse data that lack what a training for this task reads, or a loss that cannot be computed on them.
-
-        Args:
-            name: of the data, for messages.
-            kinds: of their maps, by name.
-            classes: names in the order of their ids.
-            loss: a `Loss`.
-
-        Raises:
-            UserError: they do not fit.
-        """
-
-    def find_objects(
-        self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
-    ) -> list[Objects]:
-        """Return the objects of each image from the masks of its queries; only of a task that `has_objects`.
-
-        Args:
-            class_logits: (B, Q, K + 1), the last column means "no object"; (B, Q, K) without it.
-            mask_logits: (B, Q, h, w).
-            size: (H, W) of the masks to predict.
-            valid: share of the height and width of `mask_logits` that the image covers.
-        """
-        raise NotImplementedError
-
-    def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
-        """Return the objects of an image of `size` (H, W) from those of overlapping parts.
-
-        Args:
-            parts: objects of each part, and its first row and column.
-            size: (H, W) of the image.
-        """
-        raise NotImplementedError
+        return class_targets(mask, num_classes, ignore_index)
 
     def use_thresholds(self, thresholds: Sequence[float], chosen_on: str) -> None:
         """Decide by thresholds that were chosen on a split from here on."""
@@ -154,10 +104,6 @@ class SemanticTask(Task):
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return the ids (B, H, W) of the most probable classes; ties go to the first."""
         return argmax_ids(probabilities)
-
-    def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
-        """Return each class of an image as a target."""
-        return class_targets(mask, num_classes, ignore_index)
 
 
 class MultilabelTask(Task):
@@ -237,3 +183,68 @@ def refuse_layers(task: Task, what: str, remedy: str) -> None:
     """
     if task.has_layers:
         raise UserError(f"task=multilabel: {what} needs one class per pixel. {remedy}")
+
+
+class ObjectTask(SemanticTask):
+    """Base class of tasks that also predict the single objects of an image, from the masks of queries.
+
+    Its `targets` are the objects of the map `object_ids.OBJECTS`. The rules are those of an extension.
+
+    Attributes:
+        overlap: whether objects may overlap; else each pixel belongs to one at most.
+        things: ids of the classes whose objects are told apart.
+        graph_options: plain values by which an exported graph finds the objects; None: it cannot. Keys: `things`,
+            `background`, and `score_threshold` and `overlap_threshold`, which are None for instances.
+        scored_file: the output of mode=predict with its objects, the file there, and the protocol that scores it.
+    """
+
+    overlap: ClassVar[bool]
+    scored_file: ClassVar[tuple[str, str, str]]
+    things: Collection[int]
+    graph_options: Mapping[str, Any] | None = None
+
+    @abstractmethod
+    def find_objects(
+        self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
+    ) -> list[Objects]:
+        """Return the objects of each image from the masks of its queries.
+
+        Args:
+            class_logits: (B, Q, K + 1), the last column means "no object"; (B, Q, K) without it.
+            mask_logits: (B, Q, h, w).
+            size: (H, W) of the masks to predict.
+            valid: share of the height and width of `mask_logits` that the image covers.
+        """
+
+    @abstractmethod
+    def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
+        """Return the objects of an image of `size` (H, W) from those of overlapping parts.
+
+        Args:
+            parts: objects of each part, and its first row and column.
+            size: (H, W) of the image.
+        """
+
+    def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:  # noqa: B027
+        """Refuse data that lack what a training for this task reads, or a loss that cannot be computed on them.
+
+        Args:
+            name: of the data, for messages.
+            kinds: of their maps, by name.
+            classes: names in the order of their ids.
+            loss: a `Loss`.
+
+        Raises:
+            UserError: they do not fit.
+        """
+
+    def check_objects(self, name: str, data: Any) -> None:  # noqa: B027
+        """Refuse data without any object to learn from; images are read until one has an object.
+
+        Args:
+            name: of the data, for messages.
+            data: a `SegmentationData`.
+
+        Raises:
+            UserError: there is no object, or a file is unreadable.
+        """

@@ -22,6 +22,7 @@ from dinoseg.core.metric import Metric, RowMetric
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.task import ObjectTask
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
 from dinoseg.training.optim import Schedule
@@ -283,7 +284,7 @@ class Builder(ModelBuilder):
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
         check_partial(self.value("loss.criterion"), "loss.criterion")
         loss = expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
-        if self.task.has_objects:
+        if isinstance(self.task, ObjectTask):
             loss.needs_maps = {**loss.needs_maps, OBJECTS: ObjectMap()}
         for part in loss.modules():  # a sum has terms
             if isinstance(part, Loss):
@@ -293,7 +294,7 @@ class Builder(ModelBuilder):
     @cached_property
     def metric_nodes(self) -> Mapping[str, Any]:
         """The config nodes of the group `metric`, and then of the metrics that a task of objects always counts."""
-        always = self.task.eval_metrics if self.task.has_objects else ()
+        always = self.task.eval_metrics if isinstance(self.task, ObjectTask) else ()
         return self.with_metrics(always).value(METRIC) or {}
 
     def with_metrics(self, names: Sequence[str]) -> Self:
@@ -320,7 +321,7 @@ class Builder(ModelBuilder):
                     "YAML file, `_target_` and its arguments are below the key NAME:."
                 )
             metric = expect_type(RowMetric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
-            if metric.needs_objects and not self.task.has_objects:
+            if metric.needs_objects and not isinstance(self.task, ObjectTask):
                 raise UserError(
                     f"metric=[{name}] compares objects, which task={self.options['task']} does not predict. Leave it "
                     "out, or train with task=instance or task=panoptic."

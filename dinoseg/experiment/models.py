@@ -15,9 +15,8 @@ from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import Backbone, Head
-from dinoseg.core.task import SEMANTIC, Task
+from dinoseg.core.task import SEMANTIC, ObjectTask, Task
 from dinoseg.data.classes.labels import Labels
-from dinoseg.inference.objects import check_objects
 from dinoseg.inference.strategy import InferenceStrategy
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.model import SegmentationModel
@@ -145,12 +144,14 @@ class ModelBuilder:
             classes: names of the model's classes, in the order of their IDs.
 
         Raises:
-            UserError: the task has objects, which it does not predict.
+            UserError: the task predicts objects, and the strategy does not.
         """
         strategy: InferenceStrategy = self.part("inference")
         if self.value("inference.regions") is not None:
             strategy = self.part("inference.regions")(strategy, classes)
-        check_objects(self.task, strategy)
+        reason = strategy.no_objects_reason
+        if isinstance(self.task, ObjectTask) and reason is not None:
+            raise UserError(reason)
         return strategy
 
     def _instantiate(self, key: str) -> Any:

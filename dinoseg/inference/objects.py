@@ -6,22 +6,10 @@ from torch import Tensor
 
 from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Prediction
-from dinoseg.core.task import Task
-from dinoseg.inference.strategy import InferenceStrategy, Place
-from dinoseg.utils.errors import UserError
+from dinoseg.core.task import ObjectTask, Task
+from dinoseg.inference.strategy import Place
 
 Size = tuple[int, int]  # (H, W)
-
-
-def check_objects(task: Task, strategy: InferenceStrategy) -> None:
-    """Refuse a strategy that predicts no objects for a task that has some.
-
-    Raises:
-        UserError: with the reason and the remedy.
-    """
-    reason = strategy.no_objects_reason
-    if task.has_objects and reason is not None:
-        raise UserError(reason)
 
 
 class ObjectCollector:
@@ -31,7 +19,7 @@ class ObjectCollector:
     images are resized before, a window of the resized image stands for the rounded part of the predicted size.
 
     Args:
-        task: of the model; it `has_objects`.
+        task: of the model.
         count: number of images in the batch.
         size: (H, W) to predict at.
     """
@@ -60,5 +48,6 @@ class ObjectCollector:
         return range(first, max(first + 1, round((start + length) * factor)))
 
     def objects(self) -> list[Objects]:
-        """Return the objects of each image."""
+        """Return the objects of each image, of an `ObjectTask`."""
+        assert isinstance(self.task, ObjectTask)
         return [parts[0][0] if len(parts) == 1 else self.task.join_objects(parts, self.size) for parts in self._parts]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Prediction
-from dinoseg.core.task import refuse_layers
+from dinoseg.core.task import ObjectTask, refuse_layers
 from dinoseg.inference.memory import OutOfMemory, free_bytes, telling_shortage
-from dinoseg.inference.objects import ObjectCollector, check_objects
+from dinoseg.inference.objects import ObjectCollector
 from dinoseg.inference.rows import MemoryRows
 from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
 from dinoseg.inference.windows import Whole
@@ -44,19 +44,12 @@ class PixelsAndObjects(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """SegmentationModel in eval mode with its device, precision and inference strategy.
-
-    Raises:
-        UserError: the model predicts objects, and the strategy does not.
-    """
+    """SegmentationModel in eval mode with its device, precision and inference strategy."""
 
     model: SegmentationModel
     device: torch.device
     autocast: Autocast
     strategy: InferenceStrategy = field(default_factory=Whole)
-
-    def __post_init__(self) -> None:
-        check_objects(self.model.task, self.strategy)
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -90,7 +83,7 @@ class Predictor:
         """
         stack, task = self._stack_images(images), self.model.task
         size = (stack.shape[-2], stack.shape[-1])
-        collector = ObjectCollector(task, len(images), size) if task.has_objects else None
+        collector = ObjectCollector(task, len(images), size) if isinstance(task, ObjectTask) else None
 
         def take(bands: Iterator[Prediction]) -> tuple[Tensor, Tensor | None]:
             if collector is not None:

@@ -14,7 +14,7 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Palette
 from dinoseg.core.sources import first_file
-from dinoseg.report.object_overlay import draw_objects, object_legend
+from dinoseg.report.object_overlay import draw_prediction, object_legend
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import class_statistics
 from dinoseg.utils import forms
@@ -45,12 +45,12 @@ def write_image_results(
     any to be predicted, else classes.
     """
     image = to_display(image)
-    if objects is None:
-        overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
-        legend = legend_of([mask], classes, palette, ignore_index=ignore_index)
-    else:
-        overlay = draw_objects(image, objects, palette, opacity=opacity)
-        legend = object_legend(objects, classes, palette)
+    overlay = draw_prediction(image, mask, objects, palette, ignore_index=ignore_index, opacity=opacity)
+    legend = (
+        legend_of([mask], classes, palette, ignore_index=ignore_index)
+        if objects is None
+        else object_legend(objects, classes, palette)
+    )
     caption = "segmentation" if objects is None else "objects"
     with atomic_folder(folder) as part:
         write_png(part / "original.png", image)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Literal, TypedDict
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
 from dinoseg.core.targets import NO_TARGET, UNLABELLED, MaskTargets
+from dinoseg.core.task import ObjectTask
 from dinoseg.losses.labelled import checked_factors
 from dinoseg.losses.points import (
     random_points,
@@ -72,20 +74,16 @@ class PointTargets:
             numbers: of the targets (R, M).
             dtype: of the result.
         """
-        first, *others = targets.ids.unbind(1)  # (B, H, W)
+        layers = targets.ids.unbind(1)  # (B, H, W)
         if self.interpolation == "nearest":
-            ids = sample_labels(first, image, points)
-            inside = ids[..., None] == numbers[:, None]
-            for layer in others:
-                inside |= sample_labels(layer, image, points)[..., None] == numbers[:, None]
-            weights = ids != UNLABELLED
+            ids = [sample_labels(layer, image, points) for layer in layers]
+            inside = reduce(torch.logical_or, (each[..., None] == numbers[:, None] for each in ids))
+            weights = ids[0] != UNLABELLED
             return inside.to(dtype), (weights if self.excludes_ignored else torch.ones_like(weights)).to(dtype)
-        shares = sample_membership(first, image, points, numbers, dtype)
-        for layer in others:
-            shares += sample_membership(layer, image, points, numbers, dtype)
+        shares = reduce(torch.add, (sample_membership(layer, image, points, numbers, dtype) for layer in layers))
         weights = shares.new_ones(shares.shape[:2])
         if self.excludes_ignored:
-            labelled = (first != UNLABELLED).long()
+            labelled = (layers[0] != UNLABELLED).long()
             weights = sample_membership(labelled, image, points, numbers.new_ones(len(numbers), 1), dtype)[..., 0]
         return shares, weights
 
@@ -259,7 +257,6 @@ class MaskClassification(Loss):
         self.factors = checked_factors(factors, TERMS)
         self.no_object = no_object
         self.targets = PointTargets(ignored, interpolation)
-        self.excludes_ignored = self.targets.excludes_ignored
         self.has_warned = False  # of more objects than queries
         self.sampling: Sampling = {"num_points": num_points, "oversample": oversample, "importance": importance}
 
@@ -289,7 +286,7 @@ class MaskClassification(Loss):
 
     def _has_class_loss(self, targets: MaskTargets) -> Tensor:
         """Return whether the queries of an image (B,) are trained to predict "no object"."""
-        return targets.labelled if self.excludes_ignored else torch.ones_like(targets.labelled)
+        return targets.labelled if self.targets.excludes_ignored else torch.ones_like(targets.labelled)
 
     def step_loss(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
@@ -336,14 +333,12 @@ class MaskClassification(Loss):
     def _check_queries(self, counts: Sequence[int] | np.ndarray, names: Sequence[str], num_queries: int) -> None:
         """Refuse more classes than queries, and warn once of more objects."""
         for name, count in zip(names, counts, strict=True):
-            if count <= num_queries:
-                continue
-            if not self.task.has_objects:
+            if count > num_queries and not isinstance(self.task, ObjectTask):
                 raise UserError(
                     f"num_queries={num_queries}: {name} has {count} classes, and each needs its own query. Give the "
                     f"head num_queries={len(self.weight)}, the number of classes, or more."
                 )
-            if not self.has_warned:
+            if count > num_queries and not self.has_warned:
                 logger.warning(
                     "%s has %d target masks for %d queries: only those that fit best train the model, here and in any "
                     "other such image. Give the head num_queries=%d or more.",
@@ -358,7 +353,7 @@ class MaskClassification(Loss):
         masks = at_least_float32(layer.mask_logits[matched.image, matched.query])  # (N, h, w)
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
-        excluded = self.excludes_ignored
+        excluded = self.targets.excludes_ignored
         fading = self.targets.fades_outside
         points = uncertain_points(
             masks.detach(), targets.ids[:, 0], matched.image, valid, excluded=excluded, fading=fading, **self.sampling

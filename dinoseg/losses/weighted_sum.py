@@ -51,7 +51,6 @@ class WeightedSum(Loss):
         self.needs_reconstruction = any(loss.needs_reconstruction for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
         self.needs_carried = any(loss.needs_carried for loss in self.losses)
-        self.excludes_ignored = any(loss.excludes_ignored for loss in self.losses)
         self.needs_maps = _join_maps(self._terms)
         self._set_divisors()
 

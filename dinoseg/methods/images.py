@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
-from dinoseg.core.task import refuse_layers
-from dinoseg.data.checks.errors import check_for_errors, check_for_objects
+from dinoseg.core.task import ObjectTask, refuse_layers
+from dinoseg.data.checks.errors import check_for_errors
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.collected import Collector
@@ -76,7 +76,8 @@ class ImageTraining(TrainingMethod):
         self.labels = self.labelled = self.data_module.train
         for split, data in (("train", train), ("val", val)):
             names = f"loss={builder.options['loss']}", f"data={builder.options['data']} ({split})"
-            builder.task.check_data(names[1], get_map_kinds(data), data.classes, self._loss)
+            if isinstance(builder.task, ObjectTask):
+                builder.task.check_data(names[1], get_map_kinds(data), data.classes, self._loss)
             check_needed_maps(self._loss.needs_maps, get_map_kinds(data), *names)
 
     def _check_masks(self) -> None:
@@ -88,7 +89,7 @@ class ImageTraining(TrainingMethod):
                 f"loss={builder.options['loss']} does not fit task={builder.options['task']}. Choose {task.advice}; or "
                 f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
             )
-        if task.has_objects and not self._loss.needs_masks:
+        if isinstance(task, ObjectTask) and not self._loss.needs_masks:
             raise UserError(
                 f"loss={builder.options['loss']} does not fit task={builder.options['task']}, whose objects are masks. "
                 f"Choose {task.advice}; or task=semantic for this loss."
@@ -154,11 +155,11 @@ class ImageTraining(TrainingMethod):
             group=builder.value("data.group"),
             data_name=builder.options["data"],
             workers=builder.workers,
-            has_objects=builder.task.has_objects,
+            has_objects=isinstance(builder.task, ObjectTask),
         )
-        if builder.task.has_objects:
-            datasets = {"train": self.data_module.train, "val": self.data_module.val}
-            check_for_objects(datasets, builder.options["data"])
+        if isinstance(builder.task, ObjectTask):
+            for split, data in (("train", self.data_module.train), ("val", self.data_module.val)):
+                builder.task.check_objects(f"data={builder.options['data']} ({split})", data)
         sizes = [
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]
@@ -208,7 +209,7 @@ class ImageTraining(TrainingMethod):
             few, every = len(data), self._val_total
             print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")
         # layers have no matrix, and no class that could be predicted everywhere; objects may be found at a low mIoU
-        is_semantic = scores["matrix"] is not None and not self.data_module.task.has_objects
+        is_semantic = scores["matrix"] is not None and not isinstance(self.data_module.task, ObjectTask)
         commonest, constant = commonest_class(scores["matrix"]) if is_semantic else (0, 0.0)
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(

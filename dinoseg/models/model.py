@@ -11,7 +11,7 @@ from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import resize, to_unit_range, valid_share
 from dinoseg.core.shapes import FrozenFeatures, Prediction
 from dinoseg.core.sizes import Size, backbone_size
-from dinoseg.core.task import SEMANTIC, Task, refuse_layers
+from dinoseg.core.task import SEMANTIC, ObjectTask, Task, refuse_layers
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Scale, check_annotations
 
@@ -47,12 +47,12 @@ class SegmentationModel(nn.Module):
         head.check_backbone(backbone)
         if head.mixture or head.slots is not None:
             refuse_layers(task, f"a head of masks or slots, {type(head).__name__},", "Choose head=linear or head=dpt.")
-        if task.has_objects and not head.mixture:
+        if isinstance(task, ObjectTask) and not head.mixture:
             raise UserError(
                 f"{type(head).__name__} predicts no masks, which a task of objects needs. Choose head=eomt, "
                 "head=pmt or head=mask2former, or task=semantic."
             )
-        if task.has_objects and not head.no_object:
+        if isinstance(task, ObjectTask) and not head.no_object:
             raise UserError(
                 "no_object=false: each query of the head would predict an object in every image. Choose "
                 "no_object=true, or task=semantic."

@@ -14,7 +14,7 @@ from dinoseg.config.job import mask_keys
 from dinoseg.config.options import has_options
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.sources import first_file, has_own_file
-from dinoseg.core.task import Task, refuse_layers
+from dinoseg.core.task import ObjectTask, Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import find_groups
@@ -252,8 +252,9 @@ def _segment_images(
     given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
     earlier, passed = segment_images(by, given, run)
     _log("images", passed, count_of(run.count - earlier, "image"))
-    if run.undrawn:
-        logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, by.predictor.model.task))
+    task = by.predictor.model.task
+    if run.undrawn and isinstance(task, ObjectTask):
+        logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task))
     return {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
 
 
@@ -286,7 +287,7 @@ def _log(what: str, passed: Throughput, count: str) -> None:
         logger.info("%s: %s", what, report)
 
 
-def _undrawn_line(scores: Sequence[float], count: int, task: Task) -> str:
+def _undrawn_line(scores: Sequence[float], count: int, task: ObjectTask) -> str:
     """Return how many of the images have an overlay without objects, and what to do.
 
     Args:
@@ -295,7 +296,7 @@ def _undrawn_line(scores: Sequence[float], count: int, task: Task) -> str:
         task: of the model.
     """
     lower = "a lower task.score_threshold finds more segments"
-    remedy = "mode.outputs=[coco] writes those of all scores" if task.objects_overlap else lower
+    remedy = "mode.outputs=[coco] writes those of all scores" if task.overlap else lower
     return (
         f"No object is drawn in {len(scores)} of {count_of(count, 'overlay')}: none there scores {MIN_SCORE} or more "
         f"(highest: {max(scores):.2f}). If the images have objects, train longer; {remedy}."
@@ -310,14 +311,12 @@ def _score_line(run: ImageRun, reference: Path | None, layers: Sequence[str]) ->
     return f"score them:   python -m dinoseg {shlex.join(words)}{names}"
 
 
-def _object_line(run: ImageRun, task: Task, outputs: Sequence[str]) -> str:
+def _object_line(run: ImageRun, task: ObjectTask, outputs: Sequence[str]) -> str:
     """Return the command that scores the objects of a run, or how to write them as files."""
-    of_task = ("coco", "coco/results.json") if task.objects_overlap else ("panoptic", "panoptic/panoptic.json")
-    output, file = of_task
+    output, file, protocol = task.scored_file
     if output not in outputs:
         return f"objects:      mode.outputs=[{output}] writes them as files, which mode=score reads"
-    protocol = "coco_instances" if task.objects_overlap else "coco_panoptic"
-    words = ("mode=score", f"protocol={protocol}", f"prediction={run.folder / file}", "reference=FILE.json")
+    words = ("mode=score", f"protocol={protocol}", f"prediction={run.folder / output / file}", "reference=FILE.json")
     return f"and objects:  python -m dinoseg {shlex.join(words)}  # FILE.json: annotations of the same images"
 
 
@@ -339,7 +338,7 @@ def _summary_lines(
             yield f"masks:        {run.masks}{files}"
             if has_options([SHIPPED], "mode=score"):
                 yield _score_line(run, reference, layers)
-    if run.count and task.has_objects and has_options([SHIPPED], "mode=score"):
+    if run.count and isinstance(task, ObjectTask) and has_options([SHIPPED], "mode=score"):
         yield _object_line(run, task, outputs)
     if run.count and outputs:
         yield f"also:         {', '.join(str(run.folder / name) for name in outputs)}"

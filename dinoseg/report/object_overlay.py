@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dinoseg.report.overlay import Colour, Legend, default_outline, find_edges, load_font
+from dinoseg.report.overlay import Colour, Legend, blend, default_outline, find_edges, load_font
 from dinoseg.report.palette import layer_colours
 
 if TYPE_CHECKING:  # imports torch, which drawing does not need
@@ -18,6 +18,30 @@ if TYPE_CHECKING:  # imports torch, which drawing does not need
 MIN_SCORE = 0.5  # objects of lower scores are mostly wrong, and would hide the others
 _SMALLEST_TEXT = 10  # pixels
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+
+
+def draw_prediction(
+    frame: np.ndarray,
+    mask: np.ndarray,
+    objects: Objects | None,
+    palette: Palette,
+    *,
+    ignore_index: int = 255,
+    opacity: float = 0.5,
+) -> np.ndarray:
+    """Return a frame (H, W, 3) uint8 with its objects as `draw_objects` does; without any, with its classes.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        mask: class ids (H, W), or layers (K, H, W).
+        objects: of the frame; None: the model predicts none.
+        palette: a colour for each class.
+        ignore_index: id of ignored pixels.
+        opacity: of the colours, 0..1.
+    """
+    if objects is None:
+        return blend(frame, mask, palette, ignore_index=ignore_index, opacity=opacity)
+    return draw_objects(frame, objects, palette, opacity=opacity)
 
 
 def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opacity: float = 0.5) -> np.ndarray:
@@ -36,48 +60,47 @@ def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opaci
     colours = layer_colours(palette)
     width = default_outline(objects.size)
     owners = np.full(objects.size, -1)  # the object on top
-    boxes = objects.boxes.tolist()
     shown = select_shown(objects)
-    regions = {}  # of the image, with a margin: an outline costs as much as its object, and not as the image
-    for place in reversed(shown):
-        left, top, columns, rows = boxes[place]
-        region = (slice(max(0, top - width), top + rows + width), slice(max(0, left - width), left + columns + width))
-        mask = objects.masks[place].to_mask(objects.size)[region]
-        label = int(objects.classes[place])
+    # of the image, with a margin: an outline costs as much as its object, and not as the image
+    regions = [
+        (slice(max(0, top - width), top + rows + width), slice(max(0, left - width), left + columns + width))
+        for left, top, columns, rows in shown.boxes.tolist()
+    ]
+    for place, region in reversed([*enumerate(regions)]):
+        mask = shown.masks[place].to_mask(objects.size)[region]
+        label = int(shown.classes[place])
         owners[region][mask] = place
         if opacity == 1 or max(palette[label]):
             tinted = frame[region][mask] * (1 - opacity) + np.array(palette[label]) * opacity
             drawn[region][mask] = tinted.round().astype(np.uint8)
         drawn[region][mask & find_edges(mask, width)] = colours[label]
-        regions[place] = region
     picture = Image.fromarray(drawn)
     pen = ImageDraw.Draw(picture)
     font = load_font(max(_SMALLEST_TEXT, round(max(objects.size) / 40)))
-    for place in shown:
-        region = regions[place]
+    for place, region in enumerate(regions):
         own = owners[region] == place
         if own.any():
-            column, row = _find_middle(own)
+            row, column = _find_middle(own)
             middle = (column + region[1].start, row + region[0].start)
             pen.text(middle, str(place + 1), _WHITE, font, anchor="mm", stroke_width=width + 1, stroke_fill=_BLACK)
     return np.asarray(picture)
 
 
-def select_shown(objects: Objects) -> list[int]:
-    """Return the places of the objects that `draw_objects` draws."""
-    return np.flatnonzero(objects.scores >= MIN_SCORE).tolist()
+def select_shown(objects: Objects) -> Objects:
+    """Return the objects that `draw_objects` draws."""
+    return objects.select(np.flatnonzero(objects.scores >= MIN_SCORE))
 
 
 def object_legend(objects: Objects, classes: Sequence[str], palette: Palette) -> Legend:
     """Return (name, colour) of each class that `draw_objects` draws, in id order."""
     colours: list[Colour] = layer_colours(palette)
-    return [(classes[label], colours[label]) for label in np.unique(objects.classes[select_shown(objects)]).tolist()]
+    return [(classes[label], colours[label]) for label in np.unique(select_shown(objects).classes).tolist()]
 
 
 def _find_middle(mask: np.ndarray) -> tuple[int, int]:
-    """Return the column and row of a pixel of a mask (H, W) bool that is far from its border."""
+    """Return the row and column of a pixel of a mask (H, W) bool that is far from its border."""
     import cv2
 
     depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
     row, column = np.unravel_index(depth.argmax(), mask.shape)
-    return int(column), int(row)
+    return int(row), int(column)

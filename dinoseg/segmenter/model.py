@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.core.objects import Objects
-from dinoseg.core.runs import Runs
+from dinoseg.core.objects import Objects, Runs
 from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.segmenter.inputs import OnError, Picture, is_many_files, is_one, pictures
 from dinoseg.segmenter.runtime import Options, Runtime, list_model_files
@@ -132,14 +131,17 @@ class Segmentation:
 
         Objects are outlined and numbered, from 1 in the order of `objects`; those of scores below 0.5 are left out.
         """
-        from dinoseg.report.object_overlay import draw_objects
-        from dinoseg.report.overlay import blend
+        from dinoseg.report.object_overlay import draw_prediction
         from dinoseg.utils.levels import to_display
 
-        colours = self.facts.palette
-        if self.found is not None:
-            return draw_objects(to_display(self.image), self.found, colours, opacity=opacity)
-        return blend(to_display(self.image), self.mask, colours, ignore_index=self.facts.ignore_index, opacity=opacity)
+        return draw_prediction(
+            to_display(self.image),
+            self.mask,
+            self.found,
+            self.facts.palette,
+            ignore_index=self.facts.ignore_index,
+            opacity=opacity,
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the class ids as a PNG without loss; the file appears whole or not at all.

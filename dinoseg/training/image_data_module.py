@@ -13,7 +13,7 @@ from dinoseg.core.contracts import Loss, overrides_both
 from dinoseg.core.metric import RowMetric
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
-from dinoseg.core.task import SEMANTIC, Task
+from dinoseg.core.task import SEMANTIC, ObjectTask, Task
 from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
@@ -105,8 +105,8 @@ class ImageDataModule:
     def train_views(self) -> TrainViews:
         """Return the training images as augmented views."""
         # a panoptic view without objects still trains on stuff
-        needs_objects = self.task.has_objects and self.task.objects_overlap
-        return TrainViews(self.train, self.augment, self.seed, self.views, needs_objects)
+        is_redrawn = isinstance(self.task, ObjectTask) and self.task.overlap
+        return TrainViews(self.train, self.augment, self.seed, self.views, needs_objects=is_redrawn)
 
     @property
     def epoch(self) -> float:

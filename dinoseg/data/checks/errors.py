@@ -7,15 +7,12 @@ nothing or something else, and images on both sides of the split. The other modu
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-
 from dinoseg.core.channels import ChannelFiles
-from dinoseg.core.object_ids import crowd_flags
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sources import read_peaks, read_source
 from dinoseg.data.checks.files import check_files, check_range
@@ -101,29 +98,6 @@ def check_for_errors(
     if all(data.pairs and isinstance(data.pairs[0].image, ChannelFiles) for data in sides.values()):
         _check_first_images(list(sides.values()), splits)
     return splits
-
-
-def check_for_objects(datasets: Mapping[str, SegmentationData], data_name: str) -> None:
-    """Refuse splits of which no image has an object that is told apart; others are read up to the first one.
-
-    Args:
-        datasets: by split; those other than `PairDataset` are not checked.
-        data_name: the option of `data=`.
-
-    Raises:
-        UserError: a split has no object, or a file is unreadable.
-    """
-    for split, data in datasets.items():
-        if not isinstance(data, PairDataset):
-            continue
-        sources = [pair.objects for pair in data.pairs if pair.objects is not None and pair.objects.count != 0]
-        values = (np.unique(source.read()) for source in sources)
-        if not any((each[crowd_flags(each) == 0] > 0).any() for each in values):
-            raise UserError(
-                f"data={data_name} ({split}): no image has an object, or all are crowds, so that there is nothing to "
-                "find. Check data.things, data.background, data.instances or the annotations; of crowds that are "
-                "objects, set data.reader.shapes.crowds=object; or choose task=semantic."
-            )
 
 
 def _warn(finding: Finding) -> None:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +18,7 @@ from PIL import Image
 
 import dinoseg
 from dinoseg.core.objects import Objects
-from dinoseg.core.task import Task
+from dinoseg.core.task import ObjectTask, Task
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.annotations.coco_ids import CocoIds
@@ -180,16 +180,17 @@ class PredictedShapes(FurtherOutputs):
         if name == "labelme":
             return LabelmeAnnotations(folder, labels, background, self)
         ids = CocoIds.read(self.ids, labels)
+        things = task.things if isinstance(task, ObjectTask) else None
         # results have instances of nearly all classes, if of low scores; so the first image would fail later
-        for label in sorted(task.things if name == "coco" else {*range(len(labels.classes))} - {background}):
+        for label in sorted((things or ()) if name == "coco" else {*range(len(labels.classes))} - {background}):
             ids.find_category(label)
         if name == "coco":
-            return CocoAnnotations(folder, labels, background, self, task, ids)
-        if not task.has_objects or task.objects_overlap:
+            return CocoAnnotations(folder, labels, background, self, things, ids)
+        if not isinstance(task, ObjectTask) or task.overlap:
             raise UserError(
                 "mode.outputs=panoptic needs the segments of a model of task=panoptic. Leave it out, or choose coco."
             )
-        return PanopticSegments(folder, labels, background, task, ids)
+        return PanopticSegments(folder, labels, background, task.things, ids)
 
     def parts(self, prediction: ImagePrediction, background: int | None) -> Iterator[MaskRegion]:
         """Yield the parts of an image that become objects."""
@@ -242,11 +243,11 @@ class CocoAnnotations(_Annotations):
     lengths.
 
     Args:
-        task: of the model.
+        things: ids of the classes whose objects the model predicts; None: it predicts none.
         ids: of images and categories.
     """
 
-    task: Task
+    things: Collection[int] | None
     ids: CocoIds
 
     def write(self, prediction: ImagePrediction) -> None:
@@ -260,7 +261,7 @@ class CocoAnnotations(_Annotations):
                 "score": part.score,
             }
             for part in ([] if prediction.objects is None else regions_of(prediction.objects))
-            if part.value in self.task.things
+            if part.value in (self.things or ())
         ]
         piece = {"image": _describe(prediction, self.ids), "annotations": annotations, "results": results}
         write_text(_piece(self.folder, prediction), json.dumps(piece))
@@ -268,7 +269,7 @@ class CocoAnnotations(_Annotations):
     def finish(self) -> None:
         """Merge the intermediate files and number images and annotations."""
         super().finish()
-        if self.task.has_objects:
+        if self.things is not None:
             with atomic_file(self.folder / "results.json") as part, open(part, "w", encoding="utf-8") as file:
                 file.write("[")
                 _join(file.write, self._number("results"))
@@ -355,14 +356,14 @@ class PanopticSegments:
         folder: output folder.
         labels: the classes.
         background: ID of the class that is no object; None: there is none.
-        task: of the model.
+        things: ids of the classes whose objects are told apart.
         ids: of images and categories.
     """
 
     folder: Path
     labels: Labels
     background: int | None
-    task: Task
+    things: Collection[int]
     ids: CocoIds
     needs_probabilities = False
 
@@ -394,7 +395,7 @@ class PanopticSegments:
             {
                 "id": number,
                 "name": self.labels.classes[index],
-                "isthing": int(index in self.task.things),
+                "isthing": int(index in self.things),
                 "color": list(colours[index]),
             }
             for index, number in self.ids.categories.items()

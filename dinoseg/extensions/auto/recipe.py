@@ -20,6 +20,7 @@ from dinoseg.config.composition import SHIPPED, compose
 from dinoseg.config.job import read_words, search_path_override
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.task import ObjectTask
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
@@ -166,7 +167,7 @@ def _without(words: Sequence[str], *roots: str) -> list[str]:
 def _check(builder: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     builder.arguments(Budget, {"minutes": "budget.minutes"})
-    if builder.task.has_objects:
+    if isinstance(builder.task, ObjectTask):
         raise UserError(
             f"hparam=auto chooses for classes of pixels, not for task={builder.options['task']}. Choose a recipe of "
             "objects: hparam=instance or hparam=panoptic."

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, overrides_both, safe_divide
 from dinoseg.core.shapes import Batch, Prediction, SegmentationData, join_batches
-from dinoseg.core.task import refuse_layers
+from dinoseg.core.task import ObjectTask, refuse_layers
 from dinoseg.data.loader import TrainViews, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
@@ -287,7 +287,7 @@ class Distillation(ImageTraining):
     ) -> None:
         super().__init__(builder, val_images=val_images)
         refuse_layers(builder.task, "trainer=distil", "Choose trainer=supervised.")
-        if builder.task.has_objects:
+        if isinstance(builder.task, ObjectTask):
             raise UserError(
                 "trainer=distil learns the class scores of a teacher, which do not separate objects. Choose "
                 "trainer=supervised, or task=semantic."

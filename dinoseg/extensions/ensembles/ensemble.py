@@ -12,6 +12,7 @@ import torch
 
 from dinoseg.checkpoints.trained import C, Trained, load_member
 from dinoseg.core.shapes import Batch, SegmentationData
+from dinoseg.core.task import ObjectTask
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.evaluation.image_record import read_record
 from dinoseg.evaluation.scoring.intervals import jackknife, unit_sums
@@ -296,7 +297,7 @@ def describe_member(
     """
     if model.head.slots is not None:
         raise UserError("A slot model has no classes, whose probabilities an ensemble averages. Leave it out.")
-    if averages and model.task.has_objects:
+    if averages and isinstance(model.task, ObjectTask):
         raise UserError("An ensemble averages the probabilities of classes, and finds no objects. Give a single run.")
     return {
         "classes": [*labels.classes],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import MaskOutputs
 from dinoseg.core.sizes import Size
+from dinoseg.core.task import ObjectTask
 from dinoseg.extensions.export.onnx_record import GraphRecord
 from dinoseg.extensions.export.options import LARGEST_SIDE, MAX_PIXELS, GraphOptions
 from dinoseg.inference.trained_sizes import TrainedSizes
@@ -71,14 +72,16 @@ def record_of(
         raise UserError(
             "A slot model cannot be exported: its segments are tracked from frame to frame. Use mode=track."
         )
-    if segmenter.task.has_objects and options.pixels:
+    task = segmenter.task
+    objects = task.graph_options if isinstance(task, ObjectTask) else None
+    if isinstance(task, ObjectTask) and options.pixels:
         raise UserError(
             "export.pixels=true gives classes of pixels, and this model predicts single objects. Leave it out."
         )
-    if segmenter.task.has_objects and segmenter.task.object_options is None:
+    if isinstance(task, ObjectTask) and objects is None:
         raise UserError(
             f"A graph finds the objects of task=instance and task=panoptic, and not those of "
-            f"{type(segmenter.task).__name__}. Choose export=safetensors."
+            f"{type(task).__name__}. Choose export=safetensors."
         )
     reason = _reason(segmenter, options)
     fill = [float(value) for value in segmenter.backbone.mean.flatten()]
@@ -97,8 +100,8 @@ def record_of(
         no_object=head.no_object,
         opset=opset,
         precision=precision,
-        thresholds=segmenter.task.thresholds,
-        objects=segmenter.task.object_options,
+        thresholds=task.thresholds,
+        objects=objects,
     )
     if reason is None:
         return record, None

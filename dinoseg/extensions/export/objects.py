@@ -7,8 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from dinoseg.core.objects import Objects
-from dinoseg.core.runs import Runs
+from dinoseg.core.objects import Objects, Runs
 from dinoseg.core.sizes import Size
 from dinoseg.extensions.export.numpy_ops import bilinear_matrix, sigmoid, softmax
 

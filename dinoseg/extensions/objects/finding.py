@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.geometry import upsample
-from dinoseg.core.objects import Objects
-from dinoseg.core.runs import Runs
+from dinoseg.core.objects import Objects, Runs
 from dinoseg.utils.precision import at_least_float32
 
 MAX_INSTANCES = 100  # of an image, over queries and classes: `eval_top_k_instances`

@@ -5,8 +5,8 @@ from itertools import combinations, groupby
 
 import numpy as np
 
-from dinoseg.core.objects import Objects
-from dinoseg.core.runs import Runs, overlaps
+from dinoseg.core.objects import Objects, Runs
+from dinoseg.extensions.objects.overlaps import overlaps
 
 MIN_IOU = 0.5  # of two parts of one object, within the pixels that both windows see
 Part = tuple[Objects, int, int]  # objects of a window, and its first row and column

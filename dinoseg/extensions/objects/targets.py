@@ -1,21 +1,13 @@
 """Target masks of queries: the objects of an image, and the classes of its stuff."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from dinoseg.core.object_ids import OBJECTS, crowd_flags, object_classes, object_numbers
-from dinoseg.core.sample_maps import MapKind, ObjectMap
+from dinoseg.core.object_ids import crowd_flags, object_classes, object_numbers
 from dinoseg.core.targets import NO_TARGET, UNLABELLED, MaskTargets, list_present
 from dinoseg.utils.devices import to_device
-from dinoseg.utils.errors import UserError
-
-# options of the group `data`, the most usual first
-WITH_OBJECTS = (
-    *("folder_instances", "coco_instances", "coco_panoptic", "yolo_instances", "labelme_instances"),
-    *("cityscapes_instances", "sarrarp_instances"),
-)
 
 
 def object_targets(
@@ -53,30 +45,3 @@ def object_targets(
     present = list_present(classes != NO_TARGET, shorten=True)
     found = classes.gather(1, present.clamp(min=0)).masked_fill(present == NO_TARGET, NO_TARGET)
     return MaskTargets(ids, present, found, ~is_ignored.flatten(1).all(1))
-
-
-def check_objects(name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], things: Collection[int]) -> None:
-    """Refuse data whose objects are not those of some things.
-
-    Args:
-        name: of the data, for messages.
-        kinds: of their maps, by name.
-        classes: names in the order of their ids.
-        things: ids of the classes that have objects.
-
-    Raises:
-        UserError: there are no objects, or those of other classes.
-    """
-    kind = kinds.get(OBJECTS)
-    if not isinstance(kind, ObjectMap):
-        option = name.split()[0].removeprefix("data=")
-        options = sorted(WITH_OBJECTS, key=lambda each: not each.startswith(f"{option}_"))
-        raise UserError(
-            f"{name} has no objects, which a task of objects is trained on. Choose data={options[0]}, or other data "
-            f"with objects: {', '.join(options[1:])}; or task=semantic."
-        )
-    if {*kind.things} != {*things}:
-        raise UserError(
-            f"{name} has objects of other classes than the task. Name them: data.things="
-            f"[{','.join(classes[each] for each in kind.things)}]; or as `things` in classes.yaml."
-        )

@@ -11,11 +11,13 @@ from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.objects import Objects
 from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.targets import MaskTargets
-from dinoseg.core.task import SemanticTask
+from dinoseg.core.task import ObjectTask
+from dinoseg.extensions.objects.checks import check_maps, check_objects
 from dinoseg.extensions.objects.finding import OVERLAP_THRESHOLD, SCORE_THRESHOLD, find_instances, find_segments
 from dinoseg.extensions.objects.joining import join_instances, join_segments
 from dinoseg.extensions.objects.reading.things import advise_on_background, find_things
-from dinoseg.extensions.objects.targets import check_objects, object_targets
+from dinoseg.extensions.objects.targets import object_targets
+from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share, check_annotations
 from dinoseg.utils.wording import join_names
@@ -24,8 +26,8 @@ _PARTS = "loss=mask_classification with head=eomt, head=pmt or head=mask2former"
 _CERTAIN = 64.0  # logit whose sigmoid is 1 in any precision
 
 
-class ObjectTask(SemanticTask):
-    """Base class of tasks of single objects.
+class ThingTask(ObjectTask):
+    """Base class of tasks whose classes are things, which have objects, and stuff.
 
     Args:
         classes: names in the order of their ids.
@@ -35,8 +37,6 @@ class ObjectTask(SemanticTask):
     Raises:
         UserError: a name is no class, or no class is a thing.
     """
-
-    has_objects = True
 
     def __init__(
         self, classes: Sequence[str], things: Sequence[str] | None = None, background: str | Natural | None = None
@@ -52,10 +52,14 @@ class ObjectTask(SemanticTask):
 
     def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:
         """Refuse data without objects, or with those of other classes."""
-        check_objects(name, kinds, classes, self.things)
+        check_maps(name, kinds, classes, self.things)
+
+    def check_objects(self, name: str, data: Any) -> None:
+        """Refuse data of which no image has an object."""
+        check_objects(name, data)
 
 
-class InstanceTask(ObjectTask):
+class InstanceTask(ThingTask):
     """Objects of things, each with a mask, a class and a score; they may overlap.
 
     A pixel's class is the most probable one of the objects there; the background if it is that no object is there.
@@ -70,6 +74,8 @@ class InstanceTask(ObjectTask):
         UserError: a name is no class, or no class is a thing.
     """
 
+    overlap = True
+    scored_file = ("coco", "results.json", "coco_instances")
     advice = f"hparam=instance, or {_PARTS}"
     eval_metrics = ("instance_ap",)
 
@@ -82,11 +88,7 @@ class InstanceTask(ObjectTask):
     ) -> None:
         super().__init__(classes, things, background)
         self.score = score
-
-    @property
-    def object_options(self) -> Mapping[str, Any]:
-        """Plain values by which an exported graph finds the instances."""
-        return {
+        self.graph_options = {
             "things": sorted(self.things),
             "background": self.background,
             "score_threshold": None,
@@ -124,7 +126,8 @@ class InstanceTask(ObjectTask):
     def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:
         """Refuse data without objects, those of other classes, and a loss without pixels outside of them."""
         super().check_data(name, kinds, classes, loss)
-        if len(self.things) == len(classes) and loss.excludes_ignored:
+        parts = [part for part in loss.modules() if isinstance(part, MaskClassification)]  # a sum has terms
+        if len(self.things) == len(classes) and any(part.targets.excludes_ignored for part in parts):
             raise UserError(
                 f"task=instance: every class of {name} has objects, so that no pixel outside of objects has a label, "
                 "and loss.criterion.ignored=excluded leaves out those without one: masks would grow over all of them. "
@@ -142,7 +145,7 @@ class InstanceTask(ObjectTask):
         return join_instances(parts, size)
 
 
-class PanopticTask(ObjectTask):
+class PanopticTask(ThingTask):
     """A segment of each pixel: an object of a thing, or a class of stuff as a whole.
 
     Args:
@@ -157,8 +160,9 @@ class PanopticTask(ObjectTask):
         UserError: a name is no class, no class is a thing, or a threshold is out of range.
     """
 
+    overlap = False
+    scored_file = ("panoptic", "panoptic.json", "coco_panoptic")
     advice = f"hparam=panoptic, or {_PARTS}"
-    objects_overlap = False
     eval_metrics = ("panoptic_quality",)
 
     @check_annotations
@@ -175,15 +179,11 @@ class PanopticTask(ObjectTask):
         super().__init__(classes, things, background)
         self.score = score
         self.score_threshold, self.overlap_threshold = score_threshold, overlap_threshold
-
-    @property
-    def object_options(self) -> Mapping[str, Any]:
-        """Plain values by which an exported graph finds the segments; a background is a class of stuff."""
-        return {
+        self.graph_options = {
             "things": sorted(self.things),
-            "background": None,
-            "score_threshold": self.score_threshold,
-            "overlap_threshold": self.overlap_threshold,
+            "background": None,  # a class of stuff
+            "score_threshold": score_threshold,
+            "overlap_threshold": overlap_threshold,
         }
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:

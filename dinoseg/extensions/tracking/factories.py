@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dinoseg.core.contracts import Backbone
+from dinoseg.core.task import ObjectTask
 from dinoseg.extensions.tracking.identities import ObjectTracker
 from dinoseg.extensions.tracking.propagation.settings import PropagationSettings
 from dinoseg.extensions.tracking.propagation.tracker import PropagationTracker
@@ -36,7 +37,7 @@ class PropagationFactory(PropagationSettings):
         sizes: TrainedSizes | None = None,
     ) -> Tracker:
         """Return a tracker; further arguments are for a segmenter, see `SmoothingTracker` and `ObjectTracker`."""
-        if isinstance(model, SegmentationModel) and model.task.has_objects:
+        if isinstance(model, SegmentationModel) and isinstance(model.task, ObjectTask):
             return ObjectTracker(
                 model,
                 self,

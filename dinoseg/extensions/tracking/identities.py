@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.objects import Objects
+from dinoseg.core.task import ObjectTask
 from dinoseg.extensions.clips.videos import VOID
 from dinoseg.extensions.tracking.grid.assignment import match_objects
 from dinoseg.extensions.tracking.grid.cells import area_mean, soft_iou
@@ -87,6 +88,8 @@ class ObjectTracker(SegmenterTracker):
         # frame 0 has no given mask, and is a frame as any other
         unread = ("window_first", "repeat_first")
         super().__init__(model, settings, sizes=sizes, autocast=autocast, batch_size=batch_size, unread=unread)
+        assert isinstance(model.task, ObjectTask)
+        self._things = [*model.task.things]
         self._keep, self._min_score = keep, min_score
         self._search = replace(settings, window_first=True)
         self._memory: list[ContextFrame] = []  # labels (h, w, M) of the tracks that have not ended, in their order
@@ -156,7 +159,7 @@ class ObjectTracker(SegmenterTracker):
 
     def _track_frame(self, objects: Objects, features: Tensor, valid: Share) -> np.ndarray:
         """Return the IDs (H, W) uint8 of a frame with features (C, h, w)."""
-        things = np.isin(objects.classes, [*self._model.task.things])
+        things = np.isin(objects.classes, self._things)
         objects, numbers = separate_objects(
             objects.select(np.flatnonzero(things & (objects.scores >= self._min_score)))
         )

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from dinoseg.checkpoints.trained import find_trained_sizes, is_trained, load_trained
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.channels import check_rgb
-from dinoseg.core.task import refuse_layers
+from dinoseg.core.task import ObjectTask, refuse_layers
 from dinoseg.data.classes.labels import as_color
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.settings import check_same_settings
@@ -167,7 +167,7 @@ def _build_tracker(
             f"labels={labels}: a trained segmenter needs no masks. Leave labels out; or leave "
             f"{'head.weights' if builder.resume is None else 'resume'} out to track the objects of a mask."
         )
-    has_objects = trained.model.task.has_objects
+    has_objects = isinstance(trained.model.task, ObjectTask)
     _check_options(options, ("keep", "min_score") if has_objects else ("smoothing",))
     refuse_layers(trained.model.task, "mode=track", "mode=predict segments each frame of a video.")
     if trained.strategy.base is not trained.strategy:

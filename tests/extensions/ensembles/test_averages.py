@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from drawn_videos import KnownObjects
 from mistakes import assert_refused
 from tiny_parts import tiny_vit
 from torch import nn
@@ -217,5 +218,5 @@ def test_fewer_members_predict_where_they_alone_are_active():
 
 
 def test_a_model_that_finds_objects_is_no_member():
-    member = SimpleNamespace(head=SimpleNamespace(slots=None), task=SimpleNamespace(has_objects=True))
+    member = SimpleNamespace(head=SimpleNamespace(slots=None), task=KnownObjects([]))
     assert_refused(lambda: describe_member(member, None, {}, Whole()), "finds no objects")

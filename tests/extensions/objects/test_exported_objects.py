@@ -92,7 +92,9 @@ def test_file_with_objects_of_unknown_classes_is_refused(tmp_path):
 class OwnTask(InstanceTask):
     """A task that finds its objects in a way of its own."""
 
-    object_options = None
+    def __init__(self, classes, things):
+        super().__init__(classes, things)
+        self.graph_options = None
 
 
 def test_graphs_that_find_no_objects_are_refused():

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dinoseg.core.objects import Objects
-from dinoseg.core.runs import Runs
+from dinoseg.core.objects import Objects, Runs
 from dinoseg.extensions.objects.joining import join_instances, join_segments, place_runs, unite_runs
 
 SIZE, WINDOW = (60, 90), (36, 40)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dinoseg.core.metric import Counts, LabelledImage, PredictedImage
 from dinoseg.core.objects import Objects
-from dinoseg.core.runs import overlaps
+from dinoseg.extensions.objects.overlaps import overlaps
 from dinoseg.extensions.objects.scoring.errors import ObjectMetric
 from dinoseg.metrics.counts import mean_defined, ratio
 from dinoseg.utils.ranges import Count

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import Counts
-from dinoseg.core.objects import Objects
-from dinoseg.core.runs import Runs
+from dinoseg.core.objects import Objects, Runs
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons, size_of
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision, count_instances

@@ -6,7 +6,7 @@ import numpy as np
 
 from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric
 from dinoseg.core.objects import Objects
-from dinoseg.core.runs import overlaps
+from dinoseg.extensions.objects.overlaps import overlaps
 
 SURE = 0.5  # score from which a predicted object is found or invented
 

@@ -10,9 +10,10 @@ from command_line import call
 from drawn_objects import draw_instances, encode, place_instances, write_instances
 
 from dinoseg.core.metric import RowMetric
-from dinoseg.core.runs import Runs, overlaps
+from dinoseg.core.objects import Runs
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons
+from dinoseg.extensions.objects.overlaps import overlaps
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.protocols.folders import score_cases

@@ -17,8 +17,7 @@ from known_objects import (
 from mistakes import refusals
 
 from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric
-from dinoseg.core.objects import Objects
-from dinoseg.core.runs import Runs
+from dinoseg.core.objects import Objects, Runs
 from dinoseg.core.shapes import Batch
 from dinoseg.evaluation.collected import Collector, join
 from dinoseg.evaluation.unit_scores import leave_units_out, metric_intervals

@@ -1,0 +1,27 @@
+"""Common pixels of the masks of objects, without decoding these."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dinoseg.core.objects import Runs
+
+
+def overlaps(first: Sequence[Runs], second: Sequence[Runs]) -> np.ndarray:
+    """Return the common pixels (D, G) int64 of each of D masks with each of G masks of the same image."""
+    owners = np.repeat(np.arange(len(first)), [len(runs.starts) for runs in first])
+    starts = np.concatenate([np.empty(0, np.int64), *(runs.starts for runs in first)])
+    ends = np.concatenate([np.empty(0, np.int64), *(runs.ends for runs in first)])
+    found = np.zeros((len(first), len(second)), np.int64)
+    for column, runs in enumerate(second):
+        common = _count_before(runs, ends) - _count_before(runs, starts)
+        np.add.at(found[:, column], owners, common)
+    return found
+
+
+def _count_before(runs: Runs, places: np.ndarray) -> np.ndarray:
+    """Return how many ones of a mask lie before each place (M,)."""
+    begun = np.searchsorted(runs.starts, places, side="right")  # runs that start before or at the place
+    pixels = np.concatenate([[0], np.cumsum(runs.ends - runs.starts)])
+    last_end = np.concatenate([[0], runs.ends])[begun]
+    return pixels[begun] - np.maximum(last_end - places, 0)
