@@ -55,8 +55,9 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def no_stray_log_handlers():
-    """Begin with pytest's own handlers alone: a library that logs between tests leaves one on a closed stream."""
+    """Begin with pytest's own handlers and level: a job that a test runs in this process leaves others."""
     root = logging.getLogger()
+    root.setLevel(logging.WARNING)
     for handler in root.handlers[:]:
         if not type(handler).__module__.startswith("_pytest."):
             root.removeHandler(handler)

@@ -32,13 +32,15 @@ from dinoseg.utils.errors import UserError
 
 VALIDATION = {  # at its end
     "metrics/confusion.py _raise_for_outsiders: read": 1,
-    "metrics/confusion.py compute: read": 2,
+    "metrics/confusion.py compute: copy to the host": 1,
+    "metrics/confusion.py compute: read": 1,
     "metrics/confusion.py update: copy to the device": 1,
     "training/validation.py evaluate: read": 2,
 }
 LOGGED = {
     "metrics/confusion.py _raise_for_outsiders: read": 1,
-    "metrics/confusion.py compute: read": 2,
+    "metrics/confusion.py compute: copy to the host": 1,
+    "metrics/confusion.py compute: read": 1,
     "training/step.py read: work just launched": 1,
 }
 MATCHING = {"losses/mask_classification.py match: copy to the host": 1}

@@ -298,8 +298,8 @@ def _undrawn_line(scores: Sequence[float], count: int, task: ObjectTask) -> str:
     lower = "a lower task.score_threshold finds more segments"
     remedy = "mode.outputs=[coco] writes those of all scores" if task.overlap else lower
     return (
-        f"No object is drawn in {len(scores)} of {count_of(count, 'overlay')}: none there scores {MIN_SCORE} or more "
-        f"(highest: {max(scores):.2f}). If the images have objects, train longer; {remedy}."
+        f"Overlays that show no object: {len(scores)} of {count}. They show scores of {MIN_SCORE} or more, and the "
+        f"highest there is {max(scores):.2f}. If the images have objects, train longer; {remedy}."
     )
 
 

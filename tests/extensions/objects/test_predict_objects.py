@@ -80,9 +80,9 @@ def test_overlays_without_objects_are_logged(folder, task, remedy):
         model.head.classify.weight.zero_()  # equal scores of all classes
     model.save(folder / f"weak_{task}.safetensors")
     done = predict(folder, f"weak_{task}", f"hydra.run.dir=weak_{task}")
-    assert done.status == 0 and done.err.count("No object is drawn in 2 of 2 overlays") == 1
-    assert remedy in done.err and ("highest: 0.00" in done.err) == (task == "panoptic")
-    assert "No object" not in predict(folder, "instance", "hydra.run.dir=strong").err
+    assert done.status == 0 and done.err.count("Overlays that show no object: 2 of 2.") == 1
+    assert remedy in done.err and ("highest there is 0.00" in done.err) == (task == "panoptic")
+    assert "show no object" not in predict(folder, "instance", "hydra.run.dir=strong").err
 
 
 @pytest.mark.parametrize(
