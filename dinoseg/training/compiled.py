@@ -72,9 +72,11 @@ class _Once(_Replacement):
     def __call__(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         given = [name for name, value in kwargs.items() if value is not None]  # a mask is given until it is annealed
         seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), given)
-        if seen == self._last:
-            self._chosen = self._chosen or seen
-        self._last = seen
+        # checkpointing repeats a block in the backward pass, where it has to run as in the forward pass
+        if torch._C._current_graph_task_id() == -1:
+            if seen == self._last:
+                self._chosen = self._chosen or seen
+            self._last = seen
         if seen != self._chosen or self._rests or self._state.failed or torch.compiler.is_exporting():
             return self._plain(tokens, *args, **kwargs)
         try:

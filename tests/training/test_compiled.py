@@ -54,6 +54,16 @@ def test_compiled_block_serves_one_dtype_and_mask_and_no_export(shapes, monkeypa
     assert len(shapes) == 2
 
 
+def test_checkpointing_repeats_a_block_as_it_ran(shapes):
+    backbone = TimmBackbone("test_vit", "random", None, checkpointing=True).train()
+    compile_blocks(backbone)
+    compiled_calls = []
+    for _ in range(2):
+        backbone(torch.rand(1, 3, 32, 48))[0].sum().backward()
+        compiled_calls.append(len(shapes))
+    assert compiled_calls == [0, 2 * len(backbone.blocks)]
+
+
 def test_last_block_is_not_compiled_for_its_attention(shapes):
     backbone, image = TimmBackbone("test_vit", "random", None).eval(), torch.rand(1, 3, 32, 48)
     plain = backbone.with_class_attention(image)
