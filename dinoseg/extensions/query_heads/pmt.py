@@ -115,6 +115,20 @@ class PmtHead(EomtHead):
         if weights and not self.queries.is_meta:  # on meta only sizes are counted, without the file
             load_decoder(self, weights, new_class_layer=class_layer == "new")
 
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse a backbone without tokens, or one whose heads of attention do not fit its width.
+
+        Raises:
+            UserError: the backbone does not fit.
+        """
+        super().check_backbone(backbone)
+        dim, head_dim = self.queries.shape[1], backbone.head_dim
+        if dim % head_dim or head_dim % 4:
+            raise UserError(
+                f"head_dim={head_dim}: blocks of PMT need a multiple of 4 that divides the backbone's width of {dim}. "
+                f"Set `head_dim` in {type(backbone).__name__} to the width of a head of its attention, or choose eomt."
+            )
+
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
         size = (images.shape[-2], images.shape[-1])

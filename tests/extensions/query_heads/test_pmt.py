@@ -316,6 +316,10 @@ test_files_that_do_not_fit_are_refused = refusals(
         ),
         "widths of a pyramid": (lambda: PmtHead([96, 192], 2, 4, **FOUR), "EoMT and PMT need", "dinov3_vit", "dpt"),
         "another anneal": (lambda: PmtHead(32, 4, 4, **FOUR, anneal="odd"), "anneal=odd: give even"),
+        "heads that do not divide the width": (
+            lambda: make_pair("timm")[1].check_backbone(SimpleNamespace(has_tokens=True, blocks=[], head_dim=48)),
+            *("head_dim=48", "width of 64", "SimpleNamespace", "eomt"),
+        ),
         "maps alone": (lambda: SegmentationModel(Backbone(), make_pair()[1]), "EoMT and PMT need", "vit_small"),
     }
 )
