@@ -19,6 +19,7 @@ from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.extensions.feature_cache import choice as choice
 from dinoseg.extensions.feature_cache.choice import CacheOptions, feature_cache, has_frozen_part, measure_features
 from dinoseg.extensions.packed.pack import pack
+from dinoseg.extensions.query_heads.pmt import PmtHead
 from dinoseg.inference.windows import Whole, Windows
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
@@ -273,6 +274,16 @@ def test_heads_of_the_same_maps_share_the_cache(train, counted_images):
     counted_images.clear()
     train("disk", head=MlpHead(24, 1, 3, 8))
     assert sum(counted_images) == MEASURED
+
+
+@pytest.mark.parametrize("names", [("maps", "tokens"), ("tokens", "maps")])
+def test_heads_of_maps_and_of_tokens_share_the_cache(train, counted_images, names):
+    heads = {"maps": lambda: LinearHead(24, 1, 3), "tokens": lambda: PmtHead(24, 1, 3, patch_size=8, blocks=1)}
+    train("disk", head=heads[names[0]]())
+    counted_images.clear()
+    cached, *_ = train("disk", head=heads[names[1]]())
+    assert sum(counted_images) == MEASURED
+    assert cached == train(head=heads[names[1]]())[0]
 
 
 def test_remedy_for_slow_loading_depends_on_the_source(train, data, tmp_path):
