@@ -180,7 +180,7 @@ class TrainedEnsemble(Trained):
         """Return a split that no member, or out of fold none of an image's fold, was trained or selected on.
 
         Raises:
-            UserError: one was.
+            UserError: one was, or objects of several members would be averaged.
         """
         group, paths = builder.value("data.group"), [*map(Path, builder.checkpoints)]
         if not self.out_of_fold:
@@ -189,11 +189,15 @@ class TrainedEnsemble(Trained):
             return self.data
         folds = {}
         for fold, members in self._folds.items():
+            if len(members) > 1 and isinstance(self.model.task, ObjectTask):
+                raise UserError(
+                    f"resume: {len(members)} runs predict fold {fold}, and objects have no average. Give one run of "
+                    "each fold."
+                )
             folds[fold] = Builder(self.builders[members[0]].with_changes(self._fold_of(members[0])).cfg).dataset(split)
             scoring.check_unseen(folds[fold], group, [paths[number] for number in members])
         self.data = scoring.FoldedData(folds)
         scoring.check_folds(self.data, paths)
-        self.averaged.active = max(self._folds.values(), key=len)
         return self.data
 
     def batches(self, data: SegmentationData) -> Iterator[Batch] | None:

@@ -110,12 +110,6 @@ class AveragedStrategy(InferenceStrategy):
             sums = [self._sum(group, band) for group, band in zip(groups, bands, strict=True)]
             yield self._as_prediction(torch.stack(sums).sum(dim=0))
 
-    @property
-    def no_objects_reason(self) -> str | None:
-        """Why it predicts no single objects; None: a single member predicts each image."""
-        reason = "An ensemble averages the classes of pixels, and objects have no average. Give one model, or of all "
-        return None if len(self.active) == 1 else f"{reason}folds one each, and mode.ensemble.out_of_fold=true."
-
     def reduce_memory(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Handle an out-of-memory error of any member; return whether a retry would use less memory."""
         members = self.groups_of(rows.size).values()

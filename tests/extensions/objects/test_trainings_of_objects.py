@@ -149,7 +149,8 @@ def test_objects_of_all_folds_are_scored_as_one_dataset(tmp_path, monkeypatch):
         assert {key: each.tolist() for key, each in row.items()} == {key: each.tolist() for key, each in other.items()}
     scores = json.loads((tmp_path / "pooled/scores.json").read_text())
     assert scores["AP"] == counted[0].metrics[0].score(concatenated)["AP"] > 0
+    assert f"out of fold: AP {100 * scores['AP']:.2f} % (95 % interval " in done.err and "), mIoU" in done.err
     twice = ("resume=[folds/0,folds/1,other]", "mode.ensemble.out_of_fold=true")
     succeed(tmp_path, *words[1:], "data.folds=2", "data.fold=1", "seed=1", "hydra.run.dir=other")
     refused = call(tmp_path, *again, *twice)
-    assert refused.status == 1 and "objects have no average" in refused.err and "folds one each" in refused.err
+    assert refused.status == 1 and "2 runs predict fold 1, and objects have no average" in refused.err
