@@ -97,7 +97,11 @@ class AveragedStrategy(InferenceStrategy):
             (number,) = self.active  # the passes of several models are not those of one
             member = self.members[number]
             member.model.to(member.device)
-            yield from member.strategy.bands(member.model, rows, member.autocast, size=size, on_pass=on_pass)
+            try:
+                yield from member.strategy.bands(member.model, rows, member.autocast, size=size, on_pass=on_pass)
+            finally:  # also if it runs out of memory
+                if self.offload:
+                    member.model.to("cpu")
             return
         if self.ids is not None:  # also after an attempt that ran out of memory
             self.ids = {}

@@ -188,6 +188,19 @@ def test_a_model_leaves_the_device_after_an_error(monkeypatch):
     assert len(moves) == 2
 
 
+def test_a_single_member_leaves_the_device_after_its_passes(monkeypatch):
+    moves, passes = [], []
+    strategy = AveragedStrategy([make_member(seed, Whole, backbone=seed) for seed in range(2)], offload=True)
+    strategy.active = [1]
+    to = nn.Module.to
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: moves.append(self) or to(self, device))
+    images = torch.from_numpy(np.stack(draw_images())).permute(0, 3, 1, 2)
+    predictor = Predictor(strategy.members[0].model, torch.device("cpu"), nullcontext, strategy)
+    with torch.no_grad():
+        predictor.run_bands(images, list, on_pass=lambda *given: passes.append(given))
+    assert passes and moves == [strategy.members[1].model] * 2
+
+
 def test_ids_of_members_are_their_own_predictions():
     members = [make_member(seed, STRATEGIES["windows"], backbone=seed % 2) for seed in range(3)]
     own = [member.ids(draw_images()) for member in copy.deepcopy(members)]
