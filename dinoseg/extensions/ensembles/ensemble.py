@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dinoseg.checkpoints.trained import C, Trained, load_member
+from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.task import ObjectTask
 from dinoseg.data.loader import eval_samples, stack_equal
@@ -243,11 +244,14 @@ class TrainedEnsemble(Trained):
             write_json(out_dir / "ensemble.json", gain)
             return {"ensemble": gain}
         kind, units = ClassScores(len(record.classes), record.background), record.count_units()
-        found = jackknife(kind, unit_sums(record.counts, record.units))["miou"]
+        found = {name: score.estimate() for name, score in record.scores.items() if name in record.image_scores}
+        found["mIoU"] = jackknife(kind, unit_sums(record.counts, record.units))["miou"]
         logger.info(
-            "out of fold: mIoU %s %% (95 %% interval %s) over %s, each predicted by the runs of its fold",
-            percent(found.value, 2),
-            format_interval(found.ci95, 2),
+            "out of fold: %s over %s, each predicted by the runs of its fold",
+            ", ".join(
+                f"{name} {percent(plain_score(score.value), 2)} % (95 % interval {format_interval(score.ci95, 2)})"
+                for name, score in found.items()
+            ),
             count_of(units, record.unit),
         )
         if few := few_units(units, record.unit):

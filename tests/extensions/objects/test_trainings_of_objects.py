@@ -141,7 +141,7 @@ def test_objects_of_all_folds_are_scored_as_one_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(MetricRows, "add_scores", lambda self, *given: (add_scores(self, *given), counted.append(self)))
     again = ("mode=eval", "engine=cpu", "engine.workers=0", "--config-dir", "own")
     for name, resume in (("first", "folds/0"), ("second", "folds/1"), ("pooled", "folds")):
-        succeed(tmp_path, *again, f"resume={resume}", f"hydra.run.dir={name}")
+        done = succeed(tmp_path, *again, f"resume={resume}", f"hydra.run.dir={name}")
     *apart, pooled = [rows.counts[0] for rows in counted]
     concatenated = [row for rows in apart for row in rows]
     assert len(apart) == 2 and len(pooled) == 5
