@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dinoseg.evaluation.scoring.intervals import Estimate
+from dinoseg.evaluation.scoring.intervals import Estimate, UnitScore, estimate_difference
 from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.extensions.compare import comparison
 from dinoseg.extensions.compare.comparison import (
@@ -75,6 +75,14 @@ def test_verdicts_hold_together_over_sides_and_classes():
     assert ratios == [pytest.approx(2), pytest.approx(3)]
     assert all(found[n]["iou/0"]["ci95"] == alone[n]["iou/0"]["ci95"] for n in range(3))
     assert found[0]["iou/0"]["p"] > alone[0]["iou/0"]["p"]  # over the classes of all sides
+
+
+def test_a_unit_that_one_side_alone_scores_counts():
+    first = UnitScore(0.5, [0.4, 0.5, 0.6, 0.5], [True, False, True, False])
+    second = UnitScore(0.7, [0.5, 0.6, 0.9, 0.7], [True, True, True, False])
+    gap = estimate_difference([first], [second])
+    assert gap.value == pytest.approx(0.2) and gap.freedom == 2
+    assert gap.error == pytest.approx((2 / 3 * (2 * (0.1 - 0.5 / 3) ** 2 + (0.3 - 0.5 / 3) ** 2)) ** 0.5)
 
 
 def test_one_unit_has_no_verdict_unless_seeds_have():
