@@ -142,13 +142,7 @@ def evaluation_page(
         boundary=boundary_rows(errors.distances, errors.boundary),
         videos=[]
         if len({*evaluated.units}) == len(evaluated.units)
-        else video_charts(
-            {
-                unit: [miou for own, miou in zip(evaluated.units, errors.mious, strict=True) if own == unit]
-                for unit in dict.fromkeys(evaluated.units)
-            },
-            "mIoU %",
-        ),
+        else video_charts(_group_scores(evaluated.units, errors.mious), "mIoU %"),
         calibration=calibration and {**calibration, "charts": calibration_charts(calibration)},
         min_bin_pixels=_MIN_BIN_PIXELS,
         training=training_charts(training or [], selecting),
@@ -188,6 +182,13 @@ def _metric_interval(metric: RowMetric, name: str, limits: Sequence[float] | Non
 
 def _divide(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
+
+
+def _group_scores(groups: Sequence[str], scores: Sequence[float | None]) -> dict[str, list[float | None]]:
+    found: dict[str, list[float | None]] = {}
+    for group, score in zip(groups, scores, strict=True):
+        found.setdefault(group, []).append(score)
+    return found
 
 
 def video_charts(videos: Mapping[str, Sequence[float | None]], name: str) -> list[dict[str, Any]]:
