@@ -129,12 +129,12 @@ def _estimate_scores(
 
 def _score_images(rows: MetricRows) -> dict[str, list[float | None]]:
     """Return the main score of each metric of objects, of each image by itself."""
-    return {
-        main: [metric.score([row])[main] for row in counts]
-        for metric, counts in zip(rows.metrics, rows.counts, strict=True)
-        if metric.needs_objects
-        for main in [next(iter(metric.scores))]
-    }
+    found = {}
+    for metric, counts in zip(rows.metrics, rows.counts, strict=True):
+        if metric.needs_objects:
+            main = next(iter(metric.scores))
+            found[main] = [metric.score([row])[main] for row in counts]
+    return found
 
 
 def _group_images(pattern: str | None, names: Sequence[str], official: Mapping[str, Any] | None) -> list[str]:

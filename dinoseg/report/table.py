@@ -41,10 +41,10 @@ def class_table(
     rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", *["right"] * 5))
     present = f"over {scores['present_classes']} of {len(scores['classes'])} classes"
-    objects = [
-        (MEANS["miou_no_background"], scores["miou_no_background"], f"without class {index}, {classes[index]}")
-        for index in ([] if background is None else [background])
-    ]
+    objects: list[tuple[str, float | None, str]] = []
+    if background is not None:
+        note = f"without class {background}, {classes[background]}"
+        objects = [(MEANS["miou_no_background"], scores["miou_no_background"], note)]
     has_layers = scores["matrix"] is None
     decided = "of all decisions, present or absent" if has_layers else f"of {scores['pixels']:,} pixels"
     means = [
