@@ -109,12 +109,14 @@ def join(parts: Iterable[tuple[list, dict[str, list]]]) -> Collected:
     """Merge the results of all ranks."""
     parts = list(parts)
     rows = sorted((row for rows, _ in parts for row in rows), key=lambda row: row[0])
-    best, worst, errors = (
-        [values for *_, values in sorted((each for _, shots in parts for each in shots[name]), reverse=True)[:SHOWN]]
-        for name in ("best", "worst", "errors")
-    )
+
+    def select(name: str) -> list[tuple]:
+        """Return the values of the shots of the highest scores."""
+        found = sorted((shot for _, shots in parts for shot in shots[name]), reverse=True)
+        return [values for *_, values in found[:SHOWN]]
+
     # with few distinct images, show each once: the better half as best
-    distinct = {shot.index: shot for shot in starmap(Shot, (*best, *worst))}
+    distinct = {shot.index: shot for shot in starmap(Shot, (*select("best"), *select("worst")))}
     shots, half = [*distinct.values()], (len(distinct) + 1) // 2
     return Collected(
         classes=np.stack([row[1] for row in rows]),
@@ -123,7 +125,7 @@ def join(parts: Iterable[tuple[list, dict[str, list]]]) -> Collected:
         labels=np.concatenate([row[4] for row in rows]),
         best=shots[:half],
         worst=sorted(shots[half:], key=lambda shot: (shot.score, shot.index)),
-        errors=[*starmap(ObjectShot, errors)],
+        errors=[*starmap(ObjectShot, select("errors"))],
     )
 
 

@@ -51,8 +51,14 @@ def align_records(records: Mapping[Any, ImageRecord]) -> list[ImageRecord]:
                     for name, score in other.scores.items()
                 }
             by_image = {name: [values[index] for index in order] for name, values in other.image_scores.items()}
-            other = replace(other, images=first.images, units=first.units, scores=scores, image_scores=by_image)
-            other = replace(other, counts=other.counts[order])
+            other = replace(
+                other,
+                images=first.images,
+                units=first.units,
+                counts=other.counts[order],
+                scores=scores,
+                image_scores=by_image,
+            )
             if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
                 changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))
                 names = join_names([first.images[index] for index in changed.tolist()])
