@@ -179,3 +179,9 @@ def test_units_without_rows_are_not_scored():
     metric = AreaError()
     metric.score_rows = lambda rows: {"area_error": np.concatenate([row["found"] for row in rows]).sum()}
     assert leave_units_out(metric, rows, ["a", "a", "b"])["area_error"].scored == [True, False]
+
+
+def test_units_without_counts_are_not_scored():
+    empty = {"classes": np.zeros((3, CLASSES), np.int64)}
+    rows = [empty, {"classes": np.ones((3, CLASSES), np.int64)}, empty, empty]
+    assert [*leave_units_out(MeanIoU(), rows, ["a", "b", "b", "c"])["miou"].scored] == [False, True, False]
