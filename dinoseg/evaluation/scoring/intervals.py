@@ -120,8 +120,11 @@ class UnitScore:
 
 def score_units(function: ScoreFunction, sums: np.ndarray) -> dict[str, UnitScore]:
     """Return each key's score over units, from sums (U, d) of the units."""
-    whole, left_out, scored = function.scores(add_units(sums)), leave_one_out(function, sums), has_labels(sums)
-    return {key: UnitScore(float(whole[key]), left_out[key], scored) for key in function.keys}
+    whole, scored = function.scores(add_units(sums)), has_labels(sums)
+    # without its only unit a score is undefined, and scores of protocols would divide by zero
+    left_out = leave_one_out(function, sums) if scored.sum() > 1 else {}
+    undefined = np.full(len(sums), nan)
+    return {key: UnitScore(float(whole[key]), left_out.get(key, undefined), scored) for key in function.keys}
 
 
 def jackknife(function: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:

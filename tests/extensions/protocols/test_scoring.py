@@ -185,6 +185,15 @@ def test_one_unit_has_no_interval_and_units_alike_a_point():
     assert estimate_difference([alike], [alike]).p == 1
 
 
+def test_score_is_not_divided_without_its_only_unit():
+    class Plain(Share):
+        def scores(self, sums):
+            return {"share": sums[..., 0] / sums[..., 1], "mean": sums[..., 2] / sums[..., 3]}  # 0 / 0 warns
+
+    found = score_units(Plain(), np.array([[1.0, 2.0, 0.5, 1.0]]))["share"]
+    assert (found.value, found.estimate().ci95) == (0.5, None)
+
+
 @pytest.mark.parametrize("runs", [(1, 3), (3, 1), (1, 5), (2, 3)])
 def test_equal_scores_do_not_differ_for_any_number_of_runs(runs):
     """A mean of three equal numbers may be another one in the last place, and so surely another than one of two."""
