@@ -6,7 +6,6 @@ import torch
 from object_models import LABELS, SCORES, draw_image, make_predictor
 
 from dinoseg.core.objects import Objects
-from dinoseg.extensions.ensembles.strategy import AveragedStrategy
 from dinoseg.extensions.objects.letterbox import Letterbox
 from dinoseg.extensions.objects.tasks import InstanceTask
 from dinoseg.extensions.regions.regions import Regions
@@ -88,7 +87,6 @@ def test_a_retry_with_less_memory_forgets_earlier_objects(monkeypatch):
         (Windows(40, scales=[0.5, 1.0]), "inference.scales=[1.0]"),
         (Auto(40, flips="all"), "inference.flips=none"),
         (Regions(Whole(), 5), "inference.min_region=0"),
-        (AveragedStrategy([make_predictor(), make_predictor()]), "one model"),
         (Windows(40, overlap=0.0), "inference.overlap=0.25"),
         (Windows(40, stride=(30, 40)), "inference.stride=null"),
         (Windows(40, placement="even"), "inference.placement=stride"),
