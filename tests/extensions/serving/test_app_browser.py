@@ -27,7 +27,7 @@ def scene(trained_once, tmp_path_factory):
     write_png(folder / "images/first.png", np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8))
     words = (f"resume={trained_once}/segmenter", "engine=cpu", "hydra.run.dir=predicted")
     assert call(folder, "mode=predict", "input=images", *words).status == 0
-    for name, frames, size in (("video", 8, (48, 64)), ("long", 590, (480, 640))):
+    for name, frames, size in (("video", 8, (48, 64)), ("long", 590, (960, 1280))):
         with VideoWriter(folder / f"{name}.mp4", 10.0, size) as writer:
             for number in range(frames):  # a bright square that moves to the right
                 frame = np.full((*size, 3), 30, np.uint8)
