@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from checkpoint_files import save_progress
 from command_line import SMALL, call, succeed, write_data
 from omegaconf import OmegaConf
 
@@ -184,14 +185,12 @@ def test_out_of_memory_error_preserves_its_cause(second_rank, tmp_path, monkeypa
         start(second_rank, tmp_path / "run")
 
 
-def test_commands_that_are_printed_quote_blanks(tmp_path, monkeypatch):
+def test_commands_that_are_printed_quote_blanks(tmp_path):
     cfg = OmegaConf.create({"mode": {"resume_from": "last"}})
     run = tmp_path / "a run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints/last.safetensors").touch()
-    monkeypatch.setattr(checkpoint, "describe", lambda _: {"progress": {"step": 3}})
+    save_progress(run, step=3)
     note = launch._interrupt_note(cfg, run, RunLocation(run, tmp_path))
-    assert f"add resume=auto or 'resume={run}' to" in note
+    assert f"holds step 3. To resume, add resume=auto or 'resume={run}' to" in note
     note = launch._interrupt_note(cfg, run, RunLocation(run, run.parent / "a b", in_sweep=True))
     assert f"add resume=auto 'hydra.sweep.dir={tmp_path}/a b' to" in note
     assert sarrarp.prepare_command(run).endswith(f" 'data.root={run}'")

@@ -241,11 +241,15 @@ def _interrupt_note(cfg: DictConfig, folder: Path, location: RunLocation) -> str
     if cfg.mode.get("resume_from") != "last":
         return f"finished results are in {folder}" if has_results(folder) else ""
     last = folder / "checkpoints" / "last.safetensors"
-    if not last.exists():  # as in a run that is interrupted while torch is imported, which cannot be imported again
+    if not last.exists():
         return "this run has saved nothing"
-    from dinoseg.training import checkpoint
+    from safetensors import safe_open
 
-    step = checkpoint.describe(last)["progress"]["step"]
+    from dinoseg.training.description import read_description
+
+    # without torch: its import may have been interrupted, and cannot be repeated in this process
+    with safe_open(last, framework="np") as file:
+        step = read_description(file.metadata()["dinoseg"], str(last))["progress"]["step"]
     remedy = f"resume=auto or {shlex.quote(f'resume={folder}')}"
     if location.in_sweep:
         remedy = f"resume=auto {shlex.quote(f'hydra.sweep.dir={location.root}')}"
