@@ -185,8 +185,9 @@ class Backbone(GuardedModule):
             skipped_prefix: number of class and register tokens to leave out.
         """
         first = self.first_trained
-        parts = [part[:, skipped_prefix:].contiguous() for part in frozen]
-        read = dict(zip(sorted({*self.layers}), parts, strict=False))  # ends with the blocks before the first trained
+        known = [layer for layer in sorted({*self.layers}) if first is None or layer < first]
+        # the input of the first trained block may follow
+        read = {layer: part[:, skipped_prefix:].contiguous() for layer, part in zip(known, frozen, strict=False)}
         if first is None:
             return self._finish(read, None)
         read |= self.run_blocks(frozen[-1], block_kwargs, first, skipped_prefix=skipped_prefix)[1]
