@@ -56,8 +56,8 @@ def leave_units_out(metric: RowMetric, counts: Sequence[Counts], units: Sequence
     for number, row in zip(numbers, counts, strict=True):
         scored[number] |= metric.has_counts(row)
     values = metric.score_rows(counts)
-    left_out = {name: np.full(1, np.nan) for name in metric.scores}
-    if len(places) > 1:
+    left_out = {name: np.full(len(places), np.nan) for name in metric.scores}
+    if sum(scored) > 1:  # as in `score_units`
         left_out = metric.leave_one_out(counts, numbers)
     return {
         name: UnitScore(plain_score(values[name]), [*map(plain_score, left_out[name])], scored, better, metric.settings)
