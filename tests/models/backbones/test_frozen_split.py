@@ -5,12 +5,23 @@ import torch
 
 from dinoseg.models.adapters import Frozen, Full, LastBlocks
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+
+DEEP = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 10}
 
 
 @pytest.mark.parametrize("adapter", [Frozen(), LastBlocks(1), Full()])
-def test_split_keeps_the_order_of_unsorted_layers(adapter):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TimmBackbone("test_vit", "random", None, [1, 0, 1]),
+        lambda: TransformersVit("vit", {**DEEP, "image_size": 32}, "random", 16, [9, 2, 9]),
+    ],
+    ids=["timm", "transformers"],
+)
+def test_split_keeps_the_order_of_unsorted_layers(make, adapter):
     torch.manual_seed(0)
-    backbone = TimmBackbone("test_vit", "random", None, [1, 0, 1]).eval()
+    backbone = make().eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(torch.randn_like(parameter) / 5)
