@@ -10,12 +10,12 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dinoseg.cli.checkpoint_keys import checkpoint_keys
-from dinoseg.cli.words import assignments, is_sweep, lists_of, parse_word, values_of
+from dinoseg.cli.words import assignments, is_sweep, lists_of, options_of, parse_word
 from dinoseg.config.composition import Value, compose
 from dinoseg.config.grammar import write_value
 from dinoseg.config.job import SEARCH_PATH, read_words
@@ -132,20 +132,13 @@ def _is_group(override: Override, folders: Sequence[Path]) -> bool:
     return is_option and is_group(folders, override.key_or_group)
 
 
-def _options_of(override: Override, known: Sequence[str]) -> list[str]:
-    """Return the options that an override names; a glob without matches is returned as it was typed."""
-    value = override.value()
-    matches: list[str] = value.filter(list(known)) if isinstance(value, Glob) else []
-    return matches or [str(option) for each in lists_of(override) or [values_of(override)] for option in each]
-
-
 def _check_options(override: Override, folders: Sequence[Path]) -> None:
     """Refuse options without a file, and a list for a group that takes one option, whose keys Hydra would merge."""
     group = override.key_or_group
     lists = lists_of(override)
     if lists and group not in list_groups(folders):
         raise not_a_list_group(group, lists[0], folders)
-    for option in _options_of(override, options_in(folders, group)):
+    for option in options_of(override, options_in(folders, group)):
         if not any(os.path.isfile(folder / group / f"{option}.yaml") for folder in folders):
             raise unknown_option(group, option, folders)
 
@@ -168,11 +161,11 @@ def _compose_again(arguments: Sequence[str], folders: Sequence[Path]) -> None:
 def _first_job(word: str, folders: Sequence[Path]) -> str:
     """Return a word of a sweep as its first job has it; others unchanged."""
     override = parse_word(word)
-    if override is None or not (override.is_sweep_override() or isinstance(override.value(), Glob)):
+    if override is None or not override.is_sweep_override():
         return word
     first = next(iter(lists_of(override)), None)
     known = options_in(folders, override.key_or_group)
-    return f"{override.get_key_element()}={write_value(first or _options_of(override, known)[0])}"
+    return f"{override.get_key_element()}={write_value(first or options_of(override, known)[0])}"
 
 
 def _check_kind(value: Value, config: Mapping[str, Any], folders: Sequence[Path]) -> None:

@@ -23,6 +23,7 @@ _TAKES_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 )
+_OF_ONE_RUN = {"--cfg", "-c", "--info", "-i"}  # flags that Hydra refuses beside -m
 _NESTED = ("[", "{", "'", '"')  # first characters of values that are more than text
 
 
@@ -50,7 +51,7 @@ def as_text(arguments: Sequence[str]) -> list[str]:
         arguments: the command line, without the program's name.
 
     Raises:
-        UserError: an unknown flag.
+        UserError: an unknown flag, or one that does not go with -m.
     """
     for word in arguments:
         flag = word.split("=")[0]
@@ -60,6 +61,11 @@ def as_text(arguments: Sequence[str]) -> list[str]:
                 "write keys as KEY=VALUE, without dashes."
             )
     several = is_sweep(arguments)
+    if several and not _OF_ONE_RUN.isdisjoint(arguments):
+        raise UserError(
+            "--cfg and --info are about one run. Leave -m out, and give one value for each key, as one job of the "
+            "sweep has it."
+        )
     words = list(arguments)
     for position, word in assignments(arguments):
         key, _, value = word.partition("=")
@@ -102,6 +108,18 @@ def lists_of(override: Override) -> list[list[Any]]:
     values = value.list if isinstance(value, ChoiceSweep) else [value]
     is_listed = any(isinstance(each, list) for each in values)
     return [each if isinstance(each, list) else [each] for each in values] if is_listed else []
+
+
+def options_of(override: Override, known: Sequence[str]) -> list[str]:
+    """Return the options that an override of a group names; a glob without matches is returned as it was typed.
+
+    Args:
+        override: of a group.
+        known: all options of the group.
+    """
+    value = override.value()
+    matches: list[str] = value.filter(list(known)) if isinstance(value, Glob) else []
+    return matches or [str(option) for each in lists_of(override) or [values_of(override)] for option in each]
 
 
 def _names_file(key: str, value: str, override: Override | None, *, several: bool) -> bool:

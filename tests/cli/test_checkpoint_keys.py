@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 
+import hydra
 import pytest
 from command_line import SMALL, call, link_all
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from dinoseg.checkpoints.resume import compose_resumed
@@ -154,6 +157,24 @@ def test_hydra_accepts_typed_keys_of_the_checkpoint_alone():
     node = ConfigStore.instance().load(f"{root_config(words.split(), [SHIPPED])}.yaml").node
     assert {*node} == {"defaults", "teacher", "head", "data", "backbone"}
     assert root_config(["mode=train", "trainer.steps=2"], [SHIPPED]) == "main"
+
+
+@pytest.mark.parametrize(
+    ("swept", "jobs", "key"),
+    [
+        ("hparam=instance,panoptic", ("hparam=instance", "hparam=panoptic"), "loss.criterion.num_points=9"),
+        ("head=eomt,mask2former adapter=glob(l*)", ("head=mask2former adapter=lora",), "head.num_queries=9"),
+    ],
+)
+def test_sweep_accepts_the_keys_of_its_first_options(swept, jobs, key):
+    root = root_config(["-m", "mode=train", *swept.split(), key], [SHIPPED])
+    with initialize_config_dir(str(SHIPPED), version_base="1.3"):
+        hydra.compose(root, ["mode=train", key])  # as Hydra does before it composes the jobs
+        with pytest.raises(ConfigCompositionException):
+            hydra.compose("main", ["mode=train", key])
+        for job in jobs:
+            words = ["mode=train", *job.split(), key]
+            assert hydra.compose(root, words) == hydra.compose("main", words)
 
 
 def test_words_stay_as_typed(here):
