@@ -35,6 +35,17 @@ class Runs(NamedTuple):
         ends = bounds[1::2]
         return cls(bounds[::2][: len(ends)], ends)
 
+    @classmethod
+    def of_ids(cls, ids: np.ndarray) -> dict[int, Self]:
+        """Return the runs of each id of a map (H, W) of whole numbers, in ascending order; 0 is none."""
+        flat = ids.T.ravel()
+        starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+        ends = np.append(starts[1:], flat.size)
+        order = np.argsort(flat[starts], kind="stable")
+        found, first = np.unique(flat[starts][order], return_index=True)
+        groups = zip(found.tolist(), np.split(order, first[1:]), strict=True)
+        return {value: cls(starts[group], ends[group]) for value, group in groups if value}
+
     @property
     def area(self) -> int:
         """Number of pixels."""
@@ -42,20 +53,18 @@ class Runs(NamedTuple):
 
     def paint(self, canvas: np.ndarray, value: object) -> None:
         """Set the pixels of a canvas (H, W) where the mask is 1."""
-        rows, places = len(canvas), self.pixels()
-        canvas[places % rows, places // rows] = value
+        canvas.swapaxes(0, 1)[self.to_mask((len(canvas), canvas.shape[1])).T] = value
 
-    def pixels(self) -> np.ndarray:
-        """Return the pixels (P,) int64 where the mask is 1, counted column by column."""
-        lengths = self.ends - self.starts
-        before = np.cumsum(lengths) - lengths
-        return np.arange(lengths.sum()) + np.repeat(self.starts - before, lengths)
+    def to_counts(self, pixels: int) -> np.ndarray:
+        """Return the run lengths (N,) int64 of a mask with a number of pixels, of zeros first."""
+        bounds = np.stack([self.starts, self.ends], axis=1).ravel()
+        counts = np.diff(bounds, prepend=0, append=pixels)
+        return counts if counts[-1] else counts[:-1]
 
     def to_mask(self, size: tuple[int, int]) -> np.ndarray:
         """Return the mask (H, W) bool of `size` (H, W)."""
-        flat = np.zeros(size[0] * size[1], bool)
-        flat[self.pixels()] = True
-        return flat.reshape(size[1], size[0]).T
+        counts = self.to_counts(size[0] * size[1])
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[1], size[0]).T
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,9 @@ class Objects:
     @classmethod
     def of_map(cls, values: np.ndarray) -> Self:
         """Return the objects of an `ObjectMap` (N, H, W) int32 in the order of their numbers, crowds last."""
-        found = {
-            value: Runs.of_mask(layer == value) for layer in values for value in np.unique(layer[layer > 0]).tolist()
-        }
+        found: dict[int, Runs] = {}
+        for layer in values:
+            found |= Runs.of_ids(layer)
         codes = np.array(sorted(found, key=lambda value: (crowd_flags(value), object_numbers(value))), np.int64)
         masks = [found[value] for value in codes.tolist()]
         return cls.of_runs(values.shape[1:], masks, object_classes(codes), crowds=crowd_flags(codes) == 1)
@@ -132,8 +141,11 @@ class Objects:
         """The boxes (N, 4) int64 as left, top, width and height in pixels; of an empty mask, zeros."""
         boxes = np.zeros((len(self), 4), np.int64)
         for box, mask in zip(boxes, self.masks, strict=True):
-            columns, rows = np.divmod(mask.pixels(), self.size[0])
+            is_used = mask.ends > mask.starts
+            columns, rows = np.divmod([mask.starts[is_used], mask.ends[is_used] - 1], self.size[0])
             if rows.size:
+                if (columns[0] < columns[1]).any():  # a run that continues in the next column touches both borders
+                    rows = np.array([0, self.size[0] - 1])
                 box[:] = columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
         return boxes
 
