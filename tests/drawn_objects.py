@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 
-from dinoseg.extensions.annotations.rle import counts_of, to_text
+from dinoseg.core.objects import Runs
+from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.utils.images import write_png
 
 
 def encode(mask, as_text=True):
     """Return a mask (H, W) as COCO's run lengths, compressed or as a list."""
-    counts = counts_of(np.asarray(mask, bool).T.ravel())
+    counts = Runs.of_mask(np.asarray(mask, bool)).to_counts(mask.size)
     return {"size": list(mask.shape), "counts": to_text(counts) if as_text else counts.tolist()}
 
 

@@ -58,7 +58,7 @@ class Runs(NamedTuple):
     def to_counts(self, pixels: int) -> np.ndarray:
         """Return the run lengths (N,) int64 of a mask with a number of pixels, of zeros first."""
         bounds = np.stack([self.starts, self.ends], axis=1).ravel()
-        counts = np.diff(bounds, prepend=0, append=pixels)
+        counts = np.diff(np.concatenate([[0], bounds, [pixels]]))
         return counts if counts[-1] else counts[:-1]
 
     def to_mask(self, size: tuple[int, int]) -> np.ndarray:

@@ -140,8 +140,6 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
         return LabelledShape(label, outline, area, crowd, key)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
-    if drawn.get("size") != list(size):
-        raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its image {list(size)}")
-    counts = rle.parse_counts(drawn.get("counts"), size[0] * size[1])
+    counts = rle.parse_mask(drawn, size)
     columns = CompressedColumns(rle.to_text(counts))
     return LabelledShape(label, columns, float(counts[1::2].sum()), crowd, key)

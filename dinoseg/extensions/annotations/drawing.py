@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.objects import Runs
 from dinoseg.core.sources import VirtualMask
 from dinoseg.extensions.annotations.polygon import figure, rasterise
-from dinoseg.extensions.annotations.rle import decode, from_text, values_of
+from dinoseg.extensions.annotations.rle import from_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
 from dinoseg.utils.images import read_image
@@ -55,7 +56,7 @@ class CompressedColumns:
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
         """Set the pixels of a canvas (H, W) that the shape covers."""
-        canvas[decode(from_text(self.counts), (canvas.shape[0], canvas.shape[1]))] = value
+        Runs.of_counts(from_text(self.counts)).paint(canvas, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Box:
     def paint(self, canvas: np.ndarray, value: int) -> None:
         """Set the pixels of a canvas (H, W) that the shape covers."""
         left, top, width, height = self.place
-        mask = values_of(np.frombuffer(self.counts, np.int64)).reshape(height, width)
+        mask = Runs.of_counts(np.frombuffer(self.counts, np.int64)).to_mask((width, height)).T
         mask = mask[max(0, -top) :, max(0, -left) :]
         part = canvas[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
         part[mask[: part.shape[0], : part.shape[1]]] = value

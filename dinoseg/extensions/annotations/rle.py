@@ -1,34 +1,19 @@
-"""COCO's run lengths of binary masks: alternating counts of zeros and ones, column by column.
+"""COCO's run lengths of masks in JSON: alternating counts of zeros and ones, column by column, see `Runs`.
 
 In the compressed form, each count from the fourth on is stored as its difference to the count two before. Each number
 is split into groups of five bits, the lowest first; a sixth bit marks that more follow. Each group is a letter, counted
 from `0` (pycocotools' maskApi.c).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dinoseg.utils.wording import format_value
+
 _MORE, _SIGN, _BITS, _FIRST = 32, 16, 31, 48
 _DIGITS = 7  # letters per count: 35 bits, as differences of 32-bit counts need
-
-
-def counts_of(values: np.ndarray) -> np.ndarray:
-    """Return the run lengths (N,) int64 of flat booleans (M,); the first counts zeros and may be 0."""
-    changes = np.flatnonzero(values[1:] != values[:-1]) + 1
-    start = [0, 0] if values.size and values[0] else [0]
-    return np.diff(np.concatenate([start, changes, [values.size]])).astype(np.int64)
-
-
-def decode(counts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask (H, W) bool of column-wise counts that `parse_counts` has validated."""
-    return values_of(counts).reshape(size[1], size[0]).T
-
-
-def values_of(counts: np.ndarray) -> np.ndarray:
-    """Return flat booleans (M,) of run lengths, zeros first."""
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts)
 
 
 def to_text(counts: np.ndarray) -> str:
@@ -73,6 +58,17 @@ def from_text(text: str) -> np.ndarray:
     for first in (1, 2):  # each is stored as its difference to the count two before
         values[first::2] = np.cumsum(values[first::2])
     return values
+
+
+def parse_mask(mask: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Return the counts (N,) int64 of a mask in JSON, which must have `size` (H, W).
+
+    Raises:
+        ValueError: it has another size, or its counts are invalid.
+    """
+    if mask.get("size") != list(size):
+        raise ValueError(f"its mask has the size {format_value(mask.get('size'), 40)}, its image {list(size)}")
+    return parse_counts(mask.get("counts"), size[0] * size[1])
 
 
 def parse_counts(counts: Any, pixels: int) -> np.ndarray:

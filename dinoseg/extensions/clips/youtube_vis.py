@@ -207,9 +207,4 @@ def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
         return polygons(segmentation)[0]
     if not isinstance(segmentation, dict):
         raise ValueError(f"its segmentation is {format_json(segmentation, 40)}: give run lengths, polygons or null")
-    if segmentation.get("size") != list(size):
-        raise ValueError(
-            f"its mask has the size {format_json(segmentation.get('size'), 40)}, but its video the height and width "
-            f"{list(size)}: both must be equal whole numbers"
-        )
-    return CompressedColumns(rle.to_text(rle.parse_counts(segmentation.get("counts"), size[0] * size[1])))
+    return CompressedColumns(rle.to_text(rle.parse_mask(segmentation, size)))

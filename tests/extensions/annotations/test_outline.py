@@ -1,17 +1,19 @@
 """Shapes of annotations and the outlines of masks, against pycocotools and LabelMe."""
 
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco
 
+from dinoseg.core.objects import Runs
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.drawing import Box, CompressedColumns, Drawing, Figure, Polygons
 from dinoseg.extensions.annotations.polygon import check_polygon, figure, rasterise
-from dinoseg.extensions.annotations.rle import counts_of
-from dinoseg.extensions.annotations.written_files import edge_polygons, middle_polygons, parts_of
+from dinoseg.extensions.annotations.written_files import PredictedShapes, edge_polygons, middle_polygons
+from dinoseg.inference.outputs import ImagePrediction
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 
@@ -43,26 +45,35 @@ def draw_polygons(polygons, shape, by_middles):
     return canvas
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_parts_become_polygons_and_pixels_again(joined):
+def find_parts(ids, background=None, **options):
+    prediction = ImagePrediction("a", Path("a.png"), np.zeros((*ids.shape, 3), np.uint8), ids, None)
+    return list(PredictedShapes(**options).parts(prediction, background))
+
+
+@pytest.mark.parametrize("objects", ["component", "class"])
+def test_parts_become_polygons_and_pixels_again(objects):
     seen = 0
     for ids in pictures():
-        for part in parts_of(ids, leave_out=None, joined=joined, min_area=1):
+        rest = ids.astype(int)
+        for part in find_parts(ids, objects=objects):
             whole = np.zeros(ids.shape, bool)
-            height, width = part.mask.shape
-            whole[part.top : part.top + height, part.left : part.left + width] = part.mask
-            np.testing.assert_array_equal(part.counts(*ids.shape), counts_of(whole.T.ravel()))
+            left, top, width, height = part.box
+            whole[top : top + height, left : left + width] = part.mask
+            assert (rest[whole] == part.class_id).all()  # each pixel is in one part
+            rest[whole] = -1
+            np.testing.assert_array_equal(part.runs.to_mask(ids.shape), whole)
             for by_middles, polygons in ((False, edge_polygons), (True, middle_polygons)):
                 again = draw_polygons(polygons(part, 0), ids.shape, by_middles)
                 np.testing.assert_array_equal(again, whole, err_msg=f"{by_middles} {ids.shape}")
             seen += 1
+        assert (rest == -1).all()
     assert seen >= 25
 
 
 def test_pixels_that_touch_at_corners_are_one_part():
     corners = np.eye(3, dtype=np.uint8)
-    for joined in (False, True):
-        assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=joined, min_area=3)] == [3]
+    for objects in ("component", "class"):
+        assert [part.mask.sum() for part in find_parts(corners, 0, objects=objects, min_area=3)] == [3]
 
 
 def random_polygons(count):
@@ -115,17 +126,18 @@ def masks():
 def test_run_lengths_are_those_of_pycocotools():
     for mask in masks():
         text = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-        counts = counts_of(mask.T.ravel())
+        counts = Runs.of_mask(mask).to_counts(mask.size)
         assert rle.to_text(counts) == text
         np.testing.assert_array_equal(rle.from_text(text), counts)
-        np.testing.assert_array_equal(rle.decode(rle.parse_counts(text, mask.size), mask.shape), mask)
+        again = Runs.of_counts(rle.parse_counts(text, mask.size))
+        np.testing.assert_array_equal(again.to_mask(mask.shape), mask)
         listed = coco.frPyObjects({"counts": counts.tolist(), "size": list(mask.shape)}, *mask.shape)
         assert listed["counts"].decode() == text
 
 
 def test_shapes_of_one_image_are_painted_in_order(tmp_path):
     ring = np.array([[1, 1], [5, 1], [5, 4], [1, 4.0]]).tobytes()
-    hole = counts_of(np.array([1, 1, 1, 1, 0, 1, 1, 1, 1], bool)).tobytes()
+    hole = np.array([0, 4, 1, 4]).tobytes()
     column = CompressedColumns(rle.to_text(np.array([4, 1, 25])))
     shapes = [(1, Polygons((ring,))), (2, Box((-1, 3, 3, 3), hole)), (3, column)]
     contents = ((9, shapes), (8, shapes), (9, shapes[:2]))

@@ -12,7 +12,8 @@ from mistakes import assert_refused
 from sklearn.metrics import adjusted_rand_score
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.extensions.annotations.rle import counts_of, to_text
+from dinoseg.core.objects import Runs
+from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.extensions.clips.youtube_vis import YoutubeVis
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
@@ -35,7 +36,7 @@ def masks_of(video):
 
 
 def segmentations(masks, compressed):
-    size, texts = list(SIZE), [counts_of(mask.T.ravel()) for mask in masks]
+    size, texts = list(SIZE), [Runs.of_mask(mask).to_counts(mask.size) for mask in masks]
     texts = [to_text(each) if compressed else each.tolist() for each in texts]
     return [{"size": size, "counts": text} if mask.any() else None for text, mask in zip(texts, masks, strict=True)]
 
@@ -140,7 +141,7 @@ def test_other_folders_are_taken_whole_and_test_has_no_masks(root):
         (SEGMENTS, [None], r"has 1 segmentation, its video 0043f083b5 5 frames: give one"),
         (SEGMENTS, "xxxxx", r'has the segmentations "xxxxx": give a list .* each of the 5 fr'),
         ((*SEGMENTS, 2), "x", r'\(id 70\), frame 2 of video 0043f083b5: its segmentation is "x"'),
-        ((*SEGMENTS, 0, "size"), [40, 32], r"has the size \[40, 32\], but its .*\[32, 40\]: both"),
+        ((*SEGMENTS, 0, "size"), [40, 32], r"has the size \[40, 32\], its image \[32, 40\]"),
         (("annotations", 5, "segmentations", 3, "size"), [1, 2], r"annotations\[5\] \(id 90\), frame 3 of video 0b97"),
         ((*SEGMENTS, 0, "counts"), [5, 6], r"add up to 11 pixels; its mask has 1280"),
     ],
@@ -180,7 +181,9 @@ def test_frames_of_another_size_are_refused(root):
 
 def test_sizes_are_compared_when_a_training_starts(root, monkeypatch):
     """Of each video, the header of one frame is read, and no mask is decoded."""
-    monkeypatch.setattr("dinoseg.extensions.annotations.drawing.decode", lambda *_: pytest.fail("a mask was decoded"))
+    monkeypatch.setattr(
+        "dinoseg.extensions.annotations.drawing.from_text", lambda *_: pytest.fail("a mask was decoded")
+    )
     given = annotations()
     video, objects = given["videos"][2], [each for each in given["annotations"] if each["video_id"] == 9]
     video["height"], video["width"] = SIZE[::-1]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from object_models import CLASSES, draw_image, make_model, make_predictor
 
+from dinoseg.core.objects import Runs
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.annotations.coco_ids import CocoIds
 from dinoseg.extensions.annotations.entry import polygons
-from dinoseg.extensions.annotations.rle import decode, from_text
+from dinoseg.extensions.annotations.rle import from_text
 from dinoseg.extensions.annotations.written_files import PredictedShapes
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.coco_panoptic import CocoPanoptic
@@ -74,7 +75,7 @@ def test_results_of_instances_score_with_the_ids_of_the_reference(tmp_path):
     counted = read_json(out, "coco", "annotations.json")
     assert len(counted["annotations"]) == 9 and {entry["category_id"] for entry in counted["annotations"]} == {15, 25}
     first = results[0]
-    mask = decode(from_text(first["segmentation"]["counts"]), (60, 90))
+    mask = Runs.of_counts(from_text(first["segmentation"]["counts"])).to_mask((60, 90))
     assert first["score"] == pytest.approx(0.99, abs=1e-4) and np.array_equal(mask, drawn["a"][0])
     # its own annotations are a valid reference, of the same numbers
     found = score(CocoInstances(), out / "coco" / "annotations.json", out / "coco" / "results.json")

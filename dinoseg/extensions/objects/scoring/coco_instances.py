@@ -159,12 +159,10 @@ def _read_mask(segmentation: Any, size: tuple[int, int]) -> Runs:
     if isinstance(segmentation, list) and segmentation:
         canvas = np.zeros(size, bool)
         polygons(segmentation)[0].paint(canvas, True)
-        return Runs.of_counts(rle.counts_of(canvas.T.ravel()))
+        return Runs.of_mask(canvas)
     if not isinstance(segmentation, dict):
         raise ValueError("it has no segmentation: give polygons or run lengths")
-    if segmentation.get("size") != list(size):
-        raise ValueError(f"its mask has the size {format_value(segmentation.get('size'), 40)}, its image {list(size)}")
-    return Runs.of_counts(rle.parse_counts(segmentation.get("counts"), size[0] * size[1]))
+    return Runs.of_counts(rle.parse_mask(segmentation, size))
 
 
 def _finite(value: Any, what: str) -> float:

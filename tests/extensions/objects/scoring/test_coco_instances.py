@@ -11,7 +11,6 @@ from drawn_objects import draw_instances, encode, place_instances, write_instanc
 
 from dinoseg.core.metric import RowMetric
 from dinoseg.core.objects import Runs
-from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons
 from dinoseg.extensions.objects.overlaps import overlaps
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
@@ -141,7 +140,7 @@ def test_difference_of_two_results_leaves_out_the_same_images(tmp_path):
 def test_overlaps_of_runs_are_those_of_masks():
     rng = np.random.default_rng(0)
     masks = [rng.random((9, 7)) < share for share in (0, 0.1, 0.5, 0.5, 0.9, 1)]
-    runs = [Runs.of_counts(rle.counts_of(mask.T.ravel())) for mask in masks]
+    runs = [Runs.of_counts(Runs.of_mask(mask).to_counts(mask.size)) for mask in masks]
     expected = [[(first & second).sum() for second in masks] for first in masks]
     np.testing.assert_array_equal(overlaps(runs, runs), expected)
     assert [each.area for each in runs] == [mask.sum() for mask in masks]
