@@ -62,7 +62,7 @@ DOORS = {  # dependency -> the packages and files that may import it
     "transformers": ("models/backbones", "models/heads/upernet"),
     "scipy": (
         *("losses", "metrics", "evaluation/scoring/intervals"),
-        *("extensions/protocols/clustering", "extensions/tracking/grid/assignment"),
+        *("extensions/protocols/clustering", "extensions/objects/joining", "extensions/tracking/grid/assignment"),
     ),
     "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
     "timm": ("models/backbones",),

@@ -1,9 +1,11 @@
 """Objects of an image from those of overlapping windows: parts of one object that several windows see become one."""
 
 from collections.abc import Collection, Sequence
-from itertools import combinations, groupby
+from itertools import combinations
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from dinoseg.core.objects import Objects, Runs
 from dinoseg.extensions.objects.overlaps import overlaps
@@ -48,12 +50,12 @@ def join_segments(parts: Sequence[Part], size: tuple[int, int], things: Collecti
     owners = np.arange(len(joined))
     for members in stuff:
         owners[members] = members[0]
-    canvas = np.full(size, -1)
+    canvas = np.zeros(size, np.int64)
     for place in reversed(range(len(joined))):
-        joined.masks[place].paint(canvas, owners[place])
-    kept = np.unique(canvas[canvas >= 0])
-    masks = [Runs.of_mask(canvas == place) for place in kept.tolist()]
-    return Objects.of_runs(size, masks, joined.classes[kept], joined.scores[kept])
+        joined.masks[place].paint(canvas, 1 + owners[place])
+    masks = Runs.of_ids(canvas)
+    kept = np.array([*masks], np.int64) - 1
+    return Objects.of_runs(size, [*masks.values()], joined.classes[kept], joined.scores[kept])
 
 
 def unite_runs(masks: Sequence[Runs]) -> Runs:
@@ -88,26 +90,18 @@ def _place(parts: Sequence[Part], size: tuple[int, int]) -> Objects:
     return Objects.of_runs(size, masks, classes, np.concatenate([objects.scores for objects, _, _ in parts]))
 
 
-def _find_groups(parts: Sequence[Part], placed: Objects, size: tuple[int, int]) -> list[list[int]]:
+def _find_groups(parts: Sequence[Part], placed: Objects, size: tuple[int, int]) -> list[np.ndarray]:
     """Return the places of the parts of each object; a group of one is an object that one window sees."""
-    roots = list(range(len(placed)))
-
-    def find_root(place: int) -> int:
-        while roots[place] != place:
-            place = roots[place]
-        return place
-
-    ends = np.cumsum([len(objects) for objects, _, _ in parts]).tolist()
+    ends = np.cumsum([len(objects) for objects, _, _ in parts])
+    pairs = np.zeros((0, 2), np.int64)
     for first, second in combinations(range(len(parts)), 2):
         band = _find_band(parts[first], parts[second], size)
-        if band is None:
-            continue
-        sides = [list(range(ends[side] - len(parts[side][0]), ends[side])) for side in (first, second)]
-        for pair in _match(placed, sides[0], sides[1], band):
-            one, other = sorted(map(find_root, pair))
-            roots[other] = one
-    places = sorted(range(len(roots)), key=find_root)
-    return [[*group] for _, group in groupby(places, key=find_root)]
+        if band is not None:
+            sides = [np.arange(ends[side] - len(parts[side][0]), ends[side]) for side in (first, second)]
+            pairs = np.concatenate([pairs, _match(placed, sides[0], sides[1], band)])
+    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(placed), len(placed)))
+    count, groups = connected_components(graph, directed=False)
+    return [np.flatnonzero(groups == group) for group in range(count)]
 
 
 def _find_band(first: Part, second: Part, size: tuple[int, int]) -> Runs | None:
@@ -122,8 +116,8 @@ def _find_band(first: Part, second: Part, size: tuple[int, int]) -> Runs | None:
     return Runs(columns + top, columns + bottom)
 
 
-def _match(placed: Objects, first: list[int], second: list[int], band: Runs) -> list[tuple[int, int]]:
-    """Return the pairs of objects of two windows that are one object."""
+def _match(placed: Objects, first: np.ndarray, second: np.ndarray, band: Runs) -> np.ndarray:
+    """Return the pairs (P, 2) of objects of two windows, at some places each, that are one object."""
     sides = [placed.select(first), placed.select(second)]
     common = overlaps(sides[0].masks, sides[1].masks)
     areas = [overlaps(side.masks, [band])[:, 0] for side in sides]
@@ -131,8 +125,8 @@ def _match(placed: Objects, first: list[int], second: list[int], band: Runs) -> 
     is_same = sides[0].classes[:, None] == sides[1].classes
     ious = np.where(is_same, common / np.maximum(unions, 1), 0)
     if not ious.size:
-        return []
+        return np.zeros((0, 2), np.int64)
     best = ious.argmax(axis=1)  # of equal IoUs, the object of the higher score
     rows = np.arange(len(first))
     is_pair = (ious[rows, best] >= MIN_IOU) & (ious.argmax(axis=0)[best] == rows)
-    return [(first[row], second[best[row]]) for row in np.flatnonzero(is_pair).tolist()]
+    return np.stack([first, second[best]], axis=1)[is_pair]
