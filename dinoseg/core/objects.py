@@ -23,10 +23,7 @@ class Runs(NamedTuple):
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> Self:
         """Return the runs of a mask (H, W) bool."""
-        flat = np.zeros(mask.size + 2, bool)  # a zero on each side, so that runs at the border change too
-        flat[1:-1] = mask.T.ravel()
-        changes = np.flatnonzero(flat[1:] != flat[:-1])
-        return cls(changes[::2], changes[1::2])
+        return cls.of_ids(np.asarray(mask, bool)).get(1, cls.of_counts(np.zeros(0, np.int64)))
 
     @classmethod
     def of_counts(cls, counts: np.ndarray) -> Self:
@@ -53,7 +50,7 @@ class Runs(NamedTuple):
 
     def paint(self, canvas: np.ndarray, value: object) -> None:
         """Set the pixels of a canvas (H, W) where the mask is 1."""
-        canvas.swapaxes(0, 1)[self.to_mask((len(canvas), canvas.shape[1])).T] = value
+        canvas.swapaxes(0, 1)[self.to_mask(canvas.shape[:2]).T] = value
 
     def to_counts(self, pixels: int) -> np.ndarray:
         """Return the run lengths (N,) int64 of a mask with a number of pixels, of zeros first."""

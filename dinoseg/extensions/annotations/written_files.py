@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -36,7 +36,7 @@ _FINE = 3  # upscaling factor: outline corners are then distinct from edge midpo
 
 
 @dataclass(frozen=True)
-class Part:
+class MaskRegion:
     """A predicted object, or pixels of one class, which become an object of a file.
 
     Args:
@@ -81,10 +81,10 @@ def find_parts(ids: np.ndarray, *, leave_out: int | None, joined: bool) -> Objec
             labels = mask if joined else cv2.connectedComponents(mask, connectivity=8)[1]
             masks += Runs.of_ids(labels).values()
             classes += [value] * (len(masks) - len(classes))
-    return Objects.of_runs((ids.shape[0], ids.shape[1]), masks, classes)
+    return Objects.of_runs(ids.shape, masks, classes)
 
 
-def edge_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
+def edge_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
     """Yield polygons (N, 2) along pixel edges, as in COCO; together they cover the part.
 
     Polygons have no holes: a part with holes is cut along a row through each hole. With tolerance 0 they are exact;
@@ -98,7 +98,7 @@ def edge_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
             yield _simpler(_drop_repeats(corners), tolerance) + (left, top + row)
 
 
-def middle_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
+def middle_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
     """Yield polygons (N, 2) through the centres of border pixels, as drawn by LabelMe; else like `edge_polygons`."""
     left, top, *_ = part.box
     for row, band in _bands(part.mask):
@@ -185,7 +185,7 @@ class PredictedShapes(FurtherOutputs):
             )
         return PanopticSegments(folder, labels, background, task.things, ids)
 
-    def parts(self, prediction: ImagePrediction, background: int | None) -> Iterator[Part]:
+    def parts(self, prediction: ImagePrediction, background: int | None) -> Iterator[MaskRegion]:
         """Yield the predicted objects or parts of an image that become objects."""
         found = prediction.objects
         if found is None:
@@ -193,8 +193,9 @@ class PredictedShapes(FurtherOutputs):
         is_kept = (found.scores >= self.min_score) & (found.areas >= self.min_area) & (found.classes != background)
         places = np.flatnonzero(is_kept)
         for place, box in zip(places.tolist(), found.select(places).boxes.tolist(), strict=True):
-            predicted = () if prediction.objects is None else (place + 1, float(found.scores[place]))
-            yield Part(int(found.classes[place]), found.masks[place], found.size, box, *predicted)
+            part = MaskRegion(int(found.classes[place]), found.masks[place], found.size, box)
+            scored = replace(part, number=place + 1, score=float(found.scores[place]))
+            yield part if prediction.objects is None else scored
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,6 @@ class _Annotations:
     background: int | None
     shapes: PredictedShapes
     needs_probabilities = False
-
-    def names(self) -> list[tuple[int, str]]:
-        """Return (ID, name) of each class that is written."""
-        return [(index, name) for index, name in enumerate(self.labels.classes) if index != self.background]
 
     def finish(self) -> None:
         """Write `classes.yaml`, so that corrected annotations are read with the same classes and colours."""
@@ -271,8 +268,8 @@ class CocoAnnotations(_Annotations):
         numbers = self.ids.categories
         categories = [
             {"id": numbers[index], "name": name, "supercategory": ""}
-            for index, name in self.names()
-            if index in numbers
+            for index, name in enumerate(self.labels.classes)
+            if index != self.background and index in numbers
         ]
         with atomic_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
             info = {"description": "predictions of dinoseg", "version": dinoseg.__version__}
@@ -291,7 +288,7 @@ class CocoAnnotations(_Annotations):
         for number, piece in _pieces(self.folder):
             yield from ({"image_id": number, **entry} for entry in piece[key])
 
-    def _annotation(self, part: Part) -> dict[str, Any]:
+    def _annotation(self, part: MaskRegion) -> dict[str, Any]:
         if self.shapes.format == "rle":
             drawn: Any = _encode(part.runs, part.size)
         else:
@@ -324,7 +321,7 @@ class LabelmeAnnotations(_Annotations):
         }  # fmt: skip
         write_text(self.folder / f"{prediction.name}.json", json.dumps(content, indent=1))
 
-    def _draw_shape(self, part: Part, number: int) -> Iterator[dict[str, Any]]:
+    def _draw_shape(self, part: MaskRegion, number: int) -> Iterator[dict[str, Any]]:
         group = part.number or number  # an object's number is that of the overlay
         shape = {"label": self.labels.classes[part.class_id], "group_id": group, "description": "", "flags": {}}
         if self.shapes.format == "rle":

@@ -98,8 +98,7 @@ class ObjectTracker(SegmenterTracker):
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """Return the settings that masks depend on besides frames and labels."""
-        own = {"kind": "identities", "keep": self._keep, "min_score": self._min_score}
-        return {**own, **self._common_settings()}
+        return {"kind": "identities", "keep": self._keep, "min_score": self._min_score, **self._common_settings()}
 
     @torch.no_grad()
     def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -147,9 +146,11 @@ class ObjectTracker(SegmenterTracker):
         self._tracks = [Track(int(row[0]), row[1], int(row[2]), int(row[3])) for row in rows]
         if state["labels"].shape[3] != 1 + len(self._live()):
             raise ValueError(f"labels have {state['labels'].shape[3]} channels, for {len(self._live())} tracks")
-        for features, labels in zip(state["features"], state["labels"], strict=True):
+        self._memory = [
             # views would hold the whole stack
-            self._memory.append((features.to(self.device, copy=True), labels[..., 1:].to(self.device, copy=True)))
+            (features.to(self.device, copy=True), labels[..., 1:].to(self.device, copy=True))
+            for features, labels in zip(state["features"], state["labels"], strict=True)
+        ]
         height, width = state["size"].tolist()
         self.size = (height, width)
 
@@ -251,10 +252,8 @@ def separate_objects(objects: Objects) -> tuple[Objects, np.ndarray]:
     numbers = np.zeros(objects.size, np.int64)
     kept: list[int] = []
     for place in np.argsort(-objects.scores, kind="stable").tolist():
-        mask = objects.masks[place].to_mask(objects.size)
-        visible = mask & (numbers == 0)
-        area = np.count_nonzero(mask)
-        if area and np.count_nonzero(visible) >= _MIN_VISIBLE * area:
+        visible = objects.masks[place].to_mask(objects.size) & (numbers == 0)
+        if objects.areas[place] and np.count_nonzero(visible) >= _MIN_VISIBLE * objects.areas[place]:
             kept.append(place)
             numbers[visible] = len(kept)
     return objects.select(kept), numbers

@@ -213,9 +213,9 @@ class _Curve:
 
 def _make_curves(rows: Sequence[Counts], units: np.ndarray) -> Iterator[tuple[int, _Curve]]:
     """Yield each class of a reference object with its curve, from the rows of images and the unit of each image."""
-    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
-    if not joined:
+    if not rows:
         return
+    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     owners = np.repeat(units, [len(row["classes"]) for row in rows])
     holders = np.repeat(units, [len(row["labels"]) for row in rows])
     # equal scores stay in the order of the images

@@ -81,7 +81,9 @@ class CocoInstances(RowProtocol):
         results = read_coco_json(prediction, "prediction", _RESULTS, "COCO's results: a list of scored masks")
         for what in ("images", "categories", "annotations"):
             check_unique((entry["id"] for entry in whole[what]), reference, what)
-        self._categories = {entry["id"]: entry["name"] for entry in sorted(whole["categories"], key=_get_id)}
+        self._categories = {
+            entry["id"]: entry["name"] for entry in sorted(whole["categories"], key=lambda one: one["id"])
+        }
         self.metric = InstanceAveragePrecision(len(self._categories))
         images = {entry["id"]: entry for entry in whole["images"]}
         listing = Cases([])
@@ -169,7 +171,3 @@ def _finite(value: Any, what: str) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"its {what} is {format_value(value, 40)}: give a finite number")
     return value
-
-
-def _get_id(entry: Mapping[str, Any]) -> int:
-    return entry["id"]
