@@ -1,6 +1,5 @@
 """COCO's average precision of instance masks: a JSON file of references and one of results; no torch."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +167,6 @@ def _read_mask(segmentation: Any, size: tuple[int, int]) -> Runs:
 
 
 def _finite(value: Any, what: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if not forms.fits(value, forms.number()):
         raise ValueError(f"its {what} is {format_value(value, 40)}: give a finite number")
     return value
