@@ -306,6 +306,13 @@ def test_changed_panoptic_files_change_the_fingerprint(tmp_path):
         ({"segments": [*SEGMENTS, (5, 20)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
         ({"segments": [*SEGMENTS, (5, 30)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
         ({"segments": [*SEGMENTS, (6, 11)]}, ("annotation 6 of a.png", "category_id is 11")),
+        *(
+            (
+                {"segments": [{"id": 70001, "category_id": 10, "area": area}, *SEGMENTS[1:]]},
+                ("annotation 70001", "area"),
+            )
+            for area in ([1], "many", 10**400, float("nan"))
+        ),
         ({"segments": [*SEGMENTS, {"id": 6}]}, ("annotation 6 of a.png", "category_id is None")),
         (
             {"segments": [*SEGMENTS, (0, 10)]},
