@@ -169,6 +169,6 @@ def stamp(file: HasStatus) -> Stamp | None:
     """
     try:
         status = file.stat()
-    except OSError:
+    except (OSError, ValueError):  # also of a name that no file can have
         return None
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

@@ -313,6 +313,13 @@ def test_changed_panoptic_files_change_the_fingerprint(tmp_path):
             )
             for area in ([1], "many", 10**400, float("nan"))
         ),
+        *(
+            (
+                {"annotations": [{"image_id": 1, "file_name": name, "segments_info": [{"id": 5, "category_id": 10}]}]},
+                ("panoptic_train/a", "Cannot read"),
+            )
+            for name in ("a\0.png", "a\ud800.png")
+        ),
         ({"segments": [*SEGMENTS, {"id": 6}]}, ("annotation 6 of a.png", "category_id is None")),
         (
             {"segments": [*SEGMENTS, (0, 10)]},
