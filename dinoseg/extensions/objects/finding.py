@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import upsample
 from dinoseg.core.objects import Objects, Runs
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 
 MAX_INSTANCES = 100  # of an image, over queries and classes: `eval_top_k_instances`
@@ -43,6 +44,9 @@ def find_instances(
         valid: share of the height and width of `mask_logits` that the image covers.
         num_classes: K.
         things: class ids.
+
+    Raises:
+        UserError: the score of an instance is not finite.
     """
     probabilities = at_least_float32(class_logits).softmax(dim=-1)[..., :num_classes]
     found = []
@@ -61,6 +65,11 @@ def find_instances(
         scores = np.array([float(shares[query, label]) * means[query] for query, label in kept])
         objects = Objects.of_runs(size, [masks[query] for query, _ in kept], [label for _, label in kept], scores)
         found.append(objects.sort_by_score())
+        if not np.isfinite(found[-1].scores).all():
+            raise UserError(
+                "The model returns logits that are not finite, so that objects have no score. Set "
+                "engine.precision=fp32, or choose an earlier checkpoint."
+            )
     return found
 
 
