@@ -18,6 +18,7 @@ from dinoseg.models.backbones.patch_projection import adapt_input
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
+from dinoseg.utils.wording import suggest_nearest
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model has one of these options or none
 _UNUSED = "mask_token"  # left over from masked pre-training in some files
@@ -251,6 +252,7 @@ def _stored_channels(name: str, state: Mapping[str, Tensor] | None) -> int:
 
 
 def _create(name: str, download: bool, channels: int) -> Any:
+    _check_name(name)
     try:
         return _create_any_size(name, download, channels)
     except (OSError, RuntimeError, ValueError) as error:
@@ -261,6 +263,18 @@ def _create(name: str, download: bool, channels: int) -> Any:
             f"weights=timm: {name} cannot be downloaded ({reason}). Without a network give a downloaded file: "
             "weights=PATH; for an untrained test: weights=random."
         ) from error
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know; one with a scheme, as of a hub, is looked up there."""
+    import timm
+
+    try:
+        if ":" not in name:
+            timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        known = [*timm.list_models(), *timm.list_pretrained()]
+        raise UserError(f"name={name} is unknown to timm.{suggest_nearest(name, known)}") from error
 
 
 def _create_any_size(name: str, download: bool, channels: int) -> Any:

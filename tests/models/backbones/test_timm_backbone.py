@@ -293,3 +293,17 @@ def test_a_missing_additional_or_misshapen_tensor_is_named(name, tmp_path, monke
     tensor = None if name == "norm.bias" else ONE
     with pytest.raises(RuntimeError, match=name):
         load_changed({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("vit_tiny_patch16_224x", "Did you mean vit_tiny_patch16_224 or"),
+        ("vit_tiny_patch16_224.augreg_in21", "Did you mean vit_tiny_patch16_224.augreg_in21k"),
+        ("zzz", "unknown to timm.$"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["random", "timm"])
+def test_unknown_names_are_refused_with_suggestions(name, suggestion, weights):
+    with pytest.raises(UserError, match=rf"^name={name} is unknown to timm.*{suggestion}"):
+        TimmBackbone(name, weights, None)
