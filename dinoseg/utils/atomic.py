@@ -5,6 +5,7 @@ replaced. The next process that writes to the same folder removes the leftovers 
 of running ones.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -18,6 +19,8 @@ from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
+
+from dinoseg.utils.errors import DISK_FULL
 
 _HIDDEN = re.compile(
     r"\.(?P<name>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{6})-[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL
@@ -41,13 +44,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
     On an exception it is removed, and an older file at `path` stays as it was.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = new_part(path)
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        # a failing write to an open file names none
+        if error.filename is None and error.errno in (*DISK_FULL, errno.EFBIG):
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

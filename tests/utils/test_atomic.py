@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from dinoseg.utils.atomic import _machine, atomic_file, atomic_folder, remove_parts, write_json, write_text
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
 
 def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
@@ -35,6 +37,16 @@ def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, monkeypat
         with pytest.raises(FileExistsError), write:
             pass
     assert mine.read_text() == "of value" and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_write_that_fails_names_the_file(tmp_path, number):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    refused = pytest.raises(UserError, match=f"Cannot read or write {re.escape(str(path))}: {os.strerror(number)}")
+    with refused, file_errors_as_user_errors(tmp_path), atomic_file(path):
+        raise OSError(number, os.strerror(number))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
 
 
 def test_invalid_json_is_refused_and_preserves_the_old_file(tmp_path):
