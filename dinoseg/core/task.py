@@ -194,7 +194,7 @@ class ObjectTask(SemanticTask):
         overlap: whether objects may overlap; else each pixel belongs to one at most.
         things: ids of the classes whose objects are told apart.
         graph_options: plain values by which an exported graph finds the objects; None: it cannot. Keys: `things`,
-            `background`, and `score_threshold` and `overlap_threshold`, which are None for instances.
+            `background`, `max_instances`, `score_threshold` and `overlap_threshold`; those of the other kind are None.
         scored_file: the output of mode=predict with its objects, the file there, and the protocol that scores it.
     """
 

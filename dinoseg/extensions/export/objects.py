@@ -23,12 +23,13 @@ def find_instances(
     *,
     num_classes: int,
     things: Collection[int],
+    max_instances: int = MAX_INSTANCES,
 ) -> Objects:
     """Return the instances of an image, which may overlap, best first.
 
-    Of all pairs of a query and a class, the MAX_INSTANCES with the highest class probability are instances. The mask
+    Of all pairs of a query and a class, the `max_instances` with the highest class probability are instances. The mask
     of one is where its logit is above 0, and its score the class probability times the mean probability of the mask
-    inside it. Empty masks are left out, and classes that are no things, which count among the MAX_INSTANCES.
+    inside it. Empty masks are left out, and classes that are no things, which count among the `max_instances`.
 
     Args:
         class_logits: (Q, K + 1), the last column means "no object"; (Q, K) without it.
@@ -37,9 +38,10 @@ def find_instances(
         valid: share of the height and width of `mask_logits` that the image covers; the rest is padding.
         num_classes: K.
         things: class ids.
+        max_instances: number of pairs.
     """
     shares = softmax(class_logits.astype(np.float32, copy=False), axis=1)[:, :num_classes]
-    pairs = np.argsort(-shares, axis=None, kind="stable")[:MAX_INSTANCES]
+    pairs = np.argsort(-shares, axis=None, kind="stable")[:max_instances]
     masks: dict[int, Runs] = {}
     means: dict[int, float] = {}
     kept = []

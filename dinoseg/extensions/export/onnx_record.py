@@ -47,6 +47,7 @@ _FORM = forms.record(
         forms.record(
             things=forms.list_of(forms.whole(0, 255)),
             background=forms.maybe(forms.whole(0, 255)),
+            max_instances=forms.maybe(forms.whole(1)),
             score_threshold=forms.maybe(forms.number(0, 1)),
             overlap_threshold=forms.maybe(forms.number(0, 1)),
         )

@@ -30,12 +30,14 @@ def find_instances(
     valid: tuple[float, float],
     num_classes: int,
     things: Collection[int],
+    *,
+    max_instances: int = MAX_INSTANCES,
 ) -> list[Objects]:
     """Return the instances of each image, best first.
 
-    Of all pairs of a query and a class, the MAX_INSTANCES with the highest class probability are instances. The mask
+    Of all pairs of a query and a class, the `max_instances` with the highest class probability are instances. The mask
     of one is where its logit is above 0, and its score the class probability times the mean probability of the mask
-    inside it. Empty masks are left out, and classes that are no things, which count among the MAX_INSTANCES.
+    inside it. Empty masks are left out, and classes that are no things, which count among the `max_instances`.
 
     Args:
         class_logits: (B, Q, K + 1), the last column means "no object"; (B, Q, K) without it.
@@ -44,6 +46,7 @@ def find_instances(
         valid: share of the height and width of `mask_logits` that the image covers.
         num_classes: K.
         things: class ids.
+        max_instances: number of pairs.
 
     Raises:
         UserError: the score of an instance is not finite.
@@ -52,7 +55,7 @@ def find_instances(
     found = []
     for shares, logits in zip(probabilities, mask_logits, strict=True):
         best = shares.flatten().sort(descending=True, stable=True)
-        pairs = best.indices[:MAX_INSTANCES].tolist()
+        pairs = best.indices[:max_instances].tolist()
         kept = [(pair // num_classes, pair % num_classes) for pair in pairs if pair % num_classes in things]
         queries = sorted({query for query, _ in kept})
         masks: dict[int, Runs] = {}

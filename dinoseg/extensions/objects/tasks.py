@@ -13,13 +13,19 @@ from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.targets import MaskTargets
 from dinoseg.core.task import ObjectTask
 from dinoseg.extensions.objects.checks import check_maps, check_objects
-from dinoseg.extensions.objects.finding import OVERLAP_THRESHOLD, SCORE_THRESHOLD, find_instances, find_segments
+from dinoseg.extensions.objects.finding import (
+    MAX_INSTANCES,
+    OVERLAP_THRESHOLD,
+    SCORE_THRESHOLD,
+    find_instances,
+    find_segments,
+)
 from dinoseg.extensions.objects.joining import join_instances, join_segments
 from dinoseg.extensions.objects.reading.things import advise_on_background, find_things
 from dinoseg.extensions.objects.targets import object_targets
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Natural, Share, check_annotations
+from dinoseg.utils.ranges import Count, Natural, Share, check_annotations
 from dinoseg.utils.wording import join_names
 
 _PARTS = "loss=mask_classification with head=eomt, head=pmt or head=mask2former"
@@ -69,9 +75,11 @@ class InstanceTask(ThingTask):
         things: names of the classes that have objects; None: all but the background.
         background: name or id of the class that is no object; None: there is none.
         score: of validations that selects the best checkpoint, unless `trainer.score` is set.
+        max_instances: number of pairs of a query and a class that are instances of an image or window, those of the
+            highest class probability.
 
     Raises:
-        UserError: a name is no class, or no class is a thing.
+        UserError: a name is no class, no class is a thing, or there are no instances.
     """
 
     overlap = True
@@ -79,18 +87,23 @@ class InstanceTask(ThingTask):
     advice = f"hparam=instance, or {_PARTS}"
     eval_metrics = ("instance_ap",)
 
+    @check_annotations
     def __init__(
         self,
         classes: Sequence[str],
         things: Sequence[str] | None = None,
         background: str | Natural | None = None,
         score: str = "AP",
+        *,
+        max_instances: Count = MAX_INSTANCES,
     ) -> None:
         super().__init__(classes, things, background)
         self.score = score
+        self.max_instances = max_instances
         self.graph_options = {
             "things": sorted(self.things),
             "background": self.background,
+            "max_instances": max_instances,
             "score_threshold": None,
             "overlap_threshold": None,
         }
@@ -138,7 +151,15 @@ class InstanceTask(ThingTask):
         self, class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], valid: tuple[float, float]
     ) -> list[Objects]:
         """Return the objects of each image, best first."""
-        return find_instances(class_logits, mask_logits, size, valid, self.num_classes, self.things)
+        return find_instances(
+            class_logits,
+            mask_logits,
+            size,
+            valid,
+            self.num_classes,
+            self.things,
+            max_instances=self.max_instances,
+        )
 
     def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
         """Return the objects of an image from those of overlapping parts."""
@@ -182,6 +203,7 @@ class PanopticTask(ThingTask):
         self.graph_options = {
             "things": sorted(self.things),
             "background": None,  # a class of stuff
+            "max_instances": None,
             "score_threshold": score_threshold,
             "overlap_threshold": overlap_threshold,
         }

@@ -11,7 +11,7 @@ from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 def make_prediction(seed, things, background):
     torch.manual_seed(seed)
     outputs = MaskOutputs(torch.randn(2, 7, 5) * 2, torch.randn(2, 7, 6, 5) * 3)
-    task = InstanceTask("abcd", things, background)
+    task = InstanceTask([*"abcd"], things, background)
     return Prediction(outputs, (37, 29), (0.9, 1.0), semantic_map, True, None, weighted_masks(outputs), task)
 
 
