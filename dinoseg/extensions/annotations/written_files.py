@@ -170,10 +170,10 @@ class PredictedShapes(FurtherOutputs):
             UserError: `panoptic` of a model whose objects overlap or that has none, or `ids` is no such file, or lacks
                 a class of the objects.
         """
-        if name == "labelme":
-            return LabelmeAnnotations(folder, labels, background, self)
-        ids = CocoIds.read(self.ids, labels)
         things = task.things if isinstance(task, ObjectTask) else None
+        if name == "labelme":
+            return LabelmeAnnotations(folder, labels, background, self, things)
+        ids = CocoIds.read(self.ids, labels)
         # results have instances of nearly all classes, if of low scores; so the first image would fail later
         for label in sorted((things or ()) if name == "coco" else {*range(len(labels.classes))} - {background}):
             ids.find_category(label)
@@ -207,20 +207,25 @@ class _Annotations:
         labels: the classes.
         background: the background class, which is not written; None: every class is written.
         shapes: conversion of class IDs to shapes.
+        things: ids of the classes whose objects the model predicts; None: it predicts none.
     """
 
     folder: Path
     labels: Labels
     background: int | None
     shapes: PredictedShapes
+    things: Collection[int] | None
     needs_probabilities = False
 
     def finish(self) -> None:
-        """Write `classes.yaml`, so that corrected annotations are read with the same classes and colours."""
+        """Write `classes.yaml`, so that corrected annotations are read with the same classes, things and colours."""
         colors = zip(self.labels.classes, self.labels.palette, strict=True)
         classes = json.dumps({name: {"color": list(color)} for name, color in colors}, ensure_ascii=False)
         ground = None if self.background is None else self.labels.classes[self.background]
         text = f"classes: {classes}\nbackground: {json.dumps(ground, ensure_ascii=False)}\nmasks: labels\n"
+        if self.things is not None:
+            things = [self.labels.classes[thing] for thing in sorted(self.things)]
+            text += f"things: {json.dumps(things, ensure_ascii=False)}\n"
         write_text(self.folder / CLASS_FILE, text)
 
 
@@ -233,11 +238,9 @@ class CocoAnnotations(_Annotations):
     lengths.
 
     Args:
-        things: ids of the classes whose objects the model predicts; None: it predicts none.
         ids: of images and categories.
     """
 
-    things: Collection[int] | None
     ids: CocoIds
 
     def write(self, prediction: ImagePrediction) -> None:

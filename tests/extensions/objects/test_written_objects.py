@@ -8,6 +8,7 @@ import pytest
 from object_models import CLASSES, draw_image, make_model, make_predictor
 
 from dinoseg.core.objects import Runs
+from dinoseg.data.classes.file import read_class_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.annotations.coco_ids import CocoIds
 from dinoseg.extensions.annotations.entry import polygons
@@ -125,6 +126,7 @@ def test_background_that_the_reference_lacks_is_void(tmp_path):
 
 def test_polygons_of_labelme_have_the_number_of_their_object(tmp_path):
     out, drawn = write(tmp_path, ["labelme"], background=0, tolerance=0)
+    assert read_class_file(out / "labelme/classes.yaml", 255)["things"] == CLASSES[1:]
     shapes = read_json(out, "labelme", "b", "c.json")["shapes"]
     assert [(shape["label"], shape["group_id"]) for shape in shapes] == [("leaf", 1), ("leaf", 2), ("stone", 3)]
 
