@@ -1,9 +1,10 @@
 """Result files of predicted images, one folder per image, and the record from which a stopped run resumes."""
 
+import csv
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Palette
 from dinoseg.core.sources import first_file
-from dinoseg.report.object_overlay import draw_prediction, object_legend
+from dinoseg.report.object_overlay import draw_prediction, object_legend, select_shown
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import class_statistics
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_folder, write_json, write_text
+from dinoseg.utils.csv_text import write_csv, write_csv_table
 from dinoseg.utils.files import expand_path, stamp
 from dinoseg.utils.images import write_png
 from dinoseg.utils.levels import to_display
 from dinoseg.utils.units import read_valid_note
 
+OBJECT_FILE = "objects.csv"  # in the folder of an image
+COUNT_FILE = "counts.csv"  # in the run folder
+_OBJECT_COLUMNS = ("number", "class_id", "class", "score", "area", "left", "top", "width", "height")
 NOTE_FOLDER = "predicted"  # in the run folder: NAME.json for each input with complete results
 
 
@@ -42,7 +47,7 @@ def write_image_results(
 
     They replace an older result. Files: original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png
     (image and overlay side by side, with a legend) and class_statistics.txt. The overlay shows objects if there are
-    any to be predicted, else classes.
+    any to be predicted, else classes. objects.csv lists these objects, with their numbers in the overlay.
     """
     image = to_display(image)
     overlay = draw_prediction(image, mask, objects, palette, ignore_index=ignore_index, opacity=opacity)
@@ -59,6 +64,35 @@ def write_image_results(
         write_png(part / "segmentation_colored.png", colours)
         write_png(part / "comparison.png", side_by_side([("image", image), (caption, overlay)], legend))
         write_text(part / "class_statistics.txt", class_statistics(mask, classes))
+        if objects is not None:
+            write_csv_table(part / OBJECT_FILE, _OBJECT_COLUMNS, _list_objects(select_shown(objects), classes))
+
+
+def _list_objects(objects: Objects, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the row of each object, by `_OBJECT_COLUMNS`; areas and boxes are in pixels."""
+    for place, box in enumerate(objects.boxes.tolist()):
+        label = int(objects.classes[place])
+        values = (place + 1, label, classes[label], float(objects.scores[place]), objects.masks[place].area, *box)
+        yield dict(zip(_OBJECT_COLUMNS, values, strict=True))
+
+
+def write_counts(run_folder: Path, names: Sequence[str], things: Mapping[int, str]) -> dict[str, int]:
+    """Write counts.csv, the number of objects of each thing in each image, from their objects.csv; return the sums.
+
+    Args:
+        run_folder: holds the folders of the images.
+        names: of their results; an image without any is left out.
+        things: names of the classes that have objects, by id.
+    """
+    rows = []
+    for name in names:
+        path = run_folder / f"{name}_segmentation" / OBJECT_FILE
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                found = Counter(int(row["class_id"]) for row in csv.DictReader(file))
+            rows.append([name, *(found[thing] for thing in things)])
+    write_csv(run_folder / COUNT_FILE, [["image", *things.values()], *rows])
+    return {label: sum(row[column] for row in rows) for column, label in enumerate(things.values(), 1)}
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:

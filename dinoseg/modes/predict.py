@@ -24,7 +24,7 @@ from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.outputs import FurtherOutputs, check_outputs, image_writers
-from dinoseg.inference.results import DoneInputs, mask_names, result_names
+from dinoseg.inference.results import COUNT_FILE, DoneInputs, mask_names, result_names, write_counts
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
 from dinoseg.report.object_overlay import MIN_SCORE
@@ -119,7 +119,9 @@ def predict(
             write_class_record(masks_of, *facts, keys, has_layers=bool(layers), groups=groups)
     _check_failures(run, len(images) + len(films))
     reference = None if split is None else out_dir / REFERENCES
-    print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, trained.model.task, by.layers)))
+    ids = None if shapes is None else shapes.ids
+    lines = _summary_lines(run, totals, masks is True, outputs, reference, trained.model.task, by.layers, ids)
+    print("\n".join(lines))
     return {**totals, "run": str(out_dir)}
 
 
@@ -253,9 +255,13 @@ def _segment_images(
     earlier, passed = segment_images(by, given, run)
     _log("images", passed, count_of(run.count - earlier, "image"))
     task = by.predictor.model.task
-    if run.undrawn and isinstance(task, ObjectTask):
-        logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task))
-    return {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
+    totals: dict[str, Any] = {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
+    if isinstance(task, ObjectTask):
+        if run.undrawn:
+            logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task))
+        things = {thing: by.labels.classes[thing] for thing in sorted(task.things)}
+        totals["objects"] = write_counts(run.folder, [name for _, name in images], things)
+    return totals
 
 
 def _segment_videos(
@@ -311,13 +317,31 @@ def _score_line(run: ImageRun, reference: Path | None, layers: Sequence[str]) ->
     return f"score them:   python -m dinoseg {shlex.join(words)}{names}"
 
 
-def _object_line(run: ImageRun, task: ObjectTask, outputs: Sequence[str]) -> str:
-    """Return the command that scores the objects of a run, or how to write them as files."""
+def _object_lines(
+    run: ImageRun, counts: Mapping[str, int], task: ObjectTask, outputs: Sequence[str], ids: str | None
+) -> Iterator[str]:
+    """Yield the numbers of objects, and the command that scores them, or how to write them for it.
+
+    Args:
+        run: the run.
+        counts: number of objects by class.
+        task: of the model.
+        outputs: names of the further outputs.
+        ids: JSON file whose ids they have.
+    """
+    listed = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    yield f"objects:      {listed}, of scores of {MIN_SCORE} or more; of each image: {run.folder / COUNT_FILE}"
+    if not has_options([SHIPPED], "mode=score"):
+        return
     output, file, protocol = task.scored_file
-    if output not in outputs:
-        return f"objects:      mode.outputs=[{output}] writes them as files, which mode=score reads"
-    words = ("mode=score", f"protocol={protocol}", f"prediction={run.folder / output / file}", "reference=FILE.json")
-    return f"and objects:  python -m dinoseg {shlex.join(words)}  # FILE.json: annotations of the same images"
+    if output in outputs and ids is not None:
+        words = ("mode=score", f"protocol={protocol}", f"prediction={run.folder / output / file}", f"reference={ids}")
+        yield f"score them:   python -m dinoseg {shlex.join(words)}"
+    else:
+        yield (
+            f"score them:   predict with mode.outputs=[{output}] mode.shapes.ids=FILE.json, COCO's annotations of "
+            "these images, so that the results have its ids"
+        )
 
 
 def _summary_lines(
@@ -328,6 +352,7 @@ def _summary_lines(
     reference: Path | None,
     task: Task,
     layers: Sequence[str],
+    ids: str | None,
 ) -> Iterator[str]:
     """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
     if run.count:
@@ -338,8 +363,8 @@ def _summary_lines(
             yield f"masks:        {run.masks}{files}"
             if has_options([SHIPPED], "mode=score"):
                 yield _score_line(run, reference, layers)
-    if run.count and isinstance(task, ObjectTask) and has_options([SHIPPED], "mode=score"):
-        yield _object_line(run, task, outputs)
+    if run.count and isinstance(task, ObjectTask):
+        yield from _object_lines(run, totals["objects"], task, outputs, ids)
     if run.count and outputs:
         yield f"also:         {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):

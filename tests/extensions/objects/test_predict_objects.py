@@ -1,6 +1,8 @@
 """mode=predict and dinoseg.load with models of single objects."""
 
+import csv
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -55,6 +57,60 @@ def test_predict_writes_the_objects_that_python_finds(folder, strategy):
         own = [result for result in results if result["image_id"] == numbers["a.png"]]
         assert [each["score"] for each in own] == pytest.approx([each.score for each in found], abs=1e-5)
         assert len(found) <= MAX_INSTANCES and found[0].mask.shape == SIZES["a"]
+        fewer = predict_objects(folder, "fewer", "task.max_instances=2").parent / "results.json"
+        best = [result["score"] for result in json.loads(fewer.read_text()) if result["image_id"] == numbers["a.png"]]
+        assert len(best) == 2 and {*best} <= {each["score"] for each in own}
+
+
+def test_predict_lists_and_counts_the_shown_objects(folder):
+    annotations = json.loads(predict_objects(folder, "listed").read_text())
+    names = {category["id"]: category["name"] for category in annotations["categories"]}
+    written = read_rows(folder / "listed/counts.csv")
+    for image, counts in zip(annotations["images"], written, strict=True):
+        own = [each for each in annotations["annotations"] if each["image_id"] == image["id"]]
+        stem = image["file_name"].removesuffix(".png")
+        rows = read_rows(folder / f"listed/{stem}_segmentation/objects.csv")
+        assert [int(row["number"]) for row in rows] == list(range(1, len(own) + 1))
+        for row, each in zip(rows, own, strict=True):
+            assert row["class"] == names[each["category_id"]] and float(row["score"]) == each["score"] >= 0.5
+            assert [int(row[key]) for key in ("area", "left", "top", "width", "height")] == [
+                each["area"],
+                *each["bbox"],
+            ]
+        found = Counter(row["class"] for row in rows)
+        assert counts == {"image": stem, **{name: str(found[name]) for name in ("person", "car")}}
+    assert any(float(counts["person"]) + float(counts["car"]) for counts in written)
+
+
+def test_results_get_the_ids_of_the_annotations_that_score_them(folder):
+    reference = json.loads(predict_objects(folder, "first").read_text())
+    for each in (*reference["images"], *reference["categories"]):
+        each["id"] += 40
+    for each in reference["annotations"]:
+        each["image_id"] += 40
+        each["category_id"] += 40
+    path = folder / "reference.json"
+    path.write_text(json.dumps(reference))
+    done = predict(folder, "instance", "inference=whole", "mode.outputs=[coco]", "hydra.run.dir=own")
+    assert "predict with mode.outputs=[coco] mode.shapes.ids=FILE.json" in done.out and "protocol=" not in done.out
+    predict_objects(folder, "same", f"mode.shapes.ids={path}")
+    done = predict(
+        folder, "instance", "inference=whole", "mode.outputs=[coco]", f"mode.shapes.ids={path}", "hydra.run.dir=again"
+    )
+    line = next(line for line in done.out.splitlines() if "protocol=coco_instances" in line)
+    succeed(folder, *line.split("dinoseg ")[1].split(), "mode.workers=1", "hydra.run.dir=scored")
+    assert json.loads((folder / "scored/scores.json").read_text())["scores"]["AP"] == 1
+
+
+def read_rows(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def predict_objects(folder, run, *words):
+    """Return the annotations of the objects of all images, exact to the pixel."""
+    words = ("inference=whole", "mode.outputs=[coco]", "mode.shapes.format=rle", *words, f"hydra.run.dir={run}")
+    assert predict(folder, "instance", *words).status == 0
+    return folder / run / "coco/annotations.json"
 
 
 def test_predict_writes_panoptic_segments(folder):

@@ -128,7 +128,10 @@ class CocoInstances(RowProtocol):
             try:
                 mask = _read_mask(entry["segmentation"], size)
                 if entry["category_id"] not in places:
-                    raise ValueError(f"its category_id is {entry['category_id']}, which is not in categories")
+                    raise ValueError(
+                        f"its category_id is {entry['category_id']}, which is not in the categories of the reference. "
+                        "If dinoseg wrote the file, predict with mode.shapes.ids=REFERENCE"
+                    )
                 is_result = "score" in entry
                 areas.append(mask.area if is_result else _finite(entry["area"], "area"))
                 scores.append(_finite(entry["score"], "score") if is_result else 0)
