@@ -36,7 +36,15 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
-from dinoseg.extensions.compare.sides import Side, describe_folds, describe_seeds, describe_units, sides_of, swept_words
+from dinoseg.extensions.compare.sides import (
+    Side,
+    describe_folds,
+    describe_left_out,
+    describe_seeds,
+    describe_units,
+    sides_of,
+    swept_words,
+)
 from dinoseg.report.table import CHOSEN_HERE, few_units, percent
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
@@ -116,6 +124,9 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
     intervals = describe_units(sides)
     seeds = describe_seeds(sides)
     folds = describe_folds(sides)
+    left_out = {name: None for side in sides if side.pooled for record in side.records for name in record.scores}
+    if left_out:
+        logger.warning("%s", describe_left_out([*left_out]))
     rows = run_rows(sides)
     print(f"{costs_table(rows)}\n\n{verdicts(first, others)}")
     print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")

@@ -1,6 +1,7 @@
 """Sides of a comparison: each is one run, or several runs that differ only in their seed or fold."""
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -181,9 +182,6 @@ def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
 def _pool_sides(sides: Sequence[Side], folds: Sequence[Sequence[Fold]]) -> list[Side]:
     """Return the sides with the result over the `folds` of each, if it has several."""
     _warn_of_lacking_folds(sides)
-    names = {name for of_side in folds for fold in of_side for record in fold.values() for name in record.scores}
-    if names:
-        logger.warning("Further metrics cannot be pooled over folds, so they are left out: %s.", join_names([*names]))
     scale = lcm(*(len(fold) for of_side in folds for fold in of_side))
     found = []
     for side, of_side in zip(sides, folds, strict=True):
@@ -273,6 +271,15 @@ def describe_folds(sides: Sequence[Side]) -> str:
     return (
         f"each image is scored by the run of its fold ({folds} folds). Weights: {weights}. Folds share training "
         "images: intervals hold for these models, not for other training images"
+    )
+
+
+def describe_left_out(names: Sequence[str], sweep: str | Path = "SWEEP") -> str:
+    """Return a note on scores that are not pooled over folds, and how to pool them."""
+    return (
+        "Scores that cannot be pooled over folds, since run folders store no counts of them, are left out: "
+        f"{join_names(names)}. To pool those of one recipe: python -m dinoseg mode=eval "
+        f"{shlex.quote(f'resume={sweep}')} mode.split=val"
     )
 
 

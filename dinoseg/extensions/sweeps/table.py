@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
@@ -60,7 +60,7 @@ LOSS = "val/loss"  # column of a job's `loss`, as in metrics.jsonl: a swept `los
 _BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), LOSS: (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
 OTHERS = {LOSS: "z.4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
-# the first one that any job has is the sort key; without any, the lowest loss
+# the first one that any job has, or that is pooled over folds, is the sort key; without any, the lowest loss
 RANKED = (*MAIN_SCORES, "J&F-Mean", "FG-ARI")
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
@@ -80,7 +80,8 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
     """Return a row for each setting, with the number of folds that have a score under `folds`.
 
     The seeds of a fold are averaged. Scores count each pixel of all folds once: they come from the sum of the confusion
-    matrices; scores that have none are means over folds. Columns named after the score and a suffix hold the sample
+    matrices, or of layers from the records of images. Their names are under `pooled`; other scores are None. If no
+    setting has pooled scores, all are means over folds. Columns named after the score and a suffix hold the sample
     standard deviation over folds, and the ends of the 95 % interval over groups of images, as in mode=compare. They are
     None where undefined. There is no interval if a job has no record of its images, as with `mode.report=false`. If all
     images are one group, it is over seeds alone, and needs several in each fold.
@@ -100,16 +101,20 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
         if notes := [job["note"] for job in jobs if job["note"]]:
             row["note"] = f"{len(jobs) - len(notes)} of {count_of(jobs, 'job')}: {notes[0]}"
         matrices = [[job["matrix"] for job in seeds if job["matrix"] is not None] for seeds in folds]
+        pooled: Row = {}
         if any(matrices):
             means = [np.mean(of_fold, axis=0) for of_fold in matrices if of_fold]
-            row |= _pool_scores(np.sum(means, axis=0), jobs[0])
-        pooled, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")])
+            pooled = _pool_scores(np.sum(means, axis=0), jobs[0])
+        records, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")])
+        # of layers, which have no matrix
+        pooled |= {key: score.value for key, score in records.items() if score.value is not None}
         for key in scores:
-            found = pooled.get(key)
-            if found is not None and found.value is not None:
-                row[key] = found.value  # of layers, which have no matrix
+            found = records.get(key)
             row[f"{key} {LOW}"], row[f"{key} {HIGH}"] = (found and found.interval) or (None, None)
-        joined.append(row)
+        joined.append(row | pooled | {"pooled": [*pooled]})
+    for row in joined:
+        if row["folds"] > 1 and any(each["pooled"] for each in joined):
+            row |= dict.fromkeys({*scores} - {*OTHERS, *row["pooled"]})
     return joined
 
 
@@ -262,36 +267,50 @@ class SweepTable(Callback):
             )
         further = dict.fromkeys(name for row in jobs for name in row["further"])
         columns = [key for key in (*SHARES, *further, *OTHERS) if any(row.get(key) is not None for row in jobs)]
-        score, sign = next(((key, -1) for key in RANKED if key in columns), (LOSS, 1))
-        if score in columns or any(row["note"] for row in jobs):
-            self._report(config, jobs, columns, score, sign)
+        if _find_rank(columns)[0] in columns or any(row["note"] for row in jobs):
+            self._report(config, jobs, columns)
         if len(jobs) < self._cells or any(row["note"] and row["process"] != os.getpid() for row in jobs):
             sys.exit(1)  # the command line reports jobs that failed in this process
 
-    def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str], score: str, sign: int) -> None:
+    def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str]) -> None:
         """Print and write the table, and that of single jobs if folds or seeds are averaged."""
+        score, sign = _find_rank(columns)
         swept = _swept([row["words"] for row in jobs])
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
         path = Path(config.hydra.sweep.dir) / "sweep.csv"
         averaged = [] if _searches(config) else [key for key in (FOLD, SEED) if key in swept]
         counts = [name for key, name in ((FOLD, "folds"), (SEED, "seeds")) if key in averaged]
+        caption = _CAPTIONS[counts[0] if counts else ""]
+        ranked = score
+        left_out: list[str] = []
         printed, written = columns, columns
         runs, settings = rows, [{key: row["words"][key] for key in swept if key in row["words"]} for row in rows]
         if averaged:
             _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
             swept = [key for key in swept if key not in averaged]
             rows = (over_folds if FOLD in averaged else over_seeds)(rows, swept, columns)
-            printed = [*counts, *_with_parts(columns, [score])]
+            pooled = {key for row in rows for key in row.get("pooled", ())}
+            if pooled:
+                left_out = [key for key in columns if key not in {*pooled, *OTHERS}]
+                columns = [key for key in columns if key not in left_out]
+                ranked, sign = _find_rank(columns)
+            elif FOLD in averaged:
+                caption = "Mean over folds ± standard deviation over folds."
+            printed = [*counts, *_with_parts(columns, [ranked])]
             written = [*counts, *_with_parts(columns, [key for key in columns if key == LOSS or key not in OTHERS])]
-        rows = _rank_rows(rows, score, sign)
+        rows = _rank_rows(rows, ranked, sign)
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
         remarks = [f"folds: {remark}" for remark in dict.fromkeys(row.get("remark") for row in rows) if remark]
+        if left_out:
+            from dinoseg.extensions.compare.sides import describe_left_out  # imports torch
+
+            remarks.append(describe_left_out([*map(_head, left_out)], path.parent))
         print("".join(f"{remark}\n" for remark in remarks), end="")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
-        scores = [key for key in columns if key == score or key not in OTHERS]
-        bold, note = _find_significance(path.parent, rows, jobs, scores, score) if score in MAIN_SCORES else ({}, "")
+        scores = [key for key in columns if key == ranked or key not in OTHERS]
+        bold, note = _find_significance(path.parent, rows, jobs, scores, ranked) if ranked in MAIN_SCORES else ({}, "")
         labels = [*swept, *counts]
         cells = [
             [
@@ -301,7 +320,7 @@ class SweepTable(Callback):
             for row in rows
         ]
         places = [(row, len(labels) + scores.index(key)) for key, row in bold.items()]
-        caption = f"{_CAPTIONS[counts[0] if counts else '']} {note or 'Nothing is bold: rows were not compared.'}"
+        caption = f"{caption} {note or 'Nothing is bold: rows were not compared.'}"
         tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), places, [*remarks, *failed])]
         effects, freedom = estimate_effects(settings, [row.get(score) for row in runs])
         if effects and not _searches(config):
@@ -356,6 +375,11 @@ def _find_significance(
     command = shlex.quote(f"runs=[{sweep}]")
     print(f"test for differences from the first job: python -m dinoseg mode=compare {command}")
     return find_bold({key: best[key] for key in best if key in scores}, sides, len(rows))
+
+
+def _find_rank(columns: Collection[str]) -> tuple[str, int]:
+    """Return the score that ranks rows, and -1 if the highest value is the best, else 1."""
+    return next(((key, -1) for key in RANKED if key in columns), (LOSS, 1))
 
 
 def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:

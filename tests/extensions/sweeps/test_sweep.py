@@ -16,6 +16,7 @@ from scipy import stats
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
+from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.extensions.sweeps import table as sweep_table
 from dinoseg.extensions.sweeps.table import FOLD, SweepTable, over_folds
 from dinoseg.models.heads.linear import LinearHead
@@ -497,7 +498,7 @@ def test_effect_has_no_negative_zero(tmp_path):
     assert percent(-1e-6, 2, "+") == "+0.00" and percent(-1e-6, 2) == "0.00"
 
 
-def write_evaluation(folder, shares, fold):
+def write_evaluation(folder, shares, fold, **changes):
     """Write the evaluation of a run that is right in these shares of two classes; `fold` may be None."""
     images = [f"{fold}_{number}" for number in range(20)]
     held = np.full((20, 2), [9000, 1000])
@@ -505,7 +506,7 @@ def write_evaluation(folder, shares, fold):
     found = {"classes": ["a", "b"], "palette": [(0, 0, 0)] * 2, "ignore_index": 255, "background": None, "data": "x"}
     found |= {"root": "", "split": "val", "unit": "image", "source": "", "images": images, "units": images}
     (folder / "config").mkdir(parents=True)
-    write_record(ImageRecord(**found, counts=np.stack([right, held, held], axis=1)), folder)
+    write_record(ImageRecord(**found, counts=np.stack([right, held, held], axis=1), **changes), folder)
     if fold is not None:
         config = {"seed": 0, "data": {"fold": fold, "folds": 2}, "head": {"x": str(shares)}, "choices": {}}
         OmegaConf.save(config, folder / "config/config.yaml")
@@ -538,6 +539,42 @@ def test_best_cells_of_a_sweep_are_bold(tmp_path, monkeypatch, folds, further, b
     assert found == bold and ("Bold: " if bold else "Nothing is bold: no score is") in caption
     assert [row[0] for row in rows] == ["a", "b", "c", *["d"] * len(further)]
     assert ("over images or groups and over seeds" in caption) == (len(folds) > 1)
+
+
+def test_scores_that_folds_cannot_pool_are_left_out(tmp_path, capsys):
+    jobs, expected = [], {}
+    for head, shares, precision in (("a", [(0.8, 0.6), (0.6, 0.2)], 0.1), ("b", [(0.7, 0.1), (0.5, 0.3)], 0.9)):
+        for fold in (0, 1):
+            further = {"AP": UnitScore(precision, [precision] * 20, [True] * 20)}
+            write_evaluation(tmp_path / f"{head}{fold}", shares[fold], fold, scores=further)
+            scores = {"miou": sum(shares[fold]) / 2, "AP": precision, "AP50": precision, "cldice": 0.5}
+            jobs.append((f"head={head} data.fold={fold}", scores | {"run": str(tmp_path / f"{head}{fold}")}))
+        right, held, _ = np.concatenate([read_record(tmp_path / f"{head}{fold}").counts for fold in (0, 1)]).sum(axis=0)
+        expected[head] = 100 * (right / (2 * held - right)).mean()
+    rows = end_sweep(tmp_path / "sweep", jobs, metric={"cldice": {}})
+    shown, caption = capsys.readouterr().out, (tmp_path / "sweep/table.md").read_text()
+    assert [row["head"] for row in rows] == ["a", "b"]  # by what is pooled
+    assert {row["head"]: float(row["mIoU %"]) for row in rows} == pytest.approx(expected, abs=0.0051)
+    assert not [name for name in rows[0] if name.startswith(("AP", "cldice"))] and caption.startswith("Score over all")
+    assert [row["AP %"] for row in rows_of(tmp_path / "sweep/jobs.csv")] == ["90.00", "90.00", "10.00", "10.00"]
+    said = "cannot be pooled over folds"
+    assert f"AP %, AP50 %, cldice. To pool those of one recipe: python -m dinoseg mode=eval resume={tmp_path}" in shown
+    assert shown.count(said) == caption.count(said) == 1
+    done = call(tmp_path, "mode=compare", "runs=[[a0,a1],[b0,b1]]")
+    assert done.status == 0 and done.err.count(said) == 1 and "left out: AP. " in done.err, done.err
+
+
+def test_mean_over_folds_is_not_called_pooled(tmp_path):
+    """Layers have no matrix, and no record with `mode.report=false`."""
+    jobs = [(f"head={head} data.fold={fold}", {"miou": 0.5 + 0.1 * fold}) for head in "ab" for fold in (0, 1)]
+    assert [row["mIoU %"] for row in end_sweep(tmp_path / "means", jobs)] == ["55.00", "55.00"]
+    assert (tmp_path / "means/table.md").read_text().startswith("Mean over folds ±")
+    for fold in (0, 1):
+        write_evaluation(tmp_path / f"a{fold}", (0.8, 0.6), fold)
+        jobs[fold][1]["run"] = str(tmp_path / f"a{fold}")
+    rows = end_sweep(tmp_path / "pooled", jobs)
+    assert rows[0]["head"] == "a" and rows[0]["mIoU %"] and rows[1]["mIoU %"] == ""
+    assert (tmp_path / "pooled/table.md").read_text().startswith("Score over all folds ±")
 
 
 def test_search_and_sweep_over_one_key_have_no_main_effects(tmp_path, capsys):
