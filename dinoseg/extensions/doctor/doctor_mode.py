@@ -70,11 +70,15 @@ def doctor(
     name = cfg.choices.data
     if splits:
         findings += examine(splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance)
-    for split, data in datasets.items():
+    objects: dict[str, Mapping[int, int]] = {}
+    for part in splits:
+        data = datasets[part.split]
         if isinstance(data, PairDataset) and OBJECTS in data.maps:
-            findings += check_objects(split, count_objects(data, workers), builder.value("head.num_queries"))
+            counts = count_objects(data, workers)
+            objects[part.split] = counts.by_class
+            findings += check_objects(part, counts, builder.value("head.num_queries"))
     findings = by_severity(findings)
-    report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings)})
+    report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings, objects)})
     write_json(out_dir / "doctor.json", report)
     cards = list(_example_cards(datasets, splits, findings, samples))
     palette = next(iter(datasets.values())).palette if datasets else ()
@@ -92,9 +96,9 @@ def doctor(
     print(_text(report))
     print(f"report:       {out_dir}/doctor.html, doctor.json")
     if report["errors"]:
-        counts = [count_of(report[f"{kind}s"], kind) for kind in ("error", "warning")]
+        numbers = [count_of(report[f"{kind}s"], kind) for kind in ("error", "warning")]
         raise UserError(
-            f"{' and '.join(counts)} in data={name} data.root={report['root']}: see {out_dir / 'doctor.html'}. "
+            f"{' and '.join(numbers)} in data={name} data.root={report['root']}: see {out_dir / 'doctor.html'}. "
             f"{_what_now(findings)}"
         )
     return {key: report[key] for key in ("errors", "warnings", "notes")} | {"run": str(out_dir)}
@@ -184,7 +188,9 @@ def _same_files(data: DoctorData, others: Mapping[str, DoctorData]) -> str | Non
     return None
 
 
-def _report(splits: Sequence[ScannedSplit], findings: Sequence[Finding]) -> dict[str, Any]:
+def _report(
+    splits: Sequence[ScannedSplit], findings: Sequence[Finding], objects: Mapping[str, Mapping[int, int]]
+) -> dict[str, Any]:
     rows = []
     for finding in findings:
         row = {key: value for key, value in asdict(finding).items() if key not in ("look", "stops")}
@@ -192,7 +198,7 @@ def _report(splits: Sequence[ScannedSplit], findings: Sequence[Finding]) -> dict
     return {
         **{f"{kind}s": sum(each.severity == kind for each in findings) for kind in ("error", "warning", "note")},
         "findings": rows,
-        "splits": {part.split: summary(part) for part in splits},
+        "splits": {part.split: summary(part, objects.get(part.split, {})) for part in splits},
         "unreadable": {part.split: unreadable(part.records) for part in splits},
     }
 

@@ -48,8 +48,13 @@ def examine(
     return by_severity([*findings, *suggest(splits)])
 
 
-def summary(part: ScannedSplit) -> dict[str, Any]:
-    """Return the contents of a split in numbers: images, sizes, void share, constant-class scores and class counts."""
+def summary(part: ScannedSplit, objects: Mapping[int, int] | None = None) -> dict[str, Any]:
+    """Return the contents of a split in numbers: images, sizes, void share, constant-class scores and class counts.
+
+    Args:
+        part: the split.
+        objects: number of objects by class id, of classes that have objects.
+    """
     sizes = sorted(
         {record.image_size for record in part.records if record.image_size}, key=lambda size: (math.prod(size), size)
     )
@@ -60,7 +65,10 @@ def summary(part: ScannedSplit) -> dict[str, Any]:
         "largest": _size(sizes[-1]) if sizes else None,
         "void_share": part.void / (labelled + part.void) if labelled + part.void else None,
         "constant_class": constant_class(part),
-        "classes": [_class_row(part, index, labelled) for index in range(len(part.classes))],
+        "classes": [
+            _class_row(part, index, labelled) | {"objects": (objects or {}).get(index)}
+            for index in range(len(part.classes))
+        ],
     }
 
 

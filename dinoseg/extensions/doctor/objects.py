@@ -1,5 +1,6 @@
 """Counts of the objects of a dataset, and findings about them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -8,13 +9,14 @@ from statistics import median
 import cv2
 import numpy as np
 
-from dinoseg.core.object_ids import crowd_flags
-from dinoseg.data.checks.findings import Finding
+from dinoseg.core.object_ids import OBJECTS, crowd_flags, object_classes
+from dinoseg.core.sample_maps import ObjectMap
+from dinoseg.data.checks.findings import Finding, ScannedSplit
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of
+from dinoseg.utils.wording import count_of, join_names
 
 
 @dataclass
@@ -27,6 +29,7 @@ class ObjectCounts:
         empty: number of objects that the files list but that have no pixels.
         divided: number of objects of several connected parts.
         unreadable: what is wrong with the objects of an image, instead of numbers.
+        by_class: number of objects with pixels of each thing, by class id and not by image.
     """
 
     objects: dict[str, int] = field(default_factory=dict)
@@ -34,17 +37,20 @@ class ObjectCounts:
     empty: dict[str, int] = field(default_factory=dict)
     divided: dict[str, int] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    by_class: Counter[int] = field(default_factory=Counter)
 
 
 def count_objects(data: PairDataset, workers: int = 1) -> ObjectCounts:
     """Return the counts of a dataset with objects, which `workers` threads read."""
-    counts = ObjectCounts()
+    kind = data.maps[OBJECTS]
+    assert isinstance(kind, ObjectMap)
+    counts = ObjectCounts(by_class=Counter(dict.fromkeys(kind.things, 0)))
     with Bar(total=len(data.pairs), desc="counting objects", unit="image", delay=2, leave=False) as bar:
         pool = ThreadPoolExecutor(workers)
         try:
             for part in pool.map(_count_image, data.pairs):
                 for name, table in vars(counts).items():
-                    table.update(getattr(part, name))
+                    table.update(getattr(part, name))  # a Counter adds the numbers
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -59,11 +65,15 @@ def _count_image(pair: Pair) -> ObjectCounts:
         shown = [each for layer in source.read() for each in _crop_objects(layer)]
     except UserError as error:
         return ObjectCounts(unreadable={pair.name: str(error)})
-    crowds = sum(crowd_flags(value) for value, _ in shown)
-    empty = 0 if source.count is None else source.count - len(shown)
-    divided = sum(_is_divided(mask) for value, mask in shown if not crowd_flags(value))
+    objects = [(value, mask) for value, mask in shown if not crowd_flags(value)]
     name = pair.name
-    return ObjectCounts({name: len(shown) - crowds}, {name: crowds}, {name: empty}, {name: divided})
+    return ObjectCounts(
+        {name: len(objects)},
+        crowds={name: len(shown) - len(objects)},
+        empty={name: 0 if source.count is None else source.count - len(shown)},
+        divided={name: sum(_is_divided(mask) for _, mask in objects)},
+        by_class=Counter(object_classes(value) for value, _ in objects),
+    )
 
 
 def _crop_objects(layer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -82,14 +92,15 @@ def _is_divided(mask: np.ndarray) -> bool:
     return parts > 2  # the first is the background
 
 
-def check_objects(split: str, counts: ObjectCounts, queries: int | None) -> Iterator[Finding]:
+def check_objects(part: ScannedSplit, counts: ObjectCounts, queries: int | None) -> Iterator[Finding]:
     """Yield the findings about the objects of a split.
 
     Args:
-        split: name of the split.
+        part: the split.
         counts: of the split.
         queries: most objects that the head can predict for an image; None: unknown.
     """
+    split = part.split
     if counts.unreadable:
         yield Finding(
             "error",
@@ -103,12 +114,13 @@ def check_objects(split: str, counts: ObjectCounts, queries: int | None) -> Iter
         return
     objects = counts.objects.values()
     crowds = sum(counts.crowds.values())
+    by_class = [f"{part.classes[thing]} {number}" for thing, number in counts.by_class.items()]
     yield Finding(
         "note",
         "objects",
         f"{split}: {count_of(sum(objects), 'object')} in {count_of(objects, 'image')} (median {median(objects):g}, at "
         f"most {max(objects)}), {count_of(crowds, 'crowd')}; of several parts: "
-        f"{sum(counts.divided.values())}.",
+        f"{sum(counts.divided.values())}. By class: {join_names(by_class, 20)}.",
     )
     if not sum(objects):
         yield Finding(

@@ -7,6 +7,7 @@ from command_line import call
 from making import save
 
 SIZE = (40, 56)
+IDS = ("data=folder_instances", "data.classes=[ground,leaf,stem]", "data.objects.files=[masks,ids]")
 
 
 def rectangle(left, top, width=6, height=6):
@@ -29,11 +30,25 @@ def write(root, split, rows):
     path.write_text(json.dumps(content))
 
 
-def findings(where, *words):
-    """Return the findings about objects of the training images by code."""
+def write_ids(root, masks, ids):
+    """Write images of 8 pixels a side in both splits, with masks of classes and files of ids; the rows are equal."""
+    for split in ("train", "val"):
+        for number, (mask, row) in enumerate(zip(masks, ids, strict=True)):
+            save(root / f"{split}/images/{number}.png", np.full((8, 8, 3), 40 * number + len(split)))
+            save(root / f"{split}/masks/{number}.png", np.repeat([mask], 8, axis=0))
+            save(root / f"{split}/ids/{number}.png", np.repeat([row], 8, axis=0))
+
+
+def doctor(where, *words):
+    """Return doctor.json and doctor.html."""
     call(where, "mode=doctor", "data=coco_instances", "data.root=data", "mode.workers=1", "mode.samples=0", *words)
     (path,) = where.glob("outputs/*/doctor_*/doctor.json")
-    found = json.loads(path.read_text())["findings"]
+    return json.loads(path.read_text()), path.with_suffix(".html").read_text()
+
+
+def findings(where, *words):
+    """Return the findings about objects of the training images by code."""
+    found = doctor(where, *words)[0]["findings"]
     return {each["code"]: each for each in found if "objects" in each["code"] and "train" in each["message"]}
 
 
@@ -44,7 +59,7 @@ def test_doctor_counts_objects(tmp_path):
     write(tmp_path / "data", "train", [*rows, (2, [rectangle(5, 5)], 0)])
     write(tmp_path / "data", "val", [])
     found = findings(tmp_path, "head=eomt", "head.num_queries=1")
-    text = "train: 3 objects in 2 images (median 1.5, at most 2), 1 crowd; of several parts: 1."
+    text = "train: 3 objects in 2 images (median 1.5, at most 2), 1 crowd; of several parts: 1. By class: leaf 3."
     assert found["objects"]["message"] == text
     assert found["empty_objects"]["files"] == ["train1"]
     assert found["more_objects_than_queries"]["files"] == ["train1"]
@@ -66,12 +81,16 @@ def test_doctor_warns_about_data_without_objects(tmp_path):
     assert findings(tmp_path)["no_objects"]["severity"] == "warning"
 
 
-def test_doctor_names_objects_that_cannot_be_read(tmp_path):
+def test_doctor_reports_objects_by_class(tmp_path):
+    write_ids(tmp_path / "data", [[0, 0, 1, 1, 1, 2, 2, 2]] * 2, [[0, 0, 1, 2, 3, 4, 4, 4], [0, 0, 1, 1, 2, 3, 3, 3]])
+    report, page = doctor(tmp_path, *IDS, "data.background=ground")
     for split in ("train", "val"):
-        for number, ids in enumerate(([0, 1], [1, 1])):
-            save(tmp_path / f"data/{split}/images/{number}.png", np.full((8, 8, 3), 40 * number + len(split)))
-            save(tmp_path / f"data/{split}/masks/{number}.png", np.full((8, 8), 1))
-            save(tmp_path / f"data/{split}/ids/{number}.png", np.repeat([ids], 8 - number, axis=0))
-    words = ("data=folder_instances", "data.classes=[dark,bright]", "data.objects.files=[masks,ids]")
-    found = findings(tmp_path, *words)["objects_unreadable"]
+        assert [row["objects"] for row in report["splits"][split]["classes"]] == [None, 5, 2]
+        assert f"{split}: 7 objects" in str(report) and "By class: leaf 5, stem 2." in str(report)
+    assert page.count(">objects</th>") == 2 and '<td class="number" data-value="5">5</td>' in page
+
+
+def test_doctor_names_objects_that_cannot_be_read(tmp_path):
+    write_ids(tmp_path / "data", [[1] * 8] * 2, [[1] * 2, [1] * 7])
+    found = findings(tmp_path, *IDS)["objects_unreadable"]
     assert found["count"] == 2 and found["severity"] == "error" and "ids/1.png" in found["reasons"][1]
