@@ -130,6 +130,8 @@ def check_objects(part: ScannedSplit, counts: ObjectCounts, queries: int | None)
             (),
             "Check data.things, data.background and data.instances, or the annotations.",
         )
+    else:
+        yield from _check_things(part, counts)
     if empty := [name for name, count in counts.empty.items() if count]:
         yield Finding(
             "warning",
@@ -155,4 +157,20 @@ def check_objects(part: ScannedSplit, counts: ObjectCounts, queries: int | None)
             "model predicts no more than that.",
             tuple(crowded),
             f"Set head.num_queries to at least {max(objects)}.",
+        )
+
+
+def _check_things(part: ScannedSplit, counts: ObjectCounts) -> Iterator[Finding]:
+    """Yield the findings about pixels of things without objects."""
+    pixels = part.counts
+    shown = [thing for thing, number in counts.by_class.items() if number]
+    if missing := [thing for thing in counts.by_class if thing not in shown and pixels[thing]]:
+        names = [f"{part.classes[thing]} ({pixels[thing]:,} pixels)" for thing in missing]
+        yield Finding(
+            "warning",
+            "things_without_objects",
+            f"{part.split}: things without an object: {join_names(names, 20)}.",
+            (),
+            f"If they are stuff: data.things=[{','.join(part.classes[thing] for thing in shown)}]. Otherwise correct "
+            "the annotations.",
         )

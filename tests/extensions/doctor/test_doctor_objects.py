@@ -90,6 +90,13 @@ def test_doctor_reports_objects_by_class(tmp_path):
     assert page.count(">objects</th>") == 2 and '<td class="number" data-value="5">5</td>' in page
 
 
+def test_doctor_warns_about_things_without_objects(tmp_path):
+    write_ids(tmp_path / "data", [[0, 0, 1, 1, 1, 2, 2, 2]] * 2, [[0, 0, 1, 2, 3, 0, 0, 0]] * 2)
+    found = findings(tmp_path, *IDS)["things_without_objects"]
+    assert found["severity"] == "warning" and "ground (32 pixels), stem (48 pixels)" in found["message"]
+    assert "data.things=[leaf]" in found["remedy"]
+
+
 def test_doctor_names_objects_that_cannot_be_read(tmp_path):
     write_ids(tmp_path / "data", [[1] * 8] * 2, [[1] * 2, [1] * 7])
     found = findings(tmp_path, *IDS)["objects_unreadable"]
