@@ -174,3 +174,20 @@ def _check_things(part: ScannedSplit, counts: ObjectCounts) -> Iterator[Finding]
             f"If they are stuff: data.things=[{','.join(part.classes[thing] for thing in shown)}]. Otherwise correct "
             "the annotations.",
         )
+    bare = {}
+    for record in part.records:
+        areas = [
+            f"{record.pixels[thing]:,} pixels of {part.classes[thing]}" for thing in shown if thing in record.pixels
+        ]
+        if areas and counts.objects.get(record.name) == counts.crowds.get(record.name) == 0:
+            bare[record.name] = f"{record.name}: {join_names(areas)}"
+    if bare:
+        yield Finding(
+            "warning",
+            "missing_objects",
+            f"{count_of(bare, 'image')} of {part.split} with pixels of things, but no object or crowd. Training takes "
+            "them for images without objects.",
+            tuple(bare),
+            "Check their files of ids, and that data.objects.files finds the right ones.",
+            reasons=tuple(bare.values()),
+        )

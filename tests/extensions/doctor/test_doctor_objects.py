@@ -97,6 +97,22 @@ def test_doctor_warns_about_things_without_objects(tmp_path):
     assert "data.things=[leaf]" in found["remedy"]
 
 
+def test_doctor_warns_about_images_whose_id_file_is_empty(tmp_path):
+    masks = [[0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 2, 2, 2], [0] * 8, [1] * 8]
+    ids = [[0, 0, 1, 2, 3, 4, 4, 4], [0] * 8, [0] * 8, [0, 0, 0, 0, 0, 0, 0, 1]]
+    write_ids(tmp_path / "data", masks, ids)
+    found = findings(tmp_path, *IDS)["missing_objects"]
+    assert found["severity"] == "warning" and found["files"] == ["1"] and "1 image of train" in found["message"]
+    assert found["reasons"] == ["1: 24 pixels of leaf, 24 pixels of stem"] and "data.objects.files" in found["remedy"]
+
+
+def test_doctor_accepts_images_with_crowds_alone(tmp_path):
+    rows = [(1, [rectangle(2, 2)], 0), (2, [rectangle(2, 2)], 1)]
+    write(tmp_path / "data", "train", rows)
+    write(tmp_path / "data", "val", rows)
+    assert findings(tmp_path).keys() == {"objects"}
+
+
 def test_doctor_names_objects_that_cannot_be_read(tmp_path):
     write_ids(tmp_path / "data", [[1] * 8] * 2, [[1] * 2, [1] * 7])
     found = findings(tmp_path, *IDS)["objects_unreadable"]
