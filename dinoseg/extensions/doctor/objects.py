@@ -1,7 +1,7 @@
 """Counts of the objects of a dataset, and findings about them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
@@ -28,6 +28,7 @@ class ObjectCounts:
         crowds: number of crowds.
         empty: number of objects that the files list but that have no pixels.
         divided: number of objects of several connected parts.
+        repeated: number of objects that are equal to an earlier one, pixel by pixel.
         unreadable: what is wrong with the objects of an image, instead of numbers.
         by_class: number of objects with pixels of each thing, by class id and not by image.
     """
@@ -36,6 +37,7 @@ class ObjectCounts:
     crowds: dict[str, int] = field(default_factory=dict)
     empty: dict[str, int] = field(default_factory=dict)
     divided: dict[str, int] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     by_class: Counter[int] = field(default_factory=Counter)
 
@@ -65,25 +67,26 @@ def _count_image(pair: Pair) -> ObjectCounts:
         shown = [each for layer in source.read() for each in _crop_objects(layer)]
     except UserError as error:
         return ObjectCounts(unreadable={pair.name: str(error)})
-    objects = [(value, mask) for value, mask in shown if not crowd_flags(value)]
+    objects = [each for each in shown if not crowd_flags(each[0])]
     name = pair.name
     return ObjectCounts(
         {name: len(objects)},
         crowds={name: len(shown) - len(objects)},
         empty={name: 0 if source.count is None else source.count - len(shown)},
-        divided={name: sum(_is_divided(mask) for _, mask in objects)},
-        by_class=Counter(object_classes(value) for value, _ in objects),
+        divided={name: sum(_is_divided(mask) for _, _, mask in objects)},
+        repeated={name: len(objects) - len({key for _, key, _ in objects})},
+        by_class=Counter(object_classes(value) for value, _, _ in objects),
     )
 
 
-def _crop_objects(layer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the value of each object of a layer (H, W), and its mask in its bounding box."""
+def _crop_objects(layer: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield the value of each object of a layer (H, W), a hash of its pixels, and its mask in its bounding box."""
     pixels = np.flatnonzero(layer)
     values, owners, counts = np.unique(layer.reshape(-1)[pixels], return_inverse=True, return_counts=True)
     order = np.argsort(owners, kind="stable")  # so that the pixels of each object remain in order of rows
     for value, own in zip(values.tolist(), np.split(pixels[order], np.cumsum(counts))[:-1], strict=True):
         rows, columns = np.divmod(own, layer.shape[1])
-        yield value, layer[rows[0] : rows[-1] + 1, columns.min() : columns.max() + 1] == value
+        yield value, hash(own.tobytes()), layer[rows[0] : rows[-1] + 1, columns.min() : columns.max() + 1] == value
 
 
 def _is_divided(mask: np.ndarray) -> bool:
@@ -132,14 +135,11 @@ def check_objects(part: ScannedSplit, counts: ObjectCounts, queries: int | None)
         )
     else:
         yield from _check_things(part, counts)
-    if empty := [name for name, count in counts.empty.items() if count]:
-        yield Finding(
-            "warning",
-            "empty_objects",
-            f"{split}: {count_of(sum(counts.empty.values()), 'object')} without pixels, left out.",
-            tuple(empty),
-            "Correct or delete them in the annotation tool.",
-        )
+    remedy = "Correct or delete them in the annotation tool."
+    yield from _list_faulty(split, "empty_objects", counts.empty, "without pixels, left out", remedy)
+    fault = "equal to another object of the image, pixel by pixel"
+    remedy = "Keep one of each in the annotation tool, or export the annotations once."
+    yield from _list_faulty(split, "repeated_objects", counts.repeated, fault, remedy)
     if crowds > sum(objects):
         yield Finding(
             "warning",
@@ -158,6 +158,15 @@ def check_objects(part: ScannedSplit, counts: ObjectCounts, queries: int | None)
             tuple(crowded),
             f"Set head.num_queries to at least {max(objects)}.",
         )
+
+
+def _list_faulty(split: str, code: str, numbers: Mapping[str, int], fault: str, remedy: str) -> Iterator[Finding]:
+    """Yield a finding of the images of which some number of objects has a fault; none without such images."""
+    counts = {name: count_of(number, "object") for name, number in numbers.items() if number}
+    if counts:
+        message = f"{split}: {count_of(sum(numbers.values()), 'object')} {fault}."
+        reasons = tuple(f"{name}: {count}" for name, count in counts.items())
+        yield Finding("warning", code, message, tuple(counts), remedy, reasons=reasons)
 
 
 def _check_things(part: ScannedSplit, counts: ObjectCounts) -> Iterator[Finding]:

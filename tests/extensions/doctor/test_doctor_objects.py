@@ -113,6 +113,16 @@ def test_doctor_accepts_images_with_crowds_alone(tmp_path):
     assert findings(tmp_path).keys() == {"objects"}
 
 
+def test_doctor_warns_about_objects_annotated_twice(tmp_path):
+    rows = [(1, [rectangle(9, 20)], 0)] * 3 + [(1, [rectangle(9, 21)], 0), (1, [rectangle(20, 20)], 0)]
+    crowds = [(2, [rectangle(9, 20)], 1)] * 2 + [(2, [rectangle(9, 20)], 0)]
+    for split in ("train", "val"):
+        write(tmp_path / "data", split, rows + crowds)
+    found = findings(tmp_path)["repeated_objects"]
+    assert found["severity"] == "warning" and found["files"] == ["train1"] and "2 objects" in found["message"]
+    assert found["reasons"] == ["train1: 2 objects"]
+
+
 def test_doctor_names_objects_that_cannot_be_read(tmp_path):
     write_ids(tmp_path / "data", [[1] * 8] * 2, [[1] * 2, [1] * 7])
     found = findings(tmp_path, *IDS)["objects_unreadable"]
