@@ -65,10 +65,7 @@ def summary(part: ScannedSplit, objects: Mapping[int, int] | None = None) -> dic
         "largest": _size(sizes[-1]) if sizes else None,
         "void_share": part.void / (labelled + part.void) if labelled + part.void else None,
         "constant_class": constant_class(part),
-        "classes": [
-            _class_row(part, index, labelled) | {"objects": (objects or {}).get(index)}
-            for index in range(len(part.classes))
-        ],
+        "classes": [_class_row(part, index, labelled, objects or {}) for index in range(len(part.classes))],
     }
 
 
@@ -76,7 +73,7 @@ def _size(size: tuple[int, int]) -> dict[str, int]:
     return {"width": size[1], "height": size[0]}
 
 
-def _class_row(part: ScannedSplit, index: int, labelled: int) -> Mapping[str, Any]:
+def _class_row(part: ScannedSplit, index: int, labelled: int, objects: Mapping[int, int]) -> Mapping[str, Any]:
     pixels = int(part.counts[index])
     return {
         "id": index,
@@ -84,6 +81,7 @@ def _class_row(part: ScannedSplit, index: int, labelled: int) -> Mapping[str, An
         "pixels": pixels,
         "share": pixels / labelled * (len(part.classes) if part.has_layers else 1) if labelled else 0.0,
         "images": sum(index in record.pixels for record in part.records),
+        "objects": objects.get(index),
     }
 
 
