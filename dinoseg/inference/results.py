@@ -84,7 +84,7 @@ def write_counts(run_folder: Path, names: Sequence[str], things: Mapping[int, st
         names: of their results; an image without any is left out.
         things: names of the classes that have objects, by id.
     """
-    rows = []
+    rows: list[list[Any]] = []
     for name in names:
         path = run_folder / f"{name}_segmentation" / OBJECT_FILE
         if path.is_file():
