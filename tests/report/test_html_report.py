@@ -359,7 +359,7 @@ def test_axes_always_have_a_length(given, low, high):
 
 def make_split(images, counts, **other):
     rows = [
-        {"id": i, "class": name, "pixels": n, "share": n / sum(counts), "images": i}
+        {"id": i, "class": name, "pixels": n, "share": n / sum(counts), "images": i, "objects": None}
         for i, (name, n) in enumerate(zip(("road", "a<b&c"), counts, strict=True))
     ]
     sizes = {"smallest": {"width": 30, "height": 20}, "largest": {"width": 50, "height": 40}}
