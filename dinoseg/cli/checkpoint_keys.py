@@ -40,7 +40,10 @@ def _first_options(arguments: Sequence[str], folders: Sequence[Path]) -> dict[st
     return {
         override.get_key_element(): options_of(override, options_in(folders, override.key_or_group))[0]
         for override in _overrides(arguments)
-        if override.is_sweep_override() and is_group(folders, override.key_or_group) and not lists_of(override)
+        if override.type is OverrideType.CHANGE
+        and override.is_sweep_override()
+        and is_group(folders, override.key_or_group)
+        and not lists_of(override)
     }
 
 

@@ -23,7 +23,7 @@ _TAKES_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 )
-_OF_ONE_RUN = {"--cfg", "-c", "--info", "-i"}  # flags that Hydra refuses beside -m
+_NOT_IN_SWEEPS = ("--cfg", "-c", "--info", "-i", "--run", "-r", "--shell-completion", "-sc")  # Hydra refuses them
 _NESTED = ("[", "{", "'", '"')  # first characters of values that are more than text
 
 
@@ -61,11 +61,9 @@ def as_text(arguments: Sequence[str]) -> list[str]:
                 "write keys as KEY=VALUE, without dashes."
             )
     several = is_sweep(arguments)
-    if several and not _OF_ONE_RUN.isdisjoint(arguments):
-        raise UserError(
-            "--cfg and --info are about one run. Leave -m out, and give one value for each key, as one job of the "
-            "sweep has it."
-        )
+    for word in arguments if several else ():
+        if word.split("=")[0] in _NOT_IN_SWEEPS:
+            raise UserError(f"{word} is for one run. Leave -m out, and give one value for each key, as one job has it.")
     words = list(arguments)
     for position, word in assignments(arguments):
         key, _, value = word.partition("=")

@@ -36,6 +36,8 @@ class Runs(NamedTuple):
     def of_ids(cls, ids: np.ndarray) -> dict[int, Self]:
         """Return the runs of each id of a map (H, W) of whole numbers, in ascending order; 0 is none."""
         flat = ids.T.ravel()
+        if not flat.size:
+            return {}
         starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
         ends = np.append(starts[1:], flat.size)
         order = np.argsort(flat[starts], kind="stable")
@@ -50,7 +52,15 @@ class Runs(NamedTuple):
 
     def paint(self, canvas: np.ndarray, value: object) -> None:
         """Set the pixels of a canvas (H, W) where the mask is 1."""
-        canvas.swapaxes(0, 1)[self.to_mask(canvas.shape[:2]).T] = value
+        is_used = self.ends > self.starts
+        starts, ends = self.starts[is_used], self.ends[is_used]
+        if starts.size:
+            height = len(canvas)
+            first = starts[0] // height
+            # only the columns of the mask: an image can have thousands
+            part = canvas[:, first : (ends[-1] - 1) // height + 1]
+            columns = Runs(starts - first * height, ends - first * height)
+            part.swapaxes(0, 1)[columns.to_mask(part.shape[:2]).T] = value
 
     def to_counts(self, pixels: int) -> np.ndarray:
         """Return the run lengths (N,) int64 of a mask with a number of pixels, of zeros first."""

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.core.channels import PixelFormat
+from dinoseg.core.task import ObjectTask
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.inference.predictor import Predictor, is_large
-from dinoseg.inference.results import DoneInputs, write_image_results
+from dinoseg.inference.results import OBJECT_FILE, DoneInputs, write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.object_overlay import select_shown
 from dinoseg.report.progress import Bar
@@ -178,8 +179,9 @@ def _write_large(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> 
 
 def _results(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> list[Path]:
     mask = [] if run.masks is None else mask_paths(run.masks, given.mask, by.layers)
-    pictures = [] if _is_large(by, given) else [run.folder / f"{given.name}_segmentation"]
-    return [*pictures, *mask]
+    folder = run.folder / f"{given.name}_segmentation"
+    listed = [folder / OBJECT_FILE] if isinstance(by.predictor.model.task, ObjectTask) else []
+    return mask if _is_large(by, given) else [folder, *listed, *mask]
 
 
 def _is_large(by: SegmentationSettings, given: ImageInput) -> bool:

@@ -58,7 +58,7 @@ class FurtherOutputs(ABC):
     """Base class of what brings outputs of its own to mode=predict, such as the files of annotation tools."""
 
     names: ClassVar[Sequence[str]]  # of the outputs
-    ids: str | None  # JSON file of references whose ids of images and categories the files have; None: none
+    ids: str | None = None  # JSON file of references whose ids of images and categories the files have; None: none
 
     @abstractmethod
     def make_writer(self, name: str, folder: Path, labels: Labels, background: int | None, task: Task) -> ImageWriter:

@@ -147,6 +147,7 @@ class DoneInputs:
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder / NOTE_FOLDER
         self._found: dict[str, dict[str, Any]] = {}  # inputs with their stamps from before they were read
+        self._done: set[str] = set()
 
     def holds(self, name: str, source: Path | ChannelFiles, results: Sequence[Path]) -> bool:
         """Return whether an input is done: its record matches the file's stamp, and all its results exist.
@@ -156,7 +157,7 @@ class DoneInputs:
         """
         unfit = f"{source} is predicted again: the file has changed, or its results are missing."
         made_from = self._found[name] = self._made_from(source)
-        return (
+        is_done = (
             read_valid_note(
                 self._folder / f"{name}.json",
                 lambda note: forms.read_json(note, forms.plain),
@@ -166,10 +167,18 @@ class DoneInputs:
             )
             is not None
         )
+        if is_done:
+            self._done.add(name)
+        return is_done
+
+    def is_done(self, name: str) -> bool:
+        """Return whether an input that `holds` was called for is done, in this run or before."""
+        return name in self._done
 
     def note(self, name: str) -> None:
         """Record that all results of an input are written; `holds` must have been called for it before."""
         write_json(self._folder / f"{name}.json", self._found[name])
+        self._done.add(name)
 
     def _made_from(self, source: Path | ChannelFiles) -> dict[str, Any]:
         absolute = str(first_file(source).absolute()).encode(errors="backslashreplace").decode()

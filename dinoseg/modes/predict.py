@@ -260,7 +260,7 @@ def _segment_images(
         if run.undrawn:
             logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task))
         things = {thing: by.labels.classes[thing] for thing in sorted(task.things)}
-        totals["objects"] = write_counts(run.folder, [name for _, name in images], things)
+        totals["objects"] = write_counts(run.folder, [name for _, name in images if run.done.is_done(name)], things)
     return totals
 
 
@@ -336,10 +336,10 @@ def _object_lines(
     output, file, protocol = task.scored_file
     if output in outputs and ids is not None:
         words = ("mode=score", f"protocol={protocol}", f"prediction={run.folder / output / file}", f"reference={ids}")
-        yield f"score them:   python -m dinoseg {shlex.join(words)}"
+        yield f"score these:  python -m dinoseg {shlex.join(words)}"
     else:
         yield (
-            f"score them:   predict with mode.outputs=[{output}] mode.shapes.ids=FILE.json, COCO's annotations of "
+            f"score these:  predict with mode.outputs=[{output}] mode.shapes.ids=FILE.json, COCO's annotations of "
             "these images, so that the results have its ids"
         )
 

@@ -172,6 +172,7 @@ def test_sweep_accepts_the_keys_of_its_first_options(swept, jobs, key):
         hydra.compose(root, ["mode=train", key])  # as Hydra does before it composes the jobs
         with pytest.raises(ConfigCompositionException):
             hydra.compose("main", ["mode=train", key])
+        assert root_config(["-m", "+experiment=a,b"], [SHIPPED]) == "main"
         for job in jobs:
             words = ["mode=train", *job.split(), key]
             assert hydra.compose(root, words) == hydra.compose("main", words)

@@ -21,7 +21,7 @@ MISTAKES = {  # after mode=summary
     "~hydra.run.dir": "~hydra.run.dir is not a valid value, or refers to a key that does not exist. Leave it out",
     "hydra.sweep.dir={}": "hydra.sweep.dir={} is not a valid value",
     "data=\u202etxt": "data=\\u202etxt is unknown. Choose from ",
-    "-m mode=train head=linear,mlp --cfg job": "--cfg and --info are about one run. Leave -m out",
+    "-m mode=train head=linear,mlp --cfg job": "--cfg is for one run. Leave -m out",
     "-m head=[1],[2]": "head=[1] is a list, and head takes one option. Choose one of cnn, ",
     "-m mode=train metric=[nsd],[nsdd]": "metric=nsdd is unknown. Did you mean metric=nsd?",
     "-m mode=train metric=[nsd],[] metric.nsd.tolerance=3": "metric is not a key of all",

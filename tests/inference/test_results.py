@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from dinoseg.core.task import SEMANTIC
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference import image_run, results
 from dinoseg.inference.class_record import ClassRecord, read_class_record, write_class_record
@@ -94,7 +95,8 @@ def test_run_renders_with_opacity_palette_and_ignore_index(tmp_path, monkeypatch
     monkeypatch.setattr(image_run, "write_image_results", lambda *_, **named: drawn.append(named))
     write_png(tmp_path / "a.png", np.zeros((4, 6, 3), np.uint8))
     predictor = SimpleNamespace(
-        predict=lambda images, probabilities: [(np.zeros((4, 6), np.uint8), None) for _ in images]
+        predict=lambda images, probabilities: [(np.zeros((4, 6), np.uint8), None) for _ in images],
+        model=SimpleNamespace(task=SEMANTIC),
     )
     labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
     run = ImageRun(tmp_path, None, DoneInputs(tmp_path))

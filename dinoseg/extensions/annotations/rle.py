@@ -67,7 +67,9 @@ def parse_mask(mask: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
         ValueError: it has another size, or its counts are invalid.
     """
     if mask.get("size") != list(size):
-        raise ValueError(f"its mask has the size {format_value(mask.get('size'), 40)}, its image {list(size)}")
+        raise ValueError(
+            f"its mask has the size {format_value(mask.get('size'), 40)}, its image {list(size)} (height, width)"
+        )
     return parse_counts(mask.get("counts"), size[0] * size[1])
 
 

@@ -1,7 +1,6 @@
 """Sides of a comparison: each is one run, or several runs that differ only in their seed or fold."""
 
 import logging
-import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -274,12 +273,12 @@ def describe_folds(sides: Sequence[Side]) -> str:
     )
 
 
-def describe_left_out(names: Sequence[str], sweep: str | Path = "SWEEP") -> str:
+def describe_left_out(names: Sequence[str]) -> str:
     """Return a note on scores that are not pooled over folds, and how to pool them."""
     return (
         "Scores that cannot be pooled over folds, since run folders store no counts of them, are left out: "
-        f"{join_names(names)}. To pool those of one recipe: python -m dinoseg mode=eval "
-        f"{shlex.quote(f'resume={sweep}')} mode.split=val"
+        f"{join_names(names)}. To pool those of one recipe, give its run of each fold: python -m dinoseg mode=eval "
+        "'resume=[RUN,RUN]' mode.split=val mode.ensemble.out_of_fold=true"
     )
 
 

@@ -31,6 +31,7 @@ class ObjectCounts:
         repeated: number of objects that are equal to an earlier one, pixel by pixel.
         unreadable: what is wrong with the objects of an image, instead of numbers.
         by_class: number of objects with pixels of each thing, by class id and not by image.
+        crowds_by_class: the same of crowds.
     """
 
     objects: dict[str, int] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class ObjectCounts:
     repeated: dict[str, int] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     by_class: Counter[int] = field(default_factory=Counter)
+    crowds_by_class: Counter[int] = field(default_factory=Counter)
 
 
 def count_objects(data: PairDataset, workers: int = 1) -> ObjectCounts:
@@ -76,6 +78,7 @@ def _count_image(pair: Pair) -> ObjectCounts:
         divided={name: sum(_is_divided(mask) for _, _, mask in objects)},
         repeated={name: len(objects) - len({key for _, key, _ in objects})},
         by_class=Counter(object_classes(value) for value, _, _ in objects),
+        crowds_by_class=Counter(object_classes(value) for value, _, _ in shown if crowd_flags(value)),
     )
 
 
@@ -173,7 +176,8 @@ def _check_things(part: ScannedSplit, counts: ObjectCounts) -> Iterator[Finding]
     """Yield the findings about pixels of things without objects."""
     pixels = part.counts
     shown = [thing for thing, number in counts.by_class.items() if number]
-    if missing := [thing for thing in counts.by_class if thing not in shown and pixels[thing]]:
+    marked = {*shown, *counts.crowds_by_class}
+    if missing := [thing for thing in counts.by_class if thing not in marked and pixels[thing]]:
         names = [f"{part.classes[thing]} ({pixels[thing]:,} pixels)" for thing in missing]
         yield Finding(
             "warning",

@@ -49,8 +49,9 @@ def find_instances(
         max_instances: number of pairs.
 
     Raises:
-        UserError: the score of an instance is not finite.
+        UserError: a logit is not finite.
     """
+    _check_finite(class_logits, mask_logits)
     probabilities = at_least_float32(class_logits).softmax(dim=-1)[..., :num_classes]
     found = []
     for shares, logits in zip(probabilities, mask_logits, strict=True):
@@ -68,11 +69,6 @@ def find_instances(
         scores = np.array([float(shares[query, label]) * means[query] for query, label in kept])
         objects = Objects.of_runs(size, [masks[query] for query, _ in kept], [label for _, label in kept], scores)
         found.append(objects.sort_by_score())
-        if not np.isfinite(found[-1].scores).all():
-            raise UserError(
-                "The model returns logits that are not finite, so that objects have no score. Set "
-                "engine.precision=fp32, or choose an earlier checkpoint."
-            )
     return found
 
 
@@ -102,7 +98,11 @@ def find_segments(
         things: class ids; the others are stuff.
         score_threshold: class probability, which is the score of a segment.
         overlap_threshold: number of pixels that a query wins, divided by the number of those in its mask.
+
+    Raises:
+        UserError: a logit is not finite.
     """
+    _check_finite(class_logits, mask_logits)
     best = at_least_float32(class_logits).softmax(dim=-1).max(dim=-1)
     return [
         _find_segments(
@@ -111,6 +111,14 @@ def find_segments(
         )
         for scores, classes, logits in zip(best.values, best.indices, mask_logits, strict=True)
     ]  # fmt: skip
+
+
+def _check_finite(*logits: Tensor) -> None:
+    if not all(each.isfinite().all() for each in logits):
+        raise UserError(
+            "The model returns logits that are not finite, so that objects have no score. Set engine.precision=fp32, "
+            "or choose an earlier checkpoint."
+        )
 
 
 def _find_segments(

@@ -306,7 +306,7 @@ class SweepTable(Callback):
         if left_out:
             from dinoseg.extensions.compare.sides import describe_left_out  # imports torch
 
-            remarks.append(describe_left_out([*map(_head, left_out)], path.parent))
+            remarks.append(describe_left_out([*map(_head, left_out)]))
         print("".join(f"{remark}\n" for remark in remarks), end="")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
         scores = [key for key in columns if key == ranked or key not in OTHERS]

@@ -269,9 +269,10 @@ def _check_name(name: str) -> None:
     """Refuse a name that timm does not know; one with a scheme, as of a hub, is looked up there."""
     import timm
 
+    if ":" in name or ("." not in name and timm.is_model(name)):  # also a deprecated name
+        return
     try:
-        if ":" not in name:
-            timm.get_pretrained_cfg(name, allow_unregistered=False)
+        timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         known = [*timm.list_models(), *timm.list_pretrained()]
         raise UserError(f"name={name} is unknown to timm.{suggest_nearest(name, known)}") from error

@@ -136,9 +136,11 @@ def test_thresholds_of_the_task_choose_segments():
         PanopticTask(["a"], overlap_threshold=1.5)
 
 
-@pytest.mark.parametrize("place", [(0, 1), (3, 0)])
-def test_scores_that_are_not_finite_are_refused(place):
-    classes, masks = torch.zeros(1, 4, 3), torch.ones(1, 4, 6, 6)
-    classes[(0, *place)] = torch.nan
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("find", [find_instances, find_segments])
+@pytest.mark.parametrize("side", [0, 1])
+def test_logits_that_are_not_finite_are_refused(find, side, value):
+    logits = torch.zeros(1, 4, 3), torch.ones(1, 4, 6, 6)
+    logits[side].view(-1)[5] = value
     with pytest.raises(UserError, match="not finite"):
-        find_instances(classes, masks, (6, 6), (1.0, 1.0), 2, [0, 1])
+        find(*logits, (6, 6), (1.0, 1.0), 2, [0, 1])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -80,6 +81,21 @@ def test_predict_lists_and_counts_the_shown_objects(folder):
         found = Counter(row["class"] for row in rows)
         assert counts == {"image": stem, **{name: str(found[name]) for name in ("person", "car")}}
     assert any(float(counts["person"]) + float(counts["car"]) for counts in written)
+
+
+def test_counts_cover_reused_images_and_no_failed_ones(folder, tmp_path):
+    for name in SIZES:
+        shutil.copy(folder / "images" / f"{name}.png", tmp_path)
+    words = ("mode=predict", f"resume={folder}/instance.safetensors", "engine=cpu", f"input={tmp_path}")
+    run = (*words, f"hydra.run.dir={tmp_path}/run")
+    succeed(folder, *run)
+    counts = read_rows(tmp_path / "run/counts.csv")
+    (tmp_path / "run/a_segmentation/objects.csv").unlink()
+    succeed(folder, *run)
+    assert read_rows(tmp_path / "run/counts.csv") == counts and [row["image"] for row in counts] == ["a", "b"]
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert "1 of 2 inputs failed" in call(folder, *run).err
+    assert read_rows(tmp_path / "run/counts.csv") == counts[1:]
 
 
 def test_results_get_the_ids_of_the_annotations_that_score_them(folder):

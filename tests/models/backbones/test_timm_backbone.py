@@ -307,3 +307,8 @@ def test_a_missing_additional_or_misshapen_tensor_is_named(name, tmp_path, monke
 def test_unknown_names_are_refused_with_suggestions(name, suggestion, weights):
     with pytest.raises(UserError, match=rf"^name={name} is unknown to timm.*{suggestion}"):
         TimmBackbone(name, weights, None)
+
+
+def test_deprecated_names_are_known():
+    with pytest.warns(UserWarning, match="vit_tiny_patch16_224.augreg_in21k"):
+        assert TimmBackbone("vit_tiny_patch16_224_in21k", "random", None).dim == 192
