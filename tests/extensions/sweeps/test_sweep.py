@@ -558,7 +558,7 @@ def test_scores_that_folds_cannot_pool_are_left_out(tmp_path, capsys):
     assert not [name for name in rows[0] if name.startswith(("AP", "cldice"))] and caption.startswith("Score over all")
     assert [row["AP %"] for row in rows_of(tmp_path / "sweep/jobs.csv")] == ["90.00", "90.00", "10.00", "10.00"]
     said = "cannot be pooled over folds"
-    assert f"AP %, AP50 %, cldice. To pool those of one recipe: python -m dinoseg mode=eval resume={tmp_path}" in shown
+    assert "AP %, AP50 %, cldice. To pool those of one recipe, give its run of each fold: python -m dinoseg" in shown
     assert shown.count(said) == caption.count(said) == 1
     done = call(tmp_path, "mode=compare", "runs=[[a0,a1],[b0,b1]]")
     assert done.status == 0 and done.err.count(said) == 1 and "left out: AP. " in done.err, done.err
