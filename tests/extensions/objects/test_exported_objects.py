@@ -59,8 +59,8 @@ def task(request):
     return request.param
 
 
-def export(folder, task, **changes):
-    model = make_model(task)
+def export(folder, task, model=None, **changes):
+    model = make_model(task) if model is None else model
     record, reason = record_of(model, None, GraphOptions(), (60, 90), opset=18)
     made = onnx_file.to_onnx(trace(model, record), record)
     assert reason is None
@@ -82,6 +82,15 @@ def test_onnx_file_finds_the_objects_of_its_model(tmp_path, task):
     assert np.array_equal(runtime.ids(images), [ids for ids, _ in results])
     assert runtime.probabilities(images) == pytest.approx(predictor.probabilities(images).numpy(), abs=1e-5)
     assert {0, 1, 2} == {*np.unique(results[0][0]).tolist()} and not results[3][0].any()
+
+
+def test_onnx_file_limits_instances_as_its_model(tmp_path):
+    model = make_model("instance")
+    model.task = InstanceTask(CLASSES, background="ground", max_instances=2)
+    ((_, found),) = load_onnx(export(tmp_path, "instance", model), device="cpu").runtime.predict(
+        [draw_image(seed=0)[0]]
+    )
+    assert len(found) == 2
 
 
 def test_file_with_objects_of_unknown_classes_is_refused(tmp_path):
