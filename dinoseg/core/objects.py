@@ -52,21 +52,27 @@ class Runs(NamedTuple):
 
     def paint(self, canvas: np.ndarray, value: object) -> None:
         """Set the pixels of a canvas (H, W) where the mask is 1."""
-        is_used = self.ends > self.starts
-        starts, ends = self.starts[is_used], self.ends[is_used]
-        if starts.size:
-            height = len(canvas)
-            first = starts[0] // height
-            # only the columns of the mask: an image can have thousands
-            part = canvas[:, first : (ends[-1] - 1) // height + 1]
-            columns = Runs(starts - first * height, ends - first * height)
-            part.swapaxes(0, 1)[columns.to_mask(part.shape[:2]).T] = value
+        first, mask = self.to_columns(len(canvas))
+        canvas[:, first : first + mask.shape[1]].swapaxes(0, 1)[mask.T] = value
 
     def to_counts(self, pixels: int) -> np.ndarray:
         """Return the run lengths (N,) int64 of a mask with a number of pixels, of zeros first."""
         bounds = np.stack([self.starts, self.ends], axis=1).ravel()
         counts = np.diff(np.concatenate([[0], bounds, [pixels]]))
         return counts if counts[-1] else counts[:-1]
+
+    def to_columns(self, height: int) -> tuple[int, np.ndarray]:
+        """Return the first column with a pixel, and the mask (H, w) bool from there to the last one; w is 0 of none.
+
+        Most objects of an image are small: the whole mask of each of thousands would take seconds.
+        """
+        is_used = self.ends > self.starts
+        starts, ends = self.starts[is_used], self.ends[is_used]
+        if not starts.size:
+            return 0, np.zeros((height, 0), bool)
+        first = int(starts[0]) // height
+        last = int(ends[-1] - 1) // height
+        return first, Runs(starts - first * height, ends - first * height).to_mask((height, last - first + 1))
 
     def to_mask(self, size: tuple[int, int]) -> np.ndarray:
         """Return the mask (H, W) bool of `size` (H, W)."""

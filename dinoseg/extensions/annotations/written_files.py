@@ -58,10 +58,8 @@ class MaskRegion:
     @property
     def mask(self) -> np.ndarray:
         """Its pixels (h, w) bool in the box."""
-        left, top, width, height = self.box
-        first = left * self.size[0]
-        # only the columns of the box: an image can have thousands of parts
-        columns = Runs(self.runs.starts - first, self.runs.ends - first).to_mask((self.size[0], width))
+        _, top, _, height = self.box
+        _, columns = self.runs.to_columns(self.size[0])
         return np.ascontiguousarray(columns[top : top + height])
 
 
