@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -385,6 +386,9 @@ def join_process_group(device: torch.device, seconds: float, at_work: float) -> 
         )
     if distributed.is_initialized():
         return
+    # its functions' defaults are the group at the time of its import: a later import, such as torch.compile's, holds
+    # the group, whose threads then run while the interpreter exits and may abort it
+    import_module("torch.distributed.nn.functional")
     # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,
     # and 1 x 1 convolutions have contiguous channels in either memory layout
     warnings.filterwarnings("ignore", _ALIKE)

@@ -230,7 +230,8 @@ def test_torchrun_restarts_killed_ranks_which_resume_a_run(data, tmp_path):
     assert rows[: len(first)] == first
     expected = [1e-3 * schedule(warmup=0)(step, 40) for step in range(2, 40)]
     assert values_of(rows[len(first) :], "train/lr") == pytest.approx(expected), "two ranks, one schedule"
-    subprocess.run([*TORCHRUN, "-m", "dinoseg", *evaluate(run)], **pipes, check=True)
+    done = subprocess.run([*TORCHRUN, "-m", "dinoseg", *evaluate(run)], **pipes, text=True)
+    assert done.returncode == 0, done.stderr
     written = list((tmp_path / "outputs/base").glob("eval_*/scores.json"))
     assert len(written) == 1 and written[0].read_text() == scores(run), "ranks score the same"
     run_checked(tmp_path, *evaluate(run), "mode.metrics_only=true")

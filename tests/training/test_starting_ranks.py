@@ -4,6 +4,8 @@ import math
 import os
 import sys
 import warnings
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +164,21 @@ def test_ranks_use_the_given_timeout_and_ignore_equal_strides(environment, monke
             with pytest.raises(UserWarning, match="strides"):
                 warnings.warn(said.format(other), stacklevel=1)
     assert told["timeout"].total_seconds() == 7.5 == told["store"].timeout.total_seconds()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads in /proc")
+def test_threads_of_a_group_end_with_it(environment, monkeypatch):
+    """One that runs while the interpreter exits may abort it, so that a finished job fails."""
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 1)]))
+    for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
+        monkeypatch.delitem(sys.modules, name)
+    before = count_gloo_threads()
+    join_process_group(torch.device("cpu"), 5.0, 5.0)
+    assert count_gloo_threads() > before
+    import_module("torch.distributed.nn.functional")  # as by torch.compile and accelerate
+    torch.distributed.destroy_process_group()
+    assert count_gloo_threads() == before
+
+
+def count_gloo_threads() -> int:
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
