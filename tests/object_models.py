@@ -13,6 +13,9 @@ from dinoseg.inference.windows import Whole
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 from dinoseg.models.model import SegmentationModel
+from dinoseg.segmenter.facts import ModelFacts
+from dinoseg.segmenter.model import Model
+from dinoseg.segmenter.torch_runtime import TorchRuntime
 
 CLASSES = ["ground", "leaf", "stone"]
 LABELS = (1, 1, 2, 0)  # classes of red, green and blue objects, and of the black ground
@@ -53,6 +56,12 @@ def make_model(task="panoptic"):
 def make_predictor(task="panoptic", strategy=None):
     """Return a predictor of the model."""
     return Predictor(make_model(task), torch.device("cpu"), nullcontext, strategy or Whole())
+
+
+def make_served(task="panoptic"):
+    """Return the model as `dinoseg.load` does."""
+    facts = ModelFacts(tuple(CLASSES), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), 255)
+    return Model(TorchRuntime(make_predictor(task)), facts)
 
 
 def draw_image(size=(60, 90), seed=0):

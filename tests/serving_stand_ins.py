@@ -36,6 +36,9 @@ class Bright:
         self.before(images)
         return (np.stack(images).mean(axis=-1) > 127).astype(np.uint8)
 
+    def predict(self, images):
+        return [(mask, None) for mask in self.ids(images)]
+
 
 class Layers(Bright):
     """A runtime of classes that overlap: bright pixels, those with much red, and none."""
@@ -87,15 +90,16 @@ class InThread(Child):
 
 
 @contextmanager
-def shared_model(before=lambda images: None, max_pixels=10_000, *, has_layers=False):
-    model = Model(Layers(before), LAYER_FACTS) if has_layers else Model(Bright(before), FACTS)
+def shared_model(before=lambda images: None, max_pixels=10_000, *, has_layers=False, model=None):
+    if model is None:
+        model = Model(Layers(before), LAYER_FACTS) if has_layers else Model(Bright(before), FACTS)
     with closing(SharedModel(model, max_pixels)) as shared:
         yield shared
 
 
 @contextmanager
-def client(folder, before=lambda images: None, *, max_mib=1.0, max_pixels=10_000, has_layers=False):
-    with shared_model(before, max_pixels, has_layers=has_layers) as shared:
+def client(folder, before=lambda images: None, *, max_mib=1.0, max_pixels=10_000, **options):
+    with shared_model(before, max_pixels, **options) as shared:
         application = build_endpoint(shared, folder, hosts=list_hosts("127.0.0.1", []), max_mib=max_mib)
         with TestClient(application, base_url="http://localhost") as asked:
             yield asked

@@ -1,11 +1,12 @@
-"""The HTTP endpoint: POST /segment, GET /health, GET /metrics."""
+"""The HTTP endpoint: POST /segment, POST /objects, GET /health, GET /metrics."""
 
 import logging
 import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,12 +51,12 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
     statuses: Counter[int] = Counter()
     seconds = {"total": 0.0}  # over all requests
 
-    def encode(path: Path, chosen: str | None) -> Response:
+    def encode_classes(path: Path, chosen: str | None) -> Response:
         """Segment a file, and return its mask, or that of the chosen class."""
         facts, has_layers = shared.facts, shared.has_layers
         if chosen is not None and chosen not in facts.classes:
             raise UserError(f"class={format_value(chosen)} is unknown to this model. GET /health lists its classes.")
-        _, mask = shared.segment_file(path)
+        _, mask, _ = shared.segment_file(path)
         if chosen is not None:
             index = facts.classes.index(chosen)
             mask = mask[index] if has_layers else (mask == index).astype(np.uint8)
@@ -63,19 +64,35 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
         kind = "tiff" if mask.ndim > 2 else "png"
         return Response(encode_mask(mask, palette), media_type=f"image/{kind}")
 
-    @app.post("/segment")
-    async def segment(request: Request, chosen: Annotated[str | None, Query(alias="class")] = None) -> Response:
-        """Return the mask of the image in the body or a form.
+    def encode_objects(path: Path) -> Response:
+        """Segment a file, and return its objects."""
+        _, _, found = shared.segment_file(path)
+        if found is None:
+            raise UserError("This model predicts classes, and no single objects. POST /segment returns them.")
+        columns = (found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks)
+        height, width = found.size
+        return JSONResponse(
+            [
+                {
+                    "class": shared.facts.classes[label],
+                    "class_id": label,
+                    "score": score,
+                    "box": box,
+                    "area": mask.area,
+                    "segmentation": {"size": [height, width], "counts": mask.to_counts(height * width).tolist()},
+                }
+                for label, score, box, mask in zip(*columns, strict=True)
+            ]
+        )
 
-        Class ids are a PNG with the classes' colours as its palette. Layers, of a multi-label model, are a TIFF with a
-        page of 0 and 1 for each class. `class` names a class whose pixels alone are returned, a PNG of 0 and 1.
-        """
+    async def respond(request: Request, encode: Callable[[Path], Response]) -> Response:
+        """Return the response for the image in the body or a form, and count it."""
         start = time.perf_counter()
         path = uploads / secrets.token_hex(16)
         response = Response(status_code=500)
         try:
             await save_image(request, path, max_mib)
-            response = await run_in_threadpool(encode, path, chosen)
+            response = await run_in_threadpool(encode, path)
         except (UserError, OSError, ClientDisconnect) as error:
             response = error_response(error)
         finally:
@@ -83,6 +100,20 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
             statuses[response.status_code] += 1
             seconds["total"] += time.perf_counter() - start
         return response
+
+    @app.post("/segment")
+    async def segment(request: Request, chosen: Annotated[str | None, Query(alias="class")] = None) -> Response:
+        """Return the mask of an image.
+
+        Class ids are a PNG with the classes' colours as its palette. Layers, of a multi-label model, are a TIFF with a
+        page of 0 and 1 for each class. `class` names a class whose pixels alone are returned, a PNG of 0 and 1.
+        """
+        return await respond(request, partial(encode_classes, chosen=chosen))
+
+    @app.post("/objects")
+    async def objects(request: Request) -> Response:
+        """Return the objects of an image, best first, as a JSON list; `segmentation` is COCO's run lengths."""
+        return await respond(request, encode_objects)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -92,7 +123,7 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Return counters of /segment in Prometheus's text format."""
+        """Return counters of images in Prometheus's text format."""
         lines = [f'dinoseg_requests_total{{code="{code}"}} {count}' for code, count in sorted(statuses.items())]
         lines.append(f"dinoseg_request_seconds_sum {seconds['total']:.6f}")
         lines.append(f"dinoseg_request_seconds_count {statuses.total()}")

@@ -5,6 +5,7 @@ import logging
 import math
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from dinoseg.extensions.serving.mask_editor import MAX_RADIUS, MaskEditor, encod
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.video import Masks, write_labelled_video
 from dinoseg.extensions.tracking.tracker import Tracker
+from dinoseg.report.object_overlay import draw_objects, select_shown
 from dinoseg.report.palette import default_palette
 from dinoseg.utils.errors import UserError
 
@@ -224,7 +226,7 @@ class Page:
         self._next = None
         with self._work("Segmenting ..."):
             try:
-                shown, predicted, frames = await asyncio.to_thread(self._segment_file, path)
+                shown, predicted, frames, found = await asyncio.to_thread(self._segment_file, path)
                 self._check_frame(0)
             except BaseException:
                 path.unlink(missing_ok=True)
@@ -247,16 +249,24 @@ class Page:
             self._edit(predicted, self._classes)
             height, width = predicted.shape[-2:]
             text = f"{frames} frames of " if frames else ""
-            self._tell(f"{event.args}: {text}{width} x {height} pixels")
+            self._tell(f"{event.args}: {text}{width} x {height} pixels{found}")
 
-    def _segment_file(self, path: Path) -> tuple[bytes, np.ndarray, int]:
-        """Return an image or a first frame as JPEG, its mask, and the number of frames (0: an image)."""
-        if not is_video(path):
-            image, mask = self._context.model.segment_file(path)
-            return encode_image(image), mask, 0
-        with closing(self._open_video(path)) as video:
-            frame, _ = next(video.frames())
-        return encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count)
+    def _segment_file(self, path: Path) -> tuple[bytes, np.ndarray, int, str]:
+        """Return an image or a first frame as JPEG, its mask, the number of frames (0: an image), and its objects.
+
+        Objects are counted as a text, and outlined in the image; a frame of a video has none.
+        """
+        if is_video(path):
+            with closing(self._open_video(path)) as video:
+                frame, _ = next(video.frames())
+            return encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count), ""
+        image, mask, objects = self._context.model.segment_file(path)
+        if objects is None:
+            return encode_image(image), mask, 0, ""
+        counts = Counter(self._classes.classes[label] for label in select_shown(objects).classes.tolist())
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        outlined = draw_objects(image, objects, self._classes.palette, opacity=0)
+        return encode_image(outlined), mask, 0, f"; objects: {listed or 'none'}"
 
     def _encode_mask(self) -> bytes:
         return encode_mask(self._editor.mask, self._editor.labels.palette)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.objects import Objects
 from dinoseg.extensions.serving.decoding import ImageDecoder
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.segmenter.model import Model
@@ -31,8 +32,10 @@ class SharedModel:
         self._computing = threading.Lock()
         self._decoded = threading.Semaphore(_DECODED)
 
-    def segment_file(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image (H, W, 3) uint8 RGB and its class ids (H, W) uint8, or layers (K, H, W).
+    def segment_file(self, path: Path) -> tuple[np.ndarray, np.ndarray, Objects | None]:
+        """Return an image (H, W, 3) uint8 RGB, its class ids (H, W) uint8, or layers (K, H, W), and its objects.
+
+        There are no objects (None) of a model that predicts none.
 
         Raises:
             UserError: if the file is no valid image.
@@ -40,7 +43,8 @@ class SharedModel:
         with self._decoded:
             with self._decoding:
                 image = self._decoder.decode(path)
-            return image, self.segment([image])[0]
+            with self._computing:
+                return image, *self._runtime.predict([image])[0]
 
     def segment(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from object_models import draw_image, make_served
 from PIL import Image
 from serving_stand_ins import client, encode_image, picture
 
@@ -43,6 +44,34 @@ def test_an_image_gives_its_mask_with_the_palette(ask):
     mask = read_mask(ask.post("/segment", content=encode_image(image)))
     assert mask.mode == "P" and mask.getpalette()[:6] == [0, 0, 0, 255, 0, 0]
     assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_objects_are_those_of_the_model(tmp_path, task):
+    image, masks = draw_image()
+    expected = make_served(task).predict(image).objects
+    with client(tmp_path, model=make_served(task)) as ask:
+        response = ask.post("/objects", content=encode_image(image))
+        assert read_mask(ask.post("/segment", content=encode_image(image))).mode == "P"
+        assert 'dinoseg_requests_total{code="200"} 2' in ask.get("/metrics").text
+    found = response.json()
+    assert response.status_code == 200 and len(found) == len(expected) >= 3
+    for entry, wanted in zip(found, expected, strict=True):
+        assert (entry["class"], entry["class_id"], entry["score"]) == (wanted.class_name, wanted.class_id, wanted.score)
+        assert (entry["box"], entry["area"]) == ([*wanted.box], wanted.area)
+        height, width = entry["segmentation"]["size"]
+        counts = entry["segmentation"]["counts"]
+        mask = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+        assert (mask == wanted.mask).all() and mask.shape == image.shape[:2]
+    drawn = [decode for decode in expected if decode.class_name != "ground"]
+    assert all(any((each.mask == mask).all() for each in drawn) for mask in masks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_objects_of_a_model_of_classes_are_refused(ask):
+    status, detail = read_refusal(ask.post("/objects", content=encode_image(picture())))
+    assert status == 400 and "no single objects" in detail and "/segment" in detail
+    assert read_refusal(ask.post("/objects", content=b"no image"))[0] == 400
 
 
 def test_image_in_a_form_gives_the_same_mask(tmp_path):

@@ -10,15 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 from nicegui import Client, core
 from nicegui.page import page as nicegui_page
+from object_models import draw_image, make_served
 from PIL import Image
 from serving_stand_ins import InThread, encode_image, picture, shared_model
 
 from dinoseg.extensions.serving import decoding
 from dinoseg.extensions.serving import page as page_module
 from dinoseg.extensions.serving.page import Page, PageContext
+from dinoseg.extensions.video.writer import VideoWriter
 
 
-def on_a_page(check, *, has_layers=False):
+def on_a_page(check, **options):
     """Return a test that runs a coroutine function of a new page and a function that sends it an upload."""
 
     def test(tmp_path, monkeypatch, caplog):
@@ -27,7 +29,7 @@ def on_a_page(check, *, has_layers=False):
 
         async def start():
             core.loop = asyncio.get_running_loop()
-            with shared_model(max_pixels=100_000, has_layers=has_layers) as shared:
+            with shared_model(max_pixels=100_000, **options) as shared:
                 client = Client(nicegui_page("/"), request=None)
                 with client:
                     page = Page(PageContext(shared, tmp_path, None, 1.0, 2.0), "token")
@@ -186,3 +188,27 @@ async def test_overlapping_classes_are_not_tracked_but_objects_are(page, send):
     await page._paint(SimpleNamespace(args=[[30.5, 20.5]]))
     assert page._editor.mask[20, 30] == 3
     assert page._stage._props["color"] == f"rgb{page._editor.labels.palette[3]}"
+
+
+def on_a_page_with_objects(check):
+    return on_a_page(check, model=make_served("instance"))
+
+
+@on_a_page_with_objects
+async def test_single_objects_are_counted_and_outlined(page, send):
+    image, masks = draw_image((120, 180))
+    await send(encode_image(image))
+    assert page._status.text == "a.png: 180 x 120 pixels; objects: 2 leaf, 1 stone"
+    assert (page._predicted == masks[0] + masks[1] + 2 * masks[2]).all(), "the mask has classes"
+    with Image.open(io.BytesIO(page.files["image.jpg"])) as shown:
+        changed = np.abs(np.asarray(shown).astype(int) - image).max(axis=-1) > 60
+    assert changed[masks.any(axis=0)].any() and not changed[:8].any()
+    assert not (changed & masks[0])[:, 60:].any() and changed.sum() < 0.5 * masks.sum()
+    await send(encode_image(np.zeros((40, 60, 3), np.uint8)), "b.png")
+    assert page._status.text == "b.png: 60 x 40 pixels; objects: none"
+    path = page.folder / "c.mp4"
+    with VideoWriter(path, 10.0, image.shape[:2]) as writer:
+        writer.write(image)
+    await send(path.read_bytes(), "c.mp4")
+    assert page._status.text == "c.mp4: 1 frames of 180 x 120 pixels", "frames have classes alone"
+    assert (page._predicted == masks[0] + masks[1] + 2 * masks[2]).mean() > 0.95
