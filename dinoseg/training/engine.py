@@ -386,7 +386,7 @@ def join_process_group(device: torch.device, seconds: float, at_work: float) -> 
         )
     if distributed.is_initialized():
         return
-    # its functions' defaults are the group at the time of its import: a later import, such as torch.compile's, holds
+    # its functions' defaults are the group at the time of its import: transformers would import it later and so hold
     # the group, whose threads then run while the interpreter exits and may abort it
     import_module("torch.distributed.nn.functional")
     # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,

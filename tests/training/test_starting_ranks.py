@@ -175,7 +175,7 @@ def test_threads_of_a_group_end_with_it(environment, monkeypatch):
     before = count_gloo_threads()
     join_process_group(torch.device("cpu"), 5.0, 5.0)
     assert count_gloo_threads() > before
-    import_module("torch.distributed.nn.functional")  # as by torch.compile and accelerate
+    import_module("torch.distributed.nn.functional")  # as transformers does
     torch.distributed.destroy_process_group()
     assert count_gloo_threads() == before
 
