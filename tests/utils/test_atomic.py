@@ -39,7 +39,7 @@ def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, monkeypat
     assert mine.read_text() == "of value" and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_write_that_fails_names_the_file(tmp_path, number):
     path = tmp_path / "results.json"
     path.write_text("old")
@@ -47,6 +47,16 @@ def test_a_write_that_fails_names_the_file(tmp_path, number):
     with refused, file_errors_as_user_errors(tmp_path), atomic_file(path):
         raise OSError(number, os.strerror(number))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full", "other"), OSError(errno.EIO, "failed"), OSError("odd")]
+)
+def test_a_write_does_not_rename_the_file_of_an_error(tmp_path, error):
+    text = str(error)
+    with pytest.raises(OSError) as raised, atomic_file(tmp_path / "results.json"):
+        raise error
+    assert str(raised.value) == text
 
 
 def test_invalid_json_is_refused_and_preserves_the_old_file(tmp_path):
