@@ -115,6 +115,9 @@ def test_doctor_accepts_images_with_crowds_alone(tmp_path):
 
 def test_doctor_warns_about_objects_annotated_twice(tmp_path):
     rows = [(1, [rectangle(9, 20)], 0)] * 3 + [(1, [rectangle(9, 21)], 0), (1, [rectangle(20, 20)], 0)]
+    for shift in (0, 1):  # of equal area, sum of positions, and first and last pixels
+        parts = [(2, 2), (10 + shift, 15), (30 - shift, 25), (45, 30)]
+        rows.append((1, [rectangle(*part) for part in parts], 0))
     crowds = [(2, [rectangle(9, 20)], 1)] * 2 + [(2, [rectangle(9, 20)], 0)]
     for split in ("train", "val"):
         write(tmp_path / "data", split, rows + crowds)
