@@ -114,7 +114,8 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
         joined.append(row | pooled | {"pooled": [*pooled]})
     for row in joined:
         if row["folds"] > 1 and any(each["pooled"] for each in joined):
-            row |= dict.fromkeys({*scores} - {*OTHERS, *row["pooled"]})
+            left_out = {*scores} - {*OTHERS, *row["pooled"]}
+            row |= dict.fromkeys(f"{key} {part}".strip() for key in left_out for part in ("", DEVIATION))
     return joined
 
 

@@ -373,10 +373,11 @@ def test_chosen_metrics_have_a_column_of_the_table(tmp_path, capsys):
 
 
 def test_swept_loss_and_its_value_have_columns(tmp_path):
-    losses = (("focal", 0.5), ("dice", 0.2))
+    losses = (("dice", 0.2), ("focal", 0.5))
     jobs = [(f"loss={name} seed={seed}", {"loss": 0.1 * seed + shift}) for seed in (0, 1) for name, shift in losses]
     rows = end_sweep(tmp_path, jobs)
     assert [(row["loss"], row["val/loss"]) for row in rows] == [("dice", "0.25"), ("focal", "0.55")]
+    assert "+0.3000" in (tmp_path / "table.md").read_text()  # main effect
     for name in ("sweep.csv", "jobs.csv"):
         heads = (tmp_path / name).read_text().splitlines()[0].split(",")
         assert len(set(heads)) == len(heads)
@@ -572,9 +573,23 @@ def test_mean_over_folds_is_not_called_pooled(tmp_path):
     for fold in (0, 1):
         write_evaluation(tmp_path / f"a{fold}", (0.8, 0.6), fold)
         jobs[fold][1]["run"] = str(tmp_path / f"a{fold}")
-    rows = end_sweep(tmp_path / "pooled", jobs)
-    assert rows[0]["head"] == "a" and rows[0]["mIoU %"] and rows[1]["mIoU %"] == ""
+    rows = end_sweep(tmp_path / "pooled", [*jobs, ("head=c data.fold=0", {"miou": 0.25})])
+    assert [row["head"] for row in rows] == ["a", "c", "b"] and rows[1]["mIoU %"] == "25.00"  # c has one fold
+    assert rows[0]["mIoU % deviation"] and rows[2]["mIoU %"] == rows[2]["mIoU % deviation"] == ""
     assert (tmp_path / "pooled/table.md").read_text().startswith("Score over all folds ±")
+
+
+def test_folds_without_a_pooled_score_are_ranked_by_loss(tmp_path):
+    jobs = [
+        (f"head={head} data.fold={fold}", {"AP": 0.5, "loss": loss, "parameters": 30, "matrix": [[3, 1], [1, 3]]})
+        for head, loss in (("a", 0.5), ("b", 0.25))
+        for fold in (0, 1)
+    ]
+    rows = end_sweep(tmp_path, [*jobs, ("head=c data.fold=0", {"AP": 0.5, "loss": 0.125, "parameters": 30})])
+    assert [(row["head"], row["val/loss"], row["parameters"]) for row in rows] == [
+        *(("c", "0.125", "30"), ("b", "0.25", "30"), ("a", "0.5", "30"))
+    ]
+    assert "| 0.2500" in (tmp_path / "table.md").read_text()
 
 
 def test_search_and_sweep_over_one_key_have_no_main_effects(tmp_path, capsys):
