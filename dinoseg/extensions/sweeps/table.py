@@ -20,6 +20,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.cli.typos import explain_errors
+from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
@@ -481,7 +483,8 @@ def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
 def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
     """Return the error of a cell; "" if none is found."""
     try:
-        composed = loader.load_sweep_config(config, cell)
+        with explain_errors(cell, [SHIPPED, *map(Path, job_config(config, config.hydra).config_dirs)]):
+            composed = loader.load_sweep_config(config, cell)
         cfg = job_config(composed, composed.hydra)
         if cfg.resume is None and "check" in cfg.mode:
             instantiate(cfg.mode.check)(cfg)

@@ -134,6 +134,8 @@ def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
         (("loss=mask_classification", "cache_dir=${hydra:runtime.cwd}/cache"), "1 of 1 cell",
          "- each: loss=mask_classification needs a head"),
         (("trainer.score=miou,iou", "data.root=absent"), "1 of 2 cells", "- trainer.score=iou: trainer.score=iou is"),
+        (("head=eomt,linear", "head.blocks=1"), "1 of 2 cells",
+         "- head=linear: head.blocks=1: head=linear lacks this key. Options that have it: head=detail, head=eomt"),
     ],
 )  # fmt: skip
 def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path, words, count, cell):
