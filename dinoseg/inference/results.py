@@ -79,6 +79,8 @@ def _list_objects(objects: Objects, classes: Sequence[str]) -> Iterator[dict[str
 def write_counts(run_folder: Path, names: Sequence[str], things: Mapping[int, str]) -> dict[str, int]:
     """Write counts.csv, the number of objects of each thing in each image, from their objects.csv; return the sums.
 
+    The first column is `image`; a thing of that name has the column `image (class)`.
+
     Args:
         run_folder: holds the folders of the images.
         names: of their results; an image without any is left out.
@@ -91,7 +93,8 @@ def write_counts(run_folder: Path, names: Sequence[str], things: Mapping[int, st
             with path.open(newline="", encoding="utf-8") as file:
                 found = Counter(int(row["class_id"]) for row in csv.DictReader(file))
             rows.append([name, *(found[thing] for thing in things)])
-    write_csv(run_folder / COUNT_FILE, [["image", *things.values()], *rows])
+    heads = [f"{label} (class)" if label == "image" else label for label in things.values()]
+    write_csv(run_folder / COUNT_FILE, [["image", *heads], *rows])
     return {label: sum(row[column] for row in rows) for column, label in enumerate(things.values(), 1)}
 
 

@@ -12,6 +12,7 @@ from command_line import call, succeed
 
 import dinoseg
 from dinoseg.extensions.objects.finding import MAX_INSTANCES
+from dinoseg.inference.results import write_counts
 from dinoseg.utils.images import write_png
 
 SIZES = {"a": (40, 56), "b": (64, 48)}
@@ -81,6 +82,13 @@ def test_predict_lists_and_counts_the_shown_objects(folder):
         found = Counter(row["class"] for row in rows)
         assert counts == {"image": stem, **{name: str(found[name]) for name in ("person", "car")}}
     assert any(float(counts["person"]) + float(counts["car"]) for counts in written)
+
+
+def test_counts_of_a_thing_named_image_have_a_column(tmp_path):
+    (tmp_path / "a_segmentation").mkdir()
+    (tmp_path / "a_segmentation/objects.csv").write_text("class_id\n1\n1\n2\n")
+    assert write_counts(tmp_path, ["a"], {1: "image", 2: "car"}) == {"image": 2, "car": 1}
+    assert read_rows(tmp_path / "counts.csv") == [{"image": "a", "image (class)": "2", "car": "1"}]
 
 
 def test_counts_cover_reused_images_and_no_failed_ones(folder, tmp_path):
