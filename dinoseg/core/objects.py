@@ -9,6 +9,9 @@ import numpy as np
 from dinoseg.core.object_ids import crowd_flags, object_classes, object_numbers
 
 
+MIN_SCORE = 0.5  # of shown and counted objects: those of lower scores are mostly wrong, and would hide the others
+
+
 class Runs(NamedTuple):
     """Runs of ones of a mask (H, W) whose columns follow one another, as in COCO's run lengths.
 
@@ -166,6 +169,10 @@ class Objects:
         """Return the objects that have pixels, those of the highest scores first; equal scores stay in order."""
         order = np.argsort(-self.scores, kind="stable")
         return self.select(order[self.areas[order] > 0])
+
+    def of_score(self, minimum: float = MIN_SCORE) -> "Objects":
+        """Return the objects of at least a score, in their order."""
+        return self.select(np.flatnonzero(self.scores >= minimum))
 
     def select(self, places: Sequence[int] | np.ndarray) -> "Objects":
         """Return the objects at some places, in their order."""

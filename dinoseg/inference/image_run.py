@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.core.channels import PixelFormat
+from dinoseg.core.objects import MIN_SCORE
 from dinoseg.core.task import ObjectTask
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.memory import OutOfMemory
@@ -15,7 +16,6 @@ from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.inference.predictor import Predictor, is_large
 from dinoseg.inference.results import OBJECT_FILE, DoneInputs, write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
-from dinoseg.report.object_overlay import select_shown
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.mask_files import mask_paths, write_masks
@@ -37,6 +37,7 @@ class SegmentationSettings:
         batch_size: images per batch.
         pixels: format of the images.
         layers: names of classes that have a mask of their own each; empty: masks hold class ids.
+        min_score: score from which objects are displayed and listed, 0..1.
     """
 
     predictor: Predictor
@@ -45,6 +46,7 @@ class SegmentationSettings:
     batch_size: int = 4
     pixels: PixelFormat = PixelFormat()
     layers: Sequence[str] = ()
+    min_score: float = MIN_SCORE
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run
         write_masks(run.masks, prediction.name, prediction.ids, by.layers)
     for writer in run.writers:
         writer.write(prediction)
+    objects = None if prediction.objects is None else prediction.objects.of_score(by.min_score)
     write_image_results(
         run.folder / f"{name}_segmentation",
         prediction.image,
@@ -155,9 +158,9 @@ def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run
         palette=by.labels.palette,
         ignore_index=by.labels.ignore_index,
         opacity=by.opacity,
-        objects=prediction.objects,
+        objects=objects,
     )
-    if prediction.objects is not None and not select_shown(prediction.objects):
+    if prediction.objects is not None and not objects:
         run.undrawn.append(max(prediction.objects.scores, default=0))
     run.done.note(name)
     run.count += 1

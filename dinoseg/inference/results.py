@@ -15,7 +15,7 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Palette
 from dinoseg.core.sources import first_file
-from dinoseg.report.object_overlay import draw_prediction, object_legend, select_shown
+from dinoseg.report.object_overlay import draw_prediction, object_legend
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import class_statistics
 from dinoseg.utils import forms
@@ -46,8 +46,8 @@ def write_image_results(
     """Write the results of an image (H, W, C) with class IDs (H, W) or layers (K, H, W) uint8 to `folder`.
 
     They replace an older result. Files: original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png
-    (image and overlay side by side, with a legend) and class_statistics.txt. The overlay shows objects if there are
-    any to be predicted, else classes. objects.csv lists these objects, with their numbers in the overlay.
+    (image and overlay side by side, with a legend) and class_statistics.txt. The overlay shows `objects` if
+    they are given, even if there are none, else classes. objects.csv lists them, with their numbers in the overlay.
     """
     image = to_display(image)
     overlay = draw_prediction(image, mask, objects, palette, ignore_index=ignore_index, opacity=opacity)
@@ -65,7 +65,7 @@ def write_image_results(
         write_png(part / "comparison.png", side_by_side([("image", image), (caption, overlay)], legend))
         write_text(part / "class_statistics.txt", class_statistics(mask, classes))
         if objects is not None:
-            write_csv_table(part / OBJECT_FILE, _OBJECT_COLUMNS, _list_objects(select_shown(objects), classes))
+            write_csv_table(part / OBJECT_FILE, _OBJECT_COLUMNS, _list_objects(objects, classes))
 
 
 def _list_objects(objects: Objects, classes: Sequence[str]) -> Iterator[dict[str, Any]]:

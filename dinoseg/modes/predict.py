@@ -13,6 +13,7 @@ from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import mask_keys
 from dinoseg.config.options import has_options
 from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.objects import MIN_SCORE
 from dinoseg.core.sources import first_file, has_own_file
 from dinoseg.core.task import ObjectTask, Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
@@ -27,7 +28,6 @@ from dinoseg.inference.outputs import FurtherOutputs, check_outputs, image_write
 from dinoseg.inference.results import COUNT_FILE, DoneInputs, mask_names, result_names, write_counts
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
-from dinoseg.report.object_overlay import MIN_SCORE
 from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
@@ -53,6 +53,7 @@ def predict(
     masks: bool | None,
     opacity: Share,
     batch_size: Count,
+    min_score: Share = MIN_SCORE,
     frames: Count | None = None,
     outputs: Sequence[str] = (),
     shapes: FurtherOutputs | None = None,
@@ -87,14 +88,15 @@ def predict(
     options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(builder)
     _refuse_slots(trained, builder.resume)
-    settings = _settings(builder, _shown(options, opacity, shapes), out_dir)
+    _check_objects_are_read(trained.model.task, out_dir)
+    settings = _settings(builder, _shown(options, opacity, shapes) | {"min_score": min_score}, out_dir)
     _check_earlier(out_dir, settings)
     if not longest_is_typed(out_dir):
         trained.limit_size()
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     layers = labels.classes if trained.model.task.has_layers else ()
     _check_outputs_of_layers(trained.model.task, outputs)
-    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, builder.pixels, layers)
+    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, builder.pixels, layers, min_score)
     background = builder.background if outputs and images else None
     writers = image_writers(outputs, out_dir, labels, background, shapes, trained.model.task)
     mask_folder = None if masks is False else out_dir / MASK_FOLDER
@@ -120,7 +122,7 @@ def predict(
     _check_failures(run, len(images) + len(films))
     reference = None if split is None else out_dir / REFERENCES
     ids = None if shapes is None else shapes.ids
-    lines = _summary_lines(run, totals, masks is True, outputs, reference, trained.model.task, by.layers, ids)
+    lines = _summary_lines(run, totals, masks is True, outputs, reference, by, ids)
     print("\n".join(lines))
     return {**totals, "run": str(out_dir)}
 
@@ -184,6 +186,12 @@ def _check_outputs_of_layers(task: Task, outputs: Sequence[str]) -> None:
     for name in outputs:
         if name != "probabilities":
             refuse_layers(task, f"mode.outputs={name}", "Leave it out: masks has a PNG for each class.")
+
+
+def _check_objects_are_read(task: Task, folder: Path) -> None:
+    """Refuse a typed minimum score of objects, for a model that predicts none."""
+    if "mode.min_score" in find_typed_keys(folder) and not isinstance(task, ObjectTask):
+        raise UserError("mode.min_score is for a model of objects (task=instance or panoptic). Leave it out.")
 
 
 def _refuse_slots(trained: Trained, resume: str | None) -> None:
@@ -258,7 +266,7 @@ def _segment_images(
     totals: dict[str, Any] = {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
     if isinstance(task, ObjectTask):
         if run.undrawn:
-            logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task))
+            logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task, by.min_score))
         things = {thing: by.labels.classes[thing] for thing in sorted(task.things)}
         totals["objects"] = write_counts(run.folder, [name for _, name in images if run.done.is_done(name)], things)
     return totals
@@ -293,19 +301,19 @@ def _log(what: str, passed: Throughput, count: str) -> None:
         logger.info("%s: %s", what, report)
 
 
-def _undrawn_line(scores: Sequence[float], count: int, task: ObjectTask) -> str:
+def _undrawn_line(scores: Sequence[float], count: int, task: ObjectTask, min_score: float) -> str:
     """Return how many of the images have an overlay without objects, and what to do.
 
     Args:
         scores: the highest one of each of these images.
         count: number of all images.
         task: of the model.
+        min_score: score from which objects are shown.
     """
-    lower = "a lower task.score_threshold finds more segments"
-    remedy = "mode.outputs=[coco] writes those of all scores" if task.overlap else lower
+    key = "mode.min_score shows more objects" if task.overlap else "task.score_threshold finds more segments"
     return (
-        f"Overlays that show no object: {len(scores)} of {count}. They show scores of {MIN_SCORE} or more, and the "
-        f"highest there is {max(scores):.2f}. If the images have objects, train longer; {remedy}."
+        f"Overlays that show no object: {len(scores)} of {count}. They show scores of {min_score:g} or more, and the "
+        f"highest there is {max(scores):.2f}. If the images have objects, train longer; a lower {key}."
     )
 
 
@@ -317,31 +325,23 @@ def _score_line(run: ImageRun, reference: Path | None, layers: Sequence[str]) ->
     return f"score them:   python -m dinoseg {shlex.join(words)}{names}"
 
 
-def _object_lines(
-    run: ImageRun, counts: Mapping[str, int], task: ObjectTask, outputs: Sequence[str], ids: str | None
-) -> Iterator[str]:
-    """Yield the numbers of objects, and the command that scores them, or how to write them for it.
+def _score_objects_line(run: ImageRun, task: ObjectTask, outputs: Sequence[str], ids: str | None) -> str:
+    """Return the command that scores the objects of a run, or how to write them for it.
 
     Args:
         run: the run.
-        counts: number of objects by class.
         task: of the model.
         outputs: names of the further outputs.
         ids: JSON file whose ids they have.
     """
-    listed = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    yield f"objects:      {listed}, of scores of {MIN_SCORE} or more; of each image: {run.folder / COUNT_FILE}"
-    if not has_options([SHIPPED], "mode=score"):
-        return
     output, file, protocol = task.scored_file
     if output in outputs and ids is not None:
         words = ("mode=score", f"protocol={protocol}", f"prediction={run.folder / output / file}", f"reference={ids}")
-        yield f"score these:  python -m dinoseg {shlex.join(words)}"
-    else:
-        yield (
-            f"score these:  predict with mode.outputs=[{output}] mode.shapes.ids=FILE.json, COCO's annotations of "
-            "these images, so that the results have its ids"
-        )
+        return f"score these:  python -m dinoseg {shlex.join(words)}"
+    return (
+        f"score these:  predict with mode.outputs=[{output}] mode.shapes.ids=FILE.json, COCO's annotations of these "
+        "images, so that the results have its ids"
+    )
 
 
 def _summary_lines(
@@ -350,8 +350,7 @@ def _summary_lines(
     video_masks: bool,
     outputs: Sequence[str],
     reference: Path | None,
-    task: Task,
-    layers: Sequence[str],
+    by: SegmentationSettings,
     ids: str | None,
 ) -> Iterator[str]:
     """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
@@ -359,12 +358,17 @@ def _summary_lines(
         yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:
             count = count_of(run.count, "PNG")
-            files = f"/CLASS, {count} of 0 and 1 for each class" if layers else f", {count} of class ids"
+            files = f"/CLASS, {count} of 0 and 1 for each class" if by.layers else f", {count} of class ids"
             yield f"masks:        {run.masks}{files}"
             if has_options([SHIPPED], "mode=score"):
-                yield _score_line(run, reference, layers)
+                yield _score_line(run, reference, by.layers)
+    task = by.predictor.model.task
     if run.count and isinstance(task, ObjectTask):
-        yield from _object_lines(run, totals["objects"], task, outputs, ids)
+        listed = ", ".join(f"{count:,} {name}" for name, count in totals["objects"].items())
+        counted = f"of scores of {by.min_score:g} or more; of each image: {run.folder / COUNT_FILE}"
+        yield f"objects:      {listed}, {counted}"
+        if has_options([SHIPPED], "mode=score"):
+            yield _score_objects_line(run, task, outputs, ids)
     if run.count and outputs:
         yield f"also:         {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):

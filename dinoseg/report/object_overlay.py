@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # imports torch, which drawing does not need
     from dinoseg.core.objects import Objects
     from dinoseg.core.shapes import Palette
 
-MIN_SCORE = 0.5  # objects of lower scores are mostly wrong, and would hide the others
 _SMALLEST_TEXT = 10  # pixels
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -45,7 +44,7 @@ def draw_prediction(
 
 
 def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opacity: float = 0.5) -> np.ndarray:
-    """Return a frame (H, W, 3) uint8 tinted by objects of at least MIN_SCORE, those of the best scores on top.
+    """Return a frame (H, W, 3) uint8 tinted by objects, those of the best scores on top.
 
     Each has the colour of its class, an outline and its number, from 1 in the order of the objects. A class whose
     colour is black has a white outline, and leaves the frame unchanged at any opacity below 1.
@@ -60,15 +59,14 @@ def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opaci
     colours = layer_colours(palette)
     width = default_outline(objects.size)
     owners = np.full(objects.size, -1)  # the object on top
-    shown = select_shown(objects)
     # of the image, with a margin: an outline costs as much as its object, and not as the image
     regions = [
         (slice(max(0, top - width), top + rows + width), slice(max(0, left - width), left + columns + width))
-        for left, top, columns, rows in shown.boxes.tolist()
+        for left, top, columns, rows in objects.boxes.tolist()
     ]
     for place, region in reversed([*enumerate(regions)]):
-        mask = shown.masks[place].to_mask(objects.size)[region]
-        label = int(shown.classes[place])
+        mask = objects.masks[place].to_mask(objects.size)[region]
+        label = int(objects.classes[place])
         owners[region][mask] = place
         if opacity == 1 or max(palette[label]):
             tinted = frame[region][mask] * (1 - opacity) + np.array(palette[label]) * opacity
@@ -86,15 +84,10 @@ def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opaci
     return np.asarray(picture)
 
 
-def select_shown(objects: Objects) -> Objects:
-    """Return the objects that `draw_objects` draws."""
-    return objects.select(np.flatnonzero(objects.scores >= MIN_SCORE))
-
-
 def object_legend(objects: Objects, classes: Sequence[str], palette: Palette) -> Legend:
     """Return (name, colour) of each class that `draw_objects` draws, in id order."""
     colours: list[Colour] = layer_colours(palette)
-    return [(classes[label], colours[label]) for label in np.unique(select_shown(objects).classes).tolist()]
+    return [(classes[label], colours[label]) for label in np.unique(objects.classes).tolist()]
 
 
 def _find_middle(mask: np.ndarray) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import MIN_SCORE, Objects, Runs
 from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.segmenter.inputs import OnError, Picture, is_many_files, is_one, pictures
 from dinoseg.segmenter.runtime import Options, Runtime, list_model_files
@@ -126,10 +126,10 @@ class Segmentation:
             counts = np.bincount(self.mask.ravel(), minlength=len(self.facts.classes))
         return {name: int(count) for name, count in zip(self.facts.classes, counts, strict=False)}
 
-    def overlay(self, opacity: float = 0.5) -> np.ndarray:
+    def overlay(self, opacity: float = 0.5, *, min_score: float = MIN_SCORE) -> np.ndarray:
         """Return the image (H, W, 3) uint8 tinted by class; opacity 0..1, 1 = colours alone.
 
-        Objects are outlined and numbered, from 1 in the order of `objects`; those of scores below 0.5 are left out.
+        Objects of at least `min_score` are outlined and numbered, from 1 in the order of `objects`.
         """
         from dinoseg.report.object_overlay import draw_prediction
         from dinoseg.utils.levels import to_display
@@ -137,7 +137,7 @@ class Segmentation:
         return draw_prediction(
             to_display(self.image),
             self.mask,
-            self.found,
+            None if self.found is None else self.found.of_score(min_score),
             self.facts.palette,
             ignore_index=self.facts.ignore_index,
             opacity=opacity,

@@ -64,17 +64,20 @@ def test_predict_writes_the_objects_that_python_finds(folder, strategy):
         assert len(best) == 2 and {*best} <= {each["score"] for each in own}
 
 
-def test_predict_lists_and_counts_the_shown_objects(folder):
-    annotations = json.loads(predict_objects(folder, "listed").read_text())
+@pytest.mark.parametrize("least", [0.5, 0.01])
+def test_predict_lists_and_counts_the_shown_objects(folder, least):
+    words = [] if least == 0.5 else [f"mode.min_score={least}"]
+    annotations = json.loads(predict_objects(folder, f"listed_{least}", *words).read_text())
+    listed = folder / f"listed_{least}"
     names = {category["id"]: category["name"] for category in annotations["categories"]}
-    written = read_rows(folder / "listed/counts.csv")
+    written = read_rows(listed / "counts.csv")
     for image, counts in zip(annotations["images"], written, strict=True):
         own = [each for each in annotations["annotations"] if each["image_id"] == image["id"]]
         stem = image["file_name"].removesuffix(".png")
-        rows = read_rows(folder / f"listed/{stem}_segmentation/objects.csv")
+        rows = read_rows(listed / f"{stem}_segmentation/objects.csv")
         assert [int(row["number"]) for row in rows] == list(range(1, len(own) + 1))
         for row, each in zip(rows, own, strict=True):
-            assert row["class"] == names[each["category_id"]] and float(row["score"]) == each["score"] >= 0.5
+            assert row["class"] == names[each["category_id"]] and float(row["score"]) == each["score"] >= least
             assert [int(row[key]) for key in ("area", "left", "top", "width", "height")] == [
                 each["area"],
                 *each["bbox"],
@@ -82,6 +85,13 @@ def test_predict_lists_and_counts_the_shown_objects(folder):
         found = Counter(row["class"] for row in rows)
         assert counts == {"image": stem, **{name: str(found[name]) for name in ("person", "car")}}
     assert any(float(counts["person"]) + float(counts["car"]) for counts in written)
+    assert any(each["score"] < 0.5 for each in annotations["annotations"]) == (least < 0.5)
+
+
+def test_score_of_objects_is_refused_for_a_model_of_classes(folder):
+    dinoseg.create_model("rgb", num_classes=2).save(folder / "classes.safetensors")
+    done = predict(folder, "classes", "mode.min_score=0.3", "hydra.run.dir=classes")
+    assert done.status != 0 and "mode.min_score is for a model of objects" in done.err
 
 
 def test_counts_of_a_thing_named_image_have_a_column(tmp_path):
@@ -152,7 +162,7 @@ def test_predict_writes_panoptic_segments(folder):
 
 
 @pytest.mark.parametrize(
-    ("task", "remedy"), [("instance", "mode.outputs=[coco]"), ("panoptic", "task.score_threshold")]
+    ("task", "remedy"), [("instance", "mode.min_score"), ("panoptic", "task.score_threshold")]
 )
 def test_overlays_without_objects_are_logged(folder, task, remedy):
     model = dinoseg.load(folder / f"{task}.safetensors")
