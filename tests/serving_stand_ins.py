@@ -27,7 +27,7 @@ class Bright:
     """A runtime that needs no model; `before` is called with each batch."""
 
     name = "stand-in"
-    has_layers = False
+    task = "semantic"
 
     def __init__(self, before=lambda images: None):
         self.before = before
@@ -43,7 +43,7 @@ class Bright:
 class Layers(Bright):
     """A runtime of classes that overlap: bright pixels, those with much red, and none."""
 
-    has_layers = True
+    task = "multilabel"
 
     def ids(self, images):
         self.before(images)

@@ -23,8 +23,8 @@ class Runtime(Protocol):
     name: str  # torch | onnx
 
     @property
-    def has_layers(self) -> bool:
-        """Whether masks have a layer for each class."""
+    def task(self) -> str:
+        """`semantic`, `instance` or `panoptic`; `multilabel`: masks have a layer for each class."""
         ...
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dinoseg.core.objects import Objects
+from dinoseg.core.task import ObjectTask
 from dinoseg.inference.predictor import Predictor
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.torch_defaults import default_precision_and_device, default_settings
@@ -33,9 +34,12 @@ class TorchRuntime:
         self.predictor = predictor
 
     @property
-    def has_layers(self) -> bool:
-        """Whether masks have a layer for each class."""
-        return self.predictor.model.task.has_layers
+    def task(self) -> str:
+        """`semantic`, `instance` or `panoptic`; `multilabel`: masks have a layer for each class."""
+        task = self.predictor.model.task
+        if isinstance(task, ObjectTask):
+            return "instance" if task.overlap else "panoptic"
+        return "multilabel" if task.has_layers else "semantic"
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""

@@ -33,9 +33,11 @@ class GraphRuntime:
         self.record = record
 
     @property
-    def has_layers(self) -> bool:
-        """Whether masks have a layer for each class."""
-        return self.record.thresholds is not None
+    def task(self) -> str:
+        """`semantic`, `instance` or `panoptic`; `multilabel`: masks have a layer for each class."""
+        if self.record.objects is not None:
+            return "instance" if self.record.objects["score_threshold"] is None else "panoptic"
+        return "semantic" if self.record.thresholds is None else "multilabel"
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""

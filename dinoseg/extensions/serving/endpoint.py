@@ -56,7 +56,7 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
         facts, has_layers = shared.facts, shared.has_layers
         if chosen is not None and chosen not in facts.classes:
             raise UserError(f"class={format_value(chosen)} is unknown to this model. GET /health lists its classes.")
-        _, mask, _ = shared.segment_file(path)
+        mask = shared.segment_file(path)
         if chosen is not None:
             index = facts.classes.index(chosen)
             mask = mask[index] if has_layers else (mask == index).astype(np.uint8)
@@ -66,7 +66,7 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
 
     def encode_objects(path: Path) -> Response:
         """Segment a file, and return its objects."""
-        _, _, found = shared.segment_file(path)
+        _, _, found = shared.predict_file(path)
         if found is None:
             raise UserError("This model predicts classes, and no single objects. POST /segment returns them.")
         columns = (found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks)
@@ -118,8 +118,7 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Return the task, and the model's classes and their colours, in the order of their ids or layers."""
-        task = "multilabel" if shared.has_layers else "semantic"
-        return {"status": "ok", "task": task, "classes": shared.facts.classes, "palette": shared.facts.palette}
+        return {"status": "ok", "task": shared.task, "classes": shared.facts.classes, "palette": shared.facts.palette}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -260,7 +260,7 @@ class Page:
             with closing(self._open_video(path)) as video:
                 frame, _ = next(video.frames())
             return encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count), ""
-        image, mask, objects = self._context.model.segment_file(path)
+        image, mask, objects = self._context.model.predict_file(path)
         if objects is None:
             return encode_image(image), mask, 0, ""
         counts = Counter(self._classes.classes[label] for label in select_shown(objects).classes.tolist())

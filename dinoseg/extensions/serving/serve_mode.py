@@ -27,7 +27,7 @@ def serve(
     max_mib: Positive,
     max_pixels: Count,
 ) -> dict[str, Any]:
-    """Answer POST /segment, /health and /metrics until SIGINT or SIGTERM; then finish the pending requests.
+    """Answer requests (see `build_endpoint`) until SIGINT or SIGTERM; then finish the pending requests.
 
     Raises:
         UserError: there is no model, the port is taken, or `hosts` are no valid names.

@@ -1,8 +1,9 @@
 """The model that all clients of a server share."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class SharedModel:
 
     def __init__(self, model: Model, max_pixels: int) -> None:
         self.facts = model.facts
-        self.has_layers = model.runtime.has_layers
+        self.task = model.runtime.task
+        self.has_layers = self.task == "multilabel"
         self.max_pixels = max_pixels // len(model.facts.classes) if self.has_layers else max_pixels
         self._runtime = model.runtime
         self._decoder = ImageDecoder(self.max_pixels, layers=len(model.facts.classes) if self.has_layers else 1)
@@ -32,19 +34,34 @@ class SharedModel:
         self._computing = threading.Lock()
         self._decoded = threading.Semaphore(_DECODED)
 
-    def segment_file(self, path: Path) -> tuple[np.ndarray, np.ndarray, Objects | None]:
-        """Return an image (H, W, 3) uint8 RGB, its class ids (H, W) uint8, or layers (K, H, W), and its objects.
-
-        There are no objects (None) of a model that predicts none.
+    def segment_file(self, path: Path) -> np.ndarray:
+        """Return the class ids (H, W) uint8 of an image, or its layers (K, H, W).
 
         Raises:
             UserError: if the file is no valid image.
         """
+        mask: np.ndarray = self._process_file(path, self._runtime.ids)[1]
+        return mask
+
+    def predict_file(self, path: Path) -> tuple[np.ndarray, np.ndarray, Objects | None]:
+        """Return an image (H, W, 3) uint8 RGB, what `segment_file` does, and its objects.
+
+        There are no objects (None) of a model that predicts none. Those of a large image take ten times as long as its
+        class ids.
+
+        Raises:
+            UserError: as `segment_file`.
+        """
+        image, (mask, objects) = self._process_file(path, self._runtime.predict)
+        return image, mask, objects
+
+    def _process_file(self, path: Path, process: Callable[[list[np.ndarray]], Any]) -> tuple[np.ndarray, Any]:
+        """Return an image (H, W, 3) uint8 RGB, and the result of `process` for it."""
         with self._decoded:
             with self._decoding:
                 image = self._decoder.decode(path)
             with self._computing:
-                return image, *self._runtime.predict([image])[0]
+                return image, process([image])[0]
 
     def segment(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
