@@ -11,6 +11,7 @@ from object_models import draw_image, make_served
 from PIL import Image
 from serving_stand_ins import client, encode_image, picture
 
+from dinoseg.core.objects import Objects
 from dinoseg.extensions.serving.decoding import ImageDecoder
 from dinoseg.utils.images import read_image
 
@@ -66,6 +67,15 @@ def test_objects_are_those_of_the_model(tmp_path, task):
     drawn = [decode for decode in expected if decode.class_name != "ground"]
     assert all(any((each.mask == mask).all() for each in drawn) for mask in masks)
     assert not list(tmp_path.iterdir())
+
+
+def test_image_without_objects_gives_an_empty_list(tmp_path, monkeypatch):
+    model = make_served()
+    empty = Objects.of_runs((4, 6), [], [])
+    monkeypatch.setattr(model.runtime, "predict", lambda images: [(np.zeros((4, 6), np.uint8), empty)])
+    with client(tmp_path, model=model) as ask:
+        response = ask.post("/objects", content=encode_image(picture()))
+    assert response.status_code == 200 and response.json() == []
 
 
 def test_class_ids_of_an_object_model_need_no_objects(tmp_path, monkeypatch):
