@@ -245,6 +245,7 @@ def test_the_model_serves_one_request_at_a_time(tmp_path):
 
     def check(images):
         assert running.acquire(blocking=False)
+        time.sleep(0.02)  # longer than an image takes to be decoded
         running.release()
 
     pictures = [picture(4 + seed % 3, 6, seed) for seed in range(12)]
