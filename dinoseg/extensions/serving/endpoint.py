@@ -51,40 +51,6 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
     statuses: Counter[int] = Counter()
     seconds = {"total": 0.0}  # over all requests
 
-    def encode_classes(path: Path, chosen: str | None) -> Response:
-        """Segment a file, and return its mask, or that of the chosen class."""
-        facts, has_layers = shared.facts, shared.has_layers
-        if chosen is not None and chosen not in facts.classes:
-            raise UserError(f"class={format_value(chosen)} is unknown to this model. GET /health lists its classes.")
-        mask = shared.segment_file(path)
-        if chosen is not None:
-            index = facts.classes.index(chosen)
-            mask = mask[index] if has_layers else (mask == index).astype(np.uint8)
-        palette = facts.palette if chosen is None else ((0, 0, 0), (255, 255, 255))
-        kind = "tiff" if mask.ndim > 2 else "png"
-        return Response(encode_mask(mask, palette), media_type=f"image/{kind}")
-
-    def encode_objects(path: Path) -> Response:
-        """Segment a file, and return its objects."""
-        _, _, found = shared.predict_file(path)
-        if found is None:
-            raise UserError("This model predicts classes, and no single objects. POST /segment returns them.")
-        columns = (found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks)
-        height, width = found.size
-        return JSONResponse(
-            [
-                {
-                    "class": shared.facts.classes[label],
-                    "class_id": label,
-                    "score": score,
-                    "box": box,
-                    "area": mask.area,
-                    "segmentation": {"size": [height, width], "counts": mask.to_counts(height * width).tolist()},
-                }
-                for label, score, box, mask in zip(*columns, strict=True)
-            ]
-        )
-
     async def respond(request: Request, encode: Callable[[Path], Response]) -> Response:
         """Return the response for the image in the body or a form, and count it."""
         start = time.perf_counter()
@@ -108,12 +74,12 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
         Class ids are a PNG with the classes' colours as its palette. Layers, of a multi-label model, are a TIFF with a
         page of 0 and 1 for each class. `class` names a class whose pixels alone are returned, a PNG of 0 and 1.
         """
-        return await respond(request, partial(encode_classes, chosen=chosen))
+        return await respond(request, partial(encode_classes, shared, chosen=chosen))
 
     @app.post("/objects")
     async def objects(request: Request) -> Response:
         """Return the objects of an image, best first, as a JSON list; `segmentation` is COCO's run lengths."""
-        return await respond(request, encode_objects)
+        return await respond(request, partial(encode_objects, shared))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -129,6 +95,50 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def encode_classes(shared: SharedModel, path: Path, chosen: str | None) -> Response:
+    """Return the mask of an image file, or that of the chosen class.
+
+    Raises:
+        UserError: if the model has no such class, or as `SharedModel.segment_file`.
+    """
+    facts, has_layers = shared.facts, shared.has_layers
+    if chosen is not None and chosen not in facts.classes:
+        raise UserError(f"class={format_value(chosen)} is unknown to this model. GET /health lists its classes.")
+    mask = shared.segment_file(path)
+    if chosen is not None:
+        index = facts.classes.index(chosen)
+        mask = mask[index] if has_layers else (mask == index).astype(np.uint8)
+    palette = facts.palette if chosen is None else ((0, 0, 0), (255, 255, 255))
+    kind = "tiff" if mask.ndim > 2 else "png"
+    return Response(encode_mask(mask, palette), media_type=f"image/{kind}")
+
+
+def encode_objects(shared: SharedModel, path: Path) -> Response:
+    """Return the objects of an image file.
+
+    Raises:
+        UserError: if the model predicts none, or as `SharedModel.predict_file`.
+    """
+    _, _, found = shared.predict_file(path)
+    if found is None:
+        raise UserError("This model predicts classes, and no single objects. POST /segment returns them.")
+    columns = (found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks)
+    height, width = found.size
+    return JSONResponse(
+        [
+            {
+                "class": shared.facts.classes[label],
+                "class_id": label,
+                "score": score,
+                "box": box,
+                "area": mask.area,
+                "segmentation": {"size": [height, width], "counts": mask.to_counts(height * width).tolist()},
+            }
+            for label, score, box, mask in zip(*columns, strict=True)
+        ]
+    )
 
 
 async def save_image(request: Request, path: Path, max_mib: float) -> None:
