@@ -66,6 +66,7 @@ async def test_refused_upload_leaves_the_opened_one(page, send):
         assert page.files["image.jpg"] is shown and page._predicted is mask
     await send(encode_image(picture(5, 5)), "c")
     assert page._predicted.shape == (5, 5) and list_files(page) == ["c"]
+    assert page._status.text == "c: 5 x 5 pixels"  # a model of classes counts no objects
 
 
 @on_a_page
