@@ -28,6 +28,7 @@ class Bright:
 
     name = "stand-in"
     task = "semantic"
+    things = ()
 
     def __init__(self, before=lambda images: None):
         self.before = before

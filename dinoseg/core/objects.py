@@ -8,7 +8,6 @@ import numpy as np
 
 from dinoseg.core.object_ids import crowd_flags, object_classes, object_numbers
 
-
 MIN_SCORE = 0.5  # of shown and counted objects: those of lower scores are mostly wrong, and would hide the others
 
 

@@ -1,6 +1,6 @@
 """The interface of runtimes: torch, or another one where torch is not installed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
@@ -25,6 +25,11 @@ class Runtime(Protocol):
     @property
     def task(self) -> str:
         """`semantic`, `instance` or `panoptic`; `multilabel`: masks have a layer for each class."""
+        ...
+
+    @property
+    def things(self) -> Collection[int]:
+        """Ids of the classes that have objects; none of a model that predicts no objects."""
         ...
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:

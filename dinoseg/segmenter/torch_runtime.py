@@ -1,7 +1,7 @@
 """Inference with torch: a predictor with numpy results, and isolation from the surrounding program."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -40,6 +40,12 @@ class TorchRuntime:
         if isinstance(task, ObjectTask):
             return "instance" if task.overlap else "panoptic"
         return "multilabel" if task.has_layers else "semantic"
+
+    @property
+    def things(self) -> Collection[int]:
+        """Ids of the classes that have objects; none of a model that predicts no objects."""
+        task = self.predictor.model.task
+        return task.things if isinstance(task, ObjectTask) else ()
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""

@@ -1,7 +1,7 @@
 """Pre- and postprocessing of an exported graph in numpy: resizing and padding as in training, and per-pixel classes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,11 @@ class GraphRuntime:
         if self.record.objects is not None:
             return "instance" if self.record.objects["score_threshold"] is None else "panoptic"
         return "semantic" if self.record.thresholds is None else "multilabel"
+
+    @property
+    def things(self) -> Collection[int]:
+        """Ids of the classes that have objects; none of a model that predicts no objects."""
+        return () if self.record.objects is None else self.record.objects["things"]
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""

@@ -83,8 +83,13 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Return the task, and the model's classes and their colours, in the order of their ids or layers."""
-        return {"status": "ok", "task": shared.task, "classes": shared.facts.classes, "palette": shared.facts.palette}
+        """Return the task, the classes and their colours, in the order of their ids or layers, and the things."""
+        facts = shared.facts
+        things = [facts.classes[label] for label in sorted(shared.things)]
+        return {
+            **{"status": "ok", "task": shared.task, "classes": facts.classes, "palette": facts.palette},
+            "things": things,
+        }
 
     @app.get("/metrics")
     async def metrics() -> Response:

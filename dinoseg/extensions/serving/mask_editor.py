@@ -27,11 +27,13 @@ class MaskEditor:
     Args:
         mask: ids (H, W) uint8, or layers (K, H, W) of 0 and 1, which are copied.
         labels: names and colours of the ids.
+        marks: (H, W) bool, pixels of the image that are not covered by colours; only of a mask of ids.
     """
 
-    def __init__(self, mask: np.ndarray, labels: Labels) -> None:
+    def __init__(self, mask: np.ndarray, labels: Labels, marks: np.ndarray | None = None) -> None:
         self.mask = mask.copy()
         self.labels = labels
+        self._marks = marks
         self.counts = count_pixels(mask)  # of each class (256,)
         self.hidden: set[int] = set()  # ids where the image shows without a colour
         self._strokes: deque[tuple[int, slice, slice, np.ndarray]] = deque(maxlen=_MAX_STROKES)
@@ -97,11 +99,16 @@ class MaskEditor:
         Overlapping classes are hatched.
         """
         mask = self.mask
+        transparent = [*self.hidden]
+        if self._marks is not None:  # a mask of an object model has no ignored pixels
+            mask = np.where(self._marks, np.uint8(self.labels.ignore_index), mask)
+            transparent.append(self.labels.ignore_index)
         if self.has_layers:
-            mask = hatch(list(self._drop_hidden(mask) > 0)).astype(np.uint8)  # K: no class
+            mask = hatch(list(self._drop_hidden(mask) > 0)).astype(np.uint8)
+            transparent.append(len(self.mask))  # no class; K may be the ignored id
         colors = lookup_table(self.labels.palette, self.labels.ignore_index)
         alpha = np.where(colors.any(axis=1), 255, 0).astype(np.uint8)
-        alpha[[*self.hidden, *([len(self.mask)] if self.has_layers else [])]] = 0  # K may be the ignored id
+        alpha[transparent] = 0
         return encode_mask(mask, [(int(r), int(g), int(b)) for r, g, b in colors], transparency=alpha.tobytes())
 
     def encode_overlay(self, shown: bytes, opacity: float) -> bytes:
@@ -116,6 +123,8 @@ class MaskEditor:
             return blend(image, self._drop_hidden(mask), palette, opacity=opacity)
         drawn = blend(image, mask, palette, ignore_index=self.labels.ignore_index, opacity=opacity)
         is_hidden = np.isin(mask, list(self.hidden))
+        if self._marks is not None:
+            is_hidden |= self._marks
         drawn[is_hidden] = image[is_hidden]
         return drawn
 

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from nicegui import ui
@@ -24,7 +24,7 @@ from dinoseg.extensions.serving.mask_editor import MAX_RADIUS, MaskEditor, encod
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.video import Masks, write_labelled_video
 from dinoseg.extensions.tracking.tracker import Tracker
-from dinoseg.report.object_overlay import draw_objects, select_shown
+from dinoseg.report.object_overlay import draw_objects
 from dinoseg.report.palette import default_palette
 from dinoseg.utils.errors import UserError
 
@@ -87,6 +87,24 @@ class PageContext:
     video_queue: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+class SegmentedUpload(NamedTuple):
+    """An image or the first frame of a video, and what the model finds there.
+
+    Attributes:
+        shown: the image as a JPEG, with the outlines and numbers of its objects.
+        mask: the model's mask.
+        frames: number of frames of a video; 0: an image.
+        counts: text on its objects; "": the model predicts none.
+        marks: (H, W) bool, the pixels of outlines and numbers, if there are objects.
+    """
+
+    shown: bytes
+    mask: np.ndarray
+    frames: int = 0
+    counts: str = ""
+    marks: np.ndarray | None = None
+
+
 class Page:
     """A page, built where it is created.
 
@@ -134,6 +152,7 @@ class Page:
 
     def _clear_masks(self) -> None:
         self._predicted = np.zeros((1, 1), np.uint8)  # the model's mask of the image or the first frame
+        self._marks: np.ndarray | None = None  # pixels of the image's outlines and numbers
         self._editor = MaskEditor(self._predicted, self._classes)
 
     # ---- widgets
@@ -226,47 +245,47 @@ class Page:
         self._next = None
         with self._work("Segmenting ..."):
             try:
-                shown, predicted, frames, found = await asyncio.to_thread(self._segment_file, path)
+                found = await asyncio.to_thread(self._segment_file, path)
                 self._check_frame(0)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
             self._opened.unlink(missing_ok=True)
             self._opened = path
-            self._predicted = predicted
-            self._frames = frames
+            self._predicted = found.mask
+            self._marks = found.marks
+            self._frames = found.frames
             self._name = Path(str(event.args)).stem[:100]
             self.files |= {
-                "image.jpg": shown,
+                "image.jpg": found.shown,
                 # encoded for a browser that asks, not for each stroke
                 "layer.png": lambda: self._editor.encode_layer(),
                 "mask.png": self._encode_mask,
                 "mask.tif": self._encode_mask,
                 "overlay.jpg": self._encode_overlay,
             }
-            self._radius.value = min(MAX_RADIUS, 2 + min(predicted.shape[-2:]) // 40)
+            self._radius.value = min(MAX_RADIUS, 2 + min(found.mask.shape[-2:]) // 40)
             self._opacity.value = 50
-            self._edit(predicted, self._classes)
-            height, width = predicted.shape[-2:]
-            text = f"{frames} frames of " if frames else ""
-            self._tell(f"{event.args}: {text}{width} x {height} pixels{found}")
+            self._edit(found.mask, self._classes)
+            height, width = found.mask.shape[-2:]
+            text = f"{found.frames} frames of " if found.frames else ""
+            self._tell(f"{event.args}: {text}{width} x {height} pixels{found.counts}")
 
-    def _segment_file(self, path: Path) -> tuple[bytes, np.ndarray, int, str]:
-        """Return an image or a first frame as JPEG, its mask, the number of frames (0: an image), and its objects.
-
-        Objects are counted as a text, and outlined in the image; a frame of a video has none.
-        """
+    def _segment_file(self, path: Path) -> SegmentedUpload:
+        """Return an image or a first frame of a video, segmented; only an image has objects."""
         if is_video(path):
             with closing(self._open_video(path)) as video:
                 frame, _ = next(video.frames())
-            return encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count), ""
+            return SegmentedUpload(encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count))
         image, mask, objects = self._context.model.predict_file(path)
         if objects is None:
-            return encode_image(image), mask, 0, ""
-        counts = Counter(self._classes.classes[label] for label in select_shown(objects).classes.tolist())
-        listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+            return SegmentedUpload(encode_image(image), mask)
+        objects = objects.of_score()
         outlined = draw_objects(image, objects, self._classes.palette, opacity=0)
-        return encode_image(outlined), mask, 0, f"; objects: {listed or 'none'}"
+        counts = Counter(label for label in objects.classes.tolist() if label in self._context.model.things)
+        listed = ", ".join(f"{counts[label]} {self._classes.classes[label]}" for label in sorted(counts))
+        marks = (outlined != image).any(axis=-1)
+        return SegmentedUpload(encode_image(outlined), mask, 0, f"; objects: {listed or 'none'}", marks)
 
     def _encode_mask(self) -> bytes:
         return encode_mask(self._editor.mask, self._editor.labels.palette)
@@ -287,7 +306,7 @@ class Page:
         self._edit(np.zeros(self._predicted.shape[-2:], np.uint8), _OBJECTS)
 
     def _edit(self, mask: np.ndarray, labels: Labels) -> None:
-        self._editor = MaskEditor(mask, labels)
+        self._editor = MaskEditor(mask, labels, self._marks)
         self._list_labels()
         self._show_image()
 

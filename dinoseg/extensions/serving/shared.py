@@ -27,6 +27,7 @@ class SharedModel:
         self.facts = model.facts
         self.task = model.runtime.task
         self.has_layers = self.task == "multilabel"
+        self.things = model.runtime.things
         self.max_pixels = max_pixels // len(model.facts.classes) if self.has_layers else max_pixels
         self._runtime = model.runtime
         self._decoder = ImageDecoder(self.max_pixels, layers=len(model.facts.classes) if self.has_layers else 1)
@@ -46,8 +47,7 @@ class SharedModel:
     def predict_file(self, path: Path) -> tuple[np.ndarray, np.ndarray, Objects | None]:
         """Return an image (H, W, 3) uint8 RGB, what `segment_file` does, and its objects.
 
-        There are no objects (None) of a model that predicts none. Those of a large image take ten times as long as its
-        class ids.
+        There are no objects (None) of a model that predicts none. To find those of a large image takes seconds.
 
         Raises:
             UserError: as `segment_file`.

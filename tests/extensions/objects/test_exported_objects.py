@@ -70,7 +70,7 @@ def export(folder, task, model=None, **changes):
 
 def test_onnx_file_finds_the_objects_of_its_model(tmp_path, task):
     runtime = load_onnx(export(tmp_path, task), device="cpu").runtime
-    assert runtime.task == task
+    assert runtime.task == task and sorted(runtime.things) == [1, 2]
     predictor = make_predictor(task)
     images = [draw_image(seed=seed)[0] for seed in range(3)] + [np.zeros((60, 90, 3), np.uint8)]
     results = runtime.predict(images)

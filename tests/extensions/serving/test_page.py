@@ -195,6 +195,18 @@ def on_a_page_with_objects(check):
     return on_a_page(check, model=make_served("instance"))
 
 
+def on_a_page_with_segments(check):
+    return on_a_page(check, model=make_served("panoptic"))
+
+
+@on_a_page_with_segments
+async def test_stuff_is_not_counted(page, send):
+    await send(encode_image(draw_image((120, 180))[0]))
+    assert page._status.text == "a.png: 180 x 120 pixels; objects: 2 leaf, 1 stone"
+    await send(encode_image(np.zeros((40, 60, 3), np.uint8)), "b.png")
+    assert page._status.text == "b.png: 60 x 40 pixels; objects: none"
+
+
 @on_a_page_with_objects
 async def test_single_objects_are_counted_and_outlined(page, send):
     image, masks = draw_image((120, 180))
@@ -204,6 +216,14 @@ async def test_single_objects_are_counted_and_outlined(page, send):
     with Image.open(io.BytesIO(page.files["image.jpg"])) as shown:
         red = (np.asarray(shown)[..., 0] > 100) & masks[1]
     assert 50 < red.sum() < 0.1 * masks[1].sum(), "the outline and number of the green leaf, whose class is red"
+    with Image.open(io.BytesIO(page.files["layer.png"]())) as layer:
+        is_covered = np.asarray(layer.convert("RGBA"))[..., 3] > 0
+    marks = page._marks & masks[1]
+    assert (is_covered[masks[1]] == ~marks[masks[1]]).all() and marks.sum() > 50, "outlines and numbers are legible"
+    page._opacity.value = 100
+    with Image.open(io.BytesIO(page.files["overlay.jpg"]())) as drawn:
+        white = np.asarray(drawn)[masks[1]].min(axis=-1) > 200
+    assert white.any(), "of the number, on the colours alone"
     await send(encode_image(np.zeros((40, 60, 3), np.uint8)), "b.png")
     assert page._status.text == "b.png: 60 x 40 pixels; objects: none"
     path = page.folder / "c.mp4"
