@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.checkpoints.trained import Trained, load_trained, longest_is_typed
+from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import mask_keys
 from dinoseg.config.options import has_options
@@ -79,6 +80,8 @@ def predict(
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
     check_outputs(outputs, shapes)
+    if shapes is not None and not {*outputs} & {*shapes.names}:
+        warn_unread(out_dir, ["mode.shapes"], f"Only outputs read it: mode.outputs=[{','.join(shapes.names)}].")
     builder = Builder(cfg)
     split = _split_data(builder, input)
     images, films = _find_inputs(input, builder.pixels.suffixes, videos) if split is None else (_images_of(split), [])

@@ -232,10 +232,14 @@ class _Maker:
         self.stuff = stuff.difference(things)
         if partition.by == "lists":
             entries = self._of_list(entries, split, partition)
+        if not entries:
+            raise UserError(f"{path} holds no image.")
         if self.shapes.without_shapes == "skip":
             entries = [entry for entry in entries if entry.shapes or entry.wrong]
-        if not entries:
-            raise UserError(f"{path} holds no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
+            if not entries:
+                raise UserError(
+                    f"{path} holds no image with a shape. Annotate some, or set data.reader.shapes.without_shapes=keep."
+                )
         self._refuse_unknown(entries, path)
         self._warn_of_bare(entries, path)
         default = held.folder or (path if self.kind.per_image else path.parent)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.task import ObjectTask
 from dinoseg.data.checks.errors import describe_split, home_made
 from dinoseg.data.checks.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.custom import CustomDataset
@@ -76,7 +77,8 @@ def doctor(
         if isinstance(data, PairDataset) and OBJECTS in data.maps:
             counts = count_objects(data, workers)
             objects[part.split] = counts.by_class
-            findings += check_objects(part, counts, builder.value("head.num_queries"))
+            are_needed = isinstance(builder.task, ObjectTask) and part.split in ("train", "val")
+            findings += check_objects(part, counts, builder.value("head.num_queries"), are_needed=are_needed)
     findings = by_severity(findings)
     report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings, objects)})
     write_json(out_dir / "doctor.json", report)

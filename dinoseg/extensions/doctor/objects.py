@@ -98,13 +98,16 @@ def _is_divided(mask: np.ndarray) -> bool:
     return parts > 2  # the first is the background
 
 
-def check_objects(part: ScannedSplit, counts: ObjectCounts, queries: int | None) -> Iterator[Finding]:
+def check_objects(
+    part: ScannedSplit, counts: ObjectCounts, queries: int | None, *, are_needed: bool = False
+) -> Iterator[Finding]:
     """Yield the findings about the objects of a split.
 
     Args:
         part: the split.
         counts: of the split.
         queries: most objects that the head can predict for an image; None: unknown.
+        are_needed: whether the task trains on objects, so that a split without any is an error.
     """
     split = part.split
     if counts.unreadable:
@@ -130,7 +133,7 @@ def check_objects(part: ScannedSplit, counts: ObjectCounts, queries: int | None)
     )
     if not sum(objects):
         yield Finding(
-            "warning",
+            "error" if are_needed else "warning",
             "no_objects",
             f"{split}: no image has an object. task=instance and task=panoptic refuse such data.",
             (),

@@ -316,6 +316,8 @@ def test_images_without_or_with_too_many_shapes(tmp_path, caplog, monkeypatch):
     coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 1, [[1, 2, 3]])])
     # what is wrong is told, and not left out unsaid
     assert "b" in open_annotated("coco", root, without_shapes="skip").lacking
+    coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[])
+    refused("coco", root, "no image with a shape. Annotate some, or set ", without_shapes="skip")
     monkeypatch.setattr(annotated, "MAX_SHAPES", 2)
     boxes = [(1, 1, [CORNERS])] * 2 + [(2, 1, [CORNERS])] * 3
     coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=boxes)

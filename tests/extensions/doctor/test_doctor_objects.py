@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from command_line import call
 from making import save
 
@@ -75,10 +76,12 @@ def test_doctor_warns_about_more_crowds_than_objects(tmp_path):
     assert "data.reader.shapes.crowds=object" in found["remedy"]
 
 
-def test_doctor_warns_about_data_without_objects(tmp_path):
+@pytest.mark.parametrize(("words", "severity"), [((), "warning"), (("task=instance",), "error")])
+def test_doctor_reports_data_without_objects(tmp_path, words, severity):
+    """A training of classes needs none."""
     write(tmp_path / "data", "train", [])
     write(tmp_path / "data", "val", [(1, [rectangle(2, 2)], 0)])
-    assert findings(tmp_path)["no_objects"]["severity"] == "warning"
+    assert findings(tmp_path, *words)["no_objects"]["severity"] == severity
 
 
 def test_doctor_reports_objects_by_class(tmp_path):

@@ -88,6 +88,12 @@ def test_predict_lists_and_counts_the_shown_objects(folder, least):
     assert any(each["score"] < 0.5 for each in annotations["annotations"]) == (least < 0.5)
 
 
+def test_shapes_without_an_output_are_reported(folder):
+    done = predict(folder, "instance", "mode.shapes.min_score=0.3", "hydra.run.dir=no_shapes")
+    assert "No effect here: mode.shapes.min_score=0.3. Only outputs read it: mode.outputs=[coco," in done.err
+    assert "No effect" not in predict(folder, "instance", "hydra.run.dir=strong").err
+
+
 def test_score_of_objects_is_refused_for_a_model_of_classes(folder):
     dinoseg.create_model("rgb", num_classes=2).save(folder / "classes.safetensors")
     done = predict(folder, "classes", "mode.min_score=0.3", "hydra.run.dir=classes")
