@@ -99,13 +99,14 @@ class MaskEditor:
         Overlapping classes are hatched.
         """
         mask = self.mask
+        no_class = len(self.labels.classes)  # may be the ignored id, which no pixel of these masks has
         transparent = [*self.hidden]
-        if self._marks is not None:  # a mask of an object model has no ignored pixels
-            mask = np.where(self._marks, np.uint8(self.labels.ignore_index), mask)
-            transparent.append(self.labels.ignore_index)
+        if self._marks is not None:
+            mask = np.where(self._marks, np.uint8(no_class), mask)
+            transparent.append(no_class)
         if self.has_layers:
-            mask = hatch(list(self._drop_hidden(mask) > 0)).astype(np.uint8)
-            transparent.append(len(self.mask))  # no class; K may be the ignored id
+            mask = hatch(list(self._drop_hidden(mask) > 0)).astype(np.uint8)  # K: no class
+            transparent.append(no_class)
         colors = lookup_table(self.labels.palette, self.labels.ignore_index)
         alpha = np.where(colors.any(axis=1), 255, 0).astype(np.uint8)
         alpha[transparent] = 0

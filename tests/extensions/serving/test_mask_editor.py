@@ -99,6 +99,19 @@ def test_black_and_hidden_classes_are_transparent():
     assert drawn[[0, 2]].tolist() == [[100] * 3] * 2 and drawn[1].tolist() == [178, 50, 50]
 
 
+@pytest.mark.parametrize("ignored", [255, 3, 1])
+def test_marks_stay_visible_and_cover_no_class(ignored):
+    """The ignored id may be that of a class."""
+    labels = Labels(("black", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), ignored)
+    editor = MaskEditor(np.array([[1, 1, 2, 0]], np.uint8), labels, np.array([[True, False, False, False]]))
+    layer = np.asarray(Image.open(io.BytesIO(editor.encode_layer())).convert("RGBA"))[0]
+    assert layer[:, 3].tolist() == [0, 255, 255, 0]
+    image = np.full((1, 4, 3), 100, np.uint8)
+    drawn = editor.draw(image, editor.mask, 1.0)[0]
+    assert drawn[0].tolist() == [100] * 3 and drawn[1].tolist() != [100] * 3 and drawn[2].tolist() == [0, 255, 0]
+    assert editor.mask.tolist() == [[1, 1, 2, 0]]
+
+
 OVERLAPS = Labels(("white", "red", "green"), ((255, 255, 255), (255, 0, 0), (0, 255, 0)), 255)
 
 
