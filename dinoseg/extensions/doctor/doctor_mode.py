@@ -52,7 +52,7 @@ def doctor(
     """Scan train, val and, where there is one, test; print the findings and write doctor.json and doctor.html.
 
     Args:
-        cfg: the whole config; only `data` and `cache_dir` are read.
+        cfg: the whole config; only `data`, `cache_dir`, `task` and `head.num_queries` are read.
         out_dir: the run folder.
         workers: threads that scan.
         near_distance: differing bits of 64 up to which two images count as near duplicates.
@@ -71,13 +71,16 @@ def doctor(
     name = cfg.choices.data
     if splits:
         findings += examine(splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance)
+    needs_objects = isinstance(builder.task, ObjectTask)
+    if needs_objects:  # which can be found of a single class, too
+        findings = [finding for finding in findings if finding.code != "one_class"]
     objects: dict[str, Mapping[int, int]] = {}
     for part in splits:
         data = datasets[part.split]
         if isinstance(data, PairDataset) and OBJECTS in data.maps:
             counts = count_objects(data, workers)
             objects[part.split] = counts.by_class
-            are_needed = isinstance(builder.task, ObjectTask) and part.split in ("train", "val")
+            are_needed = needs_objects and part.split in _NEEDED
             findings += check_objects(part, counts, builder.value("head.num_queries"), are_needed=are_needed)
     findings = by_severity(findings)
     report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings, objects)})

@@ -78,10 +78,21 @@ def test_doctor_warns_about_more_crowds_than_objects(tmp_path):
 
 @pytest.mark.parametrize(("words", "severity"), [((), "warning"), (("task=instance",), "error")])
 def test_doctor_reports_data_without_objects(tmp_path, words, severity):
-    """A training of classes needs none."""
+    """A training of classes needs none, and no training reads the split test."""
     write(tmp_path / "data", "train", [])
     write(tmp_path / "data", "val", [(1, [rectangle(2, 2)], 0)])
-    assert findings(tmp_path, *words)["no_objects"]["severity"] == severity
+    write(tmp_path / "data", "test", [])
+    found = [each for each in doctor(tmp_path, *words)[0]["findings"] if each["code"] == "no_objects"]
+    assert {each["message"].split(":")[0]: each["severity"] for each in found} == {"train": severity, "test": "warning"}
+
+
+@pytest.mark.parametrize(("words", "is_error"), [((), True), (("task=instance",), False)])
+def test_doctor_accepts_objects_of_a_single_class(tmp_path, words, is_error):
+    for split in ("train", "val"):
+        write(tmp_path / "data", split, [(1, [rectangle(2, 2)], 0), (2, [rectangle(9, 9)], 0)])
+    words = ("data.classes=[leaf]", "data.background=null", "data.unlabelled=ignore", *words)
+    codes = {each["code"] for each in doctor(tmp_path, *words)[0]["findings"]}
+    assert ("one_class" in codes) == is_error
 
 
 def test_doctor_reports_objects_by_class(tmp_path):
