@@ -92,6 +92,8 @@ def predict(
     trained = load_trained(builder)
     _refuse_slots(trained, builder.resume)
     _check_objects_are_read(trained.model.task, out_dir)
+    if not images:
+        warn_unread(out_dir, ["mode.min_score"], "Frames of videos have the classes of their pixels, and no objects.")
     settings = _settings(builder, _shown(options, opacity, shapes) | {"min_score": min_score}, out_dir)
     _check_earlier(out_dir, settings)
     if not longest_is_typed(out_dir):
@@ -313,7 +315,8 @@ def _undrawn_line(scores: Sequence[float], count: int, task: ObjectTask, min_sco
         task: of the model.
         min_score: score from which objects are shown.
     """
-    key = "mode.min_score shows more objects" if task.overlap else "task.score_threshold finds more segments"
+    is_found = task.overlap or max(scores) > 0  # a segment scores more than task.score_threshold
+    key = "mode.min_score shows more objects" if is_found else "task.score_threshold finds more segments"
     return (
         f"Overlays that show no object: {len(scores)} of {count}. They show scores of {min_score:g} or more, and the "
         f"highest there is {max(scores):.2f}. If the images have objects, train longer; a lower {key}."

@@ -12,6 +12,7 @@ from command_line import call, succeed
 
 import dinoseg
 from dinoseg.extensions.objects.finding import MAX_INSTANCES
+from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.results import write_counts
 from dinoseg.utils.images import write_png
 
@@ -100,6 +101,14 @@ def test_score_of_objects_is_refused_for_a_model_of_classes(folder):
     assert done.status != 0 and "mode.min_score is for a model of objects" in done.err
 
 
+def test_score_of_objects_has_no_effect_on_videos(folder):
+    with VideoWriter(folder / "v.mp4", 10.0, SIZES["a"]) as writer:
+        writer.write(np.zeros((*SIZES["a"], 3), np.uint8))
+    words = ("input=v.mp4", "mode.min_score=0.3")
+    assert "No effect here: mode.min_score=0.3." in predict(folder, "instance", *words, "hydra.run.dir=film").err
+    assert "No effect" not in predict(folder, "instance", "mode.min_score=0.3", "hydra.run.dir=no_film").err
+
+
 def test_counts_of_a_thing_named_image_have_a_column(tmp_path):
     (tmp_path / "a_segmentation").mkdir()
     (tmp_path / "a_segmentation/objects.csv").write_text("class_id\n1\n1\n2\n")
@@ -167,15 +176,24 @@ def test_predict_writes_panoptic_segments(folder):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "remedy"), [("instance", "mode.min_score"), ("panoptic", "task.score_threshold")])
-def test_overlays_without_objects_are_logged(folder, task, remedy):
+@pytest.mark.parametrize(
+    ("task", "words", "remedy"),
+    [
+        ("instance", [], "mode.min_score"),
+        ("panoptic", [], "task.score_threshold"),
+        ("panoptic", ["task.score_threshold=0.2", "task.overlap_threshold=0"], "mode.min_score"),
+    ],
+)
+def test_overlays_without_objects_are_logged(folder, task, words, remedy):
     model = dinoseg.load(folder / f"{task}.safetensors")
     with torch.no_grad():
         model.head.classify.weight.zero_()  # equal scores of all classes
     model.save(folder / f"weak_{task}.safetensors")
-    done = predict(folder, f"weak_{task}", f"hydra.run.dir=weak_{task}")
+    done = predict(folder, f"weak_{task}", *words, f"hydra.run.dir=weak_{task}_{len(words)}")
     assert done.status == 0 and done.err.count("Overlays that show no object: 2 of 2.") == 1
-    assert remedy in done.err and ("highest there is 0.00" in done.err) == (task == "panoptic")
+    assert f"a lower {remedy}" in done.err and ("highest there is 0.00" in done.err) == (
+        remedy == "task.score_threshold"
+    )
     assert "show no object" not in predict(folder, "instance", "hydra.run.dir=strong").err
 
 
