@@ -80,8 +80,6 @@ def predict(
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
     check_outputs(outputs, shapes)
-    if shapes is not None and not {*outputs} & {*shapes.names}:
-        warn_unread(out_dir, ["mode.shapes"], f"Only outputs read it: mode.outputs=[{','.join(shapes.names)}].")
     builder = Builder(cfg)
     split = _split_data(builder, input)
     images, films = _find_inputs(input, builder.pixels.suffixes, videos) if split is None else (_images_of(split), [])
@@ -91,9 +89,7 @@ def predict(
     options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(builder)
     _refuse_slots(trained, builder.resume)
-    _check_objects_are_read(trained.model.task, out_dir)
-    if not images:
-        warn_unread(out_dir, ["mode.min_score"], "Frames of videos have the classes of their pixels, and no objects.")
+    _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
     settings = _settings(builder, _shown(options, opacity, shapes) | {"min_score": min_score}, out_dir)
     _check_earlier(out_dir, settings)
     if not longest_is_typed(out_dir):
@@ -193,10 +189,16 @@ def _check_outputs_of_layers(task: Task, outputs: Sequence[str]) -> None:
             refuse_layers(task, f"mode.outputs={name}", "Leave it out: masks has a PNG for each class.")
 
 
-def _check_objects_are_read(task: Task, folder: Path) -> None:
-    """Refuse a typed minimum score of objects, for a model that predicts none."""
+def _check_unread(
+    folder: Path, task: Task, outputs: Sequence[str], shapes: FurtherOutputs | None, *, has_images: bool
+) -> None:
+    """Refuse a typed minimum score of objects for a model without any; warn of keys that these outputs do not read."""
     if "mode.min_score" in find_typed_keys(folder) and not isinstance(task, ObjectTask):
         raise UserError("mode.min_score is for a model of objects (task=instance or panoptic). Leave it out.")
+    if not has_images:
+        warn_unread(folder, ["mode.min_score"], "Frames of videos have the classes of their pixels, and no objects.")
+    if shapes is not None and not {*outputs} & {*shapes.names}:
+        warn_unread(folder, ["mode.shapes"], f"Only outputs read it: mode.outputs=[{','.join(shapes.names)}].")
 
 
 def _refuse_slots(trained: Trained, resume: str | None) -> None:
