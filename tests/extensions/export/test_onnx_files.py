@@ -32,6 +32,7 @@ LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]]
 def test_layers_reach_their_threshold_at_equal_probability():
     scores = [np.zeros((1, 3, 1, 1), np.float32)]
     runtime = GraphRuntime(lambda images: scores, replace(RECORD, thresholds=[0.4, 0.5, 0.6]))
+    assert runtime.task == "multilabel" and not runtime.things
     ids = runtime.ids([np.zeros((2, 2, 3), np.uint8)])
     assert ids[0].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]]
 

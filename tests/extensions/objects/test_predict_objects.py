@@ -89,6 +89,16 @@ def test_predict_lists_and_counts_the_shown_objects(folder, least):
     assert any(each["score"] < 0.5 for each in annotations["annotations"]) == (least < 0.5)
 
 
+def test_score_of_shown_objects_is_stated_and_no_other_resumes(folder):
+    run = ("mode.min_score=0.97", "hydra.run.dir=stated")
+    done = predict(folder, "instance", *run)
+    assert "of scores of 0.97 or more; of each image" in done.out
+    assert "show no object: 2 of 2. They show scores of 0.97 or more" in done.err
+    assert predict(folder, "instance", *run).status == 0
+    other = predict(folder, "instance", "hydra.run.dir=stated")
+    assert other.status != 0 and "mode.min_score was 0.97 and is 0.5" in other.err
+
+
 def test_shapes_without_an_output_are_reported(folder):
     done = predict(folder, "instance", "mode.shapes.min_score=0.3", "hydra.run.dir=no_shapes")
     assert "No effect here: mode.shapes.min_score=0.3. Only outputs read it: mode.outputs=[coco," in done.err

@@ -39,6 +39,8 @@ def test_overlay_outlines_and_numbers_objects(result):
     inside = overlay[result.objects[2].mask]
     assert (inside == 255).all(axis=1).any() and (inside == 0).all(axis=1).any()
     assert tuple(COLOURS["blue"]) != edge
+    stone = result.objects[2]
+    assert stone.score < 0.92 and (result.overlay(min_score=0.92) == result.image)[stone.mask].all()
 
 
 def test_objects_survive_pickling(result):

@@ -232,3 +232,15 @@ async def test_single_objects_are_counted_and_outlined(page, send):
     await send(path.read_bytes(), "c.mp4")
     assert page._status.text == "c.mp4: 1 frames of 180 x 120 pixels", "frames have classes alone"
     assert (page._predicted == masks[0] + masks[1] + 2 * masks[2]).mean() > 0.95
+    with Image.open(io.BytesIO(page.files["layer.png"]())) as layer:
+        is_covered = np.asarray(layer.convert("RGBA"))[..., 3] > 0
+    assert (is_covered == (page._predicted > 0)).all(), "a video has no outlines"
+
+
+@on_a_page_with_objects
+async def test_closed_page_holds_no_outlines(page, send):
+    await send(encode_image(draw_image((120, 180))[0]))
+    await page._paint(SimpleNamespace(args=[[0, 0], [20, 20]]))  # ends the thread's hold on the upload
+    held = weakref.ref(page._marks)
+    page.close()
+    assert held() is None
