@@ -126,9 +126,10 @@ def encode_objects(shared: SharedModel, path: Path) -> Response:
     Raises:
         UserError: if the model predicts none, or as `SharedModel.predict_file`.
     """
-    _, _, found = shared.predict_file(path)
-    if found is None:
+    if not shared.things:
         raise UserError("This model predicts classes, and no single objects. POST /segment returns them.")
+    _, _, found = shared.predict_file(path)
+    assert found is not None  # of a model with things
     columns = (found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks)
     height, width = found.size
     return JSONResponse(
