@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import dinoseg
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import MIN_SCORE, Objects, Runs
 from dinoseg.core.task import ObjectTask, Task
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
@@ -150,7 +150,7 @@ class PredictedShapes(FurtherOutputs):
     objects: Literal["component", "class"] = "component"
     tolerance: NotNegative = 1.0
     min_area: Count = 1
-    min_score: Share = 0.5
+    min_score: Share = MIN_SCORE
     ids: str | None = None
 
     def __post_init__(self) -> None:
