@@ -86,10 +86,8 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
         """Return the task, the classes and their colours, in the order of their ids or layers, and the things."""
         facts = shared.facts
         things = [facts.classes[label] for label in sorted(shared.things)]
-        return {
-            **{"status": "ok", "task": shared.task, "classes": facts.classes, "palette": facts.palette},
-            "things": things,
-        }
+        classes = {"classes": facts.classes, "palette": facts.palette, "things": things}
+        return {"status": "ok", "task": shared.task, **classes}
 
     @app.get("/metrics")
     async def metrics() -> Response:
