@@ -47,15 +47,18 @@ def describe_split(split: str, dataset: PairDataset | CustomDataset, records: Se
     )
 
 
-def find_errors(splits: Sequence[ScannedSplit], *, data_name: str = "", group: str | None = None) -> list[Finding]:
+def find_errors(
+    splits: Sequence[ScannedSplit], *, data_name: str = "", group: str | None = None, has_objects: bool = False
+) -> list[Finding]:
     """Return what stops a training or makes its scores worthless, errors first.
 
     Args:
         splits: one or more splits with the same class table.
         data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
+        has_objects: whether the task trains on objects, which can be found of a single class, too.
     """
-    labels = check_labels(splits, data_name)
+    labels = check_labels(splits, data_name, has_objects=has_objects)
     return by_severity([*check_files(splits), *labels, *check_same_files(splits), *check_groups(splits, group)])
 
 
@@ -71,7 +74,7 @@ def check_for_errors(
 ) -> list[ScannedSplit]:
     """Refuse data with errors; return the records of both splits' masks, which are cached in `cache_dir`.
 
-    Objects can be found of a single class, too. Errors that only the user can judge, such as a video in both splits,
+    Errors that only the user can judge, such as a video in both splits,
     are logged as warnings. Datasets other than `PairDataset` are not checked.
 
     Raises:
@@ -85,9 +88,7 @@ def check_for_errors(
     for split, data in sides.items():
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
         splits.append(describe_split(split, data, records))
-    findings = find_errors(splits, data_name=data_name, group=group)
-    if has_objects:
-        findings = [finding for finding in findings if finding.code != "one_class"]
+    findings = find_errors(splits, data_name=data_name, group=group, has_objects=has_objects)
     errors = [finding for finding in findings if finding.severity == "error" and finding.stops]
     for finding in findings:
         if finding not in errors:
@@ -126,9 +127,12 @@ def _format_files(finding: Finding) -> str:
     return lines + (f"\n    and {more} more" if more > 0 else "")
 
 
-def check_labels(splits: Sequence[ScannedSplit], data_name: str = "") -> Iterator[Finding]:
-    """Yield findings about labels that teach nothing or something else; `data_name` is the option of `data=`."""
-    yield from _check_number_of_classes(splits)
+def check_labels(
+    splits: Sequence[ScannedSplit], data_name: str = "", *, has_objects: bool = False
+) -> Iterator[Finding]:
+    """Yield findings about labels that teach nothing or something else; arguments as of `find_errors`."""
+    if not has_objects:
+        yield from _check_number_of_classes(splits)
     yield from _check_binary_as_ids(splits)
     if data_name.startswith("idd") or set(splits[0].classes) >= _CLASSES_OF_IDD_ALONE:
         yield from _check_home_made_idd(splits, data_name)

@@ -69,18 +69,17 @@ def doctor(
         for split, data in datasets.items()
     ]
     name = cfg.choices.data
+    has_objects = isinstance(builder.task, ObjectTask)
     if splits:
-        findings += examine(splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance)
-    needs_objects = isinstance(builder.task, ObjectTask)
-    if needs_objects:  # which can be found of a single class, too
-        findings = [finding for finding in findings if finding.code != "one_class"]
+        options = {"group": cfg.data.get("group"), "near_distance": near_distance, "has_objects": has_objects}
+        findings += examine(splits, data_name=name, **options)
     objects: dict[str, Mapping[int, int]] = {}
     for part in splits:
         data = datasets[part.split]
         if isinstance(data, PairDataset) and OBJECTS in data.maps:
             counts = count_objects(data, workers)
             objects[part.split] = counts.by_class
-            are_needed = needs_objects and part.split in _NEEDED
+            are_needed = has_objects and part.split in _NEEDED
             findings += check_objects(part, counts, builder.value("head.num_queries"), are_needed=are_needed)
     findings = by_severity(findings)
     report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings, objects)})

@@ -31,6 +31,7 @@ def examine(
     data_name: str = "",
     group: str | None = None,
     near_distance: int = 6,
+    has_objects: bool = False,
 ) -> list[Finding]:
     """Return the errors and all advice, errors first.
 
@@ -39,8 +40,9 @@ def examine(
         data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
         near_distance: maximum number of differing bits, of 64, for two images to be nearly equal.
+        has_objects: see `find_errors`.
     """
-    findings = find_errors(splits, data_name=data_name, group=group)
+    findings = find_errors(splits, data_name=data_name, group=group, has_objects=has_objects)
     findings += [*check_range(splits), *check_resized(splits), *check_orientation(splits), *check_coverage(splits)]
     findings += [*check_videos(splits), *check_duplicates(splits, near_distance)]
     for part in splits:
