@@ -29,7 +29,7 @@ class Runtime(Protocol):
 
     @property
     def things(self) -> Collection[int]:
-        """Ids of the classes that have objects; none of a model that predicts no objects."""
+        """Ids of the classes that have objects; empty if the model predicts no objects."""
         ...
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:

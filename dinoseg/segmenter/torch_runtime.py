@@ -43,7 +43,7 @@ class TorchRuntime:
 
     @property
     def things(self) -> Collection[int]:
-        """Ids of the classes that have objects; none of a model that predicts no objects."""
+        """Ids of the classes that have objects; empty if the model predicts no objects."""
         task = self.predictor.model.task
         return task.things if isinstance(task, ObjectTask) else ()
 

@@ -41,7 +41,7 @@ class GraphRuntime:
 
     @property
     def things(self) -> Collection[int]:
-        """Ids of the classes that have objects; none of a model that predicts no objects."""
+        """Ids of the classes that have objects; empty if the model predicts no objects."""
         return () if self.record.objects is None else self.record.objects["things"]
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
