@@ -66,9 +66,9 @@ def segments_by_loops(classes, masks, num_classes, things):
     return found
 
 
-@pytest.mark.parametrize("chunk", [10**9, 2000])
-def test_instances_equal_plain_loops(monkeypatch, chunk):
-    monkeypatch.setattr(finding, "_CHUNK", chunk)
+@pytest.mark.parametrize("count", [1, 3, 10**9])  # of masks that are upsampled at once
+def test_instances_equal_plain_loops(monkeypatch, count):
+    monkeypatch.setattr(finding, "_count_masks_at_once", lambda *_: count)
     total = 0
     for seed in range(60):
         classes, masks, size, num_classes, things = draw(seed)
@@ -83,9 +83,9 @@ def test_instances_equal_plain_loops(monkeypatch, chunk):
     assert total > 1000
 
 
-@pytest.mark.parametrize("chunk", [10**9, 2000])
-def test_segments_equal_plain_loops(monkeypatch, chunk):
-    monkeypatch.setattr(finding, "_CHUNK", chunk)
+@pytest.mark.parametrize("count", [1, 3, 10**9])  # of masks that are upsampled at once
+def test_segments_equal_plain_loops(monkeypatch, count):
+    monkeypatch.setattr(finding, "_count_masks_at_once", lambda *_: count)
     total = 0
     for seed in range(120):
         classes, masks, size, num_classes, things = draw(seed)
@@ -99,6 +99,19 @@ def test_segments_equal_plain_loops(monkeypatch, chunk):
             assert (np.diff(objects.scores) <= 0).all()
             total += len(objects)
     assert total > 50
+
+
+def test_scores_do_not_depend_on_how_many_objects_are_found():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        height, width = torch.randint(20, 90, (2,)).tolist()
+        logits = torch.randn(1, 9, 3) * 3, torch.randn(1, 9, 10, 14)
+        found = [
+            find_instances(*logits, (height, width), (1.0, 0.9), 2, range(2), max_instances=most)[0]
+            for most in (2, 3, 100)
+        ]
+        for fewer in found[:2]:
+            assert {*fewer.scores} <= {*found[2].scores}
 
 
 def test_masks_are_upsampled_before_they_are_decided():
