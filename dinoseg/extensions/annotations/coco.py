@@ -136,10 +136,8 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
     crowd = annotation.get("iscrowd") == 1
     key = annotation.get("id")
     if isinstance(drawn, list) and drawn:
-        outline, area = polygons(drawn)
-        return LabelledShape(label, outline, area, crowd, key)
+        return LabelledShape(label, polygons(drawn), crowd, key)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
-    counts = rle.parse_mask(drawn, size)
-    columns = CompressedColumns(rle.to_text(counts))
-    return LabelledShape(label, columns, float(counts[1::2].sum()), crowd, key)
+    columns = CompressedColumns(rle.to_text(rle.parse_mask(drawn, size)))
+    return LabelledShape(label, columns, crowd, key)

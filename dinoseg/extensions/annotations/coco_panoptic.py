@@ -10,7 +10,6 @@ from dinoseg.extensions.annotations.coco import collect_annotations, find_label,
 from dinoseg.extensions.annotations.drawing import Segment
 from dinoseg.extensions.annotations.entry import Annotations, LabelledShape
 from dinoseg.utils import forms
-from dinoseg.utils.wording import format_value
 
 _FORM = forms.list_of(
     forms.object_with(
@@ -48,10 +47,7 @@ def read_coco_panoptic(content: bytes, path: Path) -> Annotations:
         if segment["numbers"].count(number) > 1:
             raise ValueError("another segment of this image has the same id")
         form = Segment(folder / segment["png"], number, segment["numbers"])
-        area = segment.get("area") or 0
-        if not forms.fits(area, forms.number()):
-            raise ValueError(f"its area is {format_value(area, 40)}: give a finite number")
-        return LabelledShape(find_label(segment, categories), form, area, segment.get("iscrowd") == 1, number)
+        return LabelledShape(find_label(segment, categories), form, segment.get("iscrowd") == 1, number)
 
     found = collect_annotations({**whole, "annotations": segments}, path, make_shape)
     stuff = {category["name"] for category in whole["categories"] if category.get("isthing") == 0}

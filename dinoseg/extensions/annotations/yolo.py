@@ -129,5 +129,4 @@ def _parse_row(row: str, line: int, labels: Sequence[str]) -> LabelledShape:
             f"line {line} has coordinates outside of 0 to 1: {join_names(outside)}. Divide x by the width of the image "
             "and y by its height"
         )
-    form, area = polygons([values], is_relative=True)
-    return LabelledShape(labels[int(number)], form, area)
+    return LabelledShape(labels[int(number)], polygons([values], is_relative=True))

@@ -204,7 +204,7 @@ def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
     if segmentation is None:
         return None
     if isinstance(segmentation, list) and segmentation:
-        return polygons(segmentation)[0]
+        return polygons(segmentation)
     if not isinstance(segmentation, dict):
         raise ValueError(f"its segmentation is {format_json(segmentation, 40)}: give run lengths, polygons or null")
     return CompressedColumns(rle.to_text(rle.parse_mask(segmentation, size)))

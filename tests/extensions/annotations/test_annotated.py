@@ -140,6 +140,33 @@ def test_small_shapes_lie_on_large_ones_unless_ordered_by_file(tmp_path):
     check_mask(mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 1, 2)), "coco", root)
 
 
+TALL = ([0, 0, 2, 0, 2, 900, 0, 900], [0, 0, 5, 0, 5, 8, 0, 8])  # the first lies mostly outside of the image
+CROSSING = ([1, 3, 3, 3, 3, 5, 1, 5], [1, 1, 9, 7, 9, 1, 1, 7])  # signed areas of the second add up to 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "rings", "pixel"),
+    [
+        ("coco", (CROSSING[:1], CROSSING[1:]), (4, 2)),
+        ("coco", (TALL[:1], TALL[1:]), (4, 1)),
+        ("coco", ([CORNERS, CORNERS], [[1, 1, 6, 1, 6, 5, 1, 5]]), (2, 2)),
+        ("labelme", (CROSSING[:1], CROSSING[1:]), (4, 2)),
+        ("labelme", (TALL[:1], TALL[1:]), (4, 1)),
+    ],
+)
+def test_order_by_area_counts_the_pixels_that_are_drawn(tmp_path, kind, rings, pixel):
+    small, large = rings
+    if kind == "coco":
+        root = coco(tmp_path / "train.json", annotations=[(1, 2, small), (1, 1, large)])
+    else:
+        points = [[*zip(ring[::2], ring[1::2], strict=True)] for (ring,) in rings]
+        shapes = [("stem", "polygon", points[0]), ("leaf", "polygon", points[1])]
+        root = labelme(tmp_path / "train/a.json", *shapes).parent
+    mask = open_annotated(kind, root, order="area").mask(0)
+    assert mask[pixel] == 2 and (mask == 1).any()
+    assert open_annotated(kind, root, order="file").mask(0)[pixel] == 1
+
+
 def test_labelme_draws_as_it_does_itself(tmp_path):
     labelme(
         tmp_path / "train/a.json",

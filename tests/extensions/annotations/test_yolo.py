@@ -77,6 +77,9 @@ def test_small_objects_lie_on_large_ones(tmp_path):
     assert mask[12, 16] == 2 and mask[0, 0] == mask[-1, -1] == 1
     mask = read(tmp_path, "data.reader.shapes.order=file", name="yolo")[0]["mask"].numpy()
     assert (mask == 1).all()
+    # two parts that are joined, of opposite orientation
+    write(tmp_path, {"a": "1 0.05 0.4 0.15 0.4 0.15 0.6 0.05 0.6\n0 0 0 1 1 1 0 0 1"})
+    assert read(tmp_path, name="yolo")[0]["mask"][20, 5] == 2
 
 
 def test_empty_and_missing_text_files_are_images_without_objects(tmp_path, caplog):

@@ -136,7 +136,7 @@ def test_coco_polygons_draw_the_objects(tmp_path):
     entries = [entry for entry in read_json(out, "coco", "annotations.json")["annotations"] if entry["image_id"] == 1]
     for entry, mask in zip(entries, drawn["a"], strict=True):
         canvas = np.zeros((60, 90), bool)
-        polygons(entry["segmentation"])[0].paint(canvas, True)
+        polygons(entry["segmentation"]).paint(canvas, True)
         assert np.array_equal(canvas, mask) and entry["area"] == mask.sum() and entry["score"] > 0.8
 
 

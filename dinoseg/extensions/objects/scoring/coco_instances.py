@@ -162,7 +162,7 @@ def _read_mask(segmentation: Any, size: tuple[int, int]) -> Runs:
     """Return the mask of polygons or run lengths, compressed or not."""
     if isinstance(segmentation, list) and segmentation:
         canvas = np.zeros(size, bool)
-        polygons(segmentation)[0].paint(canvas, True)
+        polygons(segmentation).paint(canvas, True)
         return Runs.of_mask(canvas)
     if not isinstance(segmentation, dict):
         raise ValueError("it has no segmentation: give polygons or run lengths")

@@ -159,7 +159,7 @@ def test_images_without_objects_do_not_narrow_intervals(tmp_path):
 def test_polygons_are_drawn_as_by_pycocotools(tmp_path):
     rings = [[10, 10, 40.5, 12, 30, 60.25], [100, 100, 120, 100, 120, 120, 100, 120]]
     mask = np.zeros((150, 200), bool)
-    polygons(rings)[0].paint(mask, True)
+    polygons(rings).paint(mask, True)
     assert mask.sum() == 1145  # as of pycocotools
     reference, _ = place_instances()
     annotation = {"id": 1, "image_id": 3, "category_id": 2, "area": 1145, "segmentation": rings}
