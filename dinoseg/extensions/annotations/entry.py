@@ -1,6 +1,7 @@
 """Common representation of annotation files, before labels are mapped to classes."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip() or has_surrogates(value):
         raise ValueError(f"{what} is {format_value(value, 40)}; it must be a name in valid Unicode")
     return value
+
+
+def check_unique_names(names: Iterable[str], what: str) -> None:
+    """Raise a ValueError if a name occurs twice: both would become one class.
+
+    Args:
+        names: of classes.
+        what: what has these names, for the message.
+    """
+    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"{format_value(name)} is the name of {count} {what}: make each unique")
 
 
 def polygons(rings: Sequence[Any], *, is_relative: bool = False) -> Polygons:

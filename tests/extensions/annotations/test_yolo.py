@@ -163,6 +163,8 @@ def test_labels_may_lie_beside_the_images(tmp_path):
         ("train: images/train\n", ("no list of classes", "names: [leaf, stem]")),
         ("[]", ("no list of classes",)),
         ("names: {0: leaf, 2: stem}\ntrain: images/train\n", ("name of class 1", "None")),
+        ("names: [leaf, leaf]\ntrain: images/train\n", ("leaf is the name of 2 classes",)),
+        ("names: {0: leaf, 1: leaf}\ntrain: images/train\n", ("leaf is the name of 2 classes",)),
         (NAMES + "val: images/val\n", ("no entry train", "partition.by=fraction")),
         (NAMES + "train: pictures\n", ("names pictures", "no ", "Correct its entries")),
         (NAMES + f"train: {'a' * 300}\n", ("names aaa", "Correct its entries")),

@@ -172,7 +172,13 @@ def test_class_that_the_reference_lacks_is_refused_at_the_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change"), [("images", {"id": 70}), ("images", {"file_name": "a.jpg"}), ("categories", {"id": 25})]
+    ("kind", "change"),
+    [
+        ("images", {"id": 70}),
+        ("images", {"file_name": "a.jpg"}),
+        ("categories", {"id": 25}),
+        ("categories", {"name": "stone"}),
+    ],
 )
 def test_ids_of_a_reference_must_be_unique(tmp_path, kind, change):
     ids = write_reference(tmp_path, "ids.json")

@@ -285,6 +285,9 @@ def test_panoptic_segments_are_objects_and_the_mask(tmp_path):
     merged = ("data.classes=[leaf,stem]", "++data.reader.shapes.labels={sky: leaf}")
     assert read("coco_panoptic", tmp_path, *merged).maps[OBJECTS].things == (0, 1)
     check_dataset(read("coco_panoptic", tmp_path))
+    flags = [{"id": 10 * n, "name": name, "isthing": n > 1} for n, name in enumerate(NAMES, 1)]
+    write_panoptic(tmp_path, ids, SEGMENTS, categories=flags)
+    assert read("coco_panoptic", tmp_path).maps[OBJECTS].things == (1, 2)
 
 
 def test_panoptic_files_may_lie_beside_the_annotations(tmp_path):
@@ -315,6 +318,15 @@ def test_changed_panoptic_files_change_the_fingerprint(tmp_path):
         ({"ids": panoptic_ids()[:30]}, ("panoptic_train/a.png", "56 x 30", "56 x 40")),
         ({"segments": [*SEGMENTS, (5, 20)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
         ({"segments": [*SEGMENTS, (5, 30)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
+        (
+            {"segments": [{**SEGMENTS[3], "iscrowd": "1"}, *SEGMENTS[:3]]},
+            ("annotation 2621441 of a.png", "iscrowd is '1'"),
+        ),
+        ({"categories": [{"id": 10, "name": "sky"}]}, ("panoptic_train.json", "categories[0]", "sky", "isthing")),
+        *(
+            ({"categories": [{"id": 10, "name": "sky", "isthing": flag}]}, ("categories[0].isthing is", "0, 1, true"))
+            for flag in ("0", None, 2)
+        ),
         ({"segments": [*SEGMENTS, (6, 11)]}, ("annotation 6 of a.png", "category_id is 11")),
         *(
             (
