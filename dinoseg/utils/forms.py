@@ -135,6 +135,8 @@ def number(least: float = -_GREATEST, most: float = _GREATEST) -> Form:
 
 text = _ValueForm("text", lambda value: isinstance(value, str))
 flag = _ValueForm("true or false", lambda value: isinstance(value, bool))
+bit = _ValueForm("0, 1, true or false", lambda value: type(value) in (int, bool) and value in (0, 1))
+integer = _ValueForm("a whole number of 64 bits", lambda value: type(value) is int and -_LARGEST <= value <= _LARGEST)
 plain = _ValueForm("any value", lambda value: True)
 
 
@@ -200,6 +202,17 @@ def object_with(**forms: Form) -> Form:
         lambda value: isinstance(value, dict) and forms.keys() <= value.keys(),
         lambda value: ((f".{key}", value[key], form) for key, form in forms.items()),
     )
+
+
+def read_flag(entry: Mapping[str, Any], key: str, where: str = "its") -> bool:
+    """Return an optional flag of an object, such as COCO's `iscrowd`; without it, False.
+
+    Raises:
+        SchemaError: it is not 0, 1, true or false; names `where` and the key.
+    """
+    value = entry.get(key, False)
+    bit(value, f"{where} {key}")
+    return bool(value)
 
 
 def fits(value: Any, form: Form) -> bool:

@@ -153,15 +153,18 @@ def test_new_and_loaded_models_do_not_depend_on_settings(tmp_path):
     model(BATCH).sum().backward()
 
 
-@pytest.mark.parametrize(("head", "inference"), [("linear", "windows"), ("eomt", "whole")])
-def test_predictions_do_not_depend_on_settings(head, inference):
-    model = make_model(head, inference=inference)
+@pytest.mark.parametrize("head, options", [
+    ("linear", {"inference": "windows"}), ("eomt", {"inference": "whole"}), ("eomt", {"task": "instance"})
+])  # fmt: skip
+def test_predictions_do_not_depend_on_settings(head, options):
+    model = make_model(head, **options)
     model._precision = "fp32"
     expected = model.predict(IMAGE)
     with foreign_settings():
         found = model.predict(IMAGE)
         assert np.array_equal(found.mask, expected.mask)
         assert np.array_equal(found.probabilities, expected.probabilities)
+        assert [each.score for each in found.objects or ()] == [each.score for each in expected.objects or ()]
 
 
 @pytest.mark.heavy

@@ -130,8 +130,8 @@ class Shapes:
         labels: label of the tool to class, or to `ignore`; a label not listed here is the class of its name.
         others: the class of labels that are no class, or `ignore`; None: raise an error.
         unlabelled: the class of pixels that no shape covers, or `ignore`; None: no class, for masks with layers.
-        order: `file`: the order of the file; `area`: the largest first, so that small objects are drawn over large
-            ones.
+        order: `file`: the order of the file; `area`: the one with the most pixels first, so that small objects are
+            drawn over large ones.
         without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
         crowds: of COCO. `class`: a crowd has the class of its label and is drawn below all objects; `ignore`: its
             pixels are ignored; `object`: it is an object like others, since CVAT exports brush masks as crowds.
@@ -321,14 +321,22 @@ class _Maker:
                 for index, forms in enumerate(self._group_shapes(entry))
             ]
             return Pair(name, image, Layers(tuple(shown), Drawing.read))
-        by_area = self.shapes.order == "area"
         shapes = entry.shapes
         if self.shapes.crowds == "object":
             shapes = [replace(shape, crowd=False) for shape in shapes]
-        drawn = sorted(shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
-        forms = tuple((self._id(shape), shape.form) for shape in drawn)
-        labelled = [(self._class_id(shape.label), shape) for shape in drawn]
-        return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms, labelled, self.stuff))
+        drawn = sorted(shapes, key=lambda shape: not shape.crowd)
+        mask = Drawing(
+            entry.path,
+            entry.image,
+            size,
+            self.ground,
+            shapes=tuple((self._id(shape), shape.form) for shape in drawn),
+            labelled=[(self._class_id(shape.label), shape) for shape in drawn],
+            stuff=self.stuff,
+            crowds=sum(shape.crowd for shape in drawn),
+            by_area=self.shapes.order == "area",
+        )
+        return Pair(name, image, mask)
 
     def _group_shapes(self, entry: Entry) -> list[list[tuple[int, Form]]]:
         """Return the shapes of each class's layer: ignored ones, below those of the class, which have the value 1."""

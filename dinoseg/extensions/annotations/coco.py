@@ -7,7 +7,15 @@ from typing import Any
 
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.drawing import CompressedColumns
-from dinoseg.extensions.annotations.entry import Annotations, Entry, LabelledShape, polygons, size_of, text
+from dinoseg.extensions.annotations.entry import (
+    Annotations,
+    Entry,
+    LabelledShape,
+    check_unique_names,
+    polygons,
+    size_of,
+    text,
+)
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
 
@@ -62,9 +70,7 @@ def collect_annotations(whole: Mapping[str, Any], path: Path, make_shape: MakeSh
             raise ValueError(f"{len(entries) - len(known)} ids of {what} occur more than once: make each unique")
     for key in _find_groupings(whole):
         del categories[key]
-    names = Counter(categories.values())
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{format_value(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
+    check_unique_names(categories.values(), "categories")
     entries = {key: _entry(image, path) for key, image in images.items()}
     for position, annotation in enumerate(whole["annotations"]):
         if not isinstance(annotation, dict):
@@ -113,8 +119,8 @@ def _entry(image: Mapping[str, Any], path: Path) -> Entry:
 
 
 def _id(value: Any, what: str) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{what} has the id {format_value(value, 40)}: ids must be whole numbers")
+    if not forms.fits(value, forms.integer):
+        raise ValueError(f"{what} has the id {format_value(value, 40)}: ids must be whole numbers of 64 bits")
     return value
 
 
@@ -133,13 +139,11 @@ def find_label(annotation: Mapping[str, Any], categories: Mapping[int, str]) -> 
 def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
     label = find_label(annotation, categories)
     drawn = annotation.get("segmentation")
-    crowd = annotation.get("iscrowd") == 1
+    crowd = forms.read_flag(annotation, "iscrowd")
     key = annotation.get("id")
     if isinstance(drawn, list) and drawn:
-        outline, area = polygons(drawn)
-        return LabelledShape(label, outline, area, crowd, key)
+        return LabelledShape(label, polygons(drawn), crowd, key)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
-    counts = rle.parse_mask(drawn, size)
-    columns = CompressedColumns(rle.to_text(counts))
-    return LabelledShape(label, columns, float(counts[1::2].sum()), crowd, key)
+    columns = CompressedColumns(rle.to_text(rle.parse_mask(drawn, size)))
+    return LabelledShape(label, columns, crowd, key)

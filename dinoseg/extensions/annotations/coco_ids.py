@@ -12,8 +12,8 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
-_IMAGES = forms.list_of(forms.object_with(id=forms.whole(), file_name=forms.text))
-_CATEGORIES = forms.list_of(forms.object_with(id=forms.whole(), name=forms.text))
+_IMAGES = forms.list_of(forms.object_with(id=forms.integer, file_name=forms.text))
+_CATEGORIES = forms.list_of(forms.object_with(id=forms.integer, name=forms.text))
 _FORM = forms.object_with(images=_IMAGES, categories=_CATEGORIES)
 
 
@@ -54,7 +54,14 @@ class CocoIds:
         stems = [splitext(image["file_name"])[0].replace("\\", "/") for image in whole["images"]]
         image_ids = [image["id"] for image in whole["images"]]
         category_ids = [category["id"] for category in whole["categories"]]
-        for kind, values in (("images", stems), ("images", image_ids), ("categories", category_ids)):
+        category_names = [category["name"] for category in whole["categories"]]
+        groups = [
+            ("images", stems),
+            ("images", image_ids),
+            ("categories", category_ids),
+            ("categories", category_names),
+        ]
+        for kind, values in groups:
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
                 raise UserError(

@@ -10,11 +10,11 @@ from dinoseg.extensions.annotations.coco import collect_annotations, find_label,
 from dinoseg.extensions.annotations.drawing import Segment
 from dinoseg.extensions.annotations.entry import Annotations, LabelledShape
 from dinoseg.utils import forms
-from dinoseg.utils.wording import format_value
 
+_CATEGORIES = forms.list_of(forms.object_with(isthing=forms.bit))
 _FORM = forms.list_of(
     forms.object_with(
-        image_id=forms.whole(),
+        image_id=forms.integer,
         file_name=forms.text,
         segments_info=forms.list_of(forms.object_with(id=forms.whole(1))),
     )
@@ -31,6 +31,7 @@ def read_coco_panoptic(content: bytes, path: Path) -> Annotations:
         ValueError: it is not such a file, or an id is duplicate or undefined.
     """
     whole = parse_coco(content)
+    _CATEGORIES(whole["categories"], "categories")
     _FORM(whole["annotations"], "annotations")
     images = Counter(annotation["image_id"] for annotation in whole["annotations"])
     if twice := [image for image, count in images.items() if count > 1]:
@@ -48,11 +49,8 @@ def read_coco_panoptic(content: bytes, path: Path) -> Annotations:
         if segment["numbers"].count(number) > 1:
             raise ValueError("another segment of this image has the same id")
         form = Segment(folder / segment["png"], number, segment["numbers"])
-        area = segment.get("area") or 0
-        if not forms.fits(area, forms.number()):
-            raise ValueError(f"its area is {format_value(area, 40)}: give a finite number")
-        return LabelledShape(find_label(segment, categories), form, area, segment.get("iscrowd") == 1, number)
+        return LabelledShape(find_label(segment, categories), form, forms.read_flag(segment, "iscrowd"), number)
 
     found = collect_annotations({**whole, "annotations": segments}, path, make_shape)
-    stuff = {category["name"] for category in whole["categories"] if category.get("isthing") == 0}
+    stuff = {category["name"] for category in whole["categories"] if not category["isthing"]}
     return replace(found, stuff=frozenset(stuff))

@@ -1,6 +1,7 @@
 """Common representation of annotation files, before labels are mapped to classes."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,12 @@ class LabelledShape:
     Args:
         label: label of the tool.
         form: the pixels.
-        area: of the polygons or the mask, in pixels.
         crowd: whether it is a crowd.
         key: COCO: id of the annotation; LabelMe: the group, whose shapes of one label are an object; None: none.
     """
 
     label: str
     form: Form
-    area: float = 0
     crowd: bool = False
     key: Any = None
 
@@ -119,8 +118,20 @@ def text(value: Any, what: str) -> str:
     return value
 
 
-def polygons(rings: Sequence[Any], *, is_relative: bool = False) -> tuple[Polygons, float]:
-    """Return polygons, each a flat list x1, y1, x2, y2, ..., as a form, and the sum of their areas.
+def check_unique_names(names: Iterable[str], what: str) -> None:
+    """Raise a ValueError if a name occurs twice: both would become one class.
+
+    Args:
+        names: of classes.
+        what: what has these names, for the message.
+    """
+    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"{format_value(name)} is the name of {count} {what}: make each unique")
+
+
+def polygons(rings: Sequence[Any], *, is_relative: bool = False) -> Polygons:
+    """Return polygons, each a flat list x1, y1, x2, y2, ..., as a form.
 
     Args:
         rings: the polygons.
@@ -129,16 +140,14 @@ def polygons(rings: Sequence[Any], *, is_relative: bool = False) -> tuple[Polygo
     Raises:
         ValueError: a polygon is invalid.
     """
-    checked, area = [], 0.0
+    checked = []
     for ring in rings:
         if not isinstance(ring, list) or len(ring) % 2 or not {*map(type, ring)} <= {int, float}:
             raise ValueError("its polygon is not a list of numbers x1, y1, x2, y2, ...")
         points = points_of(ring)
         check_polygon(points)
         checked.append(points.tobytes())
-        x, y = points.T
-        area += abs(float(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0])) / 2
-    return Polygons(tuple(checked), is_relative), area
+    return Polygons(tuple(checked), is_relative)
 
 
 def points_of(values: Sequence[Any]) -> np.ndarray:

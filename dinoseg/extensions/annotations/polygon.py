@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,6 +13,25 @@ _MAX_POINTS = 2**23  # border steps of a polygon: a few with erratic borders wou
 _CHUNK = 1024  # edges whose crossings are computed at once: bounds the memory by the width of the image
 _FIFTHS = 5  # pycocotools samples borders in steps of a fifth of a pixel
 LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as LabelMe draws them
+
+
+class Patch(NamedTuple):
+    """Pixels of a shape in a box of its image.
+
+    Attributes:
+        top: first row of the box.
+        left: its first column.
+        mask: (h, w) bool; the box lies inside the image.
+    """
+
+    top: int
+    left: int
+    mask: np.ndarray
+
+    def view(self, canvas: np.ndarray) -> np.ndarray:
+        """Return the box (h, w) of a canvas (H, W), which shares its memory."""
+        height, width = self.mask.shape
+        return canvas[self.top : self.top + height, self.left : self.left + width]
 
 
 def border_length(points: np.ndarray) -> int:
@@ -34,8 +54,8 @@ def check_polygon(points: np.ndarray) -> None:
         raise ValueError("its border is too long: it crosses the image many times, or extends far beyond it")
 
 
-def rasterise(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
-    """Fill a polygon (N, 2) exactly as pycocotools does: return the first column and a mask (H, columns) bool.
+def rasterise(points: np.ndarray, size: tuple[int, int]) -> Patch:
+    """Fill a polygon (N, 2) exactly as pycocotools does.
 
     The border is sampled in fifths of a pixel. Each crossing of a column's centre toggles between inside and outside
     (rleFrPoly of maskApi.c). Only crossings of the image's own columns are computed, however far the border extends.
@@ -47,14 +67,17 @@ def rasterise(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarra
     parts = [_crossings(corners[at : at + _CHUNK], ends[at : at + _CHUNK], width) for at in chunks]
     columns, lowest = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not columns.size:
-        return 0, np.zeros((height, 0), bool)
+        return Patch(0, 0, np.zeros((0, 0), bool))
     rows = np.ceil(((lowest + 0.5) / _FIFTHS - 0.5).clip(0, height)).astype(np.int64)
-    first = int(columns.min())
-    count = int(columns.max() - columns.min()) + 1
-    changes = np.sort((columns - first) * height + rows)  # column-major positions of the toggles
-    runs = np.diff(changes, prepend=0, append=max(count * height, changes[-1]))
-    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)[: count * height]
-    return first, inside.reshape(count, height).T
+    left = int(columns.min())
+    top = int(rows.min())
+    count = int(columns.max()) - left + 1
+    length = int(rows.max()) - top
+    # column-major positions of the toggles, of which each column has an even number
+    changes = np.sort((columns - left) * length + rows - top)
+    runs = np.diff(changes, prepend=0, append=count * length)
+    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return Patch(top, left, inside.reshape(count, length).T)
 
 
 def _crossings(starts: np.ndarray, ends: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,8 +124,8 @@ def _crossings(starts: np.ndarray, ends: np.ndarray, width: int) -> tuple[np.nda
     return column, np.where(flat, of_flat, of_steep)
 
 
-def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
-    """Draw a figure of LabelMe as LabelMe does, by Pillow and with its outline: return a mask (H, W) bool.
+def draw_figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, int]) -> Patch:
+    """Draw a figure of LabelMe as LabelMe does, by Pillow and with its outline.
 
     Args:
         kind: `polygon`, `rectangle` (two corners), `oriented_rectangle` (four), `circle` (its centre and a point on
@@ -124,4 +147,5 @@ def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, in
         x, y = points[0]
         radius = POINT_RADIUS if kind == "point" else math.dist(points[0], points[1])
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=1, fill=1)
-    return np.asarray(canvas)
+    left, top, right, bottom = canvas.getbbox() or (0, 0, 0, 0)
+    return Patch(top, left, np.asarray(canvas.crop((left, top, right, bottom))))

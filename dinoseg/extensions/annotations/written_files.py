@@ -22,6 +22,7 @@ from dinoseg.core.task import ObjectTask, Task
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.annotations.coco_ids import CocoIds
+from dinoseg.extensions.annotations.drawing import Polygons
 from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.inference.outputs import FurtherOutputs, ImagePrediction, ImageWriter
 from dinoseg.report.palette import layer_colours
@@ -140,7 +141,7 @@ class PredictedShapes(FurtherOutputs):
         objects: `component`: each connected component is an object; `class`: all pixels of a class in an image are one.
             A model that predicts objects has its own.
         tolerance: maximum shift in pixels of a polygon's edge by simplification; 0: exact.
-        min_area: minimum area in pixels; smaller parts are dropped.
+        min_area: minimum number of predicted pixels; smaller parts are dropped.
         min_score: minimum score of predicted objects; COCO's results hold all.
         ids: JSON file of COCO whose ids of images and categories the files of COCO get; None: from 1 on.
     """
@@ -291,13 +292,17 @@ class CocoAnnotations(_Annotations):
 
     def _annotation(self, part: MaskRegion) -> dict[str, Any]:
         if self.shapes.format == "rle":
-            drawn: Any = _encode(part.runs, part.size)
+            segmentation: Any = _encode(part.runs, part.size)
+            area, box = part.runs.area, part.box
         else:
-            drawn = [points.ravel().tolist() for points in edge_polygons(part, self.shapes.tolerance)]
-        area = part.runs.area
+            outlines = [*edge_polygons(part, self.shapes.tolerance)]
+            segmentation = [points.ravel().tolist() for points in outlines]
+            area, box = _measure(outlines, part.size)  # simplified polygons cover other pixels than the part
         score = {} if part.score is None else {"score": part.score}
         category = self.ids.find_category(part.class_id)
-        return {"category_id": category, "iscrowd": 0, "area": area, "bbox": part.box, "segmentation": drawn, **score}
+        return {
+            "category_id": category, "iscrowd": 0, "area": area, "bbox": box, "segmentation": segmentation, **score
+        }  # fmt: skip
 
 
 class LabelmeAnnotations(_Annotations):
@@ -399,6 +404,14 @@ class PanopticSegments:
             "annotations": [{"image_id": number, **piece["annotation"]} for number, piece in pieces],
         }
         write_text(self.folder / "panoptic.json", json.dumps(content, ensure_ascii=False))
+
+
+def _measure(outlines: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[int, list[int]]:
+    """Return the number of pixels that polygons (N, 2) cover, as in pycocotools, and their box as in `MaskRegion`."""
+    patch = Polygons(tuple(points.astype(np.float64).tobytes() for points in outlines)).draw(size)
+    covered = Objects.of_masks(patch.mask[None], classes=[0])
+    left, top, width, height = covered.boxes[0].tolist()
+    return int(covered.areas[0]), [patch.left + left, patch.top + top, width, height]
 
 
 def _encode(runs: Runs, size: tuple[int, int]) -> dict[str, Any]:

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dinoseg.extensions.annotations.entry import Annotations, Entry, LabelledShape, polygons, text
+from dinoseg.extensions.annotations.entry import (
+    Annotations,
+    Entry,
+    LabelledShape,
+    check_unique_names,
+    polygons,
+    text,
+)
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.forms import read_regular
@@ -20,7 +27,7 @@ def read_yolo(content: bytes, path: Path) -> Annotations:
     """Parse data.yaml: its labels are the names of the classes; `list_yolo_images` adds the images.
 
     Raises:
-        ValueError: it is not such a file, or its text files hold key points.
+        ValueError: it is not such a file, two classes have one name, or its text files hold key points.
     """
     whole = parse_yaml(content.decode("utf-8-sig"))
     names = whole.get("names") if isinstance(whole, dict) else None
@@ -31,6 +38,7 @@ def read_yolo(content: bytes, path: Path) -> Annotations:
     if "kpt_shape" in whole:
         raise ValueError("kpt_shape declares key points in its text files: export polygons (YOLO segmentation)")
     labels = [text(name, f"the name of class {number}") for number, name in enumerate(names)]
+    check_unique_names(labels, "classes")
     places = {key: value if isinstance(value, list) else [value] for key, value in whole.items() if value}
     return Annotations(labels, [], places=places)
 
@@ -129,5 +137,4 @@ def _parse_row(row: str, line: int, labels: Sequence[str]) -> LabelledShape:
             f"line {line} has coordinates outside of 0 to 1: {join_names(outside)}. Divide x by the width of the image "
             "and y by its height"
         )
-    form, area = polygons([values], is_relative=True)
-    return LabelledShape(labels[int(number)], form, area)
+    return LabelledShape(labels[int(number)], polygons([values], is_relative=True))

@@ -157,9 +157,7 @@ def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
         video = annotation.get("video_id")
         if type(video) is not int or video not in videos:
             raise ValueError(f"{where} belongs to video {format_json(video, 40)}, which is not in videos")
-        if annotation.get("iscrowd") not in (None, 0, 1):
-            raise ValueError(f"{where} has iscrowd {format_json(annotation['iscrowd'], 40)}: give 0 or 1")
-        if not annotation.get("iscrowd"):
+        if not forms.read_flag(annotation, "iscrowd", f"{where}: its"):
             videos[video].objects.append(_shapes(annotation.get("segmentations"), videos[video], where))
             if len(videos[video].objects) >= VOID:
                 raise ValueError(f"video {videos[video].folder} has more than {VOID - 1} objects")
@@ -204,7 +202,7 @@ def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
     if segmentation is None:
         return None
     if isinstance(segmentation, list) and segmentation:
-        return polygons(segmentation)[0]
+        return polygons(segmentation)
     if not isinstance(segmentation, dict):
         raise ValueError(f"its segmentation is {format_json(segmentation, 40)}: give run lengths, polygons or null")
     return CompressedColumns(rle.to_text(rle.parse_mask(segmentation, size)))

@@ -64,8 +64,10 @@ def find_instances(
         for chunk, pixels in _upsample_chunks(logits, queries, size, valid):
             inside = pixels > 0
             sums = (pixels.sigmoid() * inside).sum(dim=(1, 2))
+            # integers and a float would add up to torch's default dtype, a setting of the calling program
+            areas = inside.sum(dim=(1, 2)).float()
             masks |= zip(chunk, _find_runs(inside), strict=True)
-            means |= zip(chunk, (sums / (inside.sum(dim=(1, 2)) + _EPSILON)).tolist(), strict=True)
+            means |= zip(chunk, (sums / (areas + _EPSILON)).tolist(), strict=True)
         scores = np.array([float(shares[query, label]) * means[query] for query, label in kept])
         objects = Objects.of_runs(size, [masks[query] for query, _ in kept], [label for _, label in kept], scores)
         found.append(objects.sort_by_score())

@@ -217,7 +217,7 @@ def _draw(content: Mapping[str, Any], encodings: Iterable[str]) -> tuple[dict[st
     pen = ImageDraw.Draw(canvas)
     unknown: Counter[str] = Counter()
     for number, entry in enumerate(content["objects"]):
-        if entry.get("deleted"):
+        if forms.read_flag(entry, "deleted", f"objects[{number}]:"):
             continue
         _OBJECT(entry, f"objects[{number}]")
         label = entry["label"]

@@ -140,6 +140,33 @@ def test_small_shapes_lie_on_large_ones_unless_ordered_by_file(tmp_path):
     check_mask(mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 1, 2)), "coco", root)
 
 
+TALL = ([0, 0, 2, 0, 2, 900, 0, 900], [0, 0, 5, 0, 5, 8, 0, 8])  # the first lies mostly outside of the image
+CROSSING = ([1, 3, 3, 3, 3, 5, 1, 5], [1, 1, 9, 7, 9, 1, 1, 7])  # signed areas of the second add up to 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "rings", "pixel"),
+    [
+        ("coco", (CROSSING[:1], CROSSING[1:]), (4, 2)),
+        ("coco", (TALL[:1], TALL[1:]), (4, 1)),
+        ("coco", ([CORNERS, CORNERS], [[1, 1, 6, 1, 6, 5, 1, 5]]), (2, 2)),
+        ("labelme", (CROSSING[:1], CROSSING[1:]), (4, 2)),
+        ("labelme", (TALL[:1], TALL[1:]), (4, 1)),
+    ],
+)
+def test_order_by_area_counts_the_pixels_that_are_drawn(tmp_path, kind, rings, pixel):
+    small, large = rings
+    if kind == "coco":
+        root = coco(tmp_path / "train.json", annotations=[(1, 2, small), (1, 1, large)])
+    else:
+        points = [[*zip(ring[::2], ring[1::2], strict=True)] for (ring,) in rings]
+        shapes = [("stem", "polygon", points[0]), ("leaf", "polygon", points[1])]
+        root = labelme(tmp_path / "train/a.json", *shapes).parent
+    mask = open_annotated(kind, root, order="area").mask(0)
+    assert mask[pixel] == 2 and (mask == 1).any()
+    assert open_annotated(kind, root, order="file").mask(0)[pixel] == 1
+
+
 def test_labelme_draws_as_it_does_itself(tmp_path):
     labelme(
         tmp_path / "train/a.json",
@@ -259,8 +286,9 @@ def test_replaced_files_are_read_again_and_huge_ones_refused(tmp_path, monkeypat
     refused("coco", coco(tmp_path / "train.json"), "bytes; the limit is 100: divide it into several")
 
 
-def test_crowds_may_be_ignored(tmp_path):
-    crowd = {"image_id": 1, "category_id": 2, "iscrowd": 1, "segmentation": {"size": list(SIZE), "counts": [0, 80]}}
+@pytest.mark.parametrize("flag", [1, True])
+def test_crowds_may_be_ignored(tmp_path, flag):
+    crowd = {"image_id": 1, "category_id": 2, "iscrowd": flag, "segmentation": {"size": list(SIZE), "counts": [0, 80]}}
     root = coco(tmp_path / "train.json", annotations=[(1, 1, [CORNERS]), crowd])
     box = mask_of_boxes((1, 1, 4, 1, 5))
     check_mask(np.where(box, 1, 255), "coco", root, crowds="ignore")
@@ -346,6 +374,18 @@ def test_missing_images_are_reported_and_other_folders_read(tmp_path):
         ({"annotations": [{"image_id": 1, "segments_info": []}]}, "panoptic format, whose masks are PNG"),
         ({"annotations": [(7, 1, [CORNERS])]}, "belongs to image 7, which is not in images"),
         ({"annotations": [("1", 1, [CORNERS])]}, "ids must be whole numbers"),
+        ({"annotations": [(2**63, 1, [CORNERS])]}, "ids must be whole numbers of 64 bits"),
+        *(
+            (
+                {
+                    "annotations": [
+                        {"id": 7, "image_id": 1, "category_id": 1, "segmentation": [CORNERS], "iscrowd": flag}
+                    ]
+                },
+                "train.json: annotation 7 of a.png: its iscrowd is " + shown,
+            )
+            for flag, shown in (("1", "'1'; it must be 0, 1, true or false"), (None, "None"), (2, "2"), (1.0, "1.0"))
+        ),
         ({"annotations": [(1, 1, [])]}, "no segmentation, only a box"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4]])]}, "2 points and needs at least 3"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4, 5, "6"]])]}, "not a list of numbers"),

@@ -77,6 +77,9 @@ def test_small_objects_lie_on_large_ones(tmp_path):
     assert mask[12, 16] == 2 and mask[0, 0] == mask[-1, -1] == 1
     mask = read(tmp_path, "data.reader.shapes.order=file", name="yolo")[0]["mask"].numpy()
     assert (mask == 1).all()
+    # two parts that are joined, of opposite orientation
+    write(tmp_path, {"a": "1 0.05 0.4 0.15 0.4 0.15 0.6 0.05 0.6\n0 0 0 1 1 1 0 0 1"})
+    assert read(tmp_path, name="yolo")[0]["mask"][20, 5] == 2
 
 
 def test_empty_and_missing_text_files_are_images_without_objects(tmp_path, caplog):
@@ -160,6 +163,8 @@ def test_labels_may_lie_beside_the_images(tmp_path):
         ("train: images/train\n", ("no list of classes", "names: [leaf, stem]")),
         ("[]", ("no list of classes",)),
         ("names: {0: leaf, 2: stem}\ntrain: images/train\n", ("name of class 1", "None")),
+        ("names: [leaf, leaf]\ntrain: images/train\n", ("leaf is the name of 2 classes",)),
+        ("names: {0: leaf, 1: leaf}\ntrain: images/train\n", ("leaf is the name of 2 classes",)),
         (NAMES + "val: images/val\n", ("no entry train", "partition.by=fraction")),
         (NAMES + "train: pictures\n", ("names pictures", "no ", "Correct its entries")),
         (NAMES + f"train: {'a' * 300}\n", ("names aaa", "Correct its entries")),

@@ -134,7 +134,14 @@ def test_other_folders_are_taken_whole_and_test_has_no_masks(root):
         (("videos", 0, "width"), True, r"height 32 and width true are not an image size"),
         (("videos", 0, "file_names", 1), "0043f083b5/00000.png", r"two frames with one name"),
         (("annotations",), 0, "annotations is not a list"),
-        (("annotations", 1, "iscrowd"), "0", r'annotations\[1\] \(id 70\) has iscrowd "0": give 0 or 1'),
+        *(
+            (
+                ("annotations", 1, "iscrowd"),
+                flag,
+                r"annotations\[1\] \(id 70\): its iscrowd is .*; it must be 0, 1, true",
+            )
+            for flag in ("0", None, 2)
+        ),
         (("annotations", 1), 4, r"annotations\[1\] is not an object"),
         (("annotations", 1, "video_id"), 99, r"annotations\[1\] \(id 70\) belongs to video 99, which"),
         (("annotations", 1, "video_id"), "7", r'belongs to video "7", which is not in videos'),

@@ -136,7 +136,7 @@ def test_coco_polygons_draw_the_objects(tmp_path):
     entries = [entry for entry in read_json(out, "coco", "annotations.json")["annotations"] if entry["image_id"] == 1]
     for entry, mask in zip(entries, drawn["a"], strict=True):
         canvas = np.zeros((60, 90), bool)
-        polygons(entry["segmentation"])[0].paint(canvas, True)
+        polygons(entry["segmentation"]).paint(canvas, True)
         assert np.array_equal(canvas, mask) and entry["area"] == mask.sum() and entry["score"] > 0.8
 
 
@@ -172,7 +172,13 @@ def test_class_that_the_reference_lacks_is_refused_at_the_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change"), [("images", {"id": 70}), ("images", {"file_name": "a.jpg"}), ("categories", {"id": 25})]
+    ("kind", "change"),
+    [
+        ("images", {"id": 70}),
+        ("images", {"file_name": "a.jpg"}),
+        ("categories", {"id": 25}),
+        ("categories", {"name": "stone"}),
+    ],
 )
 def test_ids_of_a_reference_must_be_unique(tmp_path, kind, change):
     ids = write_reference(tmp_path, "ids.json")

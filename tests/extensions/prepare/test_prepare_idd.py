@@ -118,7 +118,7 @@ def test_deleted_and_group_polygons_are_skipped_or_renamed(tmp_path, caplog):
     objects = [
         box("cargroup", 0, 0, 9, 9), box("polegroup", 10, 0, 19, 9), box("car", 0, 0, 63, 47, deleted=1),
         box("car", 0, 0, 63, 47, deleted=True), box("road", 20, 0, 29, 9, deleted=0),
-        box("sky", 30, 0, 39, 9, deleted=None, verified=1, user="x", date="y"), box("traffic cone", 0, 0, 63, 47),
+        box("sky", 30, 0, 39, 9, deleted=False, verified=1, user="x", date="y"), box("traffic cone", 0, 0, 63, 47),
         box("conegroup", 0, 0, 63, 47), box("conegroup", 0, 0, 63, 47), box("group", 0, 0, 63, 47),
         box("traffic cone", 0, 0, 63, 47, deleted=1), {"label": "wall", "polygon": [[0, 0], [60, 40]]},
         {"label": "wall", "polygon": []}, {"label": None, "polygon": None, "deleted": 1},
@@ -253,6 +253,7 @@ BAD = {
         {"objects": [box("sky", 0, 0, 1, 1), {"label": "road"}]},
         "objects[1] is {'label': 'road'}; it must be an object with label, polygon",
     ),
+    "text_flag": ({"objects": [box("sky", 0, 0, 1, 1, deleted="0")]}, "objects[0]: deleted is '0'; it must be 0, 1,"),
     "bool_point": (road([True, 0]), "objects[0].polygon[0][0] is True; it must be a number"),
     "triple": (road([0, 0, 0]), "is [0, 0, 0]; it must be a list of 2"),
     "far": (road([-1e300, 0]), "is -1e+300; it must be a number from -1000000 to 1000000"),

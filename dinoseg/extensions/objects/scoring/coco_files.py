@@ -9,7 +9,7 @@ from typing import Any
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
-IMAGES = forms.list_of(forms.object_with(id=forms.whole()))
+IMAGES = forms.list_of(forms.object_with(id=forms.integer))
 
 
 def read_coco_json(path: Path, option: str, form: forms.Form, what: str) -> Any:

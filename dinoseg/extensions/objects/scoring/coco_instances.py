@@ -17,11 +17,11 @@ from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, RowP
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
 
-_OBJECT: dict[str, forms.Form] = {"image_id": forms.whole(), "category_id": forms.whole(), "segmentation": forms.plain}
+_OBJECT: dict[str, forms.Form] = {"image_id": forms.integer, "category_id": forms.integer, "segmentation": forms.plain}
 _REFERENCE = forms.object_with(
     images=IMAGES,
-    categories=forms.list_of(forms.object_with(id=forms.whole(), name=forms.text)),
-    annotations=forms.list_of(forms.object_with(id=forms.whole(), area=forms.plain, **_OBJECT)),
+    categories=forms.list_of(forms.object_with(id=forms.integer, name=forms.text)),
+    annotations=forms.list_of(forms.object_with(id=forms.integer, area=forms.plain, **_OBJECT)),
 )
 _RESULTS = forms.list_of(forms.object_with(score=forms.plain, **_OBJECT))
 Named = tuple[str, Mapping[str, Any]]  # how messages name an object, and its entry
@@ -115,12 +115,12 @@ class CocoInstances(RowProtocol):
             size = size_of(case.image.get("height"), case.image.get("width"))
         except ValueError as error:
             raise BadFile(reference, f"image {case.image['id']}: {error}") from None
-        held = self._read(case.reference, reference, size)
-        found = self._read(case.prediction, prediction, size)
+        held = self._read(case.reference, reference, size, is_result=False)
+        found = self._read(case.prediction, prediction, size, is_result=True)
         counts = {"reference_objects": len(held.masks), "predicted_objects": len(found.masks)}
         return Measured(np.array([*counts.values()]), counts, count_instances(held, found))
 
-    def _read(self, entries: Sequence[Named], path: Path, size: tuple[int, int]) -> Objects:
+    def _read(self, entries: Sequence[Named], path: Path, size: tuple[int, int], *, is_result: bool) -> Objects:
         masks: list[Runs] = []
         classes, areas, scores, crowds = [], [], [], []
         places = {number: place for place, number in enumerate(self._categories)}
@@ -132,14 +132,14 @@ class CocoInstances(RowProtocol):
                         f"its category_id is {entry['category_id']}, which is not in the categories of the reference. "
                         "If dinoseg wrote the file, predict with mode.shapes.ids=REFERENCE"
                     )
-                is_result = "score" in entry
+                # as in pycocotools, results are never crowds, and scores of references do not count
                 areas.append(mask.area if is_result else _finite(entry["area"], "area"))
                 scores.append(_finite(entry["score"], "score") if is_result else 0)
+                crowds.append(not is_result and forms.read_flag(entry, "iscrowd"))
             except ValueError as error:
                 raise BadFile(path, f"{name}: {error}") from None
             masks.append(mask)
             classes.append(places[entry["category_id"]])
-            crowds.append(entry.get("iscrowd") == 1)
         return Objects(
             size,
             masks,
@@ -162,7 +162,7 @@ def _read_mask(segmentation: Any, size: tuple[int, int]) -> Runs:
     """Return the mask of polygons or run lengths, compressed or not."""
     if isinstance(segmentation, list) and segmentation:
         canvas = np.zeros(size, bool)
-        polygons(segmentation)[0].paint(canvas, True)
+        polygons(segmentation).paint(canvas, True)
         return Runs.of_mask(canvas)
     if not isinstance(segmentation, dict):
         raise ValueError("it has no segmentation: give polygons or run lengths")

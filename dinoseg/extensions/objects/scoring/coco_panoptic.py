@@ -21,9 +21,9 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 
-_SEGMENTS = forms.list_of(forms.object_with(id=forms.whole(), category_id=forms.whole()))
-_ANNOTATIONS = forms.list_of(forms.object_with(image_id=forms.whole(), file_name=forms.text, segments_info=_SEGMENTS))
-_CATEGORIES = forms.list_of(forms.object_with(id=forms.whole(), name=forms.text, isthing=forms.whole(0, 1)))
+_SEGMENTS = forms.list_of(forms.object_with(id=forms.whole(), category_id=forms.integer))
+_ANNOTATIONS = forms.list_of(forms.object_with(image_id=forms.integer, file_name=forms.text, segments_info=_SEGMENTS))
+_CATEGORIES = forms.list_of(forms.object_with(id=forms.integer, name=forms.text, isthing=forms.bit))
 _REFERENCE = forms.object_with(categories=_CATEGORIES, annotations=_ANNOTATIONS)
 _PREDICTION = forms.object_with(annotations=_ANNOTATIONS)
 Entry = Mapping[str, Any]
@@ -141,12 +141,15 @@ class CocoPanoptic(SumProtocol):
                     path, f"{where}: segment {number} has the category {category}, which is not in categories"
                 )
         classes = np.array([places[segment["category_id"]] for segment in segments], np.int64)
-        crowds = np.array([segment.get("iscrowd") == 1 for segment in segments], bool)
-        return Segments(ids, numbers, classes, crowds)
+        try:
+            crowds = [forms.read_flag(segment, "iscrowd", f"segment {segment['id']}:") for segment in segments]
+        except forms.SchemaError as error:
+            raise BadFile(path, f"{where}, {error}") from None
+        return Segments(ids, numbers, classes, np.array(crowds, bool))
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each score (...) from sums (..., 4 K)."""
-        things = np.array([entry["isthing"] == 1 for entry in self._categories.values()], bool)
+        things = np.array([entry["isthing"] for entry in self._categories.values()], bool)
         return mean_qualities(self._by_class(sums), things)
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:

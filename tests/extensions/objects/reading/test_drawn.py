@@ -95,6 +95,16 @@ def test_coco_objects_are_those_of_pycocotools(tmp_path, seed):
         assert len(numbers) == len(expected) and 1 <= numbers.min() and numbers.max() <= len(annotations)
 
 
+def test_objects_are_numbered_by_their_pixels(tmp_path):
+    drawn = {1: rectangle(6, 18, 4, 4), 2: [5, 5, 45, 35, 45, 5, 5, 35], 3: rectangle(0, 20, 9, 900)}
+    rows = [{"id": n, "image_id": 1, "category_id": 10 * n, "segmentation": [ring]} for n, ring in drawn.items()]
+    for order, expected in (("area", [2, 3, 1]), ("file", [1, 2, 3])):
+        write_coco(tmp_path, rows)
+        objects = read("coco_instances", tmp_path, f"data.reader.shapes.order={order}")[0]["maps"][OBJECTS]
+        values = sorted(objects[objects > 0].unique().tolist(), key=object_numbers)
+        assert [object_classes(value) for value in values] == expected
+
+
 def test_ignored_crowds_remain_objects(tmp_path):
     write_coco(tmp_path, random_annotations(np.random.default_rng(0), 25))
     shown = read("coco_instances", tmp_path)
@@ -275,6 +285,9 @@ def test_panoptic_segments_are_objects_and_the_mask(tmp_path):
     merged = ("data.classes=[leaf,stem]", "++data.reader.shapes.labels={sky: leaf}")
     assert read("coco_panoptic", tmp_path, *merged).maps[OBJECTS].things == (0, 1)
     check_dataset(read("coco_panoptic", tmp_path))
+    flags = [{"id": 10 * n, "name": name, "isthing": n > 1} for n, name in enumerate(NAMES, 1)]
+    write_panoptic(tmp_path, ids, SEGMENTS, categories=flags)
+    assert read("coco_panoptic", tmp_path).maps[OBJECTS].things == (1, 2)
 
 
 def test_panoptic_files_may_lie_beside_the_annotations(tmp_path):
@@ -305,14 +318,16 @@ def test_changed_panoptic_files_change_the_fingerprint(tmp_path):
         ({"ids": panoptic_ids()[:30]}, ("panoptic_train/a.png", "56 x 30", "56 x 40")),
         ({"segments": [*SEGMENTS, (5, 20)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
         ({"segments": [*SEGMENTS, (5, 30)]}, ("annotation 5 of a.png", "segment of this image has the same id")),
-        ({"segments": [*SEGMENTS, (6, 11)]}, ("annotation 6 of a.png", "category_id is 11")),
-        *(
-            (
-                {"segments": [{"id": 70001, "category_id": 10, "area": area}, *SEGMENTS[1:]]},
-                ("annotation 70001", "area"),
-            )
-            for area in ([1], "many", 10**400, float("nan"))
+        (
+            {"segments": [{**SEGMENTS[3], "iscrowd": "1"}, *SEGMENTS[:3]]},
+            ("annotation 2621441 of a.png", "iscrowd is '1'"),
         ),
+        ({"categories": [{"id": 10, "name": "sky"}]}, ("panoptic_train.json", "categories[0]", "sky", "isthing")),
+        *(
+            ({"categories": [{"id": 10, "name": "sky", "isthing": flag}]}, ("categories[0].isthing is", "0, 1, true"))
+            for flag in ("0", None, 2)
+        ),
+        ({"segments": [*SEGMENTS, (6, 11)]}, ("annotation 6 of a.png", "category_id is 11")),
         *(
             (
                 {"annotations": [{"image_id": 1, "file_name": name, "segments_info": [{"id": 5, "category_id": 10}]}]},

@@ -111,6 +111,23 @@ def test_ap_equals_pycocotools(tmp_path):
     assert all(low <= OFFICIAL[place] <= high for place, (low, high) in enumerate(result["ci95"].values()))
 
 
+def test_negative_ids_change_no_score(tmp_path):
+    reference, results = place_instances()
+    for entry in (*reference["images"], *reference["categories"], *reference["annotations"], *results):
+        entry.update({key: entry[key] - 100 for key in ("id", "image_id", "category_id") if key in entry})
+    scores = summary(*score(tmp_path, reference, results))["scores"]
+    assert [*scores.values()] == pytest.approx(OFFICIAL, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [1.0, None, "high"])
+def test_reference_with_scores_is_sized_by_its_areas(tmp_path, value):
+    reference, results = place_instances()
+    for entry in reference["annotations"]:
+        entry.update(score=value, area=96**2)
+    scores = summary(*score(tmp_path, reference, results))["scores"]
+    assert scores["APs"] is None and scores["APl"] > 0
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_leaving_out_images_equals_a_new_computation(tmp_path, seed):
     drawn = place_instances() if seed == 0 else draw_instances(seed)
@@ -159,7 +176,7 @@ def test_images_without_objects_do_not_narrow_intervals(tmp_path):
 def test_polygons_are_drawn_as_by_pycocotools(tmp_path):
     rings = [[10, 10, 40.5, 12, 30, 60.25], [100, 100, 120, 100, 120, 120, 100, 120]]
     mask = np.zeros((150, 200), bool)
-    polygons(rings)[0].paint(mask, True)
+    polygons(rings).paint(mask, True)
     assert mask.sum() == 1145  # as of pycocotools
     reference, _ = place_instances()
     annotation = {"id": 1, "image_id": 3, "category_id": 2, "area": 1145, "segmentation": rings}
@@ -216,6 +233,10 @@ def change(side, place, **values):
         (change("results", 4, segmentation=[]), "image 6, result 4: it has no segmentation"),
         (change("annotations", 7, category_id=6), "gt.json: image 8, annotation 8: its category_id is 6, which is not"),
         (change("annotations", 7, image_id=99), "gt.json: image 99, annotation 8: the image is not in gt.json"),
+        (
+            change("annotations", 7, iscrowd="1"),
+            "image 8, annotation 8: its iscrowd is '1'; it must be 0, 1, true or f",
+        ),
         (change("annotations", 7, area=None), "image 8, annotation 8: its area is None"),
         (change("annotations", 7, area=-(10**400)), "image 8, annotation 8: its area is -1000"),
         (change("annotations", 7, id=8 + 4), "gt.json: 2 annotations have the id 12"),

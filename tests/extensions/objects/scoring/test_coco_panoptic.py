@@ -84,6 +84,21 @@ def test_quality_equals_panopticapi(tmp_path):
     assert all(low < result["scores"][key] < high for key, (low, high) in result["ci95"].items())
 
 
+def test_negative_ids_and_flags_as_booleans_change_nothing(tmp_path):
+    categories, images = place_segments()
+    categories = [{**each, "id": -each["id"], "isthing": each["isthing"] == 1} for each in categories]
+    images = [
+        (
+            -number,
+            *((ids, [{**each, "category_id": -each["category_id"]} for each in segments]) for ids, segments in sides),
+        )
+        for number, *sides in images
+    ]
+    assert score(tmp_path, categories, images)["scores"]["PQ_things"] == pytest.approx(
+        OFFICIAL["_things"][0], abs=1e-12
+    )
+
+
 def test_scores_and_their_difference_are_written(tmp_path):
     write_segments(tmp_path, *place_segments())
     words = [word.replace("results.json", "[results.json,gt.json]") for word in WORDS]
@@ -121,6 +136,7 @@ def set_corner(pixels):
             "image 2: segment 70001 has the category 5, which is not in categories",
         ),
         (edit_segment("gt", category_id=5), "image 2: segment 70001 has the category 5, which is not in categories"),
+        (edit_segment("gt", iscrowd="1"), "image 2, segment 70001: iscrowd is '1'; it must be 0, 1, true or false"),
         (edit_segment("gt", id=0), "image 2: the id 70001 is in the PNG, but not in"),
         (edit_segment("results", id=70002), "image 2: the id 70001 is in the PNG, but not in"),
         (edit_png("results", lambda pixels: pixels[:-1]), "image 2 is 60 x 39 (width x height), its reference 60 x 40"),
