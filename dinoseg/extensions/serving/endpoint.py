@@ -248,7 +248,7 @@ def write_objects(found: Objects, classes: Sequence[str]) -> str:
             segmentation = {"size": [height, width], "counts": to_text(mask.to_counts(height * width))}
             facts = {"class": classes[label], "class_id": label, "score": score, "box": box, "area": mask.area}
             entries.append(json.dumps(facts | {"segmentation": segmentation}))
-            rest -= len(entries[-1]) - letters
+            rest -= len(entries[-1]) + 2 - letters  # with its comma and space, or the brackets
         if rest < 0:
             raise AnswerTooLarge(
                 f"The {len(found)} objects take more than {_MAX_ANSWER // MIB} MiB as JSON. Ask for fewer, by a higher "

@@ -50,11 +50,14 @@ def test_only_known_host_names_are_accepted(caplog):
 
 def test_connections_are_bounded(monkeypatch, capsys):
     configs, stops = [], []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: configs.append(self.config))
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: (configs.append(self.config), self.handle_exit(15, None))
+    )
     with bind_socket("127.0.0.1", 0) as listener:
         serve_until_signal(lambda: None, listener, stops.append)
     assert configs[0].limit_concurrency == server_module._CONNECTIONS == 256  # as docs/security.md says
     assert guard.MAX_SOCKETS == 64 and configs[0].ws_max_size == 2**19
+    assert stops == [20]
     assert configs[0].timeout_graceful_shutdown == 25 and not configs[0].server_header
     assert re.search(r"listening on http://127.0.0.1:\d+\n", capsys.readouterr().out)
 
@@ -174,6 +177,8 @@ def test_requests_in_progress_are_answered_when_it_is_stopped(server, tmp_path):
     [
         (("mode=serve",), "resume is not set"),
         (("mode=serve", "mode.model=a.onnx", "mode.max_mib=0"), "mode.max_mib=0 is out of range"),
+        (("mode=serve", "resume=dinoseg:surgery", "mode.min_score=0.4"), "mode.min_score is for a model of objects"),
+        (("mode=serve", "mode.model=a.onnx", "mode.timeout=0"), "mode.timeout=0 is out of range"),
         (("mode=app", "tracker.short_side=0", "mode.hosts=[]"), "short_side=0 is out of range"),
         (("mode=serve", "mode.model=a.onnx", "engine.precision=bf16"), "engine.precision=bf16: a.onnx is an ONNX file"),
         (("mode=serve", "mode.model=a.onnx", "backbone.weights=x"), "backbone.weights=x: a.onnx is an ONNX file"),
