@@ -21,8 +21,8 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CONNECTIONS = 256  # at once, which bounds memory and files; requests on further ones get a 503
 _HEADER_BYTES = 2**16  # of a request; browsers send all cookies of a host, whatever their port
 _MESSAGE_BYTES = 2**19  # of a web socket; a brush stroke of 20,000 points has up to 320 kB
-_LAST_SECONDS = 25  # of requests in progress after a stop signal, such as uploads that stall
-WORK_SECONDS = 20  # of the model's work after a stop signal: the others are answered within `_LAST_SECONDS`
+_LAST_SECONDS = 20  # of requests in progress after a stop signal, such as uploads that stall
+WORK_SECONDS = 15  # of the model's work after a stop signal: the others are answered within `_LAST_SECONDS`
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

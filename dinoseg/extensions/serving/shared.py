@@ -1,6 +1,10 @@
 """The model that all clients of a server share."""
 
+import atexit
+import logging
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -125,8 +129,20 @@ class SharedModel:
         self._end = min(self._end, time.monotonic() + seconds)
 
     def close(self) -> None:
-        """End all work, and the process that decodes images; wait some seconds for an operation of the model."""
+        """End all work, and the process that decodes images; wait some seconds for an operation of the model.
+
+        One that takes longer is left: the process then ends with status 0 instead of waiting for it.
+        """
         self.stop(0)
         if self._computing.acquire(timeout=_LAST_SECONDS):
             self._computing.release()
+        else:
+            atexit.register(_exit_at_once)
         self._decoder.close()
+
+
+def _exit_at_once() -> None:
+    # a thread that returns from an operation of torch while Python shuts down would abort the process
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)

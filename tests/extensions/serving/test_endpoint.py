@@ -20,6 +20,7 @@ from starlette.datastructures import QueryParams
 
 from dinoseg.core.objects import Objects
 from dinoseg.extensions.serving import endpoint
+from dinoseg.extensions.serving import shared as shared_module
 from dinoseg.extensions.serving.decoding import ImageDecoder
 from dinoseg.extensions.serving.endpoint import build_endpoint
 from dinoseg.extensions.serving.work import Work, WorkCancelled, run_in_thread
@@ -162,8 +163,14 @@ def test_images_of_departed_clients_are_not_computed(tmp_path, waits):
     assert endpoint.error_response(WorkCancelled()).status_code == 499
 
 
-def test_computing_does_not_delay_the_end_of_the_process():
+def test_long_operation_does_not_delay_the_exit(monkeypatch):
     assert asyncio.run(run_in_thread(lambda: threading.current_thread().daemon))
+    registered = []
+    monkeypatch.setattr(shared_module, "_LAST_SECONDS", 0.01)
+    monkeypatch.setattr("atexit.register", registered.append)
+    with shared_model() as shared:
+        shared._computing.acquire()
+    assert registered == [shared_module._exit_at_once]
 
 
 @pytest.mark.parametrize(

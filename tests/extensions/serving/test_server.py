@@ -57,8 +57,8 @@ def test_connections_are_bounded(monkeypatch, capsys):
         serve_until_signal(lambda: None, listener, stops.append)
     assert configs[0].limit_concurrency == server_module._CONNECTIONS == 256  # as docs/security.md says
     assert guard.MAX_SOCKETS == 64 and configs[0].ws_max_size == 2**19
-    assert stops == [20]
-    assert configs[0].timeout_graceful_shutdown == 25 and not configs[0].server_header
+    assert stops == [15]
+    assert configs[0].timeout_graceful_shutdown == 20 and not configs[0].server_header
     assert re.search(r"listening on http://127.0.0.1:\d+\n", capsys.readouterr().out)
 
 
