@@ -196,7 +196,7 @@ def parse_query(query: QueryParams, *names: str) -> dict[str, str]:
     """
     for name, count in Counter(name for name, _ in query.multi_items()).items():
         if name not in names:
-            raise UserError(f"{format_value(name)} is no parameter of this address, which has {' and '.join(names)}.")
+            raise UserError(f"The parameter {format_value(name)} is unknown. This address takes {' and '.join(names)}.")
         if count > 1:
             raise UserError(f"{name} is given {count} times. Give it once, and send a request for each value.")
     return dict(query)

@@ -177,8 +177,8 @@ def test_long_operation_does_not_delay_the_exit(monkeypatch):
     ("address", "reason"),
     [
         ("segment?class=a&class=b", "class is given 2 times"),
-        ("segment?clas=leaf", "clas is no parameter"),
-        ("segment?score=0.5", "score is no parameter"),
+        ("segment?clas=leaf", "The parameter clas is unknown"),
+        ("segment?score=0.5", "This address takes class."),
         (f"segment?class={'x' * 2000}", "/health"),
         ("objects?class=tree", "class=tree is unknown"),
         ("objects?score=nan", "score=nan is not a number from 0 to 1"),
