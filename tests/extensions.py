@@ -57,7 +57,7 @@ EXTENSIONS = {
     "query_heads": Extension(),
     "regions": Extension(),
     "rendering": Extension(),
-    "serving": Extension(("tracking", "video")),
+    "serving": Extension(("annotations", "tracking", "video")),
     "slots": Extension(("clips", "protocols", "tracking", "video_scores")),
     "sweeps": Extension(("compare",), ("hydra/sweeper/optuna",)),
     "thresholds": Extension(),

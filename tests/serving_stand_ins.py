@@ -9,6 +9,7 @@ import threading
 from contextlib import closing, contextmanager, suppress
 
 import numpy as np
+import torch
 from fastapi.testclient import TestClient
 from image_files import encode_image  # noqa: F401
 
@@ -53,6 +54,12 @@ class Layers(Bright):
         return np.stack(layers, axis=1).astype(np.uint8)
 
 
+def compute_endlessly(images):
+    """Call torch functions until one raises an error."""
+    while True:
+        torch.add(torch.zeros(1), 1)
+
+
 def picture(height=4, width=6, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
@@ -91,10 +98,10 @@ class InThread(Child):
 
 
 @contextmanager
-def shared_model(before=lambda images: None, max_pixels=10_000, *, has_layers=False, model=None):
+def shared_model(before=lambda images: None, max_pixels=10_000, *, has_layers=False, model=None, **limits):
     if model is None:
         model = Model(Layers(before), LAYER_FACTS) if has_layers else Model(Bright(before), FACTS)
-    with closing(SharedModel(model, max_pixels)) as shared:
+    with closing(SharedModel(model, max_pixels, **limits)) as shared:
         yield shared
 
 

@@ -16,7 +16,7 @@ from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.source import load_served, tracker_maker
 from dinoseg.extensions.tracking.trackers import tracker_factory
 from dinoseg.utils.atomic import scratch_folder
-from dinoseg.utils.ranges import Count, Positive
+from dinoseg.utils.ranges import Count, Positive, Share
 
 
 def app(
@@ -29,6 +29,8 @@ def app(
     hosts: Sequence[str],
     max_mib: Positive,
     max_pixels: Count,
+    timeout: Positive,
+    min_score: Share,
     max_seconds: Positive,
 ) -> dict[str, Any]:
     """Serve the app, and the endpoint of mode=serve, until SIGINT or SIGTERM.
@@ -41,9 +43,9 @@ def app(
     run = Path(out_dir)
     with bind_socket(host, port) as listener, scratch_folder(run.parent, "uploads") as uploads:
         served = load_served(ModelSource(cfg), run, model)
-        with closing(SharedModel(served, max_pixels)) as shared:
+        with closing(SharedModel(served, max_pixels, timeout=timeout, min_score=min_score)) as shared:
             application = build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib)
             context = PageContext(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds)
             App(context).mount(application)
-            serve_until_signal(application, listener)
+            serve_until_signal(application, listener, shared.stop)
     return {"run": str(out_dir)}

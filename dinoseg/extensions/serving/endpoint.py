@@ -1,39 +1,51 @@
 """The HTTP endpoint: POST /segment, POST /objects, GET /health, GET /metrics."""
 
+import asyncio
+import json
 import logging
+import math
 import secrets
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.datastructures import UploadFile
+from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from dinoseg.core.objects import Objects
+from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.extensions.serving.decoding import MIB
 from dinoseg.extensions.serving.guard import SiteGuard
 from dinoseg.extensions.serving.mask_editor import encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
+from dinoseg.extensions.serving.work import OutOfTime, Work, WorkCancelled, run_in_thread
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
 logger = logging.getLogger(__name__)
 _MAX_FIELDS = 16  # of a form, beside its file; they are not read
 _FIELD_BYTES = 2**16
+_MAX_ANSWER = 8 * MIB  # of objects as JSON; smooth masks of 100 objects in 16 million pixels take about 2 MiB
+_POLL = 0.5  # seconds between two checks of work that runs
 
 
 class TooLarge(UserError):
     """A request has more bytes than are allowed."""
+
+
+class AnswerTooLarge(UserError):
+    """An answer would have more bytes than are allowed."""
 
 
 def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], max_mib: float) -> FastAPI:
@@ -49,37 +61,42 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
     app.add_middleware(SiteGuard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     statuses: Counter[int] = Counter()
-    seconds = {"total": 0.0}  # over all requests
+    seconds: dict[int, float] = defaultdict(float)  # over all requests of a status
 
-    async def respond(request: Request, encode: Callable[[Path], Response]) -> Response:
+    async def respond(request: Request, encode: Callable[[SharedModel, Path, QueryParams, Work], Response]) -> Response:
         """Return the response for the image in the body or a form, and count it."""
         start = time.perf_counter()
         path = uploads / secrets.token_hex(16)
+        work = Work()
         response = Response(status_code=500)
         try:
             await save_image(request, path, max_mib)
-            response = await run_in_threadpool(encode, path)
-        except (UserError, OSError, ClientDisconnect) as error:
+            run = partial(encode, shared, path, request.query_params, work)
+            response = await run_for_client(request, shared, work, run)
+        except (UserError, OSError, ClientDisconnect, WorkCancelled) as error:
             response = error_response(error)
         finally:
             path.unlink(missing_ok=True)
             statuses[response.status_code] += 1
-            seconds["total"] += time.perf_counter() - start
+            seconds[response.status_code] += time.perf_counter() - start
         return response
 
     @app.post("/segment")
-    async def segment(request: Request, chosen: Annotated[str | None, Query(alias="class")] = None) -> Response:
+    async def segment(request: Request) -> Response:
         """Return the mask of an image.
 
         Class ids are a PNG with the classes' colours as its palette. Layers, of a multi-label model, are a TIFF with a
         page of 0 and 1 for each class. `class` names a class whose pixels alone are returned, a PNG of 0 and 1.
         """
-        return await respond(request, partial(encode_classes, shared, chosen=chosen))
+        return await respond(request, encode_classes)
 
     @app.post("/objects")
     async def objects(request: Request) -> Response:
-        """Return the objects of an image, best first, as a JSON list; `segmentation` is COCO's run lengths."""
-        return await respond(request, partial(encode_objects, shared))
+        """Return the objects of an image, best first, as a JSON list; `segmentation` is COCO's compressed run lengths.
+
+        `score` sets the lowest score of an object, and `class` names a class whose objects alone are returned.
+        """
+        return await respond(request, encode_objects)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -93,56 +110,151 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
     async def metrics() -> Response:
         """Return counters of images in Prometheus's text format."""
         lines = [f'dinoseg_requests_total{{code="{code}"}} {count}' for code, count in sorted(statuses.items())]
-        lines.append(f"dinoseg_request_seconds_sum {seconds['total']:.6f}")
-        lines.append(f"dinoseg_request_seconds_count {statuses.total()}")
+        for code, total in sorted(seconds.items()):
+            lines.append(f'dinoseg_request_seconds_sum{{code="{code}"}} {total:.6f}')
+            lines.append(f'dinoseg_request_seconds_count{{code="{code}"}} {statuses[code]}')
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     return app
 
 
-def encode_classes(shared: SharedModel, path: Path, chosen: str | None) -> Response:
-    """Return the mask of an image file, or that of the chosen class.
+async def run_for_client(
+    request: Request, shared: SharedModel, work: Work, function: Callable[[], Response]
+) -> Response:
+    """Return the result of a function in a thread, unless the client leaves or the work must end.
+
+    An operation of the model that is not interrupted does not delay the answer.
 
     Raises:
-        UserError: if the model has no such class, or as `SharedModel.segment_file`.
+        WorkCancelled: the client has left.
+        OutOfTime: as `SharedModel.check`.
     """
-    facts, has_layers = shared.facts, shared.has_layers
-    if chosen is not None and chosen not in facts.classes:
-        raise UserError(f"class={format_value(chosen)} is unknown to this model. GET /health lists its classes.")
-    mask = shared.segment_file(path)
-    if chosen is not None:
-        index = facts.classes.index(chosen)
-        mask = mask[index] if has_layers else (mask == index).astype(np.uint8)
-    palette = facts.palette if chosen is None else ((0, 0, 0), (255, 255, 255))
-    kind = "tiff" if mask.ndim > 2 else "png"
-    return Response(encode_mask(mask, palette), media_type=f"image/{kind}")
+    running = asyncio.ensure_future(run_in_thread(function))
+    leaving = asyncio.ensure_future(wait_until_left(request))
+    try:
+        while not running.done():
+            await asyncio.wait({running, leaving}, timeout=_POLL, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                work.is_cancelled = leaving.done()
+                shared.check(work)
+        return running.result()
+    finally:
+        work.is_cancelled = True
+        running.cancel()
+        leaving.cancel()
 
 
-def encode_objects(shared: SharedModel, path: Path) -> Response:
-    """Return the objects of an image file.
+async def wait_until_left(request: Request) -> None:
+    """Return when the client of a request, whose body is read, closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def encode_classes(shared: SharedModel, path: Path, query: QueryParams, work: Work) -> Response:
+    """Return the mask of an image file, or that of the class in the query.
 
     Raises:
-        UserError: if the model predicts none, or as `SharedModel.predict_file`.
+        UserError: if the query is invalid, or the file is no valid image.
+    """
+    facts = shared.facts
+    index = find_class(shared, parse_query(query, "class"))
+    with shared.hold_place(work):
+        mask = shared.segment([shared.decode(path)], work)[0]
+        if index is not None:
+            mask = mask[index] if shared.has_layers else (mask == index).astype(np.uint8)
+        palette = facts.palette if index is None else ((0, 0, 0), (255, 255, 255))
+        kind = "tiff" if mask.ndim > 2 else "png"
+        return Response(encode_mask(mask, palette), media_type=f"image/{kind}")
+
+
+def encode_objects(shared: SharedModel, path: Path, query: QueryParams, work: Work) -> Response:
+    """Return the objects of an image file, of the score and the class in the query.
+
+    Raises:
+        UserError: if the model predicts none, the query is invalid, or the file is no valid image.
+        AnswerTooLarge: as `write_objects`.
     """
     if not shared.things:
         raise UserError("This model predicts classes, and no single objects. POST /segment returns them.")
-    _, _, found = shared.predict_file(path)
-    assert found is not None  # of a model with things
-    columns = (found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks)
+    options = parse_query(query, "class", "score")
+    index = find_class(shared, options)
+    min_score = parse_score(options["score"]) if "score" in options else shared.min_score
+    with shared.hold_place(work):
+        _, found = shared.predict(shared.decode(path), work)
+        assert found is not None  # of a model with things
+        found = found.of_score(min_score)
+        if index is not None:
+            found = found.select(np.flatnonzero(found.classes == index))
+        return Response(write_objects(found, shared.facts.classes), media_type="application/json")
+
+
+def parse_query(query: QueryParams, *names: str) -> dict[str, str]:
+    """Return the parameters of an address.
+
+    Raises:
+        UserError: if one is unknown, or is given more than once.
+    """
+    for name, count in Counter(name for name, _ in query.multi_items()).items():
+        if name not in names:
+            raise UserError(f"The parameter {format_value(name)} is unknown. This address takes {' and '.join(names)}.")
+        if count > 1:
+            raise UserError(f"{name} is given {count} times. Give it once, and send a request for each value.")
+    return dict(query)
+
+
+def find_class(shared: SharedModel, options: Mapping[str, str]) -> int | None:
+    """Return the index of the class that a query names; None if it names none.
+
+    Raises:
+        UserError: if the model has no such class.
+    """
+    name = options.get("class")
+    if name is None:
+        return None
+    if name not in shared.facts.classes:
+        raise UserError(f"class={format_value(name)} is unknown to this model. GET /health lists its classes.")
+    return shared.facts.classes.index(name)
+
+
+def parse_score(text: str) -> float:
+    """Return the lowest score of objects that a query sets.
+
+    Raises:
+        UserError: if it is no number from 0 to 1.
+    """
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not 0 <= score <= 1:
+        raise UserError(f"score={format_value(text)} is not a number from 0 to 1.")
+    return score
+
+
+def write_objects(found: Objects, classes: Sequence[str]) -> str:
+    """Return objects as JSON.
+
+    Raises:
+        AnswerTooLarge: if that has more than `_MAX_ANSWER` bytes; masks of noise may have millions of runs.
+    """
     height, width = found.size
-    return JSONResponse(
-        [
-            {
-                "class": shared.facts.classes[label],
-                "class_id": label,
-                "score": score,
-                "box": box,
-                "area": mask.area,
-                "segmentation": {"size": [height, width], "counts": mask.to_counts(height * width).tolist()},
-            }
-            for label, score, box, mask in zip(*columns, strict=True)
-        ]
-    )
+    entries: list[str] = []
+    rest = _MAX_ANSWER
+    columns = (found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks)
+    for label, score, box, mask in zip(*columns, strict=True):
+        letters = 2 * len(mask.starts)  # at least: one of each run length
+        rest -= letters
+        if rest >= 0:
+            segmentation = {"size": [height, width], "counts": to_text(mask.to_counts(height * width))}
+            facts = {"class": classes[label], "class_id": label, "score": score, "box": box, "area": mask.area}
+            entries.append(json.dumps(facts | {"segmentation": segmentation}))
+            rest -= len(entries[-1]) + 2 - letters  # with its comma and space, or the brackets
+        if rest < 0:
+            raise AnswerTooLarge(
+                f"The {len(found)} objects take more than {_MAX_ANSWER // MIB} MiB as JSON. Ask for fewer, by a higher "
+                "score=0.9 or by class=NAME, or send a smaller image."
+            )
+    return f"[{', '.join(entries)}]"
 
 
 async def save_image(request: Request, path: Path, max_mib: float) -> None:
@@ -202,9 +314,10 @@ def limit_body(request: Request, max_mib: float) -> Request:
 
 def error_response(error: Exception) -> Response:
     """Return the response for a refused request: a status and one sentence."""
-    if isinstance(error, ClientDisconnect):
+    if isinstance(error, ClientDisconnect | WorkCancelled):
         return Response(status_code=499)  # nginx's number, for the metrics
     if isinstance(error, UserError):
-        return JSONResponse({"detail": str(error)}, 413 if isinstance(error, TooLarge) else 400)
+        statuses = {TooLarge: 413, AnswerTooLarge: 422, OutOfTime: 503}
+        return JSONResponse({"detail": str(error)}, statuses.get(type(error), 400))
     logger.error("Cannot store an upload: %s", error)
     return JSONResponse({"detail": "The server cannot store the file. Try again later."}, 507)

@@ -18,11 +18,13 @@ from nicegui import ui
 from nicegui.element import Element
 from nicegui.events import GenericEventArguments
 
+from dinoseg.core.objects import Objects
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.serving.decoding import VideoDecoder, is_video
 from dinoseg.extensions.serving.mask_editor import MAX_RADIUS, MaskEditor, encode_image, encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.video import Masks, write_labelled_video
+from dinoseg.extensions.serving.work import Work, WorkCancelled, run_in_thread
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.report.object_overlay import draw_objects
 from dinoseg.report.palette import default_palette
@@ -130,7 +132,7 @@ class Page:
         self._strokes = 0  # that wait or are painted
         self._label = 0  # that the brush paints
         self._video: VideoDecoder | None = None  # that is processed
-        self._is_cancelled = False
+        self._current = Work()
         self._frames = 0  # of the upload; 0: an image
         self._frames_done = 0
         self._names: dict[int, ui.button] = {}  # of the legend
@@ -218,14 +220,14 @@ class Page:
     def _work(self, text: str) -> Iterator[None]:
         """Show that the page is busy, and the error if there is one."""
         self.is_busy = True
-        self._is_cancelled = False
+        self._current = Work()
         self._frames_done = 0
         self._tell(text)
         self._stage.show(busy=True)
         try:
             yield
         except Exception as error:
-            if self._is_cancelled:  # the error comes from the ended decoder or the removed upload
+            if self._current.is_cancelled:  # the error comes from the ended decoder or the removed upload
                 self._tell("Cancelled.")
             elif isinstance(error, UserError):
                 self._tell(str(error), is_error=True)
@@ -245,7 +247,7 @@ class Page:
         self._next = None
         with self._work("Segmenting ..."):
             try:
-                found = await asyncio.to_thread(self._segment_file, path)
+                found = await run_in_thread(partial(self._segment_file, path))
                 self._check_frame(0)
             except BaseException:
                 path.unlink(missing_ok=True)
@@ -273,14 +275,20 @@ class Page:
 
     def _segment_file(self, path: Path) -> SegmentedUpload:
         """Return an image or a first frame of a video, segmented; only an image has objects."""
-        if is_video(path):
-            with closing(self._open_video(path)) as video:
-                frame, _ = next(video.frames())
-            return SegmentedUpload(encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count))
-        image, mask, objects = self._context.model.predict_file(path)
+        model = self._context.model
+        work = self._current
+        with model.hold_place(work):
+            if is_video(path):
+                with closing(self._open_video(path)) as video:
+                    frame, _ = next(video.frames())
+                return SegmentedUpload(encode_image(frame), model.segment([frame], work)[0], max(1, video.count))
+            image = model.decode(path)
+            return self._show_prediction(image, *model.predict(image, work))
+
+    def _show_prediction(self, image: np.ndarray, mask: np.ndarray, objects: Objects | None) -> SegmentedUpload:
         if objects is None:
             return SegmentedUpload(encode_image(image), mask)
-        objects = objects.of_score()
+        objects = objects.of_score(self._context.model.min_score)
         outlined = draw_objects(image, objects, self._classes.palette, opacity=0)
         counts = Counter(label for label in objects.classes.tolist() if label in self._context.model.things)
         listed = ", ".join(f"{counts[label]} {self._classes.classes[label]}" for label in sorted(counts))
@@ -396,7 +404,7 @@ class Page:
     async def _segment_video(self) -> None:
         if not self.is_busy:
             self._edit(self._predicted, self._classes)
-            await self._label_video(self._context.model.segment)
+            await self._label_video(lambda frames: self._context.model.segment(frames, self._current))
 
     async def _track_video(self) -> None:
         if self._editor.has_layers:
@@ -408,7 +416,8 @@ class Page:
         tracker = self._context.make_tracker()
 
         def track(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-            return self._context.model.track(tracker, frames, [labels.pop() if labels else None for _ in frames])
+            given = [labels.pop() if labels else None for _ in frames]
+            return self._context.model.track(tracker, frames, given, self._current)
 
         if self._editor.mask.any():
             await self._label_video(track)
@@ -429,7 +438,7 @@ class Page:
 
         with self._work("Queued ..."):
             async with self._context.video_queue:
-                counts = await asyncio.to_thread(work)
+                counts = await run_in_thread(work)
             for name in ("overlay.mp4", "masks.zip"):
                 self.files[name] = self.folder / name
             self._stage.show(video=f"{self._address}/overlay.mp4?{secrets.token_hex(4)}")
@@ -439,12 +448,12 @@ class Page:
             self._tell(f"Done: {self._frames_done} frames")
 
     def _check_frame(self, done: int) -> None:
-        if self._is_cancelled:
-            raise UserError("Cancelled.")
+        if self._current.is_cancelled:
+            raise WorkCancelled
         self._frames_done = done
 
     def _cancel(self) -> None:
-        self._is_cancelled = True
+        self._current.is_cancelled = True
         if self._video is not None:
             self._video.kill()
 

@@ -13,7 +13,7 @@ from dinoseg.extensions.serving.server import Port, bind_socket, list_hosts, ser
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.source import load_served
 from dinoseg.utils.atomic import scratch_folder
-from dinoseg.utils.ranges import Count, Positive
+from dinoseg.utils.ranges import Count, Positive, Share
 
 
 def serve(
@@ -26,6 +26,8 @@ def serve(
     hosts: Sequence[str],
     max_mib: Positive,
     max_pixels: Count,
+    timeout: Positive,
+    min_score: Share,
 ) -> dict[str, Any]:
     """Answer requests (see `build_endpoint`) until SIGINT or SIGTERM; then finish the pending requests.
 
@@ -36,6 +38,8 @@ def serve(
     run = Path(out_dir)
     # next to the run folder, so that the next server removes the files of a killed one
     with bind_socket(host, port) as listener, scratch_folder(run.parent, "uploads") as uploads:
-        with closing(SharedModel(load_served(ModelSource(cfg), run, model), max_pixels)) as shared:
-            serve_until_signal(build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib), listener)
+        served = load_served(ModelSource(cfg), run, model)
+        with closing(SharedModel(served, max_pixels, timeout=timeout, min_score=min_score)) as shared:
+            application = build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib)
+            serve_until_signal(application, listener, shared.stop)
     return {"run": str(out_dir)}

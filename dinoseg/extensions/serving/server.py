@@ -4,7 +4,8 @@ import logging
 import re
 import socket
 from asyncio import CancelledError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Annotated
 
 import uvicorn
@@ -20,7 +21,8 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CONNECTIONS = 256  # at once, which bounds memory and files; requests on further ones get a 503
 _HEADER_BYTES = 2**16  # of a request; browsers send all cookies of a host, whatever their port
 _MESSAGE_BYTES = 2**19  # of a web socket; a brush stroke of 20,000 points has up to 320 kB
-_LAST_SECONDS = 30  # for requests in progress at a stop signal
+_LAST_SECONDS = 20  # of requests in progress after a stop signal, such as uploads that stall
+WORK_SECONDS = 15  # of the model's work after a stop signal: the others are answered within `_LAST_SECONDS`
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -59,8 +61,14 @@ def list_hosts(host: str, further: Sequence[str]) -> list[str]:
     return [f"[{name}]" if ":" in name else name for name in (*_LOOPBACK, host, *further)]
 
 
-def serve_until_signal(app: ASGIApp, listener: socket.socket) -> None:
-    """Serve requests until SIGINT or SIGTERM; return when those in progress are answered."""
+def serve_until_signal(app: ASGIApp, listener: socket.socket, stop: Callable[[float], None]) -> None:
+    """Serve requests until SIGINT or SIGTERM; return when those in progress are answered.
+
+    Args:
+        app: the application.
+        listener: its socket.
+        stop: called at the signal with the seconds in which all work must end.
+    """
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         app,
@@ -78,9 +86,19 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket) -> None:
     logging.getLogger("uvicorn.error").addFilter(_shorten_error)
     print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
-        uvicorn.Server(config).run([listener])
+        _Server(config, stop).run([listener])
     except Interrupted:
         print("stopped")  # uvicorn raises the signal again when it has finished
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, stop: Callable[[float], None]) -> None:
+        super().__init__(config)
+        self._stop = stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._stop(WORK_SECONDS)
+        super().handle_exit(sig, frame)
 
 
 def _shorten_error(record: logging.LogRecord) -> bool:

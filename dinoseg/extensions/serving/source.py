@@ -12,7 +12,7 @@ from dinoseg.core.channels import check_rgb
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import SegmentationModel
-from dinoseg.runs.folder import command_line
+from dinoseg.runs.folder import command_line, find_typed_keys
 from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.segmenter.load import open_file
 from dinoseg.segmenter.model import Model
@@ -28,8 +28,16 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     """Load the model of a file, or the one of `source`.
 
     Raises:
-        UserError: if there is no model, both name one, or it has slots and so no classes.
+        UserError: if there is no model, both name one, it has slots and so no classes, or it has no objects and
+            `mode.min_score` is typed.
     """
+    model = _load(source, out_dir, file)
+    if "mode.min_score" in find_typed_keys(out_dir) and not model.runtime.things:
+        raise UserError("mode.min_score is for a model of objects (task=instance or panoptic). Leave it out.")
+    return model
+
+
+def _load(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     if file is not None:
         if source.resume is not None:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")

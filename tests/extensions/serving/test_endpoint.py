@@ -1,18 +1,29 @@
 """POST /segment and /objects answer with a mask, a list or one sentence, whatever is sent."""
 
+import asyncio
 import io
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
+from fastapi import Request
+from fastapi.testclient import TestClient
 from object_models import draw_image, make_served
 from PIL import Image
-from serving_stand_ins import client, encode_image, picture
+from pycocotools import mask as coco_mask
+from serving_stand_ins import client, compute_endlessly, encode_image, picture, shared_model
+from starlette.datastructures import QueryParams
 
 from dinoseg.core.objects import Objects
+from dinoseg.extensions.serving import endpoint
+from dinoseg.extensions.serving import shared as shared_module
 from dinoseg.extensions.serving.decoding import ImageDecoder
+from dinoseg.extensions.serving.endpoint import build_endpoint
+from dinoseg.extensions.serving.work import Work, WorkCancelled, run_in_thread
 from dinoseg.utils.images import read_image
 
 
@@ -47,12 +58,13 @@ def test_an_image_gives_its_mask_with_the_palette(ask):
     assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_objects_are_those_of_the_model(tmp_path, task):
     image, masks = draw_image()
     expected = make_served(task).predict(image).objects
     with client(tmp_path, model=make_served(task)) as ask:
-        response = ask.post("/objects", content=encode_image(image))
+        response = ask.post("/objects?score=0", content=encode_image(image))
         health = ask.get("/health").json()
         assert health["task"] == task and health["things"] == ["leaf", "stone"]
         assert 'dinoseg_requests_total{code="200"} 1' in ask.get("/metrics").text
@@ -61,13 +73,123 @@ def test_objects_are_those_of_the_model(tmp_path, task):
     for entry, wanted in zip(found, expected, strict=True):
         assert (entry["class"], entry["class_id"], entry["score"]) == (wanted.class_name, wanted.class_id, wanted.score)
         assert (entry["box"], entry["area"]) == ([*wanted.box], wanted.area)
-        height, width = entry["segmentation"]["size"]
-        counts = entry["segmentation"]["counts"]
-        mask = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-        assert (mask == wanted.mask).all() and mask.shape == image.shape[:2]
+        assert (coco_mask.decode(entry["segmentation"]) == wanted.mask).all()
     things = [wanted for wanted in expected if wanted.class_name != "ground"]
     assert all(any((wanted.mask == mask).all() for wanted in things) for mask in masks)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("query", "places"),
+    [("", [0, 1]), ("?score=0.96", [0]), ("?class=stone&score=0", [1, 2]), ("?class=ground", [])],
+)
+def test_objects_are_selected_by_score_and_class(tmp_path, monkeypatch, query, places):
+    model = make_served()
+    masks = np.tile(np.eye(4, 6, dtype=bool), (3, 1, 1))
+    found = Objects.of_masks(masks, [1, 2, 2], [0.99, 0.5, 0.4])
+    monkeypatch.setattr(model.runtime, "predict", lambda images: [(masks[0], found)])
+    with client(tmp_path, model=model) as ask:
+        entries = ask.post(f"/objects{query}", content=encode_image(picture())).json()
+    assert [entry["score"] for entry in entries] == found.scores[places].tolist()
+
+
+def test_too_many_objects_are_refused_with_a_remedy(tmp_path, monkeypatch):
+    image = encode_image(draw_image()[0])
+    with client(tmp_path, model=make_served()) as ask:
+        length = len(ask.post("/objects", content=image).content)
+        for limit in (length, length - 1, 10):  # of all objects, and where the last or the first exceeds it
+            monkeypatch.setattr(endpoint, "_MAX_ANSWER", limit)
+            response = ask.post("/objects", content=image)
+            if limit == length:
+                assert response.status_code == 200
+            else:
+                status, detail = read_refusal(response)
+                assert status == 422 and "score=" in detail and "class=NAME" in detail
+
+
+def test_computing_ends_at_the_timeout(tmp_path):
+    with client(tmp_path, compute_endlessly, timeout=0.2) as ask:
+        for _ in range(2):  # the next image gets its turn
+            status, detail = read_refusal(ask.post("/segment", content=encode_image(picture())))
+            assert status == 503 and "0.2 s" in detail and "mode.timeout" in detail
+
+
+def test_a_stop_ends_computing_and_waiting(tmp_path):
+    with shared_model(compute_endlessly) as shared, ThreadPoolExecutor(6) as pool:
+        application = build_endpoint(shared, tmp_path, hosts=["localhost"], max_mib=1.0)
+        with TestClient(application, base_url="http://localhost") as ask:
+            answers = [pool.submit(ask.post, "/segment", content=encode_image(picture())) for _ in range(6)]
+            while not shared._computing.locked():
+                time.sleep(0.01)
+            shared.stop(0)
+            assert {read_refusal(answer.result()) for answer in answers} == {
+                (503, "The server stops. Send the file again later.")
+            }
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "computing"])
+def test_images_of_departed_clients_are_not_computed(tmp_path, waits):
+    """They leave while another image is computed, or theirs."""
+    started, ended = [], []
+
+    def compute(images):
+        started.append(1)
+        compute_endlessly(images)
+        ended.append(1)
+
+    async def run(shared):
+        work = Work()
+        running = [{"type": "http.request"}]  # an event that is no departure
+
+        async def receive():
+            while not waits and not started:
+                await asyncio.sleep(0.01)
+            return running.pop() if running else {"type": "http.disconnect"}
+
+        path = tmp_path / "a.png"
+        path.write_bytes(encode_image(picture()))
+        with pytest.raises(WorkCancelled):
+            encode = partial(endpoint.encode_classes, shared, path, QueryParams(), work)
+            await endpoint.run_for_client(Request({"type": "http"}, receive), shared, work, encode)
+
+    with shared_model(compute) as shared:
+        with shared._computing if waits else nullcontext():
+            asyncio.run(run(shared))
+        for thread in threading.enumerate():
+            if thread.name == "work":
+                thread.join()
+    assert len(started) == (not waits) and not ended
+    assert endpoint.error_response(WorkCancelled()).status_code == 499
+
+
+def test_long_operation_does_not_delay_the_exit(monkeypatch):
+    assert asyncio.run(run_in_thread(lambda: threading.current_thread().daemon))
+    registered = []
+    monkeypatch.setattr(shared_module, "_LAST_SECONDS", 0.01)
+    monkeypatch.setattr("atexit.register", registered.append)
+    with shared_model() as shared:
+        shared._computing.acquire()
+    assert registered == [shared_module._exit_at_once]
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("segment?class=a&class=b", "class is given 2 times"),
+        ("segment?clas=leaf", "The parameter clas is unknown"),
+        ("segment?score=0.5", "This address takes class."),
+        (f"segment?class={'x' * 2000}", "/health"),
+        ("objects?class=tree", "class=tree is unknown"),
+        ("objects?score=nan", "score=nan is not a number from 0 to 1"),
+        ("objects?score=", "from 0 to 1"),
+        ("objects?score=1.1", "score=1.1"),
+    ],
+)
+def test_invalid_query_is_refused_in_one_sentence(tmp_path, address, reason):
+    with client(tmp_path, model=make_served()) as ask:
+        status, detail = read_refusal(ask.post(f"/{address}", content=encode_image(picture())))
+    assert status == 400 and reason in detail and len(detail) < 200
 
 
 def test_image_without_objects_gives_an_empty_list(tmp_path, monkeypatch):
@@ -214,7 +336,8 @@ def test_health_and_metrics_are_served(tmp_path):
     classes = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 0, 0]]}
     assert health == {"status": "ok", "task": "semantic", **classes, "things": []}
     assert lines['dinoseg_requests_total{code="200"}'] == lines['dinoseg_requests_total{code="400"}'] == "1"
-    assert lines["dinoseg_request_seconds_count"] == "2" and float(lines["dinoseg_request_seconds_sum"]) > 0
+    assert lines['dinoseg_request_seconds_count{code="400"}'] == "1"
+    assert float(lines['dinoseg_request_seconds_sum{code="200"}']) > 0
 
 
 def test_a_failing_model_is_status_500(tmp_path):

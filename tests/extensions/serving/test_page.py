@@ -12,7 +12,7 @@ from nicegui import Client, core
 from nicegui.page import page as nicegui_page
 from object_models import draw_image, make_served
 from PIL import Image
-from serving_stand_ins import InThread, encode_image, picture, shared_model
+from serving_stand_ins import InThread, compute_endlessly, encode_image, picture, shared_model
 
 from dinoseg.extensions.serving import decoding
 from dinoseg.extensions.serving import page as page_module
@@ -98,6 +98,34 @@ async def test_upload_of_a_page_closed_meanwhile_is_dropped(page, send):
     page.folder.mkdir(exist_ok=True)
     await send(encode_image(picture()))
     assert page._predicted.shape == (1, 1) and not page.files
+
+
+def on_a_page_that_computes(check):
+    return on_a_page(check, before=compute_endlessly, timeout=0.1)
+
+
+@on_a_page_that_computes
+async def test_computing_of_a_page_ends_at_the_timeout(page, send):
+    await send(encode_image(picture()))
+    assert "mode.timeout" in page._status.text and not page.is_busy
+    page._context.model._timeout = 1e9
+    work = asyncio.create_task(send(encode_image(picture())))
+    while not page._context.model._computing.locked():
+        await asyncio.sleep(0.01)
+    page.close()
+    await work
+    assert page._status.text == "Cancelled."
+
+
+@on_a_page_that_computes
+async def test_a_frame_ends_at_the_timeout(page, send):
+    path = page.folder / "a.mp4"
+    with VideoWriter(path, 10.0, (48, 64)) as writer:
+        for number in range(3):
+            writer.write(picture(48, 64, seed=number))
+    page._opened = path
+    await page._segment_video()
+    assert "per image or frame (mode.timeout)" in page._status.text and not page.is_busy
 
 
 @on_a_page

@@ -49,13 +49,16 @@ def test_only_known_host_names_are_accepted(caplog):
 
 
 def test_connections_are_bounded(monkeypatch, capsys):
-    configs = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: configs.append(self.config))
+    configs, stops = [], []
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: (configs.append(self.config), self.handle_exit(15, None))
+    )
     with bind_socket("127.0.0.1", 0) as listener:
-        serve_until_signal(lambda: None, listener)
+        serve_until_signal(lambda: None, listener, stops.append)
     assert configs[0].limit_concurrency == server_module._CONNECTIONS == 256  # as docs/security.md says
     assert guard.MAX_SOCKETS == 64 and configs[0].ws_max_size == 2**19
-    assert configs[0].timeout_graceful_shutdown == 30 and not configs[0].server_header
+    assert stops == [15]
+    assert configs[0].timeout_graceful_shutdown == 20 and not configs[0].server_header
     assert re.search(r"listening on http://127.0.0.1:\d+\n", capsys.readouterr().out)
 
 
@@ -73,7 +76,7 @@ def running_app(servers):
     """The port of a small application that is served in a thread."""
     with bind_socket("127.0.0.1", 0) as listener:
         application = Starlette(routes=[Route("/", lambda request: Response("answer"))])
-        thread = threading.Thread(target=serve_until_signal, args=(application, listener))
+        thread = threading.Thread(target=serve_until_signal, args=(application, listener, print))
         thread.start()
         yield listener.getsockname()[1]
         servers[0].should_exit = True
@@ -113,7 +116,7 @@ def test_a_stalled_upload_has_no_traceback_at_the_stop(caplog, monkeypatch, serv
     monkeypatch.setattr(server_module, "_LAST_SECONDS", 0.1)
     with bind_socket("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
         client.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf")
-        serve_until_signal(Starlette(routes=[Route("/", upload, methods=["POST"])]), listener)
+        serve_until_signal(Starlette(routes=[Route("/", upload, methods=["POST"])]), listener, print)
     assert caplog.messages == ["Cancel 1 running task(s), timeout graceful shutdown exceeded"]
 
 
@@ -174,6 +177,8 @@ def test_requests_in_progress_are_answered_when_it_is_stopped(server, tmp_path):
     [
         (("mode=serve",), "resume is not set"),
         (("mode=serve", "mode.model=a.onnx", "mode.max_mib=0"), "mode.max_mib=0 is out of range"),
+        (("mode=serve", "resume=dinoseg:surgery", "mode.min_score=0.4"), "mode.min_score is for a model of objects"),
+        (("mode=serve", "mode.model=a.onnx", "mode.timeout=0"), "mode.timeout=0 is out of range"),
         (("mode=app", "tracker.short_side=0", "mode.hosts=[]"), "short_side=0 is out of range"),
         (("mode=serve", "mode.model=a.onnx", "engine.precision=bf16"), "engine.precision=bf16: a.onnx is an ONNX file"),
         (("mode=serve", "mode.model=a.onnx", "backbone.weights=x"), "backbone.weights=x: a.onnx is an ONNX file"),
