@@ -489,16 +489,6 @@ def test_a_model_that_no_memory_holds_is_one_message(site, monkeypatch):
     assert "). Free some memory. A training needs less with a smaller backbone, head or batch: mode=plan lists " in line
 
 
-def test_only_the_command_line_enables_the_mps_fallback(monkeypatch, capsys):
-    monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr("os.environ", environment := {})
-    importlib.reload(dinoseg)
-    assert not environment
-    monkeypatch.setattr("sys.argv", ["dinoseg"])
-    main()
-    assert environment["PYTORCH_ENABLE_MPS_FALLBACK"] == "1" and "mode=train" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("is_saved", "note"), [(False, "this run has saved nothing"), (True, "holds step 3. To resume,")]
 )

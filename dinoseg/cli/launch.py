@@ -24,7 +24,7 @@ from dinoseg.config.plain import to_container
 from dinoseg.runs.folder import LOG, RunFolder, has_results, remove_empty, write_origin
 from dinoseg.runs.location import RunLocation, has_default_name, move_below_recipe, remember_folder
 from dinoseg.runs.log_file import configure_log
-from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota
+from dinoseg.utils.cores import limit_threads_to_quota
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.wording import printable
@@ -79,7 +79,6 @@ def launch(job: Job) -> Any:
         shortages_as_user_errors(),
     ):
         check_job(cfg, typed)
-        limit_spinning()
         devices = cfg.mode.get("devices", 1)
         if "devices" in cfg.mode:
             join_ranks()
