@@ -11,6 +11,7 @@ import torch
 from dinoseg.utils import cores
 from dinoseg.utils.devices import threads
 
+
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
     """Write files of control groups, and let 64 processors with two threads a core be usable."""
