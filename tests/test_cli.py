@@ -1,6 +1,5 @@
 """What a user meets on the command line: help at once, and one clear message for each mistake."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from refused_trainings import refusal
 from safetensors.torch import save_file
 
 import dinoseg
-from dinoseg.__main__ import CONFIGS, main
+from dinoseg.__main__ import CONFIGS
 from dinoseg.cli import job_checks, words
 from dinoseg.cli.run_mode import FILE_KEYS
 from dinoseg.modes.help import overview

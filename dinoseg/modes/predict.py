@@ -19,8 +19,8 @@ from dinoseg.core.sources import first_file, has_own_file
 from dinoseg.core.task import ObjectTask, Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.splits import find_groups
-from dinoseg.experiment.builder import SPLITS, Builder
+from dinoseg.data.splits import SPLITS, find_groups
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images

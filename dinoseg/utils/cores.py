@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dinoseg.utils.errors import UserError
+
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # of Linux control groups, versions 1 and 2
 _written: set[str] = set()  # values of OMP_NUM_THREADS that `limit_threads_to_share` set
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -39,6 +41,17 @@ def ranks_here() -> int:
         if value := os.environ.get(name):
             return int(value)
     return 1
+
+
+def check_devices(devices: object) -> None:
+    """Refuse another `engine.devices` than the number of ranks; 1 accepts any number.
+
+    Raises:
+        UserError: this process is one of another number of ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if devices not in (1, ranks):
+        raise UserError(f"engine.devices={devices}: this mode runs on {ranks}. Leave engine.devices out.")
 
 
 def share_of_cores() -> int:
