@@ -11,7 +11,7 @@ from dinoseg.config.credentials import check_credentials
 from dinoseg.config.job import keys_with_values
 from dinoseg.config.mistakes import no_mode
 from dinoseg.config.nodes import check_partial
-from dinoseg.data.splits import SPLITS
+from dinoseg.core.splits import SPLITS
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import PACKAGED, ROOT_REMEDY, RUN_REMEDY, WEIGHT_SUFFIXES, check_exists, is_pattern
 from dinoseg.utils.ranges import Count, check_value

@@ -14,8 +14,6 @@ from dinoseg.utils.images import IMAGE_SUFFIXES
 from dinoseg.utils.ranges import Count, Natural, OpenShare
 from dinoseg.utils.wording import count_of, join_names
 
-SPLITS = ("train", "val", "test")
-
 
 class Named(Protocol):
     """Object with a name that is unique in its dataset."""

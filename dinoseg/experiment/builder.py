@@ -22,8 +22,8 @@ from dinoseg.core.metric import Metric, RowMetric
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask
-from dinoseg.data.splits import SPLITS
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import config_description
 from dinoseg.training.description import METRIC
