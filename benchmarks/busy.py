@@ -7,6 +7,7 @@ other values of GOMP_SPINCOUNT.
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -75,9 +76,7 @@ def in_turn(processes: dict[str, subprocess.Popen[str]], steps: int) -> dict[str
 def train(policy: str, size: int) -> None:
     """Train a step for each line of standard input, and print its seconds; first the number of threads."""
     if policy == OURS:
-        from dinoseg.utils.cores import limit_spinning
-
-        limit_spinning()  # before torch is imported
+        importlib.import_module("dinoseg")  # sets the variables that torch reads when it is imported
     import time
 
     import timm

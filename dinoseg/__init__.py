@@ -29,9 +29,11 @@ For tests of your own parts:
     testing      checks of backbones, heads, losses and datasets
 
 Mistakes that you can fix raise a UserError. `import dinoseg` is fast: torch is imported by the first name that needs
-it.
+it. Import dinoseg before torch: it sets environment variables that torch reads when it is imported.
 """
 
+import os
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from dinoseg.segmenter.segmenter import Segmenter
     from dinoseg.utils.errors import UserError
 
+_SPINS = "300"  # compared with others in `benchmarks/busy.py`
 _MODULES = {  # module to the public names that it defines
     "dinoseg.api.create": ("create_model",),
     "dinoseg.api.dataset": ("SegmentationDataset", "open_dataset"),
@@ -94,6 +97,25 @@ __all__ = [
     "track",
     "train",
 ]
+
+
+def _set_library_variables() -> None:
+    """Set what torch and its OpenMP read when torch is imported, unless the environment configures it.
+
+    Child processes inherit these variables:
+
+    - `GOMP_SPINCOUNT`: threads that wait for one another spin only briefly before they sleep. Without a limit they spin
+      for milliseconds after each of a step's thousands of parallel loops. If another process is busy, they take the
+      processor from the thread that they wait for. libgomp, torch's OpenMP on Linux, reads it.
+    - `PYTORCH_ENABLE_MPS_FALLBACK`: the CPU computes what MPS does not support.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
+    if sys.platform == "darwin":
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+
+_set_library_variables()  # here, before any other module of the package can import a library
 
 try:
     __version__ = version("dinoseg")

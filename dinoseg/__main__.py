@@ -14,8 +14,6 @@ failures: list[str] = []  # error messages of failed jobs
 
 def main() -> None:
     """Run the command line; exit with 1 if a job failed, 130 on Ctrl-C, 141 if the reader of stdout is gone."""
-    if sys.platform == "darwin":  # torch reads it on import: the CPU computes what MPS does not support
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: pipes on Windows encode few characters
     try:

@@ -1,6 +1,5 @@
 """What a user meets on the command line: help at once, and one clear message for each mistake."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from refused_trainings import refusal
 from safetensors.torch import save_file
 
 import dinoseg
-from dinoseg.__main__ import CONFIGS, main
+from dinoseg.__main__ import CONFIGS
 from dinoseg.cli import job_checks, words
 from dinoseg.cli.run_mode import FILE_KEYS
 from dinoseg.modes.help import overview
@@ -316,8 +315,8 @@ def test_refused_resume_leaves_no_config(trained, words):
             ["head.channels=100000 is refused"],
             marks=pytest.mark.heavy,
         ),
-        (["data.root=nowhere"], ["data.root=nowhere is not a folder"]),
-        (["data.root=nowhere", "features.gib=-1"], ["features.gib=-1 is out of range", "above 0"]),
+        (["data.root=nowhere"], ["data.root=nowhere: file or folder not found"]),
+        (["data.root=.", "features.gib=-1"], ["features.gib=-1 is out of range", "above 0"]),
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.classes=[dark]"], ["With 1 class every probability is 1", "the background and the object"]),
         (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
@@ -487,16 +486,6 @@ def test_a_model_that_no_memory_holds_is_one_message(site, monkeypatch):
     (line,) = [line for line in said.splitlines() if " INFO " not in line]
     assert line.startswith("error: Out of memory (") and not (site / "R").exists()
     assert "). Free some memory. A training needs less with a smaller backbone, head or batch: mode=plan lists " in line
-
-
-def test_only_the_command_line_enables_the_mps_fallback(monkeypatch, capsys):
-    monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr("os.environ", environment := {})
-    importlib.reload(dinoseg)
-    assert not environment
-    monkeypatch.setattr("sys.argv", ["dinoseg"])
-    main()
-    assert environment["PYTORCH_ENABLE_MPS_FALLBACK"] == "1" and "mode=train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from dinoseg.config.nodes import expect_type
 from dinoseg.config.plain import keys_of
 from dinoseg.core.contracts import Backbone, Head, Loss
 from dinoseg.core.geometry import widths
+from dinoseg.core.splits import SPLITS
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.experiment.builder import SPLITS
 from dinoseg.experiment.objects import OPTION
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError

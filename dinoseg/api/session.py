@@ -13,10 +13,14 @@ from io import TextIOWrapper
 from typing import Any
 
 import numpy as np
+import torch
 
 from dinoseg.runs.log_file import NOISY
-from dinoseg.utils.cores import limit_spinning
+from dinoseg.training.engine import lent_accelerate
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.torch_defaults import default_settings
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
@@ -29,19 +33,6 @@ def _environment() -> Iterator[None]:
         for name in os.environ.keys() - variables.keys():
             del os.environ[name]
         os.environ |= {name: value for name, value in variables.items() if os.environ.get(name) != value}
-
-
-with _environment():  # torch and its OpenMP read these variables when they are imported
-    if sys.platform == "darwin":
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    limit_spinning()
-    import torch
-
-    from dinoseg.training.engine import lent_accelerate
-    from dinoseg.utils.torch_defaults import default_settings
-
-
-_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from dinoseg.config.job import read_words
 from dinoseg.config.options import choices_of, groups_of, root_of
 from dinoseg.config.plain import has_key, keys_of, to_container, value_at
 from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored
-from dinoseg.experiment.recipe import INITIAL, METRIC, USE, USES, absolute, data_root, saved_config
-from dinoseg.training.description import PRECISION
+from dinoseg.experiment.recipe import absolute, data_root, saved_config
+from dinoseg.training.description import INITIAL, METRIC, PRECISION, USE, USES
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_override, format_value, printable
 

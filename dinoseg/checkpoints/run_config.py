@@ -12,7 +12,7 @@ from dinoseg.config.resolvers import CLASS_FILE
 from dinoseg.config.stored import Source, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.recipe import SAVED
+from dinoseg.training.description import SAVED
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError, as_read_back
 from dinoseg.utils.yaml_text import read_yaml

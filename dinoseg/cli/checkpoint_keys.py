@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.cli.words import assignments, is_sweep, lists_of, options_of, parse_word, values_of
 from dinoseg.config.options import groups_of, is_group, options_in, options_with
 from dinoseg.config.plain import flatten, is_below
+from dinoseg.training.description import SAVED
 
 _MAIN = "main"
 _WITH_KEYS = "main_with_typed_keys"
@@ -69,8 +70,6 @@ def _keys_of_modes(modes: Sequence[str], folders: Sequence[Path], *, has_runs: b
         return ()
     if not has_runs:
         return ("backbone.weights", "head.weights")
-    from dinoseg.experiment.recipe import SAVED  # imports torch
-
     if not modes:  # a config file may choose one
         return SAVED
     read = {group for mode in modes for group in groups_of(folders, mode)}

@@ -11,10 +11,14 @@ from dinoseg.config.credentials import check_credentials
 from dinoseg.config.job import keys_with_values
 from dinoseg.config.mistakes import no_mode
 from dinoseg.config.nodes import check_partial
+from dinoseg.core.splits import SPLITS
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import PACKAGED, ROOT_REMEDY, RUN_REMEDY, WEIGHT_SUFFIXES, check_exists, is_pattern
 from dinoseg.utils.ranges import Count, check_value
 
 CHOOSER = "chooser"  # root key of a recipe: the function that chooses another recipe, for the launcher alone
+AUTO = "auto"  # value of `resume` that looks for a run
+_REMEDIES = {"data.root": ROOT_REMEDY, "init": RUN_REMEDY}  # by key
 _CONFIGS = Path(__file__).parents[1] / "cfg"
 
 
@@ -38,6 +42,37 @@ def check_job(cfg: DictConfig, typed: Sequence[Override]) -> None:
         _check_hidden(override)
         _check_addition(cfg, override)
     check_credentials(cfg.get("logger"))  # before the config is written
+
+
+def check_paths(cfg: DictConfig, typed: Sequence[Override]) -> None:
+    """Refuse typed paths at which nothing exists, before torch is imported.
+
+    They are `resume` and the keys in `paths` of the mode's file. What else may be wrong with a path is found by what
+    reads it, and paths in config files are as well.
+
+    Args:
+        cfg: as composed.
+        typed: the command line's assignments.
+
+    Raises:
+        UserError: nothing exists there.
+    """
+    given = keys_with_values(typed)
+    if "resume_from" in cfg.mode and cfg.resume not in (None, AUTO):
+        for run in cfg.resume if OmegaConf.is_list(cfg.resume) else [cfg.resume]:
+            check_exists(str(run), "resume", RUN_REMEDY, suffix=".safetensors")
+    for key in cfg.mode.get("paths", ()):
+        value = OmegaConf.select(cfg, key) if key in given else None
+        if isinstance(value, str) and _names_path(cfg, key, value):
+            check_exists(value, key, _REMEDIES.get(key, "Check the path."))
+
+
+def _names_path(cfg: DictConfig, key: str, value: str) -> bool:
+    """Return whether a value can only be a path: no pattern, split, packaged file, hub id or word of an own part."""
+    group = key.partition(".")[0]
+    is_own = group in cfg.choices and not (_CONFIGS / group / f"{cfg.choices[group]}.yaml").is_file()
+    is_hub_id = key.endswith(".weights") and Path(value).suffix not in WEIGHT_SUFFIXES
+    return not (is_own or is_hub_id or is_pattern(value) or value in SPLITS or value.startswith(PACKAGED))
 
 
 def _check_mode(cfg: DictConfig, typed: Sequence[Override]) -> None:

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.checkpoints.auto_resume import Action, StartPoint
-from dinoseg.cli.job_checks import CHOOSER, check_job
+from dinoseg.cli.job_checks import AUTO, CHOOSER, check_job, check_paths
 from dinoseg.cli.joined_ranks import has_other_ranks, is_first_rank, join_ranks
 from dinoseg.cli.ranks import run_ranks
 from dinoseg.cli.run_mode import run_mode, shortages_as_user_errors
@@ -24,12 +24,10 @@ from dinoseg.config.plain import to_container
 from dinoseg.runs.folder import LOG, RunFolder, has_results, remove_empty, write_origin
 from dinoseg.runs.location import RunLocation, has_default_name, move_below_recipe, remember_folder
 from dinoseg.runs.log_file import configure_log
-from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota
+from dinoseg.utils.cores import limit_threads_to_quota
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.wording import printable
-
-AUTO = "auto"  # value of `resume` that looks for a run
 
 
 class Job(NamedTuple):
@@ -79,7 +77,7 @@ def launch(job: Job) -> Any:
         shortages_as_user_errors(),
     ):
         check_job(cfg, typed)
-        limit_spinning()
+        check_paths(cfg, typed)
         devices = cfg.mode.get("devices", 1)
         if "devices" in cfg.mode:
             join_ranks()

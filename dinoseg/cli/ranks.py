@@ -40,9 +40,13 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
     progress) and are killed afterwards.
 
     Raises:
-        UserError: a rank has failed and printed the reason.
+        UserError: a rank has failed and printed the reason, or there are fewer CUDA devices than ranks.
         Interrupted: a signal has ended them.
     """
+    if "engine" in cfg and cfg.engine.device != "cpu":
+        from dinoseg.utils.devices import choose_device  # imports torch: one message instead of one of each rank
+
+        choose_device(cfg.engine.device, devices)
     forget_share()
     context = get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)

@@ -16,9 +16,16 @@ from omegaconf import DictConfig
 from dinoseg.cli.joined_ranks import is_first_rank
 from dinoseg.config.nodes import instantiate
 from dinoseg.runs.log_file import announce, configure_log
+from dinoseg.utils.cores import check_devices
 from dinoseg.utils.errors import UserError
 
-FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "check")  # what the file of a mode says to the launcher
+FILE_KEYS = (
+    "resume_from",
+    "keeps_folder",
+    "resumes_with",
+    "paths",
+    "check",
+)  # what the file of a mode says to the launcher
 LAUNCH_KEYS = ("devices", "ensemble", *FILE_KEYS)  # keys of a mode that are not arguments of its function
 _GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's messages on a lost rank
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # if a rank does not respond: gloo, NCCL and the store
@@ -38,11 +45,24 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
         announce(f"mode={cfg.choices.mode}: importing libraries")
     try:
         with _lost_ranks_as_user_errors():
+            _check_engine(cfg)
             mode = instantiate(cfg.mode, exclude=LAUNCH_KEYS)
             # not mode(...): parameters in errors of the parts that it runs are not its own
             return mode.func(cfg, out_dir=out_dir, **mode.keywords)
     finally:
         _leave_group()
+
+
+def _check_engine(cfg: DictConfig) -> None:
+    """Refuse a device or a number of devices that is not there, before the libraries of the mode are imported.
+
+    Modes without a model, such as `doctor`, run for another machine, too.
+    """
+    if "engine" in cfg and {"devices", "resume_from"} & cfg.mode.keys():
+        check_devices(cfg.engine.devices)
+        from dinoseg.utils.devices import choose_device  # imports torch
+
+        choose_device(cfg.engine.device)
 
 
 @contextmanager

@@ -22,9 +22,11 @@ from dinoseg.core.metric import Metric, RowMetric
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.sample_maps import ObjectMap
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.recipe import METRIC, config_description
+from dinoseg.experiment.recipe import config_description
+from dinoseg.training.description import METRIC
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, explain_score, selects_checkpoints
 from dinoseg.utils.cores import count_cores
@@ -34,7 +36,6 @@ from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)
-SPLITS = ("train", "val", "test")
 _NAMED = 40  # maximum number of class weights in the log
 # parts that a training completes once its data are open
 _BUILT_LATE = ("adapter", "head", "loss.criterion", "optim.optimizer", "optim.schedule")

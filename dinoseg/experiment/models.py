@@ -24,8 +24,8 @@ from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.files import check_file
 from dinoseg.utils.ranges import Natural, check_value
-from dinoseg.utils.tensor_files import check_file
 
 # keys beside the arguments of a part
 _READ_ELSEWHERE = {

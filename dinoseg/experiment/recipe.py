@@ -13,18 +13,20 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.models.backbones.normalisation import SATELLITE, is_satellite
-from dinoseg.training.description import GROUPS, PRECISION, locate_weights
+from dinoseg.training.description import (
+    FOLLOWING,
+    INITIAL,
+    METRIC,
+    OPTIONAL,
+    PRECISION,
+    SAVED,
+    TEACHER,
+    USES,
+    locate_weights,
+)
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
 
-USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
-FOLLOWING = "slots"  # the same for slot models: how slots are tracked
-USES = (USE, FOLLOWING)
-TEACHER = "teacher"  # the run that teaches a student
-INITIAL = "init"  # the run whose weights initialise a new one
-METRIC = "metric"  # further metrics of validations and evaluations
-OPTIONAL = (*USES, TEACHER, INITIAL, METRIC)  # root keys that a checkpoint omits if they are not set
-SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
 # keys of `trainer` that may change when a run resumes
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every", "score")
 

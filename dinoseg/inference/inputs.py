@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries, expand_path, find_files, is_pattern
+from dinoseg.utils.files import check_exists, entries, expand_path, find_files, is_pattern
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.wording import count_of, join_names
 
@@ -43,10 +43,9 @@ def list_inputs(
         nothing = f"The folder {path} holds no {wanted} directly."
     elif is_pattern(source):
         nothing = f"The pattern {source} matches no {wanted}."
-    elif path.exists():
-        nothing = f"{path} is of an unknown kind ({path.suffix or 'no suffix'})."
     else:
-        nothing = f"File or folder not found: {key}={source}."
+        check_exists(source, key, accepted, suffix=".jpg")
+        nothing = f"{path} is of an unknown kind ({path.suffix or 'no suffix'})."
     media, unread = find_files(source, kinds), find_files(source, UNREAD_SUFFIXES)
     left_out = f"{count_of(unread, 'file')} of unsupported formats: {join_names([path.name for path in unread])}."
     if not media:

@@ -16,11 +16,12 @@ from dinoseg.config.options import has_options
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.objects import MIN_SCORE
 from dinoseg.core.sources import first_file, has_own_file
+from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask, Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import find_groups
-from dinoseg.experiment.builder import SPLITS, Builder
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images

@@ -49,11 +49,12 @@ def train(
     method.open(engine, pictures=pictures)
     settings = builder.loop_settings(len(method.data_module.train))
     run = open_run(builder, out_dir, method, engine)
+    if run.start is None:  # a resumed run has checked the model's outline
+        outline = builder.outline()  # before weights are downloaded
+        run.check_model(outline)
+        _check_head_init(outline, init_head)
     announce(f"Building the model, with backbone.weights={builder.value('backbone').get('weights')}")
     model = builder.model()
-    if run.start is None:  # a resumed run has checked the model's outline
-        run.check_model(model)
-        _check_head_init(model, init_head)
     announce("Checking the data")
     # one rank is enough: its measurements are cached, and its error ends all ranks
     sizes = method.check_data() if engine.is_main else None

@@ -32,8 +32,8 @@ from dinoseg.segmenter.model import Model
 from dinoseg.segmenter.runtime import MODEL_FILE, Options
 from dinoseg.segmenter.torch_runtime import TorchRuntime, preserve_global_state, replicate_in_eval_mode
 from dinoseg.training.checkpoint import describe, find
-from dinoseg.training.engine import choose_device
 from dinoseg.training.loading import frozen_fingerprint
+from dinoseg.utils.devices import choose_device
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.files import Stamp, stamp
 from dinoseg.utils.precision import compute_dtype

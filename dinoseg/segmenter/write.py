@@ -18,7 +18,7 @@ from dinoseg.checkpoints.source import ModelSource
 from dinoseg.checkpoints.trained import Trained, find_trained_sizes
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.recipe import INITIAL, TEACHER, USE, config_description
+from dinoseg.experiment.recipe import config_description
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.adapters import check_active
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, stateless_modules, trained_names
@@ -26,7 +26,7 @@ from dinoseg.segmenter.facts import UNKNOWN, ModelFacts
 from dinoseg.segmenter.runtime import MODEL_FILE
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import CHECKPOINT_FOLDER, Progress
-from dinoseg.training.description import PRECISION
+from dinoseg.training.description import INITIAL, PRECISION, TEACHER, USE
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import PACKAGED

@@ -48,10 +48,10 @@ from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
 from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import PACKAGED, expand_path
+from dinoseg.utils.files import RUN_REMEDY, check_exists, expand_path
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
-from dinoseg.utils.wording import count_of, format_value, suggest_nearest
+from dinoseg.utils.wording import count_of, format_value
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "checkpoints"
@@ -163,16 +163,10 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
         for folder in (path / CHECKPOINT_FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
-    if path.exists():
-        names = [f"{CHECKPOINT_FOLDER}/best", f"{CHECKPOINT_FOLDER}/last", ONE_FILE]
-        reason = f"it holds neither {' nor '.join(f'{name}.safetensors' for name in names)}"
-        raise UserError(f"{key}={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
-    is_searched = path.parent.is_dir() and not str(target).startswith(PACKAGED)  # backbones lie there too
-    there = [str(each) for each in path.parent.glob("*")] if is_searched else []
-    raise UserError(
-        f"{key}={target}: file or folder not found.{suggest_nearest(str(path), there, f'{key}=')} Give a run folder or "
-        "a checkpoint file; your runs are below outputs/."
-    )
+    check_exists(target, key, RUN_REMEDY, suffix=".safetensors")
+    names = [f"{CHECKPOINT_FOLDER}/best", f"{CHECKPOINT_FOLDER}/last", ONE_FILE]
+    reason = f"it holds neither {' nor '.join(f'{name}.safetensors' for name in names)}"
+    raise UserError(f"{key}={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
 
 
 @dataclass

@@ -12,6 +12,14 @@ from dinoseg.utils.errors import UserError
 FORMAT = 2
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
 GROUPS = ("resolution", "data", "task", *MODEL)
+USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
+FOLLOWING = "slots"  # the same for slot models: how slots are tracked
+USES = (USE, FOLLOWING)
+TEACHER = "teacher"  # the run that teaches a student
+INITIAL = "init"  # the run whose weights initialise a new one
+METRIC = "metric"  # further metrics of validations and evaluations
+OPTIONAL = (*USES, TEACHER, INITIAL, METRIC)  # root keys that a checkpoint omits if they are not set
+SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
 DESCRIBED_GROUPS = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32

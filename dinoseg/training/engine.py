@@ -24,6 +24,8 @@ from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import clip_gradients, scale_gradients
 from dinoseg.training.rendezvous import decode_message, encode_message, open_store, reach_ranks
 from dinoseg.training.sharding import ForwardSync, shard
+from dinoseg.utils.cores import check_devices
+from dinoseg.utils.devices import choose_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
 from dinoseg.utils.ranges import Count, Natural, Positive
@@ -33,24 +35,6 @@ T = TypeVar("T")
 CACHES = ("auto", "off", "disk", "memory")
 _STATES = ("PartialState", "AcceleratorState", "GradientState")  # of accelerate
 _PIXELS, _IMAGES, _FRAMES = 2**21, 16, 4  # predicted at once on an accelerator: pixels, images, video frames
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """Return the device of the given name; `auto` prefers CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: the device is not available on this machine.
-    """
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in have.items() if there))
-    if not have.get(name):
-        there = ", ".join(kind for kind, there in have.items() if there)
-        raise UserError(
-            f"engine.device={name} is not available here. This machine has: {there}. To use one of several CUDA "
-            "devices, set CUDA_VISIBLE_DEVICES."
-        )
-    return torch.device(name)
 
 
 @contextmanager
@@ -107,6 +91,7 @@ class Engine:
         from accelerate.utils import GradScalerKwargs
 
         chosen = choose_device(device)
+        check_devices(devices)
         self.dtype = compute_dtype(precision, chosen)
         # accelerate stores these per process, which sweeps and tests share between engines
         AcceleratorState._reset_state(reset_partial_state=False)
@@ -125,8 +110,6 @@ class Engine:
             device_placement=True,
             kwargs_handlers=[GradScalerKwargs(enabled=False)],  # `LossScale` scales, without a device sync
         )
-        if devices not in (1, self.world_size):
-            raise UserError(f"engine.devices={devices}: this mode runs on {self.world_size}. Leave engine.devices out.")
         self.cache = cache
         if sharding != "none" and self.world_size == 1:
             raise UserError(

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dinoseg.utils.errors import UserError
+
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # of Linux control groups, versions 1 and 2
-_SPINS = "300"  # compared with others in `benchmarks/busy.py`
 _written: set[str] = set()  # values of OMP_NUM_THREADS that `limit_threads_to_share` set
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -40,6 +41,17 @@ def ranks_here() -> int:
         if value := os.environ.get(name):
             return int(value)
     return 1
+
+
+def check_devices(devices: object) -> None:
+    """Refuse another `engine.devices` than the number of ranks; 1 accepts any number.
+
+    Raises:
+        UserError: this process is one of another number of ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if devices not in (1, ranks):
+        raise UserError(f"engine.devices={devices}: this mode runs on {ranks}. Leave engine.devices out.")
 
 
 def share_of_cores() -> int:
@@ -77,17 +89,6 @@ def limit_threads_to_quota() -> None:
     """Limit torch's threads to a container's CPU limit, if that is below the machine's processors."""
     if count_cores() < len(_usable()):
         limit_threads_to_share()
-
-
-def limit_spinning() -> None:
-    """Let threads that wait for one another spin only briefly before they sleep, unless the environment configures it.
-
-    Without a limit they spin for milliseconds after each of a step's thousands of parallel loops. If another process
-    is busy, they take the processor from the thread that they wait for. libgomp, torch's OpenMP on Linux, reads the
-    variable when torch is imported; processes started later inherit it.
-    """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def _installed_memory() -> int:

@@ -8,6 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinoseg.utils.errors import UserError
+
+
+def choose_device(name: str = "auto", ranks: int = 1) -> torch.device:
+    """Return the device of the given name; `auto` prefers CUDA, then MPS, then the CPU.
+
+    Args:
+        name: auto, cuda, mps or cpu.
+        ranks: number of ranks that share the CUDA devices of this machine, each with its own.
+
+    Raises:
+        UserError: the device is not available on this machine, or there are fewer than ranks.
+    """
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind, available in have.items() if available]
+    if name != "auto" and name not in there:
+        raise UserError(
+            f"engine.device={name} is not available here. This machine has: {', '.join(there)}. To use one of several "
+            "CUDA devices, set CUDA_VISIBLE_DEVICES."
+        )
+    chosen = torch.device(there[0] if name == "auto" else name)
+    if chosen.type == "cuda" and torch.cuda.device_count() < ranks:
+        raise UserError(
+            f"engine.devices={ranks} needs as many CUDA devices, and this machine has {torch.cuda.device_count()}. Set "
+            "a lower number, or engine.device=cpu."
+        )
+    return chosen
+
 
 def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has finished its queued work; no-op on a CPU."""

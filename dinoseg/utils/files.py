@@ -1,4 +1,4 @@
-"""File search that raises on unreadable folders instead of skipping them. Imports only the standard library."""
+"""File search that raises on unreadable folders instead of skipping them, and checks of paths."""
 
 import glob
 import os
@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import suggest_nearest
 
 Stamp = tuple[int, int, int, int]
 PACKAGED = "dinoseg:"  # in front of the name of a file that ships inside the package
+PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files of weights are read as safetensors
+WEIGHT_SUFFIXES = (".safetensors", *PICKLED)  # other names of weights may be those of a hub
+ROOT_REMEDY = "Give the folder that holds the dataset."
+RUN_REMEDY = "Give a run folder or a checkpoint file; your runs are below outputs/."
 # natsort, called folder by folder, sorts ASCII names in the same way and no faster; it sorts whole paths
 # and other scripts' digits differently, and the order of frames must not depend on a library's version
 _NUMBER = re.compile(r"([0-9]+)")
@@ -93,6 +98,37 @@ def path_exists(text: str) -> bool:
         return Path(text).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long, an unknown home directory, or invalid characters
         return False
+
+
+def check_exists(source: str | PathLike[str], key: str, remedy: str, *, suffix: str = "") -> None:
+    """Refuse a path at which nothing exists.
+
+    Args:
+        source: the path as given, see `expand_path`.
+        key: the config key of the path, for the message.
+        remedy: last sentence of the message.
+        suffix: of packaged files.
+
+    Raises:
+        UserError: nothing is there; the message suggests similar entries of its folder.
+    """
+    path = expand_path(source, suffix)
+    if path_exists(str(path)):
+        return
+    is_searched = path.parent.is_dir() and not str(source).startswith(PACKAGED)  # other kinds of files lie there too
+    there = [str(each) for each in path.parent.glob("*")] if is_searched else []
+    nearest = suggest_nearest(str(path), there, f"{key}=")
+    raise UserError(f"{key}={source}: file or folder not found.{nearest} {remedy}")
+
+
+def check_file(path: Path, key: str) -> None:
+    """Refuse a path that is no file.
+
+    Raises:
+        UserError: if there is no file; the message names `key`, the config key of the path.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}={path}: file not found. Check the path.")
 
 
 def is_sweep_folder(folder: Path) -> bool:

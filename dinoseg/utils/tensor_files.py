@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dinoseg.utils.atomic import scratch_folder, sync_to_disk
 from dinoseg.utils.errors import UserError, free_space
+from dinoseg.utils.files import PICKLED, check_file
 from dinoseg.utils.wording import count_of, format_value
 
 _TYPES = {  # names in a safetensors header
@@ -27,7 +28,6 @@ _TYPES = {  # names in a safetensors header
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SERIAL = 2**15  # values in an operation that torch does not distribute over threads (at::internal::GRAIN_SIZE)
 _FEW = 2**22  # values of a tensor that is processed in such pieces
-PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are read as safetensors
 _PARTS = 5  # pickles that torch's format without a zip archive begins with
 _NAMES = re.compile(  # of what weights are saved with: tensors in dicts, and plain options of the training
     r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) (set|complex)"
@@ -151,16 +151,6 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
         raise UserError(
             f"{where}: {format_value(name)} {what}{others}. Download or export the weights again, unquantised."
         )
-
-
-def check_file(path: Path, key: str) -> None:
-    """Refuse a path that is no file.
-
-    Raises:
-        UserError: if there is no file; the message names `key`, the config key of the path.
-    """
-    if not path.is_file():
-        raise UserError(f"{key}={path}: file not found. Check the path.")
 
 
 def _read_safetensors(path: Path, key: str) -> Any:

@@ -221,14 +221,14 @@ CALLS = {  # how a message begins
     "trainer.stepz": lambda: dinoseg.train("demo", trainer={"stepz": 3}),
     "data.clases": lambda: dinoseg.open_dataset(root=".", clases=CLASSES),
     "data.root": lambda: dinoseg.open_dataset("camvid"),
-    "data.root=nowhere is not a folder": lambda: dinoseg.open_dataset(root="nowhere", classes=CLASSES),
+    "data.root=nowhere: file or folder not found": lambda: dinoseg.open_dataset(root="nowhere", classes=CLASSES),
     "data.root and data.classes are not set": dinoseg.open_dataset,
     "backbone.name": lambda: dinoseg.create_model("timm", num_classes=2),
     "backbone.weights=nowhere.pt: file": lambda: dinoseg.create_model("tiny", num_classes=2, weights="nowhere.pt"),
     "adapter.rank=0 is out of": lambda: dinoseg.create_model("tiny", num_classes=2, adapter=RANK_0),
     "head=linear,mlp": lambda: dinoseg.train("demo", "head=linear,mlp"),
     "head=other": lambda: dinoseg.create_model("tiny", head="other", num_classes=2),
-    "data.root=nowhere is not": lambda: dinoseg.train(data={"root": "nowhere", "classes": CLASSES}),
+    "data.root=nowhere: file or folder": lambda: dinoseg.train(data={"root": "nowhere", "classes": CLASSES}),
     "config_dir=nowhere is not a folder": lambda: dinoseg.list_heads(config_dir="nowhere"),
 }
 

@@ -13,7 +13,8 @@ from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import read_words
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.recipe import SAVED, config_description
+from dinoseg.experiment.recipe import config_description
+from dinoseg.training.description import SAVED
 
 DATA = ("data.root=.", "data.classes=[a,b]")
 RESUMED = ("mode=eval", "resume=x")

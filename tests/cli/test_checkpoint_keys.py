@@ -17,8 +17,9 @@ from dinoseg.checkpoints.resume import compose_resumed
 from dinoseg.cli.checkpoint_keys import checkpoint_keys, root_config
 from dinoseg.config.composition import SHIPPED
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.recipe import SAVED, run_description
+from dinoseg.experiment.recipe import run_description
 from dinoseg.training import checkpoint
+from dinoseg.training.description import SAVED
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ from dinoseg.config.stored import Source, compose_stored
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.objects import OPTION
-from dinoseg.experiment.recipe import INITIAL, SAVED, TEACHER, absolute, config_description
+from dinoseg.experiment.recipe import absolute, config_description
+from dinoseg.training.description import INITIAL, SAVED, TEACHER
 
 TRACKING = {"model", "device", "autocast", "batch_size"}
 # What builder, launch and fit hand over; every other argument stands in a config or has a default

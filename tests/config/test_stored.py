@@ -17,7 +17,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.config.stored import Source, compose_stored, describe, description_of
-from dinoseg.experiment.recipe import SAVED
+from dinoseg.training.description import SAVED
 from dinoseg.utils.errors import UserError
 
 LINEAR = "dinoseg.models.heads.linear.LinearHead"

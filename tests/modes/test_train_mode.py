@@ -162,7 +162,23 @@ def test_score_no_better_than_a_constant_is_reported(where, monkeypatch, matrix,
     assert warned == told and done.err.count("not better than") == told
 
 
-def test_a_start_reads_each_mask_once_and_builds_no_outline(where, start, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("loss=mask_classification",), "loss=mask_classification needs a head that predicts masks"),
+        (
+            ("hparam=instance", "head=linear", "data=folder_instances", "data.background=dark"),
+            "LinearHead predicts no masks, which a task of objects needs",
+        ),
+    ],
+    ids=["loss", "task"],
+)
+def test_head_is_checked_before_weights_are_downloaded(where, words, message):
+    done = call(where, "mode=train", *SMALL, "backbone.weights=org/unavailable", *words)
+    assert done.status == 1 and message in done.err, done.err
+
+
+def test_a_start_reads_each_mask_once_and_builds_one_outline(where, start, monkeypatch):
     read, outlined = [], []
     real_read, real_outline = MaskReader.read, Builder.outline
     monkeypatch.setattr(MaskReader, "read", lambda self, source: read.append(source) or real_read(self, source))
@@ -171,7 +187,7 @@ def test_a_start_reads_each_mask_once_and_builds_no_outline(where, start, monkey
     assert gone.status == 1 and "gone.safetensors" in gone.err and not read
     log = start("loss.weights=median", "data.workers=1", f"cache_dir={where}/c")
     assert list(where.rglob("scan_*")) and re.search(r"loss.weights=median: dark \d\.\d{3}, bright \d\.\d{3}\n", log)
-    assert not outlined and sorted(where / path for path in read) == sorted(where.glob("data/*/masks/*.png"))
+    assert len(outlined) == 1 and sorted(where / path for path in read) == sorted(where.glob("data/*/masks/*.png"))
 
 
 KEPT = {"engine.cache": "disk", "features.dtype": "float16"}

@@ -11,8 +11,9 @@ from torch import nn
 
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.training import sharding
-from dinoseg.training.engine import Engine, choose_device
+from dinoseg.training.engine import Engine
 from dinoseg.training.loss_scale import LossScale
+from dinoseg.utils.devices import choose_device
 
 
 def test_auto_is_the_best_device_there_is():
@@ -26,6 +27,13 @@ def test_unavailable_device_is_refused_with_the_available_ones():
     assert_refused(lambda: Engine("cuda"), "engine.device=cuda is not available here. This machine has: ", "cpu")
 
 
+def test_each_rank_needs_its_own_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 2).type == "cuda" and choose_device("cpu", 3).type == "cpu"
+    assert_refused(lambda: choose_device("auto", 3), "engine.devices=3 needs as many CUDA devices", "machine has 2")
+
+
 class SlotHead(LinearHead):
     slots = "not None"
 
@@ -37,7 +45,7 @@ def shard(model, quantised=()):
 
 def shard_compiled():
     with patch.object(Engine, "world_size", 2):
-        Engine("cpu", "fp32", devices=2, sharding="fsdp", compile=True)
+        Engine("cpu", "fp32", sharding="fsdp", compile=True)
 
 
 test_message_names_value_and_remedy = refusals(

@@ -1,7 +1,6 @@
 """A container's share of the processors, the threads that follow from it, and how they wait and run torch."""
 
 import os
-import subprocess
 import sys
 from threading import Barrier, Thread
 
@@ -11,18 +10,6 @@ import torch
 
 from dinoseg.utils import cores
 from dinoseg.utils.devices import threads
-
-TOLD_AT_IMPORT = """
-import os, sys
-class Finder:
-    def find_spec(self, name, *rest):
-        if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
-            os._exit(0)
-sys.meta_path.insert(0, Finder())
-from dinoseg.__main__ import main
-main()
-"""
 
 
 @pytest.fixture
@@ -116,21 +103,6 @@ def test_without_psutil_only_windows_does_not_know_its_memory(groups, monkeypatc
     monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(cores.sys, "platform", platform)
     assert cores.machine_memory() == bytes_
-
-
-@pytest.mark.parametrize("said", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
-def test_given_waiting_policy_is_unchanged(monkeypatch, said):
-    monkeypatch.setattr(os, "environ", {**said})
-    cores.limit_spinning()
-    assert os.environ == said
-
-
-def test_the_spin_limit_is_set_before_torch_is_imported(tmp_path):
-    environment = {key: value for key, value in os.environ.items() if "SPIN" not in key and "OMP_WAIT" not in key}
-    words = ("mode=train", "data=folder", "data.classes=[a,b]", "engine=cpu", "backbone=tiny")
-    command = [sys.executable, "-c", TOLD_AT_IMPORT, *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == f"{cores._SPINS}\n", done.stderr
 
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from dinoseg.data.pairs.dataset import IncompletePair, PairDataset, collect_pair
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import visible_files
+from dinoseg.utils.files import ROOT_REMEDY, check_exists, visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES, TIFF_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.wording import count_of, join_names
 
@@ -321,8 +321,9 @@ def split_folders(layout: FolderLayout) -> list[str]:
 
 
 def _check_source(root: Path, layout: FolderLayout, partition: Partition) -> None:
+    check_exists(root, "data.root", ROOT_REMEDY)
     if not root.is_dir():
-        raise UserError(f"data.root={root} is not a folder. Give the folder that holds the dataset.")
+        raise UserError(f"data.root={root} is not a folder. {ROOT_REMEDY}")
     patterns = (layout.images, layout.masks)
     if partition.by != "lists" and any(("{split}" in pattern) != (partition.by == "folder") for pattern in patterns):
         raise UserError(

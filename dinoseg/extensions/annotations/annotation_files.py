@@ -13,7 +13,7 @@ from dinoseg.extensions.annotations.entry import LARGEST_FILE, Annotations, Entr
 from dinoseg.extensions.annotations.labelme import read_labelme
 from dinoseg.extensions.annotations.yolo import list_yolo_images, read_yolo
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import Stamp, check_regular, entries, stamp, visible_files
+from dinoseg.utils.files import ROOT_REMEDY, Stamp, check_exists, check_regular, entries, stamp, visible_files
 from dinoseg.utils.wording import join_names
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
@@ -102,6 +102,7 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
     Raises:
         UserError: there is none.
     """
+    check_exists(root, "data.root", ROOT_REMEDY)
     if not root.is_dir():
         unpack = "Archives are not read: unpack it and give" if root.suffix.lower() in _ARCHIVES else "Give"
         raise UserError(f"data.root={root} is not a folder. {unpack} the folder that holds the annotations.")

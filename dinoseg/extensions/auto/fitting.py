@@ -1,6 +1,6 @@
 """Search for changes that make a recipe fit into memory; the model and the samples of a step stay the same."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dinoseg.extensions.auto.parts import TrainingParts
 from dinoseg.extensions.auto.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.extensions.auto.target import Target
+from dinoseg.runs.log_file import announce
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, format_override
 
@@ -64,10 +65,18 @@ class FitSearch:
         """Return the recipe with the smallest change that fits; None if none does."""
         if self.as_it_is.need <= self.target.memory:
             return self.as_it_is
-        fits = [fit for again in self._checkpointing_changes() if (fit := self._largest(again))]
-        if self._bound:  # the micro-batch size affects the result, so large micro-batches are worth the time
-            return max(fits, key=lambda fit: fit.parts.batch_size, default=None)
-        return fits[0] if fits else None
+        variants = list(self._checkpointing_changes())
+        if not self._bound:
+            return next(filter(None, map(self._largest, variants)), None)
+        # the micro-batch size affects the result, so large micro-batches are worth the time of checkpointing
+        best = None
+        for changes in reversed(variants):
+            fit = self._largest(changes)
+            if fit is not None and (best is None or fit.parts.batch_size >= best.parts.batch_size):
+                best = fit
+            if best is not None and best.parts.batch_size == self._parts.batch_size:
+                break  # no variant has larger ones: each estimate of a large backbone takes seconds
+        return best
 
     def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
         """Return the fit with the largest batch size; None if no batch size fits, or a part refuses the changes."""
@@ -79,10 +88,23 @@ class FitSearch:
             self.smallest = min(self.smallest, least, key=lambda fit: fit.need)
             if least.need > self.target.memory:
                 return None
-            larger = (self._fit((*changes, *self._micro_batches(size))) for size in sizes[:-1])
-            return next((fit for fit in larger if fit.need <= self.target.memory), least)
+            return self._enlarge(least, changes, sizes[:-1])
         except UserError:
             return None
+
+    def _enlarge(self, least: Fit, changes: tuple[Change, ...], sizes: Sequence[int]) -> Fit:
+        """Return the largest of `sizes` that fits, or `least`; memory grows with the size, so bisection finds it."""
+        largest = least
+        too_large = 0  # sizes before this index do not fit
+        fitting = len(sizes)  # those from this one on fit
+        while too_large < fitting:
+            middle = (too_large + fitting) // 2
+            fit = self._fit((*changes, *self._micro_batches(sizes[middle])))
+            if fit.need <= self.target.memory:
+                largest, fitting = fit, middle
+            else:
+                too_large = middle + 1
+        return largest
 
     def _name_bound_parts(self) -> str:
         """Return the parts whose result depends on the micro-batch size, in words; "" if none does."""
@@ -124,6 +146,7 @@ class FitSearch:
         return (Change({"data.batch_size": size, "trainer.accumulate": samples // size}, reason),)
 
     def _fit(self, changes: tuple[Change, ...]) -> Fit:
+        announce(f"Estimating the memory {f'with {list_changes(changes)}' if changes else 'of the recipe'}")
         words = {key: value for change in changes for key, value in change.words.items()}
         parts = self.recipe(words) if changes else self._parts
         step = step_bytes(
@@ -135,6 +158,11 @@ class FitSearch:
             world_size=self.target.world_size,
         )
         return Fit(parts, changes, words, step, self.target.need(step))
+
+
+def list_changes(changes: Sequence[Change]) -> str:
+    """Return the overrides of changes as typed."""
+    return " ".join(map(str, changes))
 
 
 def _is_trained(part: nn.Module) -> bool:

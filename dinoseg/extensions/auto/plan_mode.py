@@ -13,7 +13,7 @@ from tabulate import tabulate
 from dinoseg.config.job import folder_words
 from dinoseg.config.plain import is_below
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.auto.fitting import Fit, FitSearch, Words
+from dinoseg.extensions.auto.fitting import Fit, FitSearch, Words, list_changes
 from dinoseg.extensions.auto.step_bytes import step_flops
 from dinoseg.extensions.auto.target import KINDS, Target, memory_of
 from dinoseg.extensions.auto.training_parts import check_trainer, training_parts
@@ -115,7 +115,7 @@ def _require_fit(search: FitSearch) -> Fit:
     fit = search.find_fit()
     if fit is None:
         least, target = search.smallest, search.target
-        with_all = " ".join(map(str, least.changes)) or "without changes"
+        with_all = list_changes(least.changes) or "without changes"
         raise UserError(
             f"No setting that was tried fits into {_as_gib(target.memory)}: the smallest, {with_all}, needs about "
             f"{_as_gib(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, or an "

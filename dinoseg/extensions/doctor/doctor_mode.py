@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask
 from dinoseg.data.checks.errors import describe_split, home_made
 from dinoseg.data.checks.findings import Finding, ScannedSplit, by_severity
@@ -30,7 +31,6 @@ from dinoseg.utils.levels import to_display
 from dinoseg.utils.ranges import Count, Natural, Range
 from dinoseg.utils.wording import count_of, one_line, printable
 
-_SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")
 _NO_TEST = "If the data have no test split, ignore this note: training reads train and val only."
 _SHOWN = {"error": 10, "warning": 10, "note": 3}  # files per finding that the terminal lists
@@ -132,7 +132,7 @@ def _open_splits(builder: Builder, root: str) -> tuple[dict[str, DoctorData], li
     name = builder.options["data"]
     datasets: dict[str, DoctorData] = {}
     findings = []
-    for split in _SPLITS:
+    for split in SPLITS:
         try:
             data = reader(split)
         except Exception as error:  # a dataset class may raise any error for a missing split

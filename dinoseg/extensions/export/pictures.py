@@ -12,7 +12,7 @@ import torch
 from dinoseg.core.channels import PixelFormat
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
-from dinoseg.experiment.builder import SPLITS
+from dinoseg.core.splits import SPLITS
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.errors import UserError

@@ -10,8 +10,7 @@ from dinoseg.checkpoints.trained import Trained
 from dinoseg.config.stored import Source, compose_stored
 from dinoseg.core.sizes import Size
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.recipe import USE
-from dinoseg.training.description import resolve_score
+from dinoseg.training.description import USE, resolve_score
 from dinoseg.utils.wording import count_of, format_override
 
 logger = logging.getLogger(__name__)

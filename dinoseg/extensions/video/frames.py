@@ -10,6 +10,7 @@ from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.extensions.video.pictures import picture_files
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_exists
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_image, read_size
 
 _RATE = Fraction(25)  # frames per second assumed for a folder
@@ -90,10 +91,9 @@ def open_frames(source: str) -> FrameReader:
         return FolderReader(path)
     if path.is_file() and is_video(path):
         return VideoReader(path)
-    wrong = (
-        f"input={source} is neither a video nor a folder" if path.exists() else f"File or folder not found: {source}"
+    remedy = (
+        f"Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), one at a "
+        "time."
     )
-    raise UserError(
-        f"{wrong}. Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), "
-        "one at a time."
-    )
+    check_exists(source, "input", remedy)
+    raise UserError(f"input={source} is neither a video nor a folder. {remedy}")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dinoseg.models.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import expand_path
-from dinoseg.utils.tensor_files import PICKLED, check_weights, outline, read_tensor_file
+from dinoseg.utils.files import WEIGHT_SUFFIXES, check_exists, check_regular, expand_path
+from dinoseg.utils.tensor_files import check_weights, outline, read_tensor_file
 
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
@@ -98,8 +98,9 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
 
 
 def _from_hub(weights: str, cut: Callable[[Any], None], config: Any) -> nn.Module:
-    if not _HUB_ID.fullmatch(weights) or Path(weights).suffix in (".safetensors", *PICKLED):
-        raise UserError(f"weights={weights}: file or folder not found. Check the path.")
+    if not _HUB_ID.fullmatch(weights) or Path(weights).suffix in WEIGHT_SUFFIXES:
+        check_exists(weights, "weights", "Check the path.", suffix=".safetensors")
+        check_regular(weights)
     name, _, revision = weights.partition("@")
     revision = revision or "main"
     if silent := _why_silent(name, revision):

@@ -99,6 +99,25 @@ def test_no_step_is_estimated_twice(search):
     assert tried == [(1, False), (1, True)]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [
+        (LORA, [(16, False), (1, False), (4, False), (8, False)]),
+        (NORM, [(16, False), (1, True), (4, True), (8, True), (16, True)]),
+    ],
+)
+def test_search_ends_with_the_first_best_change(search, caplog, recipe, steps):
+    tried = []
+
+    def take(samples, checkpointing):
+        tried.append((samples, checkpointing))
+        return take_units(samples, checkpointing)
+
+    caplog.set_level("INFO")
+    assert search(take, 125, *recipe, "data.batch_size=16").find_fit()
+    assert tried == steps and "data.batch_size=4 trainer.accumulate=4 ..." in caplog.text
+
+
 def test_frozen_statistics_do_not_restrict_the_batch(search):
     fits = search(take_units, 1, "head=linear")
     fits._model.eval()

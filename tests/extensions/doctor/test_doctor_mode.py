@@ -74,7 +74,7 @@ def test_missing_folder_is_a_finding(where):
     shutil.rmtree(where / "outputs")
     done, report, _ = doctor(where, *FOLDER, "data.root=nowhere")
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"] * 2
-    assert report["splits"] == {} and "data.root=nowhere is not a folder" in done.out
+    assert report["splits"] == {} and "data.root=nowhere: file or folder not found" in done.out
 
 
 def test_unpaired_files_are_findings_and_the_rest_is_examined(where):

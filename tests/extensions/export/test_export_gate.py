@@ -157,7 +157,7 @@ def test_unusable_options_are_refused_before_tracing(cfg, out, monkeypatch):
 @pytest.mark.parametrize(
     ("images", "reason"),
     [
-        ("none", "File or folder not found"),
+        ("none", "file or folder not found"),
         ("cut", "cut.png as an image..*truncated"),
         ("film", "holds no image directly"),
         ("large", r"0.png \(300 x 400\) needs [.0-9]+ MiB for the comparison of scores"),

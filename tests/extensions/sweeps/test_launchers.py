@@ -37,7 +37,7 @@ def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
         assert re.search(r"^job \d: \S+ INFO data: +4 training", done.stderr, re.MULTILINE)
     with open(tmp_path / "sweep/sweep.csv", encoding="utf-8", newline="") as file:
         rows = {row["data.root"]: row for row in csv.DictReader(file)}
-    assert float(rows["data"]["mIoU %"]) > 0 and rows["nowhere"]["note"].startswith("data.root=nowhere is not a folder")
+    assert float(rows["data"]["mIoU %"]) > 0 and rows["nowhere"]["note"].startswith("data.root=nowhere: file or folder")
     assert (tmp_path / "sweep" / rows["data"]["job"] / "checkpoints/best.safetensors").is_file()
 
 

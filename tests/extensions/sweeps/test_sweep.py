@@ -109,14 +109,14 @@ def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
     monkeypatch.setattr(LinearHead, "forward", crash_once)
     done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, *words)
     assert done.status == 1 and done.err.count("Traceback") == 1
-    assert done.err.count("error: data.root=nowhere is not a folder") == 2
+    assert done.err.count("error: data.root=nowhere: file or folder not found") == 2
     (folder,) = (tmp_path / "outputs/base").glob("train_*")
     good, *bad = rows_of(folder / "sweep.csv")
     assert good["job"] == "3" and float(good["mIoU %"]) >= 0 and good["note"] == "" and good["data.root"] == "data"
     assert [row["job"] for row in bad] == ["0", "1", "2"] and all(row["mIoU %"] == "" for row in bad)
     assert all(row["note"].startswith("data.root=nowhere") for row in bad[:2])
     assert bad[2]["note"].startswith("RuntimeError: ")
-    assert "data.root=nowhere is not a folder" in " ".join(done.out.split())
+    assert "data.root=nowhere: file or folder not found" in " ".join(done.out.split())
     assert (folder / "3/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
     crashes.append(True)
     with pytest.raises(RuntimeError, match="weights for"):  # a single run shows where it broke

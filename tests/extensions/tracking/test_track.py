@@ -249,8 +249,8 @@ def test_full_disk_error_explains_how_to_resume(track, monkeypatch, module, writ
     [
         ({"source": None}, "set input=<video or folder of frames>"),
         ({"labels": None}, "needs the objects to track: set labels=<mask of the first frame"),
-        ({"source": "nowhere"}, "File or folder not found: nowhere"),
-        ({"labels": "nowhere"}, "File or folder not found: labels=nowhere"),
+        ({"source": "nowhere"}, "input=nowhere: file or folder not found"),
+        ({"labels": "nowhere"}, "labels=nowhere: file or folder not found"),
         ({"labels": "empty.png"}, "labels=empty.png has no object"),
         ({"labels": "small.png"}, "small.png is 35 x 50 pixels, but the frames are 36 x 50"),
         ({"changes": ["mode.smoothing=0"]}, "mode.smoothing=0 is for the classes of a trained segmenter"),

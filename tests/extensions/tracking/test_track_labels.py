@@ -156,7 +156,7 @@ def test_unusable_files_are_refused(folder, tmp_path):
     later = save(tmp_path / "frame9.png", ids())
     (tmp_path / "m.png").write_bytes(b"\x89PNG no")
     for path, *words in (
-        ("nowhere", "not found: labels=nowhere. Give the mask of the first frame"),
+        ("nowhere", "labels=nowhere: file or folder not found. Give the mask of the first frame"),
         (later, "is named like frame 2, but the first frame is frame1. Give"),
         (tmp_path / "m.png", "Cannot read ", "m.png as an image"),
     ):
@@ -166,9 +166,9 @@ def test_unusable_files_are_refused(folder, tmp_path):
 def test_unusable_inputs_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, *words in (
-        ("nowhere", "File or folder not found: nowhere. Give a video ", " or a folder of its frames"),
+        ("nowhere", "input=nowhere: file or folder not found. Give a video ", " or a folder of its frames"),
         (folder / "frame1.png", "input=", "frame1.png is neither a video nor a folder"),
-        (folder / "*.png", "File or folder not found"),
+        (folder / "*.png", "file or folder not found"),
         (tmp_path / "empty", "empty holds no frame directly. Give a folder of images"),
     ):
         assert_refused(partial(open_frames, str(path)), *words)

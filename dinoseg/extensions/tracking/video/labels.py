@@ -9,6 +9,7 @@ from dinoseg.extensions.clips.videos import VOID
 from dinoseg.extensions.video.frames import FrameReader
 from dinoseg.extensions.video.pictures import picture_files
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_exists
 from dinoseg.utils.images import IMAGE_SUFFIXES, lossy_format, read_ids
 from dinoseg.utils.wording import count_of, join_names
 
@@ -57,11 +58,7 @@ def find_labels(source: str | None, frames: FrameReader) -> TrackLabels:
     path = Path(source).expanduser()
     if path.is_dir():
         return TrackLabels(_in_folder(path, frames), frames.size, source)
-    if not path.is_file():
-        raise UserError(
-            f"File or folder not found: labels={source}. Give the mask of the first frame, or a folder of masks "
-            f"{_NAMES}."
-        )
+    check_exists(source, "labels", f"Give the mask of the first frame, or a folder of masks {_NAMES}.")
     position = frames.position(path.stem)
     if position:
         raise UserError(

@@ -1,0 +1,3 @@
+"""Names of the splits of a dataset."""
+
+SPLITS = ("train", "val", "test")
