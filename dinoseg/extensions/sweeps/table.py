@@ -305,6 +305,8 @@ class SweepTable(Callback):
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
+        places = _locate_runs(path.parent, rows[0], jobs)
+        print("\n".join(places))
         remarks = [f"folds: {remark}" for remark in dict.fromkeys(row.get("remark") for row in rows) if remark]
         if left_out:
             from dinoseg.extensions.compare.sides import describe_left_out  # imports torch
@@ -322,9 +324,10 @@ class SweepTable(Callback):
             ]
             for row in rows
         ]
-        places = [(row, len(labels) + scores.index(key)) for key, row in bold.items()]
+        bold_cells = [(row, len(labels) + scores.index(key)) for key, row in bold.items()]
         caption = f"{caption} {note or 'Nothing is bold: rows were not compared.'}"
-        tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), places, [*remarks, *failed])]
+        notes = [*remarks, *failed, *places]
+        tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), bold_cells, notes)]
         effects, freedom = estimate_effects(settings, [row.get(score) for row in runs])
         if effects and not _searches(config):
             tables.append(effects_table(effects, freedom, _head(score), partial(_text, score)))
@@ -332,6 +335,14 @@ class SweepTable(Callback):
             print("\n".join(["", tables[1].caption, "", shown, "", *failed]))
         write_paper_tables(path.parent, tables)
         print(f"for a paper: {path.with_name(MARKDOWN)}, {LATEX}")
+
+
+def _locate_runs(sweep: Path, best: Row, jobs: Sequence[Row]) -> list[str]:
+    """Return a line with the folder of the jobs, and one with how to use those of the best row."""
+    runs = {str(job["job"]): str(job["run"]) for job in jobs if job.get("run")}
+    of_best = [runs[number] for number in str(best["job"]).split(",") if number in runs]
+    resume = shlex.quote(f"resume=[{','.join(of_best)}]") if len(of_best) > 1 else f"resume={''.join(of_best)}"
+    return [f"runs: {sweep}/JOB", *([f"best: {resume}"] if of_best else [])]
 
 
 def _describe_failure(run: Row, settings: Mapping[str, str]) -> str:

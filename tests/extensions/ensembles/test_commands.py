@@ -160,6 +160,8 @@ def test_wrong_members_and_modes_are_refused(runs):
         ("mode=eval", "resume=[folds/0,folds/1]", "mode.ensemble.out_of_fold=true"): ("never", "every fold"),
         ("mode=eval", "resume=folds", "mode.split=test", "mode.ensemble.out_of_fold=true"): ("mode.split=val",),
         ("mode=eval", "resume=two"): ("2 recipes", "head=linear", "in 0, 1, 2", "head=mlp", "in 3", "resume=[two/0"),
+        ("mode=predict", "resume=two", "input=test"): ("two is a sweep of 4 runs, the best by val/miou is two/",),
+        ("mode=export", "resume=folds"): ("folds is a sweep of 3 runs, the best by val/miou is folds/",),
         ("mode=eval", "resume=unfinished"): ("no finished training in 1, 2",),
         ("mode=eval", "resume=[folds/0,nowhere]", "mode.split=test"): ("nowhere", "not found"),
         ("mode=eval", "resume=[folds/0,mlp]", "head=linear", "mode.split=test"): ("head=linear", "head=mlp"),
