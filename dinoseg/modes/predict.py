@@ -91,6 +91,8 @@ def predict(
     _refuse_slots(trained, builder.resume)
     _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
     settings = _settings(builder, _shown(options, opacity, shapes) | {"min_score": min_score}, out_dir)
+    if settings["task"].get("threshold") == "auto":  # the numbers that these weights are used with
+        settings["task"]["threshold"] = trained.model.task.thresholds
     _check_earlier(out_dir, settings)
     if not longest_is_typed(out_dir):
         trained.limit_size()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinoseg.checkpoints import run_config
+from dinoseg.config.composition import SHIPPED
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.extensions.compare.alignment import align_records
@@ -25,6 +26,22 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = "trainer.patience"
 WEIGHTS = "weights"  # key of a recipe: best, or last, which no score of their validation images has selected
+
+
+class EvaluatedModels(NamedTuple):
+    """The trained models of an evaluation: one, or those of an ensemble.
+
+    Attributes:
+        models: number of them.
+        out_of_fold: whether each image is predicted by those of its fold.
+    """
+
+    models: int
+    out_of_fold: bool
+
+    def describe(self) -> str:
+        """Return the number, and who predicts an image."""
+        return f"{self.models} models, {'each image by those of its fold' if self.out_of_fold else 'averaged'}"
 
 
 class Recipe(NamedTuple):
@@ -148,6 +165,16 @@ def _is_of_slots(key: str) -> bool:
     return key.removeprefix("choices.").split(".")[0] == "slots"
 
 
+def read_ensemble(place: Path) -> EvaluatedModels:
+    """Return the models of an evaluation by its config; one without a readable config."""
+    try:
+        config = run_config.read_config(run_config.config_file(place))
+        ensemble = config["mode"].get("ensemble") or {}
+        return EvaluatedModels(1 + len(config.get("members") or ()), ensemble.get("out_of_fold") is True)
+    except (AttributeError, UserError, *run_config.BROKEN):
+        return EvaluatedModels(1, False)
+
+
 def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
     """Return a side for each group of indices of runs, all with the same images in the same order.
 
@@ -238,7 +265,10 @@ def describe_seeds(sides: Sequence[Side]) -> str:
     single = [side.name for side in sides if side.seeds == 1]
     if len(single) == len(sides):
         part = "side" if all(side.pooled is None for side in sides) else "fold"
-        return f"one trained model per {part}: verdicts hold for these models, not for other seeds"
+        ensembles = [(side.name, read_ensemble(place)) for side in sides for place in side.places[:1]]
+        models = [f"{name}: {each.describe()}" for name, each in ensembles if each.models > 1]
+        which = "; ".join(models) if models else f"one trained model per {part}"
+        return f"{which}: verdicts hold for these models, not for other seeds"
     runs = ", ".join(str(side.seeds) for side in sides)
     if not _has_intervals(sides):
         return f"no difference has an interval, so none includes the variance over seeds ({runs} runs)"
@@ -406,7 +436,9 @@ _LONGEST = 60  # characters: a longer name does not fit a heading
 
 
 def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[str]:
-    """Return a unique name for each side: the words that its runs share and that vary in their sweep, else its folders.
+    """Return a unique name for each side: what its runs share and what varies in their sweep, else its folders.
+
+    An option of a config group is named alone, `linear`; other keys with their value, `head.lr=0.01`.
 
     Args:
         folders: folders of all runs.
@@ -414,16 +446,39 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
     """
     by_folder = _by_folders(folders)
     swept = swept_words(folders)
-    names = []
-    for side in sides:
-        of_side = [swept[index] for index in side]
-        words = " ".join(
-            word
-            for key, word in of_side[0].items()
-            if key != "resume" and all(each.get(key) == word for each in of_side)
+    for with_groups in (False, True):
+        names = []
+        for side in sides:
+            of_side = [swept[index] for index in side]
+            words = " ".join(
+                word if with_groups else _name_option(key, word)
+                for key, word in of_side[0].items()
+                if key != "resume" and all(each.get(key) == word for each in of_side)
+            )
+            names.append(words if 0 < len(words) <= _LONGEST else _join_run_names([by_folder[index] for index in side]))
+        if len(set(names)) == len(names):
+            return names
+    return [by_folder[side[0]] for side in sides]
+
+
+def _name_option(key: str, word: str) -> str:
+    """Return the option of an override of a config group; other overrides unchanged."""
+    option = word.partition("=")[2]
+    return option if option and (SHIPPED / key.partition("@")[0]).is_dir() else word
+
+
+def rename_sides(sides: Sequence[Side], names: Sequence[str]) -> list[Side]:
+    """Return the sides with the names that the user gives, in their order.
+
+    Raises:
+        UserError: there are more or fewer names than sides, or two are equal.
+    """
+    if len(names) != len(sides) or len({*map(str, names)}) != len(sides):
+        raise UserError(
+            f"names={format_override([*names])}: give a different name for each side, in this order: "
+            f"{', '.join(side.name for side in sides)}."
         )
-        names.append(words if 0 < len(words) <= _LONGEST else _join_run_names([by_folder[index] for index in side]))
-    return names if len(set(names)) == len(names) else [by_folder[side[0]] for side in sides]
+    return [replace(side, name=str(name)) for side, name in zip(sides, names, strict=True)]
 
 
 def swept_words(folders: Sequence[Path]) -> list[dict[str, str]]:

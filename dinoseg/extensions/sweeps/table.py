@@ -339,7 +339,12 @@ class SweepTable(Callback):
 
 def _locate_runs(sweep: Path, best: Row, jobs: Sequence[Row]) -> list[str]:
     """Return a line with the folder of the jobs, and one with how to use those of the best row."""
-    runs = {str(job["job"]): str(job["run"]) for job in jobs if job.get("run")}
+    folders = {str(job["job"]): Path(job["run"]) for job in jobs if job.get("run")}
+    # as short as the sweep's own folder was given
+    runs = {
+        number: str(sweep / path.name if path.parent.resolve() == sweep.resolve() else path)
+        for number, path in folders.items()
+    }
     of_best = [runs[number] for number in str(best["job"]).split(",") if number in runs]
     resume = shlex.quote(f"resume=[{','.join(of_best)}]") if len(of_best) > 1 else f"resume={''.join(of_best)}"
     return [f"runs: {sweep}/JOB", *([f"best: {resume}"] if of_best else [])]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import BINS, Counts, sum_counts
+from dinoseg.core.shapes import Palette
 from dinoseg.metrics.average_precision import AveragePrecision, sum_from_above
 from dinoseg.metrics.counts import ratio
 from dinoseg.metrics.rows import MetricRows
@@ -19,10 +20,11 @@ _AT_ONCE = 4  # curves in a chart: as many as there are line styles
 _MAX_CLASSES = 24
 
 
-def draw_curves(rows: MetricRows, classes: Sequence[str], out_dir: Path) -> list[dict[str, Any]]:
+def draw_curves(rows: MetricRows, classes: Sequence[str], palette: Palette, out_dir: Path) -> list[dict[str, Any]]:
     """Write the curves of all classes to `out_dir`, and return charts; [] if the rows have no `AveragePrecision`.
 
-    The classes of lowest average precision come first. A class without a positive pixel has no curve in the charts.
+    The classes of lowest average precision come first, in their colours of `palette`. A class without a positive pixel
+    has no curve in the charts.
     """
     drawn: list[dict[str, Any]] = []
     for metric, counts in zip(rows.metrics, rows.counts, strict=True):
@@ -49,8 +51,10 @@ def draw_curves(rows: MetricRows, classes: Sequence[str], out_dir: Path) -> list
         ]
         lines = [(f"{classes[label]} ({percent(precision[label])} %)", _trace(points, label)) for label in known]
         axes = Axes((0, 1), (0, 1), "recall", "precision")
-        parts = [lines[start : start + _AT_ONCE] for start in range(0, len(lines), _AT_ONCE)]
-        drawn = [line_chart("Precision and recall (average precision)", part, axes) for part in parts]
+        colors = [palette[label] for label in known]
+        parts = [slice(start, start + _AT_ONCE) for start in range(0, len(lines), _AT_ONCE)]
+        title = "Precision and recall (average precision)"
+        drawn = [line_chart(title, lines[part], axes, colors=colors[part]) for part in parts]
     return drawn
 
 

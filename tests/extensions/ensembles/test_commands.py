@@ -116,8 +116,14 @@ def test_each_image_is_scored_by_the_run_of_its_fold(runs):
 def test_out_of_fold_scores_of_two_heads_are_compared(runs):
     succeed(runs, "mode=eval", "resume=folds", *FP32, "hydra.run.dir=a")
     succeed(runs, "mode=eval", "resume=folds", "resolution.scale=0.5", *FP32, "hydra.run.dir=b")
-    done = succeed(runs, "mode=compare", "runs=[a,b]")
-    assert "over 8 images" in done.out and "split.json" not in done.err
+    done = succeed(runs, "mode=compare", "runs=[a,b]", "mode.names=[whole,half]", "hydra.run.dir=compared")
+    assert "over 8 images" in done.out and "split.json" not in done.err and "no images" not in done.err
+    models = "3 models, each image by those of its fold"
+    assert f"seeds:        whole: {models}; half: {models}: verdicts hold" in done.out
+    page = (runs / "compared/report.html").read_text()
+    assert page.count('<div class="shot">') > 3 and "| whole" in (runs / "compared/table.md").read_text()
+    refused = call(runs, "mode=compare", "runs=[a,b]", "mode.names=[whole]")
+    assert "names=[whole]: give a different name for each side, in this order: a, b." in refused.err
 
 
 def test_a_sweep_is_averaged_on_new_images(runs, monkeypatch):
