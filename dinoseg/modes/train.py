@@ -89,7 +89,8 @@ def train(
     if engine.is_main:
         name = settings.score
         value = scores.get(name, progress.best)
-        ranking = None if value is None else Ranking(name, value, name in method.data_module.lowest)
+        is_lowest = name in method.data_module.lowest
+        ranking = None if value is None else Ranking(name, value, is_lowest, builder.value("data.fold"))
         write_end(out_dir, progress.step, scores, ranking)
     engine.close()
     return scores

@@ -11,7 +11,7 @@ from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import count_of
 
 END = "training.json"
-_RANKING = forms.record(name=forms.text, value=forms.number(), lowest=forms.flag)
+_RANKING = forms.record(name=forms.text, value=forms.number(), lowest=forms.flag, fold=forms.maybe(forms.whole()))
 
 
 class Ranking(NamedTuple):
@@ -21,11 +21,13 @@ class Ranking(NamedTuple):
         name: of `trainer.score`.
         value: that of the evaluated weights, or the best validation if the evaluation lacks it.
         lowest: whether the lowest value is the best.
+        fold: `data.fold`, since scores of different folds are of different images.
     """
 
     name: str
     value: float
     lowest: bool
+    fold: int | None = None
 
 
 def write_end(run: Path, step: int, result: Mapping[str, Any] | None = None, ranking: Ranking | None = None) -> None:
@@ -51,11 +53,10 @@ def describe_sweep(folder: Path, *, key: str = "resume") -> str:
     count = count_of(runs, "run")
     records = {run: read_end(run).get("ranking") for run in runs}
     ranked = {run: Ranking(**record) for run, record in records.items() if forms.fits(record, _RANKING)}
-    scores = {(ranking.name, ranking.lowest) for ranking in ranked.values()}
+    scores = {(ranking.name, ranking.lowest, ranking.fold) for ranking in ranked.values()}
     if len(scores) != 1:
-        return (
-            f"{folder} is a sweep of {count}, which no score of all ranks: give the folder of one, {key}={folder}/JOB"
-        )
-    ((name, is_lowest),) = scores
+        reason = "of different folds or scores" if scores else "without a final evaluation"
+        return f"{folder} is a sweep of {count} {reason}, so none is the best: give one, {key}={folder}/JOB"
+    ((name, is_lowest, _),) = scores
     best = (min if is_lowest else max)(ranked, key=lambda run: ranked[run].value)
     return f"{folder} is a sweep of {count}, the best by val/{name} is {best}: give {key}={best}"

@@ -36,6 +36,7 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
+from dinoseg.extensions.compare.side_names import swept_words
 from dinoseg.extensions.compare.sides import (
     Side,
     describe_folds,
@@ -44,7 +45,6 @@ from dinoseg.extensions.compare.sides import (
     describe_units,
     rename_sides,
     sides_of,
-    swept_words,
 )
 from dinoseg.report.table import CHOSEN_HERE, few_units, percent
 from dinoseg.training.cost import COST

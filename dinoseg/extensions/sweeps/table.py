@@ -37,7 +37,7 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
-from dinoseg.extensions.sweeps.job_results import JobResults
+from dinoseg.extensions.sweeps.job_results import JobResults, describe_runs
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.metrics.counts import iou, mean_defined, ratio
 from dinoseg.report.table import CHOSEN_HERE
@@ -305,7 +305,7 @@ class SweepTable(Callback):
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
-        places = _locate_runs(path.parent, rows[0], jobs)
+        places = describe_runs(path.parent, rows[0], jobs)
         print("\n".join(places))
         remarks = [f"folds: {remark}" for remark in dict.fromkeys(row.get("remark") for row in rows) if remark]
         if left_out:
@@ -335,19 +335,6 @@ class SweepTable(Callback):
             print("\n".join(["", tables[1].caption, "", shown, "", *failed]))
         write_paper_tables(path.parent, tables)
         print(f"for a paper: {path.with_name(MARKDOWN)}, {LATEX}")
-
-
-def _locate_runs(sweep: Path, best: Row, jobs: Sequence[Row]) -> list[str]:
-    """Return a line with the folder of the jobs, and one with how to use those of the best row."""
-    folders = {str(job["job"]): Path(job["run"]) for job in jobs if job.get("run")}
-    # as short as the sweep's own folder was given
-    runs = {
-        number: str(sweep / path.name if path.parent.resolve() == sweep.resolve() else path)
-        for number, path in folders.items()
-    }
-    of_best = [runs[number] for number in str(best["job"]).split(",") if number in runs]
-    resume = shlex.quote(f"resume=[{','.join(of_best)}]") if len(of_best) > 1 else f"resume={''.join(of_best)}"
-    return [f"runs: {sweep}/JOB", *([f"best: {resume}"] if of_best else [])]
 
 
 def _describe_failure(run: Row, settings: Mapping[str, str]) -> str:

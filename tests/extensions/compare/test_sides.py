@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from dinoseg.extensions.compare import compare_mode as compare
-from dinoseg.extensions.compare.sides import Side, side_names
+from dinoseg.extensions.compare.side_names import side_names
+from dinoseg.extensions.compare.sides import Side
 from dinoseg.runs import folder as run_folder
 from dinoseg.runs.folder import RunFolder
 from dinoseg.training.cost import COST

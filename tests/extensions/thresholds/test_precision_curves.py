@@ -30,7 +30,7 @@ def draw_rows():
 
 def test_each_point_is_the_score_of_its_threshold(tmp_path):
     rows, positives, totals = draw_rows()
-    charts = draw_curves(rows, Data.classes, Data.palette, tmp_path)
+    charts = draw_curves(rows, Data(), tmp_path)
     with (tmp_path / CURVES).open() as file:
         points = list(csv.DictReader(file))
     assert len(points) == 3 * BINS
@@ -48,5 +48,5 @@ def test_each_point_is_the_score_of_its_threshold(tmp_path):
 
 
 def test_other_metrics_have_no_curves(tmp_path):
-    assert draw_curves(MetricRows([MeanIoU()], Data()), Data.classes, Data.palette, tmp_path) == []
+    assert draw_curves(MetricRows([MeanIoU()], Data()), Data(), tmp_path) == []
     assert not (tmp_path / CURVES).exists()
