@@ -13,14 +13,11 @@ from dinoseg.experiment.recipe import recipe_of
 from dinoseg.runs.folder import LOG, ORIGIN, command_line
 from dinoseg.training import checkpoint
 from dinoseg.training.description import DESCRIBED_GROUPS
-from dinoseg.utils import forms
-from dinoseg.utils.atomic import write_json
+from dinoseg.training.end_record import read_end, read_record
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
-from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import printable
 
-END = "training.json"  # in the run folder: step at which the training ended, and the result of the final evaluation
 _MAX_DEPTH = 5  # folders below the searched one: outputs/RECIPE/SWEEP/JOB, and one more
 _OPTIONS = tuple(group for group in DESCRIBED_GROUPS if group != "hparam")  # a recipe of another name may be the same
 
@@ -35,14 +32,9 @@ def plan_of(info: Mapping[str, Any]) -> Plan:
     return Plan(dict(flatten(recipe_of(info))), given, options)
 
 
-def write_end(run: Path, step: int, result: Mapping[str, Any] | None = None) -> None:
-    """Record that a training has ended at a step, with the result of its final evaluation if that is written."""
-    write_json(run / END, {"step": step, "result": result})
-
-
 def read_result(run: Path) -> dict[str, Any]:
     """Return the result of a finished run, with its current folder."""
-    return {**_read_end(run)["result"], "run": str(run)}
+    return {**read_end(run)["result"], "run": str(run)}
 
 
 def read_run(folder: Path) -> PastRun | None:
@@ -51,13 +43,13 @@ def read_run(folder: Path) -> PastRun | None:
     Raises:
         UserError: its checkpoint cannot be read.
     """
-    origins = [origin for path in sorted(folder.glob(f"config*/{ORIGIN}")) if (origin := _read(path))]
+    origins = [origin for path in sorted(folder.glob(f"config*/{ORIGIN}")) if (origin := read_record(path))]
     jobs = frozenset(origin["job"] for origin in origins if origin["job"])
     in_sweep = any(origin["sweep"] for origin in origins)
     words = compared_words(command_line(folder))
     last = last_checkpoint(folder)
     if last.is_file():
-        info, end = checkpoint.describe(last), _read_end(folder)
+        info, end = checkpoint.describe(last), read_end(folder)
         step, is_evaluated = info["progress"]["step"], end["result"] is not None
         return PastRun(folder, plan_of(info), jobs, in_sweep, step, end["step"], is_evaluated, words)
     plans = [origin["plan"] for origin in origins if origin["plan"]]
@@ -104,14 +96,3 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 def last_checkpoint(folder: Path) -> Path:
     """Return the path of the checkpoint from which the run in a folder resumes."""
     return folder / checkpoint.CHECKPOINT_FOLDER / "last.safetensors"
-
-
-def _read_end(folder: Path) -> dict[str, Any]:
-    return _read(folder / END) or {"step": None, "result": None}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the content of a record; None if it is missing or damaged, which is logged."""
-    return read_valid_note(
-        path, lambda path: forms.read_json(path, forms.object_with()), damaged="%s is damaged (%s): it is ignored."
-    )

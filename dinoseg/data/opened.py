@@ -85,7 +85,7 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
     if len(bad) == len(dataset):
         raise UserError(
             f"No image of split {split} has a usable mask. If images and masks are swapped, swap their folders."
-            f"{list_reasons(bad, 3)}"
+            f"{list_reasons(bad)}"
         )
     bad = {**dataset.lacking, **bad}
     if not bad:

@@ -156,7 +156,7 @@ def evaluate_split(
             split=split,
             background=background,
             official=by_protocol,
-            charts=draw_curves(rows, data.classes, out_dir) if draw_curves is not None and engine.is_main else (),
+            charts=draw_curves(rows, data, out_dir) if draw_curves is not None and engine.is_main else (),
             calibrates=not is_edited,
         )
         scores = {**scores, **trained.report(out_dir)}

@@ -91,7 +91,7 @@ def predict(
     trained = load_trained(builder)
     _refuse_slots(trained, builder.resume)
     _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
-    settings = _settings(builder, _shown(options, opacity, shapes) | {"min_score": min_score}, out_dir)
+    settings = _settings(builder, _shown(options, opacity, shapes, min_score), out_dir, trained.model.task)
     _check_earlier(out_dir, settings)
     if not longest_is_typed(out_dir):
         trained.limit_size()
@@ -210,9 +210,10 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
         )
 
 
-def _shown(options: VideoOptions, opacity: float, shapes: FurtherOutputs | None) -> dict[str, Any]:
+def _shown(options: VideoOptions, opacity: float, shapes: FurtherOutputs | None, min_score: float) -> dict[str, Any]:
     """Return the options of the mode that results depend on."""
     shown: dict[str, Any] = {"masks": options.masks, "opacity": opacity, "frames": options.frames}
+    shown["min_score"] = min_score
     if options.outputs:
         shown |= {"outputs": list(options.outputs), "shapes": None if shapes is None else vars(shapes)}
     return shown
@@ -231,17 +232,19 @@ def _check_films(films: Sequence[VideoInput], outputs: Sequence[str], pixels: Pi
         check_outputs(outputs, None, str(films[0].path))
 
 
-def _settings(builder: Builder, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the settings that results depend on, in addition to their inputs."""
+def _settings(builder: Builder, options: dict[str, Any], folder: Path, task: Task) -> dict[str, Any]:
+    """Return the settings that results depend on, in addition to their inputs; `task` of the loaded model."""
     weights = None if builder.resume is None else list(stamp(Path(builder.resume)) or ())
     model = {key: builder.settings(key) for key in _SETTINGS if builder.value(key) is not None}
+    if model["task"].get("threshold") == "auto":
+        model["task"]["threshold"] = task.thresholds
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
     pixels = {
         "data.channels" if name == "channels" else f"data.pixels.{name}": value
         for name, value in builder.pixels.as_dict().items()
     }
-    members = [_settings(member, {}, folder) for member in builder.members]
+    members = [_settings(member, {}, folder, task) for member in builder.members]
     others = {"members": members} if members else {}
     return {"resume": builder.resume, "stamp": weights, **model, **pixels, **typed, "mode": options, **others}
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from dinoseg.checkpoints.past_runs import write_end
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.models.model import SegmentationModel
 from dinoseg.modes.training_run import open_run
 from dinoseg.runs.log_file import announce
+from dinoseg.training.end_record import Ranking, write_end
 from dinoseg.training.trainer import TrainingSetup, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
@@ -88,7 +88,11 @@ def train(
             run.choose_thresholds(model, checkpoints, choose_thresholds)
         scores = run.finish(model, checkpoints, log, metrics_only=metrics_only, report=report)
     if engine.is_main:
-        write_end(out_dir, progress.step, scores)
+        name = settings.score
+        value = scores.get(name, progress.best)
+        is_lowest = name in method.data_module.lowest
+        ranking = None if value is None else Ranking(name, value, is_lowest, builder.value("data.fold"))
+        write_end(out_dir, progress.step, scores, ranking)
     engine.close()
     return scores
 

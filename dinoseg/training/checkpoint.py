@@ -33,6 +33,7 @@ from dinoseg.training.description import (
     resolve_evaluate,
     resolve_score,
 )
+from dinoseg.training.end_record import describe_sweep
 from dinoseg.training.loading import (
     CASTS,
     Checkpoint,
@@ -48,7 +49,7 @@ from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
 from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import RUN_REMEDY, check_exists, expand_path
+from dinoseg.utils.files import RUN_REMEDY, check_exists, expand_path, is_sweep_folder
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
 from dinoseg.utils.wording import count_of, format_value
@@ -164,6 +165,8 @@ def find(target: str | Path, prefer: str, *, key: str = "resume") -> Path:
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
     check_exists(target, key, RUN_REMEDY, suffix=".safetensors")
+    if is_sweep_folder(path):
+        raise UserError(f"{describe_sweep(Path(target), key=key)}.")
     names = [f"{CHECKPOINT_FOLDER}/best", f"{CHECKPOINT_FOLDER}/last", ONE_FILE]
     reason = f"it holds neither {' nor '.join(f'{name}.safetensors' for name in names)}"
     raise UserError(f"{key}={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")

@@ -4,9 +4,9 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from itertools import islice
 from typing import Any, TextIO
 
+MAX_LISTED = 3  # lines with files in a message: with more, the remedy below them is not seen
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # scheme://USER:PASSWORD@ or scheme://TOKEN@. A password may hold unescaped / ? # and @: what follows the first colon is
 # a password, unless it is a port. [ begins an IPv6 address.
@@ -24,11 +24,16 @@ def join_names(names: Sequence[str], limit: int = 5) -> str:
     return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
-def list_reasons(bad: Mapping[str, str], limit: int = 20) -> str:
-    """Return one line with the reason for each of the first names, then a list of further names."""
-    lines = "".join(f"\n- {one_line(f'{name}: {reason}')}" for name, reason in islice(bad.items(), limit))
-    rest = list(bad)[limit:]
-    return lines + (f"\nand {len(rest)} more: {join_names(rest, 5 * limit)}" if rest else "")
+def list_reasons(bad: Mapping[str, str]) -> str:
+    """Return one line with the reason for each of the first names, then the number of the others."""
+    return list_first([f"{name}: {reason}" for name, reason in bad.items()])
+
+
+def list_first(lines: Sequence[str], start: str = "- ") -> str:
+    """Return the first lines, each after `start`, and the number of the others."""
+    shown = "".join(f"\n{start}{one_line(line)}" for line in lines[:MAX_LISTED])
+    more = len(lines) - MAX_LISTED
+    return shown + (f"\n{start}and {more} more" if more > 0 else "")
 
 
 def count_of(things: Collection | int, noun: str, plural: str | None = None) -> str:

@@ -14,13 +14,13 @@ import torch
 from command_line import SMALL, call, write_data
 
 import dinoseg
-from dinoseg.checkpoints.past_runs import write_end
 from dinoseg.cli import resuming
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import run_description
 from dinoseg.methods.images import ImageTraining
 from dinoseg.runs.folder import RunFolder
 from dinoseg.training import checkpoint
+from dinoseg.training.end_record import write_end
 from dinoseg.training.image_data_module import ImageDataModule
 
 QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "logger=[]")

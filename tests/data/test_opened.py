@@ -73,7 +73,7 @@ def test_incomplete_pairs_are_refused_or_skipped(data, tmp_path):
     reasons = (f"{images / 'n1.png'} has no mask in {masks}.", f"{masks / 'n4.png'} has no image", "data.reader.layout")
     message = assert_refused(lambda: prepare_dataset(found, split="train"), *reasons)
     assert message.startswith("Split train has 4 images with a mask, and 2 incomplete pairs:\n- n1: ")
-    assert message.endswith("on_error=skip.")
+    assert "on_error=skip" in message and message.endswith("mode=doctor lists all, in doctor.json.")
     for cache in (None, "packed"):
         kept = skip(data(), tmp_path, cache=cache, pack=pack)
         assert kept.names == ["n0", "n2", "n3"] and list(kept.skipped) == ["n1", "n4", "n5"] and not kept.lacking

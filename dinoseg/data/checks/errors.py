@@ -25,7 +25,7 @@ from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import regex_group
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, join_names, one_line, printable
+from dinoseg.utils.wording import count_of, join_names, list_first, printable
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ _BINARY = "data.reader.masks.format=binary"
 _IDD_CLASSES = 26  # of level 3
 _CLASSES_OF_IDD_ALONE = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
 _NEARLY_ALL = 0.9  # share of the smaller split above which two splits count as the same
-_FULL = "mode=doctor with the same data= shows the full report."
-_SHOWN = 20  # most files listed per error, each with its reason
+_INDENT = "    "  # of files below their error
+_FULL = "mode=doctor with the same data= lists all files, in doctor.json and doctor.html."
 
 
 def describe_split(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> ScannedSplit:
@@ -94,7 +94,9 @@ def check_for_errors(
         if finding not in errors:
             _warn(finding)
     if errors:
-        messages = "".join(f"\n- {error.message}{_format_files(error)}\n  {error.remedy}".rstrip() for error in errors)
+        messages = "".join(
+            f"\n- {error.message}{list_first(error.lines, _INDENT)}\n  {error.remedy}".rstrip() for error in errors
+        )
         raise UserError(printable(f"The dataset has errors that stop a training:{messages}\n{_FULL}"))
     if all(data.pairs and isinstance(data.pairs[0].image, ChannelFiles) for data in sides.values()):
         _check_first_images(list(sides.values()), splits)
@@ -121,12 +123,6 @@ def _check_first_images(datasets: Sequence[PairDataset], splits: Sequence[Scanne
         _warn(finding)
 
 
-def _format_files(finding: Finding) -> str:
-    lines = "".join(f"\n    {one_line(line)}" for line in finding.lines[:_SHOWN])
-    more = len(finding.lines) - _SHOWN
-    return lines + (f"\n    and {more} more" if more > 0 else "")
-
-
 def check_labels(
     splits: Sequence[ScannedSplit], data_name: str = "", *, has_objects: bool = False
 ) -> Iterator[Finding]:
@@ -147,8 +143,8 @@ def _check_number_of_classes(splits: Sequence[ScannedSplit]) -> Iterator[Finding
             "error",
             "one_class",
             f"data.classes has one class, {part.classes[0]}: every model predicts it for every pixel.",
-            remedy=f"Name the other pixels too, such as data.classes=[background,{part.classes[0]}]; for masks of 0 "
-            f"and 255 add {_BINARY}.",
+            remedy="Name the classes of all ids, in their order: of masks of 0 and 1, such as data.classes=[background,"
+            f"{part.classes[0]}]; for masks of 0 and 255 add {_BINARY}.",
         )
 
 

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from statistics import median
 
 from dinoseg.data.checks.findings import Finding, ScannedSplit
 from dinoseg.data.classes.mask_advice import (
     HIGHEST_ID,
-    MAX_IDS,
     for_binary,
     for_colors,
     for_coloured,
@@ -21,7 +21,9 @@ from dinoseg.utils.levels import WHITE
 from dinoseg.utils.wording import join_names
 
 _FEWER_BITS = (8, 10, 12, 14)  # depths of sensors whose values are stored in 16 bits
-_SKIP = "Or leave the pairs out: data.on_error=skip."
+SKIP = "data.on_error=skip leaves the pairs out of training and of scores."
+_MANY = 5  # objects in an image; fewer ids are as likely classes, of which images show the first few
+_SMALL = 0.05  # share of an image's pixels that the median object has at most
 _PROBLEMS = {  # code to the kind of file, its fault and the remedy
     "unreadable_image": ("image", "cannot be read", "Replace or remove the files."),
     "unreadable_mask": ("mask", "cannot be read", "Replace or remove the files."),
@@ -105,7 +107,7 @@ def _check_problems(records: Sequence[Record]) -> Iterator[Finding]:
                 code,
                 f"{len(bad)} of {len(records)} {kind}s {fault}.",
                 tuple(getattr(record, kind) for record in bad),
-                f"{remedy} {_SKIP}",
+                f"{remedy} {SKIP}",
                 reasons=tuple(
                     format_sizes(record) if code == "size_mismatch" else record.problems[code] for record in bad
                 ),
@@ -126,7 +128,7 @@ def _check_ids(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
         f"{len(bad)} of {total} masks with values that are not classes: "
         f"{join_names([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_describe_ids(part)}",
         tuple(record.mask for record, _ in bad),
-        f"{_advise_on_ids(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
+        f"{_advise_on_ids(part, list(foreign), [record for record, _ in bad])} {SKIP}",
         reasons=tuple(
             f"{record.mask}: {join_names(values, 10) or record.problems['foreign_ids']}"
             for (record, _), values in zip(bad, foreign_values, strict=True)
@@ -157,19 +159,36 @@ def _advise_on_ids(part: ScannedSplit, foreign: Sequence[str], records: Sequence
     if part.masks.format == "binary":
         every = {int(value) for record in records for value in record.raw if value.isdecimal()}
         return for_binary(every, described=described)
-    if _count_objects(records, part):
-        return for_instances(part.classes[-1], described=described)
-    advice = for_ids(numbers, part.ignore_index, described=described)
-    if len(numbers) <= MAX_IDS:
-        return advice
-    return f"{advice} {for_instances(part.classes[-1], described=described, likely=False)}"
+    is_mapped = part.masks.ids or part.masks.others or part.masks.reduce_zero_label
+    next_id = None if is_mapped else len(part.classes)
+    advice = for_ids(numbers, part.ignore_index, described=described, next_id=next_id)
+    if _look_like_instances(records, part):
+        return f"{advice} {for_instances(part.classes[-1], described=described)}"
+    return advice
 
 
-def _count_objects(records: Sequence[Record], part: ScannedSplit) -> bool:
-    """Return whether the ids in each mask are 1, 2, ... up to a number of its own, as instance IDs are."""
-    ids = [{int(value) for value in record.raw if value.isdecimal()} - {0, part.ignore_index} for record in records]
-    counted = all(numbers == set(range(1, len(numbers) + 1)) for numbers in ids)
-    return counted and (len(part.classes) == 2 or len({len(numbers) for numbers in ids}) > 1)
+def _look_like_instances(records: Sequence[Record], part: ScannedSplit) -> bool:
+    """Return whether the ids number objects: many in a mask, small ones, and others in each mask.
+
+    Each mask counts its objects from 1, or no number is in most masks. With more than two classes, the first
+    objects would have the ids of classes.
+    """
+    if len(part.classes) != 2 or len(records) < 2:
+        return False
+    ids = [
+        {
+            int(value): pixels
+            for value, pixels in record.raw.items()
+            if value.isdecimal() and value not in ("0", str(part.ignore_index))
+        }
+        for record in records
+    ]
+    counted = all(each.keys() == {*range(1, len(each) + 1)} for each in ids) and len({*map(len, ids)}) > 1
+    most_frequent = max(Counter(number for each in ids for number in each).values(), default=0)
+    shares = [
+        pixels / sum(record.raw.values()) for each, record in zip(ids, records, strict=True) for pixels in each.values()
+    ]
+    return (counted or 2 * most_frequent <= len(records)) and max(map(len, ids)) >= _MANY and median(shares) <= _SMALL
 
 
 def _parse_color(value: str) -> list[int]:

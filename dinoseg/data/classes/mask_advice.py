@@ -12,8 +12,15 @@ _PALETTE = "data.reader.masks.format=palette"
 _WORDS = ("null", "true", "false", "nan", "inf")  # YAML values that the command line would not take for text
 
 
-def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> str:
-    """Return advice on ids without class; `described`: `classes.yaml` lists the ids."""
+def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool, next_id: int | None = None) -> str:
+    """Return advice on ids without class: names first, since ignoring or merging classes changes every score.
+
+    Args:
+        foreign: the ids.
+        ignore_index: the ignored class id.
+        described: whether `classes.yaml` lists the ids.
+        next_id: the id of the next class that is named; None if ids are mapped, or stand for no further class.
+    """
     numbers = sorted(int(number) for number in foreign)
     if len(numbers) > MAX_IDS or numbers[0] < 0 or numbers[-1] > HIGHEST_ID:
         return (
@@ -22,14 +29,19 @@ def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> 
         )
     if described:
         return (
-            "Correct the masks, or add the ids to classes.yaml of data.root: to their class, or as `ignore: {ids: "
-            f"{numbers}}}`."
+            "Correct the masks, or add the ids to classes.yaml of data.root: to their class, which may be a new one, "
+            f"or as `ignore: {{ids: {numbers}}}`."
         )
     table = ", ".join(f"{number}: {ignore_index}" for number in numbers)
-    return (
-        f"Correct the masks, or map the ids. To ignore them: '++data.reader.masks.ids={{{table}}}' (with these "
+    mapping = (
+        f"orrect the masks, or map the ids. To ignore them: '++data.reader.masks.ids={{{table}}}' (with these "
         f"quotes); to use one, give its class id instead of {ignore_index}."
     )
+    if next_id is None:
+        return f"C{mapping}"
+    follow = numbers == [*range(next_id, next_id + len(numbers))]
+    where = "in the order of the ids" if follow else "and map each id to the place of its name, counted from 0"
+    return f"If they are classes, add their names to data.classes, {where}. Otherwise c{mapping}"
 
 
 def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
@@ -40,10 +52,11 @@ def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
     if described:
         return (
             "Correct the masks (JPEG cannot store class ids), or add the colours to classes.yaml of data.root: to the "
-            f"colors of a class, or as `ignore: {{colors: {colors}}}`."
+            f"colors of a class, which may be a new one, or as `ignore: {{colors: {colors}}}`."
         )
     return (
-        "Correct the masks (JPEG cannot store class ids), complete data.palette, or ignore the colours: "
+        "If they are classes, add them to data.classes and data.palette. Otherwise correct the masks (JPEG cannot "
+        "store class ids), or ignore the colours: "
         f"'data.reader.masks.ignore_colors={colors}' (with these quotes)."
     )
 
@@ -58,16 +71,14 @@ def for_binary(values: Collection[int], *, described: bool) -> str:
     return f"They look like class numbers, which thresholding would destroy: {remedy}, and name all classes."
 
 
-def for_instances(name: str, *, described: bool, likely: bool = True) -> str:
-    """Return advice on ids that number objects, where each may be an object of the class `name`."""
+def for_instances(name: str, *, described: bool) -> str:
+    """Return advice on ids that look like numbers of objects, where each may be an object of the class `name`."""
     remedy = (
         f"add this line to classes.yaml: `others: {json.dumps(name, ensure_ascii=False)}`"
         if described
         else f"add this to the command line: `{_override('++data.reader.masks.others', name)}`"
     )
-    seen = "These look like instances. " if likely else ""
-    several = f" If each is a class, name it in {'classes.yaml' if described else 'data.classes'}." if likely else ""
-    return f"{seen}If each number is one {name}, {remedy}. Every other id is then that class.{several}"
+    return f"They may be instances. If each number is one {name}, {remedy}. Every other id is then {name}."
 
 
 def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], *, described: bool) -> str:
@@ -93,8 +104,10 @@ def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], 
         ignored = f" 'data.reader.masks.ignore_colors={_format_colors(rest)}'" if rest else ""
         line = f"add this to the command line: `{_PALETTE} 'data.palette={_format_colors(colors)}'{ignored}`"
     meaning = ", ".join(f"{tuple(color)} {name}" for name, color in zip(classes, colors, strict=True))
+    names = "If each colour is a class, name them all first. " if rest else ""
     return (
-        f"If their colours stand for classes, {line}. This assigns {meaning}{_also(rest)}: correct the order if needed."
+        f"{names}If their colours stand for classes, {line}. This assigns {meaning}{_also(rest)}, by their number of "
+        "pixels: compare with the images, and correct the order."
     )
 
 

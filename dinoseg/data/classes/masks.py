@@ -160,7 +160,8 @@ class MaskReader:
             )
         return UserError(
             f"{path} holds the ids {_join_some(foreign)}, which are not classes: data.classes has ids 0 to "
-            f"{last}{stand}, and {ignore} is ignored. {for_ids(foreign, ignore, described=described)}"
+            f"{last}{stand}, and {ignore} is ignored. "
+            f"{for_ids(foreign, ignore, described=described, next_id=None if stand else last + 1)}"
         )
 
     def _from_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:

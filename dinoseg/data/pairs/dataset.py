@@ -22,7 +22,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, list_reasons
 
 ComputeMaps = Callable[[Sample], dict[str, Tensor]]
-_FEW = 3  # reasons listed where no pair is complete, since all will be alike
 
 
 @dataclass(frozen=True)
@@ -288,10 +287,11 @@ def incomplete_pairs_error(dataset: PairDataset, split: str) -> UserError:
     """Return the error that lists the incomplete pairs."""
     lacking = dataset.lacking
     if not len(dataset):
-        return UserError(f"Split {split} has no image with its mask:{list_reasons(lacking, _FEW)}\n{dataset.remedy}")
+        return UserError(f"Split {split} has no image with its mask:{list_reasons(lacking)}\n{dataset.remedy}")
     return UserError(
         f"Split {split} has {count_of(dataset.pairs, 'image')} with a mask, and {len(lacking)} incomplete "
-        f"pairs:{list_reasons(lacking)}\n{dataset.remedy}\nTo leave them out: on_error=skip."
+        f"pairs:{list_reasons(lacking)}\n{dataset.remedy}\nTo leave them out: on_error=skip. "
+        "mode=doctor lists all, in doctor.json."
     )
 
 

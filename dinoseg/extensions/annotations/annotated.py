@@ -284,7 +284,7 @@ class _Maker:
         raise UserError(
             f"{path} has shapes with labels that are not classes: {found}. data.classes has "
             f"{', '.join(self.labels.classes)}. Add them there, map them to a class "
-            f"('++data.reader.shapes.labels={{{first}: {self.labels.classes[-1]}}}', or {IGNORE}), or map all others: "
+            f"('++data.reader.shapes.labels={{{first}: CLASS}}', where CLASS may be {IGNORE}), or ignore all: "
             f"data.reader.shapes.others={IGNORE}."
         )
 

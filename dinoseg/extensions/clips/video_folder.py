@@ -12,7 +12,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import natural_order, visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES
 from dinoseg.utils.ranges import OnError, Positive
-from dinoseg.utils.wording import count_of
+from dinoseg.utils.wording import count_of, list_first
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +75,12 @@ class VideoFolder:
     def _report(self, wrong: dict[Path, str], total: int) -> None:
         if not wrong:
             return
-        lines = "".join(f"\n- {problem}" for problem in wrong.values())
         if self.on_error == "stop" or len(wrong) == total:
             raise UserError(
-                f"{count_of(wrong, 'video')} of {total} cannot be read:{lines}\nTo leave such files out, set "
-                "data.on_error=skip."
+                f"{count_of(wrong, 'video')} of {total} cannot be read:{list_first([*wrong.values()])}\nTo leave such "
+                "files out, set data.on_error=skip: the log then lists all."
             )
+        lines = "".join(f"\n- {problem}" for problem in wrong.values())
         log.warning("data.on_error=skip: %d of %d videos are left out:%s", len(wrong), total, lines)
 
 

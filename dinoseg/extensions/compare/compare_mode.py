@@ -36,14 +36,15 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
+from dinoseg.extensions.compare.side_names import swept_words
 from dinoseg.extensions.compare.sides import (
     Side,
     describe_folds,
     describe_left_out,
     describe_seeds,
     describe_units,
+    rename_sides,
     sides_of,
-    swept_words,
 )
 from dinoseg.report.table import CHOSEN_HERE, few_units, percent
 from dinoseg.training.cost import COST
@@ -102,7 +103,13 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[str]] | None) -> dict[str, Any]:
+def run(
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    runs: str | Sequence[str | Sequence[str]] | None,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Compare runs of mode=eval with the first of them: significance, differences by class and image, and costs.
 
     Args:
@@ -111,11 +118,14 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[s
         runs: run folders of mode=eval on the same images, or of trainings, whose final evaluation is used. Several
             seeds and folds of one side form a list of their own, or are found by their configs. A text is the folder
             of a sweep.
+        names: of the sides, in their order; None: the options in which they differ, or their folders.
 
     Raises:
-        UserError: there are fewer than two runs, or they are not comparable.
+        UserError: there are fewer than two runs, they are not comparable, or the names do not fit the sides.
     """
     sides = sides_of(runs)
+    if names is not None:
+        sides = rename_sides(sides, names)
     first, record = sides[0], sides[0].scored[0]
     builder = Builder(cfg)
     open_data = partial(open_saved_data, builder, root=record.root, split=record.split)

@@ -32,7 +32,7 @@ from dinoseg.evaluation.scoring.intervals import (
 from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.extensions.compare.page import OtherRun
 from dinoseg.extensions.compare.paper_table import Score, find_main_score
-from dinoseg.extensions.compare.sides import Side
+from dinoseg.extensions.compare.sides import Side, read_ensemble
 from dinoseg.report.html.page import format_interval
 from dinoseg.report.html.pictures import PairShot
 from dinoseg.report.overlay import downscale
@@ -72,12 +72,13 @@ def best_first(scores: Sequence[float | None]) -> list[int]:
     return sorted(range(len(scores)), key=lambda index: math.inf if (score := scores[index]) is None else -score)
 
 
-def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]) -> list[OtherRun]:
+def against(sides: Sequence[Side], open_data: Callable[..., SegmentationData]) -> list[OtherRun]:
     """Compare each other side with the first side.
 
     Args:
         sides: the first of them and the others.
-        open_data: returns the data set of an evaluation of the first side, by its folder, for the example images.
+        open_data: returns the data set of an evaluation of the first side, by its folder, for the example images; with
+            `split="train"`, that of its training.
     """
     first = sides[0]
     kind = _kind(first.scored[0])
@@ -87,14 +88,16 @@ def against(sides: Sequence[Side], open_data: Callable[[Path], SegmentationData]
     refused: dict[str, None] = {}
 
     @cache  # opened for the first images that are needed, and once for all sides, also if that fails
-    def open_once(place: Path) -> SegmentationData | UserError:
+    def open_once(place: Path, **split: str) -> SegmentationData | UserError:
         try:
-            return open_data(place)
+            return open_data(place, **split)
         except UserError as error:
             return error
 
-    def load(place: Path) -> SegmentationData:
+    def load(place: Path, name: str) -> SegmentationData:
         opened = open_once(place)
+        if not isinstance(opened, UserError) and name not in opened.names and read_ensemble(place).out_of_fold:
+            opened = open_once(place, split="train")  # folds divide the images of both splits
         if isinstance(opened, UserError):
             raise opened
         return opened
@@ -426,7 +429,7 @@ def _pair_shot(data: SegmentationData, name: str, folders: tuple[Path, Path], sc
 
 
 def largest_differences(
-    load: Callable[[Path], SegmentationData],
+    load: Callable[[Path, str], SegmentationData],
     folders: Mapping[str, tuple[Path, Path]],
     first: Sequence[float | None],
     second: Sequence[float | None],
@@ -435,7 +438,7 @@ def largest_differences(
     """Return the images whose score differs most in another run, by size of the difference; or none, and the reason.
 
     Args:
-        load: returns the data set of an evaluation, by its folder.
+        load: returns the data set with an image, by the folder of its evaluation and its name.
         folders: of the evaluations of both runs, by image, in the order of the scores.
         first: score of each image in the first run.
         second: score of each image in the other run.
@@ -463,7 +466,7 @@ def largest_differences(
     shots = []
     for index in order:
         places = folders[names[index]]
-        data = load(places[0])
+        data = load(places[0], names[index])
         if isinstance(data, PairDataset | CustomDataset) and data.has_layers:
             return [], "No images: the masks have a layer for each class."
         shots.append(_pair_shot(data, names[index], places, (first[index] or 0.0, second[index] or 0.0)))

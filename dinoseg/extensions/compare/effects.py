@@ -123,4 +123,9 @@ def effects_table(
         "replicates. Differences are from the first level of a key. 95 % interval: "
     )
     caption += interval if freedom >= MIN_FREEDOM else f"none, for lack of {MIN_FREEDOM} degrees of freedom"
+    # else one table would show two numbers of one thing without a reason
+    caption += (
+        ". Means are over the scores of single runs, and intervals over runs: they differ from scores that pool the "
+        "images of folds, and from intervals over images or groups"
+    )
     return PaperTable(f"{caption}.", ["key", "level", "runs", name, "difference", "95 % interval"], rows, 2)

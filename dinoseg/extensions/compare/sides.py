@@ -13,7 +13,7 @@ from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation
 from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.extensions.compare.alignment import align_records
 from dinoseg.extensions.compare.folds import Fold, PooledFolds, check_unseen, pool_folds
-from dinoseg.runs.folder import command_line
+from dinoseg.extensions.compare.side_names import side_names
 from dinoseg.training.description import resolve_evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, is_sweep_folder
@@ -25,6 +25,22 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = "trainer.patience"
 WEIGHTS = "weights"  # key of a recipe: best, or last, which no score of their validation images has selected
+
+
+class EvaluatedModels(NamedTuple):
+    """The trained models of an evaluation: one, or those of an ensemble.
+
+    Attributes:
+        models: number of them.
+        out_of_fold: whether each image is predicted by those of its fold.
+    """
+
+    models: int
+    out_of_fold: bool
+
+    def describe(self) -> str:
+        """Return the number, and who predicts an image."""
+        return f"{self.models} models, {'each image by those of its fold' if self.out_of_fold else 'averaged'}"
 
 
 class Recipe(NamedTuple):
@@ -148,6 +164,16 @@ def _is_of_slots(key: str) -> bool:
     return key.removeprefix("choices.").split(".")[0] == "slots"
 
 
+def read_ensemble(place: Path) -> EvaluatedModels:
+    """Return the models of an evaluation by its config; one without a readable config."""
+    try:
+        config = run_config.read_config(run_config.config_file(place))
+        ensemble = config["mode"].get("ensemble") or {}
+        return EvaluatedModels(1 + len(config.get("members") or ()), ensemble.get("out_of_fold") is True)
+    except (AttributeError, UserError, *run_config.BROKEN):
+        return EvaluatedModels(1, False)
+
+
 def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
     """Return a side for each group of indices of runs, all with the same images in the same order.
 
@@ -238,7 +264,10 @@ def describe_seeds(sides: Sequence[Side]) -> str:
     single = [side.name for side in sides if side.seeds == 1]
     if len(single) == len(sides):
         part = "side" if all(side.pooled is None for side in sides) else "fold"
-        return f"one trained model per {part}: verdicts hold for these models, not for other seeds"
+        ensembles = [(side.name, read_ensemble(place)) for side in sides for place in side.places[:1]]
+        models = [f"{name}: {each.describe()}" for name, each in ensembles if each.models > 1]
+        which = "; ".join(models) if models else f"one trained model per {part}"
+        return f"{which}: verdicts hold for these models, not for other seeds"
     runs = ", ".join(str(side.seeds) for side in sides)
     if not _has_intervals(sides):
         return f"no difference has an interval, so none includes the variance over seeds ({runs} runs)"
@@ -402,67 +431,15 @@ def _differing_keys(recipes: Sequence[Recipe]) -> list[str]:
     return [key for key in keys if any(recipe.keys.get(key) != recipes[0].keys.get(key) for recipe in recipes)]
 
 
-_LONGEST = 60  # characters: a longer name does not fit a heading
+def rename_sides(sides: Sequence[Side], names: Sequence[str]) -> list[Side]:
+    """Return the sides with the names that the user gives, in their order.
 
-
-def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[str]:
-    """Return a unique name for each side: the words that its runs share and that vary in their sweep, else its folders.
-
-    Args:
-        folders: folders of all runs.
-        sides: indices of each side's runs.
+    Raises:
+        UserError: there are more or fewer names than sides, or two are equal.
     """
-    by_folder = _by_folders(folders)
-    swept = swept_words(folders)
-    names = []
-    for side in sides:
-        of_side = [swept[index] for index in side]
-        words = " ".join(
-            word
-            for key, word in of_side[0].items()
-            if key != "resume" and all(each.get(key) == word for each in of_side)
+    if len(names) != len(sides) or len({*map(str, names)}) != len(sides):
+        raise UserError(
+            f"names={format_override([*names])}: give a different name for each side, in this order: "
+            f"{', '.join(side.name for side in sides)}."
         )
-        names.append(words if 0 < len(words) <= _LONGEST else _join_run_names([by_folder[index] for index in side]))
-    return names if len(set(names)) == len(names) else [by_folder[side[0]] for side in sides]
-
-
-def swept_words(folders: Sequence[Path]) -> list[dict[str, str]]:
-    """Return the overrides of each run by key that vary between the given jobs of sweeps; empty for other runs."""
-    commands = [_command(folder) for folder in folders]
-    swept = [command for command in commands if command]
-    keys = dict.fromkeys(key for command in swept for key in command if not key.startswith("hydra"))
-    varied = [key for key in keys if len({command.get(key) for command in swept}) > 1]
-    return [{key: command[key] for key in varied if key in command} for command in commands]
-
-
-def _command(folder: Path) -> dict[str, str]:
-    """Return the overrides of a sweep's job by key, without a leading +; empty for other runs.
-
-    `resume=auto` is left out: it is no setting of the model.
-    """
-    folder = folder.resolve()
-    if not is_sweep_folder(folder.parent):
-        return {}
-    try:
-        words = command_line(folder)
-    except OSError:  # unreadable: fall back to the folder's name
-        return {}
-    return {word.lstrip("+~").partition("=")[0]: word.lstrip("+") for word in words if word != "resume=auto"}
-
-
-def _by_folders(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest path suffixes of the folders that are unique."""
-    whole = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, whole)) + 1):
-        names = ["/".join(parts[-count:]) for parts in whole]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def _join_run_names(names: Sequence[str]) -> str:
-    """Join several names into one: a/0 and a/1 become a/0+1."""
-    head, slash, first = names[0].rpartition("/")
-    if all(name.rpartition("/")[0] == head for name in names):
-        names = [f"{head}{slash}{first}", *(name.rpartition("/")[2] for name in names[1:])]
-    return "+".join(names) if len(names) <= 4 else f"{names[0]}+... ({count_of(names, 'run')})"
+    return [replace(side, name=str(name)) for side, name in zip(sides, names, strict=True)]

@@ -53,7 +53,8 @@ def _unseen(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
                 "warning",
                 "class_not_in_train",
                 f"In {split} but not in train: {join_names(untaught, 20)}. These classes cannot be learned.",
-                remedy="Split the data differently, or merge or ignore these classes (data.reader.masks.ids).",
+                remedy="Split the data differently. Merging or ignoring classes (data.reader.masks.ids) changes what "
+                "the scores measure.",
             )
         if unscored := _class_names(train & ~present, splits[0]):
             yield Finding(

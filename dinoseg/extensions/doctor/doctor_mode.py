@@ -14,6 +14,7 @@ from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask
 from dinoseg.data.checks.errors import describe_split, home_made
+from dinoseg.data.checks.files import SKIP
 from dinoseg.data.checks.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.pairs.dataset import PairDataset
@@ -29,11 +30,10 @@ from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.levels import to_display
 from dinoseg.utils.ranges import Count, Natural, Range
-from dinoseg.utils.wording import count_of, one_line, printable
+from dinoseg.utils.wording import count_of, list_first, printable
 
 _NEEDED = ("train", "val")
 _NO_TEST = "If the data have no test split, ignore this note: training reads train and val only."
-_SHOWN = {"error": 10, "warning": 10, "note": 3}  # files per finding that the terminal lists
 _HEADERS = ("split", "images", "smallest (width x height)", "largest (width x height)")
 NearDistance = Annotated[int, Range("a whole number from 0 to 64", 0, 64)]
 DoctorData = PairDataset | CustomDataset
@@ -166,7 +166,7 @@ def _report_incomplete_pairs(split: str, data: PairDataset) -> Finding:
         f"{count_of(data.lacking, 'name')} of {split} without image, mask or frames; {count_of(data.pairs, 'pair')} "
         "complete.",
         tuple(data.lacking),
-        f"{data.remedy} Or leave them out: data.on_error=skip.".lstrip(),
+        f"{data.remedy} {SKIP}".lstrip(),
         reasons=tuple(f"{name}: {reason}" for name, reason in data.lacking.items()),
     )
 
@@ -220,11 +220,8 @@ def _text(report: Mapping[str, Any]) -> str:
     for finding in report["findings"]:
         weak = finding["severity"] == "error" and not finding["stops_training"]
         also = " (training does not stop on it)" if weak else ""
-        lines.append(f"{finding['severity'].upper()} {finding['code']}{also}: {finding['message']}")
-        shown = _SHOWN[finding["severity"]]
-        lines += [f"    {one_line(line)}" for line in (finding["reasons"] or finding["files"])[:shown]]
-        if finding["count"] > shown:
-            lines.append(f"    and {finding['count'] - shown} more")
+        files = list_first(finding["reasons"] or finding["files"], "    ")
+        lines.append(f"{finding['severity'].upper()} {finding['code']}{also}: {finding['message']}{files}")
         lines += [f"    -> {finding['remedy']}"] if finding["remedy"] else []
     return "\n".join([*lines, "", f"findings:     {_count_findings(report)}"])
 

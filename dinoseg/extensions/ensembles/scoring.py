@@ -26,6 +26,7 @@ from dinoseg.report.table import percent
 from dinoseg.runs.folder import LOG, command_line
 from dinoseg.training import checkpoint
 from dinoseg.training.description import resolve_evaluate
+from dinoseg.training.end_record import describe_sweep
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, natural_order
@@ -65,8 +66,8 @@ def list_sweep(folder: str) -> list[str]:
             for recipe, of_recipe in recipes.items()
         ]
         raise UserError(
-            f"resume={folder}: this sweep has {count_of(recipes, 'recipe')}: {'; '.join(named)}. Give the runs of one: "
-            f"resume=[{','.join(next(iter(recipes.values())))}], and to score them out of fold, "
+            f"{describe_sweep(Path(folder))}. It has {count_of(recipes, 'recipe')}: {'; '.join(named)}. To average the "
+            f"runs of one: resume=[{','.join(next(iter(recipes.values())))}], and to score them out of fold, "
             "mode.ensemble.out_of_fold=true."
         )
     return [*map(str, runs)]

@@ -184,7 +184,7 @@ def _write_pixels(path: Path, dataset: PairDataset, longest: int | None, workers
     if failures:
         raise UserError(
             f"{len(failures)} of {len(dataset)} images cannot be packed:{list_reasons(failures)}\nFix these files "
-            "or leave them out (on_error=skip), and run again."
+            "or leave them out (on_error=skip), and run again. mode=doctor lists all, in doctor.json."
         )
     return extents
 

@@ -13,10 +13,9 @@ from dinoseg.report.progress import Bar
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import OnError
-from dinoseg.utils.wording import count_of, join_names
+from dinoseg.utils.wording import count_of, join_names, list_first
 from dinoseg.utils.workers import in_processes
 
-_LISTED = 20  # problems in a message; the file has all
 _FRAMES_PER_PROCESS = 24  # fewer (10 ms each) take less time than a process start (0.25 s)
 
 
@@ -51,10 +50,9 @@ class Unscorable(UserError):
     """Error for files that cannot be scored; `problems` has the file and reason of each."""
 
     def __init__(self, problems: Sequence[tuple[Path, str]], where: str) -> None:
-        lines = "".join(f"\n- {path}: {reason}" for path, reason in problems[:_LISTED])
-        more = f"\n- and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        lines = list_first([f"{path}: {reason}" for path, reason in problems])
         super().__init__(
-            f"{count_of(problems, 'file')} of {where} cannot be scored:{lines}{more}\n"
+            f"{count_of(problems, 'file')} of {where} cannot be scored:{lines}\n"
             "Correct them; data.on_error=skip scores the others and lists these."
         )
         self.problems = list(problems)

@@ -1,9 +1,10 @@
 """Results of a sweep's jobs, each in a file of the sweep's folder, since jobs may run on other machines."""
 
 import atexit
+import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,19 @@ _NOTE: dict[str, forms.Form] = {
 _ROW = forms.object_with(**_NOTE, returned=forms.table(forms.number()), further=forms.list_of(forms.text))
 _LOCK = "sweep.own"
 _held: dict[Path, IO[str]] = {}  # locks of this process, by folder
+
+
+def describe_runs(sweep: Path, best: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line with the folder of the jobs, and one with how to use those of the best row."""
+    folders = {str(job["job"]): Path(job["run"]) for job in jobs if job.get("run")}
+    # as short as the sweep's own folder was given
+    runs = {
+        number: str(sweep / path.name if path.parent.resolve() == sweep.resolve() else path)
+        for number, path in folders.items()
+    }
+    of_best = [runs[number] for number in str(best["job"]).split(",") if number in runs]
+    resume = shlex.quote(f"resume=[{','.join(of_best)}]") if len(of_best) > 1 else f"resume={''.join(of_best)}"
+    return [f"runs: {sweep}/JOB", *([f"best: {resume}"] if of_best else [])]
 
 
 class JobResults:

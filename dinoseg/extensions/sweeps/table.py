@@ -37,7 +37,7 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
-from dinoseg.extensions.sweeps.job_results import JobResults
+from dinoseg.extensions.sweeps.job_results import JobResults, describe_runs
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.metrics.counts import iou, mean_defined, ratio
 from dinoseg.report.table import CHOSEN_HERE
@@ -305,6 +305,8 @@ class SweepTable(Callback):
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
+        places = describe_runs(path.parent, rows[0], jobs)
+        print("\n".join(places))
         remarks = [f"folds: {remark}" for remark in dict.fromkeys(row.get("remark") for row in rows) if remark]
         if left_out:
             from dinoseg.extensions.compare.sides import describe_left_out  # imports torch
@@ -322,9 +324,10 @@ class SweepTable(Callback):
             ]
             for row in rows
         ]
-        places = [(row, len(labels) + scores.index(key)) for key, row in bold.items()]
+        bold_cells = [(row, len(labels) + scores.index(key)) for key, row in bold.items()]
         caption = f"{caption} {note or 'Nothing is bold: rows were not compared.'}"
-        tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), places, [*remarks, *failed])]
+        notes = [*remarks, *failed, *places]
+        tables = [PaperTable(caption, [*labels, *map(_head, scores)], cells, len(labels), bold_cells, notes)]
         effects, freedom = estimate_effects(settings, [row.get(score) for row in runs])
         if effects and not _searches(config):
             tables.append(effects_table(effects, freedom, _head(score), partial(_text, score)))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import BINS, Counts, sum_counts
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.metrics.average_precision import AveragePrecision, sum_from_above
 from dinoseg.metrics.counts import ratio
 from dinoseg.metrics.rows import MetricRows
@@ -19,10 +20,11 @@ _AT_ONCE = 4  # curves in a chart: as many as there are line styles
 _MAX_CLASSES = 24
 
 
-def draw_curves(rows: MetricRows, classes: Sequence[str], out_dir: Path) -> list[dict[str, Any]]:
+def draw_curves(rows: MetricRows, data: SegmentationData, out_dir: Path) -> list[dict[str, Any]]:
     """Write the curves of all classes to `out_dir`, and return charts; [] if the rows have no `AveragePrecision`.
 
-    The classes of lowest average precision come first. A class without a positive pixel has no curve in the charts.
+    The classes of lowest average precision come first, in their own colours. A class without a positive pixel
+    has no curve in the charts.
     """
     drawn: list[dict[str, Any]] = []
     for metric, counts in zip(rows.metrics, rows.counts, strict=True):
@@ -38,7 +40,7 @@ def draw_curves(rows: MetricRows, classes: Sequence[str], out_dir: Path) -> list
                     for key, values in points.items()
                 },
             }
-            for label, name in enumerate(classes)
+            for label, name in enumerate(data.classes)
             for level in range(BINS)
         ]
         write_csv_table(out_dir / CURVES, ["class", *points], table)
@@ -47,10 +49,12 @@ def draw_curves(rows: MetricRows, classes: Sequence[str], out_dir: Path) -> list
         known = [
             label for label in np.argsort(precision, kind="stable")[:_MAX_CLASSES].tolist() if precision[label] >= 0
         ]
-        lines = [(f"{classes[label]} ({percent(precision[label])} %)", _trace(points, label)) for label in known]
+        lines = [(f"{data.classes[label]} ({percent(precision[label])} %)", _trace(points, label)) for label in known]
         axes = Axes((0, 1), (0, 1), "recall", "precision")
-        parts = [lines[start : start + _AT_ONCE] for start in range(0, len(lines), _AT_ONCE)]
-        drawn = [line_chart("Precision and recall (average precision)", part, axes) for part in parts]
+        colors = [data.palette[label] for label in known]
+        parts = [slice(start, start + _AT_ONCE) for start in range(0, len(lines), _AT_ONCE)]
+        title = "Precision and recall (average precision)"
+        drawn = [line_chart(title, lines[part], axes, colors=colors[part]) for part in parts]
     return drawn
 
 

@@ -51,13 +51,29 @@ def thin(points: Points) -> Points:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def line_chart(title: str, curves: Sequence[tuple[str, Points]], axes: Axes, *, ideal: bool = False) -> dict[str, Any]:
-    """Return a chart of named curves; a curve of one point is a dot. `ideal` adds the diagonal."""
+def line_chart(
+    title: str,
+    curves: Sequence[tuple[str, Points]],
+    axes: Axes,
+    *,
+    ideal: bool = False,
+    colors: Sequence[Sequence[int]] = (),
+) -> dict[str, Any]:
+    """Return a chart of named curves; a curve of one point is a dot. `ideal` adds the diagonal.
+
+    Args:
+        title: of the chart.
+        curves: name and points of each.
+        axes: of the chart.
+        ideal: add the diagonal.
+        colors: of the curves (R, G, B); empty: those of the page.
+    """
     drawn = []
-    for name, points in curves:
+    for number, (name, points) in enumerate(curves):
         dots = [(*axes.at(x, y), f"{name}: {x:.5g}, {y:.4g}") for x, y in points]
         path = "L".join(f"{x} {y}" for x, y, _ in dots) if len(dots) > 1 else ""
         drawn.append({"name": name, "path": path, "dots": dots if len(dots) <= _MAX_DOTS else []})
+        drawn[-1]["color"] = tuple(colors[number]) if colors else None
     return _chart(title, axes, ideal) | {"curves": drawn}
 
 

@@ -58,7 +58,7 @@ def test_repeated_fault_is_reported_once_with_its_remedy(root):
     for mask in masks:
         rewrite(mask, lambda pixels: pixels + 7)
     told = assert_refused(lambda: check(root), "'++data.reader.masks.ids={7: 255, 8: 255, 9: 255}'")
-    assert all(told.count(str(mask)) == 1 for mask in masks) and told.count("Correct the masks") == 1
+    assert all(told.count(str(mask)) == 1 for mask in masks) and told.count("correct the masks") == 1
 
 
 def test_advice_is_left_to_the_doctor(root, caplog):

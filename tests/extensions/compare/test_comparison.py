@@ -92,7 +92,7 @@ def test_runs_of_two_tasks_are_refused_by_name(tmp_path):
     assert read_record(tmp_path).task == "multilabel"
 
 
-def find_data(place):
+def find_data(place, name):
     """Return an empty data set."""
     return []
 

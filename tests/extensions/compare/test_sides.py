@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from dinoseg.extensions.compare import compare_mode as compare
-from dinoseg.extensions.compare.sides import Side, side_names
+from dinoseg.extensions.compare.side_names import side_names
+from dinoseg.extensions.compare.sides import Side
 from dinoseg.runs import folder as run_folder
 from dinoseg.runs.folder import RunFolder
 from dinoseg.training.cost import COST
@@ -35,7 +36,8 @@ def swept(tmp_path):
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (("head=mlp", "head=linear"), ["head=mlp", "head=linear"]),
+        (("head=mlp", "head=linear"), ["mlp", "linear"]),
+        (("loss=focal", "metric@metrics=[ece]"), ["focal", "[ece]"]),
         (("+a.b=1", "++a.b=2"), ["a.b=1", "a.b=2"]),
         (("+data.x=1", "~data.x"), ["data.x=1", "~data.x"]),
         (("k=[a,'b, c']", "k={a:1,b:[x=y]}"), ["k=[a,'b, c']", "k={a:1,b:[x=y]}"]),
@@ -55,16 +57,16 @@ def test_jobs_are_named_by_the_overrides_that_differ(swept, words, names):
 
 def test_side_names_omit_seeds_if_unique_without_them(swept):
     folders = swept(*([f"head={head}", f"+seed={seed}"] for head in "ab" for seed in (0, 1)))
-    assert side_names(folders, [[0, 1], [2, 3]]) == ["head=a", "head=b"]
-    assert run_names(folders) == ["head=a seed=0", "head=a seed=1", "head=b seed=0", "head=b seed=1"]
+    assert side_names(folders, [[0, 1], [2, 3]]) == ["a", "b"]
+    assert run_names(folders) == ["a seed=0", "a seed=1", "b seed=0", "b seed=1"]
     assert side_names(folders[:2], [[0], [1]]) == ["seed=0", "seed=1"]
-    assert side_names(folders, [[0, 2], [1], [3]]) == ["seed=0", "head=a seed=1", "head=b seed=1"]
+    assert side_names(folders, [[0, 2], [1], [3]]) == ["seed=0", "a seed=1", "b seed=1"]
 
 
 def test_links_and_resumed_jobs_are_named_as_the_job(swept, tmp_path):
     folders = swept(["head=a"], ["head=b", "resume=auto"])
     (tmp_path / "linked").symlink_to(folders[0])
-    assert run_names(folders) == run_names([tmp_path / "linked", folders[1]]) == ["head=a", "head=b"]
+    assert run_names(folders) == run_names([tmp_path / "linked", folders[1]]) == ["a", "b"]
 
 
 def test_single_run_is_named_by_its_folder(swept, tmp_path):
@@ -72,13 +74,13 @@ def test_single_run_is_named_by_its_folder(swept, tmp_path):
     alone.mkdir()
     RunFolder(alone).write_config({}, ["mode=train", "head=c", "data.root=elsewhere"])
     folders = [alone, *swept(*([f"head={head}", f"seed={seed}"] for head in "ab" for seed in (0, 1)))]
-    assert side_names(folders, [[0], [1, 2], [3, 4]]) == [alone.name, "head=a", "head=b"]
-    assert run_names(folders)[:2] == [alone.name, "head=a seed=0"]
-    assert side_names(folders, [[0, 1], [2], [3, 4]]) == [f"{alone.name}+0", "head=a seed=1", "head=b"]
+    assert side_names(folders, [[0], [1, 2], [3, 4]]) == [alone.name, "a", "b"]
+    assert run_names(folders)[:2] == [alone.name, "a seed=0"]
+    assert side_names(folders, [[0, 1], [2], [3, 4]]) == [f"{alone.name}+0", "a seed=1", "b"]
     assert side_names(folders[:2], [[0], [1]]) == [alone.name, "0"]
-    named_so = tmp_path / "head=a"
+    named_so = tmp_path / "a"
     named_so.mkdir()
-    assert side_names([named_so, *folders[1:]], [[0], [1, 2], [3, 4]]) == ["head=a", "0", "2"]
+    assert side_names([named_so, *folders[1:]], [[0], [1, 2], [3, 4]]) == ["a", "head=a", "head=b"]
 
 
 def test_unreadable_command_gives_no_run_name(swept, monkeypatch):

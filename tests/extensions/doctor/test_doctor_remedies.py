@@ -37,20 +37,29 @@ def read(root, *words):
     return [instantiate(data.reader)(split="train").mask(number).tolist() for number in (0, 1)]
 
 
-INSTANCES = [[[0, 1, 2, 255]], [[0, 1, 2, 7], [3, 4, 5, 6]]]
+def count_objects(*rows):
+    """Return a mask (12, 12) whose first rows hold these ids; the others are background."""
+    mask = np.zeros((12, 12), np.uint8)
+    for row, ids in enumerate(rows):
+        mask[row, : len(ids)] = ids
+    return mask
+
+
+INSTANCES = [count_objects([0, 1, 2, 255]), count_objects([0, 1, 2, 7], [3, 4, 5, 6])]
+MERGED = [count_objects([0, 1, 1, 255]).tolist(), count_objects([0, 1, 1, 1], [1, 1, 1, 1]).tolist()]
 
 
 def test_instance_masks_get_a_remedy_that_merges_them(tmp_path):
     root = write(tmp_path / "data", INSTANCES)
     remedy, line = remedy_and_line(root, ["background", "person"])
-    assert remedy.startswith("These look like instances. If each number is one person, add this to the command line:")
-    assert "If each is a class, name it in data.classes." in remedy
-    expected = [[[0, 1, 1, 255]], [[0, 1, 1, 1], [1, 1, 1, 1]]]
-    assert read(root, "data.classes=[background,person]", *shlex.split(line)) == expected
+    assert remedy.startswith("If they are classes, add their names to data.classes, in the order of the ids. ")
+    assert "They may be instances. If each number is one person, add this to the command line:" in remedy
+    assert read(root, "data.classes=[background,person]", *shlex.split(line)) == MERGED
     remedy, line = remedy_and_line(root, ["background", "person"], DESCRIBED)
-    assert "add this line to classes.yaml: `others:" in remedy and "name it in classes.yaml" in remedy
+    assert remedy.startswith("Correct the masks, or add the ids to classes.yaml of data.root: to their class, which ")
+    line = re.search("`(others: .*?)`", remedy)[1]
     (root / "classes.yaml").write_text(f"classes: [background, person]\n{line}\n")
-    assert read(root) == expected
+    assert read(root) == MERGED
     options = {"classes": ["background", "person"], "palette": None, "masks": Masks(others="person")}
     assert "foreign_ids" not in findings_by_code(root, options=options)
 
@@ -66,24 +75,26 @@ def test_suggested_line_works_for_any_class_name(tmp_path, name):
 @pytest.mark.parametrize(
     ("classes", "mask"),
     [
-        ("abc", [[[0, 1, 2, 3]], [[0, 1, 2, 3]]]),  # as many in each: classes that are not named
-        ("ab", [[[0, 1, 4]], [[0, 2, 4]]]),  # not counted
+        ("ab", [[[0, 1, 2, 255]], [[0, 1, 255, 255]]]),  # a class that is not named
+        ("ab", [count_objects([1, 2]), count_objects([1, 2, 3])]),  # few
+        ("ab", [count_objects([1, 2, 3, 4, 5, 6])] * 2),  # as many in each
+        ("ab", [count_objects(*(12 * [each] for each in range(1, last))) for last in (9, 12)]),  # large
+        ("abc", INSTANCES),  # the first ones would be of the classes b and c
+        ("ab", [count_objects([1, 4, 9, 16, 25]), count_objects([2, 4, 9])]),  # not counted
     ],
 )
-def test_scattered_ids_are_not_reported_as_instances(tmp_path, classes, mask):
+def test_ids_that_may_be_classes_are_to_be_named_first(tmp_path, classes, mask):
     root, options = write(tmp_path / "data", mask), {"classes": list(classes), "palette": None}
     remedy = findings_by_code(root, options=options)["foreign_ids"].remedy
-    assert "instances" not in remedy and "++data.reader.masks.ids" in remedy
+    assert remedy.startswith("If they are classes, add their names") and "++data.reader.masks.ids" in remedy
+    assert "instances" not in remedy and "masks.others" not in remedy
 
 
 def test_many_numbers_with_gaps_may_be_instances_too(tmp_path):
-    numbers = [0, *range(3, 50, 2)]
-    root = write(tmp_path / "data", [[numbers], [numbers]])
+    root = write(tmp_path / "data", [count_objects(range(3, 26, 2)), count_objects(range(33, 56, 2))])
     remedy, line = remedy_and_line(root, ["background", "person"])
     assert "do not look like class ids" in remedy and "If each number is one person" in remedy
-    assert "name it in" not in remedy
-    expected = [[0] + [1] * 24]
-    assert read(root, "data.classes=[background,person]", *shlex.split(line)) == [expected, expected]
+    assert read(root, "data.classes=[background,person]", *shlex.split(line)) == [count_objects(12 * [1]).tolist()] * 2
 
 
 @pytest.mark.parametrize(("number", "described"), [(2, False), (3, True), (3, False)])
@@ -97,7 +108,7 @@ def test_colour_masks_get_a_remedy_that_maps_them_to_classes(tmp_path, number, d
         words = []
     assert read(root, *words)[0] == np.where(ids == 2, 255, ids).tolist()
     assert "(0, 0, 0) background, (255, 0, 0) person" in remedy
-    assert ("(0, 128, 0) ignored" in remedy) == (number == 3)
+    assert ("(0, 128, 0) ignored" in remedy) == (number == 3) == ("name them all first" in remedy)
 
 
 def test_colours_that_cannot_be_classes(tmp_path):

@@ -116,8 +116,14 @@ def test_each_image_is_scored_by_the_run_of_its_fold(runs):
 def test_out_of_fold_scores_of_two_heads_are_compared(runs):
     succeed(runs, "mode=eval", "resume=folds", *FP32, "hydra.run.dir=a")
     succeed(runs, "mode=eval", "resume=folds", "resolution.scale=0.5", *FP32, "hydra.run.dir=b")
-    done = succeed(runs, "mode=compare", "runs=[a,b]")
-    assert "over 8 images" in done.out and "split.json" not in done.err
+    done = succeed(runs, "mode=compare", "runs=[a,b]", "mode.names=[whole,half]", "hydra.run.dir=compared")
+    assert "over 8 images" in done.out and "split.json" not in done.err and "no images" not in done.err
+    models = "3 models, each image by those of its fold"
+    assert f"seeds:        whole: {models}; half: {models}: verdicts hold" in done.out
+    page = (runs / "compared/report.html").read_text()
+    assert page.count('<div class="shot">') > 3 and "| whole" in (runs / "compared/table.md").read_text()
+    refused = call(runs, "mode=compare", "runs=[a,b]", "mode.names=[whole]")
+    assert "names=[whole]: give a different name for each side, in this order: a, b." in refused.err
 
 
 def test_a_sweep_is_averaged_on_new_images(runs, monkeypatch):
@@ -160,6 +166,8 @@ def test_wrong_members_and_modes_are_refused(runs):
         ("mode=eval", "resume=[folds/0,folds/1]", "mode.ensemble.out_of_fold=true"): ("never", "every fold"),
         ("mode=eval", "resume=folds", "mode.split=test", "mode.ensemble.out_of_fold=true"): ("mode.split=val",),
         ("mode=eval", "resume=two"): ("2 recipes", "head=linear", "in 0, 1, 2", "head=mlp", "in 3", "resume=[two/0"),
+        ("mode=predict", "resume=two", "input=test"): ("two is a sweep of 4 runs of different folds or scores",),
+        ("mode=export", "resume=folds"): ("folds is a sweep of 3 runs of different folds", "resume=folds/JOB"),
         ("mode=eval", "resume=unfinished"): ("no finished training in 1, 2",),
         ("mode=eval", "resume=[folds/0,nowhere]", "mode.split=test"): ("nowhere", "not found"),
         ("mode=eval", "resume=[folds/0,mlp]", "head=linear", "mode.split=test"): ("head=linear", "head=mlp"),

@@ -86,6 +86,12 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     table = done.out[done.out.index("\n  job  head") :]
     assert max(map(len, table.splitlines())) <= 140 and "trainer.steps" not in table
     assert f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.out
+    best = f"{folder.relative_to(tmp_path)}/{rows[0]['job']}"
+    lines = f"runs: {folder.relative_to(tmp_path)}/JOB", f"best: resume={best}\n"
+    paper = (folder / "table.md").read_text().replace("\\_", "_")
+    assert "\n".join(lines) in done.out and "\n\n".join(lines) in paper
+    refused = call(tmp_path, "mode=serve", f"resume={folder.relative_to(tmp_path)}")
+    assert f"is a sweep of 2 runs, the best by val/miou is {best}: give resume={best}.\n" in refused.err
     assert re.search(
         r"significantly worse than the best setting: [01] of 1; .*95 % interval \(over 2 images\)", done.out
     )

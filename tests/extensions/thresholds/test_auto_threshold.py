@@ -105,6 +105,8 @@ def test_evaluation_chooses_for_other_weights_and_another_beta(run):
 
 def test_files_hold_numbers(run):
     where, _, _ = run
+    succeed(where, "mode=predict", "resume=run", "input=data/val/images", "hydra.run.dir=predicted")
+    assert json.loads((where / "predicted/predict.json").read_text())["task"]["threshold"] == stored(where)
     succeed(where, "mode=export", "resume=run", "export=safetensors", "hydra.run.dir=exported")
     assert describe(where / "exported/model.safetensors")["config"]["task"]["threshold"] == stored(where)
     image = read_image(where / "data/val/images/val_0.png")

@@ -12,6 +12,7 @@ from dinoseg.metrics.rows import MetricRows
 
 class Data:
     classes, names, ignore_index = ("a", "b", "c"), ("0", "1"), 255
+    palette = ((255, 255, 255), (9, 0, 0), (0, 9, 0))
 
 
 def draw_rows():
@@ -29,7 +30,7 @@ def draw_rows():
 
 def test_each_point_is_the_score_of_its_threshold(tmp_path):
     rows, positives, totals = draw_rows()
-    charts = draw_curves(rows, Data.classes, tmp_path)
+    charts = draw_curves(rows, Data(), tmp_path)
     with (tmp_path / CURVES).open() as file:
         points = list(csv.DictReader(file))
     assert len(points) == 3 * BINS
@@ -42,9 +43,10 @@ def test_each_point_is_the_score_of_its_threshold(tmp_path):
         for name, (part, whole) in wholes.items():
             assert point[name] == "" if whole == 0 else np.isclose(float(point[name]), part / whole)
     (chart,) = charts
-    assert sorted(curve["name"][0] for curve in chart["curves"]) == ["a", "b"]
+    drawn = sorted((curve["name"][0], curve["color"]) for curve in chart["curves"])
+    assert drawn == [("a", (255, 255, 255)), ("b", (9, 0, 0))]
 
 
 def test_other_metrics_have_no_curves(tmp_path):
-    assert draw_curves(MetricRows([MeanIoU()], Data()), Data.classes, tmp_path) == []
+    assert draw_curves(MetricRows([MeanIoU()], Data()), Data(), tmp_path) == []
     assert not (tmp_path / CURVES).exists()
