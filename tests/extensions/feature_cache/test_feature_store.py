@@ -2,6 +2,7 @@ import errno
 import logging
 import os
 import pickle
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -14,6 +15,7 @@ from failing import fail_after
 from dinoseg.extensions.feature_cache import store as stores
 from dinoseg.extensions.feature_cache.form import size_of
 from dinoseg.extensions.feature_cache.store import DiskStore, MemoryStore
+from dinoseg.utils.interrupt import Interrupted, defer_signals
 
 SHAPE = (8, 3, 4)
 SIZE = size_of([torch.zeros(SHAPE)], "float16")
@@ -79,6 +81,24 @@ def test_runs_that_start_together_compute_a_key_once(tmp_path):
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(compute, [DiskStore(tmp_path, "a", "float16") for _ in range(3)]))
     assert len(computed) == 1 and [path.suffix for path in (tmp_path / "a").iterdir()] == [".features"]
+
+
+def test_features_are_computed_if_the_other_process_hangs(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stores, "_PATIENCE", 0.1)
+    store = DiskStore(tmp_path, "a", "float16")
+    with store.claim(KEYS[0]), store.claim(KEYS[0]):
+        store.put(KEYS[0], features())
+    assert "has locked" in caplog.text and "The features are computed here" in caplog.text
+    assert store.get(KEYS[0]) is not None
+
+
+def test_stop_request_ends_the_wait_for_features(tmp_path):
+    store, entered = DiskStore(tmp_path, "a", "float16"), []
+    with pytest.raises(Interrupted), defer_signals(""), store.claim(KEYS[0]):
+        signal.raise_signal(signal.SIGTERM)
+        with store.claim(KEYS[0]):
+            entered.append(True)
+    assert entered
 
 
 def test_a_cache_that_cannot_be_written_holds_nobody_up(tmp_path):
