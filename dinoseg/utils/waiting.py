@@ -2,9 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Timer
+from collections.abc import Callable
 
 from dinoseg.utils.errors import WaitEnded
 from dinoseg.utils.interrupt import is_stop_requested
@@ -60,15 +58,3 @@ class Wait:
         if self._total >= self._next_line:
             self._next_line = max(NOTICE, _RARER * self._total)
             log.warning("%s", self._describe(self._total))
-
-
-@contextmanager
-def log_slow_call(message: str) -> Iterator[None]:
-    """Log `message` if the block takes longer than `NOTICE` seconds: for calls of libraries that block."""
-    timer = Timer(NOTICE, log.warning, ("%s", message))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -8,7 +8,7 @@ import pytest
 from dinoseg.utils import waiting
 from dinoseg.utils.errors import WaitEnded
 from dinoseg.utils.interrupt import Interrupted, defer_signals
-from dinoseg.utils.waiting import Wait, log_slow_call
+from dinoseg.utils.waiting import Wait
 
 
 @pytest.fixture
@@ -59,13 +59,3 @@ def test_deferred_signal_ends_a_wait_after_its_grace(check_after, grace):
         check_after(wait, 1)
         pytest.fail("the wait has not ended")
     check_after(wait, 1)  # the request ends with the work
-
-
-def test_only_slow_calls_are_logged(monkeypatch, caplog):
-    with log_slow_call("slow"):
-        pass
-    monkeypatch.setattr(waiting, "NOTICE", 0)
-    with log_slow_call("slow"):
-        while not caplog.messages:
-            pass
-    assert caplog.messages == ["slow"]
