@@ -1,7 +1,6 @@
 """Lock files: one process at a time holds a lock, until it releases it or ends in any way."""
 
 import contextlib
-import errno
 import logging
 import os
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from dinoseg.utils.errors import WaitEnded
-from dinoseg.utils.files import open_regular
+from dinoseg.utils.files import open_regular, open_to_append
 from dinoseg.utils.waiting import Wait
 
 log = logging.getLogger(__name__)
@@ -153,9 +152,7 @@ def _beat() -> None:
 def _try_to_lock(path: Path, level: int) -> IO[str] | None:
     """Return an open and locked file; None if another process holds its lock."""
     while True:
-        if path.exists() and not path.is_file():  # opening a pipe would block
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        file = open(path, "a", encoding="utf-8")
+        file = open_to_append(path)
         try:
             _lock(file)
         except (BlockingIOError, PermissionError):  # of flock and of msvcrt

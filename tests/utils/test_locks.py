@@ -30,6 +30,14 @@ def test_irregular_lock_file_is_refused_without_waiting(tmp_path, make):
         acquire(tmp_path / "lock", wait=True)
 
 
+def test_link_in_place_of_a_lock_leaves_its_target_unchanged(tmp_path):
+    (tmp_path / "notes").write_text("of the user")
+    (tmp_path / "lock").symlink_to("notes")
+    with pytest.raises(OSError), hold_lock(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "notes").read_text() == "of the user"
+
+
 def test_lock_has_one_holder_and_keeps_the_content(tmp_path):
     """Run folders are locked by their log."""
     log = tmp_path / "deep/run.log"

@@ -24,7 +24,8 @@ from dinoseg.extensions.feature_cache.form import (
     to_bytes,
 )
 from dinoseg.utils.atomic import atomic_file, write_all
-from dinoseg.utils.errors import DISK_FULL, WaitEnded, free_space
+from dinoseg.utils.errors import DISK_FULL, UserError, WaitEnded, free_space
+from dinoseg.utils.files import open_regular
 from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Positive
@@ -160,7 +161,7 @@ class DiskStore:
             tensors = restore_features(_read(path, key, is_first=key not in self._seen))
         except FileNotFoundError:
             return None
-        except (OSError, SchemaError) as error:
+        except (OSError, SchemaError, UserError) as error:
             if not self._has_warned:
                 log.warning("%s cannot be used (%s). Such features are recomputed.", path, error)
             self._has_warned = True
@@ -276,7 +277,7 @@ def _read(path: Path, key: str, *, is_first: bool) -> list[Tensor]:
 
     The first time, the file is verified and marked as used.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise SchemaError(f"it has {size} bytes")

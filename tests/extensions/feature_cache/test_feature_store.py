@@ -120,7 +120,13 @@ def replace_by_folder(path):
     path.mkdir()
 
 
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
+    "pipe": replace_by_pipe,
     "folder": replace_by_folder,
     "size": lambda path: os.truncate(path, 2**40),  # takes no room, but for who reads it
     "name": lambda path: path.write_bytes(path.with_name(f"{KEYS[1]}.features").read_bytes()),
