@@ -50,7 +50,7 @@ from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import PACKAGED, expand_path
 from dinoseg.utils.interrupt import Interrupted
-from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
+from dinoseg.utils.tensor_files import check_openable, is_finite, meta_tensor, read_tensor_file, write_tensors
 from dinoseg.utils.wording import count_of, format_value, suggest_nearest
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ def _read(
 ) -> Checkpoint:
     where = f"{key}={path}"
     try:
+        check_openable(path)
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), where)
             info["config"] = locate_weights(info["config"], path.parent / info["folder"])
