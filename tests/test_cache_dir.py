@@ -44,6 +44,22 @@ def test_new_cache_dir_is_for_its_owner_alone(writer, tmp_path):
     assert cache.stat().st_mode & 0o777 == 0o700 and cache.parent.stat().st_mode & 0o777 == 0o777
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_pipes_and_links_in_the_cache_are_harmless(writer, kind, tmp_path):
+    cache, notes = tmp_path / "cache", tmp_path / "notes"
+    notes.write_text("of the user\n")
+    WRITERS[writer](cache)
+    for path in [path for path in cache.rglob("*") if path.is_file()]:
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(notes)
+    WRITERS[writer](cache)
+    assert notes.read_text() == "of the user\n"
+
+
 def test_existing_cache_dir_keeps_its_permissions(tmp_path):
     tmp_path.chmod(0o755)
     WRITERS["features"](tmp_path)

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from dinoseg.core.shapes import Batch, Sample, SegmentationData
 from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
 from dinoseg.utils.errors import KilledProcess, UserError
 from dinoseg.utils.interrupt import SIGNALS, block_signals, hold_handlers
+from dinoseg.utils.waiting import NOTICE, Wait
 from dinoseg.utils.wording import count_of
 from dinoseg.utils.workers import without_script
 
@@ -47,7 +47,8 @@ if sys.platform == "win32":
     _CHILD_ENDED: list[signal.Signals] = []
 else:
     _CHILD_ENDED = [signal.SIGCHLD]
-_PATIENCE, _RARER = 60.0, 5  # seconds before the first warning, and the factor between warnings
+_PATIENCE = 60.0  # seconds before the first warning: reading a batch of large files may take many
+_LIMIT = 1800.0  # seconds without a batch that end a training, as engine.rank_timeout does
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,8 @@ class WorkerIterator(_MultiProcessingDataLoaderIter):
         """End the processes; a signal waits until they have ended, or its error would be lost in a destructor."""
         with block_signals(*SIGNALS):
             self._shutdown_workers()
+            for worker in self._workers:  # one that hangs has not reacted, and the interpreter would wait for it
+                worker.kill()
 
 
 def _start_worker(_: int) -> None:
@@ -342,9 +345,19 @@ def wait_for_item(iterator: Any, number: int, workers: int) -> Any:
         StopIteration: no item is left.
         KilledProcess: a loading process has ended, or the pinning thread, which happens when an item is lost in
             transit.
+        WaitEnded: no item has arrived for half an hour, or until some seconds after a stop request.
     """
-    start = time.monotonic()
-    patience = _PATIENCE
+
+    def describe(seconds: float) -> str:
+        process = number % workers  # workers take turns
+        pid = iterator._workers[process].pid
+        return (
+            f"No batch for {seconds:.0f} s: item {number + 1} of this epoch is due from loading process {process + 1} "
+            f"of {workers} (id {pid}). Check why it hangs (py-spy dump --pid {pid}), such as a file on a disk that "
+            "does not respond, or load without processes: engine.workers=0."
+        )
+
+    wait = Wait(describe, limit=_LIMIT, notice=_PATIENCE, grace=NOTICE)
     while True:
         try:
             return next(iterator)
@@ -358,15 +371,7 @@ def wait_for_item(iterator: Any, number: int, workers: int) -> Any:
             pinning = getattr(iterator, "_pin_memory_thread", None)
             if pinning is not None and not pinning.is_alive():  # torch does not check it on a timeout
                 raise _killed_process_error("the thread that pins batches has stopped") from error
-        if (waited := time.monotonic() - start) >= patience:
-            patience = _RARER * waited
-            process = number % workers  # workers take turns
-            log.warning(
-                "No batch for %.0f s: item %d of this epoch is due from loading process %d of %d (id %d). Check why it "
-                "hangs (py-spy dump --pid %d), such as a file on a disk that does not respond, or load without "
-                "processes: engine.workers=0.",
-                *(waited, number + 1, process + 1, workers, *2 * (iterator._workers[process].pid,)),
-            )
+        wait.check()
 
 
 def _killed_process_error(reason: object) -> KilledProcess:

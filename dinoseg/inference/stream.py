@@ -1,5 +1,6 @@
 """Three-stage pipeline (read, model, write): concurrent, ordered, with bounded queues between the stages."""
 
+import math
 import queue
 import threading
 import time
@@ -12,12 +13,15 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from dinoseg.report.progress import measure_waits
+from dinoseg.utils.waiting import Wait
 
 Read = TypeVar("Read")
 Done = TypeVar("Done")
 T = TypeVar("T")
 STAGES = ("read", "model", "write")
 _POLL = 0.05  # seconds between checks for a failure of another stage
+_PATIENCE = 60.0  # seconds before a stage that does not respond is logged: a large file may take many
+_ENDING = 10.0  # seconds for the other stages to finish their item after a failure
 
 
 class _End(Enum):
@@ -61,7 +65,7 @@ def run_pipeline(
 
     `read` is iterated in one thread, `write` runs in another, and `infer` runs in the caller's thread, which owns the
     device. At most `depth` items wait before and after the model. The first exception of any stage stops all three; it
-    is raised here after both threads have ended.
+    is raised here after both threads have ended, or 10 s later if one hangs.
     """
     start = time.perf_counter()
     pipeline: _Pipeline[Read, Done] = _Pipeline(depth)
@@ -71,8 +75,9 @@ def run_pipeline(
     writer.start()
     pipeline.guard(pipeline.transform, infer)
     for thread in (reader, writer):
-        pipeline.guard(threading.Thread.join, thread)  # Ctrl-C here stops the stages, too
-        thread.join()
+        pipeline.guard(pipeline.join, thread)  # Ctrl-C here stops the stages, too
+    for thread in (reader, writer):
+        thread.join(_ENDING)
     if pipeline.error is not None:
         raise pipeline.error
     return Throughput(pipeline.written, time.perf_counter() - start, pipeline.times)
@@ -103,12 +108,12 @@ class _Pipeline(Generic[Read, Done]):
         self._put(self._read, _End.END)
 
     def transform(self, infer: Callable[[Read], Done]) -> None:
-        for item in self._items(self._read):
+        for item in self._items(self._read, logs_wait=True):
             with self._measure_stage("model"):
                 done = infer(item)
-            if not self._put(self._done, done):
+            if not self._put(self._done, done, _wait_for_stage("written")):
                 return
-        self._put(self._done, _End.END)
+        self._put(self._done, _End.END, _wait_for_stage("written"))
 
     def drain(self, write: Callable[[Done], None]) -> None:
         for item in self._items(self._done):
@@ -116,27 +121,49 @@ class _Pipeline(Generic[Read, Done]):
                 write(item)
             self.written += 1
 
+    def join(self, thread: threading.Thread) -> None:
+        """Wait until a stage has ended, or one has failed."""
+        wait = _wait_for_stage("written")
+        while thread.is_alive() and not self._stop.is_set():
+            thread.join(_POLL)
+            wait.check()
+
     @contextmanager
     def _measure_stage(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.times[stage].append(time.perf_counter() - start)
 
-    def _items(self, source: queue.Queue[T | _End]) -> Iterator[T]:
+    def _items(self, source: queue.Queue[T | _End], *, logs_wait: bool = False) -> Iterator[T]:
+        wait = _wait_for_stage("read")
         while not self._stop.is_set():
             try:
                 item = source.get(timeout=_POLL)
             except queue.Empty:
+                if logs_wait:
+                    wait.check()
                 continue
             if isinstance(item, _End):
                 return
             yield item
+            wait = _wait_for_stage("read")
 
-    def _put(self, target: queue.Queue[T | _End], item: T | _End) -> bool:
+    def _put(self, target: queue.Queue[T | _End], item: T | _End, wait: Wait | None = None) -> bool:
         while not self._stop.is_set():
             try:
                 target.put(item, timeout=_POLL)
             except queue.Full:
+                if wait is not None:
+                    wait.check()
                 continue
             return True
         return False
+
+
+def _wait_for_stage(done: str) -> Wait:
+    """Return the wait for a stage; it has no limit, since a long video is read in one item."""
+    return Wait(
+        lambda seconds: f"Nothing was {done} for {seconds:.0f} s. Check whether a file or disk does not respond.",
+        limit=math.inf,
+        notice=_PATIENCE,
+    )

@@ -16,6 +16,7 @@ from dinoseg.config.plain import to_container
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import create_cache_dir
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import open_to_append
 
 _SHIPPED = Path(__file__).parents[1] / "cfg/hydra/run.yaml"
 _DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by that file
@@ -78,10 +79,10 @@ def move_below_recipe(folder: Path, typed: str, recipe: Any) -> Path:
 def remember_folder(cache_dir: Path, folder: Path) -> None:
     """Record a run folder that the user named, so that the same command finds it from this folder without the name."""
     path, line = _folder_list(cache_dir), json.dumps(str(folder.absolute())) + "\n"
-    with suppress(OSError):  # a cache that cannot be written to is no reason not to train
+    with suppress(OSError, UserError):  # a cache that cannot be written to is no reason not to train
         create_cache_dir(cache_dir)
-        if not path.exists() or line.encode() not in path.read_bytes():
-            with path.open("a", encoding="utf-8") as file:
+        if not path.exists() or line.encode() not in forms.read_regular(path):
+            with open_to_append(path) as file:
                 file.write(f"\n{line}")  # a full disk may have cut the line before
 
 

@@ -51,7 +51,7 @@ from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import RUN_REMEDY, check_exists, expand_path, is_sweep_folder
 from dinoseg.utils.interrupt import Interrupted
-from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
+from dinoseg.utils.tensor_files import check_openable, is_finite, meta_tensor, read_tensor_file, write_tensors
 from dinoseg.utils.wording import count_of, format_value
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ def _read(
 ) -> Checkpoint:
     where = f"{key}={path}"
     try:
+        check_openable(path)
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), where)
             info["config"] = locate_weights(info["config"], path.parent / info["folder"])

@@ -5,6 +5,7 @@ Messages are JSON and arrays instead of pickles, so that whoever joins can send 
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -75,6 +76,10 @@ def share_from_rank0(text: Callable[[], str], *, connect: float, wait: float) ->
     Raises:
         UserError: on every rank, if rank 0 raises one; or rank 0 cannot be reached.
     """
+    if os.environ.get("RANK") == "0":
+        # torch blocks without a word, and no log is open yet
+        ranks_here = f"{os.environ.get('WORLD_SIZE')} ranks at {os.environ.get('MASTER_ADDR')}"
+        print(f"waiting for {ranks_here}, at most {connect:g} s (engine.rendezvous_timeout) ...", file=sys.stderr)
     store, rank, ranks = open_store(connect)
     _stores.append(store)
     key = f"text_{next(_numbers)}"

@@ -108,6 +108,10 @@ class KilledProcess(UserError):
     """Error that a process which worked for this one was killed."""
 
 
+class WaitEnded(UserError):
+    """Error that a wait has reached its limit, or has ended because this process is asked to stop."""
+
+
 @contextmanager
 def file_errors_as_user_errors(folder: Path) -> Iterator[None]:
     """Turn the system's errors about files and disks into messages; other errors pass unchanged.

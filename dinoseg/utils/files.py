@@ -1,5 +1,6 @@
 """File search that raises on unreadable folders instead of skipping them, and checks of paths."""
 
+import errno
 import glob
 import os
 import re
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol
+from typing import BinaryIO, NoReturn, Protocol, TextIO
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import suggest_nearest
@@ -158,6 +159,20 @@ def open_regular(path: str | Path) -> BinaryIO:
     """
     check_regular(path)
     return open(path, "rb")
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a regular file for appending text, created if missing; a link is refused.
+
+    In a shared folder, a link may lead to a file of the user that nobody meant to change.
+
+    Raises:
+        OSError: if it is a link or no regular file, or cannot be written.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe would block
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
 
 
 def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:

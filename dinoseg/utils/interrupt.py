@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from dinoseg.utils.errors import KilledProcess
+from dinoseg.utils.errors import KilledProcess, WaitEnded
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TWICE = 2.0  # seconds after which a signal is a second one: torchrun forwards those that the terminal sent to all
+_deferrals: list["Deferral"] = []  # of this process, the innermost last
 
 
 class Interrupted(KeyboardInterrupt):
@@ -90,15 +91,23 @@ def defer_signals(notice: str) -> Iterator[Deferral]:
         Interrupted: if a signal has come, instead of an error that it may have caused, such as the end of a worker.
     """
     deferral = Deferral(notice)
+    _deferrals.append(deferral)
     with _handle_signals(deferral.receive):
         try:
             yield deferral
-        except (RuntimeError, KilledProcess) as error:
+        except (RuntimeError, KilledProcess, WaitEnded) as error:
             if deferral.signal:
                 raise Interrupted(deferral.signal) from error
             raise
+        finally:
+            _deferrals.remove(deferral)
         if deferral.signal:
             deferral.leave()
+
+
+def is_stop_requested() -> bool:
+    """Return whether a signal was deferred by `defer_signals`, and the work that it waits for has not ended yet."""
+    return any(deferral.signal for deferral in _deferrals)
 
 
 @contextmanager

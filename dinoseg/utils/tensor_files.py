@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinoseg.utils.atomic import scratch_folder, sync_to_disk
 from dinoseg.utils.errors import UserError, free_space
-from dinoseg.utils.files import PICKLED, check_file
+from dinoseg.utils.files import PICKLED, check_file, open_regular
 from dinoseg.utils.wording import count_of, format_value
 
 _TYPES = {  # names in a safetensors header
@@ -88,6 +88,16 @@ def meta_tensor(file: Any, key: str) -> Tensor:
     return torch.empty(part.get_shape(), dtype=_TYPES[kind], device="meta")
 
 
+def check_openable(path: Path) -> None:
+    """Raise the system's error if a file cannot be opened: safetensors calls each such file missing.
+
+    Raises:
+        OSError: such as `PermissionError` for a file of another user.
+        UserError: if it is no regular file.
+    """
+    open_regular(path).close()
+
+
 def outline(path: Path) -> dict[str, Tensor]:
     """Return the shapes and types of the tensors in a valid safetensors file, on the meta device.
 
@@ -155,6 +165,7 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
 
 def _read_safetensors(path: Path, key: str) -> Any:
     try:
+        check_openable(path)
         return load_file(path)
     except (SafetensorError, OSError, TypeError) as error:  # TypeError: a side beyond 64 bits
         raise UserError(

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +22,7 @@ from dinoseg.utils.interrupt import block_signals
 T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E", bound=Exception)
-_ENDING = 10.0  # seconds
+_ENDING = 10.0  # seconds for a process to end before it is killed
 _MAX_WORKERS = 61 if sys.platform == "win32" else 2**20  # Windows cannot wait for more processes at once
 _AHEAD = 4  # unfinished or unconsumed items per process: bounds memory
 ErrorTypes = type[Exception] | tuple[type[Exception], ...]
@@ -41,7 +42,8 @@ def in_processes(
     """Yield each item with its result of `work`, computed a few items ahead of the consumer.
 
     Processes are spawned. They end when this generator is exhausted, closed or interrupted, and when this process is
-    killed. `work` and `start` have to be picklable: module-level functions, or partials of them.
+    killed; before, items in work get 10 s to be finished. `work` and `start` have to be picklable: module-level
+    functions, or partials of them.
 
     Args:
         work: maps an item to its result.
@@ -80,7 +82,23 @@ def in_processes(
             "need `if __name__ == '__main__':` around what the script does.)"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end_pool(pool)
+
+
+def _end_pool(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool: those still at work after some seconds, or on a further signal, are killed."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + _ENDING
+    running = [process.sentinel for process in processes]
+    try:
+        while running and time.monotonic() < deadline:
+            for ended in connection.wait(running, timeout=1.0):
+                running.remove(ended)  # type: ignore[arg-type]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(_ENDING)
 
 
 def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = None) -> R | None:

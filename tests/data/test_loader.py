@@ -17,6 +17,7 @@ from making import Pictures, train_batches
 from mistakes import assert_refused, refusals
 from pretended_cuda import is_pinned, pretended_cuda
 from signals import signal_in_thread
+from torch.utils.data import _utils
 from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -27,7 +28,9 @@ from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.extensions.clips.view import ClipView, clip_batches
 from dinoseg.training.engine import Engine
 from dinoseg.utils import cores as cores_module
-from dinoseg.utils.errors import UserError
+from dinoseg.utils import waiting
+from dinoseg.utils.errors import UserError, WaitEnded
+from dinoseg.utils.interrupt import Interrupted, defer_signals
 
 AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5, color=ColorJitter(0.2))
 SIZES = [(20 + i, 30 - i) for i in range(11)]
@@ -369,14 +372,30 @@ class Slow:
 
 def test_missing_batch_is_reported_at_growing_intervals(monkeypatch, caplog):
     seconds = iter(range(0, 10_000, 5))
-    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     assert loader.wait_for_item(Slow(11), 0, 2) == "item" and not caplog.messages
-    assert loader.wait_for_item(Slow(400), 6, 2) == "item"
+    assert loader.wait_for_item(Slow(350), 6, 2) == "item"
     told = [message.split(":")[0] for message in caplog.messages]
     assert told == ["No batch for 60 s", "No batch for 300 s", "No batch for 1500 s"]
     assert "item 7 of this epoch is due from loading process 1 of 2 (id 77)" in caplog.text
     assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
+    assert_refused(lambda: loader.wait_for_item(Slow(400), 6, 2), "item 7", "after 1800 s", error=WaitEnded)
     assert_refused(lambda: wait_for(1, "another"), "another", error=RuntimeError)
+
+
+def test_stop_request_ends_the_wait_for_a_stopped_process(monkeypatch):
+    def read(key):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(loader, "POLL", 0.02)
+    monkeypatch.setattr(loader, "NOTICE", 0.05)
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds in which torch waits for each process
+    with pytest.raises(Interrupted), defer_signals(""):
+        signal.raise_signal(signal.SIGTERM)
+        list(load_in_order(read, range(4), 2))
+    for process in multiprocessing.active_children():
+        process.join(60)
+    assert not multiprocessing.active_children()
 
 
 def test_late_batch_is_still_returned(monkeypatch, caplog, tmp_path):
@@ -392,6 +411,6 @@ def test_late_batch_is_still_returned(monkeypatch, caplog, tmp_path):
 
     monkeypatch.setattr(loader, "POLL", 0.02)
     monkeypatch.setattr(loader, "_PATIENCE", 0.05)
-    monkeypatch.setattr(loader.log, "filters", [release])
+    monkeypatch.setattr(waiting.log, "filters", [release])
     assert list(load_in_order(read, range(4), 2)) == [0, 1, 2, 3]
     assert "item 3 of this epoch is due from loading process 1 of 2" in caplog.text

@@ -5,7 +5,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from dinoseg.inference import stream
 from dinoseg.inference.stream import Throughput, run_pipeline
+from dinoseg.utils import waiting
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,33 @@ def test_an_interrupt_stops_everything():
     infer = Mock(side_effect=[0, 1, 2, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(range(1000), infer, lambda item: None, depth=1)
+
+
+@pytest.mark.parametrize("stage", ["read", "write"])
+def test_signal_ends_a_pipeline_whose_stage_hangs(stage, monkeypatch, caplog):
+    go = threading.Event()
+
+    def interrupt(_):
+        raise KeyboardInterrupt  # as a signal does in the main thread
+
+    def write(item):
+        if stage == "write":
+            go.wait()
+
+    def read():
+        yield 1
+        if stage == "read":
+            go.wait()
+
+    monkeypatch.setattr(stream, "_PATIENCE", 0)
+    monkeypatch.setattr(stream, "_ENDING", 0.1)
+    monkeypatch.setattr(waiting.log, "filters", [interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(read(), lambda item: item, write)
+    go.set()
+    for thread in threading.enumerate():
+        if thread.name in stream.STAGES:
+            thread.join(60)
 
 
 def test_the_report_names_the_stage_that_is_at_work_the_longest():

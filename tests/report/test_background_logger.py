@@ -92,6 +92,14 @@ def test_hanging_logger_is_dropped_in_bounded_time(tmp_path, caplog, where, stat
     assert slow.calls[-1] == ("close", status)
 
 
+def test_wait_for_the_last_values_is_logged(tmp_path, monkeypatch, caplog):
+    slow = slow_logger(waits_in="close")
+    monkeypatch.setattr("dinoseg.report.loggers.logger.NOTICE", 0)
+    start_log(tmp_path, slow).close()
+    slow.gate.set()
+    assert "Waiting for RecordingLogger to send the last values" in caplog.text
+
+
 def test_a_stalled_logger_is_dropped_in_mid_training(tmp_path, caplog):
     slow = slow_logger(waits_in="config")
     with start_log(tmp_path, slow) as log:

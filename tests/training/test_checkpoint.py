@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 from functools import partial
@@ -179,6 +180,15 @@ def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, s
     for prefer in ("best", "last"):
         with pytest.raises(UserError, match=said):
             find(target, prefer)
+
+
+def test_checkpoint_of_another_user_is_not_called_missing(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    write(tmp_path / "file", {"x": torch.zeros(1)}, INFO)
+    monkeypatch.setattr("dinoseg.utils.tensor_files.open_regular", refuse)
+    assert_refused(lambda: read(tmp_path / "file"), "not a readable checkpoint", "Permission denied")
 
 
 @pytest.mark.parametrize("reader", [read, checkpoint.outline])

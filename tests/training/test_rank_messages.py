@@ -182,6 +182,14 @@ def test_rank_that_gets_no_text_names_address_and_remedy(monkeypatch):
     assert store.timeout == timedelta(seconds=0.01)
 
 
+def test_first_rank_says_how_long_it_waits_for_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 1)]))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "host7"}.items():
+        monkeypatch.setenv(name, value)
+    assert rendezvous.share_from_rank0(lambda: "text", connect=7, wait=1) == "text"
+    assert "waiting for 1 ranks at host7, at most 7 s (engine.rendezvous_timeout)" in capsys.readouterr().err
+
+
 def test_restarted_ranks_read_nothing_of_dead_ones(monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))

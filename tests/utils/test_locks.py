@@ -7,6 +7,8 @@ import threading
 
 import pytest
 
+from dinoseg.utils import locks
+from dinoseg.utils.errors import WaitEnded
 from dinoseg.utils.locks import acquire, hold_lock, release
 
 KILLED = """
@@ -26,6 +28,14 @@ def test_irregular_lock_file_is_refused_without_waiting(tmp_path, make):
     make(tmp_path / "lock")
     with pytest.raises(OSError):
         acquire(tmp_path / "lock", wait=True)
+
+
+def test_link_in_place_of_a_lock_leaves_its_target_unchanged(tmp_path):
+    (tmp_path / "notes").write_text("of the user")
+    (tmp_path / "lock").symlink_to("notes")
+    with pytest.raises(OSError), hold_lock(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "notes").read_text() == "of the user"
 
 
 def test_lock_has_one_holder_and_keeps_the_content(tmp_path):
@@ -65,3 +75,32 @@ def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(tmp_path, caplo
         assert not entered.is_set()
     waiting.join(10)
     assert entered.is_set() and not path.exists()
+
+
+def test_wait_names_the_holder_and_ends_without_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_LIFELESS", 0.3)
+    path = tmp_path / "lock"
+    with hold_lock(path):
+        monkeypatch.setattr(locks, "_alive", set())  # as of a stopped process
+        with pytest.raises(WaitEnded, match=f"Process {os.getpid()} on .* has locked {path}"), hold_lock(path):
+            pass
+    with hold_lock(path):
+        pass
+
+
+def test_sign_of_life_of_the_holder_starts_the_limit_anew(tmp_path, monkeypatch):
+    path, noted = tmp_path / "lock", threading.Event()
+    monkeypatch.setattr(locks, "_ALIVE", 0.01)
+    monkeypatch.setattr(locks, "_heart", None)
+    monkeypatch.setattr(locks.Wait, "note_progress", lambda _: noted.set())
+
+    def wait():
+        with hold_lock(path):
+            pass
+
+    with hold_lock(path):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert noted.wait(60)
+    waiting.join(60)
+    assert not path.exists()

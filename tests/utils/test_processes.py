@@ -58,6 +58,12 @@ def die(item):
     return item
 
 
+def stop_after_first(item):
+    if item:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return item
+
+
 def note_start():
     started_with.append(os.getpid())
 
@@ -146,6 +152,14 @@ def test_waiting_items_are_dropped_when_closed(tmp_path, monkeypatch):
     assert next(results) == (0, 0)
     results.close()
     assert nobody_is_left() and not (tmp_path / "7").exists()
+
+
+def test_process_that_hangs_is_killed_once_its_results_are_closed(monkeypatch):
+    monkeypatch.setattr(workers_module, "_ENDING", 0.1)
+    results = run(stop_after_first, range(4), 2)
+    assert next(results) == (0, 0)
+    results.close()
+    assert nobody_is_left()
 
 
 @pytest.mark.parametrize("in_order", [True, pytest.param(False, marks=pytest.mark.heavy)])

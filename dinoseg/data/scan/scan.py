@@ -23,6 +23,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import create_cache_dir, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
+from dinoseg.utils.forms import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _find_file(folder: Path, pairs: Sequence[Pair], reader: MaskReader) -> Path:
 
 def _read_records(path: Path) -> StoredRecords:
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(read_regular(path))
         return {key: (row["stamps"], _from_json(row["record"])) for key, row in rows.items()}
     except FileNotFoundError:
         return {}

@@ -24,10 +24,12 @@ from dinoseg.extensions.feature_cache.form import (
     to_bytes,
 )
 from dinoseg.utils.atomic import atomic_file, write_all
-from dinoseg.utils.errors import DISK_FULL, free_space
+from dinoseg.utils.errors import DISK_FULL, UserError, WaitEnded, free_space
+from dinoseg.utils.files import open_regular
 from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Positive
+from dinoseg.utils.waiting import NOTICE
 from dinoseg.utils.wording import in_bytes
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ _SUFFIX = ".features"
 _RESERVE = 2**30  # bytes of the disk left free for checkpoints
 _STEP = 2**28  # bytes that are evicted at once, and written between two counts of the folder's size
 _POLL = 0.005  # seconds between two looks at whether another process has computed an image: a tenth of its pass
+_PATIENCE = 60.0  # seconds to wait for the process that computes an image: a pass takes far less
 _CLOCKS = 10**10  # nanoseconds, maximum difference between the clocks of a file server and of this machine
 
 
@@ -158,7 +161,7 @@ class DiskStore:
             tensors = restore_features(_read(path, key, is_first=key not in self._seen))
         except FileNotFoundError:
             return None
-        except (OSError, SchemaError) as error:
+        except (OSError, SchemaError, UserError) as error:
             if not self._has_warned:
                 log.warning("%s cannot be used (%s). Such features are recomputed.", path, error)
             self._has_warned = True
@@ -184,12 +187,18 @@ class DiskStore:
     def claim(self, key: str) -> Iterator[None]:
         """Let one process at a time compute a key within the block; the others wait, and then find its file.
 
-        Runs that start together with one seed would otherwise all compute the same features.
+        Runs that start together with one seed would otherwise all compute the same features. A process that hangs is
+        not waited for longer than a minute, nor once this one is asked to stop: the block then computes the key, too.
         """
+        lock = hold_lock(self.folder / f"{key}.lock", limit=_PATIENCE, notice=NOTICE, poll=_POLL, level=logging.DEBUG)
         with ExitStack() as stack:
             if not self._closed:
-                with suppress(OSError):  # a cache that cannot be written: each run computes for itself
-                    stack.enter_context(hold_lock(self.folder / f"{key}.lock", poll=_POLL, level=logging.DEBUG))
+                try:
+                    stack.enter_context(lock)
+                except WaitEnded as error:
+                    log.warning("%s The features are computed here.", error)
+                except OSError:  # a cache that cannot be written: each run computes for itself
+                    pass
             yield
 
     def trust(self, key: str) -> None:
@@ -268,7 +277,7 @@ def _read(path: Path, key: str, *, is_first: bool) -> list[Tensor]:
 
     The first time, the file is verified and marked as used.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise SchemaError(f"it has {size} bytes")

@@ -17,7 +17,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_file, create_cache_dir
 from dinoseg.utils.cores import count_cores
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, WaitEnded
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.workers import in_processes
@@ -190,10 +190,13 @@ def _save(index_path: Path, index: VideoIndex) -> None:
 
 @contextlib.contextmanager
 def _index_lock(index_path: Path | None) -> Iterator[None]:
-    """Hold the lock of an index file; without write access there is no lock, and several processes may build it."""
+    """Hold the lock of an index file, unless its folder cannot be written or its holder hangs.
+
+    Several processes may then build it.
+    """
     with contextlib.ExitStack() as stack:
         if index_path is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, WaitEnded):
                 create_cache_dir(index_path.parents[1])
                 stack.enter_context(hold_lock(index_path.with_suffix(".lock")))
         yield

@@ -10,7 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dinoseg.utils.errors import WaitEnded
+from dinoseg.utils.waiting import NOTICE, Wait
+
 Status = Literal["finished", "failed", "killed"]  # of a training that has ended
+_POLL = 0.1  # seconds between two looks at whether a logger has sent all values
 _GRACE = 1.0  # seconds beyond its timeout in which a logger can raise its own error
 
 
@@ -119,11 +123,23 @@ class BackgroundLogger(Logger):
         """Close the logger after all waiting calls, and end the thread."""
         self._put(lambda: self._close(status))
         self._calls.put(None)
-        self._thread.join(self._limit)
-        if self._thread.is_alive():
-            self._abandon(f"it has not received all values {self._logger.timeout:g} s after the training")
+        self._join()
         if self._error is not None:
             raise self._error
+
+    def _join(self) -> None:
+        name, limit = type(self._logger).__name__, self._logger.timeout
+        wait = Wait(
+            lambda seconds: f"Waiting for {name} to send the last values ({seconds:.0f} s, at most {limit:g} s).",
+            limit=self._limit,
+            notice=NOTICE,
+        )
+        try:
+            while self._thread.is_alive():
+                self._thread.join(_POLL)
+                wait.check()
+        except WaitEnded:
+            self._abandon(f"it has not received all values {limit:g} s after the training")
 
     def _put(self, call: Callable[[], None]) -> None:
         began = self._began

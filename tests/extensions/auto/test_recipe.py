@@ -314,12 +314,12 @@ def test_concurrent_starts_share_one_choice(folder, choose_recipe, monkeypatch):
     monkeypatch.setattr(recipe, "choose", pytest.fail)
     first, said = acquire(path.with_suffix(".lock")), []
 
-    def choose_first(_, message, *__):
+    def choose_first(_, message):
         said.append(message)
         path.write_text(content)
         release(first)
 
-    monkeypatch.setattr("dinoseg.utils.locks.log.log", choose_first)
+    monkeypatch.setattr("dinoseg.utils.waiting.log.warning", choose_first)
     _, done = choose_recipe(FEW, "budget.minutes=1", "seed=1", folder_of_run="S")
     assert "reused from" in done.out and len(said) == 1 and "waiting for it" in said[0]
     assert [*(folder / "outputs/.cache").glob("choices_*")] == [path]

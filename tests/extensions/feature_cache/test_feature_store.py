@@ -2,6 +2,7 @@ import errno
 import logging
 import os
 import pickle
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -14,6 +15,7 @@ from failing import fail_after
 from dinoseg.extensions.feature_cache import store as stores
 from dinoseg.extensions.feature_cache.form import size_of
 from dinoseg.extensions.feature_cache.store import DiskStore, MemoryStore
+from dinoseg.utils.interrupt import Interrupted, defer_signals
 
 SHAPE = (8, 3, 4)
 SIZE = size_of([torch.zeros(SHAPE)], "float16")
@@ -81,6 +83,24 @@ def test_runs_that_start_together_compute_a_key_once(tmp_path):
     assert len(computed) == 1 and [path.suffix for path in (tmp_path / "a").iterdir()] == [".features"]
 
 
+def test_features_are_computed_if_the_other_process_hangs(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stores, "_PATIENCE", 0.1)
+    store = DiskStore(tmp_path, "a", "float16")
+    with store.claim(KEYS[0]), store.claim(KEYS[0]):
+        store.put(KEYS[0], features())
+    assert "has locked" in caplog.text and "The features are computed here" in caplog.text
+    assert store.get(KEYS[0]) is not None
+
+
+def test_stop_request_ends_the_wait_for_features(tmp_path):
+    store, entered = DiskStore(tmp_path, "a", "float16"), []
+    with pytest.raises(Interrupted), defer_signals(""), store.claim(KEYS[0]):
+        signal.raise_signal(signal.SIGTERM)
+        with store.claim(KEYS[0]):
+            entered.append(True)
+    assert entered
+
+
 def test_a_cache_that_cannot_be_written_holds_nobody_up(tmp_path):
     (tmp_path / "a").write_text("no folder")
     with DiskStore(tmp_path, "a", "float16").claim(KEYS[0]):
@@ -100,7 +120,13 @@ def replace_by_folder(path):
     path.mkdir()
 
 
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
+    "pipe": replace_by_pipe,
     "folder": replace_by_folder,
     "size": lambda path: os.truncate(path, 2**40),  # takes no room, but for who reads it
     "name": lambda path: path.write_bytes(path.with_name(f"{KEYS[1]}.features").read_bytes()),

@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import sync_to_disk
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.tensor_files import write_tensors
+from dinoseg.utils.tensor_files import check_openable, write_tensors
 from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def read_track_state(folder: Path) -> TrackState:
     check_unfinished(folder)
     path = folder / STATE
     try:
+        check_openable(path)
         with safe_open(path, framework="pt") as file:
             info = forms.parse_json((file.metadata() or {}).get("track", "{}"), forms.table(forms.plain))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
