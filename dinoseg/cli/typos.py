@@ -10,7 +10,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -93,11 +93,23 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
             raise UserError(f"{swept[key]} and {word} set the same key, and a sweep runs only the last. Give one.")
         if override.is_sweep_override():
             swept[key] = word
+            _check_distinct_values(override, word)
         for source in chain(*lists_of(override)) if key == SEARCH_PATH else ():
             if not _is_source(str(source)):
                 raise UserError(f"{word}: {source} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
         if _is_group(override, folders) and not (override.is_delete() or has_more_folders):
             _check_options(override, folders)
+
+
+def _check_distinct_values(override: Override, word: str) -> None:
+    """Refuse a value that a sweep gives twice: the runs are equal, and would count as two seeds in its intervals."""
+    sweep = override.value()
+    values = [repr(value) for value in sweep.list] if isinstance(sweep, ChoiceSweep) else []
+    if len({*values}) < len(values):
+        raise UserError(
+            f"{word} gives a value twice, and runs of equal settings are equal. Give each value once; to repeat a "
+            "training, sweep seed=1,2."
+        )
 
 
 def _is_source(source: str) -> bool:

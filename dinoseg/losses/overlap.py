@@ -21,7 +21,9 @@ def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tenso
     shares = scores.sub_(scores.amax(0)).exp_()
     shares.mul_(counted / shares.sum(0))
     label_share = shares.gather(0, index[None])[0]  # (N,)
-    sums = scores.new_zeros(2, len(scores)).index_add_(1, index, torch.stack([label_share, counted]))
+    # one running sum per class would round each share up to 1 beyond 65,536 pixels: `sum` adds in pairs
+    hits = torch.zeros_like(shares).scatter_(0, index[None], label_share[None]).sum(1)
+    wanted = scores.new_zeros(len(scores)).index_add_(0, index, counted)  # whole numbers are exact
 
     def pull(upstream: Tensor) -> Tensor:  # p times each class's slope minus their mean under p
         of_hits, of_claims = upstream.view(3, -1)[:2]
@@ -29,7 +31,7 @@ def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tenso
         shares.mul_(of_claims[:, None] - (of_claims @ shares + hit))
         return shares.scatter_add_(0, index[None], hit[None])
 
-    return torch.cat([sums[0], shares.sum(1), sums[1]]), pull
+    return torch.cat([hits, shares.sum(1), wanted]), pull
 
 
 def tversky_loss(sums: Tensor, class_weights: Tensor, alpha: float, beta: float) -> Tensor:

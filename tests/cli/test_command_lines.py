@@ -32,6 +32,8 @@ MISTAKES = {  # after mode=summary
     # Hydra runs only the last values
     "-m seed=1,2 ++seed=3,4": "seed=1,2 and ++seed=3,4 set the same key",
     "-m seed=1,2 seed=5": "seed=1,2 and seed=5 set the same key",
+    # equal runs would count as two seeds
+    "-m seed=1,2,1 head=linear,mlp": "seed=1,2,1 gives a value twice",
     # shapes, before the input is searched
     "mode=predict input=nothing mode.shapes=[1]": "mode.shapes is a group of keys. Set one of them: mode.shapes.f",
     "mode=predict input=nothing mode.outputs=[coko]": "mode.outputs names coko: choose some of coco, ",

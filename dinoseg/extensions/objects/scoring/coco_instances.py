@@ -86,6 +86,11 @@ class CocoInstances(RowProtocol):
         self.metric = InstanceAveragePrecision(len(self._categories))
         images = {entry["id"]: entry for entry in whole["images"]}
         listing = Cases([])
+        if len(results) > 1 and all(entry["score"] == results[0]["score"] for entry in results):
+            listing.notes.append(
+                f"{prediction}: all {len(results):,} results have the score {format_value(results[0]['score'], 40)}. "
+                "AP ranks results by score, so it depends on their order in the file: give each result its own score."
+            )
         sides: list[dict[int, list[Named]]] = []
         for path, what, entries in ((reference, "annotation", whole["annotations"]), (prediction, "result", results)):
             by_image: dict[int, list[Named]] = {number: [] for number in images}

@@ -199,6 +199,14 @@ def test_only_the_first_100_results_of_an_image_and_class_count(tmp_path, wrong,
     assert scores["AP"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("scores", "is_named"), [((1.0, 1.0), True), ((1.0, 0.5), False)])
+def test_results_that_share_one_score_are_named(tmp_path, scores, is_named):
+    reference, results = place_instances()
+    results = [{**result, "score": scores[place % 2]} for place, result in enumerate(results)]
+    notes = score(tmp_path, reference, results)[1].notes
+    assert any("have the score 1.0" in note for note in notes) == is_named
+
+
 def test_scores_are_printed_and_written_without_torch(tmp_path):
     write_instances(tmp_path, *place_instances())
     code = "import sys; sys.modules['torch'] = None; from dinoseg.__main__ import main; main()"
