@@ -25,7 +25,7 @@ from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import NOW, register_resolvers
 from dinoseg.runs.location import locate_runs
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 _SIGNS = ("++", "+", "~")
 
@@ -110,7 +110,7 @@ def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[st
     if chooses and not isinstance(value, Mapping):
         option = _plain_value(value)
         if not isinstance(option, str | list):
-            raise unknown_option(group, format_value(write_value(option)), given.folders)
+            raise unknown_option(group, format_text(write_value(option)), given.folders)
         given.options[sign + (group if path in nested else key)] = option
         return
     if not isinstance(value, Mapping):

@@ -90,7 +90,7 @@ def _check_fixed(fixed: Given, call: Given) -> None:
     for key, value in _keys_of(fixed).items():
         if key in given:
             remedy = "Call the function of the other mode." if key == "mode" else "Leave it out."
-            raise UserError(f"{key} is set to {format_value(str(value))} by this function and its arguments. {remedy}")
+            raise UserError(f"{key} is set to {format_value(value)} by this function and its arguments. {remedy}")
 
 
 def _keys_of(call: Given) -> dict[str, Any]:

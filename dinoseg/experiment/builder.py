@@ -31,7 +31,7 @@ from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
 from dinoseg.utils.ranges import Count, Natural, Positive, check_value
 from dinoseg.utils.units import hash_of
-from dinoseg.utils.wording import join_names
+from dinoseg.utils.wording import format_override, join_names
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -119,8 +119,8 @@ class Builder(ModelBuilder):
         if type(value) is int and 0 <= value < len(names):
             return value
         raise UserError(
-            f"data.background={value} is not a class. Give the name or the id of one (0 to {len(names) - 1}: "
-            f"{join_names(names)}), or null if there is none."
+            f"data.background={format_override(value)} is not a class. Give the name or the id of one (0 to "
+            f"{len(names) - 1}: {join_names(names)}), or null if there is none."
         )
 
     def digest(self, key: str, **overrides: Any) -> str:

@@ -16,7 +16,7 @@ from dinoseg.report.loggers.logger import BackgroundLogger, Logger, Status
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import format_value, without_credentials
+from dinoseg.utils.wording import format_text, without_credentials
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d+)")  # folder with the images of one validation
@@ -140,7 +140,7 @@ class RunLog:
 
 def _warn_of(name: str, error: Exception) -> None:
     """Warn that a logger is dropped."""
-    message = format_value(without_credentials(f"{type(error).__name__}: {error}"), 300)
+    message = format_text(without_credentials(f"{type(error).__name__}: {error}"), 300)
     logger.warning(
         "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, message
     )

@@ -37,7 +37,7 @@ from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.files import Stamp, stamp
 from dinoseg.utils.precision import compute_dtype
-from dinoseg.utils.wording import count_of, format_value
+from dinoseg.utils.wording import count_of, format_text
 
 _HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
@@ -294,7 +294,7 @@ class Segmenter(GuardedModule, Model):
         """Return the options, classes and numbers of parameters on one line."""
         choices = self._config["choices"] | {group: type(part).__name__ for group, part in self._objects.items()}
         parts = ", ".join([str(choices["backbone"]), *(f"{group}={choices[group]}" for group in ("adapter", "head"))])
-        names = ", ".join(format_value(name) for name in self.classes[:5]) + (", ..." if self.num_classes > 5 else "")
+        names = ", ".join(format_text(name) for name in self.classes[:5]) + (", ..." if self.num_classes > 5 else "")
         kinds = count_of(self.num_classes, "class", "classes")
         total = sum(each.numel() for each in self.parameters())
         trained = sum(each.numel() for each in self.parameters() if each.requires_grad)

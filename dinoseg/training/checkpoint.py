@@ -51,7 +51,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import PACKAGED, expand_path
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
-from dinoseg.utils.wording import count_of, format_value, suggest_nearest
+from dinoseg.utils.wording import count_of, format_text, suggest_nearest
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "checkpoints"
@@ -102,7 +102,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     odd = [key for key, value in tensors.items() if value.dtype in CASTS and not is_finite(value)]
     if odd:
         raise UserError(
-            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {format_value(odd[0])}), so its "
+            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {format_text(odd[0])}), so its "
             "predictions are meaningless. Choose an earlier checkpoint."
         )
 

@@ -9,7 +9,7 @@ from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.drawing import CompressedColumns
 from dinoseg.extensions.annotations.entry import Annotations, Entry, LabelledShape, polygons, size_of, text
 from dinoseg.utils import forms
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 MakeShape = Callable[[Mapping[str, Any], Mapping[int, str], tuple[int, int]], LabelledShape]
 _FORM = forms.object_with(
@@ -64,7 +64,7 @@ def collect_annotations(whole: Mapping[str, Any], path: Path, make_shape: MakeSh
         del categories[key]
     names = Counter(categories.values())
     if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{format_value(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
+        raise ValueError(f"{format_text(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
     entries = {key: _entry(image, path) for key, image in images.items()}
     for position, annotation in enumerate(whole["annotations"]):
         if not isinstance(annotation, dict):
@@ -86,7 +86,7 @@ def collect_annotations(whole: Mapping[str, Any], path: Path, make_shape: MakeSh
             entry.wrong = f"annotation {format_value(annotation.get('id', position), 40)} of {entry.image}: {error}"
     kept = [entry for entry in whole["categories"] if entry["id"] in categories]
     groups = {entry["name"]: entry.get("supercategory") for entry in kept}
-    given = {name: text(group, f"the supercategory of {format_value(name)}") for name, group in groups.items() if group}
+    given = {name: text(group, f"the supercategory of {format_text(name)}") for name, group in groups.items() if group}
     return Annotations([categories[key] for key in sorted(categories)], list(entries.values()), given)
 
 

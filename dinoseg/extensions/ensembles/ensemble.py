@@ -34,7 +34,7 @@ from dinoseg.segmenter.torch_runtime import TorchRuntime
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import compute_dtype
-from dinoseg.utils.wording import count_of, format_value
+from dinoseg.utils.wording import count_of, format_text
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +330,7 @@ def check_members(facts: Mapping[str, Mapping[str, Any]], same_thresholds: str) 
     (first, common), *others = facts.items()
     for name, own in others:
         for what in [what for what, value in own.items() if value != common[what]]:
-            values = [format_value(str(each[what])) for each in (own, common)]
+            values = [format_text(str(each[what])) for each in (own, common)]
             remedy = same_thresholds if what == "task.threshold" else "Average models that agree in it."
             raise UserError(f"{name} has {what} {values[0]}, and {first} {values[1]}. {remedy}")
 

@@ -25,7 +25,7 @@ from dinoseg.extensions.serving.guard import SiteGuard
 from dinoseg.extensions.serving.mask_editor import encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text
 
 logger = logging.getLogger(__name__)
 _MAX_FIELDS = 16  # of a form, beside its file; they are not read
@@ -108,7 +108,7 @@ def encode_classes(shared: SharedModel, path: Path, chosen: str | None) -> Respo
     """
     facts, has_layers = shared.facts, shared.has_layers
     if chosen is not None and chosen not in facts.classes:
-        raise UserError(f"class={format_value(chosen)} is unknown to this model. GET /health lists its classes.")
+        raise UserError(f"class={format_text(chosen)} is unknown to this model. GET /health lists its classes.")
     mask = shared.segment_file(path)
     if chosen is not None:
         index = facts.classes.index(chosen)

@@ -218,7 +218,7 @@ def _go_on(tracker: Tracker, state: TrackState, folder: Path) -> TrackProgress:
     done = state.progress.done
     try:
         if not isinstance(done, int) or done < 0 or bool(done) != bool(state.tensors):
-            raise ValueError(f"{done} frames done, {count_of(state.tensors, 'tensor')}")
+            raise ValueError(f"{format_value(done)} frames done, {count_of(state.tensors, 'tensor')}")
         tracker.load(state.tensors)
     except UserError:
         raise

@@ -345,7 +345,7 @@ def test_missing_images_are_reported_and_other_folders_read(tmp_path):
         ({"annotations": [3]}, "annotations[0] is not an object"),
         ({"annotations": [{"image_id": 1, "segments_info": []}]}, "panoptic format, whose masks are PNG"),
         ({"annotations": [(7, 1, [CORNERS])]}, "belongs to image 7, which is not in images"),
-        ({"annotations": [("1", 1, [CORNERS])]}, "ids must be whole numbers"),
+        ({"annotations": [("1", 1, [CORNERS])]}, "has the id '1': ids must be whole numbers"),
         ({"annotations": [(1, 1, [])]}, "no segmentation, only a box"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4]])]}, "2 points and needs at least 3"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4, 5, "6"]])]}, "not a list of numbers"),
@@ -374,10 +374,10 @@ def test_invalid_json_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("shape", "wrong"),
     [
-        (("leaf", "polygon", [[1, 1], [2, 2]]), "shapes[0] (leaf): it is a polygon of 2 points; a polygon needs 3"),
+        (("leaf", "polygon", [[1, 1], [2, 2]]), "shapes[0] ('leaf'): it is a polygon of 2 points; a polygon needs 3"),
         (("leaf", "circle", [[1, 1], [2, 2], [3, 3]]), "a circle of 3 points"),
         (("leaf", "point", [[1, 1], [2, 2]]), "a point of 2 points"),
-        (("leaf", "spiral", [[1, 1]]), "shape_type is spiral"), (("", "point", [[1, 1]]), "must be a name"),
+        (("leaf", "spiral", [[1, 1]]), "shape_type is 'spiral'"), (("", "point", [[1, 1]]), "must be a name"),
         ((3, "point", [[1, 1]]), "must be a name"), (("leaf", "point", [[1]]), "not a list of pairs"),
         (("leaf", "circle", [[1, 1], [1e30, 1]]), "away"), (("leaf", "mask", [[1, 1], [2, 2]]), "an image in base64"),
         (("a", "mask", [[1, 1], [2, 2]], "AAAA"), "PNG of 2 x 2 pixels"),
