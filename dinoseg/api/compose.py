@@ -31,7 +31,7 @@ _SIGNS = ("++", "+", "~")
 
 
 class Given(NamedTuple):
-    """What a call gives: options of groups, values of keys, and folders of config groups, the shipped one first."""
+    """Options of groups and values of keys that a call gives, and folders of config groups, the shipped one first."""
 
     options: dict[str, Any]
     values: list[Value]
@@ -103,7 +103,7 @@ def read_call(
 
 
 def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[str]) -> None:
-    """Add an override of a call to what it gives."""
+    """Add an override of a call to the given options and values."""
     path = key.partition("@")[0].replace(".", "/")
     group = path if path in nested else key.partition("@")[0]
     chooses = group in nested or is_group(given.folders, group)

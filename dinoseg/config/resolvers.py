@@ -78,7 +78,7 @@ def _cells(resolution: DictConfig, patch_size: int | None) -> ListConfig | None:
         return None
     height, width = resolution.crop
     size = backbone_size((height, width), resolution.scale, resolution.longest)
-    # a plain list could not be written in place of the interpolation, as `--resolve` does
+    # a plain list could not be written instead of the interpolation, as `--resolve` does
     return ListConfig([math.ceil(side / patch_size) for side in size])
 
 

@@ -131,7 +131,7 @@ def _resolve_value(node: DictConfig, key: Any) -> Any:
 
 
 class Source(NamedTuple):
-    """Where a stored config comes from, and what the user allows it.
+    """Source of a stored config, and what the user allows it.
 
     Attributes:
         where: name of the file in errors.

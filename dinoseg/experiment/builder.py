@@ -98,7 +98,7 @@ class Builder(ModelBuilder):
 
     @property
     def skips_faulty_files(self) -> bool:
-        """Whether unreadable files are left out with a warning instead of an error."""
+        """Return whether unreadable files are left out with a warning instead of an error."""
         return self._cfg.data.on_error == "skip"
 
     @property
@@ -243,7 +243,7 @@ class Builder(ModelBuilder):
 
     @property
     def loss_has_classes(self) -> bool:
-        """Whether the loss is computed from labels, whose classes it can weight; losses on clips are not."""
+        """Return whether the loss is computed from labels, whose classes it can weight; losses on clips are not."""
         return self._cfg.loss.class_weights is not None
 
     def loss(self, train: SegmentationData | None) -> Loss:
@@ -263,7 +263,7 @@ class Builder(ModelBuilder):
 
     @cached_property
     def loss_outline(self) -> Loss:
-        """The loss on the meta device with equal class weights: what it needs, before labels are counted.
+        """The loss on the meta device with equal class weights, which states its needs before labels are counted.
 
         Raises:
             UserError: class weights are set for a loss without classes, or an option is invalid.

@@ -80,7 +80,7 @@ def has_initial(builder: ModelBuilder) -> bool:
 
 
 def check_initial(builder: ModelBuilder, model: SegmentationModel) -> None:
-    """Refuse a run whose head or backbone does not fit, or `head.init` beside it; the model may be on the meta device.
+    """Refuse a run that does not fit head or backbone, or a `head.init` as well; the model may be on the meta device.
 
     Raises:
         UserError: it does not exist, nothing of its head fits, backbone weights that it trained would be left out, or

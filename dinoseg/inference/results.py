@@ -122,7 +122,7 @@ def mask_names(paths: Sequence[Path], source: str) -> list[str]:
         root = Path(*parts)
     top = (root if root.is_dir() else root.parent).absolute()
     inner = [path.absolute().relative_to(top).as_posix() for path in paths]
-    # `X.png` beside `x.png`, but not beside `x.jpg`
+    # `X.png` next to `x.png`, but not next to `x.jpg`
     is_case_sensitive = len({name.casefold() for name in inner}) < len(inner)
     key = str if is_case_sensitive else str.casefold
     return _apart([name.rpartition(".")[0] for name in inner], [name.replace(".", "_") for name in inner], key)

@@ -186,7 +186,7 @@ class Windows(InferenceStrategy):
 
     @property
     def averages_views(self) -> bool:
-        """Whether it averages over flips or scales, or predicts at another scale than 1."""
+        """Return whether it averages over flips or scales, or predicts at another scale than 1."""
         return len(self.turns) > 1 or list(self.scales) != [1.0]
 
     def starts(self, axis: int, length: int) -> list[int]:

@@ -193,7 +193,7 @@ class Model:
 
     @property
     def runtime(self) -> Runtime:
-        """What computes the class ids and probabilities."""
+        """Name of the backend that computes the class ids and probabilities."""
         return self._runtime
 
     def __repr__(self) -> str:

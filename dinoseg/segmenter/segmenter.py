@@ -173,7 +173,7 @@ class Segmenter(GuardedModule, Model):
             Groups with `params`, `lr` and `weight_decay`, in which each trainable parameter occurs once.
 
         Raises:
-            UserError: nothing is trainable, or a parameter was added beside the parts.
+            UserError: nothing is trainable, or a parameter was added outside the parts.
         """
         from dinoseg.experiment.builder import Builder  # imports the training loop
 

@@ -189,7 +189,7 @@ class Progress:
 
     @property
     def has_best(self) -> bool:
-        """Whether a validation has selected a checkpoint."""
+        """Return whether a validation has selected a checkpoint."""
         return self.best is not None or self.best_infinite > 0
 
     def rank(self, *, lowest: bool) -> tuple[float, float]:

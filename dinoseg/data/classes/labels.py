@@ -16,7 +16,7 @@ LONGEST_NAME = 100  # characters of a class name
 
 @dataclass(frozen=True)
 class Labels:
-    """Meaning of the ids in a mask; class id i is `classes[i]`, drawn in `palette[i]`."""
+    """Meaning of the ids in a mask; class id i is `classes[i]`, shown in `palette[i]`."""
 
     classes: tuple[str, ...]
     palette: tuple[Color, ...]

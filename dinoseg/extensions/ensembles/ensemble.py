@@ -178,7 +178,7 @@ class TrainedEnsemble(Trained):
             member.limit_size(reduces=reduces)
 
     def open_split(self, builder: Builder, split: str) -> SegmentationData:
-        """Return a split that no member, or out of fold none of an image's fold, was trained or selected on.
+        """Return a split on which no member (out of fold: of the image's fold) was trained or selected.
 
         Raises:
             UserError: one was, or objects of several members would be averaged.
@@ -202,7 +202,7 @@ class TrainedEnsemble(Trained):
         return self.data
 
     def batches(self, data: SegmentationData) -> Iterator[Batch] | None:
-        """Return the images of all folds, each of which is predicted by its own members; None: the split's own."""
+        """Return the images of all folds, each predicted by its own members; None: the split's own."""
         return self._read_folds(data) if isinstance(data, scoring.FoldedData) else None
 
     def choose_thresholds(

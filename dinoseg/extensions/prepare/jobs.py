@@ -61,7 +61,7 @@ def incomplete(failures: Iterable[str], state: str) -> UserError:
 
     Args:
         failures: one line per failure.
-        state: what failed and what did not, such as `2 of 5 files could not be drawn, the others are ready`.
+        state: what failed and what did not, such as `2 of 5 files could not be rasterised, the others are ready`.
     """
     lines = "".join(f"\n- {failure}" for failure in failures)
     return UserError(f"{state}:{lines}\nRun again to retry these.")

@@ -188,7 +188,7 @@ def _check_options(options: Mapping[str, float | None], allowed: Collection[str]
     """Refuse options that the model does not have.
 
     Raises:
-        UserError: one of the others is set; the message says which models have it.
+        UserError: one of the others is set; the message names the models that have it.
     """
     for key, value in options.items():
         if value is not None and key not in allowed:
