@@ -85,7 +85,7 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write values such as `train/loss` or `val/miou`; None and non-finite values become null."""
-        finite = {key: _finite(value) for key, value in values.items()}
+        finite = {key: _replace_nonfinite(value) for key, value in values.items()}
         if self._file is not None:
             self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
             self._file.flush()
@@ -180,5 +180,5 @@ def _drop_pictures_after(folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def _finite(value: float | None) -> float | None:
+def _replace_nonfinite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None

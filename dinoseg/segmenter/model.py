@@ -275,7 +275,7 @@ class Model:
         write_card(self.facts, target.absolute().name, target)
 
     @contextmanager
-    def stored(self) -> Iterator[Path]:
+    def as_file(self) -> Iterator[Path]:
         """Yield a file or run folder with this model, which modes read.
 
         Raises:

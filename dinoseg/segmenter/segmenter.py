@@ -318,7 +318,7 @@ class Segmenter(GuardedModule, Model):
         return self
 
     @contextmanager
-    def stored(self) -> Iterator[Path]:
+    def as_file(self) -> Iterator[Path]:
         """Yield a file or run folder with this model, which modes read.
 
         It is a temporary file if the weights in memory have changed, or the file that they came from. The temporary
@@ -363,7 +363,7 @@ class Segmenter(GuardedModule, Model):
     def _write(self, path: Path, *, delta: bool, gated: bool) -> ModelFacts:
         """Write the model's file and return the facts in it."""
         from dinoseg.checkpoints.source import ModelSource  # imports the training loop
-        from dinoseg.segmenter.write import complete, with_evidence, write_model
+        from dinoseg.segmenter.write import complete_facts, with_evidence, write_model
 
         self._refuse_additions()
         with preserve_global_state(), file_errors_as_user_errors(path.parent):
@@ -375,7 +375,7 @@ class Segmenter(GuardedModule, Model):
                 facts = with_evidence(facts, source)
             if self._checksums() != self._scored:
                 facts = replace(facts, scores=None)
-            facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
+            facts = complete_facts(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
             write_model(path, source, self.model, facts, info, delta=delta, gated=gated, where="The model")
         return facts

@@ -175,7 +175,7 @@ def facts_of(
     """
     # facts of a checkpoint that is itself an exported file
     before = with_evidence(ModelFacts.of(trained.info, f"resume={source.resume}"), source, scores)
-    return complete(before, source, trained.model, trained.info, sizes, delta=delta)
+    return complete_facts(before, source, trained.model, trained.info, sizes, delta=delta)
 
 
 def with_evidence(facts: ModelFacts, source: ModelSource, scores: str | None = None) -> ModelFacts:
@@ -191,7 +191,7 @@ def with_evidence(facts: ModelFacts, source: ModelSource, scores: str | None = N
     return replace(facts, scores=found, data=facts.data or data_of(path, str(source.config["choices"]["data"])))
 
 
-def complete(
+def complete_facts(
     facts: ModelFacts,
     source: ModelSource,
     model: SegmentationModel,

@@ -237,7 +237,7 @@ class Checkpointer:
     ) -> Progress:
         """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
 
-        The best score is discarded if another one, or other settings of it, select the best now, see `comparable`.
+        The best score is discarded if another score selects the best now, see `drop_incomparable_score`.
         """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
@@ -246,7 +246,9 @@ class Checkpointer:
             load_average(ema, self.start)
             if scale is not None:
                 scale.restore(self.start.part("loss_scale"), next(model.parameters()).device)
-            self.progress = comparable(Progress(**self.start.info["progress"]), self.start.info, self.info, self.metric)
+            self.progress = drop_incomparable_score(
+                Progress(**self.start.info["progress"]), self.start.info, self.info, self.metric
+            )
         return self.progress
 
     def save(
@@ -396,7 +398,7 @@ class EmergencyCheckpoint:
         self._is_complete = True
 
 
-def comparable(
+def drop_incomparable_score(
     progress: Progress, before: Mapping[str, Any], now: Mapping[str, Any], metric: str | None = None
 ) -> Progress:
     """Return the progress of a resumed run, without its best score if another score selects the best one now.
