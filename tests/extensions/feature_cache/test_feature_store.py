@@ -81,7 +81,7 @@ def test_runs_that_start_together_compute_a_key_once(tmp_path):
     assert len(computed) == 1 and [path.suffix for path in (tmp_path / "a").iterdir()] == [".features"]
 
 
-def test_a_cache_that_cannot_be_written_holds_nobody_up(tmp_path):
+def test_a_cache_that_cannot_be_written_blocks_no_run(tmp_path):
     (tmp_path / "a").write_text("no folder")
     with DiskStore(tmp_path, "a", "float16").claim(KEYS[0]):
         pass
