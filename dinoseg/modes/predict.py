@@ -82,9 +82,7 @@ def predict(
     check_outputs(outputs, shapes)
     builder = Builder(cfg)
     split = _split_data(builder, input)
-    images, video_inputs = (
-        _find_inputs(input, builder.pixels.suffixes, videos) if split is None else (_images_of(split), [])
-    )
+    images, video_inputs = _find_inputs(input, builder.pixels.suffixes, videos, split)
     _check_video_inputs(video_inputs, outputs, builder.pixels)
     if not images and videos is not None:
         videos.check(video_inputs, batch_size)
@@ -92,21 +90,19 @@ def predict(
     trained = load_trained(builder)
     _refuse_slots(trained, builder.resume)
     _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
-    settings = _settings(builder, _select_display_options(options, opacity, shapes) | {"min_score": min_score}, out_dir)
-    _check_earlier(out_dir, settings)
+    record = _settings(builder, _select_display_options(options, opacity, shapes) | {"min_score": min_score}, out_dir)
+    _check_earlier(out_dir, record)
     if not longest_is_typed(out_dir):
         trained.limit_size()
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     layers = labels.classes if trained.model.task.has_layers else ()
     _check_outputs_of_layers(trained.model.task, outputs)
-    segmentation = SegmentationSettings(
-        trained.predictor, labels, opacity, batch_size, builder.pixels, layers, min_score
-    )
+    settings = SegmentationSettings(trained.predictor, labels, opacity, batch_size, builder.pixels, layers, min_score)
     background = builder.background if outputs and images else None
     writers = image_writers(outputs, out_dir, labels, background, shapes, trained.model.task)
     mask_folder = None if masks is False else out_dir / MASK_FOLDER
     run = ImageRun(out_dir, mask_folder, DoneInputs(out_dir), list(writers.values()))
-    write_json(out_dir / _RECORD, settings)
+    write_json(out_dir / _RECORD, record)
     remove_parts(out_dir, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
     targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
     facts = (labels.classes, labels.palette, labels.ignore_index)
@@ -114,9 +110,9 @@ def predict(
     if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
         of_images = _group_images(builder, targets, of_data=split is not None, folder=out_dir)
         write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
-    totals = _segment_images(segmentation, images, targets, run)
+    totals = _segment_images(settings, images, targets, run)
     if videos is not None:
-        totals |= _segment_videos(videos, segmentation, video_inputs, run, options)
+        totals |= _segment_videos(videos, settings, video_inputs, run, options)
     if split is not None and run.masks is not None:
         _write_references(split, out_dir / REFERENCES, layers)
     for video in video_inputs if options.masks else ():
@@ -127,15 +123,17 @@ def predict(
     _check_failures(run, len(images) + len(video_inputs))
     reference = None if split is None else out_dir / REFERENCES
     ids = None if shapes is None else shapes.ids
-    lines = _summary_lines(run, totals, masks is True, outputs, reference, segmentation, ids)
+    lines = _summary_lines(run, totals, masks is True, outputs, reference, settings, ids)
     print("\n".join(lines))
     return {**totals, "run": str(out_dir)}
 
 
 def _find_inputs(
-    source: str | int, suffixes: Sequence[str], videos: VideoSegmenter | None
+    source: str | int, suffixes: Sequence[str], videos: VideoSegmenter | None, split: PairDataset | None
 ) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
-    """Return the images with the names of their results, and the videos, that an input refers to."""
+    """Return the images with the names of their results, and the videos, of an input, or the images of a `split`."""
+    if split is not None:
+        return _images_of(split), []
     paths = list_inputs(str(source), suffixes=suffixes, videos=() if videos is None else videos.suffixes)
     images, video_inputs = [], []
     for path, name in zip(paths, result_names(paths), strict=True):
@@ -266,26 +264,26 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _segment_images(
-    segmentation: SegmentationSettings, images: Sequence[tuple[Path, str]], targets: Sequence[str], run: ImageRun
+    settings: SegmentationSettings, images: Sequence[tuple[Path, str]], targets: Sequence[str], run: ImageRun
 ) -> dict[str, Any]:
     if not images:
         return {}
     given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
-    earlier, throughput = segment_images(segmentation, given, run)
+    earlier, throughput = segment_images(settings, given, run)
     _log("images", throughput, count_of(run.count - earlier, "image"))
-    task = segmentation.predictor.model.task
+    task = settings.predictor.model.task
     totals: dict[str, Any] = {"images": run.count, "images_per_s": (run.count - earlier) / throughput.seconds}
     if isinstance(task, ObjectTask):
         if run.undrawn:
-            logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task, segmentation.min_score))
-        things = {thing: segmentation.labels.classes[thing] for thing in sorted(task.things)}
+            logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task, settings.min_score))
+        things = {thing: settings.labels.classes[thing] for thing in sorted(task.things)}
         totals["objects"] = write_counts(run.folder, [name for _, name in images if run.done.is_done(name)], things)
     return totals
 
 
 def _segment_videos(
     videos: VideoSegmenter,
-    segmentation: SegmentationSettings,
+    settings: SegmentationSettings,
     video_inputs: list[VideoInput],
     run: ImageRun,
     options: VideoOptions,
@@ -293,7 +291,7 @@ def _segment_videos(
     frames, seconds, earlier = 0, 0.0, 0
     for video in video_inputs:
         try:
-            throughput = videos.segment(segmentation, video, run, options)
+            throughput = videos.segment(settings, video, run, options)
         except UserError as error:
             run.failures.append(str(error))
             continue
@@ -368,7 +366,7 @@ def _summary_lines(
     video_masks: bool,
     outputs: Sequence[str],
     reference: Path | None,
-    segmentation: SegmentationSettings,
+    settings: SegmentationSettings,
     ids: str | None,
 ) -> Iterator[str]:
     """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
@@ -376,14 +374,14 @@ def _summary_lines(
         yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:
             count = count_of(run.count, "PNG")
-            files = f"/CLASS, {count} of 0 and 1 for each class" if segmentation.layers else f", {count} of class ids"
+            files = f"/CLASS, {count} of 0 and 1 for each class" if settings.layers else f", {count} of class ids"
             yield f"masks:        {run.masks}{files}"
             if has_options([SHIPPED], "mode=score"):
-                yield _score_line(run, reference, segmentation.layers)
-    task = segmentation.predictor.model.task
+                yield _score_line(run, reference, settings.layers)
+    task = settings.predictor.model.task
     if run.count and isinstance(task, ObjectTask):
         listed = ", ".join(f"{count:,} {name}" for name, count in totals["objects"].items())
-        counted = f"of scores of {segmentation.min_score:g} or more; of each image: {run.folder / COUNT_FILE}"
+        counted = f"of scores of {settings.min_score:g} or more; of each image: {run.folder / COUNT_FILE}"
         yield f"objects:      {listed}, {counted}"
         if has_options([SHIPPED], "mode=score"):
             yield _score_objects_line(run, task, outputs, ids)

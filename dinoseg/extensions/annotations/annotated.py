@@ -24,7 +24,7 @@ from dinoseg.extensions.annotations.drawing import Drawing, Form
 from dinoseg.extensions.annotations.entry import Entry, LabelledShape, size_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
-from dinoseg.utils.wording import count_of, format_text, join_names
+from dinoseg.utils.wording import count_of, format_override, format_text, join_names
 
 log = logging.getLogger(__name__)
 IGNORE = "ignore"
@@ -259,8 +259,8 @@ class _Maker:
         if name == IGNORE:
             return self.labels.ignore_index
         raise UserError(
-            f"{key}={format_text(name)} is not a class: data.classes has {', '.join(self.labels.classes)}. Name one "
-            f"of them, add it, or write {IGNORE}."
+            f"{key}={format_override(name)} is not a class: data.classes has {', '.join(self.labels.classes)}. Name "
+            f"one of them, add it, or write {IGNORE}."
         )
 
     def _of_list(self, entries: Sequence[Entry], split: str, partition: Partition) -> list[Entry]:

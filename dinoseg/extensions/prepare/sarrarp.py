@@ -104,7 +104,7 @@ def _prepare_all(
             root=root,
             ready="videos are ready",
             make_room="keep_archives=false removes each archive once its video is ready",
-            describe_job=lambda job: job.name,
+            name_job=lambda job: job.name,
         )
     if failures:
         lines = [

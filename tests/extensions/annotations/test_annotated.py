@@ -191,8 +191,10 @@ def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
     data = instantiate(cfg.reader)(split="train")
     assert data.classes == ("earth", "plant") and cfg.num_classes == 2
     np.testing.assert_array_equal(data.mask(0), plants + mask_of_boxes((255, 3, 4, 6, 9)))
-    words = "data.unlabelled=background is not a class: data.classes has earth, plant"
-    assert_refused(lambda: instantiate(load("coco", root).reader)(split="train"), words)
+    words = "is not a class: data.classes has earth, plant"
+    assert_refused(lambda: instantiate(load("coco", root).reader)(split="train"), f"data.unlabelled=background {words}")
+    no_class = load("coco", root, "data.unlabelled=null")
+    assert_refused(lambda: instantiate(no_class.reader)(split="train"), f"data.unlabelled=null {words}")
     (root / "classes.yaml").write_text("classes: [background, leaf]")
     words = "data=coco rasterises masks from labelled shapes: write `masks: labels`"
     assert_refused(lambda: load("coco", root).classes, words)
