@@ -1,6 +1,7 @@
 """What the README and the docs hold: their pages, commands and Python, in the order of reading."""
 
 import re
+import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +28,8 @@ def commands(page):
 
 
 def kind_of(command):
-    """Return what a training is beside its numbers and its model: of these tests/test_matrix.py trains all."""
-    words = [re.sub(r"\s", "", word) for word in re.findall(r"(?:'[^']*'|\S)+", command.removeprefix(OURS))]
+    """Return what a training is apart from its numbers and its model: of these tests/test_matrix.py trains all."""
+    words = [re.sub(r"\s", "", word) for word in shlex.split(command.removeprefix(OURS))]
     aside = re.compile(
         r"[^=]+=[\[\]\d.,e+-]+$|(adapter|head|loss|\+?backbone[.\w]*|loss\.weights)=|-m$|resume=auto$|hydra\.run\.dir="
     )

@@ -53,7 +53,6 @@ RUNS = {  # run folders, and the words of the commands that write them
     "TRACKED": ("mode=track", "backbone=rgb", "input={FRAMES}", "labels={MASK}"),
     "EXPORTED": ("mode=export", "export=safetensors", "resume={RUN}"),
     "EXPORTED_ONNX": ("mode=export", "export=onnx", "resume={RUN}"),
-    "EXPORTED_OBJECTS": ("mode=export", "export=onnx", "resume={OBJECTS}"),
     "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),
     "EVALUATED_AT_HALF": ("mode=eval", "resume={RUN}", "resolution.scale=0.5", "mode.metrics_only=true"),
     "PREDICTED": ("mode=predict", "resume={RUN}", "input={FOLDER}/val/images"),

@@ -223,8 +223,8 @@ def copy_without(gone: set[str], folder: Path) -> None:
 def guards(name: str) -> int:
     """Return the number of statements of a module that only guard.
 
-    They are `raise` and `assert` with the `if` or handler around them, calls of functions that check, and functions
-    whose only effect is to raise.
+    `CONTRIBUTING.md` has the rule: `raise` and `assert` with the `if` or handler around them, functions that are named
+    as checks and their calls, and functions whose only effect is to raise.
     """
     found: set[int] = set()
     for node in ast.walk(tree(name)):
@@ -239,12 +239,12 @@ def guards(name: str) -> int:
                 called
             ):
                 found.add(id(node))
-            case ast.FunctionDef() if _CHECK.match(node.name) or _only_raises(node):
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if _CHECK.match(node.name) or _only_raises(node):
                 found |= {id(each) for each in ast.walk(node) if isinstance(each, ast.stmt)}
     return sum(isinstance(node, ast.stmt) and id(node) in found for node in ast.walk(tree(name)))
 
 
-def _only_raises(function: ast.FunctionDef) -> bool:
+def _only_raises(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Return whether a function returns, yields and stores nothing, calls nothing for its effect, and may raise."""
     nodes = list(ast.walk(function))
     has_effect = any(isinstance(node, ast.Yield | ast.YieldFrom) for node in nodes)

@@ -108,7 +108,7 @@ def test_scores_of_all_pixels_are_never_in_memory(monkeypatch):
 
     scores, size = smooth(torch.Generator().manual_seed(0), 50, (20, 30)), (384, 576)
     wanted = argmax_ids(upsample(scores, size, (1.0, 1.0)))
-    monkeypatch.setattr(rooms, "_best", record_sizes(rooms._best))
+    monkeypatch.setattr(rooms, "_find_best", record_sizes(rooms._find_best))
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
     assert max(held) <= rooms._AT_ONCE and sum(held) < size[0] * size[1] * 50 / 10
     held.clear()
@@ -162,7 +162,7 @@ def test_grid_prediction_needs_no_scores_at_full_size():
 def test_small_images_are_upsampled_as_a_whole(monkeypatch):
     scores = smooth(torch.Generator().manual_seed(0), 4, (11, 16))
     monkeypatch.setattr(rooms, "_SMALL", 4 * 40 * 50)
-    monkeypatch.setattr(rooms, "_pays", None)
+    monkeypatch.setattr(rooms, "_is_faster", None)
     assert torch.equal(class_ids(scores, (40, 50), (1.0, 1.0)), argmax_ids(upsample(scores, (40, 50), (1.0, 1.0))))
     with pytest.raises(TypeError):
         class_ids(scores, (40, 51), (1.0, 1.0))

@@ -128,7 +128,7 @@ def test_processes_run_the_tested_package(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (['data.batch_size="8"'], "error: data.batch_size=8 is of type str. Give a whole number"),
+        (['data.batch_size="8"'], "error: data.batch_size='8' is of type str. Give a whole number"),
         (["trainer.steps=many"], "error: trainer.steps=many is of type str. Give a whole number"),
         (["seed=-1"], "error: seed=-1 is out of range. Give a whole number of at least 0."),
         (["trainer.steps=0"], "error: trainer.steps=0 is out of range. Give a whole number of at least 1"),

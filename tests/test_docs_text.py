@@ -15,6 +15,12 @@ def test_no_line_is_longer_than_those_of_the_code():
     assert long == [] and len(lines) > 3000  # Markdown cannot wrap a row of a table
 
 
+def test_commands_quote_what_zsh_takes_for_patterns():
+    found = [command for page in [*PAGES, ROOT / "CONTRIBUTING.md"] for command in commands(page)]
+    bare = [re.sub("""'[^']*'|"[^"]*\"""", "", command.partition(" #")[0]) for command in found]
+    assert len(bare) > 100 and [command for command in bare if {*"[]{}*?"} & {*command}] == []
+
+
 def test_architecture_page_names_all_packages_and_existing_files():
     page = (ROOT / "docs/architecture.md").read_text()
     paths = [*ROOT.glob("*"), *ROOT.glob("*/**/*")]

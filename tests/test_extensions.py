@@ -79,7 +79,7 @@ def use_copy(folder, gone, *words):
 
 
 @pytest.mark.heavy
-def test_the_core_alone_trains_resumes_evaluates_predicts_saves_and_loads(tmp_path):
+def test_the_core_alone_trains_evaluates_predicts_and_loads(tmp_path):
     out = use_copy(tmp_path, {*EXTENSIONS}, "all")
     assert "mIoU" in out and "written to" not in out
 

@@ -68,7 +68,7 @@ def test_problems_are_found(count, text):
     assert problems([nbformat.v4.new_code_cell("1", execution_count=1, outputs=[good])]) == []
 
 
-def test_what_is_made_smaller_stands_in_a_notebook():
+def test_replaced_sizes_are_those_of_a_notebook():
     sources = [cell.source for path in NOTEBOOKS for cell in code_cells(path)]
     assert [whole for whole in SMALLER if not any(whole in source for source in sources)] == []
 

@@ -23,7 +23,7 @@ from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, check_value
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text
 
 NAN, INFINITY = float("nan"), float("inf")
 OWN_CHECK = {  # numbers whose rule is no range
@@ -123,7 +123,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_whole_key(change, key, valu
     node = OmegaConf.select(change({key: value}), key.rpartition(".")[0])
     with pytest.raises(UserError) as caught:
         instantiate(node, exclude=OF_OTHERS.get(key.split(".")[0], ()))
-    assert str(caught.value) == f"{key}={format_value(str(value), 200)} is out of range. {rule}"
+    assert str(caught.value) == f"{key}={format_text(str(value), 200)} is out of range. {rule}"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.runs.log_file import configure_log
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import format_value, join_names, printable, suggest_nearest
+from dinoseg.utils.wording import format_override, format_text, format_value, join_names, printable, suggest_nearest
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
@@ -70,7 +70,25 @@ def test_the_command_line_prints_names_escaped(tmp_path):
 
 def test_lists_show_line_breaks_and_long_values_are_cut():
     assert join_names(["a\nb", "c"]) == r"a\nb, c"
-    assert format_value("a" * 81) == "a" * 77 + "..." and format_value("a" * 80) == "a" * 80
+    assert format_text("a" * 81) == "a" * 77 + "..." and format_text("a" * 80) == "a" * 80
+    assert format_value("a" * 80) == "'" + "a" * 76 + "..."
+
+
+@pytest.mark.parametrize(
+    ("value", "in_message", "as_typed"),
+    [
+        (1, "1", "1"),
+        ("1", "'1'", "'1'"),
+        ("1e3", "'1e3'", "'1e3'"),
+        ("null", "'null'", "'null'"),
+        (None, "None", "null"),
+        (True, "True", "true"),
+        (["1", 1, "leaf 1"], "['1', 1, 'leaf 1']", "['1',1,leaf 1]"),
+        ("a\n猫", r"'a\n猫'", r"'a\n\u732b'"),
+    ],
+)
+def test_text_is_not_shown_as_a_value_of_another_type(value, in_message, as_typed):
+    assert format_value(value) == in_message and format_override(value) == as_typed
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import NOW, register_resolvers
 from dinoseg.runs.location import locate_runs
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 _SIGNS = ("++", "+", "~")
 
 
-class Given(NamedTuple):
-    """What a call gives: options of groups, values of keys, and folders of config groups, the shipped one first."""
+class CallOverrides(NamedTuple):
+    """Options of groups and values of keys that a call gives, and folders of config groups, the shipped one first."""
 
     options: dict[str, Any]
     values: list[Value]
@@ -58,7 +58,7 @@ def compose_call(overrides: Mapping[str, Any], config_dir: str | PathLike[str] |
     return compose_config(options, values, folders[1:]).cfg
 
 
-def compose_job(given: Given) -> Job:
+def compose_job(given: CallOverrides) -> Job:
     """Return the job of a call.
 
     Raises:
@@ -78,7 +78,7 @@ def compose_job(given: Given) -> Job:
 
 def read_call(
     words: Sequence[str], overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None = None
-) -> Given:
+) -> CallOverrides:
     """Return what a call gives by words of the command line, and then by Python values.
 
     An option may stand with keys below it: `data={"name": "camvid", "root": R}`. The option of a nested group is found
@@ -94,7 +94,7 @@ def read_call(
     words = as_text(words)
     check_words(words, folders)
     options, values, more = read_words(words, folders)
-    given = Given(options, values, [*folders, *more])
+    given = CallOverrides(options, values, [*folders, *more])
     nested = nested_groups(folders)
     for key, value in overrides.items():
         sign = next((sign for sign in _SIGNS if key.startswith(sign)), "")
@@ -102,15 +102,15 @@ def read_call(
     return given
 
 
-def _read_override(key: str, value: Any, sign: str, given: Given, nested: set[str]) -> None:
-    """Add an override of a call to what it gives."""
+def _read_override(key: str, value: Any, sign: str, given: CallOverrides, nested: set[str]) -> None:
+    """Add an override of a call to the given options and values."""
     path = key.partition("@")[0].replace(".", "/")
     group = path if path in nested else key.partition("@")[0]
     chooses = group in nested or is_group(given.folders, group)
     if chooses and not isinstance(value, Mapping):
         option = _plain_value(value)
         if not isinstance(option, str | list):
-            raise unknown_option(group, format_value(write_value(option)), given.folders)
+            raise unknown_option(group, format_text(write_value(option)), given.folders)
         given.options[sign + (group if path in nested else key)] = option
         return
     if not isinstance(value, Mapping):

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import Given, compose_job, read_call
+from dinoseg.api.compose import CallOverrides, compose_job, read_call
 from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
 from dinoseg.api.session import preserve_process_state
 from dinoseg.cli.launch import Job, launch, resumes_in_folder
@@ -62,7 +62,7 @@ def run_mode(
                 _check_fixed(fixed, call)
                 run_folder = [] if out_dir is None else [Value("hydra.run.dir", str(Path(out_dir).expanduser()))]
                 values = [*fixed.values, *call.values, *run_folder]
-                job = compose_job(Given({**fixed.options, **call.options}, values, call.folders))
+                job = compose_job(CallOverrides({**fixed.options, **call.options}, values, call.folders))
                 if job.location.is_given and not exist_ok:
                     _check_unused(job)
                 explain = explain_errors(job.words, call.folders)
@@ -84,16 +84,16 @@ def run_mode(
     raise KeyboardInterrupt(stopped.note)
 
 
-def _check_fixed(fixed: Given, call: Given) -> None:
+def _check_fixed(fixed: CallOverrides, call: CallOverrides) -> None:
     """Refuse a key, or an option of a group, that the function or its arguments set already."""
     given = _keys_of(call)
     for key, value in _keys_of(fixed).items():
         if key in given:
             remedy = "Call the function of the other mode." if key == "mode" else "Leave it out."
-            raise UserError(f"{key} is set to {format_value(str(value))} by this function and its arguments. {remedy}")
+            raise UserError(f"{key} is set to {format_value(value)} by this function and its arguments. {remedy}")
 
 
-def _keys_of(call: Given) -> dict[str, Any]:
+def _keys_of(call: CallOverrides) -> dict[str, Any]:
     return {**call.options, **dict(flatten({value.key: value.value for value in call.values}))}
 
 

@@ -303,7 +303,7 @@ def _model_override(model: Source | None) -> Iterator[dict[str, Any]]:
     if model is None:
         yield {}
     elif isinstance(model, Model):
-        with model.stored() as path, _model_override(path) as override:
+        with model.as_file() as path, _model_override(path) as override:
             yield override
     elif isinstance(model, list | tuple):
         yield {"resume": [str(Path(each).expanduser()) for each in model]}

@@ -88,7 +88,7 @@ def split_datasets(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         for key in ("classes", "ignore_index"):
             found = _keys_of(datasets[split])[key]
             if found != keys[key]:
-                raise UserError(f"data: {key} of {first} is {keys[key]}, and of {split} {found}. Give the same.")
+                raise UserError(f"data: {key} of {first} is {keys[key]!r}, and of {split} {found!r}. Give the same.")
     options = {"data": OPTION, **{f"data.{key}": value for key, value in keys.items()}}
     return {**overrides, **options}, {f"data.{split}": each for split, each in datasets.items()}
 

@@ -129,7 +129,7 @@ class Run:
             options: of `dinoseg.load`, such as `device`.
 
         Raises:
-            UserError: there is no such checkpoint, or it cannot be loaded.
+            UserError: the checkpoint does not exist, or it cannot be loaded.
         """
         path = {"best": self.best_checkpoint, "last": self.last_checkpoint}.get(which)
         if path is None:

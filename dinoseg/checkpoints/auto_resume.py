@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_override, format_value
+from dinoseg.utils.wording import format_override, format_text
 
 LENGTH = ("steps", "epochs", "max_minutes")  # keys of `trainer` that set the length of a training
 _MAX_DIFFERENCES = 3  # a run with more differing keys is another experiment, not a near miss
@@ -236,5 +236,5 @@ def _length_differences(there: Plan, here: Plan) -> Iterator[str]:
 
 
 def _difference(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    before, now = (format_value(format_override(values.get(key))) for values in (there, here))
+    before, now = (format_text(format_override(values.get(key))) for values in (there, here))
     return f"{key} ({before} there, {now} here)"

@@ -18,7 +18,7 @@ from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored
 from dinoseg.experiment.recipe import absolute, data_root, saved_config
 from dinoseg.training.description import INITIAL, METRIC, PRECISION, USE, USES
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_override, format_value, printable
+from dinoseg.utils.wording import format_override, format_text, printable
 
 logger = logging.getLogger(__name__)
 _UNBUILT = ("data", "loss", "trainer")  # groups that build nothing of a trained model
@@ -259,7 +259,7 @@ def _changes(
         reason = "" if value.word else ", since a length is given"
         found.append((value.key, value_at(before, value.key.split(".")), _at(merged, value.key), reason))
     return [
-        f"{name}={format_value(format_override(new))} instead of {format_value(format_override(old))}{reason}"
+        f"{name}={format_text(format_override(new))} instead of {format_text(format_override(old))}{reason}"
         for name, old, new, reason in found
         if new != old and not _same_path(old, new)
     ]

@@ -37,11 +37,11 @@ class Value(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """A composed config, and what it was composed from.
+    """A composed config with its options and values.
 
     Attributes:
-        cfg: the whole config of a job, with the option of each group as `choices`, the folders beside the shipped one
-            as `config_dirs`, and without Hydra's keys.
+        cfg: the whole config of a job, with the option of each group as `choices`, further folders as
+            `config_dirs`, and without Hydra's keys.
         hydra: Hydra's keys: those that the files set, and the choices as `runtime.choices`.
         options: as given.
         values: as they were set, without mappings whose keys the config has.
@@ -177,7 +177,7 @@ def set_values(
 
 
 def _leaves(value: Value, node: Any) -> Iterator[Value]:
-    """Yield a value, or in place of a mapping given in Python those of its keys, where the config has a mapping."""
+    """Yield a value, or instead of a mapping given in Python those of its keys, where the config has a mapping."""
     has_names = isinstance(value.value, Mapping) and value.value and all(isinstance(name, str) for name in value.value)
     if value.word or not (has_names and isinstance(node, Mapping)):
         yield value

@@ -176,7 +176,7 @@ class Expansion:
 
 
 def _resolve(option: str, choices: Mapping[str, Any]) -> Any:
-    """Return the option that refers to those of other groups, such as `${data}`; as it is if there is none."""
+    """Return the option that refers to those of other groups, such as `${data}`; unchanged if there is none."""
     node = OmegaConf.create({**choices, "_option": option})
     return OmegaConf.select(node, "_option", throw_on_resolution_failure=False) or option
 
@@ -188,7 +188,7 @@ def _at_place(content: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the keys of all parts, of which later ones override, as OmegaConf merges them."""
+    """Return the keys of all parts, where later ones override, as OmegaConf merges them."""
     whole: dict[str, Any] = {}
     try:
         for part in parts:

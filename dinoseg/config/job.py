@@ -22,7 +22,7 @@ def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     """Return the whole config of a job.
 
     It is the one composed by Hydra, with two further keys: `choices`, the option of each group, and `config_dirs`, the
-    folders of config groups beside the shipped one.
+    folders of config groups other than the shipped one.
 
     Args:
         cfg: composed by Hydra.

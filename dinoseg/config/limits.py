@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, resolve_node, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 REMEDY = "Do not use this file unless you know who made it"
 _MOST_STEPS = 2**40  # optimizer steps: they are compared with, and size nothing
@@ -45,10 +45,10 @@ def check_values(values: Mapping[str, Any], where: str, remedy: str) -> None:
     """
     for count, (key_path, value) in enumerate(walk(values)):
         if count > _MAX_VALUES or not (_is_key(key_path) and _is_allowed(value, key_path)):
-            what = f"{format_value(dotted_name(key_path))}={format_value(value)}"
+            what = f"{format_text(dotted_name(key_path))}={format_value(value)}"
             raise UserError(
                 f"{where}: {what} is refused: saved configs set no key that builds something, at most {_MAX_VALUES} "
-                f"values, numbers up to {_largest(key_path)}, short text without ${{, and folders below the run "
+                f"values, numbers up to {_largest_number(key_path)}, short text without ${{, and folders below the run "
                 f"folder. {remedy}."
             )
 
@@ -68,10 +68,10 @@ def _is_allowed(value: Any, key_path: KeyPath) -> bool:
         return isinstance(value, str) and re.fullmatch(r"\w+(/\w+)*", value) is not None
     if isinstance(value, str):
         return len(value) <= _LONGEST_TEXT and "${" not in value
-    return not isinstance(value, int | float) or abs(value) <= _largest(key_path)
+    return not isinstance(value, int | float) or abs(value) <= _largest_number(key_path)
 
 
-def _largest(key_path: KeyPath) -> float:
+def _largest_number(key_path: KeyPath) -> float:
     above = (LARGEST[key_path[:end]] for end in range(len(key_path), 0, -1) if key_path[:end] in LARGEST)
     return next(above, _LARGEST_ELSEWHERE)
 

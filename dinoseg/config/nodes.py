@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoseg.config.plain import KeyPath, dotted_name, texts_of, walk
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
 from dinoseg.utils.ranges import check_value
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 Part = TypeVar("Part")
 _TRUSTED = ("dinoseg.", "torch.nn.", "torch.optim.")  # packages whose targets are imported and inspected
@@ -50,7 +50,7 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
         raise _unset_error(node, key) from None
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or format_value(str(node))} has no `_target_`, which this config node needs. Set it.")
+        raise UserError(f"{where or format_text(str(node))} has no `_target_`, which this config node needs. Set it.")
     keys = argument_keys(node)
     values = {key: value for key, value in values.items() if key not in exclude} | dict(overrides or {})
     unset = next((key_path for key_path, value in walk(values) if value == "???"), None)
@@ -165,7 +165,7 @@ def expect_type(contract: type[Part], part: object, key: str) -> Part:
     """
     if not isinstance(part, contract):
         raise UserError(
-            f"{key}: {format_value(str(part))} is not an object of {contract.__module__}.{contract.__name__}. Inherit "
+            f"{key}: {format_value(part)} is not an object of {contract.__module__}.{contract.__name__}. Inherit "
             "from that class; a YAML file with `_partial_: true` gives no object, so remove that line."
         )
     return part

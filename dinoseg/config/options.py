@@ -32,7 +32,7 @@ def options_in(folders: Iterable[Path], group: str) -> list[str]:
 def nested_groups(folders: Sequence[Path]) -> set[str]:
     """Return the groups in folders of other groups, such as `data/pixels`, of the first folder, which is shipped.
 
-    The others may hold anything beside config groups, and take long to search.
+    The others may hold anything besides config groups, and take long to search.
     """
     shipped = folders[0]
     paths = [path for path in shipped.glob("*/**/") if path.parent != shipped]

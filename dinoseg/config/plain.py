@@ -80,7 +80,7 @@ def resolve_node(node: Any, key_path: Iterable[Any]) -> Any:
 
 
 def dotted_name(key_path: KeyPath) -> str:
-    """Return a key path as it is typed."""
+    """Return a key path as typed."""
     return ".".join(map(str, key_path)) or "its root"
 
 

@@ -14,7 +14,7 @@ from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import KeyNotSet, UserError
-from dinoseg.utils.wording import join_names
+from dinoseg.utils.wording import format_override, join_names
 
 LENGTH = "dinoseg.len"
 CLASS_FILE = "dinoseg.class_file"
@@ -66,8 +66,10 @@ def _choose_weights(fold: int | None) -> str:
 
 def _length(values: Any) -> int:
     if not isinstance(values, Sequence):
-        given = "null" if values is None else values
-        raise _Unmet(f"data.classes={given} is not a list. Write it in brackets: data.classes=[background, leaf].")
+        raise _Unmet(
+            f"data.classes={format_override(values)} is not a list. Write it in brackets: data.classes=[background, "
+            "leaf]."
+        )
     return len(values)
 
 
@@ -76,7 +78,7 @@ def _cells(resolution: DictConfig, patch_size: int | None) -> ListConfig | None:
         return None
     height, width = resolution.crop
     size = backbone_size((height, width), resolution.scale, resolution.longest)
-    # a plain list could not be written in place of the interpolation, as `--resolve` does
+    # a plain list could not be written instead of the interpolation, as `--resolve` does
     return ListConfig([math.ceil(side / patch_size) for side in size])
 
 

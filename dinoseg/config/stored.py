@@ -21,7 +21,7 @@ from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, is_below, nests, 
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import path_exists
-from dinoseg.utils.wording import format_value, join_names
+from dinoseg.utils.wording import format_text, format_value, join_names
 
 logger = logging.getLogger(__name__)
 VALUES_ONLY = "values_only"  # root key of a config: groups that it does not build, whose values alone it holds
@@ -131,7 +131,7 @@ def _resolve_value(node: DictConfig, key: Any) -> Any:
 
 
 class Source(NamedTuple):
-    """Where a stored config comes from, and what the user allows it.
+    """Source of a stored config, and what the user allows it.
 
     Attributes:
         where: name of the file in errors.
@@ -189,7 +189,7 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
         names = option if group in listed and isinstance(option, list) else [option]
         if not (_GROUP.fullmatch(group) and all(isinstance(name, str) and _OPTION.fullmatch(name) for name in names)):
             raise UserError(
-                f"{source.where}: {format_value(f'{group}={option}')} is not the name of an option. {REMEDY}."
+                f"{source.where}: {format_text(f'{group}={option}')} is not the name of an option. {REMEDY}."
             )
     try:
         composed = compose_options(chosen, source.folders)
@@ -242,7 +242,7 @@ def _check_targets(targets: Mapping[str, str], composed: Mapping[str, Any], wher
         if keys[0] in composed and (not isinstance(here, Mapping) or here.get("_target_") != target):
             here = here.get("_target_") if isinstance(here, Mapping) else None
             raise UserError(
-                f"{where}: its {format_value(place)} is {format_value(target)}, and config files on this machine name "
+                f"{where}: its {format_text(place)} is {format_text(target)}, and config files on this machine name "
                 f"{here or 'no class'} there. {ADD_FOLDER}"
             )
 
@@ -302,7 +302,7 @@ def _check_weights(weights: Any, usual: Any, source: Source) -> None:
     is_named = name == usual or not {name, text}.isdisjoint(source.trust) or _BUILT_IN_WEIGHTS.fullmatch(text)
     if weights is not None and not is_named and not path_exists(text):
         raise UserError(
-            f"{source.where}: its config sets backbone.weights={format_value(weights)}, which is neither a file nor a "
+            f"{source.where}: its config sets backbone.weights={format_text(text)}, which is neither a file nor a "
             "folder on this machine, and its option does not name it, so nothing is downloaded. Set its current path: "
-            f"backbone.weights=PATH. Or allow this source: trust=[{format_value(weights)}]."
+            f"backbone.weights=PATH. Or allow this source: trust=[{format_text(text)}]."
         )

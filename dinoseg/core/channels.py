@@ -61,7 +61,7 @@ class PixelFormat:
 
     @property
     def is_rgb(self) -> bool:
-        """Whether images are read as RGB of 8 bits from one file each."""
+        """Return whether images are read as RGB of 8 bits from one file each."""
         return self == _RGB
 
     @property

@@ -63,7 +63,7 @@ def _of_image(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
         _cells(length, cells, share, grid.dtype)
         for length, cells, share in zip(size, grid.shape[1:], valid, strict=True)
     )
-    if not math.isfinite(slack) or not _pays(grid, rows, columns, slack):
+    if not math.isfinite(slack) or not _is_faster(grid, rows, columns, slack):
         return _one_by_one(scores, size, valid)
     at_once = max(1, _BAND // (len(grid) * len(columns.low)))
     bands = [slice(start, start + at_once) for start in range(0, len(rows.low), at_once)]
@@ -103,20 +103,22 @@ def _cells(length: int, cells: int, share: float, dtype: torch.dtype) -> _Cells:
     return _Cells(begins.clamp(min=0), (begins + 1).clamp(max=cells - 1), owner, pixels, weights[:, pixels])
 
 
-def _pays(grid: Tensor, rows: _Cells, columns: _Cells, slack: float) -> bool:
+def _is_faster(grid: Tensor, rows: _Cells, columns: _Cells, slack: float) -> bool:
     """Return whether checking cells, estimated from a sample of them, is faster than upsampling all classes."""
     cells, pixels = len(rows.low) * len(columns.low), len(rows.owner) * len(columns.owner)
     if _CELL_COST * cells >= _PIXEL_COST * pixels:
         return False
     down, along = ([end[:: -(-len(axis.low) // _SAMPLE)] for end in (axis.low, axis.high)] for axis in (rows, columns))
-    able = _able(grid, down, along, slack)[0]
-    counts = able.sum(1)
-    pairs = float(counts[counts > 1].sum()) / len(able)  # mean per cell
+    is_candidate = _find_candidates(grid, down, along, slack)[0]
+    counts = is_candidate.sum(1)
+    pairs = float(counts[counts > 1].sum()) / len(is_candidate)  # mean per cell
     side = rows.pixels.shape[1] * columns.pixels.shape[1]
     return cells * (pairs * (_PAIR_COST + side) + len(grid) * _CELL_COST) < _PIXEL_COST * len(grid) * pixels
 
 
-def _able(grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: float) -> tuple[Tensor, Tensor]:
+def _find_candidates(
+    grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: float
+) -> tuple[Tensor, Tensor]:
     """Return which classes can win in each cell (N, K), and their maximum scores there (K, N)."""
     most, least = (
         pick(*(pick(*(grid.index_select(1, end) for end in down)).index_select(2, end) for end in along)).flatten(1)
@@ -128,28 +130,28 @@ def _able(grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: 
 @torch.no_grad()  # grad mode is per thread
 def _band_ids(grid: Tensor, rows: _Cells, columns: _Cells, slack: float, band: slice) -> Tensor:
     """Return the IDs (r, W) of some rows of cells of a grid (K, h, w)."""
-    able, most = _able(grid, [end[band] for end in rows[:2]], columns[:2], slack)
+    is_candidate, most = _find_candidates(grid, [end[band] for end in rows[:2]], columns[:2], slack)
     winners = most.max(0).indices.to(torch.uint8).view(-1, len(columns.low))
     owner = rows.owner[(rows.owner >= band.start) & (rows.owner < band.stop)]
     pixels = rows.pixels - rows.pixels[band.start, 0]
     ids = winners.index_select(1, columns.owner).index_select(0, owner - band.start)
-    counts, side = able.sum(1), rows.pixels.shape[1] * columns.pixels.shape[1]
+    counts, side = is_candidate.sum(1), rows.pixels.shape[1] * columns.pixels.shape[1]
     for count in counts.unique().tolist():
         if count == 1:
             continue
         for places in (counts == count).nonzero()[:, 0].split(max(1, _AT_ONCE // (count * side))):
-            labels = able[places].nonzero()[:, 1].view(-1, count)  # ascending
+            labels = is_candidate[places].nonzero()[:, 1].view(-1, count)  # ascending
             row, column = places // len(columns.low) + band.start, places % len(columns.low)
             ends = [low[row] * grid.shape[2] + along[column] for low in rows[:2] for along in columns[:2]]
             read = (labels * grid[0].numel())[:, :, None] + torch.stack(ends, dim=1)[:, None]
             corners = grid.flatten().index_select(0, read.flatten()).view(read.shape)  # (n, count, 4)
-            best = _best(corners, rows.weights[:, row], columns.weights[:, column])
+            best = _find_best(corners, rows.weights[:, row], columns.weights[:, column])
             found = labels.to(torch.uint8).gather(1, best.flatten(1)).view_as(best)
             ids[pixels[row][:, :, None], columns.pixels[column][:, None]] = found
     return ids
 
 
-def _best(corners: Tensor, down: Tensor, along: Tensor) -> Tensor:
+def _find_best(corners: Tensor, down: Tensor, along: Tensor) -> Tensor:
     """Return the index of the highest of k classes (n, p, q), interpolated between corners (n, k, 4)."""
     sides = corners.view(*corners.shape[:2], 2, 2, 1)  # of both rows, of both columns
     edges = sides[:, :, 0] * down[0][:, None, None] + sides[:, :, 1] * down[1][:, None, None]  # (n, k, 2, p)

@@ -13,7 +13,7 @@ from dinoseg.utils.errors import UserError
 
 BINS = 1024  # equal bins of a probability; a power of 2, so that their edges are exact in float32
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
-# suffixes of the scores that stand beside a score which may be infinite
+# suffixes of the scores that accompany a score which may be infinite
 INFINITE_IMAGES, FINITE_MEAN = "_infinite_images", "_finite_mean"
 _AT_ONCE = 2**22  # counts of units that are left out at once, 32 MiB
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
@@ -78,7 +78,7 @@ class RowMetric(ABC):
     on the number of ranks. Leaving out one image or video at a time gives confidence intervals.
 
     Inherit `Metric` if the counts add up. Else, as of the average precision, no sum over images determines a score, and
-    an image has rows of any length: the first axis of its arrays. An image without rows says nothing about a score.
+    an image has rows of any length: the first axis of its arrays. An image without rows does not affect a score.
 
     Attributes:
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
@@ -90,7 +90,7 @@ class RowMetric(ABC):
         needs_logits: whether `count` needs `PredictedImage.logits`.
         needs_bins: whether `count` needs `PredictedImage.bins`. It then takes masks with layers, too, as a whole.
         needs_objects: whether `count` needs the `objects` of `PredictedImage` and `LabelledImage`.
-        class_columns: names of values of `score_classes` in 0..1 that tables of objects show, beside the numbers of
+        class_columns: names of values of `score_classes` in 0..1 that tables of objects show, next to the numbers of
             `find_errors`; only of a metric that has this method.
 
     Examples:
@@ -161,7 +161,7 @@ class RowMetric(ABC):
         return {}
 
     def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return each score (U,) without the images of each unit; by default, each is computed anew.
+        """Return each score (U,) without the images of each unit; by default, each is computed again.
 
         Args:
             rows: counts of each image.

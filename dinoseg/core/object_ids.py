@@ -1,7 +1,7 @@
 """Objects of an image as whole numbers: number, class and crowd flag of one object in 31 bits; imports no torch.
 
 Bits 0 to 19 hold the number of the object in its image, from 1 on; bits 20 to 29 its class id; bit 30 is set for a
-crowd, an area of objects that were not told apart. 0 is no object. All functions take whole numbers, arrays or tensors.
+crowd, an area of objects that were not separated. 0 is no object. All functions take whole numbers, arrays or tensors.
 """
 
 from collections.abc import Iterable

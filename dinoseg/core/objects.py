@@ -86,7 +86,7 @@ class Runs(NamedTuple):
 class Objects:
     """Objects of an image, which may overlap; predicted ones are in the order of their scores.
 
-    A panoptic prediction holds the segments of stuff, too, and none of its masks overlap.
+    A panoptic prediction holds the segments of stuff, too, and its masks do not overlap.
 
     Args:
         size: (H, W) of the image.

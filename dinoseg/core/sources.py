@@ -1,4 +1,4 @@
-"""Where pixels come from: the path of a file, or an object that reads an image or a mask from one or several files."""
+"""Sources of pixels: the path of a file, or an object that reads an image or a mask from one or several files."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ class VirtualImage(ABC):
     @property
     @abstractmethod
     def rule(self) -> object:
-        """What the image depends on beside its files, such as the index of a frame or the order of channels."""
+        """Return what the image depends on besides its files, such as the index of a frame or the order of channels."""
 
     @property
     def origin(self) -> str:

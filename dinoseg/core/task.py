@@ -1,4 +1,4 @@
-"""What a model predicts for a pixel: exactly one class, or a yes or no for each class."""
+"""Predictions for a pixel: exactly one class, or a yes or no for each class."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ class Task(ABC):
         is_auto: whether `thresholds` are still to be chosen on data.
         chosen_on: the split on which `thresholds` were chosen; None: they were set.
         beta: thresholds are chosen by F-beta.
-        eval_metrics: options of the group `metric` that mode=eval counts without being asked.
+        eval_metrics: options of the group `metric` that mode=eval counts by default.
     """
 
     has_layers: ClassVar[bool]
@@ -49,7 +49,7 @@ class Task(ABC):
         """Return float32 logits (B, K, H, W) whose `probabilities` are these."""
 
     def pixel_scores(self, scores: Tensor) -> Tensor:
-        """Return class scores of pixels (B, K, H, W), the highest of which wins, from those of masks.
+        """Return class scores of pixels (B, K, H, W), where the highest wins, from those of masks.
 
         Args:
             scores: sums (B, K, H, W) over the masks of each one's class probability times that of the pixel; they may
@@ -176,7 +176,7 @@ def refuse_layers(task: Task, what: str, remedy: str) -> None:
     Args:
         task: of the model.
         what: what needs it, as the subject of a sentence.
-        remedy: sentence that says what to do instead.
+        remedy: sentence that names the alternative.
 
     Raises:
         UserError: masks of the task have layers.
@@ -192,8 +192,8 @@ class ObjectTask(SemanticTask):
 
     Attributes:
         overlap: whether objects may overlap; else each pixel belongs to one at most.
-        things: ids of the classes whose objects are told apart.
-        graph_options: plain values by which an exported graph finds the objects; None: it cannot. Keys: `things`,
+        things: ids of the classes whose objects are separated.
+        graph_options: plain values with which an exported graph finds the objects; None: it cannot. Keys: `things`,
             `background`, `max_instances`, `score_threshold` and `overlap_threshold`; those of the other kind are None.
         scored_file: the output of mode=predict with its objects, the file there, and the protocol that scores it.
     """

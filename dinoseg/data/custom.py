@@ -13,7 +13,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.mask_files import check_layer_names
-from dinoseg.utils.wording import count_of, join_names
+from dinoseg.utils.wording import count_of, format_value, join_names
 
 
 class CustomDataset:
@@ -76,9 +76,14 @@ class CustomDataset:
     def __getitem__(self, index: int) -> Sample:
         item, name = self.samples[self.rows[index]], self.names[index]
         if not isinstance(item, Mapping) or item.get("name") != name:
-            given = f"has the name {item.get('name')}" if isinstance(item, Mapping) else f"is {type(item).__name__}"
+            given = (
+                f"has the name {format_value(item.get('name'))}"
+                if isinstance(item, Mapping)
+                else f"is {type(item).__name__}"
+            )
             raise UserError(
-                f"{self._where}: the sample {name} {given}. Return a dict of image, mask and name, as in `names`."
+                f"{self._where}: the sample {format_value(name)} {given}. Return a dict of image, mask and name, as in "
+                "`names`."
             )
         sample = Sample(
             image=self._image(item["image"], name), mask=self._mask(item["mask"], item["image"], name), name=name

@@ -60,7 +60,7 @@ class TrainViews:
         augment: samples a view of an image and its mask.
         seed: determines the views, together with epoch and sample.
         views: number of fixed views per sample, used in turn; None: new views in each epoch.
-        needs_objects: whether a view that shows none of an image's objects is drawn again, up to `_REDRAWS` times.
+        needs_objects: whether a view without any object of its image is sampled again, up to `_REDRAWS` times.
     """
 
     data: SegmentationData
@@ -74,7 +74,7 @@ class TrainViews:
         return epoch if self.views is None else epoch % self.views
 
     def make_rng(self, epoch: int, sample: int, redraws: int = 0) -> np.random.Generator:
-        """Return the random generator of a sample's view in an epoch, after it was drawn again some times."""
+        """Return the random generator of a sample's view in an epoch, after it was sampled again some times."""
         return make_rng(self.seed, self.view_number(epoch), sample, VIEW, redraws)
 
     def read(self, epoch: int, sample: int) -> Sample:
@@ -82,7 +82,7 @@ class TrainViews:
         return self.draw(epoch, sample)[0]
 
     def draw(self, epoch: int, sample: int) -> tuple[Sample, int]:
-        """Return the view of a sample in an epoch, and how many times it was drawn again."""
+        """Return the view of a sample in an epoch, and how many times it was sampled again."""
         whole = self.data[sample]
         pixels = np.ascontiguousarray(whole["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
         ids = whole["mask"].numpy()
@@ -288,7 +288,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter):
     """Iterator over a DataLoader with processes, which neither starting nor a killed process leaves half built.
 
     torch's SIGCHLD handler would raise at any line of the program, also while another error is handled. It therefore
-    watches none of these processes: `wait_for_item` notices within POLL seconds that one has ended.
+    does not watch these processes: `wait_for_item` notices within POLL seconds that one has ended.
     """
 
     def __init__(self, loader: DataLoader) -> None:

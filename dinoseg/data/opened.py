@@ -69,7 +69,7 @@ def prepare_dataset(
             )
         return dataset
     if on_error == "skip":
-        dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
+        dataset = _select_usable(dataset, split, Path(cache_dir), workers or count_cores())
     elif dataset.lacking:
         raise incomplete_pairs_error(dataset, split)
     if cache == "packed":
@@ -79,7 +79,7 @@ def prepare_dataset(
     return dataset
 
 
-def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> PairDataset:
+def _select_usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> PairDataset:
     """Return the pairs whose two files are both usable, and log the others."""
     bad = unreadable(scan(dataset.pairs, dataset.reader, workers=workers, cache_dir=cache_dir))
     if len(bad) == len(dataset):

@@ -19,7 +19,7 @@ class ColorTransform:
     """Contract of the augmentation of colours: a colour change that random numbers determine.
 
     Attributes:
-        has_switches: whether it uses the last `SWITCHES` random numbers; they are drawn only then.
+        has_switches: whether it uses the last `SWITCHES` random numbers; they are sampled only then.
         before_scaling: whether it changes the whole image before it is scaled, instead of the view.
     """
 

@@ -33,7 +33,7 @@ from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
 from dinoseg.utils.ranges import Count, Natural, Positive, check_value
 from dinoseg.utils.units import hash_of
-from dinoseg.utils.wording import join_names
+from dinoseg.utils.wording import format_override, join_names
 
 logger = logging.getLogger(__name__)
 _NAMED = 40  # maximum number of class weights in the log
@@ -99,7 +99,7 @@ class Builder(ModelBuilder):
 
     @property
     def skips_faulty_files(self) -> bool:
-        """Whether unreadable files are left out with a warning instead of an error."""
+        """Return whether unreadable files are left out with a warning instead of an error."""
         return self._cfg.data.on_error == "skip"
 
     @property
@@ -120,8 +120,8 @@ class Builder(ModelBuilder):
         if type(value) is int and 0 <= value < len(names):
             return value
         raise UserError(
-            f"data.background={value} is not a class. Give the name or the id of one (0 to {len(names) - 1}: "
-            f"{join_names(names)}), or null if there is none."
+            f"data.background={format_override(value)} is not a class. Give the name or the id of one (0 to "
+            f"{len(names) - 1}: {join_names(names)}), or null if there is none."
         )
 
     def digest(self, key: str, **overrides: Any) -> str:
@@ -244,7 +244,7 @@ class Builder(ModelBuilder):
 
     @property
     def loss_has_classes(self) -> bool:
-        """Whether the loss is computed from labels, whose classes it can weight; losses on clips are not."""
+        """Return whether the loss is computed from labels, whose classes it can weight; losses on clips are not."""
         return self._cfg.loss.class_weights is not None
 
     def loss(self, train: SegmentationData | None) -> Loss:
@@ -264,7 +264,7 @@ class Builder(ModelBuilder):
 
     @cached_property
     def loss_outline(self) -> Loss:
-        """The loss on the meta device with equal class weights: what it needs, before labels are counted.
+        """The loss on the meta device with equal class weights, which states its needs before labels are counted.
 
         Raises:
             UserError: class weights are set for a loss without classes, or an option is invalid.

@@ -14,7 +14,7 @@ from dinoseg.models.model import SegmentationModel, fingerprint, quantised_names
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, format_value, join_names
+from dinoseg.utils.wording import count_of, format_text, join_names
 
 logger = logging.getLogger(__name__)
 _NEEDED = "needed from "  # prefix of a recipe's name: value of `init` in recipes that build on a run of the user
@@ -80,7 +80,7 @@ def has_initial(builder: ModelBuilder) -> bool:
 
 
 def check_initial(builder: ModelBuilder, model: SegmentationModel) -> None:
-    """Refuse a run whose head or backbone does not fit, or `head.init` beside it; the model may be on the meta device.
+    """Refuse a run that does not fit head or backbone, or a `head.init` as well; the model may be on the meta device.
 
     Raises:
         UserError: it does not exist, nothing of its head fits, backbone weights that it trained would be left out, or
@@ -127,9 +127,9 @@ def _select_tensors(init: str, model: SegmentationModel, saved: Checkpoint) -> t
     lost = [name for name in left if name.startswith("backbone.")]
     if lost:
         raise UserError(
-            f"init={init}: it holds {count_of(len(lost), 'tensor')} of its backbone (such as {format_value(lost[0])}) "
+            f"init={init}: it holds {count_of(len(lost), 'tensor')} of its backbone (such as {format_text(lost[0])}) "
             "that this model does not train or has in another shape, but its head was trained on those features. "
-            f"Choose its backbone and adapter={format_value(str(saved.info['choices']['adapter']))}, with the same "
+            f"Choose its backbone and adapter={format_text(str(saved.info['choices']['adapter']))}, with the same "
             "values."
         )
     return taken, left

@@ -27,7 +27,7 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.files import check_file
 from dinoseg.utils.ranges import Natural, check_value
 
-# keys beside the arguments of a part
+# keys besides the arguments of a part
 _READ_ELSEWHERE = {
     "adapter": ("lr",),
     "head": ("layers", "lr", "scoring"),
@@ -88,7 +88,7 @@ class ModelBuilder:
 
     @property
     def config_dirs(self) -> list[str]:
-        """The folders of config groups beside the shipped one."""
+        """Return the folders of config groups other than the shipped one."""
         return [*self._cfg.get("config_dirs", ())]
 
     @property
@@ -138,7 +138,7 @@ class ModelBuilder:
         return self._parts[key, is_meta]
 
     def strategy(self, classes: Sequence[str]) -> InferenceStrategy:
-        """Return the inference strategy, which removes small regions if `inference` says so.
+        """Return the inference strategy, which removes small regions if `inference` sets it.
 
         Args:
             classes: names of the model's classes, in the order of their IDs.

@@ -21,7 +21,7 @@ class Provenance:
         folder: run folder that stores the command line.
         training: run folder of the model's training; None if unknown, or of an ensemble.
         score: that selected the checkpoint (`trainer.score`); None if unknown.
-        kind: what was evaluated, for headings: the options of the model, or that it is an ensemble.
+        kind: of the evaluation, for headings: the options of the model, or that it is an ensemble.
     """
 
     choices: Mapping[str, str]

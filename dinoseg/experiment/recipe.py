@@ -47,7 +47,7 @@ def config_description(builder: ModelBuilder, info: Mapping[str, Any] | None = N
 
     Args:
         builder: of the whole config.
-        info: description of the checkpoint that the config comes from, for groups of which it holds only values.
+        info: description of the checkpoint that the config comes from, for groups without a stored option.
 
     Raises:
         UserError: see `describe`; or a group has no option, which no checkpoint could store.

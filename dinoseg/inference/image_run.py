@@ -87,7 +87,9 @@ class _Batch:
     images: list[np.ndarray]
 
 
-def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: ImageRun) -> tuple[int, Throughput]:
+def segment_images(
+    settings: SegmentationSettings, images: Sequence[ImageInput], run: ImageRun
+) -> tuple[int, Throughput]:
     """Write the results of all readable images that are not done; return how many were done, and the throughput.
 
     For images beyond Pillow's pixel limit, only class IDs are written.
@@ -108,7 +110,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
         return [prediction for single in alone for prediction in infer(single)]
 
     def predict_batch(batch: _Batch) -> list[ImagePrediction]:
-        results = by.predictor.predict(batch.images, probabilities=needs_probabilities)
+        results = settings.predictor.predict(batch.images, probabilities=needs_probabilities)
         return [
             ImagePrediction(given.mask, given.path, image, *result)
             for given, image, result in zip(batch.inputs, batch.images, results, strict=True)
@@ -117,7 +119,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
     def write(predictions: list[ImagePrediction]) -> None:
         for prediction in predictions:
             try:
-                _write(by, prediction, names[prediction.path], run)
+                _write(settings, prediction, names[prediction.path], run)
             except MemoryError:
                 run.failures.append(f"{prediction.path}: there is not enough memory to draw its results. Free some.")
             bar.update()
@@ -125,39 +127,39 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
     left = [
         given
         for given in images
-        if not run.done.holds(given.name, by.pixels.source(given.path), _results(by, given, run))
+        if not run.done.holds(given.name, settings.pixels.source(given.path), _results(settings, given, run))
     ]
     earlier = run.count = len(images) - len(left)
     if earlier:
         logger.info("%s of an earlier run reused", count_of(earlier, "image"))
     names = {given.path: given.name for given in left}
     with Bar(total=len(images), initial=earlier, unit="image") as bar:
-        large = {given.path for given in left if _is_large(by, given)}
-        held = [given for given in left if given.path not in large]
-        passed = run_pipeline(_batches(held, by, run.failures), infer, write, depth=DEPTH)
+        large = {given.path for given in left if _is_large(settings, given)}
+        small = [given for given in left if given.path not in large]
+        throughput = run_pipeline(_batches(small, settings, run.failures), infer, write, depth=DEPTH)
         for given in (given for given in left if given.path in large):
-            _write_large(by, given, run)
+            _write_large(settings, given, run)
             bar.update()
     for writer in run.writers:
         writer.finish()
-    passed.items = run.count - earlier
-    return earlier, passed
+    throughput.items = run.count - earlier
+    return earlier, throughput
 
 
-def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run: ImageRun) -> None:
+def _write(settings: SegmentationSettings, prediction: ImagePrediction, name: str, run: ImageRun) -> None:
     if run.masks is not None:
-        write_masks(run.masks, prediction.name, prediction.ids, by.layers)
+        write_masks(run.masks, prediction.name, prediction.ids, settings.layers)
     for writer in run.writers:
         writer.write(prediction)
-    objects = None if prediction.objects is None else prediction.objects.of_score(by.min_score)
+    objects = None if prediction.objects is None else prediction.objects.of_score(settings.min_score)
     write_image_results(
         run.folder / f"{name}_segmentation",
         prediction.image,
         prediction.ids,
-        classes=by.labels.classes,
-        palette=by.labels.palette,
-        ignore_index=by.labels.ignore_index,
-        opacity=by.opacity,
+        classes=settings.labels.classes,
+        palette=settings.labels.palette,
+        ignore_index=settings.labels.ignore_index,
+        opacity=settings.opacity,
         objects=objects,
     )
     if prediction.objects is not None and not objects:
@@ -166,13 +168,13 @@ def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run
     run.count += 1
 
 
-def _write_large(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> None:
+def _write_large(settings: SegmentationSettings, given: ImageInput, run: ImageRun) -> None:
     if run.masks is None:
         run.failures.append(f"{given.path} is too large for overlays, and masks=false leaves nothing to write.")
         return
     logger.info("%s is too large for overlays: only its class ids are written.", given.path)
     try:
-        by.predictor.write_ids(given.path, run.masks / f"{given.mask}.png")
+        settings.predictor.write_ids(given.path, run.masks / f"{given.mask}.png")
     except UserError as error:
         run.failures.append(str(error))
         return
@@ -180,29 +182,29 @@ def _write_large(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> 
     run.count += 1
 
 
-def _results(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> list[Path]:
-    mask = [] if run.masks is None else mask_paths(run.masks, given.mask, by.layers)
+def _results(settings: SegmentationSettings, given: ImageInput, run: ImageRun) -> list[Path]:
+    mask = [] if run.masks is None else mask_paths(run.masks, given.mask, settings.layers)
     folder = run.folder / f"{given.name}_segmentation"
-    listed = [folder / OBJECT_FILE] if isinstance(by.predictor.model.task, ObjectTask) else []
-    return mask if _is_large(by, given) else [folder, *listed, *mask]
+    listed = [folder / OBJECT_FILE] if isinstance(settings.predictor.model.task, ObjectTask) else []
+    return mask if _is_large(settings, given) else [folder, *listed, *mask]
 
 
-def _is_large(by: SegmentationSettings, given: ImageInput) -> bool:
+def _is_large(settings: SegmentationSettings, given: ImageInput) -> bool:
     """Return whether an image is read by rows, which is possible for RGB only."""
-    return by.pixels.is_rgb and is_large(given.path)
+    return settings.pixels.is_rgb and is_large(given.path)
 
 
-def _batches(images: Sequence[ImageInput], by: SegmentationSettings, failures: list[str]) -> Iterator[_Batch]:
+def _batches(images: Sequence[ImageInput], settings: SegmentationSettings, failures: list[str]) -> Iterator[_Batch]:
     """Yield batches of consecutive images of one size and type; unreadable images go to `failures`."""
     batch = _Batch([], [])
     for given in images:
         try:
-            image = by.pixels.read(given.path)
+            image = settings.pixels.read(given.path)
         except UserError as error:
             failures.append(str(error))
             continue
         kinds = {(each.shape, each.dtype) for each in (image, *batch.images[:1])}
-        if len(batch.images) == by.batch_size or len(kinds) > 1:
+        if len(batch.images) == settings.batch_size or len(kinds) > 1:
             yield batch
             batch = _Batch([], [])
         batch.inputs.append(given)

@@ -126,9 +126,9 @@ class PassCost:
     retained: float
     scores: float
 
-    def of(self, images: int, seen: Size, size: Size) -> float:
-        """Return the bytes for images with backbone inputs of `seen` (h, w) and predictions of `size` (H, W)."""
-        pixels = math.prod(seen)
+    def of(self, images: int, input_size: Size, size: Size) -> float:
+        """Return the bytes for images with backbone inputs of `input_size` (h, w) and predictions of `size` (H, W)."""
+        pixels = math.prod(input_size)
         forward = self.forward * pixels + self.squared * pixels**2
         return images * max(forward, self.retained * pixels + self.scores * math.prod(size))
 
@@ -171,8 +171,8 @@ def _measure_pass(model: SegmentationModel, side: int, autocast: Autocast) -> _T
         forward, retained = peak.most, peak.now
         peak.most = retained
         prediction.class_ids()
-    seen = math.prod(backbone_size((side, side), model.scale, None))
-    return _Taken(seen, forward / seen, retained / seen, (peak.most - retained) / side**2)
+    input_size = math.prod(backbone_size((side, side), model.scale, None))
+    return _Taken(input_size, forward / input_size, retained / input_size, (peak.most - retained) / side**2)
 
 
 def check_frames(path: Path, size: Size, count: int) -> None:

@@ -16,7 +16,7 @@ from dinoseg.report.palette import write_indexed_png
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import format_value, join_names
+from dinoseg.utils.wording import format_text, join_names
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def check_outputs(outputs: Sequence[str], shapes: FurtherOutputs | None, video: 
         UserError: a name is unknown, or not available for the frames of the video.
     """
     known = [*(() if shapes is None or video else shapes.names), *_MAKERS]
-    unknown = [format_value(name) for name in outputs if name not in known]
+    unknown = [format_text(name) for name in outputs if name not in known]
     if unknown:
         of_frames = f" for the frames of {video}, or leave videos out" if video else ""
         raise UserError(f"mode.outputs names {join_names(unknown)}: choose some of {', '.join(known)}{of_frames}.")

@@ -102,7 +102,7 @@ class Predictor:
     def write_ids(self, source: str | Path, target: str | Path) -> None:
         """Write the class IDs of an image file of any size to a PNG file, which appears only when complete.
 
-        The image is decoded as a whole. Beside it, windows, or `auto`, which uses windows for large images, need window
+        The image is decoded as a whole. Windows, or `auto`, which uses windows for large images, need window
         height x image width x classes float32 numbers.
 
         Raises:

@@ -106,7 +106,7 @@ def result_names(paths: Sequence[Path]) -> list[str]:
     """
     parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     inner = [path.absolute().relative_to(parent) for path in paths]
-    return _apart([path.stem for path in inner], ["_".join(path.parts).replace(".", "_") for path in inner])
+    return _make_distinct([path.stem for path in inner], ["_".join(path.parts).replace(".", "_") for path in inner])
 
 
 def mask_names(paths: Sequence[Path], source: str) -> list[str]:
@@ -122,13 +122,13 @@ def mask_names(paths: Sequence[Path], source: str) -> list[str]:
         root = Path(*parts)
     top = (root if root.is_dir() else root.parent).absolute()
     inner = [path.absolute().relative_to(top).as_posix() for path in paths]
-    # `X.png` beside `x.png`, but not beside `x.jpg`
+    # `X.png` next to `x.png`, but not next to `x.jpg`
     is_case_sensitive = len({name.casefold() for name in inner}) < len(inner)
     key = str if is_case_sensitive else str.casefold
-    return _apart([name.rpartition(".")[0] for name in inner], [name.replace(".", "_") for name in inner], key)
+    return _make_distinct([name.rpartition(".")[0] for name in inner], [name.replace(".", "_") for name in inner], key)
 
 
-def _apart(names: Sequence[str], longer: Sequence[str], key: Callable[[str], str] = str.casefold) -> list[str]:
+def _make_distinct(names: Sequence[str], longer: Sequence[str], key: Callable[[str], str] = str.casefold) -> list[str]:
     """Return each name, or its longer form if several names have an equal `key`; taken longer forms are numbered."""
     counts = Counter(map(key, names))
     taken = {name for name, count in counts.items() if count == 1}

@@ -81,20 +81,20 @@ def at_size(bands: Iterable[Tensor], grid: Size, size: Size) -> Iterator[Tensor]
     positions = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * grid[0] / size[0] - 0.5).clamp(0, grid[0] - 1)
     above = positions.long()  # (H,) grid row at or above each output row
     below = (above + 1).clamp(max=grid[0] - 1)
-    held, top, done = None, 0, 0  # grid rows still needed; index of the first one; output rows yielded
+    pending, top, done = None, 0, 0  # grid rows still needed; index of the first one; output rows yielded
     for band in bands:
-        held = band if held is None else torch.cat([held, band], dim=2)
-        known = top + held.shape[2]
+        pending = band if pending is None else torch.cat([pending, band], dim=2)
+        known = top + pending.shape[2]
         ready = int((below < known).sum())  # `below` is sorted
-        step = max(1, _PIECE // (held.shape[0] * held.shape[1] * size[1]))
+        step = max(1, _PIECE // (pending.shape[0] * pending.shape[1] * size[1]))
         for start in range(done, ready, step):
             end = min(start + step, ready)
-            share = (positions[start:end] - above[start:end]).to(held)[:, None]
-            upper, lower = ((rows[start:end] - top).to(held.device) for rows in (above, below))
-            piece = torch.lerp(held.index_select(2, upper), held.index_select(2, lower), share)
+            share = (positions[start:end] - above[start:end]).to(pending)[:, None]
+            upper, lower = ((rows[start:end] - top).to(pending.device) for rows in (above, below))
+            piece = torch.lerp(pending.index_select(2, upper), pending.index_select(2, lower), share)
             yield F.interpolate(piece, (end - start, size[1]), mode="bilinear")
         first_needed = min(int(above[ready]), known) if ready < size[0] else known
-        held, top, done = held[:, :, first_needed - top :].clone(), first_needed, ready
+        pending, top, done = pending[:, :, first_needed - top :].clone(), first_needed, ready
 
 
 def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
@@ -108,15 +108,15 @@ def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
 
 def align(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
     """Yield the same rows of each of several streams of bands (B, K, r, W), whose band boundaries may differ."""
-    held: list[Tensor | None] = [None] * len(streams)
+    pending: list[Tensor | None] = [None] * len(streams)
     while True:
         for number, stream in enumerate(streams):
-            band = held[number]
+            band = pending[number]
             if band is None or not band.shape[2]:
-                held[number] = next(stream, None)
-        bands = [band for band in held if band is not None]
+                pending[number] = next(stream, None)
+        bands = [band for band in pending if band is not None]
         if not bands:
             return
         rows = min(band.shape[2] for band in bands)
         yield [band[:, :, :rows] for band in bands]
-        held = [band[:, :, rows:] for band in bands]
+        pending = [band[:, :, rows:] for band in bands]

@@ -56,7 +56,7 @@ class VideoSegmenter(ABC):
 
     @abstractmethod
     def segment(
-        self, by: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
+        self, settings: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
     ) -> Throughput | None:
         """Write the results of a video to the run folder, and count its frames; None if it was done before.
 

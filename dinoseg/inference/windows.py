@@ -186,7 +186,7 @@ class Windows(InferenceStrategy):
 
     @property
     def averages_views(self) -> bool:
-        """Whether it averages over flips or scales, or predicts at another scale than 1."""
+        """Return whether it averages over flips or scales, or predicts at another scale than 1."""
         return len(self.turns) > 1 or list(self.scales) != [1.0]
 
     def starts(self, axis: int, length: int) -> list[int]:
@@ -272,26 +272,26 @@ class _Pass:
                 along[axis] = [rows.size[axis] - side - start for start in reversed(along[axis])]
         profiles = [profile(side, self.windows.weights) for side in (height, width)]
         totals = [sum_weights(*given) for given in zip(rows.size, along, profiles, strict=True)]
-        held: Tensor | None = None  # (B, K, height, W), starting at row `top`
+        score_sums: Tensor | None = None  # (B, K, height, W), starting at row `top`
         top = 0
         cut = _cut(rows, along, (height, width))
         while batch := list(islice(cut, self.windows.batch_size)):
             places = [place for place, _ in batch]
             scores = self._scores(torch.stack([crop for _, crop in batch]), places, rows.size)
-            if held is None:
+            if score_sums is None:
                 shape = (rows.count, scores.shape[1], height, rows.size[1])
-                held = scores.new_zeros(shape)
+                score_sums = scores.new_zeros(shape)
                 profiles, totals = ([part.to(scores) for part in parts] for parts in (profiles, totals))
             for (image, first, left), part in zip(places, scores, strict=True):
                 if first > top:
-                    yield _divide_by_weights(held[:, :, : first - top], totals, top)
-                    rest = held[:, :, first - top :].clone()
-                    held[:, :, : rest.shape[2]] = rest
-                    held[:, :, rest.shape[2] :] = 0
+                    yield _divide_by_weights(score_sums[:, :, : first - top], totals, top)
+                    rest = score_sums[:, :, first - top :].clone()
+                    score_sums[:, :, : rest.shape[2]] = rest
+                    score_sums[:, :, rest.shape[2] :] = 0
                     top = first
-                held[image, :, :, left : left + width] += part * (profiles[0][:, None] * profiles[1])
-        assert held is not None
-        yield _divide_by_weights(held, totals, top)
+                score_sums[image, :, :, left : left + width] += part * (profiles[0][:, None] * profiles[1])
+        assert score_sums is not None
+        yield _divide_by_weights(score_sums, totals, top)
 
     def _scores(self, crops: Tensor, places: Sequence[Place], size: Size) -> Tensor:
         """Return the values to average (n, K, h, w) for crops (n, 3, h, w): the mean over `turns`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LowShare, Range, check_annotations
-from dinoseg.utils.wording import format_value, join_names
+from dinoseg.utils.wording import format_text, join_names
 
 _NAMED = 30  # maximum number of classes listed in a message
 Scheme = Literal["none", "one_minus_frequency", "inverse", "median", "effective_number"]
@@ -43,7 +43,7 @@ def class_weights(
         unknown = [name for name in named if name not in classes]
         if unknown:
             raise UserError(
-                f"scheme: {format_value(unknown[0])} is not a class. The classes are {join_names(classes, _NAMED)}. "
+                f"scheme: {format_text(unknown[0])} is not a class. The classes are {join_names(classes, _NAMED)}. "
                 "Give weights for these only; scheme=none weights all classes equally."
             )
         return torch.tensor([named.get(name, 1.0) for name in classes])

@@ -137,11 +137,11 @@ def choose_faster(fused: Fused, tiled: PixelSums, grid: Tensor) -> PixelSums:
     """
     key = (grid.device, grid.shape[1], fused.form.weights is None, fused.form.smoothing > 0)
     if key not in _chosen:
-        _chosen[key] = _proven(fused, tiled, grid.detach())
+        _chosen[key] = _is_proven(fused, tiled, grid.detach())
     return fused if _chosen[key] else tiled
 
 
-def _proven(fused: Fused, tiled: PixelSums, grid: Tensor) -> bool:
+def _is_proven(fused: Fused, tiled: PixelSums, grid: Tensor) -> bool:
     """Return whether the kernel runs, agrees and is faster, and log the result."""
     by_tiles = _Trial.of(tiled, grid)
     try:
@@ -179,12 +179,12 @@ class _Trial(NamedTuple):
     def agrees(self, other: "_Trial") -> bool:
         """Return whether sums and gradient match another trial's up to rounding, with NaN at the same places."""
         return all(
-            torch.allclose(mine, others, rtol=1e-4, atol=1e-4 * _largest(others), equal_nan=True)
+            torch.allclose(mine, others, rtol=1e-4, atol=1e-4 * _max_abs(others), equal_nan=True)
             for mine, others in ((self.sums, other.sums), (self.gradient, other.gradient))
         )
 
 
-def _largest(tensor: Tensor) -> float:
+def _max_abs(tensor: Tensor) -> float:
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 

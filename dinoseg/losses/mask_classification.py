@@ -40,7 +40,7 @@ HOPELESS = 1e8  # replaces non-finite costs, so that the loss itself becomes non
 
 @dataclass(frozen=True)
 class PointTargets:
-    """How target masks are read at points.
+    """Sampling of target masks at points.
 
     Args:
         ignored: see `MaskClassification`.

@@ -33,7 +33,7 @@ class TrainingMethod(ABC):
         labels: classes, palette and ignored ID, which a checkpoint stores.
         labelled: dataset whose masks a loss may count; None: there are no masks.
         split: names in train and val.
-        unread: keys without effect, of which a training warns if they are typed.
+        unread: keys without effect; a training warns if they are typed.
         unread_because: sentence on what takes their place.
     """
 

@@ -40,7 +40,7 @@ def thin_masks(ids: np.ndarray, background: int) -> np.ndarray:
     return padded[1:-1, 1:-1]
 
 
-def _removable() -> np.ndarray:
+def _make_removal_table() -> np.ndarray:
     """Return whether a pixel is removed in even and in odd steps, (2, 256), by the bits of its neighbours."""
     ring = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(bool)
     sides, corners = ring[:, ::2], ring[:, 1::2]
@@ -51,4 +51,4 @@ def _removable() -> np.ndarray:
     return (parts == 1) & (pairs >= 2) & (pairs <= 3) & ~kept
 
 
-_REMOVABLE = _removable()
+_REMOVABLE = _make_removal_table()

@@ -126,7 +126,7 @@ class Lora:
 
     def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with trainable LoRA layers and all other parameters frozen."""
-        _quiet()
+        _silence_bitsandbytes()
         from peft import LoraConfig, inject_adapter_in_model
 
         where = backbone.blocks if self.blocks is None else last_blocks(backbone, self.blocks)
@@ -178,7 +178,7 @@ def last_blocks(backbone: Backbone, count: int) -> list[nn.Module]:
 
 def merge(backbone: Backbone) -> Backbone:
     """Merge the LoRA updates into their base weights and remove the LoRA modules."""
-    _quiet()
+    _silence_bitsandbytes()
     from peft.tuners.lora import LoraLayer
 
     for name, part in list(backbone.named_modules()):
@@ -323,7 +323,7 @@ def quantise(backbone: Backbone, bits: int) -> None:
 
 
 def _quantise_linear(linear: nn.Linear, bits: int) -> nn.Module:
-    _quiet()
+    _silence_bitsandbytes()
     import bitsandbytes as bnb
 
     size = (linear.in_features, linear.out_features)
@@ -344,7 +344,7 @@ def _quantise_linear(linear: nn.Linear, bits: int) -> nn.Module:
     return new
 
 
-def _quiet() -> None:
+def _silence_bitsandbytes() -> None:
     """Silence bitsandbytes (peft imports it too): it warns of optional kernels and at each matrix product."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -180,6 +180,6 @@ def _open_benchmark(
 
 
 def _needs_thresholds(builder: Builder, trained: Trained, out_dir: Path) -> bool:
-    """Return whether thresholds are to be chosen; those of the checkpoint are chosen again if the command says so."""
+    """Return whether to choose thresholds; chosen ones are chosen again if the command sets `auto`."""
     is_asked = builder.value("task.threshold") == "auto" and "task.threshold" in find_typed_keys(out_dir)
     return trained.model.task.is_auto or is_asked

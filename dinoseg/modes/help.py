@@ -173,6 +173,6 @@ def _settable_keys(table: Any, above: Sequence[str], lines: Sequence[str]) -> It
             yield key, f"  {key}={setting}"
 
 
-def show(cfg: Any, *, out_dir: Path) -> None:
+def print_help(cfg: Any, *, out_dir: Path) -> None:
     """Print the overview."""
     print(overview())

@@ -83,27 +83,28 @@ def predict(
     check_outputs(outputs, shapes)
     builder = Builder(cfg)
     split = _split_data(builder, input)
-    images, films = _find_inputs(input, builder.pixels.suffixes, videos) if split is None else (_images_of(split), [])
-    _check_films(films, outputs, builder.pixels)
+    images, video_inputs = _find_inputs(input, builder.pixels.suffixes, videos, split)
+    _check_video_inputs(video_inputs, outputs, builder.pixels)
     if not images and videos is not None:
-        videos.check(films, batch_size)
+        videos.check(video_inputs, batch_size)
     options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(builder)
     _refuse_slots(trained, builder.resume)
     _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
-    settings = _settings(builder, _shown(options, opacity, shapes, min_score), out_dir, trained.model.task)
-    _check_earlier(out_dir, settings)
+    display = _select_display_options(options, opacity, shapes, min_score)
+    record = _settings(builder, display, out_dir, trained.model.task)
+    _check_earlier(out_dir, record)
     if not longest_is_typed(out_dir):
         trained.limit_size()
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     layers = labels.classes if trained.model.task.has_layers else ()
     _check_outputs_of_layers(trained.model.task, outputs)
-    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, builder.pixels, layers, min_score)
+    settings = SegmentationSettings(trained.predictor, labels, opacity, batch_size, builder.pixels, layers, min_score)
     background = builder.background if outputs and images else None
     writers = image_writers(outputs, out_dir, labels, background, shapes, trained.model.task)
     mask_folder = None if masks is False else out_dir / MASK_FOLDER
     run = ImageRun(out_dir, mask_folder, DoneInputs(out_dir), list(writers.values()))
-    write_json(out_dir / _RECORD, settings)
+    write_json(out_dir / _RECORD, record)
     remove_parts(out_dir, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
     targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
     facts = (labels.classes, labels.palette, labels.ignore_index)
@@ -111,36 +112,38 @@ def predict(
     if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
         of_images = _group_images(builder, targets, of_data=split is not None, folder=out_dir)
         write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
-    totals = _segment_images(by, images, targets, run)
+    totals = _segment_images(settings, images, targets, run)
     if videos is not None:
-        totals |= _segment_videos(videos, by, films, run, options)
+        totals |= _segment_videos(videos, settings, video_inputs, run, options)
     if split is not None and run.masks is not None:
         _write_references(split, out_dir / REFERENCES, layers)
-    for video in films if options.masks else ():
+    for video in video_inputs if options.masks else ():
         masks_of = out_dir / f"{video.name}_masks"
         if masks_of.is_dir():
             groups = {path.stem: video.name for path in masks_of.rglob("*.png")}
             write_class_record(masks_of, *facts, keys, has_layers=bool(layers), groups=groups)
-    _check_failures(run, len(images) + len(films))
+    _check_failures(run, len(images) + len(video_inputs))
     reference = None if split is None else out_dir / REFERENCES
     ids = None if shapes is None else shapes.ids
-    lines = _summary_lines(run, totals, masks is True, outputs, reference, by, ids)
+    lines = _summary_lines(run, totals, masks is True, outputs, reference, settings, ids)
     print("\n".join(lines))
     return {**totals, "run": str(out_dir)}
 
 
 def _find_inputs(
-    source: str | int, suffixes: Sequence[str], videos: VideoSegmenter | None
+    source: str | int, suffixes: Sequence[str], videos: VideoSegmenter | None, split: PairDataset | None
 ) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
-    """Return the images with the names of their results, and the videos, that an input refers to."""
+    """Return the images with the names of their results, and the videos, of an input, or the images of a `split`."""
+    if split is not None:
+        return _images_of(split), []
     paths = list_inputs(str(source), suffixes=suffixes, videos=() if videos is None else videos.suffixes)
-    images, films = [], []
+    images, video_inputs = [], []
     for path, name in zip(paths, result_names(paths), strict=True):
         if videos is not None and videos.takes(path):
-            films.append(VideoInput(name, path))
+            video_inputs.append(VideoInput(name, path))
         else:
             images.append((path, name))
-    return images, films
+    return images, video_inputs
 
 
 def _split_data(builder: Builder, source: str | int) -> PairDataset | None:
@@ -210,7 +213,9 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
         )
 
 
-def _shown(options: VideoOptions, opacity: float, shapes: FurtherOutputs | None, min_score: float) -> dict[str, Any]:
+def _select_display_options(
+    options: VideoOptions, opacity: float, shapes: FurtherOutputs | None, min_score: float
+) -> dict[str, Any]:
     """Return the options of the mode that results depend on."""
     shown: dict[str, Any] = {"masks": options.masks, "opacity": opacity, "frames": options.frames}
     shown["min_score"] = min_score
@@ -225,11 +230,11 @@ def _write_references(split: PairDataset, folder: Path, layers: Sequence[str]) -
         write_masks(folder, name, split.mask(index), layers)
 
 
-def _check_films(films: Sequence[VideoInput], outputs: Sequence[str], pixels: PixelFormat) -> None:
+def _check_video_inputs(video_inputs: Sequence[VideoInput], outputs: Sequence[str], pixels: PixelFormat) -> None:
     """Refuse videos for images of other channels, and with outputs that frames do not have."""
-    if films:
-        check_rgb(pixels, f"the video {films[0].path}")
-        check_outputs(outputs, None, str(films[0].path))
+    if video_inputs:
+        check_rgb(pixels, f"the video {video_inputs[0].path}")
+        check_outputs(outputs, None, str(video_inputs[0].path))
 
 
 def _settings(builder: Builder, options: dict[str, Any], folder: Path, task: Task) -> dict[str, Any]:
@@ -266,49 +271,55 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _segment_images(
-    by: SegmentationSettings, images: Sequence[tuple[Path, str]], targets: Sequence[str], run: ImageRun
+    settings: SegmentationSettings, images: Sequence[tuple[Path, str]], targets: Sequence[str], run: ImageRun
 ) -> dict[str, Any]:
     if not images:
         return {}
     given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
-    earlier, passed = segment_images(by, given, run)
-    _log("images", passed, count_of(run.count - earlier, "image"))
-    task = by.predictor.model.task
-    totals: dict[str, Any] = {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
+    earlier, throughput = segment_images(settings, given, run)
+    _log("images", throughput, count_of(run.count - earlier, "image"))
+    task = settings.predictor.model.task
+    totals: dict[str, Any] = {"images": run.count, "images_per_s": (run.count - earlier) / throughput.seconds}
     if isinstance(task, ObjectTask):
         if run.undrawn:
-            logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task, by.min_score))
-        things = {thing: by.labels.classes[thing] for thing in sorted(task.things)}
+            logger.info("%s", _undrawn_line(run.undrawn, run.count - earlier, task, settings.min_score))
+        things = {thing: settings.labels.classes[thing] for thing in sorted(task.things)}
         totals["objects"] = write_counts(run.folder, [name for _, name in images if run.done.is_done(name)], things)
     return totals
 
 
 def _segment_videos(
-    videos: VideoSegmenter, by: SegmentationSettings, films: list[VideoInput], run: ImageRun, options: VideoOptions
+    videos: VideoSegmenter,
+    settings: SegmentationSettings,
+    video_inputs: list[VideoInput],
+    run: ImageRun,
+    options: VideoOptions,
 ) -> dict[str, Any]:
     frames, seconds, earlier = 0, 0.0, 0
-    for video in films:
+    for video in video_inputs:
         try:
-            passed = videos.segment(by, video, run, options)
+            throughput = videos.segment(settings, video, run, options)
         except UserError as error:
             run.failures.append(str(error))
             continue
-        if passed is None:
+        if throughput is None:
             earlier += 1
             continue
-        frames, seconds = frames + passed.items, seconds + passed.seconds
-        _log(video.name, passed, count_of(passed.items, "frame"))
+        frames, seconds = frames + throughput.items, seconds + throughput.seconds
+        _log(video.name, throughput, count_of(throughput.items, "frame"))
     if earlier:
         logger.info("%s of an earlier run reused", count_of(earlier, "video"))
     return {"frames": frames, "frames_per_s": frames / seconds} if frames else {}
 
 
-def _log(what: str, passed: Throughput, count: str) -> None:
-    if not passed.items:
+def _log(what: str, throughput: Throughput, count: str) -> None:
+    if not throughput.items:
         return
-    rate = passed.items / passed.seconds
-    logger.info("%s: %s in %.1f s including reading and writing: %.2f per second", what, count, passed.seconds, rate)
-    if report := passed.report():
+    rate = throughput.items / throughput.seconds
+    logger.info(
+        "%s: %s in %.1f s including reading and writing: %.2f per second", what, count, throughput.seconds, rate
+    )
+    if report := throughput.report():
         logger.info("%s: %s", what, report)
 
 
@@ -362,7 +373,7 @@ def _summary_lines(
     video_masks: bool,
     outputs: Sequence[str],
     reference: Path | None,
-    by: SegmentationSettings,
+    settings: SegmentationSettings,
     ids: str | None,
 ) -> Iterator[str]:
     """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
@@ -370,14 +381,14 @@ def _summary_lines(
         yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:
             count = count_of(run.count, "PNG")
-            files = f"/CLASS, {count} of 0 and 1 for each class" if by.layers else f", {count} of class ids"
+            files = f"/CLASS, {count} of 0 and 1 for each class" if settings.layers else f", {count} of class ids"
             yield f"masks:        {run.masks}{files}"
             if has_options([SHIPPED], "mode=score"):
-                yield _score_line(run, reference, by.layers)
-    task = by.predictor.model.task
+                yield _score_line(run, reference, settings.layers)
+    task = settings.predictor.model.task
     if run.count and isinstance(task, ObjectTask):
         listed = ", ".join(f"{count:,} {name}" for name, count in totals["objects"].items())
-        counted = f"of scores of {by.min_score:g} or more; of each image: {run.folder / COUNT_FILE}"
+        counted = f"of scores of {settings.min_score:g} or more; of each image: {run.folder / COUNT_FILE}"
         yield f"objects:      {listed}, {counted}"
         if has_options([SHIPPED], "mode=score"):
             yield _score_objects_line(run, task, outputs, ids)

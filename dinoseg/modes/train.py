@@ -37,7 +37,7 @@ def train(
         metrics_only: write no figures of the final evaluation.
         pictures: number of validation samples shown in a figure at each validation, always the same ones.
         report: write report.html of the final evaluation, and the files that mode=compare reads.
-        init_head: initialises the head of a model as `head.init` says, such as `init_head` of `cfg/head/_probe.yaml`;
+        init_head: initialises the head of a model by `head.init`, such as `init_head` of `cfg/head/_probe.yaml`;
             None: that is refused.
         choose_thresholds: chooses thresholds for `task.threshold=auto`; None: that is refused.
     """

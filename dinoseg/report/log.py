@@ -16,7 +16,7 @@ from dinoseg.report.loggers.logger import BackgroundLogger, Logger, Status
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import format_value, without_credentials
+from dinoseg.utils.wording import format_text, without_credentials
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d+)")  # folder with the images of one validation
@@ -85,7 +85,7 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write values such as `train/loss` or `val/miou`; None and non-finite values become null."""
-        finite = {key: _finite(value) for key, value in values.items()}
+        finite = {key: _replace_nonfinite(value) for key, value in values.items()}
         if self._file is not None:
             self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
             self._file.flush()
@@ -140,7 +140,7 @@ class RunLog:
 
 def _warn_of(name: str, error: Exception) -> None:
     """Warn that a logger is dropped."""
-    message = format_value(without_credentials(f"{type(error).__name__}: {error}"), 300)
+    message = format_text(without_credentials(f"{type(error).__name__}: {error}"), 300)
     logger.warning(
         "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, message
     )
@@ -180,5 +180,5 @@ def _drop_pictures_after(folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def _finite(value: float | None) -> float | None:
+def _replace_nonfinite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None

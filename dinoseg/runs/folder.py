@@ -155,8 +155,8 @@ def write_origin(config_folder: Path, job: str | None, plan: Mapping[str, Any] |
 
     Args:
         config_folder: `config`, `config_2`, ... in the run folder.
-        job: identifier of the scheduler job, by which a requeued job finds the run.
-        plan: recipe and length, by which it finds a run without a checkpoint.
+        job: identifier of the scheduler job, with which a requeued job finds the run.
+        plan: recipe and length, with which it finds a run without a checkpoint.
         in_sweep: whether the command was a job of a multirun.
     """
     write_json(config_folder / ORIGIN, {"job": job, "sweep": in_sweep, "plan": plan})

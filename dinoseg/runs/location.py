@@ -1,4 +1,4 @@
-"""Where a command writes its run, and where earlier runs are."""
+"""Folders of the run of a command, and of earlier runs."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of
 
 
 class RunLocation(NamedTuple):
-    """Where a command writes its run, and where earlier runs are.
+    """Folders of the run of a command, and of earlier runs.
 
     Attributes:
         folder: the run folder that the config names.
@@ -42,7 +42,7 @@ def locate_runs(hydra: Any, folder: Path) -> RunLocation:
     """Return where a command writes its run, by Hydra's own config.
 
     Args:
-        hydra: the config's node of that name, of which nothing is resolved yet.
+        hydra: the config's node of that name, not resolved yet.
         folder: the run folder.
     """
     in_sweep = hydra.get("mode") == RunMode.MULTIRUN

@@ -13,7 +13,7 @@ from dinoseg.runs.folder import LOG
 from dinoseg.utils.wording import Printable, printable
 
 _TRANSIENT = "transient"  # attribute of records that only the terminal shows
-NOISY = ("httpx", "accelerate", "transformers", "matplotlib", "PIL")  # loggers of which only errors are shown
+NOISY = ("httpx", "accelerate", "transformers", "matplotlib", "PIL")  # loggers that show errors only
 LABEL = "DINOSEG_LABEL"  # environment variable: prefix of terminal lines where several jobs share a terminal
 
 

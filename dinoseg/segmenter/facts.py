@@ -54,7 +54,7 @@ class ModelFacts:
         data: a fingerprint of the training data.
         versions: of dinoseg and the libraries that wrote the file.
         choices: option of each config group.
-        delta: whether the file holds only what was trained.
+        delta: whether the file holds only trained weights.
         dequantised: bits that weights had in training (`adapter.bits`), if the file holds them in float32. It then
             computes in float32, too, so that a few pixels differ. None: as trained.
     """

@@ -50,7 +50,7 @@ def load(
         runtime: torch or onnx; None: by the file.
         precision: auto, bf16 or fp32. auto is fp32 for a model trained or exported with `engine.precision=fp32`,
             otherwise bf16 where that is faster.
-        backbone: weights for a file that holds only what was trained: a file, a folder or a hub id instead of the one
+        backbone: weights for a file that holds only trained weights: a file, a folder or a hub id instead of the one
             that it names.
         head: weights for a head whose frozen part comes from a file, in the same way.
         inference: whole, windows or auto (whole images where memory suffices); None: as the file states.

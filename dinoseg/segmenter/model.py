@@ -23,7 +23,7 @@ from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
 from dinoseg.utils.mask_files import write_masks
 from dinoseg.utils.ranges import Count, check_annotations
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +112,8 @@ class Segmentation:
         """Return the size, the source and the largest classes on one line."""
         found = sorted(self.areas.items(), key=lambda area: -area[1])[:5]
         pixels = math.prod(self.mask.shape[-2:])
-        shares = [f"{format_value(name)} {count / pixels:.1%}" for name, count in found if count]
-        source = [] if self.source is None else [format_value(str(self.source))]
+        shares = [f"{format_text(name)} {count / pixels:.1%}" for name, count in found if count]
+        source = [] if self.source is None else [format_text(str(self.source))]
         height, width = self.mask.shape[-2:]
         return f"dinoseg.Segmentation({', '.join([*source, f'{width} x {height}', *shares])})"
 
@@ -193,13 +193,13 @@ class Model:
 
     @property
     def runtime(self) -> Runtime:
-        """What computes the class ids and probabilities."""
+        """Name of the backend that computes the class ids and probabilities."""
         return self._runtime
 
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
         backbone = self.facts.backbone.get("name", "unknown")
-        text = f"{len(self.facts.classes)} classes: {classes}; backbone {format_value(backbone)}; {self.runtime.name}"
+        text = f"{len(self.facts.classes)} classes: {classes}; backbone {format_text(backbone)}; {self.runtime.name}"
         return f"dinoseg.Model({text})"
 
     @property
@@ -275,7 +275,7 @@ class Model:
         write_card(self.facts, target.absolute().name, target)
 
     @contextmanager
-    def stored(self) -> Iterator[Path]:
+    def as_file(self) -> Iterator[Path]:
         """Yield a file or run folder with this model, which modes read.
 
         Raises:

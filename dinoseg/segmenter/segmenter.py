@@ -37,7 +37,7 @@ from dinoseg.utils.devices import choose_device
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.files import Stamp, stamp
 from dinoseg.utils.precision import compute_dtype
-from dinoseg.utils.wording import count_of, format_value
+from dinoseg.utils.wording import count_of, format_text
 
 _HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
@@ -173,7 +173,7 @@ class Segmenter(GuardedModule, Model):
             Groups with `params`, `lr` and `weight_decay`, in which each trainable parameter occurs once.
 
         Raises:
-            UserError: nothing is trainable, or a parameter was added beside the parts.
+            UserError: nothing is trainable, or a parameter was added outside the parts.
         """
         from dinoseg.experiment.builder import Builder  # imports the training loop
 
@@ -294,7 +294,7 @@ class Segmenter(GuardedModule, Model):
         """Return the options, classes and numbers of parameters on one line."""
         choices = self._config["choices"] | {group: type(part).__name__ for group, part in self._objects.items()}
         parts = ", ".join([str(choices["backbone"]), *(f"{group}={choices[group]}" for group in ("adapter", "head"))])
-        names = ", ".join(format_value(name) for name in self.classes[:5]) + (", ..." if self.num_classes > 5 else "")
+        names = ", ".join(format_text(name) for name in self.classes[:5]) + (", ..." if self.num_classes > 5 else "")
         kinds = count_of(self.num_classes, "class", "classes")
         total = sum(each.numel() for each in self.parameters())
         trained = sum(each.numel() for each in self.parameters() if each.requires_grad)
@@ -318,7 +318,7 @@ class Segmenter(GuardedModule, Model):
         return self
 
     @contextmanager
-    def stored(self) -> Iterator[Path]:
+    def as_file(self) -> Iterator[Path]:
         """Yield a file or run folder with this model, which modes read.
 
         It is a temporary file if the weights in memory have changed, or the file that they came from. The temporary
@@ -363,7 +363,7 @@ class Segmenter(GuardedModule, Model):
     def _write(self, path: Path, *, delta: bool, gated: bool) -> ModelFacts:
         """Write the model's file and return the facts in it."""
         from dinoseg.checkpoints.source import ModelSource  # imports the training loop
-        from dinoseg.segmenter.write import complete, with_evidence, write_model
+        from dinoseg.segmenter.write import complete_facts, with_evidence, write_model
 
         self._refuse_additions()
         with preserve_global_state(), file_errors_as_user_errors(path.parent):
@@ -375,7 +375,7 @@ class Segmenter(GuardedModule, Model):
                 facts = with_evidence(facts, source)
             if self._checksums() != self._scored:
                 facts = replace(facts, scores=None)
-            facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
+            facts = complete_facts(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
             write_model(path, source, self.model, facts, info, delta=delta, gated=gated, where="The model")
         return facts

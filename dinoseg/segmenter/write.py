@@ -64,7 +64,7 @@ def export_model(
     Args:
         source: the trained model.
         out_dir: the run folder.
-        delta: write only what was trained; the file names the backbone's source, from where it is loaded again.
+        delta: write only trained weights; the file names the backbone's source, from where it is loaded again.
         gated: write weights whose licence restricts redistribution; do not share the file except on its terms.
         scores: folder of a mode=eval run of this checkpoint; None: the evaluation at the end of its training.
 
@@ -170,12 +170,12 @@ def facts_of(
         source: the model's config.
         trained: the loaded model.
         sizes: training sizes to which images are reduced, as `find_trained_sizes` returns them.
-        delta: whether the file holds only what was trained.
+        delta: whether the file holds only trained weights.
         scores: as of `export_model`.
     """
     # facts of a checkpoint that is itself an exported file
     before = with_evidence(ModelFacts.of(trained.info, f"resume={source.resume}"), source, scores)
-    return complete(before, source, trained.model, trained.info, sizes, delta=delta)
+    return complete_facts(before, source, trained.model, trained.info, sizes, delta=delta)
 
 
 def with_evidence(facts: ModelFacts, source: ModelSource, scores: str | None = None) -> ModelFacts:
@@ -191,7 +191,7 @@ def with_evidence(facts: ModelFacts, source: ModelSource, scores: str | None = N
     return replace(facts, scores=found, data=facts.data or data_of(path, str(source.config["choices"]["data"])))
 
 
-def complete(
+def complete_facts(
     facts: ModelFacts,
     source: ModelSource,
     model: SegmentationModel,

@@ -204,7 +204,7 @@ def check_half_precision(case: LossCase) -> None:
 
 
 def check_ignored_pixels(case: LossCase) -> None:
-    """Check that ignored pixels have no gradient; those beside labelled ones may, since maps are interpolated."""
+    """Check that ignored pixels have no gradient; those next to labelled ones may, since maps are interpolated."""
     if case.loss.needs_slots:
         return
     outputs = case.outputs()

@@ -52,7 +52,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import RUN_REMEDY, check_exists, expand_path, is_sweep_folder
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import check_openable, is_finite, meta_tensor, read_tensor_file, write_tensors
-from dinoseg.utils.wording import count_of, format_value
+from dinoseg.utils.wording import count_of, format_text
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "checkpoints"
@@ -103,7 +103,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     odd = [key for key, value in tensors.items() if value.dtype in CASTS and not is_finite(value)]
     if odd:
         raise UserError(
-            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {format_value(odd[0])}), so its "
+            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {format_text(odd[0])}), so its "
             "predictions are meaningless. Choose an earlier checkpoint."
         )
 
@@ -187,7 +187,7 @@ class Progress:
 
     @property
     def has_best(self) -> bool:
-        """Whether a validation has selected a checkpoint."""
+        """Return whether a validation has selected a checkpoint."""
         return self.best is not None or self.best_infinite > 0
 
     def rank(self, *, lowest: bool) -> tuple[float, float]:
@@ -235,7 +235,7 @@ class Checkpointer:
     ) -> Progress:
         """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
 
-        The best score is discarded if another one, or other settings of it, select the best now, see `comparable`.
+        The best score is discarded if another score selects the best now, see `drop_incomparable_score`.
         """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
@@ -244,7 +244,9 @@ class Checkpointer:
             load_average(ema, self.start)
             if scale is not None:
                 scale.restore(self.start.part("loss_scale"), next(model.parameters()).device)
-            self.progress = comparable(Progress(**self.start.info["progress"]), self.start.info, self.info, self.metric)
+            self.progress = drop_incomparable_score(
+                Progress(**self.start.info["progress"]), self.start.info, self.info, self.metric
+            )
         return self.progress
 
     def save(
@@ -394,7 +396,7 @@ class EmergencyCheckpoint:
         self._is_complete = True
 
 
-def comparable(
+def drop_incomparable_score(
     progress: Progress, before: Mapping[str, Any], now: Mapping[str, Any], metric: str | None = None
 ) -> Progress:
     """Return the progress of a resumed run, without its best score if another score selects the best one now.

@@ -130,7 +130,7 @@ class _CudaGraph(_Replacement):
         return [part.clone() for part in self._maps]  # the next replay overwrites them
 
     def _state(self, images: Tensor) -> tuple[Any, ...]:
-        """Return what a graph depends on: shape, precision, and where the weights are, which it reads anew."""
+        """Return what a graph depends on: shape, precision, and where the weights are, which it reads again."""
         where = [tensor.data_ptr() for tensor in (*self._backbone.parameters(), *self._backbone.buffers())]
         precision = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         return images.shape, images.dtype, images.device, precision, torch.is_inference_mode_enabled(), *where

@@ -37,7 +37,7 @@ class BackboneFreeze:
         self._is_single = is_single
 
     def length(self, steps: int) -> int:
-        """Return the number of steps for which the backbone is frozen, in a training of so many."""
+        """Return the number of steps for which the backbone is frozen, in a training of this length."""
         return math.ceil(round(self.until * steps, 6))  # 0.07 * 100 > 7 in floating point
 
     def restart(self, schedule: Schedule) -> Schedule:

@@ -22,7 +22,7 @@ from dinoseg.training.sharding import full_tensor, shard_like
 from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import copy_values
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text
 
 _MAX_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has about 5,000
 CONSTANTS = "constants"  # prefix of buffers that a state dict leaves out
@@ -154,7 +154,7 @@ def misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
         "of another type": [name for name in both if not casts(have[name].dtype, want[name].dtype)],
     }
     return ", ".join(
-        f"{len(names)} tensors {what} (such as {format_value(names[0])})" for what, names in wrong.items() if names
+        f"{len(names)} tensors {what} (such as {format_text(names[0])})" for what, names in wrong.items() if names
     )
 
 
@@ -196,7 +196,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(
             f"{checkpoint.where}: its optimizer state lacks parameters that it had when this run was saved, such "
-            f"as {format_value(absent[0])}. Resume from another checkpoint."
+            f"as {format_text(absent[0])}. Resume from another checkpoint."
         )
     _check_state(optimizer, saved, checkpoint.where)
     for group in optimizer.param_groups:
@@ -233,7 +233,7 @@ def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) 
             fits = has_type and value.shape == parameter.shape
         if parameter is None or not fits:
             raise UserError(
-                f"{where}: its optimizer state {format_value(key)} ({list(value.shape)}, {value.dtype}) fits no "
+                f"{where}: its optimizer state {format_text(key)} ({list(value.shape)}, {value.dtype}) fits no "
                 "parameter of this model. Resume from another checkpoint."
             )
 

@@ -104,7 +104,7 @@ class MicroBatches:
         output.restart()
 
     def _halve(self, reason: str, samples: int) -> None:
-        """Halve the micro-batches of batches with so many samples.
+        """Halve the micro-batches of batches of this size.
 
         Raises:
             OutOfMemory: they cannot be smaller.

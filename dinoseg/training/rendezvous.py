@@ -1,6 +1,6 @@
 """Rendezvous of ranks that torchrun or Slurm has started, and the messages that ranks exchange.
 
-Messages are JSON and arrays instead of pickles, so that whoever joins can send values, but no code.
+Messages are JSON and arrays instead of pickles, so that a process that joins can send values, but no code.
 """
 
 import json
@@ -146,7 +146,7 @@ def decode_message(content: bytes) -> Any:
     """Return the value of `encode_message`, with the same types; numpy's scalars become Python's.
 
     Raises:
-        UserError: the bytes are no such message.
+        UserError: the bytes are no message.
     """
     try:
         arrays = load(content)

@@ -1,4 +1,4 @@
-"""The training loop, and what it does besides the steps: validation and log rows."""
+"""The training loop, and its tasks besides the steps: validation and log rows."""
 
 import logging
 import math

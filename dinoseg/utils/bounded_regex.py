@@ -3,7 +3,7 @@
 import regex
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text
 
 _LONGEST = 1000  # characters of an expression
 _SECONDS = 1.0  # timeout for one name; a sound expression takes microseconds
@@ -21,7 +21,7 @@ class Pattern:
     """
 
     def __init__(self, text: str, key: str) -> None:
-        self.named = f"{key}={format_value(text)}"
+        self.named = f"{key}={format_text(text)}"
         if len(text) > _LONGEST:
             raise UserError(
                 f"{self.named} has {len(text)} characters, above the limit of {_LONGEST}. Give a shorter one."
@@ -42,6 +42,6 @@ class Pattern:
             return self._compiled.search(name, timeout=_SECONDS)
         except TimeoutError:
             raise UserError(
-                f"{self.named} takes more than {_SECONDS:g} s on the name {format_value(name)}. Remove nested "
+                f"{self.named} takes more than {_SECONDS:g} s on the name {format_text(name)}. Remove nested "
                 "repetitions, such as (a+)+."
             ) from None

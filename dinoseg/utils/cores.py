@@ -17,7 +17,7 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 def count_cores() -> int:
     """Return the number of processors that this process may use, within a container's CPU limit."""
-    usable = len(_usable())
+    usable = len(_find_usable_cores())
     return max(1, min(usable, math.ceil(min(cpu_quota(), usable))))
 
 
@@ -67,7 +67,7 @@ def limit_threads_to_share() -> None:
     """
     if os.environ.get("OMP_NUM_THREADS"):  # torchrun sets 1
         return
-    usable = _usable()
+    usable = _find_usable_cores()
     cores = len({_core_of(number) for number in usable})
     # a quota limits time on any processors, so it may be spent on whole cores
     threads = min(share_of_cores(), max(1, _share(len(usable)) * cores // len(usable)))
@@ -87,7 +87,7 @@ def forget_share() -> None:
 
 def limit_threads_to_quota() -> None:
     """Limit torch's threads to a container's CPU limit, if that is below the machine's processors."""
-    if count_cores() < len(_usable()):
+    if count_cores() < len(_find_usable_cores()):
         limit_threads_to_share()
 
 
@@ -110,7 +110,7 @@ def _slurm_cores() -> int | None:
     return int(value) if re.fullmatch("[1-9][0-9]{0,5}", value) else None
 
 
-def _usable() -> set[int]:
+def _find_usable_cores() -> set[int]:
     if sys.platform == "linux":
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))

@@ -24,7 +24,7 @@ class SchemaError(ValueError):
 
 
 class _ValueForm:
-    """Form of a value: what is valid, and the forms of the values in it.
+    """Form of a value: its valid values, and the forms of the values in it.
 
     Args:
         rule: what a valid value is, for the message.
@@ -76,7 +76,7 @@ def parse_json(text: str | bytes, form: Form) -> Any:
     """Parse JSON text with unique keys, and check it against a form.
 
     Raises:
-        SchemaError: if the text is no such JSON, or of another form.
+        SchemaError: if the text is no JSON, or of another form.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)

@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, SupportsIndex, TypeVar, Union, get_args, get_origin
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_override, format_text, format_value
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,7 +71,7 @@ def whole_number(value: Any, name: str, rule: Range) -> int:
         UserError: it is no integer, or outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) not in rule:
-        raise UserError(f"{name}={value}: give {rule.rule}.")
+        raise UserError(f"{name}={format_value(value)}: give {rule.rule}.")
     return operator.index(value)
 
 
@@ -140,7 +140,8 @@ def check_value(name: str, value: Any, annotation: Any, words: Mapping[Any, str]
     rules = _find_broken_rules(value, annotation)
     if rules == []:
         return
-    given = words[NoneType] if value is None else format_value(str(value), _LONGEST_VALUE)
+    shown = format_override(value) if isinstance(value, str) else format_text(str(value), _LONGEST_VALUE)
+    given = words[NoneType] if value is None else shown
     if rules is None:
         remedy = _explain_type(name, value, annotation, words)
         raise UserError(f"{name}={given} is of type {_type_name(value)}. {remedy}")

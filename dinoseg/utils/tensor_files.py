@@ -18,7 +18,7 @@ from torch import Tensor
 from dinoseg.utils.atomic import scratch_folder, sync_to_disk
 from dinoseg.utils.errors import UserError, free_space
 from dinoseg.utils.files import PICKLED, check_file, open_regular
-from dinoseg.utils.wording import count_of, format_value
+from dinoseg.utils.wording import count_of, format_text
 
 _TYPES = {  # names in a safetensors header
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
@@ -83,7 +83,7 @@ def meta_tensor(file: Any, key: str) -> Tensor:
     part = file.get_slice(key)
     if (kind := part.get_dtype()) not in _TYPES:
         raise SafetensorError(
-            f"{format_value(key)} has the type {format_value(kind)}, which is not one of {', '.join(_TYPES)}"
+            f"{format_text(key)} has the type {format_text(kind)}, which is not one of {', '.join(_TYPES)}"
         )
     return torch.empty(part.get_shape(), dtype=_TYPES[kind], device="meta")
 
@@ -159,7 +159,7 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
         name, what = next(iter(wrong.items()))
         others = f" ({count_of(len(wrong) - 1, 'more tensor')} cannot be used either)" if len(wrong) > 1 else ""
         raise UserError(
-            f"{where}: {format_value(name)} {what}{others}. Download or export the weights again, unquantised."
+            f"{where}: {format_text(name)} {what}{others}. Download or export the weights again, unquantised."
         )
 
 

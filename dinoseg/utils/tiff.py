@@ -130,7 +130,7 @@ class TiffPage:
         return 2**self.bits - 1
 
     def _decode(self, index: int, rows: int, columns: int) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
-        """Return a block of up to so many rows and columns, its place, and its shape."""
+        """Return a block of rows and columns up to a limit, its place, and its shape."""
         offset, length = self._page.dataoffsets[index], self._page.databytecounts[index]
         self._file.seek(offset)
         data = self._file.read(length)

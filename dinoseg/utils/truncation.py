@@ -1,4 +1,4 @@
-"""Checks that a PNG or JPEG file holds data for all its pixels: decoders fill what is missing without an error."""
+"""Checks that a PNG or JPEG file holds data for all its pixels: decoders fill missing pixels without an error."""
 
 import re
 import struct

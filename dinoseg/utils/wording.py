@@ -1,7 +1,6 @@
 """Text helpers for messages: lists, counts, suggestions, escaping of unprintable names, URLs without passwords."""
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TextIO
@@ -11,6 +10,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # scheme://USER:PASSWORD@ or scheme://TOKEN@. A password may hold unescaped / ? # and @: what follows the first colon is
 # a password, unless it is a port. [ begins an IPv6 address.
 _CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?:[^/\s?#:@[]*:(?!\d+(?:[/?#]|$))\S*@|[^/\s?#]*@)")
+# text that YAML and Hydra read as a number, a truth value or null unless it is in quotes
+_NOT_TEXT = re.compile(r"(?i)null|true|false|[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf|nan)")
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x200E, 0x200F)  # reverse the direction of text
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_DIRECTIONS)
 _SHOWN = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS if chr(code) not in "\n\t"}
@@ -101,20 +102,28 @@ class Printable:
 
 
 def format_override(value: Any) -> str:
-    """Format a plain value as on the command line, such as `null`, `true` or `[a,b]`."""
+    """Format a plain value as on the command line, such as `null`, `[a,b]`, or `'1'` for text that looks typed."""
     if isinstance(value, list | tuple):
         return f"[{','.join(map(format_override, value))}]"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else format_value(str(value), 200)
-
-
-def format_json(value: Any, limit: int = 80) -> str:
-    """Format a value as JSON, such as `"8"` or `8`, on one line of at most `limit` characters."""
-    return format_value(json.dumps(value), limit)
+    if isinstance(value, str) and _NOT_TEXT.fullmatch(value):
+        return repr(value)
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else format_text(str(value), 200)
 
 
 def format_value(value: Any, limit: int = 80) -> str:
-    """Format a value from a file for a message: one line, no control characters, at most `limit` characters."""
-    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    """Format a value of any type for a message as Python does, text in quotes: `'8'` or `8`.
+
+    The result is one line of at most `limit` characters.
+    """
+    return _shorten(one_line(repr(value)), limit)
+
+
+def format_text(text: str, limit: int = 80) -> str:
+    """Format a name, a path or other text for a message without quotes: one line of at most `limit` characters."""
+    return _shorten(text if text.isprintable() else ascii(text), limit)
+
+
+def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

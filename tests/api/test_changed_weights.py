@@ -82,10 +82,10 @@ def test_changed_model_or_file_is_read_from_a_copy(model_file, change, tmp_path)
     model, saved = dinoseg.load(model_file, device="cpu"), tmp_path / "new.safetensors"
     model.save(saved)
     assert dinoseg.load(saved, device="cpu").facts.scores is not None
-    with model.stored() as path:
+    with model.as_file() as path:
         assert path == model_file
     change(model, model_file)
-    with model.stored() as path:
+    with model.as_file() as path:
         assert path != model_file
         again = dinoseg.load(path, device="cpu")
     images = torch.rand(1, 3, 16, 16)
@@ -103,11 +103,11 @@ def test_loaded_model_is_unchanged_by_a_new_best_checkpoint(run, tmp_path):
     assert dinoseg.load(file, device="cpu").facts.scores is not None
     best.rename(tmp_path / "best")
     of_last = dinoseg.load(folder, device="cpu")
-    with of_last.stored() as path:
+    with of_last.as_file() as path:
         assert path == folder
     shutil.copy(tmp_path / "best", best)
     for each in (model, of_last):
-        with each.stored() as path:
+        with each.as_file() as path:
             assert path != folder and torch.equal(dinoseg.load(path, device="cpu")(images), each(images))
     shutil.copy(last, best)
     model.save(file)

@@ -450,7 +450,7 @@ def test_length_in_epochs_replaces_the_steps_of_a_recipe():
 
 
 @pytest.mark.parametrize(("set_to", "kept"), [("auto", "fp32"), ("bf16", "bf16")])
-def test_precision_of_a_run_is_kept_unless_another_one_is_set(set_to, kept):
+def test_resume_restores_precision_unless_another_is_set(set_to, kept):
     cfg = OmegaConf.create({"engine": {"precision": set_to}})
     _keep_precision(cfg, {"precision": "fp32"}, [])
     assert cfg.engine.precision == kept

@@ -98,7 +98,7 @@ def test_composed_config_equals_that_of_hydra(folder, name):
     check_equal(compose_words(JOBS[name], folder), *compose_by_hydra(JOBS[name], folder))
 
 
-def test_local_config_beside_the_shipped_options(folder, tmp_path, monkeypatch):
+def test_local_config_next_to_the_shipped_options(folder, tmp_path, monkeypatch):
     shipped = shutil.copytree(FOLDER, tmp_path / "cfg", ignore=shutil.ignore_patterns("local"))
     (shipped / "local").mkdir()
     (shipped / "local/default.yaml").write_text("# @package _global_\nseed: 5\nhydra: {run: {dir: mine}}\n")

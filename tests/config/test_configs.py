@@ -415,7 +415,7 @@ def test_files_of_a_defaults_list_come_before_the_option(tmp_path):
     assert [*option_files([tmp_path], "head", "x")] == []
 
 
-def test_last_weights_of_a_fold_are_evaluated_unless_others_are_typed(compose):
+def test_folds_evaluate_last_weights_unless_others_are_typed(compose):
     words = ("mode=train", "data=folder", "data.root=x", "data.classes=[a,b]")
     fold = ("data.folds=3", "data.fold=0")
     assert (

@@ -330,7 +330,7 @@ def test_training_batches_are_pinned_if_cuda_is_used(monkeypatch, cuda):
     ],
 )
 def test_workers_follow_from_device_cores_and_ranks(device, environment, workers, monkeypatch):
-    monkeypatch.setattr(cores_module, "_usable", lambda: set(range(12)))
+    monkeypatch.setattr(cores_module, "_find_usable_cores", lambda: set(range(12)))
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -166,7 +166,7 @@ def test_slower_kernel_is_not_chosen(better, caplog):
 def test_each_form_and_number_of_classes_is_tried_for_itself(monkeypatch):
     tried = []
     monkeypatch.setattr(fused, "_chosen", {})
-    monkeypatch.setattr(fused, "_proven", lambda *_: tried.append(1) or True)
+    monkeypatch.setattr(fused, "_is_proven", lambda *_: tried.append(1) or True)
     for form in (KernelSpec(), KernelSpec(WEIGHTS), KernelSpec(WEIGHTS, 0.2)):
         for classes in (3, 4, 3):
             way = Way()

@@ -136,14 +136,14 @@ def test_background_of_own_data_is_a_name_an_id_or_none(compose, tmp_path):
     (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: soil\n")
     assert Builder(compose(*folder)).background == 1
     (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: sol\n")
-    message = "classes.yaml: background: sol is not a class: name one of leaf, soil"
+    message = "classes.yaml: background: 'sol' is not a class: name one of leaf, soil"
     assert_refused(lambda: Builder(compose(*folder)).background, message)
 
 
-@pytest.mark.parametrize("value", [2, -1, True, "sky"])
-def test_background_that_is_no_class_is_refused(value):
+@pytest.mark.parametrize(("value", "shown"), [(2, "2"), (-1, "-1"), (True, "true"), ("sky", "sky"), ("1", "'1'")])
+def test_background_that_is_no_class_is_refused(value, shown):
     build = Builder(OmegaConf.create({"data": {"background": value, "classes": ["dark", "bright"]}, "choices": {}}))
-    assert_refused(lambda: build.background, f"data.background={value} is not a class", "0 to 1: dark, bright")
+    assert_refused(lambda: build.background, f"data.background={shown} is not a class", "0 to 1: dark, bright")
 
 
 def test_scores_leave_out_the_background_if_there_is_one(run, tmp_path):

@@ -82,7 +82,7 @@ def test_evaluation_and_its_metrics_equal_numpy(multilabel_run, predicted):
     assert "nsd" in (where / "eval/report.html").read_text()
 
 
-def test_saved_predictions_are_drawn_read_back_and_scored(multilabel_run, predicted):
+def test_saved_predictions_are_rendered_read_back_and_scored(multilabel_run, predicted):
     where, _ = multilabel_run
     predictions, val = predicted
     palette = json.loads((where / "val_predicted/masks/classes.json").read_text())["palette"]

@@ -114,7 +114,7 @@ def test_job_without_a_folder_of_its_own_fails_quietly(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_lines_are_listed_from_the_start_to_the_last_resume(tmp_path):
+def test_command_lines_are_listed_from_start_to_last_resume(tmp_path):
     commands = [["seed=1"], ["resume=auto", "trainer.steps=7"], ["resume=auto", "trainer.steps=8"]]
     for second, words in enumerate(commands):
         folder = RunFolder(tmp_path).write_config({}, words)

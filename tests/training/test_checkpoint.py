@@ -13,7 +13,7 @@ from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpointer, Progress, comparable, find, load_weights, read, write
+from dinoseg.training.checkpoint import Checkpointer, Progress, drop_incomparable_score, find, load_weights, read, write
 from dinoseg.training.loading import check_resumable
 from dinoseg.training.optim import MovingAverage, adamw
 from dinoseg.utils.errors import UserError
@@ -217,10 +217,10 @@ def test_invalid_checkpoint_files_are_refused(tmp_path, reader):
 )
 def test_changed_selection_restarts_patience_and_discards_best(caplog, before, after, change):
     before, after = ({"config": {"trainer": {"score": "miou", **trainer}}} for trainer in (before, after))
-    assert comparable(Progress(9), before, after) == Progress(9) and not caplog.messages
+    assert drop_incomparable_score(Progress(9), before, after) == Progress(9) and not caplog.messages
     progress = Progress(9, best=0.5, best_infinite=1, best_step=3, stale=2)
-    assert comparable(progress, before, before) == progress
-    assert comparable(progress, before, after) == Progress(9)
+    assert drop_incomparable_score(progress, before, before) == progress
+    assert drop_incomparable_score(progress, before, after) == Progress(9)
     assert re.search(f"{change}.*; the previous best score is discarded", caplog.text)
 
 
@@ -234,13 +234,13 @@ def test_typing_other_weights_of_a_fold_discards_best(fold, typed, is_same):
     )
     progress = Progress(9, best=0.5, best_step=3)
     for first, second in ((before, after), (after, before)):
-        assert comparable(progress, first, second) == (progress if is_same else Progress(9))
+        assert drop_incomparable_score(progress, first, second) == (progress if is_same else Progress(9))
 
 
 def test_changed_inference_discards_best(caplog):
     config = {"trainer": {"score": "miou"}}
     before, after = ({"config": config, "choices": {"inference": option}} for option in ("whole", "windows"))
-    assert comparable(Progress(9, best=0.5), before, after) == Progress(9)
+    assert drop_incomparable_score(Progress(9, best=0.5), before, after) == Progress(9)
     assert "to miou inference=windows of all images from miou inference=whole of all images" in caplog.text
 
 
@@ -272,5 +272,5 @@ def test_settings_of_a_score_decide_whether_its_best_stays(score, metric, change
         "metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 2}, "share": {"threshold": 0.9}},
     }
     before, progress = {"config": config}, Progress(9, best=0.5, best_step=3)
-    found = comparable(progress, before, {"config": config | changed}, metric)
+    found = drop_incomparable_score(progress, before, {"config": config | changed}, metric)
     assert found == (progress if is_same else Progress(9))

@@ -198,7 +198,7 @@ def test_large_images_are_counted_at_sampled_points():
     assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
 
 
-def test_step_scores_skips_ignored_pixels_and_refuses_unknown_ids():
+def test_step_scores_skip_ignored_pixels_and_refuse_unknown_ids():
     step_scores, scores = StepScores(DATA, ENGINE), torch.zeros(1, 3, 4, 4)
     step_scores.add(*prediction_and_batch(scores, torch.full((1, 4, 4), 255, dtype=torch.uint8)))
     assert step_scores.read() == {"train/accuracy": None, "train/miou": None}

@@ -100,7 +100,7 @@ def test_tasks_know_how_many_are_on_their_machine(environment, said, here):
     ],
 )
 def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
-    monkeypatch.setattr(cores, "_usable", lambda: set(range(usable)))
+    monkeypatch.setattr(cores, "_find_usable_cores", lambda: set(range(usable)))
     environment |= said
     assert cores.share_of_cores() == share
 
@@ -122,7 +122,7 @@ def test_a_rank_keeps_to_its_cores(environment, monkeypatch, tmp_path, said, usa
         (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
         (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % (usable // siblings)},\n")
     told = []
-    monkeypatch.setattr(cores, "_usable", lambda: set(range(usable)))
+    monkeypatch.setattr(cores, "_find_usable_cores", lambda: set(range(usable)))
     monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     environment |= {"LOCAL_WORLD_SIZE": "4"} | said

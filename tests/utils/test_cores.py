@@ -19,7 +19,7 @@ def groups(tmp_path, monkeypatch):
         (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
         (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % 32}\n")
     monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
-    monkeypatch.setattr(cores, "_usable", lambda: set(range(64)))
+    monkeypatch.setattr(cores, "_find_usable_cores", lambda: set(range(64)))
     monkeypatch.setattr(cores, "PROC", tmp_path)
     monkeypatch.setattr(cores, "GROUPS", tmp_path)
     monkeypatch.setattr(os, "environ", {})

@@ -91,7 +91,7 @@ def nobody_is_left():
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_each_item_comes_with_its_result_in_the_order_asked_for(tmp_path, in_order):
+def test_each_item_has_its_result_in_the_requested_order(tmp_path, in_order):
     work = functools.partial(square_first_late, folder=tmp_path)
     pairs = list(run(work, range(23), 2, in_order=in_order))
     assert sorted(pairs) == [(item, item * item) for item in range(23)]

@@ -109,9 +109,9 @@ def _warn(finding: Finding) -> None:
 
 
 def _check_first_images(datasets: Sequence[PairDataset], splits: Sequence[ScannedSplit]) -> None:
-    """Refuse images of another number of channels, and warn of dark ones: the scan reads headers, which tell neither.
+    """Refuse images of another number of channels, and warn of dark ones: the scan reads headers, which show neither.
 
-    Images that are read as RGB need no such check: reading them refuses or converts their channels, and warns of 16
+    Images that are read as RGB need no check: reading them refuses or converts their channels, and warns of 16
     bits.
     """
     samples = []
@@ -265,7 +265,7 @@ def _is_one_file(pair: tuple[Record, Record]) -> bool:
 
 
 def _copy_key(record: Record) -> tuple[str, str, int] | None:
-    """Return what copies have in common; the length alone says nothing for uncompressed files, such as .npy and BMP."""
+    """Return what copies have in common; the length alone does not identify uncompressed files, such as .npy."""
     if not record.mask_digest or len(record.pixels) < 2 or not os.path.isfile(record.image):
         return None
     return record.name, record.mask_digest, os.path.getsize(record.image)

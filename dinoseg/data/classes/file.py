@@ -30,6 +30,7 @@ from typing import Any
 from dinoseg.data.classes.labels import as_color
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, stamp
+from dinoseg.utils.wording import format_value
 from dinoseg.utils.yaml_text import read_yaml
 
 CLASS_FILE = "classes.yaml"
@@ -78,7 +79,7 @@ def _parse_content(content: Any, ignore_index: int) -> dict[str, Any]:
     _check_mapping(content, "the file", ("classes", "background", "things", "others", "ignore", "masks"))
     masks, ignored = content.get("masks", "ids"), content.get("ignore", {})
     if masks not in _KEYS:
-        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join(_KEYS)}")
+        raise ValueError(f"masks: {format_value(masks)} is unknown: choose one of {', '.join(_KEYS)}")
     classes = _classes(content.get("classes"))
     for name, entry in classes.items():
         _check_entry(entry, f"class {name}", masks, _KEYS[masks])
@@ -87,10 +88,12 @@ def _parse_content(content: Any, ignore_index: int) -> dict[str, Any]:
     for key in ("background", "others"):
         description[key] = content.get(key)
         if description[key] not in (None, *classes):
-            raise ValueError(f"{key}: {description[key]} is not a class: name one of {', '.join(classes)}")
+            raise ValueError(
+                f"{key}: {format_value(description[key])} is not a class: name one of {', '.join(classes)}"
+            )
     things = description["things"] = content.get("things")
     if things is not None and not (isinstance(things, list) and all(name in list(classes) for name in things)):
-        raise ValueError(f"things: {things} is not a list of classes: name some of {', '.join(classes)}")
+        raise ValueError(f"things: {format_value(things)} is not a list of classes: name some of {', '.join(classes)}")
     colors = list(map(_colors, classes.values()))
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):
         bare = ", ".join(name for name, class_colors in zip(classes, colors, strict=True) if not class_colors)
@@ -115,7 +118,9 @@ def _classes(node: Any) -> dict[str, dict[str, Any]]:
             raise ValueError(f"classes names {', '.join(twice)} more than once: make each name unique")
         node = dict.fromkeys(node)
     if not isinstance(node, dict) or not node:
-        raise ValueError(f"classes is {node}: list names in id order, such as `classes: [background, leaf]`")
+        raise ValueError(
+            f"classes is {format_value(node)}: list names in id order, such as `classes: [background, leaf]`"
+        )
     return {_name(name): {} if entry is None else entry for name, entry in node.items()}
 
 
@@ -185,6 +190,8 @@ def _map_to_owner(values: Iterable[tuple[str, Sequence[Any]]]) -> dict[Any, str]
     for owner, own_values in values:
         for value in own_values:
             if value in owners:
-                raise ValueError(f"{value} is given for {owners[value]} and for {owner}: keep one of them")
+                raise ValueError(
+                    f"{format_value(value)} is given for {owners[value]} and for {owner}: keep one of them"
+                )
             owners[value] = owner
     return owners

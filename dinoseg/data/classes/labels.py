@@ -16,7 +16,7 @@ LONGEST_NAME = 100  # characters of a class name
 
 @dataclass(frozen=True)
 class Labels:
-    """Meaning of the ids in a mask; class id i is `classes[i]`, drawn in `palette[i]`."""
+    """Meaning of the ids in a mask; class id i is `classes[i]`, shown in `palette[i]`."""
 
     classes: tuple[str, ...]
     palette: tuple[Color, ...]
@@ -52,7 +52,9 @@ class Labels:
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
         if not isinstance(ignore_index, Integral) or ignore_index not in range(256):
-            raise UserError(f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit.")
+            raise UserError(
+                f"data.ignore_index={format_value(ignore_index)}: give an id from 0 to 255, since masks are 8-bit."
+            )
         if palette is None:
             colors = tuple(default_palette(len(names) + has_layers)[has_layers:])
         else:
@@ -72,5 +74,5 @@ def as_color(values: Sequence[int]) -> Color:
     """
     numbers = tuple(values) if isinstance(values, Iterable) else ()
     if len(numbers) != 3 or not all(isinstance(v, Integral) and 0 <= v <= 255 for v in numbers):
-        raise UserError(f"Colour {values}: give three whole numbers from 0 to 255 (red, green, blue).")
+        raise UserError(f"Colour {format_value(values)}: give three whole numbers from 0 to 255 (red, green, blue).")
     return int(numbers[0]), int(numbers[1]), int(numbers[2])

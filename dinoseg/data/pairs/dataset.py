@@ -91,7 +91,7 @@ class PairDataset:
 
     @property
     def has_layers(self) -> bool:
-        """Whether a mask is (K, H, W), with a layer for each class."""
+        """Return whether a mask is (K, H, W), with a layer for each class."""
         return self.reader.has_layers
 
     @property
@@ -106,7 +106,7 @@ class PairDataset:
         return self.add_maps(read_pair(self.pairs[index], self.reader))
 
     def with_maps(self, maps: Mapping[str, MapKind], compute: ComputeMaps) -> "PairDataset":
-        """Return the dataset with maps that are computed from each sample whenever it is read, beside its objects.
+        """Return the dataset with maps that are computed from each sample whenever it is read, like its objects.
 
         Args:
             maps: their kinds by name.

@@ -42,7 +42,7 @@ class Pair:
 
 
 def ignore_invalid(mask: np.ndarray, image: ImageSource, ignore_index: int, *, rule: str, path: object) -> np.ndarray:
-    """Return class ids (H, W), layers (K, H, W) or objects (N, H, W), ignored where the internal mask says so.
+    """Return class ids (H, W), layers (K, H, W) or objects (N, H, W), ignored where the internal mask ignores.
 
     Raises:
         UserError: the image cannot be read, or it has another size than the mask.

@@ -24,7 +24,7 @@ from dinoseg.extensions.annotations.drawing import Drawing, Form
 from dinoseg.extensions.annotations.entry import Entry, LabelledShape, size_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
-from dinoseg.utils.wording import count_of, format_value, join_names
+from dinoseg.utils.wording import count_of, format_override, format_text, join_names
 
 log = logging.getLogger(__name__)
 IGNORE = "ignore"
@@ -72,7 +72,7 @@ def find_image(entry: Entry, folder: Path) -> Path:
     """
     found = _image_file(folder, entry)
     if found is None:
-        raise NotThere(f"{entry.path} names the image {format_value(entry.image)}, which is not in {folder}.")
+        raise NotThere(f"{entry.path} names the image {format_text(entry.image)}, which is not in {folder}.")
     return found
 
 
@@ -114,7 +114,7 @@ def _image_file(folder: Path, entry: Entry) -> Path | None:
     """Return the file of an image's name, or one of the same stem with another image suffix."""
     if not _stays_below(entry.image):
         raise UserError(
-            f"{entry.path} names the image {format_value(entry.image)}, which is outside of the image folder. Give "
+            f"{entry.path} names the image {format_text(entry.image)}, which is outside of the image folder. Give "
             "names relative to data.reader.layout.images."
         )
     endings = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper())]
@@ -259,8 +259,8 @@ class _Maker:
         if name == IGNORE:
             return self.labels.ignore_index
         raise UserError(
-            f"{key}={format_value(name)} is not a class: data.classes has {', '.join(self.labels.classes)}. Name one "
-            f"of them, add it, or write {IGNORE}."
+            f"{key}={format_override(name)} is not a class: data.classes has {', '.join(self.labels.classes)}. Name "
+            f"one of them, add it, or write {IGNORE}."
         )
 
     def _of_list(self, entries: Sequence[Entry], split: str, partition: Partition) -> list[Entry]:
@@ -279,8 +279,8 @@ class _Maker:
         labels = Counter(shape.label for entry in entries for shape in entry.shapes if shape.label not in self.values)
         if not labels:
             return
-        found = join_names([f"{format_value(label)} ({count})" for label, count in labels.most_common()], 20)
-        first = format_value(next(iter(labels)))
+        found = join_names([f"{format_text(label)} ({count})" for label, count in labels.most_common()], 20)
+        first = format_text(next(iter(labels)))
         raise UserError(
             f"{path} has shapes with labels that are not classes: {found}. data.classes has "
             f"{', '.join(self.labels.classes)}. Add them there, map them to a class "

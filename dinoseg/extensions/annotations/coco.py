@@ -17,7 +17,7 @@ from dinoseg.extensions.annotations.entry import (
     text,
 )
 from dinoseg.utils import forms
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 MakeShape = Callable[[Mapping[str, Any], Mapping[int, str], tuple[int, int]], LabelledShape]
 _FORM = forms.object_with(
@@ -92,7 +92,7 @@ def collect_annotations(whole: Mapping[str, Any], path: Path, make_shape: MakeSh
             entry.wrong = f"annotation {format_value(annotation.get('id', position), 40)} of {entry.image}: {error}"
     kept = [entry for entry in whole["categories"] if entry["id"] in categories]
     groups = {entry["name"]: entry.get("supercategory") for entry in kept}
-    given = {name: text(group, f"the supercategory of {format_value(name)}") for name, group in groups.items() if group}
+    given = {name: text(group, f"the supercategory of {format_text(name)}") for name, group in groups.items() if group}
     return Annotations([categories[key] for key in sorted(categories)], list(entries.values()), given)
 
 

@@ -10,7 +10,7 @@ from typing import Self
 from dinoseg.data.classes.labels import Labels
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 _IMAGES = forms.list_of(forms.object_with(id=forms.integer, file_name=forms.text))
 _CATEGORIES = forms.list_of(forms.object_with(id=forms.integer, name=forms.text))
@@ -85,9 +85,7 @@ class CocoIds:
             return None
         number = self.images.get(name, self.images.get(Path(name).name))
         if number is None:
-            raise UserError(
-                f"mode.shapes.ids={self.path} has no image {format_value(name)}. Give the file that has it."
-            )
+            raise UserError(f"mode.shapes.ids={self.path} has no image {format_text(name)}. Give the file that has it.")
         return number
 
     def find_category(self, class_id: int) -> int:
@@ -97,7 +95,7 @@ class CocoIds:
             UserError: the reference has no category of its name.
         """
         if class_id not in self.categories:
-            name = format_value(self.labels.classes[class_id])
+            name = format_text(self.labels.classes[class_id])
             raise UserError(
                 f"mode.shapes.ids={self.path} has no category {name}, a class of the model. Give the file that has it."
             )

@@ -11,7 +11,7 @@ import numpy as np
 from dinoseg.core.sources import MAX_PIXELS
 from dinoseg.extensions.annotations.drawing import Form, Polygons
 from dinoseg.extensions.annotations.polygon import check_polygon
-from dinoseg.utils.wording import format_json, format_value, has_surrogates
+from dinoseg.utils.wording import format_value, has_surrogates
 
 LARGEST_FILE = 2**30  # bytes of an annotation file
 
@@ -101,7 +101,7 @@ def size_of(height: Any, width: Any) -> tuple[int, int]:
     """
     if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MAX_PIXELS:
         raise ValueError(
-            f"height {format_json(height, 20)} and width {format_json(width, 20)} are not an image size: give whole "
+            f"height {format_value(height, 20)} and width {format_value(width, 20)} are not an image size: give whole "
             f"numbers above 0, at most {MAX_PIXELS:,} pixels"
         )
     return height, width

@@ -17,7 +17,7 @@ from dinoseg.extensions.annotations.polygon import FARTHEST, MAX_RADIUS, check_p
 from dinoseg.utils import forms
 from dinoseg.utils.errors import Unfit
 from dinoseg.utils.images import load_whole
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 _FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
 _JOINED = 7  # first version with round corners of linestrips
@@ -105,6 +105,6 @@ def _mask(mask: Any, points: list[list[float]], size: tuple[int, int] | None) ->
             inside = np.asarray(picture.convert("L"))[:height, :width] > 0
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Unfit) as error:
         raise ValueError(
-            f"its mask must be a PNG of {width} x {height} pixels in base64 ({format_value(str(error))})"
+            f"its mask must be a PNG of {width} x {height} pixels in base64 ({format_text(str(error))})"
         ) from None
     return Box((left, top, width, height), Runs.of_mask(inside.T).to_counts(inside.size).tobytes())

@@ -17,7 +17,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.forms import read_regular
 from dinoseg.utils.images import IMAGE_SUFFIXES
-from dinoseg.utils.wording import count_of, format_value, join_names
+from dinoseg.utils.wording import count_of, format_text, join_names
 from dinoseg.utils.yaml_text import parse_yaml
 
 _MARGIN = 0.01  # that Ultralytics tolerates outside of the image: tools round
@@ -124,9 +124,7 @@ def _parse_row(row: str, line: int, labels: Sequence[str]) -> LabelledShape:
     try:
         number, *values = map(float, row.split())
     except ValueError:
-        raise ValueError(
-            f"line {line} is {format_value(row, 40)}: write a class and coordinates, all numbers"
-        ) from None
+        raise ValueError(f"line {line} is {format_text(row, 40)}: write a class and coordinates, all numbers") from None
     if not number.is_integer() or not 0 <= number < len(labels):
         raise ValueError(f"line {line} has the class {number:g}, but names in data.yaml has 0 to {len(labels) - 1}")
     if len(values) % 2 or len(values) < 6:

@@ -15,7 +15,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, is_name, stamp
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.wording import count_of, format_json, format_value, has_surrogates, join_names
+from dinoseg.utils.wording import count_of, format_text, format_value, has_surrogates, join_names
 
 FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second
 _FORM = forms.object_with(videos=forms.list_of(forms.plain))
@@ -96,7 +96,7 @@ def _video(images: Path, path: Path, listed: _Listed, has_masks: bool) -> Video:
         present = set(os.listdir(folder))
     except (OSError, ValueError):  # ValueError: a name that no folder can have
         raise UserError(
-            f"No folder {format_value(str(folder), 200)}, which {path} lists. Unpack the data set again."
+            f"No folder {format_text(str(folder), 200)}, which {path} lists. Unpack the data set again."
         ) from None
     if absent := [name for name in listed.files if name not in present]:
         raise UserError(
@@ -132,7 +132,7 @@ def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
     for position, entry in enumerate(whole["videos"]):
         where = f"videos[{position}]"
         if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-            given = format_json(entry.get("id") if isinstance(entry, dict) else entry, 40)
+            given = format_value(entry.get("id") if isinstance(entry, dict) else entry, 40)
             raise ValueError(f"{where} has no whole number as id: {given}")
         if entry["id"] in videos:
             raise ValueError(f"{where} has the id {entry['id']} of another video: make ids unique")
@@ -153,10 +153,10 @@ def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
         where = f"annotations[{position}]"
         if not isinstance(annotation, dict):
             raise ValueError(f"{where} is not an object")
-        where = f"{where} (id {format_json(annotation.get('id'), 20)})"
+        where = f"{where} (id {format_value(annotation.get('id'), 20)})"
         video = annotation.get("video_id")
         if type(video) is not int or video not in videos:
-            raise ValueError(f"{where} belongs to video {format_json(video, 40)}, which is not in videos")
+            raise ValueError(f"{where} belongs to video {format_value(video, 40)}, which is not in videos")
         if not forms.read_flag(annotation, "iscrowd", f"{where}: its"):
             videos[video].objects.append(_shapes(annotation.get("segmentations"), videos[video], where))
             if len(videos[video].objects) >= VOID:
@@ -181,7 +181,7 @@ def _shapes(segmentations: Any, video: _Listed, where: str) -> list[Form | None]
     """Return the form of an object in each frame, or None where it is not visible."""
     if not isinstance(segmentations, list):
         raise ValueError(
-            f"{where} has the segmentations {format_json(segmentations, 40)}: give a list with run lengths, polygons "
+            f"{where} has the segmentations {format_value(segmentations, 40)}: give a list with run lengths, polygons "
             f"or null for each of the {count_of(video.files, 'frame')} of video {video.folder}"
         )
     if len(segmentations) != len(video.files):
@@ -204,5 +204,5 @@ def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
     if isinstance(segmentation, list) and segmentation:
         return polygons(segmentation)
     if not isinstance(segmentation, dict):
-        raise ValueError(f"its segmentation is {format_json(segmentation, 40)}: give run lengths, polygons or null")
+        raise ValueError(f"its segmentation is {format_value(segmentation, 40)}: give run lengths, polygons or null")
     return CompressedColumns(rle.to_text(rle.parse_mask(segmentation, size)))

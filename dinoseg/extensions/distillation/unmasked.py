@@ -77,7 +77,7 @@ def find_unmasked_images(
             len(seen),
         )
     chosen = [*images.values()]
-    return _readable(chosen, builder.workers) if builder.skips_faulty_files else chosen
+    return _select_readable(chosen, builder.workers) if builder.skips_faulty_files else chosen
 
 
 def list_images(
@@ -126,7 +126,7 @@ def _seconds(index: VideoIndex) -> np.ndarray:
     return np.arange(len(index)) / (index.fps if 0 < index.fps <= 1000 else _RATE)
 
 
-def _readable(images: Sequence[UnmaskedImage], workers: int) -> list[UnmaskedImage]:
+def _select_readable(images: Sequence[UnmaskedImage], workers: int) -> list[UnmaskedImage]:
     """Return the images that can be read, and warn of the others."""
     sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
     faults = [why for _, why in in_processes(fault, sources, processes, remedy="Use fewer processes: data.workers=1.")]

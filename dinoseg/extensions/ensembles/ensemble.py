@@ -34,7 +34,7 @@ from dinoseg.segmenter.torch_runtime import TorchRuntime
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import compute_dtype
-from dinoseg.utils.wording import count_of, format_value
+from dinoseg.utils.wording import count_of, format_text
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class TrainedEnsemble(Trained):
             member.limit_size(reduces=reduces)
 
     def open_split(self, builder: Builder, split: str) -> SegmentationData:
-        """Return a split that no member, or out of fold none of an image's fold, was trained or selected on.
+        """Return a split on which no member (out of fold: of the image's fold) was trained or selected.
 
         Raises:
             UserError: one was, or objects of several members would be averaged.
@@ -202,7 +202,7 @@ class TrainedEnsemble(Trained):
         return self.data
 
     def batches(self, data: SegmentationData) -> Iterator[Batch] | None:
-        """Return the images of all folds, each of which is predicted by its own members; None: the split's own."""
+        """Return the images of all folds, each predicted by its own members; None: the split's own."""
         return self._read_folds(data) if isinstance(data, scoring.FoldedData) else None
 
     def choose_thresholds(
@@ -330,7 +330,7 @@ def check_members(facts: Mapping[str, Mapping[str, Any]], same_thresholds: str) 
     (first, common), *others = facts.items()
     for name, own in others:
         for what in [what for what, value in own.items() if value != common[what]]:
-            values = [format_value(str(each[what])) for each in (own, common)]
+            values = [format_text(str(each[what])) for each in (own, common)]
             remedy = same_thresholds if what == "task.threshold" else "Average models that agree in it."
             raise UserError(f"{name} has {what} {values[0]}, and {first} {values[1]}. {remedy}")
 

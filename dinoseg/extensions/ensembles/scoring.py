@@ -1,4 +1,4 @@
-"""Which images an ensemble may be scored on, and how much better it is there than its members."""
+"""Images on which an ensemble may be scored, and its gain over its members there."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -173,7 +173,7 @@ class MemberCounts:
     Args:
         collector: of the ensemble's predictions, which also receives each batch.
         ensemble: stores the class ids of the members.
-        data: the evaluated split, of which each rank has every `world_size`-th image in order.
+        data: the evaluated split; each rank has every `world_size`-th image in order.
     """
 
     def __init__(self, collector: Any, ensemble: Trained, strategy: AveragedStrategy, data: SegmentationData) -> None:

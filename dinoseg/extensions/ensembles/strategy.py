@@ -203,7 +203,7 @@ def _probabilities(member: Predictor, rows: Rows, size: Size | None) -> Iterator
 
 
 def _merge(members: Sequence[Predictor]) -> Predictor:
-    """Return one model for members that share a backbone; a single one stays as it is."""
+    """Return one model for members that share a backbone; a single one stays unchanged."""
     first = members[0]
     if len(members) == 1:
         return first

@@ -18,7 +18,7 @@ from dinoseg.extensions.export.graph import record_of
 from dinoseg.extensions.export.onnx_record import GraphRecord
 from dinoseg.extensions.export.options import GraphOptions
 from dinoseg.extensions.export.pictures import Picture, pictures
-from dinoseg.extensions.export.proof import Reference, compare, passes
+from dinoseg.extensions.export.proof import Reference, compare, meets_limits
 from dinoseg.extensions.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.models.adapters import has_lora, merge
@@ -105,7 +105,7 @@ def store_if_verified(
     """
     path, classes, task = files[-1], len(ready.facts.classes), ready.model.task
     result = compare(ready.reference, runtime, ready.pictures, classes, ready.facts.ignore_index, task)
-    proven = passes(result, options)
+    proven = meets_limits(result, options)
     report = {
         "proven": proven,
         "limits": {"agreement": options.min_agreement, "miou_points": options.max_miou_drop},

@@ -12,7 +12,7 @@ from dinoseg.core.sizes import Size
 from dinoseg.extensions.export.numpy_ops import bilinear_matrix, sigmoid, softmax
 
 MAX_INSTANCES = 100  # of an image, over queries and classes
-_EPSILON = 1e-6  # pixels, added to the area by which the mean probability of a mask is divided
+_EPSILON = 1e-6  # pixels, added to the area of a mask, the divisor of its mean probability
 
 
 def find_instances(

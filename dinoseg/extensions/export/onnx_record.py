@@ -152,7 +152,7 @@ def parse(text: str, where: str) -> Mapping[str, Any]:
     """Parse the description in a file's metadata: `graph`, and the entries that `ModelFacts.of` reads.
 
     Raises:
-        UserError: if it is no such JSON.
+        UserError: if it is another JSON.
     """
     try:
         return forms.parse_json(text, forms.object_with(graph=forms.plain, classes=forms.plain))

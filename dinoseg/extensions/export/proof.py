@@ -170,7 +170,7 @@ def compare(
     }
 
 
-def passes(result: dict[str, Any], options: GraphOptions) -> bool:
+def meets_limits(result: dict[str, Any], options: GraphOptions) -> bool:
     """Return whether a comparison meets the required agreement; NaN, which would agree with anything, fails."""
     points = 100 * abs(result["miou"]["torch"] - result["miou"]["exported"])
     return result["finite"] and result["agreement"] >= options.min_agreement and points <= options.max_miou_drop

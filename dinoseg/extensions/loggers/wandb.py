@@ -15,7 +15,7 @@ from dinoseg.extensions.loggers.remote import RemoteLogger
 from dinoseg.report.loggers.logger import Status
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Positive
-from dinoseg.utils.wording import format_value, without_credentials
+from dinoseg.utils.wording import format_text, format_value, without_credentials
 
 logger = logging.getLogger(__name__)
 _PROJECT = "dinoseg"  # if neither the config nor the environment names one
@@ -32,13 +32,13 @@ def _check_names(project: str, tags: Sequence[str]) -> None:
     """
     if len(project) > _MAX_PROJECT or _REFUSED.search(project):
         raise UserError(
-            f"logger.wandb.project={format_value(project)} is not a name of a W&B project: use at most {_MAX_PROJECT} "
+            f"logger.wandb.project={format_text(project)} is not a name of a W&B project: use at most {_MAX_PROJECT} "
             "characters, without / \\ # ? % :"
         )
     for tag in tags:
         if not 1 <= len(str(tag)) <= _MAX_TAG:
             raise UserError(
-                f"logger.wandb.tags has {format_value(str(tag))!r} of {len(str(tag))} characters: use 1 to {_MAX_TAG}."
+                f"logger.wandb.tags has {format_value(str(tag))} of {len(str(tag))} characters: use 1 to {_MAX_TAG}."
             )
 
 
@@ -86,7 +86,7 @@ class WandbLogger(RemoteLogger):
         try:
             settings = wandb.setup().settings  # with those of the environment
         except (wandb.errors.UsageError, ValueError) as error:
-            raise UserError(f"wandb refuses a WANDB_ variable. Correct it: {format_value(str(error), 300)}") from None
+            raise UserError(f"wandb refuses a WANDB_ variable. Correct it: {format_text(str(error), 300)}") from None
         self.mode = mode or settings.mode
         if self.mode == "disabled":
             logger.info("logger=wandb logs nothing: logger.wandb.mode or WANDB_MODE is disabled.")

@@ -26,7 +26,7 @@ from dinoseg.extensions.objects.targets import object_targets
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural, Share, check_annotations
-from dinoseg.utils.wording import join_names
+from dinoseg.utils.wording import format_override, join_names
 
 _PARTS = "loss=mask_classification with head=eomt, head=pmt or head=mask2former"
 _CERTAIN = 64.0  # logit whose sigmoid is 1 in any precision
@@ -49,8 +49,8 @@ class ThingTask(ObjectTask):
     ) -> None:
         if isinstance(background, str) and background not in classes:
             raise UserError(
-                f"data.background={background} is not a class. Name one of {join_names(classes)}; or null if there is "
-                "none."
+                f"data.background={format_override(background)} is not a class. Name one of {join_names(classes)}; or "
+                "null if there is none."
             )
         self.num_classes = len(classes)
         self.background = classes.index(background) if isinstance(background, str) else background

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.extensions.idd.files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
-from dinoseg.extensions.prepare.jobs import incomplete, run_jobs
+from dinoseg.extensions.prepare.jobs import incomplete_error, run_jobs
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts
@@ -100,7 +100,9 @@ def _draw_all(
             str(reason) if isinstance(reason, UserError) else f"{job.path}: {reason}"
             for job, reason in sorted(failures.items(), key=lambda failure: failure[0].path)
         ]
-        raise incomplete(lines, f"{len(failures)} of {len(jobs)} files could not be rasterised, the others are ready")
+        raise incomplete_error(
+            lines, f"{len(failures)} of {len(jobs)} files could not be rasterised, the others are ready"
+        )
     return {split: dict(counts[split]) for split in sorted(counts)}
 
 

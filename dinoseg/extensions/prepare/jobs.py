@@ -21,7 +21,7 @@ def run_jobs(
     root: Path,
     ready: str,
     make_room: str = "",
-    show: Callable[[J], str] = lambda job: "",
+    name_job: Callable[[J], str] = lambda job: "",
 ) -> tuple[dict[J, R], dict[J, Exception]]:
     """Return the results of the finished jobs, and the errors of the others.
 
@@ -33,7 +33,7 @@ def run_jobs(
         root: folder on the disk that may be full.
         ready: describes finished jobs, such as `files are rasterised`.
         make_room: how to free disk space, in addition to removing files.
-        show: returns the bar's text for a job.
+        name_job: returns the bar's text for a job.
 
     Raises:
         UserError: the disk is full, or a process was killed.
@@ -51,17 +51,17 @@ def run_jobs(
             failures[job] = result
         else:
             results[job] = result
-        bar.set_postfix_str(show(job), refresh=False)
+        bar.set_postfix_str(name_job(job), refresh=False)
         bar.update()
     return results, failures
 
 
-def incomplete(failures: Iterable[str], state: str) -> UserError:
+def incomplete_error(failures: Iterable[str], state: str) -> UserError:
     """Return the error for jobs that failed, to be raised after all others are finished.
 
     Args:
         failures: one line per failure.
-        state: what failed and what did not, such as `2 of 5 files could not be drawn, the others are ready`.
+        state: what failed and what did not, such as `2 of 5 files could not be rasterised, the others are ready`.
     """
     lines = "".join(f"\n- {failure}" for failure in failures)
     return UserError(f"{state}:{lines}\nRun again to retry these.")

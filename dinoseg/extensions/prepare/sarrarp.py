@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dinoseg.extensions.prepare.jobs import incomplete, run_jobs
+from dinoseg.extensions.prepare.jobs import incomplete_error, run_jobs
 from dinoseg.extensions.video.decoder import Decoder
 from dinoseg.extensions.video.sarrarp_files import (
     FRAME_FOLDERS,
@@ -104,13 +104,15 @@ def _prepare_all(
             root=root,
             ready="videos are ready",
             make_room="keep_archives=false removes each archive once its video is ready",
-            show=lambda job: job.name,
+            name_job=lambda job: job.name,
         )
     if failures:
         lines = [
             f"{name}: {reason}" for name, reason in sorted((job.name, str(error)) for job, error in failures.items())
         ]
-        raise incomplete(lines, f"{len(failures)} of {len(jobs)} videos could not be prepared, the others are ready")
+        raise incomplete_error(
+            lines, f"{len(failures)} of {len(jobs)} videos could not be prepared, the others are ready"
+        )
     return {job.name: counts[job] for job in sorted(counts, key=lambda job: job.name)}
 
 

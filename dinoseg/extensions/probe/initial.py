@@ -1,4 +1,4 @@
-"""Initial weights of a linear head from the closed-form linear probe, which `head.init` asks for."""
+"""Initial weights of a linear head from the closed-form linear probe, for `head.init=probe`."""
 
 import logging
 

@@ -201,7 +201,7 @@ def _category_parts(
 
 
 def _image(name: str) -> str:
-    """Return `<city>_<sequence>_<frame>` of a path, or the whole path if it has no such name."""
+    """Return `<city>_<sequence>_<frame>` of a path, or the whole path if it has another name."""
     start = _IMAGE.match(name.rpartition("/")[2])
     return start[0] if start else name
 

@@ -27,7 +27,7 @@ def summary(protocol: ScoreProtocol, scored: ScoringResult) -> dict[str, Any]:
         {
             "name": name,
             **({"group": scored.groups[index]} if grouped else {}),
-            **{key: _plain(unit_scores[key][index]) for key in protocol.keys},
+            **{key: _to_plain(unit_scores[key][index]) for key in protocol.keys},
             **scored.rows[index],
         }
         for index, name in enumerate(scored.units)
@@ -35,8 +35,8 @@ def summary(protocol: ScoreProtocol, scored: ScoringResult) -> dict[str, Any]:
     estimates = estimate_scores(by_group, protocol.unbounded, protocol.highest)
     return {
         "protocol": protocol.name,
-        "scores": {key: _plain(scores[key]) for key in protocol.keys},
-        "per_class": [{key: _plain(value) for key, value in row.items()} for row in classes],
+        "scores": {key: _to_plain(scores[key]) for key in protocol.keys},
+        "per_class": [{key: _to_plain(value) for key, value in row.items()} for row in classes],
         "per_image" if protocol.unit == "image" else "per_video": rows,
         "rules": dict(protocol.rules),
         "n": int(np.sum(by_group[protocol.keys[0]].scored)),
@@ -94,10 +94,10 @@ def difference(protocol: ScoreProtocol, first: ScoringResult, second: ScoringRes
     found = {key: estimate_difference([ours[key]], [theirs[key]]) for key in protocol.keys}
     scored = np.logical_or(ours[protocol.keys[0]].scored, theirs[protocol.keys[0]].scored)
     counts = {"n": int(scored.sum()), "left_out": left_out}
-    return {key: {"value": _plain(gap.value), "ci95": gap.ci95, "p": gap.p, **counts} for key, gap in found.items()}
+    return {key: {"value": _to_plain(gap.value), "ci95": gap.ci95, "p": gap.p, **counts} for key, gap in found.items()}
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value

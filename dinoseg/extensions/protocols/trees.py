@@ -42,7 +42,7 @@ class Tree:
             wanted: whether a name has a counterpart, if known: the message suggests the subfolder with most such names.
 
         Raises:
-            UserError: the folder is missing, or has no such file at that depth.
+            UserError: the folder is missing, or has no file at that depth.
         """
         if not folder.is_dir():
             raise UserError(f"{option}={folder} is not a folder. Give the folder that holds {self.layout}.")

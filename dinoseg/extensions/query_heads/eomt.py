@@ -35,7 +35,7 @@ class EomtHead(Head[MaskOutputs]):
 
     Args:
         in_dim: width of the backbone.
-        num_layers: number of maps of the backbone; the head uses none of them.
+        num_layers: number of maps of the backbone; the head does not use them.
         num_classes: number of classes K.
         patch_size: side of the backbone's patches in pixels.
         num_queries: masks per image, at least 1.

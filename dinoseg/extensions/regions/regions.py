@@ -37,7 +37,7 @@ def with_regions(
         strategy: predicts the images.
         classes: names of the model's classes, in the order of their IDs.
         min_region: pixels of the smallest region that stays; 0 and 1 remove none.
-        largest_component: names of classes of which only the largest region stays.
+        largest_component: names of classes whose largest region alone stays.
 
     Raises:
         UserError: a name is not one of the classes.
@@ -160,7 +160,7 @@ class Regions(InferenceStrategy):
     def _find(self, mask: np.ndarray, label: int, first_pixels: dict[int, tuple[int, int]]) -> np.ndarray:
         """Return the sorted flat positions of the pixels of a class's mask (H, W) that are in removed regions.
 
-        `first_pixels` gets a pixel of the largest region, by which later calls for the image recognise it.
+        `first_pixels` gets a pixel of the largest region, so that later calls for the image recognise it.
         """
         import cv2  # lazy import: a training without regions needs no OpenCV
 

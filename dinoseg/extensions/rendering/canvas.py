@@ -12,7 +12,7 @@ SHADE = 0.55  # share of the light that a shadow removes
 class Canvas:
     """A frame under construction: `rgb` (H, W, 3) uint8 and `mask` (H, W) uint8.
 
-    `numbers` (H, W) uint8 are those of the instruments: what is drawn at a pixel has the number `number` of its time.
+    `numbers` (H, W) uint8 are those of the instruments: the paint at a pixel has the number `number` of its time.
     `unit` is the length in pixels of one design unit; `camera` is the shift (x, y) in pixels of objects fixed to the
     tissue relative to the frame.
     """

@@ -66,7 +66,7 @@ def find_missing(
         what: kind of a finished video, `file` or `folder`.
 
     Raises:
-        UserError: an existing path is none of these videos.
+        UserError: an existing path is not one of these videos.
     """
     wanted = {video.path(root): video for video in videos}
     for path in existing:

@@ -31,7 +31,7 @@ from dinoseg.extensions.serving.mask_editor import encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.work import OutOfTime, Work, WorkCancelled, run_in_thread
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value
+from dinoseg.utils.wording import format_text, format_value
 
 logger = logging.getLogger(__name__)
 _MAX_FIELDS = 16  # of a form, beside its file; they are not read
@@ -212,7 +212,7 @@ def find_class(shared: SharedModel, options: Mapping[str, str]) -> int | None:
     if name is None:
         return None
     if name not in shared.facts.classes:
-        raise UserError(f"class={format_value(name)} is unknown to this model. GET /health lists its classes.")
+        raise UserError(f"class={format_text(name)} is unknown to this model. GET /health lists its classes.")
     return shared.facts.classes.index(name)
 
 
@@ -227,7 +227,7 @@ def parse_score(text: str) -> float:
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
-        raise UserError(f"score={format_value(text)} is not a number from 0 to 1.")
+        raise UserError(f"score={format_text(text)} is not a number from 0 to 1.")
     return score
 
 

@@ -194,7 +194,7 @@ class ObjectTracker(SegmenterTracker):
         """Add a track for each new object, of some classes (N,).
 
         Raises:
-            UserError: masks of 8 bits do not hold as many IDs.
+            UserError: masks of 8 bits do not hold all IDs.
         """
         self._tracks += [Track(class_id) for class_id in classes.tolist()]
         if len(self._tracks) > MAX_IDS:
@@ -224,9 +224,9 @@ class ObjectTracker(SegmenterTracker):
 
         Args:
             target: features (h, w, C) of the frame.
-            labels: shares (h, w, M) of the tracks that are kept.
+            labels: shares (h, w, M) of the remaining tracks.
             new: shares (h, w, N) of new objects.
-            kept: places of the tracks that are kept, among those before.
+            kept: places of the remaining tracks, among those before.
         """
         memory = []
         for features, before in self._memory:

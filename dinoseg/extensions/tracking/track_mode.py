@@ -188,7 +188,7 @@ def _check_options(options: Mapping[str, float | None], allowed: Collection[str]
     """Refuse options that the model does not have.
 
     Raises:
-        UserError: one of the others is set; the message says which models have it.
+        UserError: one of the others is set; the message names the models that have it.
     """
     for key, value in options.items():
         if value is not None and key not in allowed:
@@ -218,7 +218,7 @@ def _go_on(tracker: Tracker, state: TrackState, folder: Path) -> TrackProgress:
     done = state.progress.done
     try:
         if not isinstance(done, int) or done < 0 or bool(done) != bool(state.tensors):
-            raise ValueError(f"{done} frames done, {count_of(state.tensors, 'tensor')}")
+            raise ValueError(f"{format_value(done)} frames done, {count_of(state.tensors, 'tensor')}")
         tracker.load(state.tensors)
     except UserError:
         raise

@@ -173,7 +173,7 @@ class Decoder:
 
     @property
     def _is_slotted(self) -> bool:
-        """Whether the container's frame count is a number of time slots of one tick, which may be empty."""
+        """Return whether the container's frame count is a number of time slots of one tick, which may be empty."""
         return self._container.format.name == "avi"
 
     def _time_of(self, packet: av.Packet) -> int | None:

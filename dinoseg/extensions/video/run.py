@@ -35,10 +35,10 @@ class VideoFiles(VideoSegmenter):
         check_any(videos, batch_size)
 
     def segment(
-        self, by: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
+        self, settings: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
     ) -> Throughput | None:
         """Write the results of a video; see `segment_video`."""
-        return segment_video(by, video, run, options)
+        return segment_video(settings, video, run, options)
 
 
 def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
@@ -58,7 +58,7 @@ def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
 
 
 def segment_video(
-    by: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
+    settings: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
 ) -> Throughput | None:
     """Write NAME_overlay.mp4 and the other outputs of a video to the run folder; return None if it was already done.
 
@@ -74,10 +74,10 @@ def segment_video(
     if run.done.holds(video.name, video.path, [target, *folders.values()]):
         return None
     with ExitStack() as stack:
-        reader = stack.enter_context(_open(video, by.batch_size))
+        reader = stack.enter_context(_open(video, settings.batch_size))
         parts = {name: stack.enter_context(atomic_folder(folder)) for name, folder in folders.items()}
         masks = parts.pop("masks", None)
-        writers = [frame_writer(name, part, by.labels) for name, part in parts.items()]
+        writers = [frame_writer(name, part, settings.labels) for name, part in parts.items()]
         needs_probabilities = any(writer.needs_probabilities for writer in writers)
         writer = stack.enter_context(VideoWriter(target, reader.rate, reader.size, like=reader.traits))
         total = min(filter(None, (reader.count, options.frames)), default=None)
@@ -86,24 +86,24 @@ def segment_video(
 
         def infer(batch: list[_Frame]) -> list[tuple[_Frame, PixelsAndObjects]]:
             images = [frame for frame, _ in batch]
-            results = by.predictor.predict(images, probabilities=needs_probabilities)
+            results = settings.predictor.predict(images, probabilities=needs_probabilities)
             return list(zip(batch, results, strict=True))
 
         def write(done: list[tuple[_Frame, PixelsAndObjects]]) -> None:
-            palette, ignored = by.labels.palette, by.labels.ignore_index
+            palette, ignored = settings.labels.palette, settings.labels.ignore_index
             for (frame, time), result in done:
                 shown = ImagePrediction(f"{writer.frames_written:09d}", reader.path, frame, *result)
                 if masks is not None:
-                    write_masks(masks, shown.name, shown.ids, by.layers)
+                    write_masks(masks, shown.name, shown.ids, settings.layers)
                 for further in writers:
                     further.write(shown)
-                writer.write(blend(frame, shown.ids, palette, ignore_index=ignored, opacity=by.opacity), time)
+                writer.write(blend(frame, shown.ids, palette, ignore_index=ignored, opacity=settings.opacity), time)
             bar.update(len(done))
 
-        passed = run_pipeline(_batches(frames, by.batch_size), infer, write, depth=DEPTH)
+        throughput = run_pipeline(_batches(frames, settings.batch_size), infer, write, depth=DEPTH)
     run.done.note(video.name)
-    passed.items = writer.frames_written
-    return passed
+    throughput.items = writer.frames_written
+    return throughput
 
 
 def _open(video: VideoInput, batch_size: int) -> VideoReader:

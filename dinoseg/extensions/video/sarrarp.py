@@ -65,7 +65,7 @@ def sar_rarp50(
     root = Path(root).expanduser()
     video_folders, packed = find_videos(root, split)
     if source == "video":
-        frames, unusable = _decodable(video_folders, Path(cache_dir))
+        frames, unusable = _select_decodable(video_folders, Path(cache_dir))
     else:
         frames, unusable = _find_frames(root, video_folders)
     pairs: list[Pair | IncompletePair] = [*packed, *unusable]
@@ -131,7 +131,9 @@ def _find_frames(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[st
     return {name: files for name, files in frames.items() if files}, lacking
 
 
-def _decodable(video_folders: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[IncompletePair]]:
+def _select_decodable(
+    video_folders: Mapping[str, Path], cache_dir: Path
+) -> tuple[dict[str, Frames], list[IncompletePair]]:
     """Return the frames of each video that have or should have a mask, and the videos that cannot be read."""
     videos = {name: folder / VIDEO for name, folder in video_folders.items()}
     indexes, wrong = index_videos([video for video in videos.values() if video.is_file()], cache_dir)

@@ -76,7 +76,7 @@ class VideoWriter:
             self._describe(self._stream.codec_context, like)
         except FFmpegError as error:
             self._part.unlink(missing_ok=True)
-            raise self._unwritable(str(error.strerror)) from error
+            raise self._write_error(str(error.strerror)) from error
 
     def write(self, frame: np.ndarray, time: Fraction | None = None) -> None:
         """Append one frame (H, W, 3) uint8 RGB, shown at `time` seconds; None: one frame after the previous frame.
@@ -102,7 +102,7 @@ class VideoWriter:
         try:
             self._container.mux(self._stream.encode(picture))
         except FFmpegError as error:
-            raise self._unwritable(str(error.strerror)) from error
+            raise self._write_error(str(error.strerror)) from error
         self.frames_written += 1
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class VideoWriter:
                 reason = f"{error.strerror}; "
             stored = self._count_written_frames()
             if reason or self.frames_written == 0 or stored < self.frames_written:
-                raise self._unwritable(f"{reason}{stored} of {self.frames_written} frames arrived")
+                raise self._write_error(f"{reason}{stored} of {self.frames_written} frames arrived")
             os.replace(self._part, self.path)
         except BaseException:  # signals included
             self.discard()
@@ -152,5 +152,5 @@ class VideoWriter:
         except (FFmpegError, IndexError):
             return 0
 
-    def _unwritable(self, reason: str) -> UserError:
+    def _write_error(self, reason: str) -> UserError:
         return UserError(f"Cannot write {self.path}: {reason}. Free some disk space, or choose another run folder.")

@@ -197,7 +197,7 @@ def evaluate_videos(
         make_tracker: creates a tracker for a video.
         engine: device and ranks; each rank takes every n-th video.
         out_dir: the run folder.
-        options: what is written and scored.
+        options: of outputs and scores.
         provenance: the run and its model.
 
     Raises:

@@ -144,9 +144,9 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        attended, room = torch.empty_like(query), _Room(query, key)
-        for rows, all_rows in room.pieces:
-            attended[rows] = room.weights(query[rows], key[all_rows], scale) @ value[all_rows]
+        attended, workspace = torch.empty_like(query), _Workspace(query, key)
+        for rows, all_rows in workspace.pieces:
+            attended[rows] = workspace.weights(query[rows], key[all_rows], scale) @ value[all_rows]
         return attended
 
     @staticmethod
@@ -155,18 +155,18 @@ class _Products(torch.autograd.Function):
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
         query, key, value = ctx.saved_tensors
         of_query = torch.empty_like(query)
-        room = _Room(query, key)
+        workspace = _Workspace(query, key)
         of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
-        for rows, all_rows in room.pieces:
-            weights = room.weights(query[rows], key[all_rows], ctx.scale)
-            slopes = room.slopes(upstream[rows], value[all_rows], weights)
+        for rows, all_rows in workspace.pieces:
+            weights = workspace.weights(query[rows], key[all_rows], ctx.scale)
+            slopes = workspace.slopes(upstream[rows], value[all_rows], weights)
             of_query[rows] = _scaled_product(slopes, key[all_rows], ctx.scale)
             of_key[all_rows] += _scaled_product(slopes.mT, query[rows], ctx.scale)
             of_value[all_rows] += weights.mT @ upstream[rows]
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
 
 
-class _Room:
+class _Workspace:
     """Chunks of heads (or rows) of an image, and a workspace for their scores; reuse avoids the cost of fresh pages.
 
     A chunk holds a few heads. If the scores of one head exceed the budget, it holds some of its rows; products of few
@@ -226,7 +226,7 @@ def _attend(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Compute attention with the signature of transformers' attention functions."""
-    show(module, query, key, scaling)
+    pass_to_watcher(module, query, key, scaling)
     attended = attend(query, key, value, attention_mask, dropout=dropout, scale=scaling)
     return attended.transpose(1, 2).contiguous(), None
 
@@ -266,7 +266,7 @@ def watch_transformers(attention: Any) -> Iterator[list[Watched]]:
     """Collect the arguments of a transformers attention module at each call within the context.
 
     Queries and keys include rotary positions, if the model has any. The module must use the attention function of
-    `attention.mask_queries_only`, which calls `show`.
+    `attention.mask_queries_only`, which calls `pass_to_watcher`.
     """
     calls: list[Watched] = []
     attention.watcher = lambda query, key, scale: calls.append(Watched(query.detach(), key.detach(), scale))
@@ -276,7 +276,7 @@ def watch_transformers(attention: Any) -> Iterator[list[Watched]]:
         del attention.watcher
 
 
-def show(attention: Any, query: Tensor, key: Tensor, scale: float) -> None:
+def pass_to_watcher(attention: Any, query: Tensor, key: Tensor, scale: float) -> None:
     """Pass queries and keys to the watcher of this attention module, if it has one."""
     if hasattr(attention, "watcher"):
         attention.watcher(query, key, scale)

@@ -206,7 +206,7 @@ def exported_state(model: Any) -> dict[str, Tensor]:
         raise UserError(
             "This backbone holds LoRA updates, which cannot be exported separately: merge them first, merge=true."
         )
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _silence_transformers():
         model.save_pretrained(folder, safe_serialization=True)
         state = {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}
     rope = getattr(model, "rope_embeddings", None)
@@ -275,7 +275,7 @@ def _from_pretrained(
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     options |= _drop_pooler(options["config"])
     try:
-        with _quiet():
+        with _silence_transformers():
             model, info = loader.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -302,7 +302,7 @@ def _from_pretrained(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_transformers() -> Iterator[None]:
     """Silence transformers' logs and progress bars for reading and writing; download bars still show."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging

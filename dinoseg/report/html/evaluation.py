@@ -59,7 +59,7 @@ class EvaluationScores:
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
-    """Where and how confidently the model is wrong.
+    """Errors of a model, and its confidence in them.
 
     Args:
         mious: mIoU of each image; None without labelled pixels.
@@ -251,7 +251,7 @@ def heat_map(matrix: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """Return counts (K, K), rows = reference, as an image of each row's shares with one pixel per cell.
 
     Its opacity grows with the share, so that it fits a light and a dark page. Of more than `MAX_CLASSES` classes, those
-    with the most pixels in the reference are kept.
+    with the most pixels in the reference stay.
     """
     order = np.sort(np.argsort(-matrix.sum(axis=1), kind="stable")[:MAX_CLASSES])
     counts, names = matrix[np.ix_(order, order)], [classes[index] for index in order.tolist()]

@@ -137,7 +137,7 @@ def outline_objects(frame: np.ndarray, found: Mapping[str, Objects]) -> np.ndarr
 
 
 def pair_card(shot: PairShot, sides: tuple[str, str], evaluated: EvaluatedImages, score: str) -> dict[str, Any]:
-    """Return a card of an image: frame, reference, predictions of both sides, and a map of which of them is correct.
+    """Return a card of an image: frame, reference, predictions of both sides, and a map of the correct ones.
 
     Args:
         shot: the image.

@@ -30,7 +30,7 @@ class Logger:
             logged again.
 
     Attributes:
-        view: how to view what was logged, printed after the training; empty: nothing to print.
+        view: how to open the log, printed after the training; empty: nothing to print.
         timeout: seconds after which a call counts as failed; its methods then run in a thread, so that no training
             waits for a server, and the constructor must not wait either. None: they run at once.
         is_enabled: False: its settings disable it, so no other method is called. The constructor logs why.

@@ -218,8 +218,10 @@ def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
     data = instantiate(cfg.reader)(split="train")
     assert data.classes == ("earth", "plant") and cfg.num_classes == 2
     np.testing.assert_array_equal(data.mask(0), plants + mask_of_boxes((255, 3, 4, 6, 9)))
-    words = "data.unlabelled=background is not a class: data.classes has earth, plant"
-    assert_refused(lambda: instantiate(load("coco", root).reader)(split="train"), words)
+    words = "is not a class: data.classes has earth, plant"
+    assert_refused(lambda: instantiate(load("coco", root).reader)(split="train"), f"data.unlabelled=background {words}")
+    no_class = load("coco", root, "data.unlabelled=null")
+    assert_refused(lambda: instantiate(no_class.reader)(split="train"), f"data.unlabelled=null {words}")
     (root / "classes.yaml").write_text("classes: [background, leaf]")
     words = "data=coco rasterises masks from labelled shapes: write `masks: labels`"
     assert_refused(lambda: load("coco", root).classes, words)
@@ -414,10 +416,10 @@ def test_invalid_json_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("shape", "wrong"),
     [
-        (("leaf", "polygon", [[1, 1], [2, 2]]), "shapes[0] (leaf): it is a polygon of 2 points; a polygon needs 3"),
+        (("leaf", "polygon", [[1, 1], [2, 2]]), "shapes[0] ('leaf'): it is a polygon of 2 points; a polygon needs 3"),
         (("leaf", "circle", [[1, 1], [2, 2], [3, 3]]), "a circle of 3 points"),
         (("leaf", "point", [[1, 1], [2, 2]]), "a point of 2 points"),
-        (("leaf", "spiral", [[1, 1]]), "shape_type is spiral"), (("", "point", [[1, 1]]), "must be a name"),
+        (("leaf", "spiral", [[1, 1]]), "shape_type is 'spiral'"), (("", "point", [[1, 1]]), "must be a name"),
         ((3, "point", [[1, 1]]), "must be a name"), (("leaf", "point", [[1]]), "not a list of pairs"),
         (("leaf", "circle", [[1, 1], [1e30, 1]]), "away"), (("leaf", "mask", [[1, 1], [2, 2]]), "an image in base64"),
         (("a", "mask", [[1, 1], [2, 2]], "AAAA"), "PNG of 2 x 2 pixels"),

@@ -150,7 +150,7 @@ def test_entries_of_splits_are_folders_lists_or_several(tmp_path):
     assert sorted(sides) == [["train/a"], ["valid/a"]]
 
 
-def test_labels_may_lie_beside_the_images(tmp_path):
+def test_labels_may_lie_next_to_the_images(tmp_path):
     save(tmp_path / "photos/a.png", np.zeros((*SIZE, 3)))
     (tmp_path / "photos/a.txt").write_text(f"0 {TRIANGLE}")
     (tmp_path / "data.yaml").write_text(f"train: photos\n{NAMES}")
@@ -202,7 +202,7 @@ def test_export_of_cvat_is_read(tmp_path):
     assert sorted(sides) == [data.names[:1], data.names[1:]]
 
 
-def test_the_last_folder_of_images_has_labels_beside_it(tmp_path):
+def test_the_last_folder_of_images_has_labels_next_to_it(tmp_path):
     save(tmp_path / "images/plants/images/a.png", np.zeros((*SIZE, 3)))
     (tmp_path / "images/plants/labels").mkdir()
     (tmp_path / "images/plants/labels/a.txt").write_text(f"0 {TRIANGLE}")

@@ -454,7 +454,7 @@ def test_masks_of_one_class_each_choose_multilabel(folder, choose_recipe, monkey
     assert rerun.choices.task == "multilabel"
 
 
-def test_typed_task_is_kept(folder, choose_recipe):
+def test_typed_task_is_not_replaced(folder, choose_recipe):
     write_overlaps(folder / "overlaps", train=5, val=2)
     cfg, done = choose_recipe(*OVERLAPS, "task=multilabel", "loss=bce", "task.threshold=0.3")
     assert (cfg.choices.task, cfg.choices.loss, cfg.task.threshold) == ("multilabel", "bce", 0.3)

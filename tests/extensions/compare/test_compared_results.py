@@ -97,7 +97,7 @@ def plain_bold(sides, score):
     return best if all(passed) else None
 
 
-def test_scores_and_bold_equal_a_plain_script_on_drawn_sides():
+def test_scores_and_bold_equal_a_plain_script_on_random_sides():
     kinds = {"bold": 0, "not bold": 0, "no interval": 0, "one unit": 0, "one score": 0}
     for seed in range(CASES):
         sides = draw_sides(np.random.default_rng(seed))

@@ -93,7 +93,7 @@ def about(value):
     return value if value is None else pytest.approx(value, rel=1e-7, abs=1e-9)
 
 
-def test_effects_equal_a_plain_script_on_drawn_designs():
+def test_effects_equal_a_plain_script_on_random_designs():
     kinds = {"none": 0, "one level": 0, "undetermined": 0, "no interval": 0, "interval": 0, "level without score": 0}
     for seed in range(CASES):
         cells, scores = draw_design(np.random.default_rng(seed))

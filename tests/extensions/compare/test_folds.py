@@ -227,7 +227,7 @@ def test_pooled_folds_equal_a_plain_script(start):
             assert found.interval == about(plain_interval(first, key, background, groups, labelled)), (seed, key)
 
 
-def test_drawn_cases_are_ugly():
+def test_random_cases_lack_groups_classes_and_seeds():
     cases = [draw_case(np.random.default_rng(seed)) for seed in range(CASES)]
     assert sum(len({*groups.values()}) == 1 for _, _, groups, _ in cases) > 10
 

@@ -97,7 +97,7 @@ def test_probabilities_equal_those_averaged_by_hand(name, backbones):
     assert torch.equal(SEMANTIC.decide(found), torch.from_numpy(ids))
 
 
-def test_members_of_other_strategies_resolutions_and_heads_are_averaged():
+def test_members_of_other_strategies_and_heads_are_averaged():
     members = [
         make_member(0, STRATEGIES["windows"]),
         make_member(1, Whole, scale=0.5),
@@ -148,7 +148,7 @@ def test_members_are_merged_only_if_that_changes_no_prediction():
     assert not shares_backbone(*scores)
 
 
-def test_members_of_other_training_sizes_are_merged_for_small_images_alone():
+def test_members_of_other_sizes_are_merged_for_small_images():
     members = [make_member(seed, Whole) for seed in range(2)]
     members[0].model.limit = lambda size: 24 if max(size) > 40 else None
     strategy = AveragedStrategy(members)

@@ -55,7 +55,9 @@ def test_documented_code_gives_the_same_mask(tmp_path, monkeypatch, changes, siz
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     write_png(tmp_path / "image.png", image)
     page = ROOT / "docs/predicting.md"
-    (code,) = [block for _, block in blocks(page) if "onnxruntime.InferenceSession" in block]
+    code = "".join(
+        block for _, block in blocks(page, "python|py") if re.search("import onnxruntime|  # class ids", block)
+    )
     names = {}
     code = code.replace("EXPORTED_ONNX/model.onnx", str(path)).replace("IMAGE", str(tmp_path / "image.png"))
     exec(compile(code, page, "exec"), names)

@@ -53,11 +53,11 @@ def test_proof_counts_pixels_points_and_predictions(picture):
 
 def test_proof_limits_follow_the_options():
     result = {"finite": True, "agreement": 0.999, "miou": {"torch": 0.5, "exported": 0.4990625}}
-    assert proof.passes(result, GraphOptions())
-    assert proof.passes(result, GraphOptions(max_miou_drop=100 * (0.5 - 0.4990625)))
-    assert not proof.passes(result, GraphOptions(min_agreement=0.9991))
-    assert not proof.passes(result, GraphOptions(max_miou_drop=0.09))
-    assert not proof.passes({**result, "finite": False}, GraphOptions())
+    assert proof.meets_limits(result, GraphOptions())
+    assert proof.meets_limits(result, GraphOptions(max_miou_drop=100 * (0.5 - 0.4990625)))
+    assert not proof.meets_limits(result, GraphOptions(min_agreement=0.9991))
+    assert not proof.meets_limits(result, GraphOptions(max_miou_drop=0.09))
+    assert not proof.meets_limits({**result, "finite": False}, GraphOptions())
 
 
 def test_nan_outputs_fail_the_proof(picture):
@@ -69,7 +69,7 @@ def test_nan_outputs_fail_the_proof(picture):
     runtime = SimpleNamespace(ids=lambda _: zeros[None], probabilities=lambda _: next(given)[None])
     result = proof.compare(fixed(zeros, fine), runtime, [picture] * 2, 2, 255)
     assert result["agreement"] == 1 and result["largest_difference_of_probabilities"] is None
-    assert not proof.passes(result, GraphOptions())
+    assert not proof.meets_limits(result, GraphOptions())
 
 
 def test_large_probabilities_are_thinned_evenly(monkeypatch):

@@ -101,7 +101,7 @@ def test_stop_request_ends_the_wait_for_features(tmp_path):
     assert entered
 
 
-def test_a_cache_that_cannot_be_written_holds_nobody_up(tmp_path):
+def test_a_cache_that_cannot_be_written_blocks_no_run(tmp_path):
     (tmp_path / "a").write_text("no folder")
     with DiskStore(tmp_path, "a", "float16").claim(KEYS[0]):
         pass

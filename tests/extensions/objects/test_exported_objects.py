@@ -1,12 +1,15 @@
 """Objects of exported graphs, in numpy, compared with those of PyTorch."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from docs_pages import ROOT, blocks
 from object_models import CLASSES, draw_image, make_model, make_predictor
 from test_finding import draw
 
+from dinoseg.core.objects import Objects, Runs
 from dinoseg.extensions.export import objects as exported
 from dinoseg.extensions.export import onnx_file
 from dinoseg.extensions.export.graph import record_of, trace
@@ -16,6 +19,7 @@ from dinoseg.extensions.export.options import GraphOptions
 from dinoseg.extensions.objects.finding import find_instances, find_segments
 from dinoseg.extensions.objects.tasks import InstanceTask
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 ABOUT = {"classes": CLASSES, "palette": [[0, 0, 0], [34, 119, 255], [204, 255, 0]], "ignore_index": 255}
 
@@ -83,6 +87,24 @@ def test_onnx_file_finds_the_objects_of_its_model(tmp_path, task):
     assert np.array_equal(runtime.ids(images), [ids for ids, _ in results])
     assert runtime.probabilities(images) == pytest.approx(predictor.probabilities(images).numpy(), abs=1e-5)
     assert {0, 1, 2} == {*np.unique(results[0][0]).tolist()} and not results[3][0].any()
+
+
+def test_documented_numpy_finds_the_same_objects(tmp_path, task):
+    path = export(tmp_path, task)
+    page = ROOT / "docs/predicting.md"
+    parts = [block for _, block in blocks(page, "python|py") if re.search("import onnxruntime|class_logits", block)]
+    code = "".join(parts).replace("EXPORTED_ONNX/model.onnx", str(path)).replace("IMAGE", str(tmp_path / "image.png"))
+    count = 0
+    for image in (draw_image(seed=0)[0][:57, :83], draw_image(seed=1)[0], np.zeros((40, 64, 3), np.uint8)):
+        write_png(tmp_path / "image.png", image)
+        names = {}
+        exec(compile(code, page, "exec"), names)
+        scores, classes, masks = zip(*names["objects"], strict=True) if names["objects"] else ((), (), ())
+        found = Objects.of_runs(image.shape[:2], list(map(Runs.of_mask, masks)), list(classes), np.array(scores))
+        ((_, expected),) = load_onnx(path, device="cpu").runtime.predict([image])
+        assert are_equal(found, expected)
+        count += (expected.scores > 0.5).sum()
+    assert count > 2
 
 
 def test_onnx_file_limits_instances_as_its_model(tmp_path):

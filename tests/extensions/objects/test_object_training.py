@@ -145,7 +145,7 @@ class OneObject:
         return {"image": image, "mask": mask, "name": self.names[index], "maps": {OBJECTS: objects}}
 
 
-def test_views_without_objects_are_drawn_again():
+def test_views_without_objects_are_sampled_again():
     augment = Augment((16, 16))
     views, plain = (TrainViews(OneObject(), augment, 3, needs_objects=needs) for needs in (True, False))
     shown, redraws = [], []
@@ -188,7 +188,7 @@ def test_redrawn_views_do_not_depend_on_workers():
     several.close()
 
 
-def test_class_of_a_pixel_is_the_most_probable_thing_or_background():
+def test_class_of_a_pixel_is_the_likeliest_thing_or_background():
     task = InstanceTask(["ground", "leaf", "fruit", "sky"], ["leaf", "fruit"], "ground")
     shares = torch.tensor([[[0.0, 0.9, 0.0, 0.0, 0.1], [0.0, 0.0, 0.8, 0.0, 0.2], [0.1, 0.0, 0.0, 0.9, 0.0]]])
     masks = torch.tensor([[[9.0, 9, -9, -9], [-9, 9, 9, -9], [9, -9, -9, 9]]]).view(1, 3, 2, 2)

@@ -66,7 +66,7 @@ def write_reference(folder, name, things=(1, 2)):
     return path
 
 
-def test_results_of_instances_score_with_the_ids_of_the_reference(tmp_path):
+def test_instance_results_are_scored_with_ids_of_the_reference(tmp_path):
     ids = write_reference(tmp_path, "ids.json")
     out, drawn = write(tmp_path, ["coco"], task="instance", ids=str(ids), format="rle")
     results = read_json(out, "coco", "results.json")

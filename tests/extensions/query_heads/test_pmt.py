@@ -256,7 +256,7 @@ def make_tokens():
     return backbone, tokens
 
 
-def test_released_files_with_a_backbone_or_compiled_names_are_loaded(tmp_path):
+def test_released_files_with_backbone_or_compiled_names_load(tmp_path):
     head = PmtHead(32, 4, 4, **FOUR)
     wanted = make_file(head)["state_dict"]
     content = make_file(head, **{"network.encoder.backbone.norm.weight": torch.ones(3), "criterion.empty_weight": 0})

@@ -131,7 +131,7 @@ def test_evaluation_states_the_effect_of_one_pass(run):
     assert "regions:" not in plain.out and not (run / "without/regions.json").exists()
 
 
-def test_best_checkpoint_is_selected_by_what_an_evaluation_scores(run):
+def test_best_checkpoint_is_selected_by_the_evaluation_score(run):
     _, scores = evaluate(run, "again", "mode.metrics_only=true", "mode.report=false")
     progress = checkpoint.describe(run / "run/checkpoints/best.safetensors")["progress"]
     rows = [row for row in read_rows(run / "run/metrics.jsonl") if "val/miou" in row]  # not those of training

@@ -143,7 +143,7 @@ def draw(seed):
 
 
 @pytest.mark.parametrize("start", range(0, 400, 50))
-def test_ids_equal_the_definition_on_drawn_cases(start):
+def test_ids_equal_the_definition_on_random_cases(start):
     changed = 0
     for seed in range(start, start + 50):
         scores, options = draw(seed)

@@ -93,7 +93,7 @@ class TestWithoutLabels:
         for mask, own in zip(follow(model_of(scale=0.5), large), IDS, strict=True):
             assert mask.shape == (64, 96) and (mask[::2, ::2] == own + 1).mean() > 0.98
 
-    def test_254_slots_are_as_many_as_there_are_ids(self):
+    def test_254_slots_use_all_ids(self):
         assert follow(model_of([GREY] * 254), crossing_squares(1)[0])[0].max() <= 254
 
 

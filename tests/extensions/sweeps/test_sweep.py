@@ -490,7 +490,7 @@ def test_main_effects_are_printed_and_written_for_papers(tmp_path, capsys):
     assert f"% {failed}" in latex and latex.count("\\toprule") == 2
 
 
-def test_table_for_papers_has_seeds_beside_its_intervals(tmp_path):
+def test_table_for_papers_has_seeds_and_intervals(tmp_path):
     end_factorial(tmp_path)
     markdown = (tmp_path / "table.md").read_text()
     lines = {line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in markdown.splitlines()[2:8]}

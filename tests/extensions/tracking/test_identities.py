@@ -186,7 +186,7 @@ def test_restored_identities_continue_exactly(seed, keep):
     np.testing.assert_array_equal(follow((frames, objects), batch=4, keep=keep)[0], whole)
 
 
-def test_identity_settings_and_invalid_states_are_told_apart():
+def test_identity_settings_and_invalid_states_differ():
     scene = random_scene(0, 3)
     _, tracker = follow(scene)
     told = tracker.settings

@@ -101,7 +101,7 @@ def test_any_order_equals_decoding_from_the_start(tmp_path):
         assert len(find_index(path, None)) == len(same([path])[path])
 
 
-def test_few_videos_stay_open_and_equal_frames_are_told_apart(tmp_path):
+def test_few_videos_stay_open_and_equal_frames_are_separate(tmp_path):
     same([write(tmp_path / f"{number}.avi", "MJPG", 4 + number) for number in range(7)])
     assert len(video_access._open.readers) <= 4
     path = write(tmp_path / "still.avi", "XVID", 90, lambda index: picture(3 if index < 70 else index))

@@ -335,9 +335,9 @@ def test_products_are_chosen_by_cpu_features(monkeypatch, bf16, amx, faster):
 def test_pieces_fit_the_limit_and_share_memory(monkeypatch, heads, rows, tokens, held, pieces):
     monkeypatch.setattr(attention, "_HELD", held)
     query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
-    room = attention._Room(query, key)
-    memory = {room.weights(query[part], key[all_rows], 0.1).data_ptr() for part, all_rows in room.pieces}
-    for part, _ in room.pieces:
+    workspace = attention._Workspace(query, key)
+    memory = {workspace.weights(query[part], key[all_rows], 0.1).data_ptr() for part, all_rows in workspace.pieces}
+    for part, _ in workspace.pieces:
         query[part] += 1
         assert query[part][..., 0].numel() * tokens <= held
-    assert len(room.pieces) == 2 * pieces and (query == 1).all() and len(memory) == 1  # which all pieces share
+    assert len(workspace.pieces) == 2 * pieces and (query == 1).all() and len(memory) == 1  # which all pieces share

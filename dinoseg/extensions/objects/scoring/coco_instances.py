@@ -95,7 +95,7 @@ class CocoInstances(RowProtocol):
         for path, what, entries in ((reference, "annotation", whole["annotations"]), (prediction, "result", results)):
             by_image: dict[int, list[Named]] = {number: [] for number in images}
             for position, entry in enumerate(entries):
-                name = f"image {entry['image_id']}, {what} {entry.get('id', position)}"
+                name = f"image {entry['image_id']}, {what} {format_value(entry.get('id', position))}"
                 if entry["image_id"] in images:
                     by_image[entry["image_id"]].append((name, entry))
                 else:

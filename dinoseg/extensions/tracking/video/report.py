@@ -55,13 +55,13 @@ class _Masked(NamedTuple):
 
 
 def write_results(
-    job: TrackJob, passed: Throughput, source: str, opacity: float, outline: int | None
+    job: TrackJob, throughput: Throughput, source: str, opacity: float, outline: int | None
 ) -> dict[str, Any]:
     """Write the results of a run whose masks are complete, and delete its saved state.
 
     Args:
         job: the finished job.
-        passed: number of frames tracked, and the time it took.
+        throughput: number of frames tracked, and the time it took.
         source: path of the frames, which are read again.
         opacity: opacity of the masks in the overlay.
         outline: width of their outlines in pixels; None: by the frame's size.
@@ -69,11 +69,11 @@ def write_results(
     Raises:
         UserError: see `write_track_report`.
     """
-    frames_per_s = passed.items / passed.seconds
+    frames_per_s = throughput.items / throughput.seconds
     logger.info(
         "%s in %.1f s: %.2f frames/s including reading and writing",
-        count_of(passed.items, "frame"),
-        passed.seconds,
+        count_of(throughput.items, "frame"),
+        throughput.seconds,
         frames_per_s,
     )
     tracked = job.tracker.tracked_objects()
@@ -93,7 +93,7 @@ def write_results(
         "size": list(job.frames.size),
         "fps": job.frames.fps,
         "objects": objects,
-        "frames_timed": passed.items,
+        "frames_timed": throughput.items,
         "frames_per_s": frames_per_s,
         "report_frames_per_s": report.items / report.seconds,
         "flicker": flicker,
@@ -146,8 +146,8 @@ def write_track_report(
         _table(folder / "objects.csv", () if tracked is None else ("class", "score")) as table,
         VideoWriter(folder / "overlay.mp4", frames.rate, frames.size, like=frames.traits) as video,
     ):
-        passed = run_pipeline(_with_masks(frames, folder / MASKS), infer, write, depth=_DEPTH)
-    return sorted(seen), passed
+        throughput = run_pipeline(_with_masks(frames, folder / MASKS), infer, write, depth=_DEPTH)
+    return sorted(seen), throughput
 
 
 def object_rows(position: int, name: str, mask: np.ndarray, background: int | None = 0) -> list[ObjectRow]:

@@ -100,9 +100,9 @@ def track_video(job: TrackJob) -> Throughput:
 
     with Bar(total=total, initial=start.done, unit="frame", desc=job.frames.path.name) as bar:
         masks = MaskFolder(job.folder, job.colours.palette, bar)
-        passed = run_pipeline(batches, follow, masks.write, depth=_DEPTH)
+        throughput = run_pipeline(batches, follow, masks.write, depth=_DEPTH)
     batches.check_end()
-    return Throughput(masks.count, looking + passed.seconds)
+    return Throughput(masks.count, looking + throughput.seconds)
 
 
 def _ahead(job: TrackJob) -> Iterator[LabelledFrames]:

@@ -290,7 +290,7 @@ def test_panoptic_segments_are_objects_and_the_mask(tmp_path):
     assert read("coco_panoptic", tmp_path).maps[OBJECTS].things == (1, 2)
 
 
-def test_panoptic_files_may_lie_beside_the_annotations(tmp_path):
+def test_panoptic_files_may_lie_next_to_the_annotations(tmp_path):
     """As in the layout of detectron2."""
     roots = tmp_path / "below", tmp_path / "beside"
     for root in roots:

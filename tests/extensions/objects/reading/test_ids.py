@@ -143,7 +143,7 @@ def test_ids_hold_their_class(tmp_path, divisor):
     )
 
 
-def test_ids_beside_masks_take_their_class(tmp_path):
+def test_ids_with_masks_take_their_class(tmp_path):
     ids = np.random.default_rng(2).choice([0, 4, 7, 9, 11], SIZE)
     masks = np.select([ids == 4, ids == 7, ids == 9], [1, 2, 2], 0)
     words = ("data.classes=[background,cell,fibre]", "data.objects.files=[masks,ids]")

@@ -173,7 +173,7 @@ def test_images_without_objects_do_not_narrow_intervals(tmp_path):
     assert (more["n"], more["ci95"], len(more["per_image"])) == (12, result["ci95"], 42)
 
 
-def test_polygons_are_drawn_as_by_pycocotools(tmp_path):
+def test_polygons_are_rasterised_as_by_pycocotools(tmp_path):
     rings = [[10, 10, 40.5, 12, 30, 60.25], [100, 100, 120, 100, 120, 120, 100, 120]]
     mask = np.zeros((150, 200), bool)
     polygons(rings).paint(mask, True)
