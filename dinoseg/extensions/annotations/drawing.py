@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +28,14 @@ def check_mask_size(width: int, height: int, image: tuple[int, int]) -> None:
         raise ValueError(f"its mask has {width} x {height} pixels, but its image only {image[1]} x {image[0]}")
 
 
-class Form:
+class Form(ABC):
     """Base class of the pixels of a shape, which are drawn when they are read."""
 
     __slots__ = ()
 
+    @abstractmethod
     def draw(self, size: tuple[int, int]) -> Patch:
         """Return the pixels that the shape covers in an image of `size` (H, W)."""
-        raise NotImplementedError
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
         """Set the pixels of a canvas (H, W) that the shape covers."""
