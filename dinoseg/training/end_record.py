@@ -51,7 +51,7 @@ def describe_sweep(folder: Path, *, key: str = "resume") -> str:
     """Return how many runs the folder of a sweep holds, and which to give: the best by its validation score."""
     runs = sorted((path for path in entries(folder) if path.is_dir()), key=lambda path: natural_order(path.name))
     count = count_of(runs, "run")
-    records = {run: read_end(run).get("ranking") for run in runs}
+    records: dict[Path, Any] = {run: read_end(run).get("ranking") for run in runs}
     ranked = {run: Ranking(**record) for run, record in records.items() if forms.fits(record, _RANKING)}
     scores = {(ranking.name, ranking.lowest, ranking.fold) for ranking in ranked.values()}
     if len(scores) != 1:

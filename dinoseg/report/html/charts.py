@@ -68,12 +68,12 @@ def line_chart(
         ideal: add the diagonal.
         colors: of the curves (R, G, B); empty: those of the page.
     """
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for number, (name, points) in enumerate(curves):
         dots = [(*axes.at(x, y), f"{name}: {x:.5g}, {y:.4g}") for x, y in points]
         path = "L".join(f"{x} {y}" for x, y, _ in dots) if len(dots) > 1 else ""
-        drawn.append({"name": name, "path": path, "dots": dots if len(dots) <= _MAX_DOTS else []})
-        drawn[-1]["color"] = tuple(colors[number]) if colors else None
+        color = tuple(colors[number]) if colors else None
+        drawn.append({"name": name, "path": path, "dots": dots if len(dots) <= _MAX_DOTS else [], "color": color})
     return _chart(title, axes, ideal) | {"curves": drawn}
 
 
