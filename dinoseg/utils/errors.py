@@ -109,7 +109,7 @@ class KilledProcess(UserError):
 
 
 class WaitEnded(UserError):
-    """Error that a wait has reached its limit, or has ended because this process is asked to stop."""
+    """Error that a wait has reached its limit, or has ended because a stop was requested."""
 
 
 @contextmanager

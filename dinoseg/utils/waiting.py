@@ -52,7 +52,7 @@ class Wait:
         self._total += passed
         self._still += passed
         if self._total >= self._grace and is_stop_requested():
-            raise WaitEnded(f"{self._describe(self._total)} The wait ends: this process is asked to stop.")
+            raise WaitEnded(f"{self._describe(self._total)} The wait ends: a stop was requested.")
         if self._still >= self._limit:
             raise WaitEnded(f"{self._describe(self._total)} The wait ends after {self._limit:g} s without progress.")
         if self._total >= self._next_line:

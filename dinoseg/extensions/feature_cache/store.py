@@ -188,7 +188,7 @@ class DiskStore:
         """Let one process at a time compute a key within the block; the others wait, and then find its file.
 
         Runs that start together with one seed would otherwise all compute the same features. A process that hangs is
-        not waited for longer than a minute, nor once this one is asked to stop: the block then computes the key, too.
+        not waited for longer than a minute, nor once a stop is requested: the block then computes the key, too.
         """
         lock = hold_lock(self.folder / f"{key}.lock", limit=_PATIENCE, notice=NOTICE, poll=_POLL, level=logging.DEBUG)
         with ExitStack() as stack:
