@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, resolve_node, walk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
-from dinoseg.utils.wording import format_text, format_value
+from dinoseg.utils.wording import format_override, format_text
 
 REMEDY = "Do not use this file unless you know who made it"
 _MOST_STEPS = 2**40  # optimizer steps: they are compared with, and size nothing
@@ -45,7 +45,7 @@ def check_values(values: Mapping[str, Any], where: str, remedy: str) -> None:
     """
     for count, (key_path, value) in enumerate(walk(values)):
         if count > _MAX_VALUES or not (_is_key(key_path) and _is_allowed(value, key_path)):
-            what = f"{format_text(dotted_name(key_path))}={format_value(value)}"
+            what = f"{format_text(dotted_name(key_path))}={format_text(format_override(value))}"
             raise UserError(
                 f"{where}: {what} is refused: saved configs set no key that builds something, at most {_MAX_VALUES} "
                 f"values, numbers up to {_largest_number(key_path)}, short text without ${{, and folders below the run "

@@ -21,7 +21,7 @@ from dinoseg.config.plain import BUILDS, KeyPath, dotted_name, is_below, nests, 
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import path_exists
-from dinoseg.utils.wording import format_text, format_value, join_names
+from dinoseg.utils.wording import format_override, format_text, join_names
 
 logger = logging.getLogger(__name__)
 VALUES_ONLY = "values_only"  # root key of a config: groups that it does not build, whose values alone it holds
@@ -279,7 +279,7 @@ def _set_values(
         if is_group and isinstance(value, Mapping):
             _set_values(node[name], value, place, added, where, replaced, is_argument=is_argument)
         elif not is_known or (value is not None and (is_group or nests(option))):
-            what = f"{where}: {dotted_name(place)}={format_value(value)}"
+            what = f"{where}: {dotted_name(place)}={format_text(format_override(value))}"
             raise UserError(f"{what} is refused: the options on this machine have another form. {REMEDY}.")
         elif not _is_replaced(dotted_name(place), value, replaced):
             node[name] = value
