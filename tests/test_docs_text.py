@@ -48,7 +48,7 @@ def test_each_promise_of_the_servers_has_a_state_and_a_test():
     assert len(rows) >= 25
     for promise, state, tests in rows:
         named = re.findall(r"`(tests/[^`:]+)::(\w+)`", tests)
-        assert re.match(" (kept|new|proxy|withdrawn)", state) and (named or "proxy" in state or "withdrawn" in state)
+        assert re.match(" (holds|new|proxy|withdrawn)", state) and (named or "proxy" in state or "withdrawn" in state)
         assert all(f"def {name}(" in (ROOT / file).read_text() for file, name in named), promise
 
 

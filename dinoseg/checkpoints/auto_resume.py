@@ -1,4 +1,4 @@
-"""Decision of `resume=auto`: which earlier run a training resumes, and what is left to do in it.
+"""Decision of `resume=auto`: which earlier run a training resumes, and the remaining work in it.
 
 All inputs are plain data. `past_runs.py` reads them from run folders, `cli/resuming.py` locks the chosen folder.
 """
@@ -19,7 +19,7 @@ _MAX_NEAR_MISSES = 3  # reported, the newest ones
 
 
 class Action(Enum):
-    """What a job does with the chosen run."""
+    """Use that a job makes of the chosen run."""
 
     START = "start"  # train from the first step: in a new folder, or in that of a run without a checkpoint
     RESUME = "resume"
@@ -29,7 +29,7 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training does: its recipe and its length.
+    """Plan of a training: its recipe and its length.
 
     Args:
         settings: values that identify the recipe, by dotted key; the seed is one of them.
@@ -72,18 +72,18 @@ class PastRun:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the training has ended and was not extended since."""
+        """Return whether the training has ended and was not extended since."""
         return self.step is not None and self.step == self.end
 
     @property
     def is_finished(self) -> bool:
-        """Whether the training has ended and its final evaluation is written."""
+        """Return whether the training has ended and its final evaluation is written."""
         return self.has_ended and self.is_evaluated
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks for.
+    """Plan and typed keys of a command.
 
     Args:
         plan: of the composed config.
@@ -110,10 +110,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where a job starts.
+    """Start of a job.
 
     Args:
-        action: what is left to do.
+        action: the remaining work.
         folder: the existing or given run folder; None: a new one.
         checkpoint: the file to resume from; None: none.
         step: of that checkpoint.

@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
 
 class PreparedJob(NamedTuple):
-    """What is left to do in the run folder of a job.
+    """Remaining work in the run folder of a job.
 
     Attributes:
         cfg: the whole config, merged with that of the checkpoint to resume from.

@@ -50,7 +50,7 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
     forget_share()
     context = get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)
-    # torch itself would listen on all interfaces, and whoever reaches the store can disturb the training
+    # torch itself would listen on all interfaces, and other machines that reach the store can disturb the training
     store = socket.create_server(("127.0.0.1", 0))
     port = store.getsockname()[1]
     ranks = [

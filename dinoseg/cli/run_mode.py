@@ -25,7 +25,7 @@ FILE_KEYS = (
     "resumes_with",
     "paths",
     "check",
-)  # what the file of a mode says to the launcher
+)  # keys of the file of a mode for the launcher
 LAUNCH_KEYS = ("devices", "ensemble", *FILE_KEYS)  # keys of a mode that are not arguments of its function
 _GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's messages on a lost rank
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # if a rank does not respond: gloo, NCCL and the store

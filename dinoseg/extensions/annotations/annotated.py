@@ -133,7 +133,7 @@ class Shapes:
         order: `file`: the order of the file; `area`: the one with the most pixels first, so that small objects are
             drawn over large ones.
         without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
-        crowds: of COCO. `class`: a crowd has the class of its label and is drawn below all objects; `ignore`: its
+        crowds: of COCO. `class`: a crowd has the class of its label and lies below all objects; `ignore`: its
             pixels are ignored; `object`: it is an object like others, since CVAT exports brush masks as crowds.
         grouped: of COCO: use the supercategories as labels.
     """

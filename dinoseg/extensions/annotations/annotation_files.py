@@ -55,7 +55,7 @@ class Kind:
         by_split: usual locations of a file for each split.
         single: of a file for all.
         per_image: whether each image has a file.
-        list_images: adds the images of some splits to the contents of a file that only says where they are.
+        list_images: adds the images of some splits to the contents of a file that only lists their places.
     """
 
     title: str

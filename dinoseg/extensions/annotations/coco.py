@@ -31,7 +31,7 @@ _FORM = forms.object_with(
 def read_coco(content: bytes, path: Path) -> Annotations:
     """Parse a COCO file; its labels are ordered by category id.
 
-    An annotation of polygons covers their union; a crowd (`iscrowd`) is drawn below all others.
+    An annotation of polygons covers their union; a crowd (`iscrowd`) lies below all others.
 
     Raises:
         ValueError: it is not a COCO file, or an id is duplicate or undefined.
@@ -58,7 +58,7 @@ def collect_annotations(whole: Mapping[str, Any], path: Path, make_shape: MakeSh
         whole: content of the file, see `parse_coco`.
         path: the file.
         make_shape: returns the shape of an annotation, given the names of categories by id, and its image's size;
-            raises a ValueError that says what is wrong with it.
+            raises a ValueError that names its mistake.
 
     Raises:
         ValueError: an id is duplicate or undefined.

@@ -20,7 +20,7 @@ LARGEST_FILE = 2**30  # bytes of an annotation file
 class LabelledShape:
     """Shape with its label.
 
-    A crowd is an area of objects that were not annotated individually; it is drawn below all other shapes.
+    A crowd is an area of objects that were not annotated individually; it lies below all other shapes.
 
     Args:
         label: label of the tool.

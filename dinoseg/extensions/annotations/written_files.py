@@ -352,7 +352,7 @@ class PanopticSegments:
         folder: output folder.
         labels: the classes.
         background: ID of the class that is no object; None: there is none.
-        things: ids of the classes whose objects are told apart.
+        things: ids of the classes whose objects are separated.
         ids: of images and categories.
     """
 

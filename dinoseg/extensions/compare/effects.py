@@ -12,7 +12,7 @@ from dinoseg.extensions.compare.paper_table import PaperTable
 from dinoseg.utils.wording import count_of
 
 FOLD, SEED = "data.fold", "seed"
-MIN_FREEDOM = 3  # with two, the 97.5 % quantile of Student's t is 4.3: an interval says little
+MIN_FREEDOM = 3  # with two, the 97.5 % quantile of Student's t is 4.3: an interval is of little use
 _TOLERANCE = 1e-9  # relative to the largest singular value of a design of zeros and ones
 
 

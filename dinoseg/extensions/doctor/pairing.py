@@ -1,4 +1,4 @@
-"""Checks for masks that do not match their image: paired with a wrong one, resized, or beside a rotated one."""
+"""Checks for masks that do not match their image: paired with a wrong one, resized, or with a rotated one."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -45,7 +45,7 @@ def check_maps(name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], 
 
 
 def check_objects(name: str, data: SegmentationData) -> None:
-    """Refuse data of which no image has an object that is told apart; images are read up to the first one that has.
+    """Refuse data without any object that is not a crowd; images are read up to the first one that has.
 
     Args:
         name: of the data, for messages.

@@ -61,7 +61,7 @@ class ThingTask(ObjectTask):
         check_maps(name, kinds, classes, self.things)
 
     def check_objects(self, name: str, data: Any) -> None:
-        """Refuse data of which no image has an object."""
+        """Refuse data without any object."""
         check_objects(name, data)
 
 

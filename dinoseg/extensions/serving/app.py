@@ -32,7 +32,7 @@ class App:
 
     def mount(self, application: FastAPI) -> None:
         """Add the page, and the routes of its uploads and results."""
-        # NiceGUI searches all objects for its server, and torch's deprecated ones warn of being looked at
+        # NiceGUI searches all objects for its server, and torch's deprecated ones warn when they are inspected
         warnings.filterwarnings("ignore", category=FutureWarning, module="nicegui")
         application.post("/upload/{token}")(self.receive_upload)
         application.get("/files/{token}/{name}")(self.send_file)

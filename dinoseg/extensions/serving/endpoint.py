@@ -206,7 +206,7 @@ def find_class(shared: SharedModel, options: Mapping[str, str]) -> int | None:
     """Return the index of the class that a query names; None if it names none.
 
     Raises:
-        UserError: if the model has no such class.
+        UserError: if the class is not one of the model.
     """
     name = options.get("class")
     if name is None:

@@ -1,4 +1,4 @@
-"""What every request and every web socket has to satisfy, before the endpoint or the app sees it."""
+"""Checks of every request and every web socket, before the endpoint or the app sees it."""
 
 import logging
 

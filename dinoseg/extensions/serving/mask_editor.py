@@ -40,7 +40,7 @@ class MaskEditor:
 
     @property
     def has_layers(self) -> bool:
-        """Whether each class has a layer."""
+        """Return whether each class has a layer."""
         return self.mask.ndim > 2
 
     def paint(self, points: list[list[float]], radius: int, label: int, *, erase: bool = False) -> None:

@@ -70,7 +70,7 @@ class Checkbox(ui.checkbox):
 
 @dataclass(frozen=True)
 class PageContext:
-    """What all pages of a server share.
+    """Objects that all pages of a server share.
 
     Args:
         model: the model.

@@ -65,7 +65,7 @@ OTHERS = {LOSS: "z.4f", "parameters": ",", "trainable": ",", "images_per_s": ".1
 # the first one that any job has, or that is pooled over folds, is the sort key; without any, the lowest loss
 RANKED = (*MAIN_SCORES, "J&F-Mean", "FG-ARI")
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
-_ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
+_ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster continue
 _LONGEST_NUMBER = 10  # characters
 _SHOWN = 10  # maximum number of invalid cells in a message
 DEVIATION, LOW, HIGH = "deviation", "low", "high"  # the last two: ends of the 95 % interval

@@ -27,7 +27,7 @@ class ClassesOfIds(VirtualMask):
     Args:
         path: the file.
         divisor: the divisor.
-        has_areas: whether a lower id is a class number itself, of pixels whose objects are not told apart.
+        has_areas: whether a lower id is a class number itself, of pixels whose objects are not separated.
     """
 
     path: Path
@@ -147,7 +147,7 @@ class IdObjects(ObjectSource):
             )
 
     def _is_area(self, file_id: int) -> bool:
-        """Return whether an id is an area of objects that were not told apart."""
+        """Return whether an id is an area of objects that were not separated."""
         return isinstance(self.mask, ClassesOfIds) and self.mask.has_areas and file_id < self.mask.divisor
 
 
@@ -174,7 +174,7 @@ def add_id_objects(
         files: `[text, other]`: in the path of a mask, the last `text` is replaced to find its file of ids; None: the
             mask files are those of ids, which give the masks, too: by `instances`, or all ids but 0 are the one thing.
         has_areas: of a number for `instances`: whether lower ids are class numbers, as in Cityscapes. Those of things
-            are areas of objects that were not told apart: crowds.
+            are areas of objects that were not separated: crowds.
         things: see `find_things`.
         background: id of the class that is no object.
 

@@ -1,4 +1,4 @@
-"""Which classes are things, whose objects are told apart; the others are stuff."""
+"""Classes of things, whose objects are separated; the others are stuff."""
 
 from collections.abc import Collection, Sequence
 
