@@ -186,6 +186,7 @@ def test_main_effects_of_jobs_follow_the_results(tmp_path, key):
     ]
     assert effects.rows[1][4] == "+11.15" and effects.rows[3][4] == "+0.00"
     assert "seeds as replicates" in effects.caption and "5 degrees of freedom" in effects.caption
+    assert "they differ from scores that pool the images of folds" in effects.caption
     assert len(result_tables([*sides[:3], replace(sides[3], folders=[Path("x"), Path("y")])])) == 1  # no job of a sweep
     (tmp_path / "7/config/overrides.txt").write_text(f"{key}=mlp\nseed=1")
     assert len(result_tables(sides)) == 1  # its rank is unknown
