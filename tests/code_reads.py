@@ -44,7 +44,10 @@ class Code:
         Of a class that is reached, those methods are that any reached code names; of a builder, those that it names of
         what is called as builders are.
         """
-        found, attributes, waiting, reached = set(), set(), list(starts), set()
+        found = set()
+        attributes = set()
+        waiting = list(starts)
+        reached = set()
         methods = []  # of reached classes: name, as it has to be named; module, node
 
         def is_named(method):
@@ -113,7 +116,8 @@ def keys_in(node):
         if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in BUILDER:
             texts = [part.value for part in ast.walk(each) if isinstance(part, ast.Constant)]
             full = [text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", text)]
-            whole, alone = "*" * (each.func.attr in WHOLE), is_builder(each.func.value, inside=False)
+            whole = "*" * (each.func.attr in WHOLE)
+            alone = is_builder(each.func.value, inside=False)
             yield from (".".join(text.split(".")[:2]) + whole for text in full if "." in text or whole or alone)
         path = path_of(each)
         if path is None or len(path) < 2 or path[0] not in CONFIGS or each in inner:
@@ -131,9 +135,11 @@ def path_of(node):
         return [node.attr] if above in (None, ["self"]) else [*above, node.attr]
     key = None
     if isinstance(node, ast.Subscript):
-        above, key = path_of(node.value), node.slice
+        above = path_of(node.value)
+        key = node.slice
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args:
-        above, key = path_of(node.func.value), node.args[0]
+        above = path_of(node.func.value)
+        key = node.args[0]
     if not isinstance(key, ast.Constant) or above is None:
         return None
     return [*above, str(key.value)]

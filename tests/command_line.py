@@ -53,8 +53,11 @@ def call(where, *arguments, draws=False):
     Curves and matrices, which tests/report looks at, are grey unless it `draws`; and where no word says `hydra.mode`,
     Hydra does not compose all once more before to look for it. Each takes a fifth of the time of a short run.
     """
-    root, out, err = logging.getLogger(), StringIO(), StringIO()
-    handlers, level = root.handlers[:], root.level
+    root = logging.getLogger()
+    out = StringIO()
+    err = StringIO()
+    handlers = root.handlers[:]
+    level = root.level
     says_mode = any("hydra.mode" in str(word) for word in arguments)
     try:
         with (

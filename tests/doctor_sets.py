@@ -17,7 +17,8 @@ def scene(seed, size=(96, 128)):
     """Return an image of patches in noise, and the mask of the patches."""
     draw = np.random.default_rng(seed)
     light = cv2.resize(draw.integers(40, 200, (5, 6, 3)).astype(np.uint8), size[::-1], interpolation=cv2.INTER_CUBIC)
-    image, mask = light.astype(np.int64), np.zeros(size, np.uint8)
+    image = light.astype(np.int64)
+    mask = np.zeros(size, np.uint8)
     for index in range(4):
         top, left = draw.integers(0, size[0] - 30), draw.integers(0, size[1] - 40)
         here = slice(top, top + draw.integers(12, 30)), slice(left, left + draw.integers(12, 40))

@@ -52,7 +52,9 @@ def place_instances():
     annotations, results = [], []
     for number in range(60):
         mask = np.zeros((150, 200), bool)
-        top, left, side = 37 * number % 110, 53 * number % 160, (20, 30, 32, 50, 96, 100)[number % 6]
+        top = 37 * number % 110
+        left = 53 * number % 160
+        side = (20, 30, 32, 50, 96, 100)[number % 6]
         mask[top : top + side, left : left + side] = True
         entry = {"image_id": 1 + number % 12, "category_id": 2 + 3 * (number % 7 % 3)}
         crowd = {"area": float(mask.sum()), "iscrowd": int(number % 11 == 5)}

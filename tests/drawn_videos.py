@@ -52,7 +52,8 @@ def draw_scene(rectangles, size=SIZE):
         colours[number] = tint + grain[: each.size[0], : each.size[1]]
     frames, found = [], []
     for time in range(len(rectangles[0].corners)):
-        frame, top = ground.copy(), np.full(size, -1)
+        frame = ground.copy()
+        top = np.full(size, -1)
         for number, each in enumerate(rectangles):
             if each.corners[time] is not None:
                 inside = np.zeros(size, bool)
@@ -98,7 +99,11 @@ class KnownObjects(ObjectTask):
 class Colours(Backbone):
     """Colours of patches of 4 px as features, less their mean."""
 
-    dim, patch_size, num_layers, depth, unused = 48, 4, 1, 1, ()
+    dim = 48
+    patch_size = 4
+    num_layers = 1
+    depth = 1
+    unused = ()
 
     def __init__(self):
         super().__init__()

@@ -31,7 +31,8 @@ def pair(family="dinov3_vit", blocks=2, adapter=None, held=None, **options):
 
 
 def spy_on_attention(monkeypatch):
-    calls, given = [], F.scaled_dot_product_attention
+    calls = []
+    given = F.scaled_dot_product_attention
 
     def spy(query, key, value, attn_mask=None, **kwargs):
         calls.append((query.shape[-2], key.shape[-2], None if attn_mask is None else attn_mask))

@@ -6,7 +6,8 @@ import sys
 
 def fail_after(patch, module, name, count, error):
     """Let a module's function work so many times, and raise an error from then on."""
-    real, left = getattr(module, name), [count]
+    real = getattr(module, name)
+    left = [count]
 
     def call(*given, **named):
         if not left[0]:

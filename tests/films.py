@@ -9,7 +9,8 @@ import numpy as np
 
 def write_film(path, *, rate=Fraction(24000, 1001), frames=24, seconds_of_sound=1, times=None):
     """Write a video with a tone; `times` in ticks of a 90,000th of a second."""
-    webm, audio = path.suffix == ".webm", np.sin(np.arange(48000) * 0.05).astype(np.float32)[None]
+    webm = path.suffix == ".webm"
+    audio = np.sin(np.arange(48000) * 0.05).astype(np.float32)[None]
     with av.open(str(path), "w") as file:
         picture = file.add_stream("libvpx" if webm else "libx264", rate=rate)
         picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"

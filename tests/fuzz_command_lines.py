@@ -135,7 +135,9 @@ def _keys(name, base):
 
 
 def _odd_word(draw, keys, sweeps=False):
-    kind, key, value = draw.random(), draw.choice(keys), draw.choice(VALUES)
+    kind = draw.random()
+    key = draw.choice(keys)
+    value = draw.choice(VALUES)
     often = draw.random()
     if often < 0.25:
         key = draw.choice([each for each in keys if "." not in each or each.startswith("mode.")])

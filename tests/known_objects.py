@@ -124,10 +124,12 @@ def draw_known_instances(seed):
         ]
         masks, labels, scores = [], [], []
         for _ in range(rng.choice([0, 6, 130], p=[0.2, 0.7, 0.1])):
-            mask, label = _draw_rectangle(rng, size), int(rng.integers(num_classes))
+            mask = _draw_rectangle(rng, size)
+            label = int(rng.integers(num_classes))
             if objects and rng.random() < 0.7:
                 near = objects[rng.integers(count)]
-                mask, label = near[0] & (rng.random(size) < rng.choice([0.55, 0.8, 1])), near[1]
+                mask = near[0] & (rng.random(size) < rng.choice([0.55, 0.8, 1]))
+                label = near[1]
             masks.append(mask)
             labels.append(label)
             scores.append(float(rng.choice([0.2, 0.5, rng.random()])))

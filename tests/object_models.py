@@ -68,7 +68,8 @@ def draw_image(size=(60, 90), seed=0):
     """Return an image (H, W, 3) with a red, a green and a blue ellipse that do not touch, and their masks (3, H, W)."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[: size[0], : size[1]]
-    image, masks = np.zeros((*size, 3), np.uint8), []
+    image = np.zeros((*size, 3), np.uint8)
+    masks = []
     for number, colour in enumerate(COLOURS.values()):
         middle = size[0] * rng.uniform(0.35, 0.65), size[1] * (number + 0.5) / 3
         reach = size[0] * rng.uniform(0.1, 0.3), size[1] * rng.uniform(0.05, 0.14)

@@ -35,7 +35,8 @@ def official_boundary(reference, prediction, void):
     ours, theirs = official_edge(prediction & ~void), official_edge(reference & ~void)
     element = disk(radius)
     near_ours, near_theirs = (cv2.dilate(edge.astype(np.uint8), element) for edge in (ours, theirs))
-    num_ours, num_theirs = ours.sum(), theirs.sum()
+    num_ours = ours.sum()
+    num_theirs = theirs.sum()
     if num_ours == 0 and num_theirs == 0:
         precision, recall = 1, 1
     elif num_ours == 0:
@@ -77,7 +78,9 @@ def official_sequence(task, references, predictions):
     references = np.where(void, 0, references)
     count = int(references[0].max())
     if task == "davis2017":
-        references, predictions, void = references[1:-1], predictions[1:-1], np.zeros_like(void[1:-1])
+        references = references[1:-1]
+        predictions = predictions[1:-1]
+        void = np.zeros_like(void[1:-1])
     predictions = np.stack(predictions)
     proposals = max(int(predictions.max()), count) if task == "davis2017_unsupervised" else count
     frames = [

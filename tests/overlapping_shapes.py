@@ -16,7 +16,9 @@ def draw_pair(rng):
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     row, column, radius = rng.integers(10, 22), rng.integers(14, 34), rng.integers(7, 11)
     disc = (rows - row) ** 2 + (columns - column) ** 2 < radius**2
-    top, left, side = row - rng.integers(0, 6), column - rng.integers(0, 6), rng.integers(10, 14)
+    top = row - rng.integers(0, 6)
+    left = column - rng.integers(0, 6)
+    side = rng.integers(10, 14)
     square = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
     image = rng.integers(0, 60, (*SIZE, 3), dtype=np.uint8)
     image[..., 0] += 180 * disc.astype(np.uint8)
@@ -27,7 +29,8 @@ def draw_pair(rng):
 
 def write_overlaps(root, train=12, val=4):
     """Write both splits as ROOT/SPLIT/images and ROOT/SPLIT/masks/CLASS; return the masks of each image by name."""
-    rng, masks = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    masks = {}
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             image, layers, _ = draw_pair(rng)
@@ -41,7 +44,10 @@ def write_overlaps(root, train=12, val=4):
 
 def write_coco(root):
     """Write train as run lengths of both classes, which overlap; return the masks of each image by name."""
-    rng, masks, images, annotations = np.random.default_rng(1), {}, [], []
+    rng = np.random.default_rng(1)
+    masks = {}
+    images = []
+    annotations = []
     for number in range(3):
         image, layers, _ = draw_pair(rng)
         name = f"train_{number}"

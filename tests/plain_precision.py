@@ -5,7 +5,10 @@ from dinoseg.core.metric import BINS
 
 def plain_average_precision(scores, labels):
     """Return the sum of precision times gained recall over distinct scores, highest first; None without positives."""
-    found, hits, predicted, positive = 0.0, 0, 0, sum(labels)
+    found = 0.0
+    hits = 0
+    predicted = 0
+    positive = sum(labels)
     by_level = {}
     for score, label in zip(scores, labels, strict=True):
         by_level.setdefault(score, []).append(label)
@@ -19,7 +22,9 @@ def search_threshold(positives, totals, beta):
     """Return the middle one of the best thresholds of a class, by a plain search."""
     if not sum(positives):
         return 0.5
-    scores, hits, predicted = {}, 0, 0
+    scores = {}
+    hits = 0
+    predicted = 0
     for level in range(BINS - 1, 0, -1):
         hits, predicted = hits + positives[level], predicted + totals[level]
         false_negatives, false_positives = sum(positives) - hits, predicted - hits

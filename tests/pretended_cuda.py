@@ -232,7 +232,9 @@ def _move(func: Any, own: Tensor, args: Any, kwargs: Any) -> Tensor:
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, asynchronous, _ = torch._C._nn._parse_to(*args, **kwargs)
     else:
-        copied, dtype, asynchronous = False, None, kwargs.get("non_blocking", False)
+        copied = False
+        dtype = None
+        asynchronous = kwargs.get("non_blocking", False)
         device = torch.device("cuda" if func is Tensor.cuda else "cpu")
     here = isinstance(own, Pretended)
     if device is None or (device.type == _place.device.type) == here:

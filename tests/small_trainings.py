@@ -62,7 +62,8 @@ def train_model(model, data_module, folder, *, start=None, writes=True, log=None
 
     Return the progress, the rows of the log, and the parts of the training.
     """
-    log, engine = log or Rows(), parts.pop("engine", None) or Engine("cpu", "fp32", workers=0)
+    log = log or Rows()
+    engine = parts.pop("engine", None) or Engine("cpu", "fp32", workers=0)
     loss = parts.pop("loss", None) or CrossEntropy(torch.ones(3))
     optimizer = parts.pop("optimizer", None) or adamw(model, lr=parts.pop("lr", 3e-3))
     shape = parts.pop("schedule", None) or schedule()

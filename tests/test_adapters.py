@@ -94,7 +94,8 @@ def test_lora_builds_no_graph_below_its_first_layer(tiny_backbone):
     [(4, 8, False, 2.0), (32, 32, True, math.sqrt(32)), (32, 32, False, 1.0), (9, 6, True, 2.0)],
 )
 def test_update_scale_is_alpha_over_rank(rank, alpha, rslora, scale):
-    module, tokens = FusedVit(), torch.rand(1, 3, 8)
+    module = FusedVit()
+    tokens = torch.rand(1, 3, 8)
     layer = train_updates(Lora(rank=rank, alpha=alpha, rslora=rslora)(module)).blocks[0]["attn"]["proj"]
     low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     by_hand = layer.base_layer(tokens) + scale * tokens @ low.T @ high.T

@@ -174,7 +174,8 @@ def top_level(path):
 
 def broken_rules(file, imported):
     """Yield the rules that are broken where a file imports a module or a name in it, given as a path."""
-    own, other = top_level(file), top_level(imported) if top_level(imported) in LEVEL else "__init__"
+    own = top_level(file)
+    other = top_level(imported) if top_level(imported) in LEVEL else "__init__"
     if LEVEL[other] > LEVEL[own]:
         yield f"{own} (level {LEVEL[own]}) imports {other} (level {LEVEL[other]})"
     leaf, others = below(file, LEAVES), below(imported, LEAVES)
@@ -192,7 +193,8 @@ def broken_rules(file, imported):
 
 def circles(files):
     """Return a circle of imports between files, one between subpackages, and one between packages of the top level."""
-    find, by_file = file_of(files), {}
+    find = file_of(files)
+    by_file = {}
     for file, source in files.items():
         by_file[file] = {other for _, name in find_imports(source) if (other := find(name))}
     graphs = (by_file, join_graph(by_file, package_of), join_graph(by_file, top_level))

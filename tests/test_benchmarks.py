@@ -169,12 +169,14 @@ def coverage(scripts_are_modules):
 @pytest.mark.parametrize("units", [4, 12, 40])
 def test_bca_is_scipys_on_the_same_draws(coverage, units):
     population = coverage.drawn_population(np.random.default_rng(units), 200)
-    sums, kind = population.sums[:units, :18], ClassScores(6)
+    sums = population.sums[:units, :18]
+    kind = ClassScores(6)
 
     def miou(places, axis=-1):
         return kind.scores(sums[places.astype(int)].sum(axis=-2))["miou"]
 
-    places, options = np.arange(units, dtype=float), {"vectorized": True, "method": "BCa", "batch": 1}
+    places = np.arange(units, dtype=float)
+    options = {"vectorized": True, "method": "BCa", "batch": 1}
     reference = stats.bootstrap((places,), miou, n_resamples=999, rng=np.random.default_rng(1), **options)
     left_out = leave_one_out(kind, sums)["miou"]
     value = float(kind.scores(sums.sum(axis=0))["miou"])

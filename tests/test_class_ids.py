@@ -31,12 +31,14 @@ def smooth(draw, classes, grid):
 
 
 def test_ids_are_those_of_all_scores_at_any_size_and_share():
-    draw, choose = torch.Generator().manual_seed(0), random.Random(0)
+    draw = torch.Generator().manual_seed(0)
+    choose = random.Random(0)
     for number in range(60):
         patch = choose.choice([8, 14, 16])
         image = (choose.randint(1, 150), choose.randint(1, 150))
         size = choose.choice([image, (choose.randint(1, 200), choose.randint(1, 200)), (3 * image[0], 2 * image[1])])
-        grid, classes = (-(-image[0] // patch), -(-image[1] // patch)), choose.choice([1, 2, 5, 40])
+        grid = (-(-image[0] // patch), -(-image[1] // patch))
+        classes = choose.choice([1, 2, 5, 40])
         scores = smooth(draw, classes, grid) if number % 2 else torch.randn(2, classes, *grid, generator=draw)
         given = (scores, size, valid_share(image, patch))
         assert torch.equal(class_ids(*given), argmax_ids(upsample(*given))), (image, size, patch, classes)
@@ -106,7 +108,8 @@ def test_scores_of_all_pixels_are_never_in_memory(monkeypatch):
 
         return call_and_record
 
-    scores, size = smooth(torch.Generator().manual_seed(0), 50, (20, 30)), (384, 576)
+    scores = smooth(torch.Generator().manual_seed(0), 50, (20, 30))
+    size = (384, 576)
     wanted = argmax_ids(upsample(scores, size, (1.0, 1.0)))
     monkeypatch.setattr(rooms, "_find_best", record_sizes(rooms._find_best))
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
@@ -147,7 +150,9 @@ def test_on_an_accelerator_all_scores_that_fit_are_upsampled(monkeypatch):
 
 
 def test_grid_prediction_needs_no_scores_at_full_size():
-    scores, size, valid = smooth(torch.Generator().manual_seed(0), 7, (9, 11)), (120, 150), valid_share((120, 150), 14)
+    scores = smooth(torch.Generator().manual_seed(0), 7, (9, 11))
+    size = (120, 150)
+    valid = valid_share((120, 150), 14)
     places = lattice(size)
     of_grid = Prediction(scores, size, valid, refuse, grid=scores)
     of_scores = Prediction(scores, size, valid, upsample)
@@ -213,7 +218,8 @@ def test_masks_that_are_left_out_decide_where_classes_are_close(monkeypatch):
         assert mixed_class_ids(logits, shares, (40, 60), (1.0, 1.0)).eq(1).all()
         assert mixed_class_ids(logits, shares.flip(2), (40, 60), (1.0, 1.0)).eq(0).all()
     # three of a thousandth each outweigh two of them
-    logits, shares = torch.full((1, 5, 4, 4), 9.0), torch.tensor([[[0.5, 0.0], [0.0, 0.502], *[[0.001, 0.0]] * 3]])
+    logits = torch.full((1, 5, 4, 4), 9.0)
+    shares = torch.tensor([[[0.5, 0.0], [0.0, 0.502], *[[0.001, 0.0]] * 3]])
     assert mixed_class_ids(logits, shares, (40, 60), (1.0, 1.0)).eq(0).all()
 
 

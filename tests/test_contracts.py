@@ -70,7 +70,8 @@ def test_grid_head_defines_its_scores_once():
 
 @pytest.mark.parametrize(("adapt", "calls"), [(Frozen(), [4, 4, 4]), (LastBlocks(1), [12])])
 def test_frozen_backbone_runs_in_small_chunks(adapt, calls):
-    model, seen = SegmentationModel(adapt(Least()), Scores()), []
+    model = SegmentationModel(adapt(Least()), Scores())
+    seen = []
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     images = torch.rand(12, 3, 6, 9)
     outputs = model(images).outputs
@@ -92,7 +93,8 @@ def test_an_exported_graph_takes_any_number_of_images():
         def forward(self, images):
             return self.backbone.maps(images)
 
-    maps, images = Maps(), torch.rand(12, 3, 8, 8)
+    maps = Maps()
+    images = torch.rand(12, 3, 8, 8)
     graph = torch.export.export(maps, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     torch.testing.assert_close(graph.module()(images[:7]), maps(images[:7]))
 
@@ -110,7 +112,8 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
         remedy = "Inherit from that class; a YAML file with `_partial_: true` gives no object, so remove that line."
         assert_refused(build, f"{key}: ", f"is not an object of dinoseg.core.contracts.{contract}. {remedy}")
 
-    base, plain = compose("backbone=tiny", "data=camvid", "data.root=x"), {"_target_": "torch.nn.Identity"}
+    base = compose("backbone=tiny", "data=camvid", "data.root=x")
+    plain = {"_target_": "torch.nn.Identity"}
     builders = {key: Builder(OmegaConf.merge(base, {key: plain})) for key in ("backbone", "head")}
     refused(lambda: builders["backbone"].model(untrained=True), "backbone", "Backbone")
     refused(lambda: builders["backbone"].backbone(), "backbone", "Backbone")  # as label propagation takes it

@@ -86,7 +86,8 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
     watch = {key: options.pop(key) for key in ("at", "fails") if key in options}
     start = options.pop("start", None)
     settings = Settings(**{"steps": 3, "val_every": 3, "log_every": 3, **options})
-    log, error = Rows(), None
+    log = Rows()
+    error = None
     with device() as waits:
         data_module = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
         data_module.begin(waits if cuda and isinstance(waits, Waits) else None, **watch)
@@ -168,10 +169,12 @@ def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, loss,
 def test_ranks_learn_of_a_stop_at_the_same_step(monkeypatch, ranks, stops):
     """Each reads it with the next step, also the one that was asked: alone it would leave the others waiting."""
     with pretended_cuda():
-        engine, model = pretended_engine(), on_cuda(tiny()[0])
+        engine = pretended_engine()
+        model = on_cuda(tiny()[0])
         optimizer = adamw(model, lr=1e-2)
         monkeypatch.setattr(type(engine.accelerator), "num_processes", ranks)
-        metrics, finite = MetricsQueue(engine, optimizer), torch.ones((), device="cuda")
+        metrics = MetricsQueue(engine, optimizer)
+        finite = torch.ones((), device="cuda")
         found = []
         for step, _ in enumerate(stops):
             values = StepMetrics(step, [], finite, finite, finite)
@@ -184,7 +187,8 @@ def test_ranks_learn_of_a_stop_at_the_same_step(monkeypatch, ranks, stops):
 @pytest.mark.parametrize(("gradient", "found_inf"), [(1.0, 0.0), (torch.nan, 1.0)])
 def test_device_skips_the_update_of_a_non_finite_gradient(gradient, found_inf):
     with pretended_cuda() as waits:
-        engine, model = pretended_engine(), on_cuda(tiny()[0])
+        engine = pretended_engine()
+        model = on_cuda(tiny()[0])
         optimizer = adamw(model, lr=1e-2)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -199,7 +203,8 @@ def test_device_skips_the_update_of_a_non_finite_gradient(gradient, found_inf):
 def test_costs_of_masks_go_to_the_host_in_one_transfer():
     torch.manual_seed(0)
     outputs = MaskOutputs(torch.randn(2, 6, 4), torch.randn(2, 6, 5, 7))
-    loss, batch = MaskClassification(torch.rand(3), num_points=64), make_batch()
+    loss = MaskClassification(torch.rand(3), num_points=64)
+    batch = make_batch()
     batch.mask[0][batch.mask[0] == 1] = 0  # a class that one image lacks
     expected, found = [], []
     for cuda in (False, True):

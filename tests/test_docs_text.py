@@ -126,7 +126,8 @@ def test_config_page_names_all_groups_and_existing_options():
     assert len(groups) > 15
     assert ({group for group in groups if not group.startswith("hparam/")} | set(keys[1:])) - words == set()
     # --help lists all options: one that is added needs no line here
-    group, options = "", []
+    group = ""
+    options = []
     for first, second in re.findall(r"^\| (.*?) \| (.*?) \|", page.split("## Groups")[1].split("##")[0], flags=re.M):
         group = first.strip("`") or group
         options += [(group, word) for word in re.findall(r"`([\w/]+)`", second)]

@@ -50,7 +50,8 @@ def test_spans_are_the_rows_of_upsample_in_runs():
         image, length, at_once = draw.randint(1, 60), draw.randint(1, 90), draw.randint(1, 40)
         cells, (share, _) = -(-image // 8), valid_share((image, 1), 8)
         grid = torch.randn(1, 1, cells, 1, dtype=torch.float64)
-        expected, done = reference(grid, (length, 1), (share, 1.0))[0, 0], 0
+        expected = reference(grid, (length, 1), (share, 1.0))[0, 0]
+        done = 0
         for span in spans(length, cells, share, at_once, grid):
             read = grid[0, 0, span.cells]
             result = read if span.weights is None else span.weights @ read
@@ -64,7 +65,8 @@ def test_tiles_are_those_of_upsample_and_their_gradient_its_own():
     draw = random.Random(2)
     pieces = 0
     for _ in range(60):
-        size, patch = (draw.randint(1, 40), draw.randint(150, 700)), draw.choice([2, 3, 4, 16])
+        size = (draw.randint(1, 40), draw.randint(150, 700))
+        patch = draw.choice([2, 3, 4, 16])
         image = (size[0], size[1] if draw.random() < 0.5 else draw.randint(150, 700))
         valid = valid_share(image, patch)
         grid = torch.randn(1, 3, *(-(-side // patch) for side in image), dtype=torch.float64, requires_grad=True)

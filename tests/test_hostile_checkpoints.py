@@ -87,7 +87,8 @@ ALIKE = {  # each has a quick sibling of the same check
     "case", [pytest.param(case, id=name, marks=[pytest.mark.heavy] * (name in ALIKE)) for name, case in CASES.items()]
 )
 def test_a_tampered_file_is_refused(where, sound, case):
-    path, before = write_tampered(where, sound, case), files(where)
+    path = write_tampered(where, sound, case)
+    before = files(where)
     done = call(where, "mode=export", f"resume={path}", "engine=cpu")
     assert done.status == 1 and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
     assert files(where) == before and len(done.err) < 1500
@@ -97,7 +98,8 @@ def test_a_tampered_file_is_refused(where, sound, case):
     "mode", ["predict", "export", "train", *(pytest.param(mode, marks=pytest.mark.heavy) for mode in ("eval", "track"))]
 )
 def test_every_mode_refuses_targets_in_a_checkpoint(where, sound, mode):
-    path, before = write_tampered(where, sound, CASES["a hook in the head"]), files(where)
+    path = write_tampered(where, sound, CASES["a hook in the head"])
+    before = files(where)
     source = ("input=data/val/images",) if mode in ("predict", "track") else ()
     done = call(where, f"mode={mode}", f"resume={path}", "engine=cpu", *source)
     assert done.status == 1 and "is refused: saved configs set no key" in done.err, done.err

@@ -208,10 +208,12 @@ def save_with_orientation(path, image, orientation, carrier):
     """Save an image whose orientation stands in `carrier`; 0 writes none."""
     exif = Image.Exif()
     exif[274] = orientation
-    attribute, element = f'tiff:Orientation="{orientation}"', f"<tiff:Orientation>{orientation}</tiff:Orientation>"
+    attribute = f'tiff:Orientation="{orientation}"'
+    element = f"<tiff:Orientation>{orientation}</tiff:Orientation>"
     tag = element if carrier == "xmp element" else f"<r {attribute}/>"
     xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/">{tag}</x:xmpmeta>'
-    options, notes = {}, PngInfo()
+    options = {}
+    notes = PngInfo()
     if orientation and carrier == "exif":
         options["exif"] = exif
     elif orientation and carrier == "raw profile":

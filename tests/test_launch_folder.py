@@ -49,7 +49,8 @@ def test_evaluation_folder_is_below_its_recipe(tmp_path):
 
 def save_last_step(cfg, *, out_dir, **_):
     """Leave of a training what a resume reads: the checkpoint of its last step."""
-    build, steps = Builder(cfg), cfg.trainer.steps
+    build = Builder(cfg)
+    steps = cfg.trainer.steps
     progress = {"step": steps, "best": 0.5, "best_step": steps, "stale": 0, "validation_pending": False}
     description = run_description(build, build.labels) | {"progress": progress, "frozen": {}}
     checkpoint.write(out_dir / "checkpoints/last.safetensors", {}, description)
@@ -62,7 +63,8 @@ def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path, monkeypatch
     assert "another run" not in succeed(tmp_path, *words, "hydra.run.dir=run").err
     log = succeed(tmp_path, *words, "hydra.run.dir=run").err
     assert re.search(r"\S*run holds another run: this one is written to \S*run_2\n", log)
-    logged, listed = [], "resume=.*last.safetensors: resumes with (.*)"
+    logged = []
+    listed = "resume=.*last.safetensors: resumes with (.*)"
 
     def resumes_with(*words):
         log = succeed(tmp_path, "mode=train", "resume=run", *words).err

@@ -103,7 +103,8 @@ def make_batch():
 def train(model, loss, steps=2):
     """Train on one batch with the same random draws at each step; return the losses before each and at the end."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    batch, values = make_batch(), []
+    batch = make_batch()
+    values = []
     for step in range(steps + 1):
         torch.manual_seed(0)
         model.set_progress(0, 2)

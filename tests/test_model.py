@@ -65,7 +65,8 @@ def test_backbone_size_only_ever_reduces_to_longest(size, scale, longest, expect
 def test_model_resizes_images_and_passes_the_valid_grid_share(tiny_backbone, head, resolution, seen):
     model = SegmentationModel(tiny_backbone(), head(2), **resolution).eval()
     images = torch.full((2, 3, 33, 41), 51, dtype=torch.uint8)
-    pixels, prediction = model.pixels(images), model(images)
+    pixels = model.pixels(images)
+    prediction = model(images)
     assert pixels.shape == (2, 3, *seen)
     torch.testing.assert_close(pixels, torch.full_like(pixels, 0.2))
     assert prediction.size == (33, 41)

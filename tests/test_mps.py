@@ -73,7 +73,8 @@ def test_clocks_and_memory_are_those_of_mps():
     with pretended_mps() as mps:
         synchronize(MPS)
         assert mps.calls["synchronize"] == 1
-        batch, output = make_batch(), StepOutput(torch.device("cpu"), None)
+        batch = make_batch()
+        output = StepOutput(torch.device("cpu"), None)
         micro = MicroBatches(pretended_engine(), CrossEntropy(torch.ones(3)), 1, 1, undo=lambda: None)
         for part in micro.split_step(iter([batch]), output):
             with micro.retry_batch():

@@ -57,8 +57,10 @@ def train(
 ):
     """Train, by plain descent unless it is to go on: rounding turns no step; return rows, what moved and feed."""
     engine = Engine(device, precision, workers=0, compile=compile)
-    model, loss = engine.place(model), loss.to(engine.device)
-    log, data_module = Rows(), Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
+    model = engine.place(model)
+    loss = loss.to(engine.device)
+    log = Rows()
+    data_module = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
     trained = {name: part for name, part in model.named_parameters() if part.requires_grad}
     before = {name: part.detach().cpu().clone() for name, part in trained.items()}
     optimizer = adamw(model, lr=1e-3)

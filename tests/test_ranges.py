@@ -55,7 +55,8 @@ def given_at_run_time(target):
 def test_every_number_of_a_config_has_a_range():
     files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "hydra"]
     found = {node["_target_"] for path in files for _, node in nodes(read(path.parent.name, path.stem))}
-    ranged, bare = 0, {}
+    ranged = 0
+    bare = {}
     for target in map(get_object, found):
         parameters = inspect.signature(target).parameters.values()
         ranged += sum(is_ranged(each.annotation) for each in parameters)
@@ -163,7 +164,8 @@ def test_head_steps_have_the_limit_of_a_training(compose):
     description = config_description(Builder(cfg))
     compose_stored(description, Source("resume=file"))
     for key, value in (("head.anneal.3.1", 2**41), ("head.num_queries", 2**17), ("head.blocks", 10**6)):
-        other, stored = copy.deepcopy(cfg), OmegaConf.create(description["config"])
+        other = copy.deepcopy(cfg)
+        stored = OmegaConf.create(description["config"])
         for changed in (other, stored):
             OmegaConf.update(changed, key, value)
         refused = {**description, "config": OmegaConf.to_container(stored)}

@@ -35,7 +35,8 @@ def test_logs_prints_and_bars_show_no_control_characters(tmp_path, monkeypatch):
     out, err = StringIO(), StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    handlers = logging.getLogger().handlers[:]
+    level = logging.getLogger().level
     try:
         configure_log(tmp_path)
         configure_log(tmp_path)  # of the second job of a sweep

@@ -35,12 +35,15 @@ def wandb_records(path):
     """Yield the records of a .wandb file, which is a log in LevelDB's format: parts of records in blocks."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, whole = path.read_bytes(), HEADER, b""
+    data = path.read_bytes()
+    at = HEADER
+    whole = b""
     while at + HEADER <= len(data):
         if BLOCK - at % BLOCK < HEADER:  # the end of a block is padding
             at += BLOCK - at % BLOCK
             continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        length = int.from_bytes(data[at + 4 : at + 6], "little")
+        kind = data[at + 6]
         if at + HEADER + length > len(data):  # being written
             return
         whole += data[at + HEADER : at + HEADER + length]
@@ -100,7 +103,8 @@ class MlflowServer:
     def ask(self, path, **body):
         """Return the answer of the REST API to a POST, or to a GET without a body."""
         data = json.dumps(body).encode() if body else None
-        address, headers = f"{self.url}/api/2.0/mlflow/{path}", {"Content-Type": "application/json"}
+        address = f"{self.url}/api/2.0/mlflow/{path}"
+        headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(address, data, headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)

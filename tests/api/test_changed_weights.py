@@ -34,7 +34,8 @@ def of_batch_norm(model):
 
 @pytest.mark.parametrize("changed", [of_a_frozen_backbone, pytest.param(of_batch_norm, marks=pytest.mark.heavy)])
 def test_changed_weights_are_scored_as_their_saved_file(trained_once, run, changed, tmp_path):
-    model, file = run.load_model(device="cpu"), tmp_path / "changed.safetensors"
+    model = run.load_model(device="cpu")
+    file = tmp_path / "changed.safetensors"
     with torch.no_grad():
         for value in changed(model):
             value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(3)))
@@ -79,7 +80,8 @@ OF_FILES = [pytest.param(change, marks=pytest.mark.heavy) for change in (overwri
 
 @pytest.mark.parametrize("change", [change_one_value, change_colours, *OF_FILES])
 def test_changed_model_or_file_is_read_from_a_copy(model_file, change, tmp_path):
-    model, saved = dinoseg.load(model_file, device="cpu"), tmp_path / "new.safetensors"
+    model = dinoseg.load(model_file, device="cpu")
+    saved = tmp_path / "new.safetensors"
     model.save(saved)
     assert dinoseg.load(saved, device="cpu").facts.scores is not None
     with model.as_file() as path:
@@ -96,9 +98,11 @@ def test_changed_model_or_file_is_read_from_a_copy(model_file, change, tmp_path)
 
 
 def test_loaded_model_is_unchanged_by_a_new_best_checkpoint(run, tmp_path):
-    folder, file = shutil.copytree(run.folder, tmp_path / "run"), tmp_path / "new.safetensors"
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    file = tmp_path / "new.safetensors"
     best, last = (folder / f"checkpoints/{name}.safetensors" for name in ("best", "last"))
-    model, images = dinoseg.load(folder, device="cpu"), torch.ones(1, 3, 8, 8)
+    model = dinoseg.load(folder, device="cpu")
+    images = torch.ones(1, 3, 8, 8)
     model.save(file)
     assert dinoseg.load(file, device="cpu").facts.scores is not None
     best.rename(tmp_path / "best")

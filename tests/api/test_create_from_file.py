@@ -26,7 +26,8 @@ PARAMS = [pytest.param(kind, marks=() if kind == "lora" else pytest.mark.heavy) 
 @pytest.fixture(params=PARAMS)
 def saved_model(request, tmp_path):
     """Return the name of a kind of model, a model whose trained weights are noise, and its file."""
-    model, file = create(request.param, num_classes=3), tmp_path / "model.safetensors"
+    model = create(request.param, num_classes=3)
+    file = tmp_path / "model.safetensors"
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
@@ -43,7 +44,8 @@ def test_a_model_starts_from_one_of_any_number_of_classes(saved_model, caplog, t
     assert len(new.trainable_parameters()) and new.facts.scores is None
     with caplog.at_level(logging.WARNING):
         new = create(kind, num_classes=5, init=str(file))
-    state, theirs = new.state_dict(), model.state_dict()
+    state = new.state_dict()
+    theirs = model.state_dict()
     anew = [name for name, value in state.items() if value.shape != theirs[name].shape]
     assert anew and all(name.startswith("model.head.") for name in anew)  # the class layer
     assert all(torch.equal(state[name], theirs[name]) for name in state if name not in anew)

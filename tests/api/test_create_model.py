@@ -190,7 +190,8 @@ def test_floats_outside_0_to_1_are_refused(image):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_floats_that_round_to_0_to_1_are_levels(dtype):
-    model, image = dinoseg.create_model("rgb", num_classes=2), LEVELS.clone()
+    model = dinoseg.create_model("rgb", num_classes=2)
+    image = LEVELS.clone()
     image[0, 0, :2] = torch.tensor([1.0000001, -1e-7])
     assert dtype == torch.float64 or model(image[None].to(dtype)).isfinite().all()
     assert (model.predict(image.to(dtype)).image[0, :2, 0] == [255, 0]).all()
@@ -282,7 +283,8 @@ def test_numbers_and_iterables_of_other_libraries_are_accepted():
 
 
 def test_model_that_load_would_refuse_is_not_saved(tmp_path):
-    file, model = tmp_path / "model.safetensors", tiny()
+    file = tmp_path / "model.safetensors"
+    model = tiny()
     with torch.no_grad():
         next(model.head.parameters()).fill_(torch.nan)
     assert_refused(lambda: model.save(file), "The model: 1 of its tensors hold NaN")
@@ -307,7 +309,8 @@ def test_another_type_of_weights_is_refused_with_the_remedy(change):
 
 
 def test_a_segmentation_holds_its_own_image():
-    model, image = dinoseg.create_model("rgb", num_classes=2), np.zeros((16, 16, 3), np.uint8)
+    model = dinoseg.create_model("rgb", num_classes=2)
+    image = np.zeros((16, 16, 3), np.uint8)
     found = model.predict(image)
     image[:] = 255
     assert found.image.max() == 0 and (found.probabilities.argmax(0) == found.mask).all()

@@ -177,7 +177,8 @@ def test_objects_are_tracked(here):
     ],
 )
 def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
-    before, left = snapshot(), {*here.iterdir()}
+    before = snapshot()
+    left = {*here.iterdir()}
     with pytest.raises(dinoseg.UserError) as raised:
         dinoseg.train(*words, **overrides)
     assert message in str(raised.value) and raised.value.__cause__ is None and raised.value.__context__ is None
@@ -234,7 +235,8 @@ def test_an_interrupted_training_is_saved_and_resumed(here):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before, thread = snapshot(), threading.Thread(target=interrupt)
+    before = snapshot()
+    thread = threading.Thread(target=interrupt)
     thread.start()
     keys = KEYS | {"trainer": {"steps": 100_000, "val_every": 100_000, "save_every": 1}, "mode": SHORT}
     with pytest.raises(KeyboardInterrupt, match=r"last.safetensors holds step \d+") as stop:

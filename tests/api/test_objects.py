@@ -56,7 +56,9 @@ class PatchBackbone(Backbone):
 
 
 class Discs(torch.utils.data.Dataset):
-    classes, palette, ignore_index = CLASSES, [(0, 0, 0), (255, 200, 0)], 255
+    classes = CLASSES
+    palette = [(0, 0, 0), (255, 200, 0)]
+    ignore_index = 255
 
     def __init__(self, names):
         self.names = names

@@ -21,7 +21,8 @@ CLASSES = ["ground", "leaf"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
     for split, names in (("train", "abcde"), ("val", "x")):
         for name in names:
             save(folder / split / "images" / f"{name}.png", rng.integers(0, 256, (20, 30, 3)))

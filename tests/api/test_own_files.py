@@ -29,7 +29,8 @@ WHOLE = pytest.param(False, "float32", marks=pytest.mark.heavy)
 
 @pytest.mark.parametrize(("delta", "dtype"), [(True, "bfloat16"), WHOLE])
 def test_merged_model_predicts_the_same_and_is_loaded_again(delta, dtype, tmp_path):
-    model, file = make_trained(**{"backbone.dtype": dtype}), tmp_path / "model.safetensors"
+    model = make_trained(**{"backbone.dtype": dtype})
+    file = tmp_path / "model.safetensors"
     before = model(IMAGES)
     merged = model.merge()
     assert merged is model and not merged.training
@@ -106,7 +107,9 @@ PARAMS = [pytest.param(change, marks=() if change in QUICK else pytest.mark.heav
 @pytest.mark.parametrize("change", PARAMS)
 def test_peft_layers_that_are_merged_or_off_are_not_saved(change, tmp_path):
     """A file of such a model would give other logits."""
-    model, file, adapter = make_trained(std=0.1), tmp_path / "model.safetensors", tmp_path / "adapter"
+    model = make_trained(std=0.1)
+    file = tmp_path / "model.safetensors"
+    adapter = tmp_path / "adapter"
     layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
     apply, undo = CHANGES[change]
     before = model(IMAGES)

@@ -34,7 +34,8 @@ def test_a_plain_loop_has_the_loss_curve_of_a_training(tmp_path):
     model = tiny(**{"head.lr": 1e-3})
     optimizer = torch.optim.AdamW(model.trainable_parameters())
     augment = Builder(compose([*WORDS, f"data.root={tmp_path}/data"])).part("data.augment")
-    batches, losses = train_batches(data, augment, seed=0, batch_size=2), []
+    batches = train_batches(data, augment, seed=0, batch_size=2)
+    losses = []
     for batch, _ in zip(batches, range(STEPS), strict=False):
         logits = model(batch.image)
         loss = dinoseg.losses.cross_entropy_loss(logits, batch.mask) + dinoseg.losses.dice_loss(logits, batch.mask)

@@ -80,7 +80,8 @@ def run_small(mode, words, overrides, *options, **named):
 @cache
 def failures(package, name):
     """Run the example of a public name once, in the current folder, and return what differs from its output."""
-    value, found = getattr(package, name), []
+    value = getattr(package, name)
+    found = []
     tests = doctest.DocTestFinder(recurse=False).find(value, name, module=import_module(value.__module__), globs={})
     assert tests and tests[0].examples
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(tests[0], out=found.append)

@@ -156,7 +156,8 @@ def test_hydra_state_of_the_caller_is_neither_changed_nor_read(tmp_path):
     try:
         with initialize_config_dir(str(tmp_path), version_base="1.2"):
             HydraConfig.instance().set_config(hydra_compose("main", return_hydra_config=True))
-            before, hydra = HydraConfig.get(), GlobalHydra.instance().hydra
+            before = HydraConfig.get()
+            hydra = GlobalHydra.instance().hydra
             compose_words(["head=mlp"])
             with pytest.raises(UserError):
                 compose_words(["head=mlq"])

@@ -21,7 +21,8 @@ def model():
 
 
 def test_assigning_a_part_of_a_model_is_refused(model, tmp_path):
-    before, names = model(IMAGES), list(model.state_dict())
+    before = model(IMAGES)
+    names = list(model.state_dict())
     for name in ("backbone", "head"):
         part = copy.deepcopy(getattr(model, name))
         assert_refused(partial(setattr, model, name, part), name, "create_model")

@@ -64,7 +64,8 @@ def test_a_script_of_ranks_runs_once_and_gets_the_run(tmp_path):
 def test_a_stopped_script_saves_and_ends(number, devices, tmp_path):
     write_data(tmp_path / "data")
     options = f"trainer={{'steps': 10**5, 'val_every': 10**5, 'save_every': 1}}, engine={{'devices': {devices}}}"
-    process, last = start(tmp_path, ON_RANKS.replace("OPTIONS", options)), tmp_path / "run/checkpoints/last.safetensors"
+    process = start(tmp_path, ON_RANKS.replace("OPTIONS", options))
+    last = tmp_path / "run/checkpoints/last.safetensors"
     while not last.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)

@@ -99,7 +99,8 @@ class Referring(nn.Module):
 
 
 def test_replica_refers_to_no_module_of_the_original():
-    model, inputs = Referring().train(), torch.randn(8, 3)
+    model = Referring().train()
+    inputs = torch.randn(8, 3)
     replica = replicate_in_eval_mode(model)
     torch.testing.assert_close(replica(inputs), inputs, rtol=1e-4, atol=1e-4)
     assert model.norm.num_batches_tracked == 0 and all(part.training for part in model.modules())

@@ -176,7 +176,8 @@ def test_recipe_holds_only_what_affects_training(compose):
 
     lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
     assert recipe() == recipe(*lengths, "data.background=b")
-    masks, alone = ("head=mask2former",), "head.deep_supervision=false"
+    masks = ("head=mask2former",)
+    alone = "head.deep_supervision=false"
     assert recipe(*masks) == recipe(*masks, alone)  # which losses of pixels do not read
     of_masks = (*masks, "loss=mask_classification")
     others = ("data.ignore_index=7", "data.views=3")
@@ -260,7 +261,8 @@ def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch
     half.parent.mkdir()
     for path in (half, older, rows, mine):
         path.write_text("half")
-    try_to_lock, calls = locks._try_to_lock, []
+    try_to_lock = locks._try_to_lock
+    calls = []
 
     def lock_third(path, level):
         calls.append(path)

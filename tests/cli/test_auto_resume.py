@@ -33,7 +33,8 @@ FOLDER = "# @package _global_\nhydra: {run: {dir: mine}}\n"
 
 def train_without_a_model(cfg, *, out_dir, metrics_only, pictures, report, init_head, choose_thresholds):
     """Write what a training leaves: the checkpoint of each step, and its end."""
-    path, build = out_dir / "checkpoints/last.safetensors", Builder(cfg)
+    path = out_dir / "checkpoints/last.safetensors"
+    build = Builder(cfg)
     described = run_description(build, build.labels) | {"frozen": {}}
     done = checkpoint.describe(Path(cfg.resume))["progress"]["step"] if cfg.resume else 0
     for step in range(done + 1, cfg.trainer.steps + 1):
@@ -66,7 +67,8 @@ def interrupt(here, monkeypatch):
     """Return a function that trains until a signal stops the run after two steps; real ones end a step first."""
 
     def stop_training(*words, saves=2):
-        write, written = checkpoint.write, []
+        write = checkpoint.write
+        written = []
 
         def write_twice(path, *given):
             write(path, *given)
@@ -291,7 +293,8 @@ def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
 
 
 def test_sweep_resumes_by_recipe_and_seed(quick, here, interrupt):
-    sweep, folder = ("-m", *AUTO, "hydra.sweep.dir=sweep"), here / "sweep"
+    sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep")
+    folder = here / "sweep"
     stopped = interrupt(*sweep, "seed=0,1")
     assert step_of(folder / "0") == 2 and f"resume=auto hydra.sweep.dir={folder}" in stopped.err
     done = run_checked(here, *sweep, "seed=1,0")

@@ -57,7 +57,8 @@ def test_mistake_is_one_message_and_starts_no_sweep(tmp_path, line):
 )
 def test_key_of_an_option_that_is_not_listed_names_it(tmp_path, line, option):
     words = line.split()
-    found, group = call(tmp_path, "mode=train", *words).err, words[-1].partition(".")[0]
+    found = call(tmp_path, "mode=train", *words).err
+    group = words[-1].partition(".")[0]
     explained = f"the config lacks this key. Options that have it: {group}=[{option}]. Choose one"
     assert found.startswith(f"error: {words[-1]}: {explained}"), found
 

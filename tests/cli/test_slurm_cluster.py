@@ -66,7 +66,8 @@ def free_ports(count):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Start the daemons, and return the environment in which Slurm's commands reach them."""
-    folder, node = tmp_path_factory.mktemp("slurm"), socket.gethostname().partition(".")[0]
+    folder = tmp_path_factory.mktemp("slurm")
+    node = socket.gethostname().partition(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir()
     key = folder / "munge.key"

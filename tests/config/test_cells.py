@@ -28,7 +28,8 @@ def test_cells_equal_the_grid_of_the_feature_maps():
     draw = np.random.default_rng(0)
     for _ in range(200):
         crop = tuple(map(int, draw.integers(1, 200, 2)))
-        patch_size, scale = int(draw.choice([4, 8, 14, 16])), float(draw.choice([0.25, 0.5, 1, 1.3, 2]))
+        patch_size = int(draw.choice([4, 8, 14, 16]))
+        scale = float(draw.choice([0.25, 0.5, 1, 1.3, 2]))
         longest = None if draw.random() < 0.5 else int(draw.integers(8, 250))
         padded = pad_to_multiple(torch.zeros(1, *backbone_size(crop, scale, longest)), patch_size)
         assert cells(crop, patch_size, scale, longest) == [side // patch_size for side in padded.shape[1:]]

@@ -218,7 +218,8 @@ def written_values(node, path=()):
 
 def check_written(cfg, own, option):
     """Check that all that an option's file sets is what is composed; return how many values."""
-    composed, written = OmegaConf.to_container(cfg), list(written_values(own))
+    composed = OmegaConf.to_container(cfg)
+    written = list(written_values(own))
     for path, value in written:
         assert reduce(getitem, path, composed) == value, f"{option}: {path} is lost"
     return len(written)

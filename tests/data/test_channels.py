@@ -230,7 +230,8 @@ def test_large_files_of_16_bits_are_refused_before_decoding(tmp_path, monkeypatc
 
 def tiff_of_pages(*pages):
     """Return a TIFF file of grey pages that share 4 x 4 black pixels; each page is its tags (number, type, value)."""
-    content, place = bytes(16), 8 + 16
+    content = bytes(16)
+    place = 8 + 16
     for number, tags in enumerate(pages):
         following = place + 2 + 12 * len(tags) + 4 if number + 1 < len(pages) else 0
         entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
@@ -293,7 +294,8 @@ def test_orientation_turns_files_of_16_bits(orientation, tmp_path):
 
 def test_further_frames_of_a_png_are_not_decoded(tmp_path, monkeypatch):
     cv2.imwrite(str(tmp_path / "a.png"), levels(3, np.uint16))
-    decode, asked = cv2.imdecodemulti, []
+    decode = cv2.imdecodemulti
+    asked = []
     monkeypatch.setattr(cv2, "imdecodemulti", lambda *args, **kwargs: asked.append(kwargs) or decode(*args, **kwargs))
     read_levels(tmp_path / "a.png", None)
     assert asked == [{"range": (0, 1)}]
@@ -355,7 +357,8 @@ def test_levels_of_tensors_are_not_scaled_again(dtype):
 @pytest.mark.parametrize(("resample", "padding"), [("area", "spread"), ("antialias", "end"), ("bilinear", "spread")])
 def test_views_move_all_channels_alike(padding, resample, channels, dtype):
     """A view of several channels is that of each channel alone."""
-    image, mask = levels(channels, dtype, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    image = levels(channels, dtype, size=(50, 40))
+    mask = np.zeros((50, 40), np.uint8)
     moves = {"scale": (0.4, 0.9), "padding": padding, "resample": resample, "fill": (9, 9, 9)}
     augment = Augment((32, 48), affine=Affine(degrees=0 if padding == "end" else 20), **moves)
     seen, _ = augment(image, mask, np.random.default_rng(3))
@@ -366,7 +369,8 @@ def test_views_move_all_channels_alike(padding, resample, channels, dtype):
 
 
 def test_views_of_rgb_do_not_depend_on_further_channels():
-    image, mask = levels(5, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    image = levels(5, size=(50, 40))
+    mask = np.zeros((50, 40), np.uint8)
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.2)
     augment, plain = (Augment((32, 48), scale=(0.5, 2), flip=0.5, color=color) for color in (jitter, ColorJitter()))
     for seed in range(5):
@@ -378,7 +382,8 @@ def test_views_of_rgb_do_not_depend_on_further_channels():
 
 @pytest.mark.parametrize(("channels", "changes"), [(1, True), (2, False)])
 def test_a_single_channel_is_augmented_as_grey(channels, changes):
-    image, mask = levels(channels, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    image = levels(channels, size=(50, 40))
+    mask = np.zeros((50, 40), np.uint8)
     augment = Augment((50, 40), color=ColorJitter(0.4, 0.4, 0.4, 0.2))
     seen, _ = augment(image, mask, np.random.default_rng(1))
     grey, _ = augment(image[..., :1].repeat(3, axis=2), mask, np.random.default_rng(1))
@@ -387,11 +392,13 @@ def test_a_single_channel_is_augmented_as_grey(channels, changes):
 
 
 def test_views_of_16_bits_are_those_of_8_with_their_fill():
-    image, mask = levels(4, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    image = levels(4, size=(50, 40))
+    mask = np.zeros((50, 40), np.uint8)
     augment = Augment((32, 48), scale=(0.5, 2), color=ColorJitter(0.2, 0.2, 0.2, 0.1))
     seen, deep = (augment(each, mask, np.random.default_rng(1))[0] for each in (image, image.astype(np.uint16) * 257))
     assert np.abs(deep / 257 - seen).max() < 1.01
-    image, mask = levels(5, np.uint16, size=(4, 4)), np.zeros((4, 4), np.uint8)
+    image = levels(5, np.uint16, size=(4, 4))
+    mask = np.zeros((4, 4), np.uint8)
     seen, _ = Augment((8, 8), padding="end", fill=(0, 30, 60))(image, mask, np.random.default_rng(0))
     assert (seen[-1, -1] == 257 * np.array([0, 30, 60, 30, 30])).all()
 
@@ -410,7 +417,8 @@ def dataset(root, count=3, **values):
 
 def datasets_of(root, images, pixels=PixelFormat()):  # noqa: B008 (frozen)
     """Write each image with a mask, and return a dataset of each."""
-    mask, datasets = save(root / "mask.png", levels(1)[..., 0] > 100), []
+    mask = save(root / "mask.png", levels(1)[..., 0] > 100)
+    datasets = []
     for number, image in enumerate(images):
         write_tiff(root / f"{number}.tif", image)
         pair = Pair(f"{number}", root / f"{number}.tif", mask)
@@ -426,7 +434,8 @@ def test_datasets_are_packed_and_read_in_several_formats(tmp_path):
         assert torch.equal(first["image"], second["image"]) and torch.equal(first["mask"], second["mask"])
     reduced = pack(data, cache_dir=tmp_path / "cache", longest=16, workers=1)
     assert reduced[0]["image"].shape == (4, 10, 16) and np.array_equal(reduced.mask(0), reduced[0]["mask"].numpy())
-    two, rgb = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0))), data.read_as(PixelFormat())
+    two = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0)))
+    rgb = data.read_as(PixelFormat())
     assert torch.equal(two[0]["image"], data[0]["image"][[3, 0]]) and data[0]["image"].shape[0] == 4
     assert rgb[0]["image"].dtype == torch.uint8
 

@@ -62,7 +62,8 @@ def test_the_doctor_reads_its_samples(folder):
     check_bare_reader(folder, "train")
 
 
-IMAGE, MASK = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.tensor([[0, 1, 255, 0, 1]] * 4)
+IMAGE = torch.zeros(3, 4, 5, dtype=torch.uint8)
+MASK = torch.tensor([[0, 1, 255, 0, 1]] * 4)
 WHOLE = {
     "classes": ["a", "b"],
     "palette": [(0, 0, 0), (9, 9, 9)],

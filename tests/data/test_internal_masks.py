@@ -45,7 +45,8 @@ def open_split(root, **options):
 
 
 def test_masked_pixels_have_the_ignored_id(root):
-    data, expected = open_split(root), np.where(VALID, IDS, 255)
+    data = open_split(root)
+    expected = np.where(VALID, IDS, 255)
     assert np.array_equal(read_image(root / "train/images/a.tif"), IMAGE)
     assert read_size(root / "train/images/a.tif") == SIZE
     assert np.array_equal(data[0]["mask"], expected) and np.array_equal(data.mask(0), expected)

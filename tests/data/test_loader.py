@@ -282,7 +282,8 @@ class Films:
 
 
 def test_clips_are_shuffled_over_all_videos_and_resumed():
-    view, options = ClipView((8, 8), flip=0.5), {"batch_size": 6, "seed": 2}
+    view = ClipView((8, 8), flip=0.5)
+    options = {"batch_size": 6, "seed": 2}
     whole = take(clip_batches(Films(), view, **options), 11)
     assert whole[0].image.shape == (6, 3, 3, 8, 8)
     order = [name for batch in whole for name in batch.names]

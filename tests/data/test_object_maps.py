@@ -110,7 +110,8 @@ def test_each_object_lies_whole_in_the_first_free_layer():
 def test_objects_move_with_their_mask(affine):
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        size, crop = rng.integers(1, 90, 2), tuple(map(int, rng.integers(1, 70, 2)))
+        size = rng.integers(1, 90, 2)
+        crop = tuple(map(int, rng.integers(1, 70, 2)))
         mask = rng.integers(0, 5, size).astype(np.uint8)
         ids = np.where(mask > 0, LAST - mask.astype(np.int32), 0).astype(np.int32)
         objects = np.stack([ids, np.zeros_like(ids), ids[::-1]])

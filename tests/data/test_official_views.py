@@ -58,7 +58,8 @@ def starts(size, left, top):
 
 def view_of(matrix, size):
     """Return height, width, top, left and flip of a view, from its matrix and the image's (H, W)."""
-    horizontal, vertical = abs(matrix[0, 0]), matrix[1, 1]
+    horizontal = abs(matrix[0, 0])
+    vertical = matrix[1, 1]
     height, width = round(vertical * size[0]), round(horizontal * size[1])
     top = (vertical - 1) / 2 - matrix[1, 2]
     flipped = matrix[0, 0] < 0
@@ -71,7 +72,8 @@ def view_of(matrix, size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", [SHORT, SHORT | {"relative_to": "long"}, FIT])
 def test_sizes_and_boxes_equal_the_formulas(size, options):
-    augment, rng = Augment(CROP, **options, flip=0.5), np.random.default_rng(size)
+    augment = Augment(CROP, **options, flip=0.5)
+    rng = np.random.default_rng(size)
     mask = np.ones(size, np.uint8)
     for _ in range(40):
         factor, left, top, flip = rng.random(4)
@@ -101,7 +103,8 @@ def test_factor_1_is_the_crop_s_side_or_the_base(size):
 def test_pixels_equal_a_resized_padded_and_cropped_image(size, flip):
     """Enlarged without a blend with padding at the image's border; OpenCV's warp and resize differ by 1 level."""
     rng = np.random.default_rng(size)
-    image, mask = rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.zeros(size, np.uint8)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    mask = np.zeros(size, np.uint8)
     augment = Augment(CROP, **SHORT, flip=0.5, fill=FILL)
     for factor in (0.45, 0.5, 0.7, 1.0):
         height, width = drawn_size(size, SHORT, factor)
@@ -122,7 +125,8 @@ def test_pixels_equal_a_resized_padded_and_cropped_image(size, flip):
 def test_reduced_images_equal_the_official_resizing_filter(size, resample):
     """antialias: Pillow and torchvision, rounded after each side; bilinear: OpenCV's weights in steps of 1 / 32."""
     rng = np.random.default_rng(size)
-    image, mask = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 4, size, dtype=np.uint8)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    mask = rng.integers(0, 4, size, dtype=np.uint8)
     for factor, flip in ((0.0, 1.0), (0.1, 0.0), (0.2, 1.0), (0.3, 0.0)):
         height, width = drawn_size(size, SHORT, factor)
         options = {"mode": "bilinear", "antialias": resample == "antialias"}
@@ -143,7 +147,8 @@ def test_reduced_images_equal_the_official_resizing_filter(size, resample):
 def test_only_the_visible_part_is_reduced_with_the_same_result(size, affine):
     """The reference reduces the whole image; views that rotation moves out of the image are only padding."""
     image = np.random.default_rng(size).integers(0, 256, (*size, 3), dtype=np.uint8)
-    mask, compared = np.zeros(size, np.uint8), 0
+    mask = np.zeros(size, np.uint8)
+    compared = 0
     for seed in range(40):
         augment = Augment((40, 30), scale=(0.2, 1.2), affine=affine, flip=0.5, resample="antialias")
         matrix = augment.place(mask, np.random.default_rng(seed))
@@ -163,7 +168,8 @@ def test_only_the_visible_part_is_reduced_with_the_same_result(size, affine):
 
 
 def test_enlarged_images_do_not_depend_on_the_filter():
-    image, mask = np.random.default_rng(3).integers(0, 256, (40, 30, 3), dtype=np.uint8), np.zeros((40, 30), np.uint8)
+    image = np.random.default_rng(3).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    mask = np.zeros((40, 30), np.uint8)
     options = SHORT | {"scale": (1.0, 2.0)}
     views = [Augment(CROP, **options, resample=each)(image, mask, numbers(0.4))[0] for each in ("area", "antialias")]
     assert np.array_equal(*views)
@@ -171,7 +177,8 @@ def test_enlarged_images_do_not_depend_on_the_filter():
 
 @pytest.mark.parametrize("color", [ColorJitter(brightness=1.0), PhotometricDistortion(0.5, 0.5, 0, 0, probability=1)])
 def test_padding_keeps_its_colour_at_the_end_only(color):
-    image, mask = np.full((20, 20, 3), 90, np.uint8), np.zeros((20, 20), np.uint8)
+    image = np.full((20, 20, 3), 90, np.uint8)
+    mask = np.zeros((20, 20), np.uint8)
     changed = {"end": 0, "spread": 0}
     for padding, seed in [(each, seed) for each in changed for seed in range(8)]:
         augment = Augment((40, 30), padding=padding, fill=(10, 200, 30), color=color)
@@ -211,7 +218,8 @@ def test_crops_are_checked_ten_times(ratio):
     )
     used = set()
     for seed in range(60):
-        mask, rng = blobs(size, seed), np.random.default_rng(seed)
+        mask = blobs(size, seed)
+        rng = np.random.default_rng(seed)
         positions = rng.random((11, 2))
         given = (positions[0, 0], positions[0, 1])
         more = [*[0.5] * 5, *positions[1:].ravel()]
@@ -232,7 +240,8 @@ def test_crops_are_checked_ten_times(ratio):
 @pytest.mark.parametrize("options", [{}, SHORT, FIT | {"affine": Affine(20, 0.1, 5)}])
 def test_mask_and_place_agree_with_the_view(options, color):
     augment = Augment(CROP, **options, flip=0.5, color=color, cat_max_ratio=0.6)
-    free, moved = Augment(CROP, **options, flip=0.5, color=color), 0
+    free = Augment(CROP, **options, flip=0.5, color=color)
+    moved = 0
     for seed in range(12):
         mask = blobs((90, 130), seed)
         _, seen = augment(np.repeat(mask[..., None], 3, axis=2), mask, np.random.default_rng(seed))

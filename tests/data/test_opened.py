@@ -51,7 +51,8 @@ def test_split_without_usable_images_is_an_error(data, tmp_path):
 
 def test_packed_and_skipped_together(data, tmp_path):
     (tmp_path / "data/train/images/n1.png").write_bytes(b"no picture")
-    whole, options = data(), {"cache": "packed", "pack": pack, "longest": 15}
+    whole = data()
+    options = {"cache": "packed", "pack": pack, "longest": 15}
     packed = skip(whole, tmp_path, reduced=True, **options)
     assert packed.names == ["n0", "n2", "n3", "n4", "n5"] and list(packed.skipped) == ["n1"]
     assert max(packed[0]["image"].shape) == 15 and packed[0]["mask"].shape == packed[0]["image"].shape[1:]
@@ -84,7 +85,8 @@ def test_incomplete_pairs_are_refused_or_skipped(data, tmp_path):
 def test_only_training_images_are_reduced(data, tmp_path, compose):
     root, kept = f"data.root={tmp_path / 'data'}", f"cache_dir={tmp_path / 'cache'}"
     cfg = compose(root, kept, "data.classes=[a,b]", "data.cache=packed", "data.workers=1", "resolution.longest=15")
-    scored, trained = Builder(cfg).dataset("train"), Builder(cfg).dataset("train", reduced=True)
+    scored = Builder(cfg).dataset("train")
+    trained = Builder(cfg).dataset("train", reduced=True)
     assert [scored[0]["mask"].shape, trained[0]["mask"].shape] == [(20, 30), (10, 15)]
 
 

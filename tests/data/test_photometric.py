@@ -68,7 +68,8 @@ def assert_truncated(ours, exact):
 @pytest.mark.parametrize("size", SIZES)
 def test_changes_equal_the_formulas(size):
     for seed in range(6):
-        image, uniform = noise(size, seed), np.random.default_rng(100 + seed).random()
+        image = noise(size, seed)
+        uniform = np.random.default_rng(100 + seed).random()
         around = 0.5 + uniform  # the factor of contrast and saturation
         for distortion in (MMSEG, DINOV3):
             assert_truncated(one(distortion, 0, uniform, image), image + np.float64(64 * uniform - 32))
@@ -90,7 +91,8 @@ def test_hues_of_mmsegmentation_are_minus_18_to_17_steps(uniform, steps):
 
 
 def test_random_numbers_decide_order_and_choice_of_distortions():
-    image, rng = noise((20, 30), 3), np.random.default_rng(5)
+    image = noise((20, 30), 3)
+    rng = np.random.default_rng(5)
     for _ in range(20):
         uniforms = rng.random(9)
         expected = image
@@ -107,7 +109,8 @@ def test_the_whole_image_is_changed_before_it_is_scaled():
     image = noise((40, 60), 1)
     image[:, :30] //= 4  # contrast depends on the mean grey
     mask = np.zeros((40, 60), np.uint8)
-    options, crop = {**AMOUNTS, "hue": 0.05, "probability": 1.0}, {"crop": (20, 20), "scale": (0.4, 0.9)}
+    options = {**AMOUNTS, "hue": 0.05, "probability": 1.0}
+    crop = {"crop": (20, 20), "scale": (0.4, 0.9)}
     different = 0
     for seed in range(12):
         colors = [PhotometricDistortion(**options, before_scaling=each) for each in (True, False)]

@@ -41,7 +41,8 @@ def test_label_and_id_maps_show_the_pixels_of_the_mask(padding, cat_max_ratio, a
     kinds = {"twin": LabelMap(), "layers": LabelMap(layers=2), "ids": IdMap(), "values": ValueMap(fill=-3)}
     for seed in range(40):
         draw = rng(seed)
-        size, crop = draw.integers(1, 90, 2), tuple(map(int, draw.integers(1, 70, 2)))
+        size = draw.integers(1, 90, 2)
+        crop = tuple(map(int, draw.integers(1, 70, 2)))
         mask = draw.integers(0, 5, size).astype(np.uint8)
         options = {"longest": 77, "scale": (0.3, 3.0), "flip": 0.5} if max(crop) < 77 else {}
         augment = Augment(crop, affine=affine, padding=padding, cat_max_ratio=cat_max_ratio, **options)
@@ -81,7 +82,8 @@ def test_distances_are_those_in_the_view_at_any_zoom():
     """The distance to a circle, in float64, at the pixels of the view."""
     rows, columns = np.mgrid[:200, :240].astype(np.float64)
     distance = (np.hypot(rows - 90.3, columns - 130.7) - 50).astype(np.float32)
-    mask, zooms = np.zeros((200, 240), np.uint8), []
+    mask = np.zeros((200, 240), np.uint8)
+    zooms = []
     for seed in range(40):
         augment = Augment((96, 128), scale=(0.3, 3), affine=Affine(180, 0.3), flip=0.5, longest=201)
         view = augment.maps({"d": distance}, {"d": DistanceMap(fill=-1e6)}, mask, rng(seed))["d"]

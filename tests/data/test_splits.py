@@ -22,7 +22,8 @@ def test_parts_are_disjoint_complete_and_stable():
 
 
 def test_labelled_subsets_are_nested_and_span_few_groups():
-    video, taken = regex_group(r"^(v\d+)/"), []
+    video = regex_group(r"^(v\d+)/")
+    taken = []
     for share, videos in ((0.001, 1), (0.04, 1), (0.1, 1), (0.25, 3), (0.5, 5), (1.0, 10)):
         names = labelled_names(NAMES[::-1], share, seed=2, group=r"^(v\d+)/")
         assert len(names) == max(1, round(share * 40)) and names[: len(taken)] == taken

@@ -76,7 +76,8 @@ def test_image_and_mask_move_together(settings):
 
 
 def test_pixels_outside_the_image_are_ignored():
-    image, mask = np.full((50, 50, 3), 200, np.uint8), np.ones((50, 50), np.uint8)
+    image = np.full((50, 50, 3), 200, np.uint8)
+    mask = np.ones((50, 50), np.uint8)
     seen, ids = Augment((50, 50), affine=Affine(degrees=45), ignore_index=7)(image, mask, rng(5))
     assert set(np.unique(ids)) == {1, 7} and ids[25, 25] == 1 and ids[0, 0] == 7
     for value, level in ((7, 128), (1, 200)):
@@ -92,7 +93,8 @@ def test_part_of_the_image_always_stays_in_view(crop):
 
 
 def test_colour_leaves_the_mask_and_stays_near_its_range():
-    image, mask = np.full((20, 20, 3), (100, 120, 140), np.uint8), noise(20, 20)[1]
+    image = np.full((20, 20, 3), (100, 120, 140), np.uint8)
+    mask = noise(20, 20)[1]
     levels = []
     for seed in range(40):
         seen, ids = Augment((20, 20), color=ColorJitter(brightness=0.2))(image, mask, rng(seed))
@@ -106,7 +108,8 @@ def test_hue_leaves_grey_alone_and_makes_red_cyan():
     augment = Augment((1, 256), color=ColorJitter(saturation=0.9, hue=0.5))
     seen, _ = augment(grey, np.zeros((1, 256), np.uint8), rng(3))
     assert np.abs(seen.astype(int) - grey).max() <= 1
-    image, mask = np.full((2, 2, 3), (200, 40, 40), np.uint8), np.zeros((2, 2), np.uint8)
+    image = np.full((2, 2, 3), (200, 40, 40), np.uint8)
+    mask = np.zeros((2, 2), np.uint8)
     augment = Augment((2, 2), color=ColorJitter(hue=0.5))
     turned = np.array([augment(image, mask, rng(seed))[0][0, 0] for seed in range(40)]).astype(int)
     assert min(turned[:, 0] - turned[:, 1]) < -80 and max(turned[:, 2] - turned[:, 0]) > 80

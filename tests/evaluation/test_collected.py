@@ -13,7 +13,8 @@ from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.training.rendezvous import decode_message, encode_message
 
-SIZE, CLASSES = (40, 52), 4
+SIZE = (40, 52)
+CLASSES = 4
 
 
 class Data(SimpleNamespace):
@@ -62,10 +63,12 @@ def test_any_number_of_ranks_collects_the_same(world_size):
 @pytest.mark.parametrize("ignored", [255, 0, 1])
 def test_counts_are_those_of_the_confusion_matrix(ignored):
     images = list(samples(5, ignored=0.2 if ignored == 255 else 0))
-    found, whole = collect(images, ignore_index=ignored), ConfusionMatrix(CLASSES, ignored, background=1)
+    found = collect(images, ignore_index=ignored)
+    whole = ConfusionMatrix(CLASSES, ignored, background=1)
     for _, mask, prediction, _ in images:
         whole.update(prediction, mask)
-    counts, expected = found.classes.sum(axis=0), whole.compute()
+    counts = found.classes.sum(axis=0)
+    expected = whole.compute()
     scores = ClassScores(CLASSES, background=1).scores(counts.reshape(-1))
     means = ("miou", "miou_no_background", "dice", "accuracy")
     assert [scores[key] for key in means] == pytest.approx([expected[key] for key in means], rel=1e-12)

@@ -63,7 +63,9 @@ def test_memory_estimate_scales_from_small_inputs(options):
 
 def test_growth_of_explicit_attention_is_estimated():
     class Grows(torch.nn.Module):
-        patch_size, scale, backbone = 1, 1.0, SimpleNamespace(channels=3)
+        patch_size = 1
+        scale = 1.0
+        backbone = SimpleNamespace(channels=3)
 
         def forward(self, images, reduce):
             flat = images[0, 0].float().flatten()
@@ -134,7 +136,8 @@ def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatc
 def test_large_images_use_windows_and_log_it_once(free, caplog):
     model = make_model()
     need = memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90))
-    seen, predictor = watch(model), make_predictor(model, Auto((32, 48), memory=0.5))
+    seen = watch(model)
+    predictor = make_predictor(model, Auto((32, 48), memory=0.5))
     with caplog.at_level(logging.INFO):
         free(2 * need + 2)
         predictor.ids([picture(100, 90)])
@@ -188,7 +191,8 @@ def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
     free(2**40)
     strategy = Auto((32, 48))
     predictor = make_predictor(small_memory(make_model(), 4 * 32 * 48), strategy)
-    windows, whole = make_predictor(make_model(), strategy.windows), make_predictor(make_model())
+    windows = make_predictor(make_model(), strategy.windows)
+    whole = make_predictor(make_model())
     assert (predictor.ids([picture(100, 90)]) == windows.ids([picture(100, 90)])).all()
     (message,) = caplog.messages
     words = "inference=auto: not enough memory for an image of 90 x 100 (width x height) in one pass: "
@@ -227,7 +231,8 @@ def test_address_space_limit_bounds_free_memory(tmp_path, monkeypatch):
 def test_batch_and_output_size_count_towards_memory(free):
     model = make_model()
     free(1.5 * memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90)))
-    images, seen = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None], watch(model)
+    images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
+    seen = watch(model)
     for count, size, whole in ((1, None, True), (2, None, False), (1, (1000, 900), False)):
         seen.clear()
         predictor = make_predictor(model, Auto((32, 48), memory=1.0))
@@ -252,7 +257,8 @@ def test_memory_error_of_python_is_reported(tmp_path):
 
 def test_probabilities_are_float32_in_any_precision():
     predictor = Predictor(make_model(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
-    probabilities, ids = predictor.probabilities([picture(19, 30)] * 2), predictor.ids([picture(19, 30)] * 2)
+    probabilities = predictor.probabilities([picture(19, 30)] * 2)
+    ids = predictor.ids([picture(19, 30)] * 2)
     assert probabilities.dtype == torch.float32 and ids.shape == (2, 19, 30) and ids.dtype == np.uint8
 
 

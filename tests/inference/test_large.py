@@ -78,7 +78,8 @@ def test_images_that_do_not_fit_into_memory_are_refused(tmp_path, name, small_li
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
 def test_class_ids_of_a_large_image_equal_those_in_memory(tmp_path, name, small_limit, monkeypatch):
-    path, predictor = saved(tmp_path / name), tiny_predictor()
+    path = saved(tmp_path / name)
+    predictor = tiny_predictor()
     predictor.write_ids(path, tmp_path / "masks/a.png")
     monkeypatch.undo()
     expected = predictor.ids([read_image(path)])[0]

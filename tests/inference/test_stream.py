@@ -80,7 +80,8 @@ def test_a_failure_while_the_others_are_stuck_in_full_queues():
 
 
 def test_the_first_of_two_failures_is_raised():
-    failed, writers = threading.Event(), []
+    failed = threading.Event()
+    writers = []
 
     def write(item):
         writers.append(threading.current_thread())

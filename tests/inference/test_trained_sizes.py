@@ -60,7 +60,8 @@ def test_sizes_are_those_that_the_model_was_fed():
 
 @pytest.mark.parametrize("enlarged", [0.8, 1.0, 1.5])
 def test_images_of_training_and_validation_are_not_reduced(enlarged, model):
-    trained, scored = [(30, 40)] * 99 + [(300, 4)], [(20, 40), (7, 470)]
+    trained = [(30, 40)] * 99 + [(300, 4)]
+    scored = [(20, 40), (7, 470)]
     sizes = TrainedSizes.of(trained, scored, longest=None, enlarged=enlarged)
     assert sizes == TrainedSizes(40, 470)
     limit_to_trained_size(model, sizes)

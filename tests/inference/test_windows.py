@@ -67,7 +67,8 @@ def slid(model, image, crop, stride):
     _, height, width = image.shape
     rows = max(height - crop[0] + stride[0] - 1, 0) // stride[0] + 1
     columns = max(width - crop[1] + stride[1] - 1, 0) // stride[1] + 1
-    total, counts = 0.0, np.zeros((height, width))
+    total = 0.0
+    counts = np.zeros((height, width))
     for row, column in itertools.product(range(rows), range(columns)):
         bottom = min(row * stride[0] + crop[0], height)
         right = min(column * stride[1] + crop[1], width)
@@ -83,7 +84,8 @@ def slid(model, image, crop, stride):
 
 @pytest.mark.parametrize(("size", "windows"), in_turn(((24, 24), 0.334, (16, 16)), ((10, 13), 0.25, (8, 10))))
 def test_published_windows_are_those_of_mmsegmentation(size, windows):
-    model, images = make_model(kernel=3), pictures(*size)
+    model = make_model(kernel=3)
+    images = pictures(*size)
     crop, overlap, stride = windows
     strategy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
     expected = np.stack([slid(model, image, crop, stride) for image in images])
@@ -96,7 +98,8 @@ def official_linear(model, image, side, stride, *, antialias=True):
     DINOv3 resizes by Pillow, with antialiasing, mmsegmentation by OpenCV, without.
     """
     height, width = image.shape[1:]
-    low, high = min(height, width), max(height, width)
+    low = min(height, width)
+    high = max(height, width)
     size = [side if length == low else int(side * high / low + 0.5) for length in (height, width)]
     resized = F.interpolate(image[None], size, mode="bilinear", antialias=antialias)[0]
     mean_logits = slid(model, resized, (side, side), (stride, stride))
@@ -112,7 +115,8 @@ def official_eomt(model, image, side):
     count = math.ceil(max(size) / side)
     overlap = count * side - max(size)
     overlap = overlap / (count - 1) if overlap > 0 else 0
-    sums, counts = torch.zeros(4, *size, dtype=torch.float64), torch.zeros(4, *size)
+    sums = torch.zeros(4, *size, dtype=torch.float64)
+    counts = torch.zeros(4, *size)
     for number in range(count):
         start = int(number * (side - overlap))
         part = (slice(None), slice(start, start + side)) if size[0] > size[1] else (..., slice(start, start + side))
@@ -128,7 +132,8 @@ ODD = [(37, 61), (61, 37), (33, 33), (17, 90), (31, 24)]
 @pytest.mark.parametrize("size", ODD)
 @pytest.mark.parametrize(("resample", "antialias"), [({}, True), ({"resample": "bilinear"}, False)])
 def test_a_linear_head_is_evaluated_as_by_dinov3_or_dinov2(size, resample, antialias):
-    model, images = make_model(kernel=3), pictures(*size, count=1)
+    model = make_model(kernel=3)
+    images = pictures(*size, count=1)
     strategy = Windows(24, shortest=24, stride=16, weights="uniform", average="scores", batch_size=3, **resample)
     expected = official_linear(model, images[0], 24, 16, antialias=antialias)
     torch.testing.assert_close(run_bands(model, images, strategy)[0], expected, rtol=0, atol=1e-6)
@@ -138,7 +143,8 @@ def test_a_linear_head_is_evaluated_as_by_dinov3_or_dinov2(size, resample, antia
 
 @pytest.mark.parametrize("size", ODD)
 def test_eomt_is_evaluated_as_in_its_code(size):
-    model, images = make_model(kernel=3, mixture=True), pictures(*size, count=1)
+    model = make_model(kernel=3, mixture=True)
+    images = pictures(*size, count=1)
     strategy = Windows(24, shortest=24, placement="even", weights="uniform", average="scores", batch_size=3)
     expected = official_eomt(model, images[0], 24)
     torch.testing.assert_close(run_bands(model, images, strategy)[0], expected, rtol=0, atol=1e-6)
@@ -159,7 +165,8 @@ def test_the_shorter_side_is_reduced_and_rounded_as_published():
     draw = np.random.default_rng(0)
     for height, width, side in draw.integers(1, 3000, (300, 3)).tolist():
         found = with_shorter_side((height, width), side)
-        low, high = min(height, width), max(height, width)
+        low = min(height, width)
+        high = max(height, width)
         assert (min(found), max(found)) == (side, max(1, int(side * high / low + 0.5)))
         assert (found[0] <= found[1]) == (height <= width)
         factor = side / low  # EoMT rounds halves to even
@@ -177,7 +184,8 @@ def test_sides_of_scales_are_those_of_the_released_segmentor():
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
 def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
-    model, images = make_model(kernel=3, mixture=mixture), pictures(37, 29, count=1)
+    model = make_model(kernel=3, mixture=mixture)
+    images = pictures(37, 29, count=1)
     strategy = Windows((13, 10), stride=(9, 7), weights="uniform", average="scores", flips=flips, scales=scales)
     views = []
     for scale, turn in itertools.product(scales, TURNS[flips]):
@@ -192,7 +200,9 @@ def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture
 
 
 def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
-    strategy, model, sizes = Windows(8, shortest=16384), make_model(), []
+    strategy = Windows(8, shortest=16384)
+    model = make_model()
+    sizes = []
     for size, scaled in (((1, 2), (5793, 11585)), ((8192, 3 * 8192), (8192, 3 * 8192)), ((2048, 1024), (11585, 5793))):
         assert strategy._size_at_scale(size, 1.0) == scaled
 
@@ -226,7 +236,8 @@ def test_windows_cover_all_pixels_and_weights_add_up(size, options):
     ("size", "options"), in_turn({}, {"overlap": 0.0}, {"weights": "uniform"}, {"flips": "all"}, {"batch_size": 1})
 )
 def test_tiled_and_whole_mask_agree_without_context(size, options, mixture):
-    model, images = make_model(mixture=mixture), pictures(*size)
+    model = make_model(mixture=mixture)
+    images = pictures(*size)
     tiled = run_bands(model, images, Windows((9, 12), **options))
     with torch.no_grad():
         prediction = model(images)
@@ -239,7 +250,8 @@ def test_tiled_and_whole_mask_agree_without_context(size, options, mixture):
 
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
 def test_freeing_rows_equals_keeping_all_rows(average):
-    model, images = make_model(kernel=5), pictures(61, 40)
+    model = make_model(kernel=5)
+    images = pictures(61, 40)
     freed = run_bands(model, images, Windows((16, 11), overlap=0.4, average=average))
     rows, columns = starts(61, 16, 10), starts(40, 11, 7)
     down, across = profile(16, "cosine"), profile(11, "cosine")
@@ -255,7 +267,8 @@ def test_freeing_rows_equals_keeping_all_rows(average):
 
 
 def test_bands_are_at_most_a_stride_and_the_last_a_window():
-    model, images = make_model(), pictures(61, 40)
+    model = make_model()
+    images = pictures(61, 40)
     bands = Windows((16, 16), overlap=0.5).bands(model, MemoryRows(images), nullcontext)
     with torch.no_grad():
         assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
@@ -263,7 +276,8 @@ def test_bands_are_at_most_a_stride_and_the_last_a_window():
 
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
 def test_flips_average_probabilities_of_the_turned_images(flips):
-    model, images = make_model(kernel=3), pictures(17, 23)
+    model = make_model(kernel=3)
+    images = pictures(17, 23)
     parts, turned = [], []
     for turn in TURNS[flips]:
         turned.append(apply_turn(images, turn))
@@ -299,8 +313,10 @@ def test_streams_of_other_bands_are_averaged_row_by_row():
 
 @pytest.mark.parametrize("strategy", [Whole, partial(Windows, 500)])
 def test_scales_average_probabilities_brought_to_the_same_size(strategy):
-    model, images = make_model(kernel=3, longest=30), pictures(17, 40)
-    sizes, parts = {1.0: (13, 30), 0.5: (6, 15), 1.7: (22, 51)}, []
+    model = make_model(kernel=3, longest=30)
+    images = pictures(17, 40)
+    sizes = {1.0: (13, 30), 0.5: (6, 15), 1.7: (22, 51)}
+    parts = []
     for target in sizes.values():
         seen = F.interpolate(images, target, mode="bilinear", antialias=True)
         with torch.no_grad():
@@ -322,7 +338,8 @@ def test_shorter_side_is_resized_and_windows_stay_inside():
 
 
 def test_windows_predict_at_a_requested_size():
-    model, images = make_model(kernel=3), pictures(17, 23)
+    model = make_model(kernel=3)
+    images = pictures(17, 23)
     own = run_bands(model, images, Windows((9, 9)))
     other = run_bands(model, images, Windows((9, 9)), size=(34, 40))
     torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
@@ -337,7 +354,8 @@ def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average)
         Predictor(model, torch.device("cpu"), nullcontext, strategy)
         for strategy in (Whole(), Windows(16, average=average, batch_size=5))
     )
-    probabilities, ids = tiled.probabilities(images), tiled.ids(images)
+    probabilities = tiled.probabilities(images)
+    ids = tiled.ids(images)
     torch.testing.assert_close(probabilities, whole.probabilities(images), rtol=0, atol=1e-5)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3, 40, 30))
     assert (probabilities.argmax(dim=1).numpy() == ids).all() and ids.dtype == np.uint8

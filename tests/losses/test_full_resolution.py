@@ -41,7 +41,8 @@ def focal(logits, ids, gamma):
 
 
 def tversky(logits, ids, alpha, beta):
-    shares, own = logits.softmax(1).movedim(1, -1)[ids != 255], F.one_hot(ids[ids != 255], 5).to(logits)
+    shares = logits.softmax(1).movedim(1, -1)[ids != 255]
+    own = F.one_hot(ids[ids != 255], 5).to(logits)
     present = own.sum(0) > 0
     shares, own, weights = shares[:, present], own[:, present], WEIGHTS.to(logits)[present]
     hits = (shares * own).sum(0)
@@ -57,7 +58,8 @@ def entropies(logits, ids, smoothing=0.0):
 def hardest(logits, ids, share, costs_of=entropies):
     """Each image's pixels by what they cost, sorted; those alike with the last one, as at a rim, count too."""
     costs = costs_of(logits, ids)
-    total, norm = costs.sum() * 0, 0.0
+    total = costs.sum() * 0
+    norm = 0.0
     for cost, of in zip(costs, ids, strict=True):
         cost, of = cost[of != 255], of[of != 255]
         if len(cost):
@@ -188,7 +190,8 @@ def test_another_gradient_of_the_value_scales_that_of_the_grid():
     for loss, _ in LOSSES.values():
         prediction, batch = random_case(*CASES[1], 0)
         value, parts = loss(prediction, batch)
-        once, twice = gradient(value, prediction.grid), gradient(2 * loss(prediction, batch)[0], prediction.grid)
+        once = gradient(value, prediction.grid)
+        twice = gradient(2 * loss(prediction, batch)[0], prediction.grid)
         torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=0)
         assert not parts["weight"].requires_grad
         value = loss(prediction, batch)[0]
@@ -204,7 +207,9 @@ QUICK_ON_THREADS = ("cross-entropy", "focal", "hardest", "dice")  # one for each
     [pytest.param(name, marks=[] if name in QUICK_ON_THREADS else [pytest.mark.heavy]) for name in LOSSES],
 )
 def test_any_number_of_threads_gives_the_same_bits(name):
-    loss, found, threads = LOSSES[name][0], [], torch.get_num_threads()
+    loss = LOSSES[name][0]
+    found = []
+    threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)

@@ -88,7 +88,8 @@ def test_small_logits_are_upsampled_to_the_targets(batch):
 
 
 def test_masks_of_queries_take_the_loss_of_their_training(batch):
-    rng, targets = torch.Generator().manual_seed(0), batch[1]
+    rng = torch.Generator().manual_seed(0)
+    targets = batch[1]
     logits, masks = torch.randn(2, 5, 4, generator=rng), torch.randn(2, 5, 9, 11, generator=rng)
     shares = WeightedMasks(masks, logits.softmax(-1)[..., :3])
     prediction = Prediction(MaskOutputs(logits, masks), (9, 11), (1.0, 1.0), None, mixture=True, masks=shares)
@@ -122,7 +123,9 @@ def test_ignored_pixels_and_target_masks_of_queries(monkeypatch, ignored, interp
     prediction = Prediction(MaskOutputs(classes, masks), size, (1.0, 1.0), None, mixture=True, masks=shares)
     found = mask_classification_loss(prediction, targets, ignored=ignored, interpolation=interpolation, no_object=0.1)
 
-    weight, wanted, terms = torch.tensor([1, 1, 1, 0.1]).double(), torch.full((3, 4), 3), []
+    weight = torch.tensor([1, 1, 1, 0.1]).double()
+    wanted = torch.full((3, 4), 3)
+    terms = []
     fading = {"padding_mode": "border" if interpolation == "nearest" else "zeros", "align_corners": False}
     grid = (2 * points - 1)[:, None]  # (1, 1, P, 2)
     for image, label in enumerate((2, 1)):
@@ -160,7 +163,8 @@ def test_losses_of_layers_equal_definitions_with_finite_slopes(fill, weights):
     cost = norm = dice = present = 0.0
     for layer, weight in enumerate(weights or [1.0] * 3):
         known = targets[:, layer] != 255
-        truth, share = targets[:, layer][known].double(), logits[:, layer][known].sigmoid()
+        truth = targets[:, layer][known].double()
+        share = logits[:, layer][known].sigmoid()
         cost -= weight * (truth * share.log() + (1 - truth) * (1 - share).log()).sum().item()
         norm += weight * known.sum().item()
         if truth.any():
@@ -176,7 +180,8 @@ def test_losses_of_layers_equal_definitions_with_finite_slopes(fill, weights):
 
 @pytest.mark.parametrize("loss", [bce_loss, binary_dice_loss])
 def test_layers_of_one_class_are_enough_and_any_id_is_ignored(loss):
-    logits, targets = torch.randn(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    logits = torch.randn(2, 3, 4, 4)
+    targets = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     assert loss(logits[:, :1], targets[:, :1]).isfinite()
     assert loss(logits, targets + 2, ignore_index=2) == 0
 

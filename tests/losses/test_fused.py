@@ -176,7 +176,9 @@ def test_each_form_and_number_of_classes_is_tried_for_itself(monkeypatch):
 
 
 def test_trials_agree_in_sums_gradient_and_non_finite_values():
-    one, other, none = torch.ones(3), torch.zeros(3), torch.full((3,), torch.nan)
+    one = torch.ones(3)
+    other = torch.zeros(3)
+    none = torch.full((3,), torch.nan)
     found = fused._Trial(one, one, 1.0)
     assert found.agrees(found) and not found.agrees(fused._Trial(one, other, 1.0))
     for ends in (none, torch.full((3,), torch.inf)):  # of a first step whose loss is none: the training tells it
@@ -214,6 +216,7 @@ def test_losses_request_the_kernel_with_their_weights(monkeypatch):
         loss(prediction, batch)
     assert [(way.form.weights is not None, way.form.smoothing) for way in forms] == [(True, 0.2), *[(False, 0.0)] * 2]
     assert all(way.mask is batch.mask and way.valid == prediction.valid and way.ignore_index == 255 for way in forms)
-    grid, shares = prediction.grid, torch.ones(2, 5, 5)
+    grid = prediction.grid
+    shares = torch.ones(2, 5, 5)
     CrossEntropy(WEIGHTS)(replace(prediction, grid=None, masks=WeightedMasks(grid, shares)), batch)
     assert len(forms) == 3  # a mixture goes by tiles

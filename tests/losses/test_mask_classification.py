@@ -97,7 +97,10 @@ def mask_and_dice(logits, truth):
 
 def by_hand(layer, mask, points, valid, weights, no_object=0.1):
     """Return the class, mask and dice terms of one layer, matched by trying every assignment."""
-    sums, count, class_total, class_norm = [0.0, 0.0], 0, 0.0, 0.0
+    sums = [0.0, 0.0]
+    count = 0
+    class_total = 0.0
+    class_norm = 0.0
     for b, labels in enumerate(mask.tolist()):
         found = [labels[int(y * len(labels))][int(x * len(labels[0]))] for x, y in points]
         present = sorted({k for row in labels for k in row} - {255})
@@ -215,7 +218,8 @@ def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):
     prediction, batch = make(mask, aux=0, columns=K)
     criterion = MaskClassification(WEIGHTS)
     whole, _ = criterion(prediction, batch)
-    divisors, total = criterion.divisors(batch), 0.0
+    divisors = criterion.divisors(batch)
+    total = 0.0
     for at in (slice(0, 1), slice(1, 3)):
         own = prediction.of_images(at), Batch(batch.image[at], batch.mask[at], batch.names[at])
         part, value, _ = criterion.step_loss(*own, divisors)

@@ -78,7 +78,8 @@ def lovasz_by_levels(found, weights):
 )
 def test_lovasz_equals_its_formula(name, dtype):
     prediction, batch = make(MASKS[name], dtype)
-    found, weights = pixels(prediction, batch.mask), WEIGHTS.tolist()
+    found = pixels(prediction, batch.mask)
+    weights = WEIGHTS.tolist()
     images = sorted({image for _, _, image in found})
     each = [lovasz_by_levels([pixel for pixel in found if pixel[2] == image], weights) for image in images]
     for per_image, expected in ((False, lovasz_by_levels(found, weights)), (True, sum(each) / len(each))):
@@ -146,7 +147,8 @@ def test_only_losses_that_sum_over_a_batch_change_when_split(loss):
     mask = random_mask((2, 8, 9), 5)
     mask[1, :5] = 255
     logits = torch.randn(2, 4, 8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    prediction, batch = Prediction(logits, (8, 9), (1.0, 1.0), upsample), Batch(mask, mask, ["", ""])
+    prediction = Prediction(logits, (8, 9), (1.0, 1.0), upsample)
+    batch = Batch(mask, mask, ["", ""])
     whole, parts = loss(prediction, batch)
     alone = [loss(prediction.of_images(slice(place, place + 1)), part) for place, part in enumerate(batch.split(2))]
     mean = sum(value * part["weight"] for value, part in alone) / parts["weight"]

@@ -51,7 +51,8 @@ def choose(masks, target, *, valid=(1.0, 1.0), num_points=40, oversample=3.0, im
 def test_least_certain_points_are_chosen(monkeypatch):
     drawn = []
     monkeypatch.setattr(points_module, "random_points", lambda *a: drawn.append(random_points(*a)) or drawn[-1])
-    masks, target = torch.randn(3, 4, 6), torch.zeros(3, 8, 9, dtype=torch.int64)
+    masks = torch.randn(3, 4, 6)
+    target = torch.zeros(3, 8, 9, dtype=torch.int64)
     chosen = choose(masks, target, valid=(0.9, 0.8))
     assert [tuple(points.shape) for points in drawn] == [(3, 120, 2), (3, 10, 2)] and chosen.shape == (3, 40, 2)
     for number in range(3):

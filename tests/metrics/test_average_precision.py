@@ -36,7 +36,8 @@ def draw_probabilities(rng, shape):
 def draw_case(seed):
     """Return 1 to 3 images of layers: probabilities (K, H, W) and masks of 0, 1 and 255, some absent or ignored."""
     rng = np.random.default_rng(seed)
-    num_classes, images = int(rng.integers(1, 5)), []
+    num_classes = int(rng.integers(1, 5))
+    images = []
     for _ in range(rng.integers(1, 4)):
         shape = (num_classes, *rng.integers(1, 12, 2)) if rng.random() < 0.9 else (num_classes, 1, 1)
         mask = (rng.random(shape) < rng.choice([0.02, 0.5, 0.98])).astype(np.uint8)
@@ -110,7 +111,9 @@ def test_semantic_classes_are_scored_one_against_the_others(ignored):
 class FlatSums:
     """The metric as a function of flat sums (..., d) of three classes."""
 
-    keys, unbounded, highest = ("average_precision",), (), {}
+    keys = ("average_precision",)
+    unbounded = ()
+    highest = {}
 
     def scores(self, sums):
         return METRIC.compute(

@@ -112,7 +112,8 @@ def test_sums_over_merges_equal_the_whole():
 
 
 def test_refused_pixels_are_not_counted():
-    confusion, ids = ConfusionMatrix(3), torch.zeros(1, 4, 4, dtype=torch.uint8)
+    confusion = ConfusionMatrix(3)
+    ids = torch.zeros(1, 4, 4, dtype=torch.uint8)
     for prediction, mask in ((ids, ids + 7), (ids + 5, ids)):
         with pytest.raises(ValueError, match="16 "):
             confusion.update(prediction, mask)

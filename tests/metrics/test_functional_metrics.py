@@ -25,7 +25,8 @@ def ids():
 def test_overlaps_are_those_of_another_library(ids):
     predictions, targets = ids
     known = targets != 255
-    ours, theirs = predictions[known].numpy(), targets[known].numpy()
+    ours = predictions[known].numpy()
+    theirs = targets[known].numpy()
     assert metrics.mean_iou(*ids, 3) == pytest.approx(jaccard_score(theirs, ours, average="macro"))
     assert metrics.mean_dice(*ids, 3) == pytest.approx(f1_score(theirs, ours, average="macro"))
     assert metrics.pixel_accuracy(*ids, 3) == pytest.approx(accuracy_score(theirs, ours))
@@ -74,7 +75,8 @@ def test_calibration_leaves_out_ignored_pixels():
 def test_void_pixels_of_any_dtype_are_background(dtype):
     ids = torch.zeros(16, 16, dtype=torch.uint8)
     ids[4:12, 4:12] = 1
-    shifted, void = ids.roll(2, 0), torch.zeros(16, 16, dtype=torch.bool)
+    shifted = ids.roll(2, 0)
+    void = torch.zeros(16, 16, dtype=torch.bool)
     void[:6] = True
     expected = metrics.region_and_boundary(shifted * ~void, ids * ~void, 1)
     assert metrics.region_and_boundary(shifted, ids, 1, void=void.to(dtype)) == expected
@@ -90,7 +92,8 @@ def test_arrays_count_as_tensors(ids):
         matrix = metrics.ConfusionMatrix(3)
         matrix.update(*mixed)
         assert matrix.compute()["miou"] == metrics.mean_iou(*mixed, 3) == metrics.mean_iou(*flipped, 3)
-    square, logits = torch.randint(2, (16, 16), dtype=torch.uint8), torch.randn(1, 2, 16, 16)
+    square = torch.randint(2, (16, 16), dtype=torch.uint8)
+    logits = torch.randn(1, 2, 16, 16)
     for call in (
         lambda change: metrics.region_and_boundary(change(square), change(square), 1, void=change(square)),
         lambda change: metrics.boundary_iou(change(square), square, 2),
@@ -108,7 +111,8 @@ def test_arrays_of_any_byte_order_are_scored(kind):
 
 @pytest.mark.parametrize("logit", [math.inf, -math.inf])
 def test_infinite_logits_that_decide_a_score_are_refused(logit):
-    logits, targets = torch.zeros(1, 2, 1, 3), torch.tensor([[[0, 1, 255]]])
+    logits = torch.zeros(1, 2, 1, 3)
+    targets = torch.tensor([[[0, 1, 255]]])
     logits[:, :, 0, 2] = math.nan  # of an ignored pixel
     assert metrics.expected_calibration_error(logits, targets) == 0
     assert math.isfinite(metrics.fit_temperature(logits, targets))
@@ -118,7 +122,8 @@ def test_infinite_logits_that_decide_a_score_are_refused(logit):
 
 
 def test_probability_0_of_a_class_has_no_temperature():
-    logits, targets = torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 2]]])
+    logits = torch.zeros(1, 3, 1, 2)
+    targets = torch.tensor([[[0, 2]]])
     logits[0, 2] = -math.inf
     assert metrics.expected_calibration_error(logits, targets) == 0
     assert_refused(lambda: metrics.fit_temperature(logits, targets), "probability 0")

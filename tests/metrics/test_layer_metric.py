@@ -79,10 +79,12 @@ def test_settings_name_the_options_of_the_metric():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_counts_of_layers_equal_those_of_their_pixels(seed):
-    images, counts = draw_images(seed), LayerCounts(CLASSES, background=0)
+    images = draw_images(seed)
+    counts = LayerCounts(CLASSES, background=0)
     for ids, mask, _ in images:
         counts.update(torch.from_numpy(ids), torch.from_numpy(mask))
-    scores, expected = counts.compute(), [overlap(sides_of(images, layer)) for layer in range(CLASSES)]
+    scores = counts.compute()
+    expected = [overlap(sides_of(images, layer)) for layer in range(CLASSES)]
     for row, (iou, dice) in zip(scores["classes"], expected, strict=True):
         assert [row["iou"], row["dice"]] == pytest.approx([iou, dice])
     ious = [iou for iou, _ in expected]

@@ -33,7 +33,8 @@ def ugly_case(seed, ignored=255):
     for _ in range(rng.integers(1, 4)):
         shape = tuple(rng.integers(1, 24, 2))
         smooth = ndimage.gaussian_filter(rng.normal(size=(2, CLASSES, *shape)), (0, 0, 1.5, 1.5)).argmax(axis=1)
-        mask, ids = smooth[0], np.where(rng.random(shape) < rng.random(), smooth[0], smooth[1])
+        mask = smooth[0]
+        ids = np.where(rng.random(shape) < rng.random(), smooth[0], smooth[1])
         kind = rng.integers(0, 6)
         if kind == 0:
             mask = np.full(shape, ignored)
@@ -83,15 +84,18 @@ OUTLINES = (("boundary_iou", BoundaryIoU()), ("nsd", SurfaceDice()))
 @pytest.mark.parametrize("ignored", [255, 0])
 def test_overlap_equals_the_confusion_matrix(ignored):
     for seed in range(20):
-        images, matrix = ugly_case(seed, ignored), ConfusionMatrix(CLASSES, ignored)
+        images = ugly_case(seed, ignored)
+        matrix = ConfusionMatrix(CLASSES, ignored)
         for ids, mask in images:
             matrix.update(ids[None], mask[None])
-        found, expected = score(MeanIoU(), images, ignored), matrix.compute()
+        found = score(MeanIoU(), images, ignored)
+        expected = matrix.compute()
         assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-12)
 
 
 def test_an_ignored_class_has_no_outline_of_its_own():
-    ids, mask = np.zeros((8, 8), np.uint8), np.ones((8, 8), np.uint8)
+    ids = np.zeros((8, 8), np.uint8)
+    mask = np.ones((8, 8), np.uint8)
     for name, metric in OUTLINES:
         assert score(metric, [(ids, mask)], ignored=0)[name] == 0.0  # of class 1, which the prediction lacks
         assert score(metric, [(ids, ids)], ignored=0)[name] is None

@@ -20,7 +20,8 @@ from dinoseg.training.rendezvous import decode_message, encode_message
 
 
 class Data:
-    classes, ignore_index = ("a", "b", "c", "d"), 255
+    classes = ("a", "b", "c", "d")
+    ignore_index = 255
     names = tuple(f"{number:02}" for number in range(99))
 
 
@@ -58,7 +59,8 @@ def test_scores_without_a_unit_are_those_of_the_other_rows(monkeypatch, at_once)
     units = [number % 7 for number in range(len(images))]
     for name, metric in (*OUTLINES, ("miou", MeanIoU()), ("share", Share())):
         rows = [metric.count(PredictedImage(ids), LabelledImage(mask, CLASSES)) for ids, mask in images]
-        found, expected = metric.leave_one_out(rows, units), RowMetric.leave_one_out(metric, rows, units)
+        found = metric.leave_one_out(rows, units)
+        expected = RowMetric.leave_one_out(metric, rows, units)
         assert found.keys() == metric.scores.keys() and np.isfinite(found[name]).all()
         assert {key: each.tolist() for key, each in found.items()} == {
             key: pytest.approx(each.tolist(), abs=1e-12, nan_ok=True) for key, each in expected.items()
@@ -148,7 +150,8 @@ def test_sums_of_narrow_counts_do_not_overflow(value, total):
 class AreaError(RowMetric):
     """Mean difference of the pixels of class 1, from one number for each image."""
 
-    scores, unbounded = {"area_error": "min"}, ("area_error",)
+    scores = {"area_error": "min"}
+    unbounded = ("area_error",)
 
     def count(self, prediction, sample):
         return {"found": (prediction.ids == 1).sum(), "held": (sample.mask == 1).sum()}

@@ -105,7 +105,8 @@ def test_the_most_masks_there_can_be_are_scored_unchanged():
     maps = np.random.default_rng(0).integers(0, 256, (2, 12, 15)).astype(np.uint8)
     maps[1] //= 30
     before = maps.copy()
-    found, expected = pair_scores(*maps, 255, 8), official_pairs(*maps, 255, 8)
+    found = pair_scores(*maps, 255, 8)
+    expected = official_pairs(*maps, 255, 8)
     assert np.array_equal(np.stack(found), expected) and np.array_equal(maps, before)
 
 

@@ -107,7 +107,8 @@ def test_exports_keep_the_channels(here):
     for path, options in files.items():
         model = dinoseg.load(path, device="cpu", **options)
         for image in sorted((here / "data/val/images").iterdir()):
-            wanted, found = source.predict(image), model.predict(image)
+            wanted = source.predict(image)
+            found = model.predict(image)
             assert np.array_equal(wanted.mask, found.mask)
             np.testing.assert_allclose(wanted.probabilities, found.probabilities, atol=1e-4)
         with pytest.raises(UserError, match=r"\[40, 56, 3\]"):

@@ -16,7 +16,8 @@ FILES = [path for path in Path(CONFIGS).glob("*/*.yaml") if path.parent.name not
 
 def listed_options():
     """Return group to options, as the overview prints them."""
-    groups, group = {}, None
+    groups = {}
+    group = None
     for line in mode.overview().partition("Groups and their options")[2].splitlines()[1:]:
         found = re.fullmatch(r"  ([\w/]+:)? +(.*)", line)
         group = found[1].rstrip(":") if found[1] else group

@@ -140,7 +140,8 @@ def test_exported_file_equals_the_model(multilabel_run, words, file, thresholds)
     where, _ = multilabel_run
     succeed(where, "mode=export", "resume=run", *words, "hydra.run.dir=exported")
     image = read_image(where / "data/val/images/val_0.png")
-    model, source = dinoseg.load(where / "exported" / file), dinoseg.load(where / "run", device="cpu", precision="fp32")
+    model = dinoseg.load(where / "exported" / file)
+    source = dinoseg.load(where / "run", device="cpu", precision="fp32")
     found = model.predict(image)
     assert model.palette == source.palette and (0, 0, 0) not in model.palette
     drawn = {tuple(colour) for colour in found.overlay(1.0)[found.mask.any(axis=0)].tolist()}
@@ -182,7 +183,8 @@ def test_modes_agree_on_a_single_class_of_0_and_255(tmp_path):
     masks = write_overlaps(tmp_path / "data", train=2, val=2)
     for name, layers in masks.items():
         save(tmp_path / "data" / name.split("_")[0] / "masks/disc" / f"{name}.png", 255 * layers[0].astype(np.uint8))
-    task, remedy = ("data.classes=[disc]", "task=multilabel"), "data.reader.masks.format=binary"
+    task = ("data.classes=[disc]", "task=multilabel")
+    remedy = "data.reader.masks.format=binary"
     training = ("mode=train", *TASK, *task, "trainer.steps=1")
     refused = call(tmp_path, *training, "hydra.run.dir=refused")
     assert refused.status == 1 and f"add {remedy}" in refused.err

@@ -115,7 +115,8 @@ def mean_of(tensor):
 @contextmanager
 def watch_models():
     """Give a list of what models see and what comes of it, while it is made."""
-    seen, pixels = [], SegmentationModel.pixels
+    seen = []
+    pixels = SegmentationModel.pixels
 
     def watch_pixels(self, *words, **keys):
         found = pixels(self, *words, **keys)

@@ -170,9 +170,11 @@ def test_split_by_fraction_is_predicted_under_its_own_names(trained_model, tmp_p
     reader = ("layout.images=images", "layout.masks=masks", "partition.by=fraction", "partition.val_fraction=0.5")
     words = (f"data.root={tmp_path}", "data=folder", f"data.classes={CLASSES}", "data.group='^.*/|$'")
     words += ("++data.reader.masks.ids={1: 0, 2: 1, 3: 2}", *(f"data.reader.{word}" for word in reader))
-    cfg, out = compose(*words), tmp_path / "out"
+    cfg = compose(*words)
+    out = tmp_path / "out"
     predict("val", out, cfg, masks=None)
-    names, groups = Builder(cfg).dataset("val").names, groups_of(out)
+    names = Builder(cfg).dataset("val").names
+    groups = groups_of(out)
     assert groups == {name: name.rpartition("/")[0] and "deep/" for name in names}
     for folder in ("masks", "references"):
         found = (out / folder).rglob("*.png")
@@ -298,7 +300,8 @@ def test_results_of_other_settings_are_not_mixed(trained_model, tmp_path, change
 
 
 def test_input_replaced_while_reading_is_predicted_again(trained_model, tmp_path, caplog):
-    folder, real = tmp_path / "in", trained_model.model.forward
+    folder = tmp_path / "in"
+    real = trained_model.model.forward
     random_image(folder / "a.png")
     random_video(folder / "v.avi")
 
@@ -317,7 +320,8 @@ def test_input_replaced_while_reading_is_predicted_again(trained_model, tmp_path
 
 
 def test_further_outputs_of_a_video_are_of_each_frame(trained_model, tmp_path, capsys):
-    out, outputs = tmp_path / "out", ["palette", "probabilities", "confidence"]
+    out = tmp_path / "out"
+    outputs = ["palette", "probabilities", "confidence"]
     video = random_video(tmp_path / "v.avi")
     predict(video, out, masks=True, outputs=outputs)
     assert names(out) == ["v_confidence", "v_masks", "v_overlay.mp4", "v_palette", "v_probabilities"]

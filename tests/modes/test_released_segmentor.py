@@ -94,7 +94,8 @@ def test_the_recipe_has_the_published_windows(compose):
 
 @pytest.mark.heavy
 def test_scores_equal_the_released_segmentor(files, expected_scores, tmp_path):
-    root, mask = tmp_path / "ade", (expected_scores.argmax(dim=0).numpy() + 1).astype(np.uint8)
+    root = tmp_path / "ade"
+    mask = (expected_scores.argmax(dim=0).numpy() + 1).astype(np.uint8)
     for name in ("training", "validation"):
         write_png(root / f"images/{name}/a.png", picture(LARGE))
         write_png(root / f"annotations/{name}/a.png", mask)  # 0 is "other" in these files

@@ -240,6 +240,7 @@ def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):
 def test_end_of_a_run_is_logged_before_the_log_closes(tmp_path):
     calls = []
     log = SimpleNamespace(scores=calls.append, checkpoint=calls.append, close=lambda: calls.append("close"), views=[])
-    checkpoints, task = SimpleNamespace(best=tmp_path / "best.safetensors"), SimpleNamespace(skipped={})
+    checkpoints = SimpleNamespace(best=tmp_path / "best.safetensors")
+    task = SimpleNamespace(skipped={})
     TrainingRun(None, tmp_path, task, None).finish_log(log, {"miou": 0.5}, checkpoints)
     assert calls == [{"miou": 0.5}, checkpoints.best, "close"]

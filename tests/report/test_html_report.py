@@ -92,7 +92,8 @@ ODD = {
 
 
 def make_comparison(name="run"):
-    draw, base = np.random.default_rng(0), report()
+    draw = np.random.default_rng(0)
+    base = report()
     masks = draw.integers(0, 3, (3, 20, 30)).astype(np.uint8)
     frame = draw.integers(0, 256, (20, 30, 3)).astype(np.uint8)
     shot = PairShot(name, (0.2, 0.6), frame, masks[0], (masks[1], masks[2]))
@@ -294,7 +295,8 @@ def test_scores_of_unbounded_metrics_are_numbers():
 
 
 def test_a_page_grows_no_further_with_its_images():
-    base, draw = make_comparison(), np.random.default_rng(0)
+    base = make_comparison()
+    draw = np.random.default_rng(0)
     sizes = []
     for images in (3_000, 30_000):
         mious = draw.random(images).tolist()

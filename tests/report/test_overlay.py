@@ -80,7 +80,8 @@ def test_default_outline_grows_with_the_frame():
 def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
     levels = np.arange(256, dtype=np.uint8)
     frame = np.repeat(levels, 256).reshape(256, 256)[..., None].repeat(3, axis=2)
-    mask, palette = np.tile(levels, (256, 1)), [(level, (255 - level) // 2, 0) for level in range(255)]
+    mask = np.tile(levels, (256, 1))
+    palette = [(level, (255 - level) // 2, 0) for level in range(255)]
     for opacity in np.linspace(0, 1, 5):
         monkeypatch.undo()
         usual = blend(frame, mask, palette, opacity=opacity)

@@ -34,7 +34,8 @@ def test_each_line_begins_with_its_label():
 
 @pytest.fixture
 def root_log():
-    root, streams = logging.getLogger(), (sys.stdout, sys.stderr)
+    root = logging.getLogger()
+    streams = (sys.stdout, sys.stderr)
     kept = root.handlers[:], root.level
     yield
     for handler in root.handlers:

@@ -158,7 +158,8 @@ FAMILIES = {
     ],
 )
 def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words):
-    path, image = write_untrained(compose, tmp_path, *words), picture()
+    path = write_untrained(compose, tmp_path, *words)
+    image = picture()
     theirs = dinoseg.load(path, device="cpu").predict(image)
     assert len(theirs.probabilities.std(axis=(1, 2)).nonzero()[0])
     for delta in (False, True):
@@ -174,7 +175,8 @@ def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words):
 def test_file_uses_the_inference_of_its_training_by_default(compose, tmp_path, caplog):
     words = (*TINY, "adapter=frozen", "head=linear", "inference=windows", "inference.size=16")
     path = write_untrained(compose, tmp_path, *words)
-    file, image = export_file(path, tmp_path / "out"), picture(40, 56)
+    file = export_file(path, tmp_path / "out")
+    image = picture(40, 56)
     assert "does not apply" not in caplog.text  # as it does of files that lack the strategy
     model, run, whole = (dinoseg.load(file), dinoseg.load(path), dinoseg.load(file, inference="whole"))
     assert model.facts.sizes["inference"]["option"] == "windows" and model.facts.sizes["inference"]["size"] == 16
@@ -249,7 +251,8 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     words = ("backbone=dinov2_vits14", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
     words += ("backbone.arch.num_attention_heads=3", "adapter=frozen", "head=linear")
-    fetched, commit = tmp_path / "hub/models--facebook--dinov2-small", "0123456789" * 4
+    fetched = tmp_path / "hub/models--facebook--dinov2-small"
+    commit = "0123456789" * 4
     (fetched / "refs").mkdir(parents=True)
     (fetched / "refs/main").write_text(commit)
     some = Builder(compose(*words, "data.classes=[a]", "backbone.weights=random")).backbone()
@@ -389,7 +392,8 @@ def test_a_model_is_saved_whole_or_not_at_all(file, trained, tmp_path):
     assert_refused(lambda: model.save(file / "x"), "Cannot read or write")
     run = dinoseg.load(trained / "segmenter", device="cpu")
     run.save(tmp_path / "of_a_run.safetensors")
-    again, image = dinoseg.load(tmp_path / "of_a_run.safetensors", device="cpu"), picture()
+    again = dinoseg.load(tmp_path / "of_a_run.safetensors", device="cpu")
+    image = picture()
     assert (again.predict(image).probabilities == run.predict(image).probabilities).all()
     assert again.facts == model.facts and run.facts.scores is None
 

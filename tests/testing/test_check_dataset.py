@@ -9,7 +9,9 @@ from dinoseg.testing import check_dataset
 
 
 class Squares:
-    classes, palette, ignore_index = ["ground", "square"], [(0, 0, 0), (255, 255, 0)], 255
+    classes = ["ground", "square"]
+    palette = [(0, 0, 0), (255, 255, 0)]
+    ignore_index = 255
     names = [f"train/{index}" for index in range(4)]
 
     def __len__(self):

@@ -36,7 +36,8 @@ def model(tiny_backbone):
 
 def begin(folder, source, *, start=None, average=None):
     """Return the checkpoints and the optimizer of a run of a model, new or from a file."""
-    optimizer, checkpoints = adamw(source, lr=0.01), Checkpointer(folder, dict(INFO), start=start)
+    optimizer = adamw(source, lr=0.01)
+    checkpoints = Checkpointer(folder, dict(INFO), start=start)
     checkpoints.restore(source, optimizer, average)
     return checkpoints, optimizer
 
@@ -54,7 +55,8 @@ def equal(one, two):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_save_and_restore_is_exact(model, tmp_path, adapter):
-    source, other = model(adapter).train(), model(adapter, seed=1)
+    source = model(adapter).train()
+    other = model(adapter, seed=1)
     if adapter == "full":  # no gradient reaches it, so that the optimizer has no state of it
         source.head.spare, other.head.spare = nn.Linear(2, 2), nn.Linear(2, 2)
     checkpoints, optimizer = begin(tmp_path, source)
@@ -79,7 +81,8 @@ def test_save_and_restore_is_exact(model, tmp_path, adapter):
 def test_best_moves_only_when_beaten(model, tmp_path):
     source = model("lora")
     checkpoints, _ = begin(tmp_path, source)
-    run, found = checkpoints.progress, []
+    run = checkpoints.progress
+    found = []
     for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
         run.step, run.validation_pending = step, True
         checkpoints.commit(checkpoints.save_if_best(source, {"miou": score}))
@@ -97,7 +100,8 @@ def test_checkpoint_of_another_model_is_refused(model, tmp_path):
     source = model("lora")
     checkpoints, _ = begin(tmp_path, source)
     checkpoints.save_if_best(source, {"miou": 0.5})
-    best, other = read(tmp_path / BEST), model("lora")
+    best = read(tmp_path / BEST)
+    other = model("lora")
     with torch.no_grad():
         other.backbone.model.embeddings.cls_token += 1
     wider, frozen = model("lora", classes=4), model("frozen")
@@ -271,6 +275,7 @@ def test_settings_of_a_score_decide_whether_its_best_stays(score, metric, change
         "slots": {"match": "auto"},
         "metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 2}, "share": {"threshold": 0.9}},
     }
-    before, progress = {"config": config}, Progress(9, best=0.5, best_step=3)
+    before = {"config": config}
+    progress = Progress(9, best=0.5, best_step=3)
     found = drop_incomparable_score(progress, before, {"config": config | changed}, metric)
     assert found == (progress if is_same else Progress(9))

@@ -28,7 +28,8 @@ def shapes(monkeypatch):
 
 def test_blocks_are_compiled_for_the_first_repeated_size(shapes):
     backbone = tiny_vit().eval()
-    names, blocks = set(backbone.state_dict()), len(backbone.blocks)
+    names = set(backbone.state_dict())
+    blocks = len(backbone.blocks)
     sizes = [(16, 16), (32, 24), (32, 24), (16, 16), (16, 16), (32, 24)]
     images = [torch.rand(2, 3, *size) for size in sizes]
     with torch.no_grad():
@@ -43,7 +44,8 @@ def test_blocks_are_compiled_for_the_first_repeated_size(shapes):
 
 
 def test_compiled_block_serves_one_dtype_and_mask_and_no_export(shapes, monkeypatch):
-    once, tokens = compiled._Once(lambda tokens, **_: tokens, compiled._State()), torch.zeros(1, 2, 3)
+    once = compiled._Once(lambda tokens, **_: tokens, compiled._State())
+    tokens = torch.zeros(1, 2, 3)
     for _ in range(3):
         once(tokens, attention_mask=None)
     assert len(shapes) == 2
@@ -65,7 +67,8 @@ def test_checkpointing_repeats_a_block_as_it_ran(shapes):
 
 
 def test_last_block_is_not_compiled_for_its_attention(shapes):
-    backbone, image = TimmBackbone("test_vit", "random", None).eval(), torch.rand(1, 3, 32, 48)
+    backbone = TimmBackbone("test_vit", "random", None).eval()
+    image = torch.rand(1, 3, 32, 48)
     plain = backbone.with_class_attention(image)
     compile_blocks(backbone)
     backbone(image)
@@ -81,7 +84,8 @@ def test_failing_compilation_falls_back_with_one_warning(monkeypatch, caplog):
         raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
 
     monkeypatch.setattr(compiled.torch, "compile", lambda plain, **_: run)
-    backbone, image = tiny_vit().eval(), torch.rand(1, 3, 32, 24)
+    backbone = tiny_vit().eval()
+    image = torch.rand(1, 3, 32, 24)
     plain = backbone(image)
     compile_blocks(backbone)
     with caplog.at_level(logging.WARNING):

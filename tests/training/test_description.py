@@ -117,7 +117,8 @@ def optimizer_of(module):
 
 def test_state_of_another_shape_type_or_name_is_refused(tmp_path):
     model = nn.Linear(2, 3, bias=False)
-    optimizer, average = optimizer_of(model), MovingAverage(model.named_parameters(), 0.9)
+    optimizer = optimizer_of(model)
+    average = MovingAverage(model.named_parameters(), 0.9)
     for key, value in (
         ("weight/exp_avg", torch.zeros(3, 3)),
         ("weight/exp_avg", torch.zeros(3, 2, dtype=torch.int64)),

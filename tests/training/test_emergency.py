@@ -55,7 +55,8 @@ def train(folder, start=None, **options):
     found = read(folder / "last.safetensors") if start else None
     settings = {"steps": 6, "val_every": 3, "accumulate": 2, "ema": 0.5, **options}
     model = segmenter(lambda: LinearHead(24, 1, 3, dropout=0.1))
-    log, error = Rows(), None
+    log = Rows()
+    error = None
     try:
         train_model(model, data_module, folder, start=found, log=log, **settings)
     except (Exception, Interrupted) as caught:

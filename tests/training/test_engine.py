@@ -86,7 +86,8 @@ def test_a_second_engine_in_one_process_is_a_fresh_one():
 
 
 def test_dropout_is_a_function_of_step_and_rank(monkeypatch):
-    engine, dropout = Engine("cpu"), nn.Dropout(0.5)
+    engine = Engine("cpu")
+    dropout = nn.Dropout(0.5)
 
     def draw(step):
         engine.seed(3, step)
@@ -101,7 +102,8 @@ def test_dropout_is_a_function_of_step_and_rank(monkeypatch):
 @pytest.mark.parametrize("scale", [None, LossScale()], ids=["float32", "float16"])
 def test_clipping_and_the_norm_before_it(scale):
     """With a loss scale, gradients are clipped once they are unscaled."""
-    engine, model = Engine("cpu"), nn.Linear(2, 1, bias=False)
+    engine = Engine("cpu")
+    model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     if scale is not None:
@@ -116,7 +118,8 @@ def test_clipping_and_the_norm_before_it(scale):
 
 
 def test_a_non_finite_gradient_changes_nothing():
-    engine, model = Engine("cpu"), nn.Linear(1, 1)
+    engine = Engine("cpu")
+    model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     engine.backward(model(torch.full((1, 1), float("inf"))).sum())

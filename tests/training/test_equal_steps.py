@@ -26,7 +26,9 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.step import StepOutput, batch_loss
 
-K, SIZE, IMAGES = 3, (9, 8), 4
+K = 3
+SIZE = (9, 8)
+IMAGES = 4
 SLOTS = ("feature_reconstruction", "temporal_similarity", "video_similarity", "slot_contrast")
 CE, FOCAL, LOVASZ = (
     f"{{_target_: dinoseg.losses.{file}, _partial_: true, ignore_index: 255"
@@ -197,7 +199,9 @@ def of_rank(net, batches, loss, ranks, rank, done):
 
 def step(net, loss, shares):
     """Return loss and gradients of a step whose ranks have these batches."""
-    ranks, done, nets = Ranks(len(shares)), [None] * len(shares), [deepcopy(net) for _ in shares]
+    ranks = Ranks(len(shares))
+    done = [None] * len(shares)
+    nets = [deepcopy(net) for _ in shares]
     given = enumerate(zip(nets, shares, strict=True))
     threads = [Thread(target=of_rank, args=(*each, loss, ranks, rank, done)) for rank, each in given]
     for thread in threads:
@@ -228,7 +232,8 @@ def check(net, loss, whole, *, batchwise=False):
     alone = deepcopy(net)
     value, _ = loss(alone(images.image), images)
     value.backward()
-    halves, count = whole.split(2), len(whole.names)
+    halves = whole.split(2)
+    count = len(whole.names)
     least = len(images.names) // count
     ways = {
         "one batch": (loss, [[whole]]),

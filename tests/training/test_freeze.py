@@ -79,7 +79,8 @@ def test_head_trains_as_on_a_frozen_backbone_until_unfreezing(tmp_path, adapter)
 
 
 def test_backbone_trains_after_its_frozen_share(tmp_path):
-    seen, before = [], parts(segmenter())[0]
+    seen = []
+    before = parts(segmenter())[0]
     learnt, optimizer = train(tmp_path, begin=0.4, steps=5, watch=lambda _, maps: seen.append(maps[0].requires_grad))
     assert seen[:5] == [False, False, True, True, True]
     after = parts(learnt)[0]
@@ -197,7 +198,8 @@ def test_several_ranks_expect_gradients_which_are_dropped():
 
 def test_schedule_of_the_backbone_starts_when_unfrozen():
     """As of a training that is those steps alone, with their warm-up, of all that learns then."""
-    model, shape = segmenter(), schedule("cosine", warmup=0.25)
+    model = segmenter()
+    shape = schedule("cosine", warmup=0.25)
     optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, freeze_backbone_until=0.35)
     restarted = build_freeze(model.backbone, optimizer, is_single=True).restart(shape)
     for step in range(20):

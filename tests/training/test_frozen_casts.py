@@ -51,7 +51,8 @@ def step(model):
 
 @pytest.mark.parametrize("adapter", [Frozen(), Lora(2, 4, targets="all_linear")])
 def test_frozen_weights_are_cast_once_and_nothing_else_changes(adapter):
-    model, engine = half_trained(adapter), Engine("cpu", "bf16")
+    model = half_trained(adapter)
+    engine = Engine("cpu", "bf16")
     plain = copy.deepcopy(model)
     expected = step(plain)
     before = frozen_fingerprint(model)
@@ -75,7 +76,8 @@ def test_frozen_weights_are_cast_once_and_nothing_else_changes(adapter):
 
 def test_changed_weights_or_dtype_are_cast_again():
     layer = nn.Linear(3, 2).requires_grad_(False)
-    engine, inputs = Engine("cpu", "bf16"), torch.randn(4, 3)
+    engine = Engine("cpu", "bf16")
+    inputs = torch.randn(4, 3)
     model = engine.prepare(nn.Sequential(layer))
     with torch.autocast("cpu", torch.bfloat16):
         first = layer(inputs)

@@ -19,7 +19,8 @@ from dinoseg.training.meter import Meter, peak_memory, reset_peak_memory
 from dinoseg.training.step import StepScores, _centres, _subsample
 from dinoseg.training.time_limit import TimeLimit
 
-CPU, ENGINE = torch.device("cpu"), Engine("cpu", "fp32", workers=0)
+CPU = torch.device("cpu")
+ENGINE = Engine("cpu", "fp32", workers=0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset a process's peak")
@@ -173,7 +174,8 @@ def prediction_and_batch(scores, mask):
 
 def test_small_images_are_counted_whole():
     draw = torch.Generator().manual_seed(0)
-    step_scores, whole = StepScores(DATA, ENGINE), ConfusionMatrix(3)
+    step_scores = StepScores(DATA, ENGINE)
+    whole = ConfusionMatrix(3)
     for _ in range(2):
         scores = torch.randn(2, 3, 19, 23, generator=draw, requires_grad=True)
         mask = torch.randint(0, 3, (2, 19, 23), generator=draw).to(torch.uint8)
@@ -199,7 +201,8 @@ def test_large_images_are_counted_at_sampled_points():
 
 
 def test_step_scores_skip_ignored_pixels_and_refuse_unknown_ids():
-    step_scores, scores = StepScores(DATA, ENGINE), torch.zeros(1, 3, 4, 4)
+    step_scores = StepScores(DATA, ENGINE)
+    scores = torch.zeros(1, 3, 4, 4)
     step_scores.add(*prediction_and_batch(scores, torch.full((1, 4, 4), 255, dtype=torch.uint8)))
     assert step_scores.read() == {"train/accuracy": None, "train/miou": None}
     unknown = prediction_and_batch(scores, torch.full((1, 4, 4), 7, dtype=torch.uint8))
@@ -225,7 +228,8 @@ def run_limited(step, *, planned=100, val_every=50, validation=2.0, start=0.0, b
     Return the seconds, and what was done: (number of steps, steps that fit) or "validated".
     """
     clock = SimpleNamespace(now=100.0)
-    limit, done = TimeLimit(1.0, ENGINE, frozen_until=begin, clock=lambda: clock.now), []
+    limit = TimeLimit(1.0, ENGINE, frozen_until=begin, clock=lambda: clock.now)
+    done = []
     clock.now += start
     for number in range(planned):
         steps = limit.fit_steps(number, planned)

@@ -46,7 +46,8 @@ class Small(CrossEntropy):
         self.seen.append(list(batch.names))
         value, parts = super().forward(prediction, batch)
         if self.each_alike:
-            value, parts = prediction.grid.square().mean(), {}
+            value = prediction.grid.square().mean()
+            parts = {}
         if len(batch.names) <= self.most or not torch.is_grad_enabled():
             return value, parts
         if not self.late:
@@ -64,7 +65,8 @@ def train(tmp_path):
     """Train; return the gradients of the last step, the log, the loss and the model."""
 
     def run(most=99, late=0, head=MLP, batch_size=5, each_alike=False, **options):
-        model, gradients = segmenter(head), {}
+        model = segmenter(head)
+        gradients = {}
 
         class Noting(Engine):
             def optimizer_step(self, optimizer, total, weight, **given):
@@ -158,7 +160,8 @@ def test_other_errors_pass_and_several_ranks_get_a_remedy():
 
         return work
 
-    micro, batch = micro_batches(world_size=2), ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
+    micro = micro_batches(world_size=2)
+    batch = ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
     with pytest.raises(RuntimeError, match="size mismatch"):
         run(micro, fail(RuntimeError("size mismatch")), batch)
     with pytest.raises(OutOfMemory, match="Set a smaller data.batch_size with more trainer.accumulate"):

@@ -98,7 +98,8 @@ def test_rates_of_the_linear_probes(recipe, rule):
     """Each parameter of the head, norm and bias too, has the rate and the whole decay; the backbone has none."""
     make, factor = parts_of(recipe)
     model = segmenter(partial(LinearHead, 24, 1, 150), Frozen)
-    optimizer, expected = make(model), {DINOV2_LINEAR: 1e-4, DINOV3_LINEAR: 1e-3}[recipe]
+    optimizer = make(model)
+    expected = {DINOV2_LINEAR: 1e-4, DINOV3_LINEAR: 1e-3}[recipe]
     assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-8
     names = {f"head.{name}" for name, _ in model.head.named_parameters()}
     assert {"head.norm.bias", "head.classify.bias"} < names
@@ -146,7 +147,9 @@ def exponent(name, depth):
 def test_rates_of_eomt(family, depth, recipe, lr, llrd, warmups, steps):
     model = tiny(family, depth)
     make, factor = parts_of(recipe)
-    optimizer, first, both = make(model), warmups[0], sum(warmups)
+    optimizer = make(model)
+    first = warmups[0]
+    both = sum(warmups)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     powers = {name: exponent(name, depth) for name in trained}
     assert {*powers.values()} == {None, *range(depth)}
@@ -188,7 +191,9 @@ def test_rates_of_slotcontrast_and_videosaur():
 @pytest.mark.parametrize("seed", range(4))
 def test_schedules_without_warmup_are_those_of_pytorch(seed):
     rng = np.random.default_rng(seed)
-    steps, power, least = int(rng.integers(5, 200)), float(rng.uniform(0.3, 3)), float(rng.uniform(0, 0.5))
+    steps = int(rng.integers(5, 200))
+    power = float(rng.uniform(0.3, 3))
+    least = float(rng.uniform(0, 0.5))
     optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(3)]
     kinds = torch.optim.lr_scheduler
     cosine = kinds.CosineAnnealingLR(optimizers[0], steps, eta_min=least), schedule("cosine", min_lr_ratio=least)
@@ -205,7 +210,9 @@ def test_schedules_without_warmup_are_those_of_pytorch(seed):
 def test_warmups_against_their_formula(seed):
     rng = np.random.default_rng(seed)
     for _ in range(50):
-        steps, power, least = int(rng.integers(20, 9999)), rng.uniform(0.5, 2), rng.uniform(0, 0.3)
+        steps = int(rng.integers(20, 9999))
+        power = rng.uniform(0.5, 2)
+        least = rng.uniform(0, 0.3)
         first, second = (int(rng.integers(0, steps // 3)) for _ in range(2))
         start = None if rng.random() < 0.3 else float(rng.random())
         decays, vit = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
@@ -239,7 +246,8 @@ def test_resuming_in_the_second_warmup_equals_one_run(tmp_path, monkeypatch):
     before = parts(segmenter())[0]
     whole, _ = train(tmp_path / "whole", begin=0.0, steps=8, schedule=shape)
     assert not alike(parts(whole)[0], before)
-    begun, last = segmenter(), tmp_path / "part" / "last.safetensors"
+    begun = segmenter()
+    last = tmp_path / "part" / "last.safetensors"
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
         fail_after(patch, CrossEntropy, "forward", 3, OSError("the disk is gone"))
         train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, model=begun)
@@ -284,7 +292,8 @@ def test_a_training_of_the_linear_probe_equals_a_loop_in_pytorch(tmp_path, monke
     monkeypatch.setattr(CrossEntropy, "forward", loss_and_record)
     tensors, _ = train_run(tmp_path, "run", *WORDS)
 
-    norm, classify = nn.BatchNorm2d(features[0].shape[1]).double(), nn.Conv2d(features[0].shape[1], 3, 1).double()
+    norm = nn.BatchNorm2d(features[0].shape[1]).double()
+    classify = nn.Conv2d(features[0].shape[1], 3, 1).double()
     plain = nn.ModuleDict({"norm": norm, "classify": classify})
     plain.load_state_dict(heads[0])
     norm.reset_running_stats()  # the first forward pass has already updated them

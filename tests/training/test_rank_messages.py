@@ -149,7 +149,8 @@ def test_foreign_messages_are_refused(content):
 
 @pytest.mark.parametrize(("decide", "text"), [(lambda: "text", "text"), (refuse, "refused: no such folder")])
 def test_rank_0_waits_until_its_text_or_error_is_read(monkeypatch, decide, text):
-    store, received = torch.distributed.HashStore(), []
+    store = torch.distributed.HashStore()
+    received = []
     ranks = iter([0, 1])
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, next(ranks), 2)]))
     monkeypatch.setattr(rendezvous, "_numbers", itertools.repeat(0))

@@ -26,7 +26,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("pictures")
     for split, count in (("train", 7), ("val", 3)):
         for number in range(count):
             pixels = {"images": draw.integers(0, 256, (30, 44, 3)), "masks": draw.integers(0, 3, (30, 44))}
@@ -218,8 +219,10 @@ def test_torchrun_restarts_killed_ranks_which_resume_a_run(data, tmp_path):
     words = ("data.batch_size=4", "trainer.save_every=1", "trainer.val_every=60", "optim.schedule.warmup=0")
     words = light(train(data, *words, "resume=auto", "hydra.run.dir=run"))
     run_checked(tmp_path, *words, "trainer.steps=2")
-    run, pipes = tmp_path / "run", {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    first, last = rows_of(run), run / "checkpoints/last.safetensors"
+    run = tmp_path / "run"
+    pipes = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    first = rows_of(run)
+    last = run / "checkpoints/last.safetensors"
     command = [*TORCHRUN, "--max-restarts=1", "-m", "dinoseg", *words, "trainer.steps=40"]
     with subprocess.Popen(command, **pipes, text=True) as agent:
         kill_rank(agent, last, 4)

@@ -59,10 +59,13 @@ def test_training_learns_and_stores_the_best(run, tmp_path):
 
 
 def test_scores_are_those_of_a_loop_over_whole_images(trained_model):
-    model, data, shown = trained_model.model, trained_model.data_module.val, []
+    model = trained_model.model
+    data = trained_model.data_module.val
+    shown = []
     loss = CrossEntropy(torch.ones(3))
     scores = evaluate(model, data, trained_model.engine, loss=loss, on_batch=lambda *batch: shown.append(batch))
-    matrix, losses = np.zeros((3, 3), int), []
+    matrix = np.zeros((3, 3), int)
+    losses = []
     model.eval()
     for index in range(4):
         sample = data[index]
@@ -97,7 +100,8 @@ def test_evaluation_leaves_the_model_in_the_mode_it_was(trained_model, training)
 
 
 def test_validation_images_match_their_prediction_and_mask(trained_model, monkeypatch):
-    model, data_module = trained_model.model.eval(), trained_model.data_module
+    model = trained_model.model.eval()
+    data_module = trained_model.data_module
     monkeypatch.setattr(feeding, "compare", lambda *given, **_: given)
     monkeypatch.setattr(data_module, "pictures", 4)
     pictures = data_module.validate(model, CrossEntropy(torch.ones(3)), trained_model.engine).pictures
@@ -128,7 +132,8 @@ def test_learning_rate_follows_the_schedule_and_head_progress(run, given):
 def test_accumulated_batches_are_one_batch_to_the_label(run):
     """Weights and ignored pixels differ between the batches: the mean is over all labels, not over batches."""
     options = {"steps": 3, "head": lambda: MlpHead(24, 1, 3, 8), "loss": CrossEntropy(torch.tensor([0.2, 1.0, 3.0]))}
-    whole, parts = run(batch_size=4, **options), run(batch_size=1, accumulate=4, **options)
+    whole = run(batch_size=4, **options)
+    parts = run(batch_size=1, accumulate=4, **options)
     assert values_of(whole.rows, "train/loss") == pytest.approx(values_of(parts.rows, "train/loss"), rel=1e-5)
     for first, second in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)

@@ -75,13 +75,15 @@ def test_cached_features_come_with_the_maps_of_their_views(tmp_path, place):
 
 def test_windows_of_a_validation_have_their_part_of_the_maps():
     for strategy in (Windows((16, 24), overlap=0.5), Windows((16, 24), overlap=0.5, shortest=30)):
-        loss, engine = MappedLoss(), Engine("cpu", "fp32", workers=0, eval_batch_size=2)
+        loss = MappedLoss()
+        engine = Engine("cpu", "fp32", workers=0, eval_batch_size=2)
         evaluate(segmenter(MLP).eval(), pictures(3), engine, strategy=strategy, loss=loss)
         assert loss.batches > 6
 
 
 def test_distances_in_windows_grow_with_the_resized_image():
-    loss, engine = MappedLoss(), Engine("cpu", "fp32", workers=0)
+    loss = MappedLoss()
+    engine = Engine("cpu", "fp32", workers=0)
     seen = []
     loss.register_forward_pre_hook(lambda _, given: seen.append(given[1].maps["distance"]))
     evaluate(
@@ -146,7 +148,8 @@ class Turned(Augment):
 
 def test_augmentations_that_cannot_move_maps_are_refused():
     module = partial(ImageDataModule, batch_size=2, seed=0, workers=0)
-    mapped, plain = pictures(), CustomDataset(Pictures([(24, 32)] * 2))
+    mapped = pictures()
+    plain = CustomDataset(Pictures([(24, 32)] * 2))
     for augment in (Turned((24, 32)), lambda image, mask, rng: (image, mask)):
         words = ("data.augment, a ", "cannot move the maps", "override `maps`")
         assert_refused(lambda augment=augment: module(mapped, mapped, augment), *words)

@@ -158,7 +158,8 @@ def test_two_ranks_save_the_weights_of_one_process_and_resume(pair, tmp_path):
     folder = pair[0]
     file = folder / "stopped/last.safetensors"
     train(tmp_path / "stopped", **CASES["stopped"] | ALONE)
-    kept, own = read(file).tensors, read(tmp_path / "stopped/last.safetensors").tensors
+    kept = read(file).tensors
+    own = read(tmp_path / "stopped/last.safetensors").tensors
     assert kept.keys() == own.keys() and any(name.startswith("ema/") for name in kept)
     torch.testing.assert_close(kept, own, atol=1e-5, rtol=1e-3)
     alone = train(tmp_path / "gone_on", **CASES["stopped"] | ALONE, start=file, steps=5)

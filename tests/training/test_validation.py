@@ -88,7 +88,9 @@ def test_mirrored_and_scaled_images_have_no_loss():
 
 def test_attempt_out_of_memory_leaves_no_trace_in_scores(monkeypatch):
     monkeypatch.setattr(auto, "free_bytes", lambda device: 2**40)
-    strategy, model, tried = Auto((16, 24)), segmenter().eval(), []
+    strategy = Auto((16, 24))
+    model = segmenter().eval()
+    tried = []
 
     def whole(grid, size, valid):
         tried.append(size)

@@ -78,7 +78,8 @@ def test_a_failing_rename_leaves_the_old_file_and_no_part(tmp_path, monkeypatch)
 
 
 def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch):
-    folder, replace = tmp_path / "a_segmentation", os.replace
+    folder = tmp_path / "a_segmentation"
+    replace = os.replace
     folder.mkdir()
     (folder / "old.txt").write_text("old")
 

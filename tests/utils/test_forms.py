@@ -84,7 +84,9 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
     ],
 )
 def test_places_in_a_packed_store_lie_inside_its_file(tmp_path, place, value):
-    key, names, numbers = StoreKey("f", None), ["a"], [0, 2, 3, 7, 3, 1, 0]
+    key = StoreKey("f", None)
+    names = ["a"]
+    numbers = [0, 2, 3, 7, 3, 1, 0]
     (tmp_path / PIXELS).write_bytes(bytes(64))
     write_index(tmp_path, key, names, [])
     content = json.loads((tmp_path / INDEX).read_text())
@@ -155,7 +157,8 @@ def test_arrays_of_another_form_are_refused_before_they_are_made(tmp_path, conte
 
 
 def test_unreadable_array_archives_are_refused(tmp_path, caplog):
-    path, form = tmp_path / "a.npz", {"a": ArrayForm("<f8", 1)}
+    path = tmp_path / "a.npz"
+    form = {"a": ArrayForm("<f8", 1)}
     np.savez(path, a=np.arange(3.0))
     assert read_arrays(path, form)["a"].tolist() == [0, 1, 2]
     whole = path.read_bytes()

@@ -61,7 +61,8 @@ def test_a_worker_that_outlives_its_parent_holds_nothing(tmp_path):
 
 
 def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(tmp_path, caplog):
-    path, entered = tmp_path / "lock", threading.Event()
+    path = tmp_path / "lock"
+    entered = threading.Event()
 
     def wait():
         with hold_lock(path):
@@ -89,7 +90,8 @@ def test_wait_names_the_holder_and_ends_without_sign_of_life(tmp_path, monkeypat
 
 
 def test_sign_of_life_of_the_holder_starts_the_limit_anew(tmp_path, monkeypatch):
-    path, noted = tmp_path / "lock", threading.Event()
+    path = tmp_path / "lock"
+    noted = threading.Event()
     monkeypatch.setattr(locks, "_ALIVE", 0.01)
     monkeypatch.setattr(locks, "_heart", None)
     monkeypatch.setattr(locks.Wait, "note_progress", lambda _: noted.set())

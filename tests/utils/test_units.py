@@ -27,7 +27,8 @@ KEY = '{"fingerprint": "f", "longest": null, "version": 4}'
     ],
 )
 def test_unit_is_reused_or_rebuilt_with_a_reason(tmp_path, caplog, text, said):
-    note, form = tmp_path / "100%s.json", forms.record(made_of=forms.whole())
+    note = tmp_path / "100%s.json"
+    form = forms.record(made_of=forms.whole())
     if text is not None:
         note.write_text(text)
     content = read_valid_note(

@@ -56,7 +56,8 @@ def coco(root, shapes=Shapes(unlabelled=None)):  # noqa: B008 (frozen)
 
 
 def test_folders_of_classes_become_layers(tmp_path):
-    masks, data = write_overlaps(tmp_path), folder(tmp_path)
+    masks = write_overlaps(tmp_path)
+    data = folder(tmp_path)
     assert data.has_layers and len(data) == 12
     assert any((layers.sum(axis=0) > 1).any() for layers in masks.values())  # classes overlap
     check_masks(data, masks)
@@ -100,7 +101,8 @@ def test_layers_of_two_values_suit_any_number_of_classes(classes, rules, value, 
 
 @pytest.mark.parametrize(("form", "one"), [("ids", np.uint8(1)), ("binary", np.uint8(255)), ("binary", np.True_)])
 def test_pages_of_tiff_masks_are_the_classes(form, one, tmp_path):
-    masks, folders = write_overlaps(tmp_path, train=3), folder(tmp_path)
+    masks = write_overlaps(tmp_path, train=3)
+    folders = folder(tmp_path)
     for name in folders.names:
         pages = [Image.fromarray(one * layer.astype(bool)) for layer in masks[name]]
         (tmp_path / "train/pages").mkdir(exist_ok=True)
@@ -211,7 +213,8 @@ def test_class_names_that_no_disk_can_have_are_refused(names, message):
 def write_claim(root, side, annotations):
     """Write a COCO file that states another size than the 8 x 8 pixels of its image, with many classes."""
     save(root / "train" / "a.png", np.zeros((8, 8), np.uint8))
-    names, shape = [f"class {index}" for index in range(100)], [[0, 0, 9, 0, 9, 9]]
+    names = [f"class {index}" for index in range(100)]
+    shape = [[0, 0, 9, 0, 9, 9]]
     content = {
         "images": [{"id": 0, "file_name": "a.png", "height": side, "width": side}],
         "categories": [{"id": index, "name": name} for index, name in enumerate(names)],

@@ -139,7 +139,9 @@ def test_reasons_list_three_and_count_the_others():
 @pytest.mark.parametrize("side", ["images", "masks"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError(), cv2.error("no memory")])
 def test_file_that_failed_by_a_machine_error_is_read_again(fill, tmp_path, monkeypatch, side, error):
-    data, cache, openings = fill(3), tmp_path / "cache", Image.open
+    data = fill(3)
+    cache = tmp_path / "cache"
+    openings = Image.open
     if isinstance(error, cv2.error):
         error.code = cv2.Error.StsNoMem
     (tmp_path / "train/masks/n2.png").write_bytes(b"")
@@ -157,7 +159,8 @@ def test_file_that_failed_by_a_machine_error_is_read_again(fill, tmp_path, monke
 
 
 def test_scan_reads_other_files_with_equal_names_and_times(tmp_path):
-    link, counts = tmp_path / "link", []
+    link = tmp_path / "link"
+    counts = []
     for place, value in (("one", 0), ("two", 1)):
         for kind in ("images", "masks"):
             path = save(tmp_path / f"{place}/train/{kind}/n.png", np.full((40, 56), value), compress_level=0)
@@ -171,7 +174,8 @@ def test_scan_reads_other_files_with_equal_names_and_times(tmp_path):
 
 
 def count_reads(monkeypatch):
-    seen, measure = [], scan_module.measure
+    seen = []
+    measure = scan_module.measure
 
     def measure_and_count(pair, *rest, **options):
         seen.append(pair.name)
@@ -182,7 +186,8 @@ def count_reads(monkeypatch):
 
 
 def test_a_second_scan_reads_nothing_and_a_changed_file_alone(fill, tmp_path, monkeypatch):
-    data, cache = fill(), tmp_path / "cache"
+    data = fill()
+    cache = tmp_path / "cache"
     first = scan(data.pairs, data.reader, cache_dir=cache)
     seen = count_reads(monkeypatch)
     assert scan(data.pairs, data.reader, cache_dir=cache) == first and seen == []
@@ -198,7 +203,8 @@ def test_a_second_scan_reads_nothing_and_a_changed_file_alone(fill, tmp_path, mo
 
 
 def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
-    data, cache = fill(2), tmp_path / "cache"
+    data = fill(2)
+    cache = tmp_path / "cache"
     scan(data.pairs, data.reader, cache_dir=cache, images=False)
     seen = count_reads(monkeypatch)
     assert scan(data.pairs, data.reader, cache_dir=cache)[0].image_digest and seen == ["n0", "n1"]
@@ -209,7 +215,8 @@ def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", [b"", b"junk"])
 def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
-    data, cache = fill(2), tmp_path / "cache"
+    data = fill(2)
+    cache = tmp_path / "cache"
     first = scan(data.pairs, data.reader, cache_dir=cache)
     (kept,) = cache.iterdir()
     kept.write_bytes(damage)
@@ -230,7 +237,8 @@ def test_masks_with_layers_are_scanned_once(tmp_path, monkeypatch, caplog):
 
 
 def test_scan_resumes_after_an_interruption(fill, tmp_path, monkeypatch):
-    data, cache = fill(), tmp_path / "cache"
+    data = fill()
+    cache = tmp_path / "cache"
     monkeypatch.setattr(scan_module, "_CHUNK", 1)
     measure = scan_module.measure
 
@@ -295,7 +303,8 @@ def counted(tmp_path):
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_class_counts_are_exact_and_cached(counted, tmp_path, monkeypatch, scanned):
-    data, cache = counted(), tmp_path / "new/cache"
+    data = counted()
+    cache = tmp_path / "new/cache"
     if scanned:
         scan(data.pairs, data.reader, images=False, cache_dir=cache)
     else:

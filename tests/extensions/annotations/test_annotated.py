@@ -131,7 +131,8 @@ def test_missing_files_and_archives_are_refused(tmp_path):
 
 def test_small_shapes_lie_on_large_ones_unless_ordered_by_file(tmp_path):
     root = coco(tmp_path / "train.json", annotations=[(1, 2, SMALL), (1, 1, [CORNERS])])
-    by_area, by_file = open_annotated("coco", root), open_annotated("coco", root, order="file")
+    by_area = open_annotated("coco", root)
+    by_file = open_annotated("coco", root, order="file")
     np.testing.assert_array_equal(by_area.mask(0), mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 2, 4)))
     np.testing.assert_array_equal(by_file.mask(0), mask_of_boxes((1, 1, 4, 1, 5)))
     assert by_area.fingerprint() != by_file.fingerprint()
@@ -183,7 +184,8 @@ def test_first_and_latest_versions_of_labelme(tmp_path):
     first = {"label": "leaf", "line_color": None, "points": [[1, 1], [4, 1], [4, 3], [1, 3]]}
     root = labelme(tmp_path / "train/a.json", first, imageHeight=None, imageWidth=None).parent
     check_mask(mask_of_boxes((1, 1, 4, 1, 5)), "labelme", root)
-    strip, drawn = ("leaf", "linestrip", [[1, 30], [30, 1], [59, 30]]), []
+    strip = ("leaf", "linestrip", [[1, 30], [30, 1], [59, 30]])
+    drawn = []
     for version in ("6.3.1", "7.0.0", "odd"):
         labelme(tmp_path / "train/a.json", strip, size=(60, 60), version=version)
         drawn.append(open_annotated("labelme", root).mask(0))

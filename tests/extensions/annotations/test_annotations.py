@@ -93,7 +93,8 @@ def test_coco_api_reads_written_annotations(tmp_path, form, tolerance):
 def test_simpler_polygons_differ_by_little(tmp_path):
     write(tmp_path, TOOLS, PredictedShapes(tolerance=1))
     for tool in TOOLS:
-        ids, again = blobs(2), read_back(tmp_path, tool).mask(2)
+        ids = blobs(2)
+        again = read_back(tmp_path, tool).mask(2)
         overlaps = [((ids == k) & (again == k)).sum() / ((ids == k) | (again == k)).sum() for k in range(3)]
         assert 0.6 < min(overlaps) < 1, (tool, overlaps)  # thin blobs of a few pixels, the worst there is
 

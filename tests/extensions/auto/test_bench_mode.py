@@ -103,7 +103,8 @@ def test_operations_of_a_step_are_those_of_all_its_batches(compose, monkeypatch)
 
 
 def test_images_are_predicted_in_turn_and_timed_once_warm(compose, monkeypatch):
-    seen, images = [], [np.full((8, 9, 3), value, np.uint8) for value in (0, 1)]
+    seen = []
+    images = [np.full((8, 9, 3), value, np.uint8) for value in (0, 1)]
     predictor = SimpleNamespace(ids=lambda given: seen.append(given[0].max()))
     monkeypatch.setattr(benching, "Predictor", lambda *_: predictor)
     monkeypatch.setattr(benching, "matrix_peak", lambda *_, **__: 1.0)

@@ -142,7 +142,8 @@ def test_step_bytes_uses_precision_and_world_size_of_the_target(compose, monkeyp
     monkeypatch.setattr(fitting, "step_bytes", lambda parts, loss, **how: asked.append(how) or StepBytes(*[0] * 8))
     recipe = partial(training_parts, Builder(compose(*BASE, "trainer.accumulate=3")))
     assert FitSearch(recipe, Target("cuda", 2**20, bf16=True, world_size=2)).as_it_is.need == 2**30
-    first, second = {"bf16": True, "accelerator": True}, {"samples": 4, "accumulate": 3, "bf16": True, "world_size": 2}
+    first = {"bf16": True, "accelerator": True}
+    second = {"samples": 4, "accumulate": 3, "bf16": True, "world_size": 2}
     assert asked == [first, second]
 
 

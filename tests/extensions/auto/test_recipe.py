@@ -312,7 +312,8 @@ def test_concurrent_starts_share_one_choice(folder, choose_recipe, monkeypatch):
     content = path.read_text()
     path.unlink()
     monkeypatch.setattr(recipe, "choose", pytest.fail)
-    first, said = acquire(path.with_suffix(".lock")), []
+    first = acquire(path.with_suffix(".lock"))
+    said = []
 
     def choose_first(_, message):
         said.append(message)
@@ -375,7 +376,8 @@ def test_a_validation_is_timed_with_the_reading_of_all_sizes(tmp_path, compose, 
         write_png(tmp_path / f"data/val/images/{number}.png", np.zeros((4, 4, 3), np.uint8))
         write_png(tmp_path / f"data/val/masks/{number}.png", np.zeros((4, 4), np.uint8))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
-    parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
+    parts = training_parts(Builder(cfg))
+    data = Builder(cfg).dataset("val")
     data_module = SimpleNamespace(val=data, strategy=Builder(cfg).part("inference"))
     clock = [0.0]
     asked = []

@@ -76,7 +76,8 @@ def test_the_peak_is_that_of_a_real_training(compose, monkeypatch, words):
     monkeypatch.setattr(predictor, "LAYERS", predictor.LEVELS)  # of nine alike
     monkeypatch.setattr(pixel_decoder, "LAYERS", 2)  # of six
     cfg = compose(*words)
-    step, engine = foretold(cfg), instantiate(cfg.engine)
+    step = foretold(cfg)
+    engine = instantiate(cfg.engine)
     with PeakBytes() as peak:
         parts = parts_of(cfg)
         try_steps(parts, engine, repeat(random_batch(parts, parts.batch_size)), steps=2)
@@ -86,7 +87,8 @@ def test_the_peak_is_that_of_a_real_training(compose, monkeypatch, words):
 def test_step_bytes_equal_memory_of_the_model_and_its_graph(compose):
     """By hooks on what autograd keeps, which know nothing of how storages are counted."""
     cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
-    step, model = foretold(cfg, NO_LOSS, world_size=2), Builder(cfg).model(untrained=True).train()
+    step = foretold(cfg, NO_LOSS, world_size=2)
+    model = Builder(cfg).model(untrained=True).train()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     own = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     assert step.weights == sum(own.values())
@@ -128,7 +130,8 @@ def test_quantised_weights_take_their_bits(compose):
 
 
 def test_larger_tiles_of_an_accelerator_are_counted(compose, monkeypatch):
-    cfg, threads = compose(*BASE, "adapter=frozen"), []
+    cfg = compose(*BASE, "adapter=frozen")
+    threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     here, there = (LossBytes(parts_of(cfg), bf16=False, accelerator=there) for there in (False, True))
     assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
@@ -137,7 +140,8 @@ def test_larger_tiles_of_an_accelerator_are_counted(compose, monkeypatch):
 
 def saved_dtypes(operation, device, mode):
     """Return the dtypes of what an operation saves of a fake float32 and bfloat16 input under autocast."""
-    saved, before = [], torch.is_autocast_enabled(device)
+    saved = []
+    before = torch.is_autocast_enabled(device)
     torch.set_autocast_enabled(device, True)  # `torch.autocast` refuses a CUDA that is not there
     try:
         with FakeTensorMode(), mode, torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
@@ -165,7 +169,8 @@ def test_dropout_of_lora_saves_a_byte_per_value_on_cuda(compose):
     parts = parts_of(compose(*words))
     here, there = (LossBytes(parts, bf16=False, accelerator=accelerator) for accelerator in (False, True))
     steps = [step_bytes(parts, loss, samples=3, accumulate=1, bf16=False) for loss in (here, there)]
-    model, dropped = Builder(compose(*words)).model(untrained=True).train(), 0
+    model = Builder(compose(*words)).model(untrained=True).train()
+    dropped = 0
 
     def count(module, args):
         nonlocal dropped
@@ -249,7 +254,9 @@ def test_step_flops_equal_a_count_by_hand(compose):
 def test_step_flops_equal_a_count_over_a_real_step(compose):
     words = ("adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification")
     parts = parts_of(compose(*BASE, *TWO_CLASSES, *words))
-    model, batch, loss = parts.model().train(), random_batch(parts, 2), parts.loss()
+    model = parts.model().train()
+    batch = random_batch(parts, 2)
+    loss = parts.loss()
     with FlopCounterMode(display=False) as forward:
         prediction = model(batch.image)
     value, _ = loss(prediction, batch)
@@ -299,7 +306,8 @@ def test_step_time_is_the_median_of_the_later_half():
 
 def test_backbone_frozen_at_first_is_timed_as_trained(compose, caplog, monkeypatch):
     cfg = compose(*TINY, "optim.optimizer.freeze_backbone_until=0.9")
-    trained, parts = [], parts_of(cfg)
+    trained = []
+    parts = parts_of(cfg)
 
     def build_model():
         model = parts.model()

@@ -38,8 +38,10 @@ def test_view_without_randomness_is_centred():
 
 
 def test_crops_are_equally_likely_and_flips_match_their_rate():
-    view, frames = ClipView((10, 10), flip=0.25), places((10, 12))
-    lefts, mirrored = [], 0
+    view = ClipView((10, 10), flip=0.25)
+    frames = places((10, 12))
+    lefts = []
+    mirrored = 0
     for seed in range(1500):
         seen = view(frames, np.random.default_rng(seed))
         columns = seen[0, 0, :, 1].astype(int)
@@ -52,7 +54,8 @@ def test_crops_are_equally_likely_and_flips_match_their_rate():
 
 
 def test_zoom_shows_only_a_part_of_a_clip():
-    view, frames = ClipView((8, 8), scale=(2.0, 2.0)), places((8, 8))
+    view = ClipView((8, 8), scale=(2.0, 2.0))
+    frames = places((8, 8))
     seen = view(frames, np.random.default_rng(0)).astype(int)
     assert np.ptp(seen[0, :, 0, 0]) in (3, 4) and np.ptp(seen[0, 0, :, 1]) in (3, 4)
 

@@ -149,7 +149,8 @@ def test_a_share_of_the_sequences_is_held_out_whole(davis):
     cfg = config("davis2017", davis, *keys)
     sides = {}
     for split in SIDES:
-        data, clips = instantiate(cfg.reader)(split=split), instantiate(cfg.clips)(split=split)
+        data = instantiate(cfg.reader)(split=split)
+        clips = instantiate(cfg.clips)(split=split)
         sides[split] = {name.split("/")[0] for name in data.names}
         assert sides[split] == {video.name for video in clips.videos}
     assert sorted(map(len, sides.values())) == [1, 1] and sides["train"] | sides["val"] == {"bear", "dogs"}
@@ -256,7 +257,8 @@ def test_youtube_vos_can_use_all_frames(youtube):
 
 
 def test_incomplete_youtube_vos_is_refused(youtube):
-    layout, meta = YoutubeVos(str(youtube)), youtube / "train/meta.json"
+    layout = YoutubeVos(str(youtube))
+    meta = youtube / "train/meta.json"
     refused(layout, "trial", "No folder ", "trial", " for split trial; ", " holds ", "train")
     known = json.loads(meta.read_text())["videos"]
     for content, *words in (
@@ -509,7 +511,8 @@ def test_cuts_select_the_expected_frames(tmp_path, cut, starts):
 
 
 def test_val_and_test_have_a_cut_and_squares_of_their_own(tmp_path):
-    layout, options = Still(tmp_path, v=10), {"cut": Cut(length=3), "eval_cut": Cut(length=5)}
+    layout = Still(tmp_path, v=10)
+    options = {"cut": Cut(length=3), "eval_cut": Cut(length=5)}
     assert [len(open_clips(layout, split, **options)) for split in ("train", "val", "test")] == [3, 2, 2]
     assert len(open_clips(layout, "val", cut=Cut(length=3))) == 3
     whole, square = (open_clips(layout, "val", cut=Cut(length=2), eval_square=side)[1] for side in (None, 6))
@@ -578,7 +581,8 @@ def test_real_davis(compose):
         pytest.skip(f"no real data in {root}: set DINOSEG_DATA")
     cut = ("data.clips.eval_cut.length=4", "data.clips.eval_cut.fps=12")
     cfg = compose("data=davis2016", f"data.root={root}", *cut).data
-    clips, data = instantiate(cfg.clips)(split="val"), instantiate(cfg.reader)(split="val")
+    clips = instantiate(cfg.clips)(split="val")
+    data = instantiate(cfg.reader)(split="val")
     assert [len(video.frames) for video in clips.videos] == [50, 40, 104, 43] and len(data) == 237
     clip = clips[-1]
     assert clip["frames"].shape == (4, 3, 480, 854) and clip["stride"] == 2 and clip["annotated"].all()

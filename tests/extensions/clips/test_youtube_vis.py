@@ -36,7 +36,8 @@ def masks_of(video):
 
 
 def segmentations(masks, compressed):
-    size, texts = list(SIZE), [Runs.of_mask(mask).to_counts(mask.size) for mask in masks]
+    size = list(SIZE)
+    texts = [Runs.of_mask(mask).to_counts(mask.size) for mask in masks]
     texts = [to_text(each) if compressed else each.tolist() for each in texts]
     return [{"size": size, "counts": text} if mask.any() else None for text, mask in zip(texts, masks, strict=True)]
 
@@ -192,7 +193,8 @@ def test_sizes_are_compared_when_a_training_starts(root, monkeypatch):
         "dinoseg.extensions.annotations.drawing.from_text", lambda *_: pytest.fail("a mask was decoded")
     )
     given = annotations()
-    video, objects = given["videos"][2], [each for each in given["annotations"] if each["video_id"] == 9]
+    video = given["videos"][2]
+    objects = [each for each in given["annotations"] if each["video_id"] == 9]
     video["height"], video["width"] = SIZE[::-1]
     for segmentation in itertools.chain.from_iterable(each["segmentations"] for each in objects):
         if segmentation is not None:

@@ -193,7 +193,8 @@ def test_every_evaluation_has_a_report_by_default(runs):
     assert sum(int(row["labelled_pixels"]) for row in rows) == scores["pixels"]
     wrong = sum(int(row["wrong_pixels"]) for row in rows)
     assert wrong == round((1 - scores["accuracy"]) * scores["pixels"])
-    counts, record = read_record(runs / "first").counts, json.loads((runs / "first" / RECORD).read_text())
+    counts = read_record(runs / "first").counts
+    record = json.loads((runs / "first" / RECORD).read_text())
     assert [float(row["miou"]) for row in rows] == pytest.approx(image_mious(counts)) and record["unit"] == "image"
     plain, scaled = (re.search(rf">{name}[^<]*</th><td[^>]*data-value=.([\d.e-]+)", page)[1] for name in STATES)
     assert float(scaled) < float(plain)  # negative log-likelihood, before and after the temperature

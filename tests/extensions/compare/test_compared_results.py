@@ -40,7 +40,8 @@ def counts_of(rng, held, share):
 
 
 def side_of(name, runs, units, unit="group"):
-    images, classes = len(runs[0]), runs[0].shape[2]
+    images = len(runs[0])
+    classes = runs[0].shape[2]
     said = {"classes": [*"vwxyz"[:classes]], "palette": [(0, 0, 0)] * classes, "ignore_index": 255, "background": None}
     said |= {"data": "x", "root": "", "split": "val", "unit": unit, "source": "", "images": [*map(str, range(images))]}
     records = [ImageRecord(**said, units=units, counts=counts) for counts in runs]
@@ -102,7 +103,8 @@ def test_scores_and_bold_equal_a_plain_script_on_random_sides():
     for seed in range(CASES):
         sides = draw_sides(np.random.default_rng(seed))
         for side in sides:
-            found, whole = side_scores(side)["miou"], np.ones(len(side.records[0].units), dtype=bool)
+            found = side_scores(side)["miou"]
+            whole = np.ones(len(side.records[0].units), dtype=bool)
             value = plain_mean(side, whole)
             error, freedom = plain_error(lambda chosen, side=side: plain_mean(side, chosen), [side])
             assert found.value == pytest.approx(value)

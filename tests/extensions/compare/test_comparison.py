@@ -103,7 +103,9 @@ def sides(folders, records):
 
 
 def test_images_in_another_order_are_the_same_images(caplog):
-    first, second, order = record(), record(1), np.random.default_rng(0).permutation(IMAGES)
+    first = record()
+    second = record(1)
+    order = np.random.default_rng(0).permutation(IMAGES)
     names, units = ([each[index] for index in order] for each in (second.images, second.units))
     moved = replace(second, images=names, units=units, counts=second.counts[order], image_scores={"AP": order.tolist()})
     given = align(TWO, first, moved)
@@ -159,14 +161,16 @@ def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
 
 
 def test_images_show_the_first_run_and_the_other(tmp_path, monkeypatch):
-    asked, folders = [], [tmp_path / name for name in "abc"]
+    asked = []
+    folders = [tmp_path / name for name in "abc"]
     monkeypatch.setattr(comparison, "largest_differences", lambda load, folders, *_: asked.append(folders) or ([], ""))
     against(sides(folders, [record(seed) for seed in range(3)]), pytest.fail)
     assert [{*pairs.values()} for pairs in asked] == [{(folders[0], folders[1])}, {(folders[0], folders[2])}]
 
 
 def test_unreadable_data_is_opened_and_reported_once(tmp_path, caplog):
-    folders, opened = [tmp_path / name for name in "abcd"], []
+    folders = [tmp_path / name for name in "abcd"]
+    opened = []
     for folder in folders:
         (folder / "predictions").mkdir(parents=True)
     (tmp_path / "a/config").mkdir()
@@ -237,7 +241,8 @@ def test_further_scores_are_paired_by_unit(tmp_path, metric):
 
 
 def test_videos_without_a_labelled_pixel_are_no_units(tmp_path):
-    labelled, units = IMAGES - 3, [f"{index // 3}" for index in range(IMAGES)]
+    labelled = IMAGES - 3
+    units = [f"{index // 3}" for index in range(IMAGES)]
 
     def compare_two(count):
         given = {}
@@ -271,7 +276,8 @@ class RareRecall(ForegroundShare):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_images_without_a_rare_class_do_not_narrow_its_interval():
-    metric, units = RareRecall(), [f"{index}" for index in range(IMAGES)]
+    metric = RareRecall()
+    units = [f"{index}" for index in range(IMAGES)]
 
     def count(seed, images):
         rng = np.random.default_rng(seed)
@@ -311,7 +317,8 @@ def test_a_single_unit_has_the_error_of_its_runs():
 
 
 def test_scores_unbounded_or_of_other_settings_are_no_rivals(caplog):
-    metric, base = ForegroundShare(), record()
+    metric = ForegroundShare()
+    base = record()
     metric.unbounded = ("share",)
     assert metric_scores(metric, 0, base.images, base.units)[0] == {}
     wide, narrow = (metric_scores(BoundaryIoU(ratio), 0, base.images, base.units)[0] for ratio in (0.2, 0.02))
@@ -337,7 +344,8 @@ def test_each_side_has_a_line_and_the_best_is_first(tmp_path):
     better, worse, same = "significantly better", "significantly worse", "no significant difference"
     said = {"a": (0.6, better, better, same), "b": (None, same, same, same), "c": (0.1, worse, worse, better)}
     said["d"] = (0.7, same, worse, worse)
-    first, others = sides([tmp_path / "first"], [record()])[0], []
+    first = sides([tmp_path / "first"], [record()])[0]
+    others = []
     for name, (miou, *verdicts_of) in said.items():
         gap = {"value": miou and miou - 0.5, "ci95": miou and [miou - 0.6, miou - 0.4], "p": miou and 0.01}
         gaps = {f"iou/{index}": {**gap, "verdict": verdict} for index, verdict in enumerate(verdicts_of)}

@@ -39,7 +39,8 @@ def draw_case(rng):
     reference = rng.integers(1, 900, (images, classes)) * (rng.random((images, classes)) < rng.choice([0.3, 0.8, 1.0]))
     reference[:, rng.random(classes) < 0.15] = 0  # absent everywhere
     reference[rng.random(images) < 0.1] = 0  # without a labelled pixel
-    sides, skills = [], rng.uniform(0.2, 1.0, 3)
+    sides = []
+    skills = rng.uniform(0.2, 1.0, 3)
     shared = int(rng.integers(1, 4)) if rng.random() < 0.5 else None  # seeds of each fold
     for skill in skills[: rng.integers(2, 4)]:
         folds = np.array_split(rng.permutation(images), rng.integers(2, min(5, images) + 1))
@@ -93,7 +94,8 @@ def side_score(side, key, background, images, without=(None, None)):
 
 def jackknife(values):
     """Return variance and degrees of freedom from the values without each unit or seed."""
-    count, mean = len(values), sum(values) / len(values)
+    count = len(values)
+    mean = sum(values) / len(values)
     return (count - 1) / count * sum((value - mean) ** 2 for value in values), count - 1
 
 
@@ -110,7 +112,8 @@ def seed_parts(side, key, background, images):
 def estimate(score, groups, labelled, parts):
     """Return value, error and degrees of freedom of a function of images, over groups and `parts` of each side."""
     units = sorted({groups[name] for name in labelled})
-    value, of_seeds = score(labelled), [part for of_side in parts for part in of_side]
+    value = score(labelled)
+    of_seeds = [part for of_side in parts for part in of_side]
     if len(units) > 1:
         left = [score({name for name in labelled if groups[name] != unit}) for unit in units]
         of_seeds.append(jackknife(left))
@@ -146,13 +149,15 @@ def plain_interval(side, key, background, groups, labelled):
     reach = stats.t.ppf(0.975, freedom) * error if error else 0.0
     if value in (0, 1) or not error:
         return [max(value - reach, 0), min(value + reach, 1)]
-    logit, reach = np.log(value / (1 - value)), reach / (value * (1 - value))
+    logit = np.log(value / (1 - value))
+    reach = reach / (value * (1 - value))
     return [1 / (1 + np.exp(-(logit + sign * min(reach, 500)))) for sign in (-1, 1)]
 
 
 def plain_holm(p_values):
     known = sorted((p_value, name) for name, p_value in p_values.items() if p_value is not None)
-    found, least = dict.fromkeys(p_values), 0.0
+    found = dict.fromkeys(p_values)
+    least = 0.0
     for rank, (p_value, name) in enumerate(known):
         found[name] = least = max(least, min(1.0, (len(known) - rank) * p_value))
     return found

@@ -56,7 +56,8 @@ def same(first, second):
 
 @pytest.mark.heavy
 def test_resuming_equals_one_run_with_or_without_cached_scores(folder, monkeypatch):
-    asked, ask = [], Teacher.__call__
+    asked = []
+    ask = Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda teacher, image: asked.append(1) or ask(teacher, image))
     whole, done = train_run(folder, "whole", *HALF, "trainer.steps=4")
     assert "3 training images with masks, 3 without; teacher teacher" in done.err
@@ -92,7 +93,8 @@ def test_frozen_student_resumes_from_cached_features(folder, cached_run):
 
 
 def test_packed_images_and_frames_of_a_video_are_distilled(folder, monkeypatch):
-    sizes, ask = set(), Teacher.__call__
+    sizes = set()
+    ask = Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda self, image: sizes.add(tuple(image.shape)) or ask(self, image))
     write_film(folder / "film.mp4", frames=24)
     film = ("trainer.unlabelled=film.mp4", "trainer.unlabelled_every=0.25", "trainer.unlabelled_batch_size=4")

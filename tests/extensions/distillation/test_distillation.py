@@ -30,7 +30,8 @@ def expected_divergence(scores, seen, matrices, image, size, temperature, covere
     """Return T^2 KL of scores (B, K, H, W) and the teacher's: the mean over pixels inside, then over the views."""
     means = []
     for own, teacher, matrix in zip(scores, seen, matrices, strict=True):
-        total, count = own.sum() * 0, 0
+        total = own.sum() * 0
+        count = 0
         back = np.linalg.inv(matrix)
         for y in range(size[0]):
             for x in range(size[1]):
@@ -41,7 +42,8 @@ def expected_divergence(scores, seen, matrices, image, size, temperature, covere
                 along = (at_x + 0.5) * teacher.shape[2] * covered[1] / image[1] - 0.5
                 log_p = (bilinear(teacher, down, along) / temperature).log_softmax(0)
                 log_q = (own[:, y, x] / temperature).log_softmax(0)
-                total, count = total + temperature**2 * (log_p.exp() * (log_p - log_q)).sum(), count + 1
+                total = total + temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+                count = count + 1
         means.append(total / max(count, 1))
     return torch.stack(means).mean()
 

@@ -33,7 +33,11 @@ CPU = torch.device("cpu")
 class Ramps:
     """Images in which the pixels say where they lie, and masks of two classes."""
 
-    classes, palette, ignore_index, names, skipped = ["a", "b"], [(0, 0, 0), (9, 9, 9)], 255, ["0", "1"], {}
+    classes = ["a", "b"]
+    palette = [(0, 0, 0), (9, 9, 9)]
+    ignore_index = 255
+    names = ["0", "1"]
+    skipped = {}
 
     def __len__(self):
         return 2
@@ -62,9 +66,11 @@ def views(cat_max_ratio=None):
 
 @pytest.mark.parametrize("ratio", [None, 0.7])
 def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(ratio):
-    drawn, kept = views(ratio), CachedScores(where, in_memory(), 2)
+    drawn = views(ratio)
+    kept = CachedScores(where, in_memory(), 2)
     for epoch, sample in ((0, 0), (0, 1), (5, 1)):
-        view, seen = drawn.read(epoch, sample), kept.look(drawn, epoch, sample).to(CPU)
+        view = drawn.read(epoch, sample)
+        seen = kept.look(drawn, epoch, sample).to(CPU)
         scores = seen.at(slice(0, 24), slice(0, 20))
         inside = (view["mask"] != 255) & (view["image"][:2] > 12).all(0) & (view["image"][:2] < 215).all(0)
         assert inside.sum() > 40 and (scores[:, inside] - view["image"][:2, inside]).abs().max() < 1.5
@@ -99,7 +105,8 @@ def test_teacher_scores_are_computed_once_and_then_cached(tmp_path):
         asked.append(image)
         return where(image)[0] / 3, (1.0, 0.75)
 
-    drawn, store = views(), DiskStore(tmp_path, "o", "float16")
+    drawn = views()
+    store = DiskStore(tmp_path, "o", "float16")
     first = CachedScores(ask, store, 2).look(drawn, 0, 1)
     again = CachedScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
     assert len(asked) == 1 and first.scores.dtype == again.scores.dtype == torch.float16

@@ -86,7 +86,8 @@ def teacher(compose, path, labels=LABELS, precision="fp32"):
 )
 def test_scores_are_of_the_probabilities_that_the_model_predicts(teachers, compose, caplog, kind, within):
     path = teachers(kind)
-    asked, drawn = teacher(compose, path), torch.get_rng_state()
+    asked = teacher(compose, path)
+    drawn = torch.get_rng_state()
     model = dinoseg.load(path, device="cpu", precision="fp32")
     for size in SIZES:
         image = picture(size)
@@ -110,7 +111,8 @@ def test_teacher_scores_of_windows_equal_predictions_at_cells(teachers, compose,
 
     The nearest grid in the least squares differs by 0.081 where this one does by 0.100 (150 x 210).
     """
-    asked, model = teacher(compose, teachers(kind)), dinoseg.load(teachers(kind), device="cpu", precision="fp32")
+    asked = teacher(compose, teachers(kind))
+    model = dinoseg.load(teachers(kind), device="cpu", precision="fp32")
     for size in SIZES:
         image = picture(size)
         scores, valid = asked(image)

@@ -84,7 +84,8 @@ def test_suggested_line_works_for_any_class_name(tmp_path, name):
     ],
 )
 def test_ids_that_may_be_classes_are_to_be_named_first(tmp_path, classes, mask):
-    root, options = write(tmp_path / "data", mask), {"classes": list(classes), "palette": None}
+    root = write(tmp_path / "data", mask)
+    options = {"classes": list(classes), "palette": None}
     remedy = findings_by_code(root, options=options)["foreign_ids"].remedy
     assert remedy.startswith("If they are classes, add their names") and "++data.reader.masks.ids" in remedy
     assert "instances" not in remedy and "masks.others" not in remedy

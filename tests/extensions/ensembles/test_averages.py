@@ -162,7 +162,8 @@ def test_offloaded_models_predict_the_same(backbones, monkeypatch):
     def make_members():
         return [make_member(seed, STRATEGIES["windows"], backbone=each) for seed, each in enumerate(backbones)]
 
-    whole, offloaded = AveragedStrategy(make_members()), AveragedStrategy(make_members(), offload=True)
+    whole = AveragedStrategy(make_members())
+    offloaded = AveragedStrategy(make_members(), offload=True)
     moves = []
     to = nn.Module.to
     monkeypatch.setattr(nn.Module, "to", lambda self, device: moves.append(str(device)) or to(self, device))

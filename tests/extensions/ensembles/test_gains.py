@@ -55,7 +55,8 @@ def plain_gain(counts, units, background, key):
         *members, ensemble = (plain_scores(each[rows].sum(axis=0), background)[key] for each in counts)
         return ensemble - sum(members) / len(members)
 
-    value, count = difference(labelled), len(labelled)
+    value = difference(labelled)
+    count = len(labelled)
     left_out = [difference([each for each in labelled if each != unit]) for unit in labelled]
     if math.isnan(value):
         return None, None
@@ -68,7 +69,8 @@ def plain_gain(counts, units, background, key):
 
 
 def test_gains_equal_a_plain_script():
-    rng, intervals = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    intervals = 0
     for _ in range(200):
         classes, background, units, counts = draw_case(rng)
         names = [f"run{number}" for number in range(len(counts) - 1)]

@@ -164,7 +164,8 @@ def test_unusable_options_are_refused_before_tracing(cfg, out, monkeypatch):
     ],
 )
 def test_unusable_images_are_refused_before_building_the_model(tmp_path, monkeypatch, images, reason):
-    out, cfg = tmp_path, OmegaConf.create({"resume": "run", "data": {"classes": ["dark", "bright"]}})
+    out = tmp_path
+    cfg = OmegaConf.create({"resume": "run", "data": {"classes": ["dark", "bright"]}})
     (out / "film").mkdir()
     (out / "film/a.mp4").touch()
     for name in ("cut/cut.png", "large/0.png"):

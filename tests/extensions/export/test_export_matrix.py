@@ -81,7 +81,8 @@ def runtime_of(folder, made, record):
 @pytest.mark.parametrize(("backbone", "head", "options"), CELLS)
 def test_exported_file_equals_the_model(tmp_path, backbone, head, options):
     model, made, record, reason = trace_tiny(backbone, head, options)
-    reference, runtime = Reference(model, record), runtime_of(tmp_path, made, record)
+    reference = Reference(model, record)
+    runtime = runtime_of(tmp_path, made, record)
     fixed = head in ONE_SIZE or options != GraphOptions()
     assert (reason is not None) == fixed == (record.size is not None)
     draw = np.random.default_rng(0)

@@ -121,12 +121,14 @@ def test_images_are_resized_as_in_torch(size, content):
 
 @pytest.mark.parametrize("size", [(37, 50), (1, 1), (8, 8), (3, 101)])
 def test_scores_and_masks_reach_pixels_as_in_torch(size):
-    draw, layout = torch.Generator().manual_seed(0), RECORD.layout(size)
+    draw = torch.Generator().manual_seed(0)
+    layout = RECORD.layout(size)
     grid = [side // 8 for side in layout.padded]
     maps = torch.randn(1, 5, *grid, generator=draw)
     given = np.concatenate(list(bands([maps[0].numpy()], size, layout.valid, RECORD)), axis=1)
     np.testing.assert_allclose(given, upsample(maps.double(), size, layout.valid)[0], atol=1e-5)
-    masks, classes = 9 * torch.randn(1, 7, *grid, generator=draw), torch.randn(1, 7, 4, generator=draw)
+    masks = 9 * torch.randn(1, 7, *grid, generator=draw)
+    classes = torch.randn(1, 7, 4, generator=draw)
     for no_object in (True, False):
         record = changed_record(kind="masks", mixture=True, no_object=no_object)
         given = np.concatenate(list(bands([classes[0].numpy(), masks[0].numpy()], size, layout.valid, record)), axis=1)

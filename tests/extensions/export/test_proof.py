@@ -33,7 +33,8 @@ def picture(tmp_path):
 
 
 def test_proof_counts_pixels_points_and_predictions(picture):
-    ids, half = picture.mask.copy(), np.full((2, *SIZE), 0.5, np.float32)
+    ids = picture.mask.copy()
+    half = np.full((2, *SIZE), 0.5, np.float32)
     given = ids.copy()
     given[0, :24] = 1 - given[0, :24]  # 24 of 1,536 pixels
     predicted = given.copy()
@@ -61,7 +62,8 @@ def test_proof_limits_follow_the_options():
 
 
 def test_nan_outputs_fail_the_proof(picture):
-    zeros, nan = np.zeros(SIZE, np.uint8), np.full((2, *SIZE), np.nan, np.float32)
+    zeros = np.zeros(SIZE, np.uint8)
+    nan = np.full((2, *SIZE), np.nan, np.float32)
     with pytest.raises(UserError, match=r"0.png: the trained model's own probabilities are NaN"):
         proof.compare(fixed(zeros, nan), SimpleNamespace(), [picture], 2, 255)
     fine = np.full((2, *SIZE), 0.5, np.float32)

@@ -99,7 +99,8 @@ def read_masks(kept, drawn, read):
 def test_mask_is_read_once_and_returned_unchanged():
     drawn = {(f"{view}", f"{index}"): mask(1 + 7 * index, 9 - view, index) for index in range(3) for view in range(2)}
     drawn["", ""] = mask(6, 8).T
-    kept, read = CachedMasks(), []
+    kept = CachedMasks()
+    read = []
     for _ in range(3):
         read_masks(kept, drawn, read)
     assert read == list(drawn)
@@ -107,7 +108,8 @@ def test_mask_is_read_once_and_returned_unchanged():
 
 def test_masks_beyond_the_cap_are_read_again():
     drawn = {(f"{number}", ""): mask(20, 50, number) for number in range(3)}  # of some 1,000 bytes each
-    kept, read = CachedMasks(cap=1200), []
+    kept = CachedMasks(cap=1200)
+    read = []
     for _ in range(2):
         read_masks(kept, drawn, read)
     assert [key[0] for key in read] == ["0", "1", "2", "1", "2"]

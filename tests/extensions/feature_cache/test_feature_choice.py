@@ -92,7 +92,8 @@ def train(data, tmp_path):
 @pytest.fixture
 def counted_images(monkeypatch):
     """Count the images that pass the frozen part."""
-    passed, frozen = [], SegmentationModel.frozen
+    passed = []
+    frozen = SegmentationModel.frozen
     monkeypatch.setattr(
         SegmentationModel, "frozen", lambda model, images: passed.append(len(images)) or frozen(model, images)
     )
@@ -108,7 +109,8 @@ def test_training_on_features_is_training_on_images(train, adapter, monkeypatch,
     if isinstance(adapter, Lora):  # the place is none of the adapter's business
         assert train("memory", adapter=adapter)[0] == live
     assert len(list((tmp_path / "cache/features").iterdir())) == 1  # nothing of what was measured
-    opened, read_pair = [], pairs.read_pair
+    opened = []
+    read_pair = pairs.read_pair
     monkeypatch.setattr(pairs, "read_pair", lambda pair, reader: opened.append(pair.name) or read_pair(pair, reader))
     assert train("disk", adapter=adapter)[0] == live
     assert opened == ["0"] * 4  # what is measured, the size of the validation images, and the picture of each of two
@@ -130,7 +132,8 @@ def test_checked_crops_are_cached_and_known_by_their_masks(train, data, counted_
 def test_views_are_computed_and_their_masks_decoded_once(train, counted_images, monkeypatch):
     train("disk", steps=9)
     assert sum(counted_images) == MEASURED + 10 + 5  # two views of each of five images, and these as they are
-    decoded, mask = [], PairDataset.mask
+    decoded = []
+    mask = PairDataset.mask
     with monkeypatch.context() as patch:
         patch.setattr(PairDataset, "mask", lambda data, index: decoded.append(index) or mask(data, index))
         counted_images.clear()
@@ -142,7 +145,8 @@ def test_views_are_computed_and_their_masks_decoded_once(train, counted_images, 
 
 
 def test_cached_views_are_read_in_the_main_process(train, monkeypatch):
-    loaded, load = [], loader._load_ahead
+    loaded = []
+    load = loader._load_ahead
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
     live_rows, live, _ = train(steps=9)
     expected = [batch.names for batch in itertools.islice(live.train_batches(1), 8)]

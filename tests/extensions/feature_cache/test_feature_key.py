@@ -143,7 +143,8 @@ def test_own_code_that_computes_counts():
 
 
 def test_own_source_that_counts_is_there(monkeypatch):
-    package, first = key.Path(key.dinoseg.__file__).parent, code_hash([])
+    package = key.Path(key.dinoseg.__file__).parent
+    first = code_hash([])
     with monkeypatch.context() as patched:
         patched.setattr(key, "_SOURCES", ("core/geometry.py",))
         assert code_hash([]) != first

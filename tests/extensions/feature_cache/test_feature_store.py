@@ -62,7 +62,8 @@ def test_stored_features_are_returned_as_put_returned_them(kind, tmp_path):
 
 
 def test_memory_store_copies_only_the_stored_features():
-    store, batch = MemoryStore("float32", 2**20), torch.randn(16, *SHAPE)
+    store = MemoryStore("float32", 2**20)
+    batch = torch.randn(16, *SHAPE)
     store.put(KEYS[0], [batch[0]])
     batch.zero_()
     (found,) = store.get(KEYS[0])
@@ -93,7 +94,8 @@ def test_features_are_computed_if_the_other_process_hangs(tmp_path, monkeypatch,
 
 
 def test_stop_request_ends_the_wait_for_features(tmp_path):
-    store, entered = DiskStore(tmp_path, "a", "float16"), []
+    store = DiskStore(tmp_path, "a", "float16")
+    entered = []
     with pytest.raises(Interrupted), defer_signals(""), store.claim(KEYS[0]):
         signal.raise_signal(signal.SIGTERM)
         with store.claim(KEYS[0]):
@@ -161,7 +163,8 @@ def test_checked_file_is_still_compared_with_its_size(tmp_path):
 
 
 def test_loaded_features_are_independent_of_their_file(tmp_path):
-    store, path = DiskStore(tmp_path, "a", "float16"), tmp_path / "a" / f"{KEYS[0]}.features"
+    store = DiskStore(tmp_path, "a", "float16")
+    path = tmp_path / "a" / f"{KEYS[0]}.features"
     first, second = (features(number)[0].half() for number in range(2))
     fill(store, [0])
     (found,) = store.get(KEYS[0])
@@ -252,7 +255,8 @@ def test_unwritable_cache_folder_is_a_warning(tmp_path, caplog):
 
 
 def write_and_read(root, seed):
-    store, wrong = DiskStore(root, "a", "float16", cap=12 * SIZE), 0
+    store = DiskStore(root, "a", "float16", cap=12 * SIZE)
+    wrong = 0
     order = torch.randperm(len(KEYS), generator=torch.Generator().manual_seed(seed)).tolist()
     for _ in range(4):
         for number in order:

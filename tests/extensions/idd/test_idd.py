@@ -55,7 +55,8 @@ def members(column):
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_names_and_colours_are_those_of_the_table(name, tmp_path):
-    data, table = load(name, tmp_path), members(ENCODINGS[name][0])
+    data = load(name, tmp_path)
+    table = members(ENCODINGS[name][0])
     own_names = {("idd_cityscapes", 9): "terrain"}
     own_names |= dict.fromkeys([("idd", 12), ("idd_home_made", 12)], "vehicle fallback")
     assert sorted(table) == list(range(len(data.classes))) and data.num_classes == len(data.classes)
@@ -69,7 +70,8 @@ def test_names_and_colours_are_those_of_the_table(name, tmp_path):
 
 
 def test_groups_have_the_names_of_the_benchmark(tmp_path):
-    level2, level1 = load("idd_level2", tmp_path).classes, load("idd_level1", tmp_path)
+    level2 = load("idd_level2", tmp_path).classes
+    level1 = load("idd_level1", tmp_path)
     table = {row["name"]: row for row in label_table("idd")}
     for label, group in (
         ("tunnel", "construction"), ("polegroup", "obs-fallback"), ("traffic light", "info-structures"),

@@ -102,7 +102,9 @@ def build_optimizer(compose):
 @pytest.mark.parametrize("hparam", OFFICIAL)
 def test_schedules_are_those_of_the_official_code(build_optimizer, hparam):
     cfg, optimizer = build_optimizer(hparam)
-    schedule, steps, blocks = instantiate(cfg.optim.schedule), cfg.trainer.steps, cfg.head.blocks
+    schedule = instantiate(cfg.optim.schedule)
+    steps = cfg.trainer.steps
+    blocks = cfg.head.blocks
     anneal = annealing_windows(OmegaConf.to_container(cfg.head)["anneal"], blocks)
     joint = cfg.backbone.arch.num_hidden_layers - blocks
     parts = ["head.", ".patch_embeddings.", f".layer.{joint - 1}.", f".layer.{joint}."]

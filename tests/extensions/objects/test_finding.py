@@ -125,7 +125,8 @@ def test_masks_are_upsampled_before_they_are_decided():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened(dtype):
     torch.manual_seed(0)
-    classes, masks = torch.randn(1, 5, 4).to(dtype), torch.randn(1, 5, 4, 4).to(dtype)
+    classes = torch.randn(1, 5, 4).to(dtype)
+    masks = torch.randn(1, 5, 4, 4).to(dtype)
     half = find_instances(classes, masks, (9, 7), (1.0, 1.0), 3, {0, 1, 2})[0]
     full = find_instances(classes.float(), masks.float(), (9, 7), (1.0, 1.0), 3, {0, 1, 2})[0]
     assert np.array_equal(half.scores, full.scores)

@@ -15,7 +15,8 @@ STARTS = (0, 24), (0, 25, 50)  # two borders between windows across, one down
 def draw_objects(rng, count, *, overlapping=False):
     """Return masks (N, H, W) of ellipses and rectangles of at least 12 pixels, and their classes."""
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    masks, taken = [], np.zeros(SIZE, bool)
+    masks = []
+    taken = np.zeros(SIZE, bool)
     while len(masks) < count:
         middle, reach = rng.uniform((0, 0), SIZE), rng.uniform((2, 2), (14, 25))
         distance = np.abs([rows - middle[0], columns - middle[1]]) / reach[:, None, None]

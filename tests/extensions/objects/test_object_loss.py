@@ -62,7 +62,8 @@ def draw_case(seed, kind, dtype=torch.float64):
     """Return a prediction, its batch, and the masks of each image."""
     rng = np.random.default_rng(seed)
     images = [draw_image(rng) for _ in range(rng.integers(1, 4))]
-    queries, shapes = int(rng.integers(3, 10)), ((K + 1,), (3, 4))
+    queries = int(rng.integers(3, 10))
+    shapes = ((K + 1,), (3, 4))
     layers = []
     for _ in range(2):
         scores = [torch.from_numpy(2 * rng.normal(size=(len(images), queries, *shape))).to(dtype) for shape in shapes]
@@ -93,14 +94,20 @@ def points(monkeypatch):
 def compare(logits, truth):
     """Return the binary cross-entropy and dice loss of the logits (P,) of points that count."""
     entropy = F.softplus(logits) - logits * truth
-    overlap, areas = (logits.sigmoid() * truth).sum(), logits.sigmoid().sum() + truth.sum()
+    overlap = (logits.sigmoid() * truth).sum()
+    areas = logits.sigmoid().sum() + truth.sum()
     return entropy.sum() / max(1, len(truth)), 1 - (2 * overlap + 1) / (areas + 1)
 
 
 def by_hand(layer, images, points, valid, *, excluded):
     """Return the class, mask and dice terms of a layer, from loops over images and masks."""
-    entropies, dices, class_total, class_norm, count = [], [], 0, 0, 0
-    rows, columns = (points[:, 1] * SIZE[0]).long(), (points[:, 0] * SIZE[1]).long()
+    entropies = []
+    dices = []
+    class_total = 0
+    class_norm = 0
+    count = 0
+    rows = (points[:, 1] * SIZE[0]).long()
+    columns = (points[:, 0] * SIZE[1]).long()
     grid = 2 * points * torch.tensor([valid[1], valid[0]], dtype=torch.float64) - 1
     for classes, maps, (targets, ignored) in zip(layer.class_logits, layer.mask_logits, images, strict=True):
         logits = F.grid_sample(maps[None], grid[None, None], padding_mode="border", align_corners=False)[0, :, 0]
@@ -192,7 +199,8 @@ def test_parts_of_a_batch_of_objects_add_up(points, kind):
             continue
         criterion = make_loss(kind)
         whole, _ = criterion(prediction, batch)
-        divisors, total = criterion.divisors(batch), 0.0
+        divisors = criterion.divisors(batch)
+        total = 0.0
         for row, part in enumerate(batch.split(batch.count)):
             own, value, _ = criterion.step_loss(prediction.of_images(slice(row, row + 1)), part, divisors)
             assert value == criterion(prediction.of_images(slice(row, row + 1)), part)[0]

@@ -50,7 +50,8 @@ def test_masks_of_queries_become_the_objects():
     mask[(objects[:, 1] > 0)] = 1
     mask[0][objects[0, 0] > 0] = (objects[0, 0][objects[0, 0] > 0] >> 20).to(torch.uint8)
     torch.manual_seed(0)
-    classes, masks = torch.randn(1, 5, 4).requires_grad_(), torch.randn(1, 5, 24, 24).requires_grad_()
+    classes = torch.randn(1, 5, 4).requires_grad_()
+    masks = torch.randn(1, 5, 24, 24).requires_grad_()
     criterion = MaskClassification(torch.ones(3), num_points=400)
     criterion.task = InstanceTask(["ground", "leaf", "fruit"], background="ground")
     batch = Batch(mask, mask, ["drawn"], {OBJECTS: objects})
@@ -130,8 +131,11 @@ def test_ranks_have_the_loss_of_one_process(tmp_path):
 class OneObject:
     """Images of 64 x 64 pixels; the first has an object of a few pixels, the second a crowd, the third nothing."""
 
-    classes, palette, ignore_index = ("ground", "thing"), [(0, 0, 0), (255, 0, 0)], 255
-    names, skipped = ("object", "crowd", "nothing"), {}
+    classes = ("ground", "thing")
+    palette = [(0, 0, 0), (255, 0, 0)]
+    ignore_index = 255
+    names = ("object", "crowd", "nothing")
+    skipped = {}
     maps = {OBJECTS: ObjectMap(things=(1,))}
 
     def __len__(self):

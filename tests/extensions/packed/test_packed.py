@@ -117,7 +117,8 @@ def test_reduced_sizes_are_those_of_the_model(data, cache, longest):
 
 def test_reduction_averages_areas_and_takes_the_nearest_id():
     rng = np.random.default_rng(1)
-    image, mask = rng.integers(0, 256, (60, 90, 3), np.uint8), rng.integers(0, 4, (60, 90), np.uint8)
+    image = rng.integers(0, 256, (60, 90, 3), np.uint8)
+    mask = rng.integers(0, 4, (60, 90), np.uint8)
     objects = np.stack([mask, mask[::-1]]).astype(np.int32) << 20
     small, ids, moved = downscale_sample(image, mask, 30, 255, objects)
     mean = image.astype(np.float64).reshape(20, 3, 30, 3, 3).mean((1, 3))
@@ -275,7 +276,8 @@ def test_changed_files_and_rules_are_packed_again(data, cache, tmp_path):
 
 
 def test_files_that_change_meanwhile_are_not_packed(data, cache, tmp_path, monkeypatch):
-    read, path = PairDataset.__getitem__, tmp_path / "data/train/masks/wide.png"
+    read = PairDataset.__getitem__
+    path = tmp_path / "data/train/masks/wide.png"
 
     def touch(self, index):
         os.utime(path, ns=(index, index))
@@ -339,7 +341,8 @@ def test_video_frames_are_packed_with_one_size_per_video(cache, tmp_path, monkey
     source = PairDataset(pairs, Labels.of(["a", "b", "c"], None, 255), Masks())
     assert_same(make(source, cache), source)
     assert make(source, cache, 32).mask(3).shape == (24, 32)
-    read, rows = PairDataset.__getitem__, []
+    read = PairDataset.__getitem__
+    rows = []
     monkeypatch.setattr(PairDataset, "__getitem__", lambda self, index: rows.append(index) or read(self, index))
     assert list(packed._sizes(source, None)) == [(32, 48)] * 3 + [(48, 64)] * 3
     assert rows == [0, 3]

@@ -75,7 +75,8 @@ def test_ten_a_second_then_one_a_second(add):
 def test_repeated_preparation_does_only_missing_work(add, monkeypatch):
     root = add("train1", "video_01")
     prepare(root, workers=1)
-    seen, decode = [], sarrarp.extract_frames
+    seen = []
+    decode = sarrarp.extract_frames
     monkeypatch.setattr(sarrarp, "extract_frames", lambda path, *a, **k: seen.append(path) or decode(path, *a, **k))
     add("train1", "video_02")
     prepare(root, workers=1)

@@ -21,7 +21,9 @@ from dinoseg.training.validation import evaluate
 class RandomOrder:
     """Images of several sizes, whose classes are their brightness; class 3 never occurs."""
 
-    classes, ignore_index, skipped = ("dark", "grey", "bright", "absent"), 255, {}
+    classes = ("dark", "grey", "bright", "absent")
+    ignore_index = 255
+    skipped = {}
     palette = ((0, 0, 0), (9, 9, 9), (99, 99, 99), (1, 2, 3))
 
     def __init__(self, count, seed=0):
@@ -100,7 +102,8 @@ def test_groups_stay_on_one_side():
 
 def test_a_candidate_is_counted_as_its_upsampled_scores_are():
     torch.manual_seed(0)
-    features, mask = torch.randn(2, 5, 3, 4), torch.randint(0, 4, (2, 20, 30))
+    features = torch.randn(2, 5, 3, 4)
+    mask = torch.randint(0, 4, (2, 20, 30))
     mask[mask == 3] = 255
     maps = [LinearMap(torch.randn(3, 5).double(), torch.randn(3).double()) for _ in range(4)]
     candidates = Candidates(maps, 255)
@@ -129,7 +132,10 @@ def iou(counts):
 class Ranked(Engine):
     """One of two ranks, each in a thread of this process."""
 
-    rank, world_size, met, given = 0, 2, Barrier(2, timeout=600), [None, None]
+    rank = 0
+    world_size = 2
+    met = Barrier(2, timeout=600)
+    given = [None, None]
 
     def __init__(self, rank):
         super().__init__("cpu", "fp32", workers=0)

@@ -37,7 +37,8 @@ def test_every_block_and_the_layers_of_the_head_are_probed(folder):
 
 @pytest.mark.heavy
 def test_head_starts_from_the_probe_but_resumes_without_it(folder, monkeypatch):
-    means, restore = [], checkpoint.Checkpointer.restore
+    means = []
+    restore = checkpoint.Checkpointer.restore
 
     def watch(checkpoints, model, *others):
         means.append(float(model.head.norm.running_mean.abs().max()))

@@ -64,7 +64,8 @@ def test_solutions_are_those_of_least_squares(strength, cells):
     for weights, (found,) in zip(WEIGHTINGS, solve(sums_of(features, mask, (1, 1)), [strength]), strict=True):
         # rows of zeros that ask for small weights make least squares a ridge
         share = (weights[labels] / weights[labels].sum()).numpy()
-        x, y = rows[:, :-1].numpy(), F.one_hot(labels, 3).double().numpy()
+        x = rows[:, :-1].numpy()
+        y = F.one_hot(labels, 3).double().numpy()
         spread = np.sqrt(share @ (x - share @ x) ** 2)
         penalty = np.hstack([np.diag(spread) * strength**0.5, np.zeros((13, 1))])
         left = np.vstack([np.hstack([x, np.ones((len(x), 1))]) * share[:, None] ** 0.5, penalty])
@@ -98,7 +99,8 @@ def test_unsolvable_probe_is_refused():
 
 def test_linear_head_reproduces_the_solved_weights():
     torch.manual_seed(0)
-    head, x = LinearHead(5, 2, 3, init="probe"), torch.randn(2, 10, 4, 4) * 7 + 2
+    head = LinearHead(5, 2, 3, init="probe")
+    x = torch.randn(2, 10, 4, 4) * 7 + 2
     weight, bias = torch.randn(3, 10, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     head(list(x.split(5, dim=1)))  # which moves the running means
     head.start(weight, bias, x.mean(dim=(0, 2, 3)).double(), x.var(dim=(0, 2, 3)).double())

@@ -103,7 +103,8 @@ def test_equals_the_official_evaluation_on_varied_maps(tmp_path, ids):
 def test_per_class_rows_follow_the_scored_ids(tmp_path, triples):
     protocol = Cityscapes()
     total = sum(unit_sums(protocol, *write_triples(tmp_path, triples)).values())
-    rows, means = protocol.per_class(total), protocol.scores(total)
+    rows = protocol.per_class(total)
+    means = protocol.scores(total)
     assert [row["id"] for row in rows] == SCORED and rows[0]["name"] == "road" and rows[-1]["name"] == "bicycle"
     assert np.nanmean([row["IoU"] for row in rows]) == pytest.approx(means["IoU_classes"])
     assert np.nanmean([row["iIoU"] for row in rows]) == pytest.approx(means["iIoU_classes"])

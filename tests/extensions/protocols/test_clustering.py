@@ -19,7 +19,8 @@ KEYS = ("ARI", "FG-ARI", "mBO", "ARI_per_frame", "FG-ARI_per_frame", "mBO_per_fr
 
 def loop_ari(true, predicted):
     """Pair counting in fractions: agreement of every pair of pixels, corrected for chance."""
-    true, predicted = np.ravel(true).tolist(), np.ravel(predicted).tolist()
+    true = np.ravel(true).tolist()
+    predicted = np.ravel(predicted).tolist()
     pairs = list(combinations(range(len(true)), 2))
     in_true = sum(true[i] == true[j] for i, j in pairs)
     in_predicted = sum(predicted[i] == predicted[j] for i, j in pairs)
@@ -127,7 +128,9 @@ def test_tables_hold_every_pair_and_add_up(dtype, spread):
 @pytest.mark.parametrize("case", CASES)
 def test_best_overlaps_equal_sets_of_pixels(case, matching):
     if case == "many segments" and matching == "hungarian":
-        shape, true_ids, predicted_ids = (20,), 6, 4
+        shape = (20,)
+        true_ids = 6
+        predicted_ids = 4
     else:
         shape, true_ids, predicted_ids = CASES[case]
     rng = np.random.default_rng(2)

@@ -27,7 +27,8 @@ def write_set(root, year, names, split="val"):
 def moving_squares(seed, length, size, count, *, gone=(), jitter=3):
     """Squares of ids 1..count that walk; `gone` leave after the first frame, and the last half of the frames too."""
     rng = np.random.default_rng(seed)
-    places, steps = rng.uniform((2, 2), np.array(size) / 2, (count, 2)), rng.uniform(-2, 3, (count, 2))
+    places = rng.uniform((2, 2), np.array(size) / 2, (count, 2))
+    steps = rng.uniform(-2, 3, (count, 2))
     frames = []
     for time in range(length):
         ids = np.zeros(size, np.uint8)
@@ -150,7 +151,8 @@ def test_intervals_count_sequences_with_a_scored_frame(tmp_path, task):
     root, results = write_task(tmp_path, task, held)
     protocol = TASKS[task]()
     whole = scored(protocol, root, results)
-    result, gap = summary(protocol, whole), difference(protocol, whole, whole)
+    result = summary(protocol, whole)
+    gap = difference(protocol, whole, whole)
     write_set(root, "2016" if task == "davis2016" else "2017", ["plain", "other"])
     few = summary(protocol, scored(protocol, root, results))
     assert result["n"] == few["n"] == gap["J-Mean"]["n"] == 2 and len(result["per_video"]) == len(held)
@@ -347,7 +349,8 @@ def test_real_sequences_equal_themselves():
 def test_folders_of_masks_of_one_video_are_scored(tmp_path, task):
     held = sequences()
     root, results = write_task(tmp_path, task, held)
-    protocol, masks = TASKS[task](), root / MASKS[task] / "480p/gone"
+    protocol = TASKS[task]()
+    masks = root / MASKS[task] / "480p/gone"
     expected = video_scores(protocol, root, results)[1]["gone"]
     shutil.copytree(results / "gone", tmp_path / "mine")
     _, measured, _ = video_scores(protocol, masks, tmp_path / "mine")

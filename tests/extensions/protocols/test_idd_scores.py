@@ -90,7 +90,8 @@ def test_palette_masks_are_read_as_ids_and_resized(tmp_path):
 
 
 def test_unknown_ids_are_counted_separately(tmp_path):
-    reference, prediction = np.full((20, 20), 255), np.zeros((20, 20), int)
+    reference = np.full((20, 20), 255)
+    prediction = np.zeros((20, 20), int)
     reference[:2], prediction[:3] = 30, 39
     pair = save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)
     details = measure_pair(Idd(), *pair).details

@@ -29,7 +29,8 @@ def expected(images):
     rows, right = [], []
     for layer in range(CLASSES):
         pairs = sides_of(images, layer)
-        both, held = sum((mask & ids).sum() for mask, ids in pairs), sum(mask.sum() for mask, _ in pairs)
+        both = sum((mask & ids).sum() for mask, ids in pairs)
+        held = sum(mask.sum() for mask, _ in pairs)
         iou, dice = overlap(pairs)
         recall = both / held if held else None
         shapes = {"boundary_IoU": boundary_iou(pairs), "NSD": mean_surface_dice(pairs)}

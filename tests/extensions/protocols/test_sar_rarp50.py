@@ -126,11 +126,13 @@ def test_scores_equal_monai(folders):
 def test_the_mean_over_images_equals_its_definition(folders):
     protocol = SarRarp50Seed()
     videos = unit_sums(protocol, *folders)
-    images, classes = [], {label: [] for label in range(1, 10)}
+    images = []
+    classes = {label: [] for label in range(1, 10)}
     for reference, prediction in (frame for frames in VIDEOS.values() for frame in frames):
         values = []
         for label in range(1, 10):
-            ours, theirs = reference == label, (EMPTY if prediction is None else prediction) == label
+            ours = reference == label
+            theirs = (EMPTY if prediction is None else prediction) == label
             union = (ours | theirs).sum()
             values.append((ours & theirs).sum() / (union + 1e-6) if union else np.nan)
             classes[label] += [] if math.isnan(values[-1]) else [values[-1]]
@@ -152,7 +154,8 @@ def test_the_mean_over_images_equals_its_definition(folders):
 def test_background_only_images_have_no_mean_over_images(tmp_path):
     for root in ("real", "predicted"):
         save(tmp_path / root / "video_41/segmentation/000000000.png", EMPTY)
-    protocol, folders = SarRarp50Seed(), (tmp_path / "real", tmp_path / "predicted")
+    protocol = SarRarp50Seed()
+    folders = (tmp_path / "real", tmp_path / "predicted")
     sums = unit_sums(protocol, *folders)["video_41"]
     assert np.isnan(protocol.scores(sums)["mIoU_seed_per_image"])
     assert np.isnan([row["iou"] for row in protocol.per_class(sums)]).all()
@@ -238,7 +241,9 @@ def test_unmatched_videos_are_reported_in_one_line(folders):
 
 def test_folders_that_hold_nothing_of_the_kind(folders, tmp_path):
     reference, prediction = folders
-    find, nowhere, dataset = SarRarp50().find, tmp_path / "nowhere", tmp_path / "dataset"
+    find = SarRarp50().find
+    nowhere = tmp_path / "nowhere"
+    dataset = tmp_path / "dataset"
     assert_refused(partial(find, reference, nowhere), "prediction=", "nowhere is not a folder")
     assert_refused(partial(find, nowhere, prediction), "reference=", "nowhere is not a folder")
     dataset.mkdir()
@@ -265,9 +270,11 @@ def test_bad_files_are_named(folders, fault, side, make):
     spoil, message = SPOILT[fault]
     paths = [folder / "video_41/segmentation/000000120.png" for folder in folders]
     spoil(paths[side])
-    bad, words = paths[side], [message]
+    bad = paths[side]
+    words = [message]
     if fault == "other size":  # the prediction is named, whichever was changed
-        bad, words = paths[1], ["resize it by nearest neighbour", *([message] if side else [])]
+        bad = paths[1]
+        words = ["resize it by nearest neighbour", *([message] if side else [])]
     assert_bad_file(partial(make().measure, case_of(folders, 120, make)), bad, *words)
 
 

@@ -26,7 +26,10 @@ from dinoseg.utils.errors import UserError
 class Share(SumProtocol):
     """Hits among tries, written in a case's file as `hits-tries`; the mean over units is a second score."""
 
-    name, unit, keys, rules = "share", "video", ("share", "mean"), {"version": "1"}
+    name = "share"
+    unit = "video"
+    keys = ("share", "mean")
+    rules = {"version": "1"}
     unbounded = ("mean",)
 
     def find(self, reference, prediction):
@@ -67,7 +70,9 @@ def scored_cases(*words, **options):
 class Pooled(Share):
     """Hits among tries, pooled over all files; a file without tries adds nothing."""
 
-    unit, keys, unbounded = "image", ("share",), ()
+    unit = "image"
+    keys = ("share",)
+    unbounded = ()
     join = SumProtocol.join
 
     def scores(self, sums):
@@ -94,7 +99,8 @@ def test_intervals_are_over_scored_groups(seed):
     tries = [0 if name[0] == empty else int(rng.integers(1, 30)) for name in names]
     hits = [[int(rng.integers(0, count + 1)) for count in tries] for _ in range(2)]
     groups = {name: name[0] for name in names}
-    scored, by_group = [], {}
+    scored = []
+    by_group = {}
     for side in hits:
         listing = Cases([])
         for name, hit, count in zip(names, side, tries, strict=True):
@@ -102,7 +108,8 @@ def test_intervals_are_over_scored_groups(seed):
         scored.append(score_cases(Pooled(), listing, where="P", groups=groups))
     for name, first, second, count in zip(names, *hits, tries, strict=True):
         by_group.setdefault(name[0], []).append((first, count, second - first))
-    result, gap = summary(Pooled(), scored[0]), difference(Pooled(), *scored)["share"]
+    result = summary(Pooled(), scored[0])
+    gap = difference(Pooled(), *scored)["share"]
     one, two = (
         expected_interval(
             by_group, share=lambda rows, at=at: sum(row[at] for row in rows) / sum(row[1] for row in rows)
@@ -145,7 +152,8 @@ def test_units_left_out_in_parts_are_those_of_one_go(monkeypatch):
     whole = summary(Share(), scored)
     means = stats.ttest_1samp([row["mean"] for row in whole["per_video"]], 0).confidence_interval()
     assert whole["ci95"]["mean"] == pytest.approx([means.low, means.high], abs=1e-12)
-    sizes, scores = [], Share.scores
+    sizes = []
+    scores = Share.scores
     monkeypatch.setattr(intervals, "_AT_ONCE", 10)
     monkeypatch.setattr(Share, "scores", lambda self, sums: (sizes.append(sums.shape), scores(self, sums))[1])
     assert summary(Share(), scored)["ci95"] == whole["ci95"]
@@ -168,7 +176,8 @@ def test_interval_is_clipped_for_scores_but_not_for_differences(monkeypatch):
     found = jackknife(Share(), sums)["mean"]
     assert found.ci95 == [free.ci95[0], 1.0] and free.ci95[0] < -1 and free.ci95[1] > 1
     assert found.p == free.p == pytest.approx(1 - 2 * np.arctan(0.5 / 0.4) / np.pi)
-    first, second = np.array([[1, 2, -0.5, 1], [1, 2, -0.7, 1]]), np.array([[1, 2, 0.9, 1], [1, 2, 0.8, 1]])
+    first = np.array([[1, 2, -0.5, 1], [1, 2, -0.7, 1]])
+    second = np.array([[1, 2, 0.9, 1], [1, 2, 0.8, 1]])
     apart = estimate_difference(*([score_units(Share(), sums)["mean"]] for sums in (first, second)))
     assert apart.value == pytest.approx(1.45) and apart.ci95[0] < 1.45 < apart.ci95[1]
     assert VideoClustering.highest == {key: 1.0 for key in VideoClustering.keys if "ARI" in key}
@@ -205,7 +214,8 @@ def test_equal_scores_do_not_differ_for_any_number_of_runs(runs):
 
 def test_the_paired_difference_leaves_the_same_units_out_of_both():
     better = [f"v{index}/a={index + 5}-40" for index in range(20)]
-    first, second = scored_cases(*(f"v{index}/a={index + 1}-40" for index in range(20))), scored_cases(*better)
+    first = scored_cases(*(f"v{index}/a={index + 1}-40" for index in range(20)))
+    second = scored_cases(*better)
     row = difference(Share(), first, second)["share"]
     assert row["value"] == pytest.approx(0.1) and row["ci95"] == pytest.approx([0.1, 0.1]) and row["n"] == 20
     alone = summary(Share(), first)["ci95"]["share"]

@@ -86,7 +86,10 @@ def test_ade20k_equals_its_definition(tmp_path, classes):
     rng = np.random.default_rng(classes)
     pairs = maps(rng, range(min(classes, 30) + 1))
     found = scores(Ade20k(num_classes=None if classes == 150 else classes), *tree(tmp_path, pairs, path))
-    both, either, right, labelled = np.zeros(classes), np.zeros(classes), 0, 0
+    both = np.zeros(classes)
+    either = np.zeros(classes)
+    right = 0
+    labelled = 0
     for reference, guess in pairs:
         guess = guess * (reference > 0)
         shared = np.where(guess == reference, guess, 0)
@@ -94,7 +97,8 @@ def test_ade20k_equals_its_definition(tmp_path, classes):
             np.array([(ids == label).sum() for label in range(1, classes + 1)]) for ids in (shared, guess, reference)
         ]
         both, either = both + areas[0], either + areas[1] + areas[2] - areas[0]
-        right, labelled = right + ((guess == reference) & (reference > 0)).sum(), labelled + (reference > 0).sum()
+        right = right + ((guess == reference) & (reference > 0)).sum()
+        labelled = labelled + (reference > 0).sum()
     expected = {"mIoU": np.mean(both / (either + np.spacing(1))), "pixel_accuracy": right / labelled}
     assert found == pytest.approx(expected, abs=1e-9)
     if classes == 150:
@@ -106,7 +110,8 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
     wide = save(tmp_path / "wide.png", np.zeros((4, 3)))
     high = save(tmp_path / "high.png", np.full((3, 4), 9))
     deep = save(tmp_path / "deep.png", np.full((3, 4), 300), np.uint16)
-    semantic, ade20k = Semantic(num_classes=4), Ade20k(num_classes=4)
+    semantic = Semantic(num_classes=4)
+    ade20k = Ade20k(num_classes=4)
     for protocol, reference, guess, bad, words in (
         (semantic, good, wide, wide, "is 3 x 4 (width x height), its reference 4 x 3. Predict at"),
         (semantic, high, good, high, "holds the ids 9 in 12 pixels. Classes are 0..3 and 255 is ignored"),
@@ -212,7 +217,8 @@ def test_binary_masks_are_two_classes(tmp_path):
         expected = scores(Semantic(num_classes=2, nsd=True, tolerance=0), *as_ids)
         assert found == expected and 0 < found["NSD"] < 1
         assert protocol.rules["ignore"] == "nothing" and "binary" in protocol.rules
-    good, grey = save(tmp_path / "good.png", [[0, 255]]), save(tmp_path / "grey.png", [[255, 128]])
+    good = save(tmp_path / "good.png", [[0, 255]])
+    grey = save(tmp_path / "grey.png", [[255, 128]])
     mixed = save(tmp_path / "mixed.png", [[1, 255]])
     for files, bad, ids in (((good, grey), grey, 128), ((mixed, good), mixed, 1)):
         words = f"holds the ids {ids} in 1 pixels. A binary mask holds only 0 and 255"

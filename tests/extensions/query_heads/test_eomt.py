@@ -166,7 +166,9 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(family, adapter, p
     [*zip(ADAPTERS, cycle(FAMILIES), strict=False), (Full(), "test_vit"), (Lora(2, 2, dropout=0.1), "test_vit2")],
 )
 def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
-    calls, gradients, passes = spy_on_attention(monkeypatch), [], []
+    calls = spy_on_attention(monkeypatch)
+    gradients = []
+    passes = []
     for checkpointing in (False, True):
         model = SegmentationModel(*pair(family, 3, adapter=adapter, held={"checkpointing": checkpointing})).train()
         model.set_progress(3, 10)  # the first block's masks are left out at random
@@ -211,7 +213,8 @@ def test_half_precision_backbone_works_with_float32_head(family, adapter, checkp
 def test_parameters_are_those_of_the_published_head():
     with torch.device("meta"):
         head = EomtHead(1024, 1, 150, patch_size=16, num_queries=100)
-    dim, doubling = 1024, 4 * 1024**2 + 1024 + 9 * 1024 + 2 * 1024
+    dim = 1024
+    doubling = 4 * 1024**2 + 1024 + 9 * 1024 + 2 * 1024
     expected = 100 * dim + (dim + 1) * 151 + 3 * (dim + 1) * dim + 2 * doubling
     assert sum(parameter.numel() for parameter in head.parameters()) == expected
 

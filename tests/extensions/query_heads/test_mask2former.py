@@ -25,7 +25,8 @@ def random_inputs():
 
 def test_sizes_follow_the_backbone_unless_they_are_given():
     with torch.device("meta"):
-        followed, set_apart = Mask2FormerHead(384, 4, 2), Mask2FormerHead(384, 4, 2, hidden_dim=64, feedforward_dim=40)
+        followed = Mask2FormerHead(384, 4, 2)
+        set_apart = Mask2FormerHead(384, 4, 2, hidden_dim=64, feedforward_dim=40)
     assert followed.predictor.query_feat.weight.shape == (100, 192)
     assert followed.predictor.transformer_ffn_layers[0].linear1.out_features == 768
     assert followed.predictor.class_embed.out_features == 3
@@ -85,7 +86,8 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_paths_are_dropped_in_training_only():
-    head, case = tiny(drop_path=0.5), random_inputs()
+    head = tiny(drop_path=0.5)
+    case = random_inputs()
     still, again = (head.eval().decode(*case) for _ in range(2))
     trained, other = (head.train().decode(*case) for _ in range(2))
     assert torch.equal(still.mask_logits, again.mask_logits) and not still.aux
@@ -116,7 +118,8 @@ class WatchedBackbone:
 
 @pytest.mark.parametrize("half", [True, False])
 def test_precision_of_backbone_and_scores_is_set_by_part(half):
-    head, backbone = tiny(backbone_in_bfloat16=half, scores_in_bfloat16=half).eval(), WatchedBackbone()
+    head = tiny(backbone_in_bfloat16=half, scores_in_bfloat16=half).eval()
+    backbone = WatchedBackbone()
     states = []
     head.adapter.register_forward_pre_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
     images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3))

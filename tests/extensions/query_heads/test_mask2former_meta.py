@@ -63,7 +63,8 @@ def test_numbers_are_those_of_metas_computation(tmp_path):
     features = [noise(f"feature {index}", 1, 24, 32).mT.unflatten(2, (4, 6)) * 1.7 for index in range(4)]
     pixels = noise("pixels", 1, 3, 64, 96) * 1.7
     with torch.no_grad():
-        maps, outputs = head.adapter(features, pixels), head.decode(features, pixels)
+        maps = head.adapter(features, pixels)
+        outputs = head.decode(features, pixels)
         semantic = head.predict(outputs, (40, 70), (1.0, 1.0))
     found = {
         f"map {number}": torch.stack([a.abs().mean(), a.std(), a[0, 3, -1, -2], a[0, -1, 0, 1], a[0, 17, 1, 2]])

@@ -73,7 +73,8 @@ def test_sampling_equals_loops_over_points(sizes):
 
 
 def test_sampling_in_bands_of_queries_changes_nothing(monkeypatch):
-    values, points = torch.randn(2, 6, 2, 3), torch.rand(2, 7, 2, 1, 4, 2)
+    values = torch.randn(2, 6, 2, 3)
+    points = torch.rand(2, 7, 2, 1, 4, 2)
     weights = torch.rand(points.shape[:-1])
     whole = sample(values, [(2, 3)], points, weights)
     for most in (1, 2 * 2 * 3 * 4 * 3):  # one query at a time; three
@@ -132,7 +133,8 @@ def test_extractor_equals_loops():
     centres = cell_centres(sizes, like=tokens)
     cells = module.feat_norm(feature.flatten(2).transpose(1, 2))
     read = tokens + attend_in_loops(module.attn, module.query_norm(tokens), centres, cells, [(2, 1)])
-    hidden, mixed = module.ffn.fc1(module.ffn_norm(read)), []
+    hidden = module.ffn.fc1(module.ffn_norm(read))
+    mixed = []
     for first, last, size in ((0, 8, sizes[0]), (8, 10, sizes[1]), (10, 11, sizes[2])):
         part = hidden[:, first:last].transpose(1, 2).reshape(2, 4, *size)
         mixed.append(module.ffn.dwconv["dwconv"](part).flatten(2).transpose(1, 2))
@@ -189,7 +191,9 @@ def decode_slowly(module, levels, mask_features):
     for image in range(len(mask_features)):
         cells = [level[image].flatten(1).T + module.level_embed.weight[index] for index, level in enumerate(levels)]
         positions = [sine_positions(tuple(level.shape[-2:]), level.shape[1], level) for level in levels]
-        queries, places, outputs = module.query_feat.weight, module.query_embed.weight, []
+        queries = module.query_feat.weight
+        places = module.query_embed.weight
+        outputs = []
         for index in range(10):
             normed = module.post_norm(queries)
             first, second, third = module.mask_embed["layers"]
@@ -248,7 +252,8 @@ def test_masked_decoder_equals_one_query_at_a_time():
 @pytest.mark.parametrize(("rows", "columns", "patch"), [(1, 1, 16), (3, 2, 8), (3, 5, 14)])
 def test_adapter_fits_its_pyramid_to_any_grid_and_patch(rows, columns, patch):
     module = VitAdapter(16, 2, drop_path=0.0, checkpointing=False).eval()
-    features, pixels = [torch.randn(2, 16, rows, columns)] * 4, torch.randn(2, 3, patch * rows, patch * columns)
+    features = [torch.randn(2, 16, rows, columns)] * 4
+    pixels = torch.randn(2, 3, patch * rows, patch * columns)
     maps = module(features, pixels)
     sides = [(4 * side, 2 * side, side, math.ceil(side / 2)) for side in (rows, columns)]
     assert [tuple(level.shape[-2:]) for level in maps] == list(zip(*sides, strict=True))

@@ -48,7 +48,8 @@ def official_linear_loss(features, mask, parameters):
 
 @pytest.mark.parametrize(("size", "seed"), [((48, 48), 0), ((32, 80), 1), ((64, 48), 2)])
 def test_linear_probe_step_equals_the_official_code(size, seed):
-    model, batch = linear_model().train(), make_batch(size, seed)
+    model = linear_model().train()
+    batch = make_batch(size, seed)
     with torch.no_grad():
         (features,) = model.backbone(batch.image)
     own = [model.head.norm.weight, model.head.norm.bias, model.head.classify.weight, model.head.classify.bias]
@@ -70,7 +71,9 @@ def read(maps, places):
 
 def official_layer_loss(layer, mask, draws):
     """Return the summed loss of one layer's outputs: Mask2Former's criterion with the recorded draws."""
-    places, pairs, targets = draws.pop(0).double(), [], []
+    places = draws.pop(0).double()
+    pairs = []
+    targets = []
     for image in range(len(mask)):
         classes = torch.tensor(sorted(set(mask[image].flatten().tolist()) - {255}))
         masks = torch.stack([(mask[image] == k).double() for k in classes])
@@ -102,8 +105,10 @@ def official_layer_loss(layer, mask, draws):
 
 @pytest.mark.parametrize(("size", "seed"), [((48, 48), 0), ((32, 80), 1), ((64, 48), 2)])
 def test_eomt_step_equals_the_official_code(size, seed, monkeypatch):
-    model, batch = SegmentationModel(*pair(anneal=[[0, 50], [50, 90]])).double().train(), make_batch(size, seed)
-    draws, draw = [], points.random_points
+    model = SegmentationModel(*pair(anneal=[[0, 50], [50, 90]])).double().train()
+    batch = make_batch(size, seed)
+    draws = []
+    draw = points.random_points
     for module in (points, mask_classification):
         monkeypatch.setattr(module, "random_points", lambda *given: draws.append(draw(*given)) or draws[-1])
     loss = MaskClassification(torch.ones(K), num_points=POINTS, ignored="background", interpolation="bilinear")

@@ -29,7 +29,8 @@ FOUR = {"patch_size": 16, "blocks": 2, "num_queries": 3}  # of the numbers of th
 def make_pair(family="dinov3_vit", adapter=None, **options):
     torch.manual_seed(0)
     if family == "timm":
-        backbone, patch = TimmBackbone("test_vit", "random", None, [0, 1]), 16
+        backbone = TimmBackbone("test_vit", "random", None, [0, 1])
+        patch = 16
     else:
         arch, patch = FAMILIES[family]
         backbone = TransformersVit(family, arch, "random", patch, LAYERS)
@@ -48,7 +49,8 @@ def attend_slowly(block, tokens, cos, sin, hidden):
     normed = F.layer_norm(tokens, tokens.shape[-1:], block.norm1.weight, block.norm1.bias)
     query, value = (F.linear(normed, part.weight, part.bias) for part in (block.q_proj, block.v_proj))
     key = normed @ block.k_proj.weight.T
-    width, count = cos.shape[1], len(cos)
+    width = cos.shape[1]
+    count = len(cos)
     turn = torch.complex(cos, sin)[:, : width // 2]  # of a pair of channels
     found = []
     for first in range(0, tokens.shape[-1], width):
@@ -148,7 +150,8 @@ def test_outputs_and_gradients_equal_a_plain_reference(family, training, size, m
     outputs = head.run(backbone, images)
     found = [(one.class_logits, one.mask_logits) for one in (*outputs.aux, outputs)]
     assert len(found) == len(expected) == 1 + 2 * training
-    slopes, weights = [], [tuple(torch.randn_like(part) for part in parts) for parts in expected]
+    slopes = []
+    weights = [tuple(torch.randn_like(part) for part in parts) for parts in expected]
     for results in (found, expected):
         pairs = zip(sum(results, ()), sum(weights, ()), strict=True)
         total = sum((part * weight).sum() for part, weight in pairs)

@@ -49,7 +49,8 @@ def plain_interval(masks, pairs, units, count, ignored=255):
         )
         return None if first is None else second - first
 
-    value, parts = difference(), [difference(unit) for unit in known]
+    value = difference()
+    parts = [difference(unit) for unit in known]
     if len(known) < 2 or value is None or None in parts:
         return value, None
     spread = sum((part - sum(parts) / len(parts)) ** 2 for part in parts)

@@ -29,12 +29,14 @@ NEIGHBOURS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if do
 def components(mask):
     """Return the 8-connected components of a mask as sets of pixels, in reading order of their first pixels."""
     height, width = mask.shape
-    found, seen = [], set()
+    found = []
+    seen = set()
     for start in zip(*map(list, np.nonzero(mask)), strict=True):
         if start in seen:
             continue
         seen.add(start)
-        component, waiting = set(), deque([start])
+        component = set()
+        waiting = deque([start])
         while waiting:
             y, x = waiting.popleft()
             component.add((y, x))
@@ -61,7 +63,8 @@ def reference(scores, min_region, largest):
         return ids
 
     for attempt in range(count):
-        ids, bad = ids_now(), set()
+        ids = ids_now()
+        bad = set()
         for label in range(count):
             parts = components(ids == label)
             if label in largest and parts and label not in kept:
@@ -248,7 +251,8 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_images_of_every_strategy_are_edited_whole(name, tmp_path):
-    model, images = tiny_model(), pictures(0)
+    model = tiny_model()
+    images = pictures(0)
     plain = Predictor(model, torch.device("cpu"), nullcontext, STRATEGIES[name])
     predictor = Predictor(model, torch.device("cpu"), nullcontext, with_regions(STRATEGIES[name], "abcd", 6, ["b"]))
     logits = plain.probabilities(images).log().numpy()

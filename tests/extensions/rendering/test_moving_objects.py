@@ -36,7 +36,8 @@ def test_rendered_videos_are_read_back_exactly(tmp_path: Path) -> None:
 
 
 def test_every_object_is_visible_first_and_preserves_its_id() -> None:
-    counts, shares = set(), []
+    counts = set()
+    shares = []
     for seed in SEEDS:
         masks = np.stack([mask for _, mask in draw_video(seed, 24, (96, 128))])
         count = int(masks[0].max())
@@ -99,7 +100,9 @@ def test_objects_fly_straight_and_are_thrown_back() -> None:
     scene = moving_objects._Scene(11, (64, 100))
     for mover in scene._movers:
         low, high = 0.8 * mover.radius, np.array([100, 64]) - 0.8 * mover.radius
-        where, speed, step = mover.start.astype(float), mover.speed.copy(), 1e-3
+        where = mover.start.astype(float)
+        speed = mover.speed.copy()
+        step = 1e-3
         for index in range(1, 6001):
             where = where + step * speed
             over = (where < low) | (where > high)
@@ -139,7 +142,8 @@ def test_some_scenes_have_moving_ground_new_light_or_shadows() -> None:
 
 def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, monkeypatch, caplog) -> None:
     render_moving_objects(tmp_path / "whole", **MOVING)
-    write, written = moving_objects.write_png, []
+    write = moving_objects.write_png
+    written = []
 
     def until_full(path: Path, pixels: np.ndarray) -> None:
         written.append(path)

@@ -59,7 +59,8 @@ def test_ids_are_those_of_the_parts_of_each_instrument() -> None:
 
 
 def test_every_class_is_seen_often_and_nothing_stands_still() -> None:
-    seen, moved = np.zeros(10), []
+    seen = np.zeros(10)
+    moved = []
     for seed in range(3):
         masks = [mask for _, mask in render_clip((seed,), 21, (192, 320))][::10]
         seen += sum(np.bincount(mask.ravel(), minlength=10) > 20 for mask in masks)
@@ -69,7 +70,8 @@ def test_every_class_is_seen_often_and_nothing_stands_still() -> None:
 
 
 def test_a_mirrored_scene_mirrors_image_and_mask() -> None:
-    scene, frames = Scene(3, (48, 80)), {}
+    scene = Scene(3, (48, 80))
+    frames = {}
     for scene._mirror in (False, True):
         image, mask = scene.frame(0.5)
         frames[scene._mirror] = image.astype(float), mask
@@ -105,7 +107,8 @@ def test_the_thread_is_about_three_pixels_thick() -> None:
 def test_finished_zips_are_reused_and_partial_ones_repeated(tmp_path: Path) -> None:
     render_dataset(tmp_path, **SURGERY)
     kept, lost = tmp_path / "train1/video_01.zip", tmp_path / "test/video_41.zip"
-    before, expected = kept.stat().st_mtime_ns, read_masks(lost)
+    before = kept.stat().st_mtime_ns
+    expected = read_masks(lost)
     lost.unlink()
     (lost.parent / ".video_41.part").mkdir()
     (lost.parent / ".video_41.part/video_left.avi").write_bytes(b"half")

@@ -121,7 +121,8 @@ def test_strokes_on_layers_change_one_class_and_are_undone():
     states = []
     for number in range(60):
         states.append(editor.mask.copy())
-        label, erase = int(rng.integers(3)), bool(rng.integers(2))
+        label = int(rng.integers(3))
+        erase = bool(rng.integers(2))
         points = rng.integers(-5, 65, (2, 2)).tolist()
         editor.paint(points, int(rng.integers(1, 9)), label, erase=erase)
         changed = editor.mask != states[-1]

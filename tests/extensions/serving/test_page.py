@@ -59,7 +59,8 @@ async def test_refused_upload_leaves_the_opened_one(page, send):
     await page._open_upload(SimpleNamespace(args="a\nb"))  # before any upload
     assert not page.files and "No file" in page._status.text
     await send(encode_image(picture()))
-    shown, mask = page.files["image.jpg"], page._predicted
+    shown = page.files["image.jpg"]
+    mask = page._predicted
     for content in (b"no image", encode_image(picture())[:50], b"#EXTM3U\nfile:///etc/passwd\n"):
         await send(content, "b")
         assert "the file" in page._status.text.lower() and list_files(page) == ["a.png"]

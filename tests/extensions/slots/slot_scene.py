@@ -14,7 +14,8 @@ GREY, RED, BLUE, GREEN = (0.4, 0.4, 0.4), (0.9, 0.1, 0.1), (0.1, 0.1, 0.9), (0.1
 
 def paint(places, size=(32, 48)):
     """A grey frame with an 8 x 8 square at (row, column) for each colour, and their ids in that order, from 1."""
-    frame, ids = np.empty((*size, 3), np.uint8), np.zeros(size, np.uint8)
+    frame = np.empty((*size, 3), np.uint8)
+    ids = np.zeros(size, np.uint8)
     frame[:] = np.round(np.array(GREY) * 255)
     for number, (colour, (row, column)) in enumerate(places.items(), start=1):
         frame[row : row + 8, column : column + 8] = np.round(np.array(colour) * 255)

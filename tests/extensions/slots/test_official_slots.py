@@ -94,7 +94,8 @@ def decode_mixer(slots, w, blocks, hidden_layers):
 
 def run(features, w, start, decode):
     """Return slots (B, T, S, D), decoder outputs (B, T, N, C) and masks (B, T, S, N) for features (B, T, N, C)."""
-    slots, found = start, []
+    slots = start
+    found = []
     for time in range(features.shape[1]):
         tokens = norm(features[:, time], w, "token_mlp.0")
         tokens = linear(relu(linear(tokens, w, "token_mlp.1")), w, "token_mlp.3")
@@ -205,7 +206,8 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
     assert value.item() == pytest.approx(expected_loss(weights), rel=1e-10)
     masks = run(to_tokens(features), weights, formula(weights), DECODERS[kind])[2]
     assert outputs.alphas[0].detach().flatten(3).numpy() == pytest.approx(masks, rel=1e-8, abs=1e-12)
-    rng, step = np.random.default_rng(seed), 1e-6
+    rng = np.random.default_rng(seed)
+    step = 1e-6
     checked = 0
     for name, parameter in head.named_parameters():
         way = rng.standard_normal(parameter.shape)

@@ -26,7 +26,9 @@ def scene(generator, slots=4, grid=(4, 6)):
 def run_appearance(features, masks, valid=WHOLE, weight=2.0, known=None):
     """What is known in the end; the slots (T, S) that each of the first frame's is; and the masks (T, S, h, w)."""
     known = Appearance.empty(masks.shape[1], features.shape[1]) if known is None else known
-    last, found, settled = torch.arange(masks.shape[1]), [], []
+    last = torch.arange(masks.shape[1])
+    found = []
+    settled = []
     for frame, mask in zip(features, masks, strict=True):
         known, last, one = known.step(frame, mask, valid, last, weight)
         found.append(last)
@@ -41,11 +43,15 @@ def far(token, looked, deviation):
 
 def by_hand(features, masks, weight, passes=1):
     """The same, cell by cell and permutation by permutation."""
-    features, masks = features.double().numpy(), masks.double().numpy()
-    count, cells = masks.shape[1], list(np.ndindex(features.shape[2:]))
+    features = features.double().numpy()
+    masks = masks.double().numpy()
+    count = masks.shape[1]
+    cells = list(np.ndindex(features.shape[2:]))
     own, every = [[] for _ in range(count)], []  # all features that an identity has won, and of all cells
     for look in range(passes):
-        last, found, scores = tuple(range(count)), [], []
+        last = tuple(range(count))
+        found = []
+        scores = []
         for frame, mask in zip(features, masks, strict=True):
             token = {cell: frame[(slice(None), *cell)] for cell in cells}
             won = {cell: int(np.argmax(mask[(slice(None), *cell)])) for cell in cells}
@@ -106,7 +112,8 @@ class TestSettling:
         winners = torch.tensor([[0, 0, 1, 1]])
         features = torch.tensor([-1.0, 1.0])[winners].expand(1, 1, -1)
         known = run_appearance(features[None], one_hot(winners, 2)[None])[0]
-        swapped, last = one_hot(1 - winners, 2), torch.arange(2)
+        swapped = one_hot(1 - winners, 2)
+        last = torch.arange(2)
         assert known.step(features, swapped, WHOLE, last, 2.0).successors.tolist() == [1, 0]
         assert known.step(features, swapped, WHOLE, last, 2.0, same=True).successors.tolist() == [0, 1]
 
@@ -121,7 +128,8 @@ class TestSettling:
         _, same, by_cell = run_appearance(padded, masks, weight=16.0 * 6 / 5)
         assert torch.equal(same, found)
         scale = (16 / 2) / (16 * 6 / 5 / 2)
-        apart, expected = by_cell.double().log().diff(dim=1), scale * settled.double().log().diff(dim=1)
+        apart = by_cell.double().log().diff(dim=1)
+        expected = scale * settled.double().log().diff(dim=1)
         assert torch.allclose(apart, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -132,7 +132,8 @@ def test_half_precision_chooses_as_float32_does():
 
 
 def test_unlike_slots_of_training_begin_anywhere():
-    module, tokens = make_module(SlotAttention, 5, 4, 3, slot_init="clusters").train(), torch.randn(1, 7, 5).double()
+    module = make_module(SlotAttention, 5, 4, 3, slot_init="clusters").train()
+    tokens = torch.randn(1, 7, 5).double()
     module._noise = lambda batch, count: torch.zeros(batch, count, 4).double()  # so that they differ by their tokens
     firsts = {module.initial_slots(tokens, [1]).flatten().tolist()[0] for _ in range(100)}
     assert len(firsts) == 7
@@ -143,7 +144,9 @@ def test_cluster_slots_add_the_tokens_to_the_initial_slots():
     module = make_module(SlotAttention, 5, 4, 3, slot_init="clusters").eval()
     tokens = torch.randn(2, 7, 5).double()
     places = distant_tokens(module.norm_tokens(tokens), 3)
-    found, seed, w = module.initial_slots(tokens, [3]), module.cluster_init, weights_of(module)
+    found = module.initial_slots(tokens, [3])
+    seed = module.cluster_init
+    w = weights_of(module)
     module.cluster_init = None
     drawn = module.initial_slots(tokens, [3])
     chosen = tokens.gather(1, places[..., None].expand(-1, -1, 5)).numpy()
@@ -203,7 +206,8 @@ def test_carry_and_none_are_no_predictors_of_slots():
 @pytest.mark.parametrize("masked", [False, True])
 def test_slot_attention_agrees_with_the_formula(iterations, masked):
     module = make_module(SlotAttention, 5, 4, 7)
-    tokens, slots = torch.randn(2, 9, 5).double() * 3, torch.randn(2, 3, 4).double()
+    tokens = torch.randn(2, 9, 5).double() * 3
+    slots = torch.randn(2, 3, 4).double()
     allowed = torch.rand(2, 3, 9) > 0.5
     allowed[0, :, 4] = False  # a token that no slot may see
     allowed[1, 1] = False  # a slot that may see no token
@@ -216,7 +220,8 @@ def test_slot_attention_agrees_with_the_formula(iterations, masked):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_predictor_agrees_with_the_formula(mode):
     predictor = make_module(SaviPredictor, 8)
-    slots, w = torch.randn(2, 5, 8).double(), weights_of(predictor)
+    slots = torch.randn(2, 5, 8).double()
+    w = weights_of(predictor)
     found = getattr(predictor, mode)()(slots).detach()
     projected = slots.numpy() @ w["attention.in_proj_weight"].T + w["attention.in_proj_bias"]
     query, key, value = (part.reshape(2, 5, 4, 2).swapaxes(1, 2) for part in np.split(projected, 3, -1))  # (B, h, S, C)
@@ -238,7 +243,8 @@ def test_background_agrees_with_the_formula():
         counts = np.maximum(1, (maps > maps.mean()).sum((1, 2)))
         seen = (np.log(counts.sum() / counts)[:, None, None] * maps).mean(0)
         assert np.array_equal(mask, seen < seen.mean())
-    one, half = attention[:, :1], attention.bfloat16()
+    one = attention[:, :1]
+    half = attention.bfloat16()
     assert torch.equal(background_mask(one), one[:, 0] < one[:, 0].mean((1, 2), keepdim=True))
     assert torch.equal(background_mask(half), background_mask(half.float()))
 
@@ -270,7 +276,8 @@ def test_decoder_and_its_gradients_agree_with_the_layers(kind, grid, similarity)
     expected, alphas = decode_by_layers(module, slots, module.positions(grid, slots))
     torch.testing.assert_close(ours, expected, **EXACT)
     torch.testing.assert_close(found.alpha.flatten(2).mT, alphas, **EXACT)
-    weights, parameters = torch.randn_like(ours), [slots, *module.parameters()]
+    weights = torch.randn_like(ours)
+    parameters = [slots, *module.parameters()]
     gradients = [torch.autograd.grad((values * weights).sum(), parameters) for values in (ours, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
@@ -297,7 +304,8 @@ def test_positions_follow_their_definitions():
 def test_stored_positions_are_resampled_bicubically(kind):
     positions = Positions(kind, (4, 6)).double()
     like = torch.zeros((), dtype=torch.float64)
-    stored, found = positions((4, 6), like).detach(), positions((7, 5), like)
+    stored = positions((4, 6), like).detach()
+    found = positions((7, 5), like)
     expected = cubic_matrix(4, 7 / 4, 7) @ stored @ cubic_matrix(6, 5 / 6, 5).T
     torch.testing.assert_close(found.detach(), expected, atol=1e-9, rtol=1e-9)
     if kind == "learned":

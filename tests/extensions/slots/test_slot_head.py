@@ -78,7 +78,8 @@ def test_the_config_gives_the_published_head(compose):
 
 @pytest.mark.parametrize(("steps", "ahead"), [(0, [0]), (1, [0, 1]), ([1], [1]), ([0, 3], [0, 3]), ([2, 0], [2, 0])])
 def test_frames_without_a_target_have_no_slots(steps, ahead):
-    head, features = make_head(steps=steps, time_decoder="linear").train(steps != [0, 3]), clip()
+    head = make_head(steps=steps, time_decoder="linear").train(steps != [0, 3])
+    features = clip()
     outputs = head.follow(features)
     assert outputs.steps == ahead and outputs.features is features and outputs.similarity is None
     assert outputs.slots.shape == (2, 4 - max(ahead), 3, 8)
@@ -116,7 +117,8 @@ def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
 
 
 def test_iterations_and_predictor_are_where_they_belong():
-    head, features = make_head(iterations=2, first_iterations=4).eval(), clip(3)
+    head = make_head(iterations=2, first_iterations=4).eval()
+    features = clip(3)
     tokens = [features[:, time].flatten(2).mT for time in range(3)]
     slots, _ = head.slot_attention(tokens[0], head.slot_attention.initial_slots(tokens[0], [3]), 4)
     for time in (1, 2):
@@ -130,14 +132,16 @@ def test_iterations_and_predictor_are_where_they_belong():
 
 
 def test_reconstructions_are_normed_decodings_of_predicted_slots():
-    head, features = make_head(steps=[0, 2], time_decoder="linear").eval(), clip()
+    head = make_head(steps=[0, 2], time_decoder="linear").eval()
+    features = clip()
     with torch.no_grad():
         head.norm.weight.uniform_(0.5, 2), head.norm.bias.uniform_(-1, 1)
     outputs = head.follow(features)
     for index in range(2):
         ahead = head.time_decoders[index](outputs.slots[:, 1])
         raw = head.decoder(ahead, (3, 4)).features
-        mean, variance = raw.mean(1, keepdim=True), raw.var(1, keepdim=True, correction=0)
+        mean = raw.mean(1, keepdim=True)
+        variance = raw.var(1, keepdim=True, correction=0)
         expected = (raw - mean) / (variance + 1e-5).sqrt() * head.norm.weight.view(-1, 1, 1)
         expected = expected + head.norm.bias.view(-1, 1, 1)
         torch.testing.assert_close(outputs.reconstructions[index][:, 1], expected)
@@ -146,13 +150,16 @@ def test_reconstructions_are_normed_decodings_of_predicted_slots():
 def test_slots_see_and_give_back_standardised_channels():
     torch.manual_seed(2)
     scale, shift = torch.rand(DIM, 1, 1).double() * 9 + 0.1, torch.randn(DIM, 1, 1).double() * 5
-    seen, features = clip(), clip() * scale + shift
-    head, plain = make_head(standardise=True).eval(), make_head().eval()
+    seen = clip()
+    features = clip() * scale + shift
+    head = make_head(standardise=True).eval()
+    plain = make_head().eval()
     plain.load_state_dict(head.state_dict(), strict=False)
     with torch.no_grad():
         head.standardiser.running_mean.copy_(shift.flatten())
         head.standardiser.running_var.copy_(scale.flatten().square() - head.standardiser.eps)
-    ours, theirs = head.follow(features), plain.follow(seen)
+    ours = head.follow(features)
+    theirs = plain.follow(seen)
     torch.testing.assert_close(ours.attention, theirs.attention)
     torch.testing.assert_close(ours.features, seen)
     torch.testing.assert_close(ours.reconstructions[0], theirs.reconstructions[0])
@@ -161,7 +168,8 @@ def test_slots_see_and_give_back_standardised_channels():
 
 
 def test_a_single_cell_has_no_variance_to_train_on():
-    head, cell = make_head(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
+    head = make_head(standardise=True, num_slots=1, predictor="none")
+    cell = clip(1, (1, 1), 1)
     words = ("standardise=true ", "computes mean and variance over the cells of a batch")
     assert_refused(lambda: head.train().follow(cell), *words)
     assert head.standardiser.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
@@ -169,9 +177,11 @@ def test_a_single_cell_has_no_variance_to_train_on():
 
 def test_unlike_slots_begin_at_cells_that_their_group_may_see():
     head = make_head(**GROUPED, slot_init="clusters").eval()
-    features, background = clip(1), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
+    features = clip(1)
+    background = torch.zeros(2, 1, 3, 4, dtype=torch.bool)
     background[..., 0] = True
-    tokens, allowed = features[:, 0].flatten(2).mT, allowed_cells(background[:, 0], head.sizes).flatten(2)
+    tokens = features[:, 0].flatten(2).mT
+    allowed = allowed_cells(background[:, 0], head.sizes).flatten(2)
     begun = head.slot_attention.initial_slots(tokens, head.sizes, allowed)
     assert not begun.equal(head.slot_attention.initial_slots(tokens, head.sizes))
     expected, _ = head.slot_attention(tokens, begun, head.first_iterations, allowed)
@@ -182,7 +192,8 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
 def test_positions_weigh_as_much_as_contents_for_cluster_slots(slot_init):
     torch.manual_seed(0)
     place = SlotHead(400, 1, **SMALL, slot_init=slot_init, token_positions=True).token_positions
-    spread, shift = place.weight.std().item(), place.bias.abs().max().item()
+    spread = place.weight.std().item()
+    shift = place.bias.abs().max().item()
     assert (1.4 < spread < 1.6 and shift == 0) if slot_init == "clusters" else (spread < 0.5 and shift > 0)
 
 
@@ -196,7 +207,8 @@ def test_decoder_trains_alone_in_the_first_share_of_training():
 
 
 def test_slots_are_independent_per_frame_early_in_training():
-    head, features = make_head(independent_until=0.4, first_iterations=3).train(), clip()
+    head = make_head(independent_until=0.4, first_iterations=3).train()
+    features = clip()
     head.set_progress(39, 100)
     torch.manual_seed(1)
     outputs = head.follow(features)
@@ -215,7 +227,8 @@ def test_slots_are_independent_per_frame_early_in_training():
 
 
 def test_groups_see_only_their_side():
-    head, features = make_head(**GROUPED), clip()
+    head = make_head(**GROUPED)
+    features = clip()
     assert head.sizes == [2, 3] and head.num_slots == 5
     background = torch.rand(2, 4, 3, 4) > 0.5
     background[0, 0], background[1, 0] = True, False  # one side is empty
@@ -225,7 +238,8 @@ def test_groups_see_only_their_side():
     assert all(torch.equal(allowed[:, slot], ~background[:, 1]) for slot in (2, 3, 4))
     outputs = head.follow(features, background)
     for time in range(4):
-        of_background, of_foreground = outputs.attention[:, time, :2].sum(1), outputs.attention[:, time, 2:].sum(1)
+        of_background = outputs.attention[:, time, :2].sum(1)
+        of_foreground = outputs.attention[:, time, 2:].sum(1)
         torch.testing.assert_close(of_background, background[:, time].double())
         torch.testing.assert_close(of_foreground, (~background[:, time]).double())
     first = make_head(**GROUPED | {"groups": "initial"}).follow(features, background).attention
@@ -264,7 +278,8 @@ def test_masks_come_from_the_configured_source():
 
 
 def test_slots_are_random_in_training_only():
-    head, features = make_head().train(), clip()
+    head = make_head().train()
+    features = clip()
     assert not torch.equal(head.follow(features).slots, head.follow(features).slots)
     first = head.eval().follow(features).slots
     assert torch.equal(head.follow(features).slots, first)
@@ -303,7 +318,9 @@ def test_a_segmenter_gives_soft_masks_of_images(tiny_backbone):
 
 def test_half_precision_stays_close_to_float32():
     options = {"steps": 1, "time_decoder": "attention", "iterations": 2, **GROUPED}
-    head, features, background = make_head(**options).float(), clip().float(), torch.rand(2, 4, 3, 4) > 0.5
+    head = make_head(**options).float()
+    features = clip().float()
+    background = torch.rand(2, 4, 3, 4) > 0.5
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head.train().follow(features, background)
         sum(part.float().square().mean() for part in outputs.reconstructions).backward()
@@ -316,7 +333,8 @@ def test_half_precision_stays_close_to_float32():
 
 
 def test_more_slots_than_cells_are_refused():
-    head, words = make_head(num_slots=13), ("num_slots=13 ", " 3 x 4 = 12 cells", "num_slots=12 or fewer")
+    head = make_head(num_slots=13)
+    words = ("num_slots=13 ", " 3 x 4 = 12 cells", "num_slots=12 or fewer")
     assert_refused(lambda: head.follow(clip()), *words)
     assert_refused(lambda: head.step(clip()[:, 0]), *words)
     assert make_head(num_slots=12).follow(clip()).slots.shape == (2, 4, 12, 8)
@@ -362,14 +380,16 @@ def test_token_positions_are_added_to_the_attention_input_only():
 
 def test_channels_are_standardised_as_batch_norm_does_it():
     torch.manual_seed(0)
-    ours, theirs = Standardiser(5).double(), torch.nn.BatchNorm2d(5, affine=False, momentum=None).double()
+    ours = Standardiser(5).double()
+    theirs = torch.nn.BatchNorm2d(5, affine=False, momentum=None).double()
     scale = torch.tensor([0.0, 1e-3, 1e-2, 1.0, 1e3]).double()[:, None, None]  # some as small as what is added
     for _ in range(3):
         features = torch.randn(2, 5, 3, 4).double() * scale + 7
         torch.testing.assert_close(ours(features), theirs(features))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     torch.testing.assert_close(ours.eval()(features), theirs.eval()(features))
-    half, standard = (torch.randn(2, 5, 16, 16) * 3 + 400).half(), Standardiser(5).train()
+    half = (torch.randn(2, 5, 16, 16) * 3 + 400).half()
+    standard = Standardiser(5).train()
     standard(half)  # is counted in float32
     torch.testing.assert_close(standard.running_var, half.float().var((0, 2, 3)))
     torch.testing.assert_close(standard.running_mean, half.float().mean((0, 2, 3)))
@@ -388,7 +408,8 @@ def test_channels_are_standardised_as_batch_norm_does_it():
 def test_gradients_reach_everything_with_checkpointing_too(keys):
     gradients = []
     for checkpointing in (False, True):
-        head, features = make_head(checkpointing=checkpointing, **keys).train(), clip()
+        head = make_head(checkpointing=checkpointing, **keys).train()
+        features = clip()
         background = torch.rand(2, 4, 3, 4) > 0.5 if head.groups != "off" else None
         torch.manual_seed(1)
         outputs = head.follow(features, background)

@@ -141,7 +141,8 @@ def test_a_frame_keeps_one_target_matrix_for_the_backward_pass():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value, _ = compare(outputs)
-    logits, matrix = outputs.similarity.untyped_storage(), 4 * 2 * 30 * 30
+    logits = outputs.similarity.untyped_storage()
+    matrix = 4 * 2 * 30 * 30
     assert kept.pop(logits.data_ptr()) == logits.nbytes()
     assert sum(size >= matrix for size in kept.values()) == 4 and sum(kept.values()) < 4.5 * matrix
     value.backward()

@@ -25,7 +25,8 @@ def test_soft_iou_is_the_sum_of_minima_over_the_sum_of_maxima(first, second, gri
 
 
 def minima_over_maxima(one, other):
-    a, b = one.double().numpy(), other.double().numpy()
+    a = one.double().numpy()
+    b = other.double().numpy()
     return np.array([[np.minimum(x, y).sum() / np.maximum(x, y).sum() for y in b] for x in a])
 
 
@@ -61,7 +62,8 @@ class TestCorrespondence:
 
     def test_still_follows_when_the_product_has_forgotten_all(self):
         generator = torch.Generator().manual_seed(5)
-        correspondence, expected = Correspondence.start(4), torch.arange(4)
+        correspondence = Correspondence.start(4)
+        expected = torch.arange(4)
         for _ in range(400):
             order = torch.randperm(4, generator=generator)
             correspondence = correspondence.step(0.2 + 0.1 * torch.eye(4)[order], 0.05)
@@ -128,7 +130,8 @@ def test_slots_are_given_by_overlap_first_of_the_background(own, overlaps, expec
 @pytest.mark.parametrize("at_once", [1, 2**25])
 def test_a_pixel_is_won_by_the_class_of_the_greatest_slot(size, valid, at_once, monkeypatch):
     monkeypatch.setattr(slot_matching, "_AT_ONCE", at_once)
-    masks, serves = draw(7, 3, 5), np.array([0, 2, 2, 1, 0, 1, 1])
+    masks = draw(7, 3, 5)
+    serves = np.array([0, 2, 2, 1, 0, 1, 1])
     found = serves[winners(masks, size, valid).numpy()]
     full = (round(size[0] / valid[0]), round(size[1] / valid[1]))
     maps = [cv2.resize(mask.double().numpy(), full[::-1], interpolation=cv2.INTER_LINEAR) for mask in masks]

@@ -70,7 +70,8 @@ class TestWithoutLabels:
 
     @pytest.mark.parametrize("looks", [1, 2])
     def test_number_of_passes_follows_the_settings(self, looks, monkeypatch):
-        told, real = [], Appearance.step
+        told = []
+        real = Appearance.step
         monkeypatch.setattr(Appearance, "step", lambda *given, **more: told.append(given[5]) or real(*given, **more))
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", appearance=5.0, passes=looks))
         tracker.look_ahead(lambda: [(FRAMES, [None] * 3)])
@@ -329,8 +330,10 @@ def test_settings_cover_all_influences_on_masks():
 
 SETTINGS = check_annotations(SlotTracking)
 LATER = "mask of a later frame, but not of the first"
-THREE, THREE_SLOTS = paint({RED: (8, 4), BLUE: (20, 24), GREEN: (4, 36)}), [GREY, RED, BLUE]
-NAN, FULL = float("nan"), "3 slots cannot track 3 objects"
+THREE = paint({RED: (8, 4), BLUE: (20, 24), GREEN: (4, 36)})
+THREE_SLOTS = [GREY, RED, BLUE]
+NAN = float("nan")
+FULL = "3 slots cannot track 3 objects"
 NOT_IDS = (" ids are whole numbers from 0 ", " to 254")
 
 

@@ -303,7 +303,8 @@ def test_two_ranks_train_and_score_as_one(here):
     late = ("head.standardise=true", "head.independent_until=0.5", "head.decoder_first=0.5", "loss=slot_contrast")
     run(here, *SLOTS, *lengths, *groups, *late, "engine.devices=2", "hydra.run.dir=run")
     run(here, "mode=eval", "resume=run", "engine=cpu", "engine.precision=fp32", "hydra.run.dir=again")
-    one, two = scores(here / "again/scores.json"), scores(here / "run/evaluation/scores.json")
+    one = scores(here / "again/scores.json")
+    two = scores(here / "run/evaluation/scores.json")
     assert one == pytest.approx(two)
     (row,) = [row for row in rows(here / "run") if "val/mbo" in row]
     assert row["val/mbo"] == pytest.approx(one["mBO"], abs=1e-6)

@@ -37,7 +37,9 @@ def make(tiny_backbone):
 
 def spy_on_tracker(model, settings, labels=None):
     """Return (allowed, soft masks) of each frame, and the places of its slots."""
-    seen, step, masks = [], model.head.step, model.head.masks
+    seen = []
+    step = model.head.step
+    masks = model.head.masks
 
     def spy_step(features, slots, allowed, sizes):
         seen.append([None if allowed is None else allowed[0].numpy()])
@@ -48,7 +50,8 @@ def spy_on_tracker(model, settings, labels=None):
         return masks(slots, attention, grid)
 
     model.head.step, model.head.masks = spy_step, spy_masks
-    tracker, places = SlotTracker(model, settings, batch_size=3), []
+    tracker = SlotTracker(model, settings, batch_size=3)
+    places = []
     for number, frame in enumerate(FRAMES):
         tracker.track([frame], [labels if number == 0 else None])
         places.append(tracker.state()["successors"].numpy())
@@ -94,7 +97,8 @@ def test_groups_can_be_held_as_they_are_trained_or_not_at_all(make):
 def test_locked_slots_start_at_labels_and_hold_the_background(make, num_extra, kwargs):
     model = make(**kwargs)
     settings = SlotTracking(lock_on=True, background_slots=3, slots_per_object=2, extra_slots=num_extra)
-    background, cells = background_of(model), IDS[4::8, 4::8]
+    background = background_of(model)
+    cells = IDS[4::8, 4::8]
     seen, _ = spy_on_tracker(model, settings, IDS)
     extra = (cells == 0) & ~background[0]  # the labels call it background, the class token looks at it
     assert extra.any()
@@ -122,7 +126,8 @@ def test_overlap_matching_uses_the_ratio_of_products_to_maxima(make):
 def test_overlap_is_the_original_s_and_soft_iou_another():
     draw = torch.Generator().manual_seed(0)
     one, other = torch.rand(3, 5, 7, generator=draw), torch.rand(4, 5, 7, generator=draw)
-    a, b = one.double().numpy(), other.double().numpy()
+    a = one.double().numpy()
+    b = other.double().numpy()
     np.testing.assert_allclose(slot_matching.overlap(one, other).numpy(), overlaps(a, b), rtol=1e-6)
     assert not np.allclose(slot_matching.soft_iou(one, other).numpy(), overlaps(a, b), rtol=0.05)
     hard = (one > 0.5).float()

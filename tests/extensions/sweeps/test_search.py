@@ -71,7 +71,8 @@ def test_killed_search_repeats_its_running_job_and_finishes(tmp_path):
             raise KeyboardInterrupt
         return {"miou": rate}
 
-    whole, begun = search(tmp_path / "whole", trials=6), Jobs(interrupt_fourth)
+    whole = search(tmp_path / "whole", trials=6)
+    begun = Jobs(interrupt_fourth)
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "cut", begun, trials=6)
     with open(tmp_path / "cut/search.log", "a", encoding="utf-8") as file:
@@ -85,7 +86,8 @@ def test_killed_search_repeats_its_running_job_and_finishes(tmp_path):
 
 
 def test_concurrent_jobs_never_exceed_the_limit(tmp_path):
-    jobs, batches = Jobs(), []
+    jobs = Jobs()
+    batches = []
     launch = jobs.launch
     jobs.launch = lambda several, initial_job_idx: (batches.append(len(several)), launch(several, initial_job_idx))[1]
     search(tmp_path, jobs, trials=5, at_once=2, sampler="random")

@@ -104,7 +104,9 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
 def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
     """Jobs whose data are missing are told in a message, one that crashes with its traceback."""
     write_data(tmp_path / "data")
-    words, forward, crashes = ("data.root=nowhere,data", "head.lr=0.01,0.02"), LinearHead.forward, [True]
+    words = ("data.root=nowhere,data", "head.lr=0.01,0.02")
+    forward = LinearHead.forward
+    crashes = [True]
 
     def crash_once(head, features):
         if crashes:
@@ -453,7 +455,8 @@ def test_interval_of_folds_is_that_of_their_images(tmp_path):
 
 
 def test_failed_folds_and_seeds_are_counted(tmp_path):
-    good, failed = {"miou": 0.5, "matrix": [[2, 1], [1, 1]]}, {"error": "it broke"}
+    good = {"miou": 0.5, "matrix": [[2, 1], [1, 1]]}
+    failed = {"error": "it broke"}
     values = {(0, 0): good, (0, 1): failed, (1, 0): good, (1, 1): good, (2, 0): failed, (2, 1): failed}
     jobs = [(f"data.fold={fold} seed={seed}", value) for (fold, seed), value in values.items()]
     (row,) = end_sweep(tmp_path, jobs)
@@ -476,7 +479,8 @@ def end_factorial(folder, **config):
 
 def test_main_effects_are_printed_and_written_for_papers(tmp_path, capsys):
     end_factorial(tmp_path)
-    shown, markdown = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    shown = capsys.readouterr().out
+    markdown = (tmp_path / "table.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if "|" in line]
     # as statsmodels' OLS of the six runs with a score
     assert [row for row in rows if row[0] in ("head", "rank")][1:] == [
@@ -551,7 +555,8 @@ def test_best_cells_of_a_sweep_are_bold(tmp_path, monkeypatch, folds, further, b
 
 
 def test_scores_that_folds_cannot_pool_are_left_out(tmp_path, capsys):
-    jobs, expected = [], {}
+    jobs = []
+    expected = {}
     for head, shares, precision in (("a", [(0.8, 0.6), (0.6, 0.2)], 0.1), ("b", [(0.7, 0.1), (0.5, 0.3)], 0.9)):
         for fold in (0, 1):
             further = {"AP": UnitScore(precision, [precision] * 20, [True] * 20)}
@@ -561,7 +566,8 @@ def test_scores_that_folds_cannot_pool_are_left_out(tmp_path, capsys):
         right, held, _ = np.concatenate([read_record(tmp_path / f"{head}{fold}").counts for fold in (0, 1)]).sum(axis=0)
         expected[head] = 100 * (right / (2 * held - right)).mean()
     rows = end_sweep(tmp_path / "sweep", jobs, metric={"cldice": {}})
-    shown, caption = capsys.readouterr().out, (tmp_path / "sweep/table.md").read_text()
+    shown = capsys.readouterr().out
+    caption = (tmp_path / "sweep/table.md").read_text()
     assert [row["head"] for row in rows] == ["a", "b"]  # by what is pooled
     assert {row["head"]: float(row["mIoU %"]) for row in rows} == pytest.approx(expected, abs=0.0051)
     assert not [name for name in rows[0] if name.startswith(("AP", "cldice"))] and caption.startswith("Score over all")

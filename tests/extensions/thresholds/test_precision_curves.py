@@ -11,7 +11,9 @@ from dinoseg.metrics.rows import MetricRows
 
 
 class Data:
-    classes, names, ignore_index = ("a", "b", "c"), ("0", "1"), 255
+    classes = ("a", "b", "c")
+    names = ("0", "1")
+    ignore_index = 255
     palette = ((255, 255, 255), (9, 0, 0), (0, 9, 0))
 
 
@@ -36,7 +38,8 @@ def test_each_point_is_the_score_of_its_threshold(tmp_path):
     assert len(points) == 3 * BINS
     for number, point in enumerate(points):
         label, level = divmod(number, BINS)
-        hits, predicted = positives[label, level:].sum(), totals[label, level:].sum()
+        hits = positives[label, level:].sum()
+        predicted = totals[label, level:].sum()
         assert point["class"] == Data.classes[label] and float(point["threshold"]) == level / BINS
         wholes = {"precision": (hits, predicted), "recall": (hits, positives[label].sum())}
         wholes["dice"] = (2 * hits, predicted + positives[label].sum())

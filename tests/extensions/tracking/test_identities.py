@@ -249,7 +249,8 @@ def test_pixels_belong_to_the_highest_score():
             mask[top : top + rng.integers(0, 9), left : left + rng.integers(0, 9)] = True
         scores = rng.choice([0.5, 0.7, 0.9], count)
         kept, numbers = separate_objects(Objects.of_masks(masks, [*range(count)], scores))
-        expected, order = np.zeros((9, 11), int), []
+        expected = np.zeros((9, 11), int)
+        order = []
         for place in sorted(range(count), key=lambda place: (-scores[place], place)):
             free = masks[place] & (expected == 0)
             if masks[place].sum() and 2 * free.sum() >= masks[place].sum():

@@ -106,7 +106,8 @@ def test_void_is_background_and_comes_back_as_such():
 
 
 def test_objects_that_come_later_keep_their_ids():
-    first, later = MASKS[0].copy(), MASKS[4].copy()
+    first = MASKS[0].copy()
+    later = MASKS[4].copy()
     first[first == 7] = 0  # 90 is followed first, so a lower id comes second
     later[later == 90] = 0
     found = follow(TINY["dinov3"], FRAMES, [first, None, None, None, later, None, None, None, None])

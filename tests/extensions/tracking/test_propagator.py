@@ -145,7 +145,8 @@ class TestProtocols:
 
     @pytest.mark.parametrize("cut", [0, 5, 11])
     def test_restart_from_a_saved_state_is_exact(self, name, cut):
-        features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
+        features = clip(12, 6, (9, 10))
+        labels = soft_labels(3, (9, 10))
         settings = PropagationSettings(**{**vars(SMALL[name][0]), "context": 4})
         whole = propagate(features, labels, settings=settings)
         first, second = Propagator(settings), Propagator(settings)
@@ -157,9 +158,11 @@ class TestProtocols:
         assert len(second.state()["features"]) == 5  # the first frame and its context
 
     def test_streaming_equals_batch_even_if_its_labels_are_modified(self, name):
-        features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
+        features = clip(12, 6, (9, 10))
+        labels = soft_labels(3, (9, 10))
         whole = propagate(features, labels, settings=SMALL[name][0])
-        given, propagator = labels.clone(), Propagator(SMALL[name][0])
+        given = labels.clone()
+        propagator = Propagator(SMALL[name][0])
         for number, frame in enumerate(features):
             soft = propagator.step(frame, given if number == 0 else None)
             assert torch.equal(soft, whole[number])
@@ -184,7 +187,8 @@ def moving_square(frames):
 
 
 def test_the_defaults_are_dinov3s():
-    features, labels = clip(9, 5, (8, 9)), soft_labels(2, (8, 9))
+    features = clip(9, 5, (8, 9))
+    labels = soft_labels(2, (8, 9))
     named = propagate(features, labels, context=7, radius=12, window="circle", top_k=5, temperature=0.2)
     assert torch.equal(propagate(features, labels), named)
     assert PropagationSettings() == DINOV3
@@ -194,7 +198,8 @@ def test_the_defaults_are_dinov3s():
     ("given", "back"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2]
 )
 def test_types(given, back):
-    features, labels = clip(3, 5, (6, 7)).to(given), soft_labels(2, (6, 7))
+    features = clip(3, 5, (6, 7)).to(given)
+    labels = soft_labels(2, (6, 7))
     ours = propagate(features, labels, radius=3)
     assert ours.dtype == back and not ours.requires_grad
     expected = dense_dinov3(features, labels, context=7, radius=3, top_k=5, temperature=0.2)
@@ -202,7 +207,8 @@ def test_types(given, back):
 
 
 def test_autocast_and_feature_norms_change_nothing():
-    features, labels = clip(4, 5, (6, 7)), soft_labels(2, (6, 7))
+    features = clip(4, 5, (6, 7))
+    labels = soft_labels(2, (6, 7))
     plain = propagate(features, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(propagate(features, labels), plain)
@@ -263,7 +269,8 @@ class TestToMask:
 
     def test_dinov3(self):
         large = F.interpolate(self.soft[None], (31, 50), mode="nearest")[0].numpy()
-        low, high = large.min((1, 2), keepdims=True), large.max((1, 2), keepdims=True)
+        low = large.min((1, 2), keepdims=True)
+        high = large.max((1, 2), keepdims=True)
         assert np.array_equal(to_mask(self.soft, (31, 50), DINOV3), ((large - low) / (high - low)).argmax(0))
 
     def test_dino(self):

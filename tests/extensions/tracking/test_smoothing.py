@@ -27,7 +27,11 @@ NEAR = PropagationSettings(context=3, radius=2)
 class Strided(Backbone):
     """A pyramid whose last map is finer than its patch size: some of its cells lie on padding alone."""
 
-    dim, patch_size, num_layers, depth, unused = 48, 16, 1, 1, ()
+    dim = 48
+    patch_size = 16
+    num_layers = 1
+    depth = 1
+    unused = ()
 
     def __init__(self):
         super().__init__()
@@ -129,7 +133,8 @@ def reference(model, frames, settings, share):
         features = torch.cat([model.backbone(model.pixels(image[None]))[-1] for image in images])
         prediction = model(images)
     pixels = prediction.logits().softmax(1)
-    grid, valid = features.shape[2:], prediction.valid
+    grid = features.shape[2:]
+    valid = prediction.valid
     cells = [torch.from_numpy(cell_mean(frame, grid, valid)).float() for frame in pixels]
     mixed, found = [cells[0]], [pixels[0].argmax(0)]
     for now in range(1, len(frames)):
@@ -154,7 +159,8 @@ def reference(model, frames, settings, share):
     ],
 )
 def test_masks_are_those_of_the_definition(segmenter, size, options):
-    model, frames = segmenter(**options), video(7, size)
+    model = segmenter(**options)
+    frames = video(7, size)
     tracker = SmoothingTracker(model, NEAR, smoothing=0.6)
     found = np.stack(run(tracker, frames))
     assert found.dtype == np.uint8 and found.shape == (7, *size)
@@ -169,7 +175,8 @@ def test_masks_are_those_of_the_definition(segmenter, size, options):
 
 @pytest.mark.parametrize("head", [LinearHead, EomtHead])
 def test_without_smoothing_the_masks_are_the_segmenter_s_own(segmenter, head):
-    model, frames = segmenter(head), video(5)
+    model = segmenter(head)
+    frames = video(5)
     own = alone(model, frames)
     for share in (0, 1e-9):
         found = np.stack(run(SmoothingTracker(model, NEAR, smoothing=share), frames, batch=5))
@@ -191,7 +198,8 @@ def test_a_still_noisy_scene_flickers_less():
 
 @pytest.mark.parametrize(("head", "options"), [(LinearHead, {}), (EomtHead, {}), (EomtHead, {"scale": 0.5})])
 def test_one_pass_gives_prediction_and_features(segmenter, head, options):
-    model, images = segmenter(head, **options), torch.randint(0, 256, (2, 3, 37, 50), dtype=torch.uint8)
+    model = segmenter(head, **options)
+    images = torch.randint(0, 256, (2, 3, 37, 50), dtype=torch.uint8)
     passes, read = [], []
     hook = model.backbone.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     if head is EomtHead:
@@ -218,7 +226,8 @@ def test_cells_on_padding_alone_are_left_out():
 
 
 def test_restored_smoothing_continues_exactly(segmenter):
-    model, frames = segmenter(), video(9)
+    model = segmenter()
+    frames = video(9)
     whole = SmoothingTracker(model, NEAR)
     expected = run(whole, frames, batch=1)
     first, second = SmoothingTracker(model, NEAR), SmoothingTracker(model, NEAR)
@@ -252,7 +261,8 @@ def tensor_bytes():
 
 @pytest.mark.heavy
 def test_memory_does_not_grow_with_the_video(segmenter):
-    model, frames = segmenter(), video(4, (24, 32))
+    model = segmenter()
+    frames = video(4, (24, 32))
     tracker = SmoothingTracker(model, NEAR)
     run(tracker, frames * 3)
     after = tensor_bytes()
@@ -262,7 +272,8 @@ def test_memory_does_not_grow_with_the_video(segmenter):
 
 
 def test_labels_for_a_trained_segmenter_are_refused(segmenter):
-    model, frames = segmenter(), video(3)
+    model = segmenter()
+    frames = video(3)
     tracker = SmoothingTracker(model, NEAR)
     labels = [frames[0][..., 0], None, None]
     assert_refused(lambda: tracker.track(frames, labels), "labels are given, but a trained segmenter")

@@ -137,7 +137,8 @@ def test_video_is_tracked_with_another_protocol(track):
 
 
 def test_tracks_are_outlined_in_the_bright_colours_of_masks(track, monkeypatch):
-    overlays, blend = [], track_report.blend
+    overlays = []
+    blend = track_report.blend
 
     def keep_overlay(*given, **named):
         overlays.append(blend(*given, **named))
@@ -148,7 +149,8 @@ def test_tracks_are_outlined_in_the_bright_colours_of_masks(track, monkeypatch):
     track("mode.outline=0", "mode.palette=[[0,0,0],[9,250,9]]", "mode.opacity=1", "mode.batch_size=10", out="own")
     for out, overlay, width in (("out", overlays[0], 1), ("own", overlays[10], 20)):
         with Image.open(f"{out}/masks/00000.png") as image:
-            ids, colours = np.asarray(image), np.array(image.getpalette()).reshape(-1, 3)
+            ids = np.asarray(image)
+            colours = np.array(image.getpalette()).reshape(-1, 3)
         for label in (1, 5):
             rows, columns = np.nonzero(ids == label)
             edge = (rows < rows.min() + width) | (columns < columns.min() + width)
@@ -288,13 +290,15 @@ def resident():
 @pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
 def test_memory_does_not_grow_with_the_video(track, monkeypatch):
-    size, used = (64, 96), {}
+    size = (64, 96)
+    used = {}
     still = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     write_motion_jpeg("v.avi", (np.roll(still, number, axis=1) for number in range(2000)), size)
     write_png(Path("noise.png"), (still[..., 0] > 200).astype(np.uint8))
 
     def watch_memory(module, name):
-        real, counted = getattr(module, name), []
+        real = getattr(module, name)
+        counted = []
 
         def call(*given, **named):
             counted.append(None)

@@ -188,7 +188,8 @@ def test_lost_masks_of_finished_frames_are_reported_first(clip, harm):
     kept = {number: (clip / f"cut/masks/{number}.png").read_bytes() for number in (4, 15)}
     for number in kept:
         harm(clip / f"cut/masks/{number}.png")
-    before, standing = masks(clip / "cut"), (clip / "cut" / STATE).read_bytes()
+    before = masks(clip / "cut")
+    standing = (clip / "cut" / STATE).read_bytes()
     told = r"cut: 2 masks of the 16 finished frames missing or empty in .*masks: 4\.png, 15\.png\. .*start over"
     with pytest.raises(UserError, match=told):
         run(clip, clip / "cut", restart=True)
@@ -207,7 +208,8 @@ def test_masks_are_on_the_disk_before_they_count_as_done(clip, monkeypatch):
     def write(path, tensors, header):
         synced_before = [name for name in synced if "state" not in name]
         real(path, tensors, header)
-        last, done = saved[-1] if saved else 0, read_track_state(clip / "out").progress.done
+        last = saved[-1] if saved else 0
+        done = read_track_state(clip / "out").progress.done
         due = [f"{number}.png" for number in range(last, done)]
         assert synced_before == [*due, "masks"][: len(due) + bool(due)]
         synced.clear()
@@ -313,7 +315,8 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
 )
 def test_another_input_or_other_labels_are_refused(clip, change, message):
     run_until(clip, clip / "cut", 17)
-    before, standing = masks(clip / "cut"), (clip / "cut" / STATE).read_bytes()
+    before = masks(clip / "cut")
+    standing = (clip / "cut" / STATE).read_bytes()
     change(clip)
     with pytest.raises(UserError, match=message):
         run(clip, clip / "cut", restart=True)
@@ -351,7 +354,8 @@ class Wide(Patches):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
 def test_features_of_past_frames_are_freed(clip, monkeypatch):
     video(clip / "v.avi", 200)
-    real, used = mask_folder.write_indexed_png, []
+    real = mask_folder.write_indexed_png
+    used = []
 
     def write(*given):
         used.append(resident_bytes())

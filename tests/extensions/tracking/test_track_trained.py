@@ -77,7 +77,8 @@ def cut(trained, stopped_runs, tmp_path):
 def test_stopped_run_resumes(trained, whole_runs, stopped_runs, cut, way):
     assert f"Stopped: the same command with mode.restart=stopped_{way} resumes." in stopped_runs[way]
     assert "\ninterrupted: finished results are in " in stopped_runs[way] and "training" not in stopped_runs[way]
-    part, whole = cut(way), trained / f"whole_{way}"
+    part = cut(way)
+    whole = trained / f"whole_{way}"
     assert len(masks(part)) == 5
     (part / "masks/.00005.png.1.part").write_bytes(b"half")  # as a kill leaves it
     resumed = track(trained, f"on_{way}", *WAYS[way], f"mode.restart={part}").err
@@ -107,7 +108,8 @@ def test_slots_are_followed_with_and_without_a_first_mask(trained, whole_runs):
     track(trained, "free", "resume=slots")
     free = read_masks(trained / "free")
     assert set(np.unique(free)) <= {1, 2, 3} and free.shape == (7, 32, 32)
-    given, first = read_masks(trained / "whole_slots"), read_ids(trained / "first.png")
+    given = read_masks(trained / "whole_slots")
+    first = read_ids(trained / "first.png")
     assert set(np.unique(given)) <= set(np.unique(first)) and len(np.unique(given)) > 1
     assert (trained / "whole_slots/overlay.mp4").is_file()
 

@@ -101,7 +101,8 @@ def test_masks_and_frames_must_match(add):
     add("train1", "video_02")
     (root / "train1/video_01/rgb/000000060.png").unlink()
     data = [load(root, split) for split in ("train", "val")]
-    names, lacking = sum((part.names for part in data), []), {**data[0].lacking, **data[1].lacking}
+    names = sum((part.names for part in data), [])
+    lacking = {**data[0].lacking, **data[1].lacking}
     assert sorted(names) == [f"video_0{video}/{index:09d}" for video, index in ((1, 0), (1, 120), (2, 0), (2, 60))]
     assert sorted(lacking) == [f"video_01/{index:09d}" for index in (60, 180, 240)]
     assert "rgb/000000180.png has no mask in" in lacking["video_01/000000180"]

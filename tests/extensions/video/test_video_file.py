@@ -112,7 +112,8 @@ def test_a_truncated_video_is_named_with_its_frames(tmp_path, suffix, codec):
 
 
 def test_a_frame_rate_that_is_nonsense_becomes_25(tmp_path, monkeypatch):
-    path, rate = write_plain(tmp_path / "v.mp4", 3), property(lambda _: Fraction(90000), lambda *_: None)
+    path = write_plain(tmp_path / "v.mp4", 3)
+    rate = property(lambda _: Fraction(90000), lambda *_: None)
     monkeypatch.setattr(video_file.Decoder, "rate", rate, raising=False)
     with VideoReader(path) as reader:
         assert reader.fps == 25

@@ -56,7 +56,8 @@ def whole_bytes(name):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_reader_accepts_a_whole_video(name, tmp_path):
-    path, frames = tmp_path / name, WHOLE[name][1]
+    path = tmp_path / name
+    frames = WHOLE[name][1]
     path.write_bytes(whole_bytes(name))
     assert len(find_index(path, None)) == count_frames(path) == promised_frames(path) == frames
     assert extract_frames(path, tmp_path / "frames", step=60) == frames

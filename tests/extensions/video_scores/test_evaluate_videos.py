@@ -144,8 +144,10 @@ def track(compose, tmp_path):
         if words not in COMPOSED:
             COMPOSED[words] = compose(*words)
         build = Builder(OmegaConf.merge(COMPOSED[words], {"data": {"root": str(root)}}))
-        folder, log = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}", []
-        chosen, options = benchmark_videos(build, split, supervision), TrackingOptions(**options)
+        folder = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}"
+        log = []
+        chosen = benchmark_videos(build, split, supervision)
+        options = TrackingOptions(**options)
         result = evaluate_videos(
             chosen, lambda: Fake(kind, log), engine or Engine(), folder, options, provenance_of(build, folder)
         )
@@ -327,7 +329,8 @@ def write_movi(root, sequences):
 @pytest.mark.parametrize("kind", ["perfect", pytest.param(3, marks=pytest.mark.heavy)])
 def test_movi_is_scored_as_clusters(track, tmp_path, kind):
     sequences = {name: moving_squares(int(name), 4, (32, 32), [1, 2, 3]) for name in ("0", "10", "9")}
-    root, reference = write_movi(tmp_path / "movi", sequences), tmp_path / "reference"
+    root = write_movi(tmp_path / "movi", sequences)
+    reference = tmp_path / "reference"
     for name in sequences:
         shutil.copytree(root / f"validation/{name}/segmentations", reference / name)
     done = track(kind, "movi", root, supervision="none")
@@ -495,7 +498,8 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     torch.manual_seed(0)
     backbone = tiny_backbone()
     head = SlotHead(24, 1, num_slots=5, slot_dim=16, hidden_dim=16, decoder_dim=16, positions_grid=[4, 4])
-    engine, passes = Engine(batch=6), []
+    engine = Engine(batch=6)
+    passes = []
     engine.autocast = lambda: nullcontext(passes.append(1))
     model = SegmentationModel(backbone, head).eval()
     trained = SimpleNamespace(model=model, single_pass_model=model, engine=engine)

@@ -12,7 +12,9 @@ from dinoseg.models.backbones.timm_backbone import TimmBackbone
 
 def written_out(query, key, value, allowed, scale):
     """Softmax attention, row by row in float64; `allowed` (B, N, N), True = attend."""
-    query, key, value = query.double(), key.double(), value.double()
+    query = query.double()
+    key = key.double()
+    value = value.double()
     out = torch.zeros_like(query)
     for image in range(query.shape[0]):
         for head in range(query.shape[1]):
@@ -124,7 +126,8 @@ def test_estimates_count_attention_as_one_operation(products):
 @pytest.fixture
 def products(monkeypatch):
     """The shapes that were attended to by products, on whatever processor."""
-    seen, given = [], attention.by_products
+    seen = []
+    given = attention.by_products
 
     def spy(query, *others):
         seen.append(tuple(query.shape))
@@ -217,7 +220,8 @@ def test_unsupported_attention_shapes_use_torch(products, of_query, of_key, of_v
 
 @pytest.mark.parametrize("keys", [7, 131])
 def test_queries_see_any_number_of_keys_by_products(products, keys):
-    query, leaves = draw(1, 130)[0].bfloat16(), [part.bfloat16() for part in draw(1, keys, seed=1)[:2]]
+    query = draw(1, 130)[0].bfloat16()
+    leaves = [part.bfloat16() for part in draw(1, keys, seed=1)[:2]]
     upstream = torch.randn(2, 130, 3, 5).bfloat16().transpose(1, 2)
     gradients = []
     for way in (attend, lambda *given, dropout, scale: F.scaled_dot_product_attention(*given[:3], scale=scale)):
@@ -263,7 +267,9 @@ def test_failing_hook_restores_the_function_modes(timm_backbone):
 
 
 def test_attention_may_be_called_by_keyword(timm_backbone):
-    module, tokens, during = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64), []
+    module = timm_backbone.blocks[0].attn
+    tokens = torch.rand(2, 144, 64)
+    during = []
     module.proj.register_forward_hook(lambda *_: during.append(len(modes())))
     assert torch.equal(module(x=tokens), module(tokens))
     assert during == [0, 1] and not modes()
@@ -283,7 +289,8 @@ def test_other_devices_are_not_intercepted(timm_backbone):
 def test_graphs_hold_torchs_attention(products, timm_backbone):
     timm_backbone.eval()
     products.clear()
-    module, tokens = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64)
+    module = timm_backbone.blocks[0].attn
+    tokens = torch.rand(2, 144, 64)
     with torch.autocast("cpu", torch.bfloat16):
         traced = torch.jit.trace(module, tokens, check_trace=False)
         exported = torch.export.export(module, (tokens,))

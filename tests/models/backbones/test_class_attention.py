@@ -74,7 +74,8 @@ def all_tokens(attention, prefix, grid):
 
 @pytest.mark.parametrize("size", [(27, 30), (9, 41), (1, 1)])
 def test_it_is_transformers_own_at_any_size(family, size):
-    backbone, prefix = Frozen()(build(family)), FAMILIES[family][1]
+    backbone = Frozen()(build(family))
+    prefix = FAMILIES[family][1]
     entered = []
     for part in (backbone.model.embeddings.patch_embeddings, *backbone.blocks):
         part.register_forward_hook(lambda part, *_: entered.append(part))

@@ -90,9 +90,11 @@ def test_checkpointing_recomputes_and_changes_no_gradient(name, build, adapter):
 
 @with_weights
 def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):
-    whole, cut = build("quarters"), build([1], **({"patch_size": 8} if name in PYRAMIDS else {}))
+    whole = build("quarters")
+    cut = build([1], **({"patch_size": 8} if name in PYRAMIDS else {}))
     assert len(whole.blocks) == whole.depth and len(cut.blocks) == 2 and cut.depth == whole.depth
-    entered, images = [], noise(1, (64, 96))
+    entered = []
+    images = noise(1, (64, 96))
     for number, block in enumerate(whole.blocks):
         block.register_forward_hook(lambda *_, number=number: entered.append(number))
     maps = whole(images)

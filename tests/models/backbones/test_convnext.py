@@ -102,7 +102,8 @@ test_message_names_value_and_remedy = refusals(
 
 def test_stochastic_depth_acts_in_training_if_configured():
     images = torch.rand(4, 3, 32, 32)
-    still, noisy = build().train(), build(arch=ARCH | {"drop_path_rate": 0.9}).train()
+    still = build().train()
+    noisy = build(arch=ARCH | {"drop_path_rate": 0.9}).train()
     assert torch.equal(still(images)[0], still(images)[0])
     assert not torch.equal(noisy(images)[0], noisy(images)[0])
     assert torch.equal(noisy.eval()(images)[0], noisy(images)[0])

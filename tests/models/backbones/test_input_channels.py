@@ -60,7 +60,8 @@ def test_a_timm_model_is_that_of_timm(channels, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "timm_pyramid"])
 def test_a_channel_of_weight_zero_changes_no_bit(name):
-    three, four = build(name), build(name, channels=4, channel_weights=[1, 1, 1, 0])
+    three = build(name)
+    four = build(name, channels=4, channel_weights=[1, 1, 1, 0])
     images = torch.rand(2, 3, *SIZE)
     for fourth in (torch.zeros(2, 1, *SIZE), torch.rand(2, 1, *SIZE)):
         for wanted, found in zip(three(images), four(torch.cat([images, fourth], 1)), strict=True):
@@ -107,7 +108,8 @@ def test_exported_weights_keep_their_channels(name, tmp_path):
 
 
 def test_padded_convolutions_of_tensorflow_are_adapted():
-    padded, images = Conv2dSame(3, 8, 3, 2), torch.rand(1, 4, 9, 9)
+    padded = Conv2dSame(3, 8, 3, 2)
+    images = torch.rand(1, 4, 9, 9)
     wanted = padded(images[:, :3])
     adapt_input(padded, 4, [1, 1, 1, 0])
     torch.testing.assert_close(padded(images), wanted)

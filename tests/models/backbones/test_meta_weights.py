@@ -357,7 +357,8 @@ def test_patch_kernels_are_resampled_as_in_timm(kind, save_state):
     assert (kernel.stride, model.patch_size, model.model.config.patch_size) == ((10, 10), 10, 10)
     images = torch.randn(2, 3, 3 * PATCH, 4 * PATCH)
     enlarged = F.interpolate(images, scale_factor=10 / PATCH, mode="bicubic")
-    before, after = load(kind, save_state(state), layers=[-1])(images)[-1], model(enlarged)[-1]
+    before = load(kind, save_state(state), layers=[-1])(images)[-1]
+    after = model(enlarged)[-1]
     assert before.shape == after.shape == (2, WIDTH, 3, 4)
     with pytest.raises(UserError, match="patches of 8 px"):
         TransformersVit(family, arch, str(save_state(state)), 10)
@@ -374,7 +375,8 @@ def load_page():
 
 
 def load_key_bias(mask):
-    state, name = state_of("dinov3"), "blocks.1.attn.qkv.bias_mask"
+    state = state_of("dinov3")
+    name = "blocks.1.attn.qkv.bias_mask"
     if mask is None:
         del state[name]
     else:

@@ -50,7 +50,8 @@ def kind(request):
 
 
 def test_a_whole_file_and_a_cut_one_give_the_same_cut_model(tmp_path, kind):
-    whole, cut = shaken(kind, 3), build(kind, 1)
+    whole = shaken(kind, 3)
+    cut = build(kind, 1)
     cut.load_state_dict({key: value for key, value in whole.state_dict().items() if key in cut.state_dict()})
     save_file(whole.export_state(), tmp_path / "whole.safetensors")
     save_file(cut.export_state(), tmp_path / "cut.safetensors")
@@ -64,7 +65,8 @@ def test_a_whole_file_and_a_cut_one_give_the_same_cut_model(tmp_path, kind):
 
 def test_every_other_file_is_refused(tmp_path, kind):
     file = tmp_path / "w.safetensors"
-    whole, cut = shaken(kind, 3).export_state(), shaken(kind, 1).export_state()
+    whole = shaken(kind, 3).export_state()
+    cut = shaken(kind, 1).export_state()
     (kept, *_), (gone, *_) = in_block(kind, 1, cut), in_block(kind, 3, whole)
     for name, state, last in (
         ("a cut file for a whole model", cut, 3),

@@ -61,7 +61,8 @@ def test_last_map_equals_timm(name):
 
 def test_without_the_final_norm_a_pyramid_is_the_same():
     images = torch.rand(1, 3, 45, 61)
-    with_norm, without = build("test_resnet").eval(), build("test_resnet", final_norm=False).eval()
+    with_norm = build("test_resnet").eval()
+    without = build("test_resnet", final_norm=False).eval()
     without.load_state_dict(with_norm.state_dict())
     assert torch.equal(with_norm(images)[0], without(images)[0]) and not with_norm.unused and with_norm.dim == 96
 
@@ -120,7 +121,8 @@ def test_parameters_of_the_classifier_alone_are_unused():
 )
 def test_linear_layers_used_only_by_weight_are_listed(name, patch, own, monkeypatch):
     backbone = build(name, (1,), patch_size=patch)
-    called, given = set(), nn.Linear.forward
+    called = set()
+    given = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.add(self) or given(self, x))
     backbone(torch.rand(1, 3, 45, 61))
     linears = {key: part for key, part in backbone.named_modules() if isinstance(part, nn.Linear)}

@@ -69,10 +69,12 @@ def test_scores_are_aligned_with_pixels_and_tokens(patch_size, grid):
 
 @pytest.mark.parametrize("patch_size", [2, 6, 14])
 def test_linear_skip_adds_token_scores_at_their_positions(patch_size):
-    head, plain = pass_through_head(patch_size), pass_through_head(patch_size, linear_skip=False)
+    head = pass_through_head(patch_size)
+    plain = pass_through_head(patch_size, linear_skip=False)
     head.linear_skip.weight.data[1] = 3
     head.linear_skip.bias.data[2] = 0.5
-    pixels, tokens = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double(), torch.randn(1, 1, 3, 2).double()
+    pixels = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double()
+    tokens = torch.randn(1, 1, 3, 2).double()
     added = head.compute_scores([tokens], pixels) - plain.compute_scores([tokens], pixels)
     places = [(torch.arange(side * patch_size // 2).double() + 0.5) * 2 / patch_size - 0.5 for side in (3, 2)]
     rows, columns = (place.clamp(0, side - 1) for place, side in zip(places, (3, 2), strict=True))
@@ -133,8 +135,11 @@ def test_strips_along_rows_learn_as_a_convolution_does(size):
 
 def test_strips_are_turned_in_training_alone(monkeypatch):
     """What a tracer sees of a head at rest is the same with gradients and without."""
-    rows, plain = [], torch.nn.Conv2d.forward
-    head, maps, pixels = small(blocks=1), [torch.randn(2, 3, 2, 2)], torch.randn(2, 3, 16, 16)
+    rows = []
+    plain = torch.nn.Conv2d.forward
+    head = small(blocks=1)
+    maps = [torch.randn(2, 3, 2, 2)]
+    pixels = torch.randn(2, 3, 16, 16)
     monkeypatch.setattr(
         torch.nn.Conv2d,
         "forward",
@@ -150,7 +155,8 @@ def test_strips_are_turned_in_training_alone(monkeypatch):
 
 
 def test_colours_are_jittered_in_training_alone():
-    maps, pixels = [torch.randn(2, 3, 2, 2)], torch.randn(2, 3, 16, 16)
+    maps = [torch.randn(2, 3, 2, 2)]
+    pixels = torch.randn(2, 3, 16, 16)
     head = small(jitter=0.5)
     assert torch.equal(head.eval().compute_scores(maps, pixels), head.compute_scores(maps, pixels))
     assert not torch.equal(head.train().compute_scores(maps, pixels), head.compute_scores(maps, pixels))
@@ -171,7 +177,8 @@ def test_colours_are_jittered_in_training_alone():
     ],
 )
 def test_cached_pixels_keep_all_levels(dtype, change):
-    head, backbone = small(24, 2), tiny_vit((0, 1))
+    head = small(24, 2)
+    backbone = tiny_vit((0, 1))
     images = to_unit_range(change(torch.arange(3 * 20 * 20).reshape(1, 3, 20, 20)).to(dtype))
     stored = head.forward_frozen(backbone, images)[-1]
     assert stored.dtype == dtype and torch.equal(to_unit_range(stored), images)

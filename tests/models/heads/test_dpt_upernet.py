@@ -35,7 +35,8 @@ def test_parameter_count_is_that_of_another_implementation(dim, channels, batch_
     )
     config.num_labels = 7
     with torch.device("meta"):
-        neck, classify = DPTNeck(config), DPTSemanticSegmentationHead(config)
+        neck = DPTNeck(config)
+        classify = DPTSemanticSegmentationHead(config)
         own = DptHead(dim, 4, 7, batch_norm=batch_norm)
     # Theirs never reads the first unit of the coarsest fusion, and normalises before the classes always
     unread = count(neck.fusion_stage.layers[0].residual_layer1)
@@ -103,7 +104,8 @@ def test_upernet_uses_a_pyramid_unchanged():
 
 
 def test_upernet_trains_on_its_smallest_batch():
-    maps, head = [torch.randn(1, 12, 4, 4)] * 4, build("upernet")
+    maps = [torch.randn(1, 12, 4, 4)] * 4
+    head = build("upernet")
     assert head.eval()(maps).shape == (1, 3, 16, 16)
     more = [part.expand(head.min_batch_size, -1, -1, -1) for part in maps]
     assert torch.equal(head.train()(more), head(more))

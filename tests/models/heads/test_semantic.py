@@ -28,7 +28,8 @@ def at(grid, y, x):
 
 
 def written_out(outputs, size, valid, no_object):
-    classes, masks = outputs.class_logits.double().numpy(), outputs.mask_logits.double().numpy()
+    classes = outputs.class_logits.double().numpy()
+    masks = outputs.mask_logits.double().numpy()
     height, width = masks.shape[2] * valid[0], masks.shape[3] * valid[1]
     weights = np.exp(classes - classes.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -92,7 +93,8 @@ def test_inference_allocates_only_the_resulting_semantic_map(monkeypatch, infere
 
 def test_gradients_are_those_of_the_whole_sum_at_once(monkeypatch):
     monkeypatch.setattr(semantic, "_AT_ONCE", 2 * 9 * 11)
-    outputs, weight = draw(2, 5, 4, (3, 4)), torch.randn(2, 3, 9, 11)
+    outputs = draw(2, 5, 4, (3, 4))
+    weight = torch.randn(2, 3, 9, 11)
     gradients = []
     for whole in (False, True):
         classes = outputs.class_logits.clone().requires_grad_()

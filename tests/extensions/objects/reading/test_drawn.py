@@ -84,7 +84,8 @@ def test_coco_objects_are_those_of_pycocotools(tmp_path, seed):
     assert list(data.classes) == NAMES and data.maps == {OBJECTS: ObjectMap(things=(0, 1, 2))}
     for name, sample in zip(data.names, data, strict=True):
         objects = sample["maps"][OBJECTS].numpy()
-        expected, annotations = [], truth.loadAnns(truth.getAnnIds(imgIds=int(name)))
+        expected = []
+        annotations = truth.loadAnns(truth.getAnnIds(imgIds=int(name)))
         for each in annotations:
             mask = truth.annToMask(each)
             if mask.any():
@@ -273,7 +274,8 @@ def test_panoptic_segments_are_objects_and_the_mask(tmp_path):
     write_panoptic(tmp_path, ids, SEGMENTS)
     data = read("coco_panoptic", tmp_path)
     assert list(data.classes) == NAMES and data.maps[OBJECTS].things == (1, 2)
-    sample, mask = data[0], np.full(SIZE, 255)
+    sample = data[0]
+    mask = np.full(SIZE, 255)
     for number, class_id in ((70001, 0), (300, 1), (5, 1), (256**2 * 40 + 1, 2)):
         mask[ids == number] = class_id
     np.testing.assert_array_equal(sample["mask"].numpy(), mask)

@@ -39,7 +39,8 @@ def score(folder, reference, results):
 
 def plain_ap(reference, results, category, sizes, threshold):
     """Return the AP of one class, range of areas and IoU, in loops over decoded masks; None without objects."""
-    found, positives = [], 0
+    found = []
+    positives = 0
     for image in sorted(entry["id"] for entry in reference["images"]):
         held, predicted = (
             [each for each in entries if (each["image_id"], each["category_id"]) == (image, category)]
@@ -70,7 +71,8 @@ def plain_ap(reference, results, category, sizes, threshold):
                 found.append((result["score"], False))
     if not positives:
         return None
-    points, hits = [], 0
+    points = []
+    hits = 0
     for count, (_, hit) in enumerate(sorted(found, key=lambda each: -each[0]), 1):
         hits += hit
         points.append((hits / positives, hits / count))

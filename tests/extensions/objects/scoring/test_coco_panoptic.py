@@ -32,7 +32,9 @@ def score(folder, categories, images):
 
 def plain_counts(images, category):
     """Return the sum of IoUs, hits, false positives and false negatives of a class, in loops over masks."""
-    ious, wrong, missed = [], 0, 0
+    ious = []
+    wrong = 0
+    missed = 0
     for _, (reference, held), (prediction, found) in images:
         matched = set()
         own = [each for each in held if each["category_id"] == category]

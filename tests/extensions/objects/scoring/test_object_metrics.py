@@ -73,9 +73,11 @@ def make_panoptic(seed):
     for _, (held, reference), (found, prediction) in sorted(drawn, key=lambda image: image[0]):
         mask = np.full(held.shape, 255, np.uint8)
         objects = []
-        entries, ids = [], np.zeros_like(held)
+        entries = []
+        ids = np.zeros_like(held)
         for each in sorted(reference, key=lambda each: each["iscrowd"]):
-            pixels, label = held == each["id"], places[each["category_id"]]
+            pixels = held == each["id"]
+            label = places[each["category_id"]]
             mask[pixels] = label
             if label in things:
                 objects.append((pixels, label, bool(each["iscrowd"])))
