@@ -227,7 +227,7 @@ def parse_score(text: str) -> float:
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
-        raise UserError(f"score={format_text(text)} is not a number from 0 to 1.")
+        raise UserError(f"score={format_text(text)} is not a number from 0 to 1. Give one, or leave score out.")
     return score
 
 
