@@ -439,7 +439,7 @@ def rename_sides(sides: Sequence[Side], names: Sequence[str]) -> list[Side]:
     """
     if len(names) != len(sides) or len({*map(str, names)}) != len(sides):
         raise UserError(
-            f"names={format_override([*names])}: give a different name for each side, in this order: "
+            f"mode.names={format_override([*names])}: give a different name for each side, in this order: "
             f"{', '.join(side.name for side in sides)}."
         )
     return [replace(side, name=str(name)) for side, name in zip(sides, names, strict=True)]

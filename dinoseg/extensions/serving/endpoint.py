@@ -31,7 +31,7 @@ from dinoseg.extensions.serving.mask_editor import encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.work import OutOfTime, Work, WorkCancelled, run_in_thread
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_text, format_value
+from dinoseg.utils.wording import format_text
 
 logger = logging.getLogger(__name__)
 _MAX_FIELDS = 16  # of a form, beside its file; they are not read
@@ -196,7 +196,7 @@ def parse_query(query: QueryParams, *names: str) -> dict[str, str]:
     """
     for name, count in Counter(name for name, _ in query.multi_items()).items():
         if name not in names:
-            raise UserError(f"The parameter {format_value(name)} is unknown. This address takes {' and '.join(names)}.")
+            raise UserError(f"The parameter {format_text(name)} is unknown. This address takes {' and '.join(names)}.")
         if count > 1:
             raise UserError(f"{name} is given {count} times. Give it once, and send a request for each value.")
     return dict(query)
@@ -227,7 +227,7 @@ def parse_score(text: str) -> float:
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
-        raise UserError(f"score={format_text(text)} is not a number from 0 to 1.")
+        raise UserError(f"score={format_text(text)} is not a number from 0 to 1. Give one, or leave score out.")
     return score
 
 

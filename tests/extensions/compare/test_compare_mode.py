@@ -226,7 +226,7 @@ def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
         (None, "runs=null names no run. Give at least two run folders"),
         ("first", "runs=first names 1 run. Give"),
         (["first", "first"], "first more than once. Give"),
-        (["first", "nowhere"], "runs: nowhere holds no evaluation.json"),
+        (["first", "nowhere"], "runs=nowhere: file or folder not found. Give run"),
         ([["first", "second"]], "runs=[[first,second]] makes 1 side. Give"),
         (["first", []], "runs=[first,[]] has a side without a separate run. Give"),
     ],
@@ -251,7 +251,7 @@ def test_there_are_at_most_32_sides(runs):
 def test_there_are_at_most_160_runs(tmp_path):
     folders = [str(tmp_path / str(number)) for number in range(161)]
     assert_refused(lambda: sides_of(folders), "names 161 runs", "and 160 runs can be compared")
-    assert_refused(lambda: sides_of(folders[:160]), "0 holds no evaluation.json")
+    assert_refused(lambda: sides_of(folders[:160]), "0: file or folder not found")
 
 
 def test_damaged_record_is_refused(runs):
