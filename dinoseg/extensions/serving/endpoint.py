@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import secrets
 import shutil
 import time
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _MAX_FIELDS = 16  # of a form, beside its file; they are not read
 _FIELD_BYTES = 2**16
 _MAX_ANSWER = 8 * MIB  # of objects as JSON; smooth masks of 100 objects in 16 million pixels take about 2 MiB
+_PLAIN_NUMBER = re.compile(r"[0-9.eE+ -]+")  # Python also reads 0_1, and the digits of other scripts
 _POLL = 0.5  # seconds between two checks of work that runs
 
 
@@ -223,7 +225,7 @@ def parse_score(text: str) -> float:
         UserError: if it is no number from 0 to 1.
     """
     try:
-        score = float(text)
+        score = float(text) if _PLAIN_NUMBER.fullmatch(text) else math.nan
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
