@@ -171,6 +171,9 @@ def test_every_list_of_runs_is_a_side(runs, compare_sides):
         of_seed(runs, "first", f"a{seed}", seed)
     said = compare_sides(["a0", "second"], "a1")[-1]
     assert "a0, second are one side, but differ in more than seed and fold: resolution.scale" in said
+    copy_run(runs, "a0", "again")  # another seed by the user's list alone
+    said = compare_sides(["a0", "again", "a1"], "second")[-1]
+    assert "a0, again are one side, but have the same settings, seed and fold" in said
 
 
 def test_costs_in_a_run_folder_are_listed(runs):
