@@ -125,8 +125,7 @@ def predict(
     _check_failures(run, len(images) + len(video_inputs))
     reference = None if split is None else out_dir / REFERENCES
     ids = None if shapes is None else shapes.ids
-    lines = _summary_lines(run, totals, masks is True, outputs, reference, settings, ids)
-    print("\n".join(lines))
+    print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, settings, ids)))
     return {**totals, "run": str(out_dir)}
 
 
