@@ -65,7 +65,7 @@ def run_pipeline(
 
     `read` is iterated in one thread, `write` runs in another, and `infer` runs in the caller's thread, which owns the
     device. At most `depth` items wait before and after the model. The first exception of any stage stops all three; it
-    is raised here after both threads have ended, or 10 s later if one hangs.
+    is raised here after both threads have ended; one that hangs is left after 10 s.
     """
     start = time.perf_counter()
     pipeline: _Pipeline[Read, Done] = _Pipeline(depth)
