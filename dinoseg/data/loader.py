@@ -28,7 +28,7 @@ from dinoseg.utils.errors import KilledProcess, UserError
 from dinoseg.utils.interrupt import SIGNALS, block_signals, hold_handlers
 from dinoseg.utils.waiting import NOTICE, Wait
 from dinoseg.utils.wording import count_of
-from dinoseg.utils.workers import without_script
+from dinoseg.utils.workers import kill_remaining, without_script
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")
@@ -49,6 +49,7 @@ else:
     _CHILD_ENDED = [signal.SIGCHLD]
 _PATIENCE = 60.0  # seconds before the first warning: reading a batch of large files may take many
 _LIMIT = 1800.0  # seconds without a batch that end a training, as engine.rank_timeout does
+_ENDING = 5.0  # seconds for all loading processes to end before they are killed; torch waits as long for each of them
 
 
 @dataclass(frozen=True)
@@ -304,10 +305,9 @@ class WorkerIterator(_MultiProcessingDataLoaderIter):
 
     def close(self) -> None:
         """End the processes; a signal waits until they have ended, or its error would be lost in a destructor."""
-        with block_signals(*SIGNALS):
+        # a stopped training saves its checkpoint afterwards, and all processes hang if a disk does not respond
+        with block_signals(*SIGNALS), kill_remaining(self._workers, _ENDING):
             self._shutdown_workers()
-            for worker in self._workers:  # one that hangs has not reacted, and the interpreter would wait for it
-                worker.kill()
 
 
 def _start_worker(_: int) -> None:

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
@@ -65,7 +65,7 @@ def run_pipeline(
 
     `read` is iterated in one thread, `write` runs in another, and `infer` runs in the caller's thread, which owns the
     device. At most `depth` items wait before and after the model. The first exception of any stage stops all three; it
-    is raised here after both threads have ended, or 10 s later if one hangs.
+    is raised here after both threads have ended; one that hangs is left after 10 s.
     """
     start = time.perf_counter()
     pipeline: _Pipeline[Read, Done] = _Pipeline(depth)
@@ -108,12 +108,12 @@ class _Pipeline(Generic[Read, Done]):
         self._put(self._read, _End.END)
 
     def transform(self, infer: Callable[[Read], Done]) -> None:
-        for item in self._items(self._read, logs_wait=True):
+        for item in self._items(self._read, "read"):
             with self._measure_stage("model"):
                 done = infer(item)
-            if not self._put(self._done, done, _wait_for_stage("written")):
+            if not self._put(self._done, done, "written"):
                 return
-        self._put(self._done, _End.END, _wait_for_stage("written"))
+        self._put(self._done, _End.END, "written")
 
     def drain(self, write: Callable[[Done], None]) -> None:
         for item in self._items(self._done):
@@ -123,10 +123,10 @@ class _Pipeline(Generic[Read, Done]):
 
     def join(self, thread: threading.Thread) -> None:
         """Wait until a stage has ended, or one has failed."""
-        wait = _wait_for_stage("written")
-        while thread.is_alive() and not self._stop.is_set():
+        for _ in self._polls("written"):
             thread.join(_POLL)
-            wait.check()
+            if not thread.is_alive():
+                return
 
     @contextmanager
     def _measure_stage(self, stage: str) -> Iterator[None]:
@@ -134,36 +134,35 @@ class _Pipeline(Generic[Read, Done]):
         yield
         self.times[stage].append(time.perf_counter() - start)
 
-    def _items(self, source: queue.Queue[T | _End], *, logs_wait: bool = False) -> Iterator[T]:
-        wait = _wait_for_stage("read")
-        while not self._stop.is_set():
-            try:
-                item = source.get(timeout=_POLL)
-            except queue.Empty:
-                if logs_wait:
-                    wait.check()
-                continue
-            if isinstance(item, _End):
-                return
+    def _items(self, source: queue.Queue[T | _End], missing: str = "") -> Iterator[T]:
+        item = self._get(source, missing)
+        while not isinstance(item, _End):
             yield item
-            wait = _wait_for_stage("read")
+            item = self._get(source, missing)
 
-    def _put(self, target: queue.Queue[T | _End], item: T | _End, wait: Wait | None = None) -> bool:
-        while not self._stop.is_set():
-            try:
+    def _get(self, source: queue.Queue[T | _End], missing: str) -> T | _End:
+        for _ in self._polls(missing):
+            with suppress(queue.Empty):
+                return source.get(timeout=_POLL)
+        return _End.END
+
+    def _put(self, target: queue.Queue[T | _End], item: T | _End, missing: str = "") -> bool:
+        for _ in self._polls(missing):
+            with suppress(queue.Full):
                 target.put(item, timeout=_POLL)
-            except queue.Full:
-                if wait is not None:
-                    wait.check()
-                continue
-            return True
+                return True
         return False
 
-
-def _wait_for_stage(done: str) -> Wait:
-    """Return the wait for a stage; it has no limit, since a long video is read in one item."""
-    return Wait(
-        lambda seconds: f"Nothing was {done} for {seconds:.0f} s. Check whether a file or disk does not respond.",
-        limit=math.inf,
-        notice=_PATIENCE,
-    )
+    def _polls(self, missing: str) -> Iterator[None]:
+        """Yield until a stage has failed; log a long wait if `missing` names what another stage has not done."""
+        wait = Wait(
+            lambda seconds: (
+                f"Nothing was {missing} for {seconds:.0f} s. Check whether a file or disk does not respond."
+            ),
+            limit=math.inf,  # a long video is read in one item
+            notice=_PATIENCE,
+        )
+        while not self._stop.is_set():
+            yield
+            if missing:
+                wait.check()

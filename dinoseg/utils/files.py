@@ -112,10 +112,16 @@ def check_exists(source: str | PathLike[str], key: str, remedy: str, *, suffix: 
 
     Raises:
         UserError: nothing is there; the message suggests similar entries of its folder.
+        PermissionError: its folder is closed to this user.
     """
     path = expand_path(source, suffix)
-    if path_exists(str(path)):
+    try:
+        path.stat()
         return
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # missing, too long, or with invalid characters
+        pass
     is_searched = path.parent.is_dir() and not str(source).startswith(PACKAGED)  # other kinds of files lie there too
     there = [str(each) for each in path.parent.glob("*")] if is_searched else []
     nearest = suggest_nearest(str(path), there, f"{key}=")

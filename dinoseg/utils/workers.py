@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -82,23 +81,27 @@ def in_processes(
             "need `if __name__ == '__main__':` around what the script does.)"
         ) from None
     finally:
-        _end_pool(pool)
+        processes = list((pool._processes or {}).values())
+        with kill_remaining(processes, _ENDING):
+            pool.shutdown(cancel_futures=True)
 
 
-def _end_pool(pool: ProcessPoolExecutor) -> None:
-    """End the processes of a pool: those still at work after some seconds, or on a further signal, are killed."""
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    deadline = time.monotonic() + _ENDING
-    running = [process.sentinel for process in processes]
-    try:
-        while running and time.monotonic() < deadline:
-            for ended in connection.wait(running, timeout=1.0):
-                running.remove(ended)  # type: ignore[arg-type]
-    finally:
+@contextmanager
+def kill_remaining(processes: Sequence[Any], seconds: float) -> Iterator[None]:
+    """Kill processes that have not ended some seconds after the block began, or when it ends."""
+
+    def kill() -> None:
         for process in processes:
             process.kill()
-            process.join(_ENDING)
+
+    killer = threading.Timer(seconds, kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.cancel()
+        kill()
+        killer.join()
 
 
 def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = None) -> R | None:

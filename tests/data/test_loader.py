@@ -390,7 +390,8 @@ def test_stop_request_ends_the_wait_for_a_stopped_process(monkeypatch):
 
     monkeypatch.setattr(loader, "POLL", 0.02)
     monkeypatch.setattr(loader, "NOTICE", 0.05)
-    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds in which torch waits for each process
+    monkeypatch.setattr(loader, "_ENDING", 0.1)
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 3600)  # seconds in which torch waits for each process
     with pytest.raises(Interrupted), defer_signals(""):
         signal.raise_signal(signal.SIGTERM)
         list(load_in_order(read, range(4), 2))

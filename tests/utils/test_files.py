@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 from functools import partial
+from pathlib import Path
 
 import pytest
 from mistakes import assert_refused
@@ -14,7 +15,7 @@ from dinoseg.extensions.video.pictures import picture_files
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.sarrarp_files import png_files
 from dinoseg.inference.inputs import list_inputs
-from dinoseg.utils.files import check_regular, entries, expand_path, visible_files
+from dinoseg.utils.files import check_exists, check_regular, entries, expand_path, visible_files
 from dinoseg.utils.images import has_one_bit, read_ids, read_image, read_size
 
 
@@ -78,6 +79,21 @@ def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
         refuse(monkeypatch, listing, top)
     for list_folder in (entries, picture_files, video_folders, png_files, lambda folder: list_inputs(str(folder))):
         assert_refused(partial(list_folder, top), "Cannot read the folder ", "set (Permission denied)")
+
+
+def test_path_of_another_user_is_not_called_missing(tmp_path, monkeypatch):
+    closed, stat = tmp_path / "closed/data", Path.stat
+
+    def refuse(path, **options):
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(PermissionError):
+        check_exists(closed, "data.root", "")
+    assert_refused(lambda: check_exists(tmp_path / "none", "data.root", "Check it."), "none: file or folder not found")
+    assert_refused(lambda: check_exists("a" * 5000, "data.root", "Check it."), "file or folder not found")
 
 
 def test_irregular_files_are_refused_without_waiting(tmp_path):

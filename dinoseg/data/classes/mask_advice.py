@@ -34,14 +34,14 @@ def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool, nex
         )
     table = ", ".join(f"{number}: {ignore_index}" for number in numbers)
     mapping = (
-        f"orrect the masks, or map the ids. To ignore them: '++data.reader.masks.ids={{{table}}}' (with these "
-        f"quotes); to use one, give its class id instead of {ignore_index}."
+        f"map the ids. To ignore them: '++data.reader.masks.ids={{{table}}}' (with these quotes); to use one, give its "
+        f"class id instead of {ignore_index}."
     )
     if next_id is None:
-        return f"C{mapping}"
+        return f"Correct the masks, or {mapping}"
     follow = numbers == [*range(next_id, next_id + len(numbers))]
     where = "in the order of the ids" if follow else "and map each id to the place of its name, counted from 0"
-    return f"If they are classes, add their names to data.classes, {where}. Otherwise c{mapping}"
+    return f"If they are classes, add their names to data.classes, {where}. Otherwise correct the masks, or {mapping}"
 
 
 def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
