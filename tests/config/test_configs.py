@@ -71,7 +71,7 @@ AT_RUN_TIME = {
     "mode": {"cfg", "out_dir"},
     "mode.check": {"cfg"},
     "mode.choose_thresholds": {"model", "data", "engine", "strategy"},
-    "mode.draw_curves": {"rows", "classes", "out_dir"},
+    "mode.draw_curves": {"rows", "data", "out_dir"},
     "mode.init_head": {"builder", "model", "data", "engine"},
     "mode.regions": {"strategy", "data", "engine"},
     "mode.scorer": {"protocol", "out_dir"},

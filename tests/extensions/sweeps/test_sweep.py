@@ -449,7 +449,7 @@ def test_interval_of_folds_is_that_of_their_images(tmp_path):
     done = call(tmp_path, "mode=compare", f"runs=[{path.parent}]", "hydra.run.dir=compared")
     assert done.status == 0 and "over 6 images" in done.out, done.err
     compared = json.loads((tmp_path / "compared/compare.json").read_text())
-    assert compared["folds"] == {"head=linear": 3, "head=mlp": 3}
+    assert compared["folds"] == {"linear": 3, "mlp": 3}
     gap = 100 * compared["others"]["head=mlp"]["differences"]["miou"]["value"]
     assert gap == pytest.approx(float(rows["mlp"]["mIoU %"]) - float(rows["linear"]["mIoU %"]), abs=0.011)
 
