@@ -450,7 +450,7 @@ def test_interval_of_folds_is_that_of_their_images(tmp_path):
     assert done.status == 0 and "over 6 images" in done.out, done.err
     compared = json.loads((tmp_path / "compared/compare.json").read_text())
     assert compared["folds"] == {"linear": 3, "mlp": 3}
-    gap = 100 * compared["others"]["head=mlp"]["differences"]["miou"]["value"]
+    gap = 100 * compared["others"]["mlp"]["differences"]["miou"]["value"]
     assert gap == pytest.approx(float(rows["mlp"]["mIoU %"]) - float(rows["linear"]["mIoU %"]), abs=0.011)
 
 
