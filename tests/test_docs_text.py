@@ -5,6 +5,8 @@ import re
 import pytest
 from docs_pages import LOG, PAGES, ROOT, commands
 
+from dinoseg.modes import help as help_mode
+
 LINK = re.compile(r"""(?<!`)(?:\[[^\]]*\]\(|<img src=")([^)\s"]+)[)"]""")
 
 
@@ -17,6 +19,7 @@ def test_no_line_is_longer_than_those_of_the_code():
 
 def test_commands_quote_what_zsh_takes_for_patterns():
     found = [command for page in [*PAGES, ROOT / "CONTRIBUTING.md"] for command in commands(page)]
+    found += help_mode.COMMANDS.splitlines()
     bare = [re.sub("""'[^']*'|"[^"]*\"""", "", command.partition(" #")[0]) for command in found]
     assert len(bare) > 100 and [command for command in bare if {*"[]{}*?"} & {*command}] == []
 

@@ -19,13 +19,8 @@ from dinoseg.runs.log_file import announce, configure_log
 from dinoseg.utils.cores import check_devices
 from dinoseg.utils.errors import UserError
 
-FILE_KEYS = (
-    "resume_from",
-    "keeps_folder",
-    "resumes_with",
-    "paths",
-    "check",
-)  # keys of the file of a mode for the launcher
+# keys of the file of a mode for the launcher
+FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "paths", "check")
 LAUNCH_KEYS = ("devices", "ensemble", *FILE_KEYS)  # keys of a mode that are not arguments of its function
 _GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's messages on a lost rank
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # if a rank does not respond: gloo, NCCL and the store

@@ -14,6 +14,7 @@ from dinoseg.evaluation.scoring.intervals import UnitScore, has_labels, unit_sum
 from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_exists
 
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, where RUN is the run folder of the training."
@@ -71,8 +72,9 @@ def find_evaluation(folder: Path) -> Path:
     """Return the folder of a run's evaluation record: the run folder, or the evaluation at the end of a training.
 
     Raises:
-        UserError: the record is missing.
+        UserError: the folder or the record is missing.
     """
+    check_exists(folder, "runs", "Give run folders of mode=eval or mode=train.")
     for path in (folder, folder / EVALUATION):
         if (path / RECORD).is_file():
             return path

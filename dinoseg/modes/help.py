@@ -18,11 +18,11 @@ dinoseg turns DINO backbones into segmenters. Docs: docs/index.md; first steps: 
 usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE ...]
 """
 COMMANDS = """\
-  python -m dinoseg mode=doctor data=folder data.root=DIR data.classes=[background,leaf]
+  python -m dinoseg mode=doctor data=folder data.root=DIR 'data.classes=[background,leaf]'
                                                                      validate your own dataset
-  python -m dinoseg mode=train hparam=auto budget.minutes=30 data=folder data.root=DIR data.classes=[background,leaf]
+  python -m dinoseg mode=train hparam=auto budget.minutes=30 data=folder data.root=DIR 'data.classes=[background,leaf]'
                                                                      choose a recipe for it, and train that
-  python -m dinoseg mode=train data=folder data.root=DIR data.classes=[background,leaf] adapter=lora
+  python -m dinoseg mode=train data=folder data.root=DIR 'data.classes=[background,leaf]' adapter=lora
                                                                      train by your own settings
   python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a dataset as downloaded
   python -m dinoseg mode=plan hparam=sarrarp_lora data.root=DIR      estimate memory, and what makes it fit
@@ -37,7 +37,7 @@ COMMANDS = """\
   python -m dinoseg mode=score protocol=sar_rarp50 reference=DIR prediction=DIR
                                                                      official scores of folders, without a model
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
-  python -m dinoseg mode=compare runs=[EVALUATION,EVALUATION]        compare evaluations, with confidence intervals
+  python -m dinoseg mode=compare 'runs=[EVALUATION,EVALUATION]'      compare evaluations, with confidence intervals
   python -m dinoseg mode=export export=safetensors resume=RUN        one file, for dinoseg.load(FILE) in Python
   python -m dinoseg mode=export export=onnx resume=RUN               an ONNX graph (keys: export=onnx --help)
   python -m dinoseg mode=app resume=RUN                              try it in the browser

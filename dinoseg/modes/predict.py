@@ -125,8 +125,7 @@ def predict(
     _check_failures(run, len(images) + len(video_inputs))
     reference = None if split is None else out_dir / REFERENCES
     ids = None if shapes is None else shapes.ids
-    lines = _summary_lines(run, totals, masks is True, outputs, reference, settings, ids)
-    print("\n".join(lines))
+    print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, settings, ids)))
     return {**totals, "run": str(out_dir)}
 
 
@@ -241,7 +240,7 @@ def _settings(builder: Builder, options: dict[str, Any], folder: Path, task: Tas
     """Return the settings that results depend on, in addition to their inputs; `task` of the loaded model."""
     weights = None if builder.resume is None else list(stamp(Path(builder.resume)) or ())
     model = {key: builder.settings(key) for key in _SETTINGS if builder.value(key) is not None}
-    if model["task"].get("threshold") == "auto":
+    if model.get("task", {}).get("threshold") == "auto":
         model["task"]["threshold"] = task.thresholds
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}

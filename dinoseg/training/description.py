@@ -8,6 +8,7 @@ from typing import Any
 from dinoseg.data.classes.labels import LONGEST_NAME
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value
 
 FORMAT = 2
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
@@ -122,7 +123,9 @@ def _name(value: Any, where: str) -> None:
     """Check a name that is printed, or goes into a config, where an interpolation would be resolved."""
     is_name = isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
     if not is_name or "${" in value or value == "???":
-        raise forms.SchemaError(f"{where} is {value!r:.60}; it must be a name of 1 to {LONGEST_NAME} characters")
+        raise forms.SchemaError(
+            f"{where} is {format_value(value, 60)}; it must be a name of 1 to {LONGEST_NAME} characters"
+        )
 
 
 def _options(value: Any, where: str) -> None:
@@ -136,7 +139,7 @@ def _options(value: Any, where: str) -> None:
 
 def _precision(value: Any, where: str) -> None:
     if value not in (None, "fp32"):
-        raise forms.SchemaError(f"{where} is {value!r:.60}; it must be fp32")
+        raise forms.SchemaError(f"{where} is {format_value(value, 60)}; it must be fp32")
 
 
 _COLOUR = forms.list_of(forms.whole(0, 255), 3)

@@ -31,7 +31,7 @@ def choose_device(name: str = "auto", ranks: int = 1) -> torch.device:
     chosen = torch.device(there[0] if name == "auto" else name)
     if chosen.type == "cuda" and torch.cuda.device_count() < ranks:
         raise UserError(
-            f"engine.devices={ranks} needs as many CUDA devices, and this machine has {torch.cuda.device_count()}. Set "
+            f"engine.devices={ranks} needs one CUDA device each, and this machine has {torch.cuda.device_count()}. Set "
             "a lower number, or engine.device=cpu."
         )
     return chosen

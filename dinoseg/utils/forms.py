@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinoseg.utils.files import open_regular
+from dinoseg.utils.wording import format_value
 
 Form = Callable[[Any, str], None]
 _LARGEST = 2**63 - 1
@@ -45,7 +46,7 @@ class _ValueForm:
 
     def __call__(self, value: Any, where: str) -> None:
         if not self.is_valid(value):
-            raise SchemaError(f"{where:.99} is {value!r:.60}; it must be {self.rule}")
+            raise SchemaError(f"{where:.99} is {format_value(value, 60)}; it must be {self.rule}")
         for place, part, form in self.parts(value):
             form(part, f"{where}{place}")
 

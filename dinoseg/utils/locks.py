@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,13 @@ from typing import IO
 from dinoseg.utils.errors import WaitEnded
 from dinoseg.utils.files import open_regular, open_to_append
 from dinoseg.utils.waiting import Wait
+from dinoseg.utils.wording import format_text
 
 log = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two attempts to lock a file
-_ALIVE = 10.0  # seconds between two signs of life of a holder
-_LIFELESS = 600.0  # seconds without a sign of life after which others stop waiting: ending them costs more than waiting
+_LIMIT = 86400.0  # seconds to wait for a holder that hangs: packing or preparing a large dataset takes hours
 _LOCK_OFFSET = 2**30  # byte that is locked on Windows, beyond any content that others may read
 _held: set[IO[str]] = set()
-_alive: set[Path] = set()  # lock files whose modification time shows that this process is alive
-_heart: threading.Thread | None = None
 
 
 def acquire(path: Path, *, wait: float = 0.0) -> IO[str] | None:
@@ -42,7 +39,7 @@ def acquire(path: Path, *, wait: float = 0.0) -> IO[str] | None:
     file = _try_to_lock(path, logging.WARNING)
     if file is None and wait:
         with contextlib.suppress(WaitEnded):
-            file = _wait_for_lock(path, limit=wait, notice=0.0, poll=_POLL, level=logging.WARNING)
+            file = _wait_for_lock(path, "Another process", limit=wait)
     if file is not None:
         _held.add(file)
     return file
@@ -58,18 +55,18 @@ def release(file: IO[str]) -> None:
 def hold_lock(
     path: Path,
     *,
-    limit: float | None = None,
+    limit: float = _LIMIT,
     notice: float = 0.0,
     poll: float = _POLL,
     level: int = logging.WARNING,
 ) -> Iterator[None]:
     """Hold a lock file during the block, waiting for its current holder; the file is removed at the end.
 
-    The file names its holder, which modifies it every 10 s to show that it is alive.
+    The file names its holder. The lock of a holder that was killed is free, so only one that hangs is waited for long.
 
     Args:
         path: of the lock file.
-        limit: seconds to wait; None: until the holder has shown no sign of life for 10 minutes.
+        limit: seconds to wait.
         notice: seconds after which the wait is logged.
         poll: seconds between two attempts.
         level: of the log record about a file system without locks.
@@ -82,34 +79,37 @@ def hold_lock(
     file = _wait_for_lock(path, limit=limit, notice=notice, poll=poll, level=level)
     _held.add(file)
     _write_holder(file)
-    _show_life(path)
     try:
         yield
     finally:
-        _alive.discard(path)
         with contextlib.suppress(OSError):
             path.unlink()
         release(file)
 
 
-def _wait_for_lock(path: Path, *, limit: float | None, notice: float, poll: float, level: int) -> IO[str]:
+def _wait_for_lock(
+    path: Path,
+    holder: str | None = None,
+    *,
+    limit: float,
+    notice: float = 0.0,
+    poll: float = _POLL,
+    level: int = logging.WARNING,
+) -> IO[str]:
+    """Return the locked file; `holder`: subject of the log line, None if the file names it."""
     wait = Wait(
         lambda seconds: (
-            f"{_read_holder(path)} has locked {path}: waiting for it ({seconds:.0f} s so far). End that process if it "
-            "hangs."
+            f"{holder or _read_holder(path)} has locked {path}: waiting for it ({seconds:.0f} s so far, at most "
+            f"{limit:g} s). End that process if it hangs."
         ),
-        limit=_LIFELESS if limit is None else limit,
+        limit=limit,
         notice=notice,
     )
-    sign = _life_sign(path)
     while True:
         file = _try_to_lock(path, level)
         if file is not None:
             return file
         time.sleep(poll)
-        if limit is None and _life_sign(path) != sign:
-            sign = _life_sign(path)
-            wait.note_progress()
         wait.check()
 
 
@@ -121,32 +121,8 @@ def _write_holder(file: IO[str]) -> None:
 
 def _read_holder(path: Path) -> str:
     with contextlib.suppress(OSError), open_regular(path) as file:
-        return file.read(200).decode(errors="replace") or "Another process"
+        return format_text(file.read(200).decode(errors="replace")) or "Another process"
     return "Another process"
-
-
-def _life_sign(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
-
-
-def _show_life(path: Path) -> None:
-    """Modify a lock file from time to time while it is in `_alive`; one thread does so for all of this process."""
-    global _heart
-    _alive.add(path)
-    if _heart is None:
-        _heart = threading.Thread(target=_beat, name="dinoseg locks", daemon=True)
-        _heart.start()
-
-
-def _beat() -> None:
-    while True:
-        time.sleep(_ALIVE)
-        for path in list(_alive):
-            with contextlib.suppress(OSError):
-                os.utime(path)
 
 
 def _try_to_lock(path: Path, level: int) -> IO[str] | None:
@@ -179,13 +155,9 @@ def _lock(file: IO[str]) -> None:
 
 
 def _close_locks() -> None:
-    """Release in a forked process what its parent holds; the parent's thread does not exist there."""
-    global _heart
     for file in _held:
         file.close()
     _held.clear()
-    _alive.clear()
-    _heart = None
 
 
 if sys.platform != "win32":

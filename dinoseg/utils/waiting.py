@@ -33,12 +33,7 @@ class Wait:
         self._next_line = notice
         self._grace = grace
         self._last_check = time.monotonic()
-        self._total = 0.0  # seconds since the beginning
-        self._still = 0.0  # seconds since the last progress
-
-    def note_progress(self) -> None:
-        """Start the limit anew."""
-        self._still = 0.0
+        self._seconds = 0.0
 
     def check(self) -> None:
         """Count the time since the last check, and log the wait if that is due.
@@ -47,14 +42,12 @@ class Wait:
             WaitEnded: the limit is reached, or a stop is requested.
         """
         now = time.monotonic()
-        passed = min(now - self._last_check, _MAX_GAP)
+        self._seconds += min(now - self._last_check, _MAX_GAP)
         self._last_check = now
-        self._total += passed
-        self._still += passed
-        if self._total >= self._grace and is_stop_requested():
-            raise WaitEnded(f"{self._describe(self._total)} The wait ends: a stop was requested.")
-        if self._still >= self._limit:
-            raise WaitEnded(f"{self._describe(self._total)} The wait ends after {self._limit:g} s without progress.")
-        if self._total >= self._next_line:
-            self._next_line = max(NOTICE, _RARER * self._total)
-            log.warning("%s", self._describe(self._total))
+        if self._seconds >= self._grace and is_stop_requested():
+            raise WaitEnded(f"{self._describe(self._seconds)} The wait ends: a stop was requested.")
+        if self._seconds >= self._limit:
+            raise WaitEnded(f"{self._describe(self._seconds)} The wait ends after {self._limit:g} s.")
+        if self._seconds >= self._next_line:
+            self._next_line = max(NOTICE, _RARER * self._seconds)
+            log.warning("%s", self._describe(self._seconds))

@@ -36,7 +36,7 @@ MISTAKES = {  # after mode=summary
     "-m seed=1,2,1 head=linear,mlp": "seed=1,2,1 gives a value twice",
     # shapes, before the input is searched
     "mode=predict input=nothing mode.shapes=[1]": "mode.shapes is a group of keys. Set one of them: mode.shapes.f",
-    "mode=predict input=nothing mode.outputs=[coko]": "mode.outputs names coko: choose some of coco, ",
+    "mode=predict input=* mode.outputs=[coko]": "mode.outputs names coko: choose some of coco, ",
 }
 
 

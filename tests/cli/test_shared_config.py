@@ -15,6 +15,8 @@ from dinoseg.utils.errors import UserError
 @pytest.fixture
 def receive(compose, tmp_path, monkeypatch):
     """Return a function that launches rank 1 of 2 with another config of rank 0, and returns the config that it ran."""
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: to_container(cfg))

@@ -1,6 +1,7 @@
 """The overview names every group, every option and the commands to start with."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_the_commands_it_shows_compose(compose):
     lines = re.findall(r"^ +python -m dinoseg (.*?)(?:   .*)?$", mode.overview(), re.MULTILINE)
     assert len(lines) >= 7 and "--version" in lines
     for line in [line for line in lines if line.startswith(("mode=", "-m mode="))]:
-        words = [word for word in line.split() if "=" in word]
+        words = [word for word in shlex.split(line) if "=" in word]
         cfg = compose(*[word if "[" in word else word.partition(",")[0] for word in words])
         assert cfg.choices.mode in listed_options()["mode"] and f"mode={cfg.choices.mode}" in words
 

@@ -82,7 +82,7 @@ RENDERED = {
     f"{MOVI} render.train_videos=half": "train_videos=half is of type str",
     "mode=render data=sarrarp data.root=new render.size=[47,80]": "both must be even",
     "mode=render data=sarrarp data.root=new render.val_videos=3": "lacks this key...have it: render=movi.",
-    " ".join((*SLOTS, "metric=[nsd]")): "metric=[nsd] scores images with masks",
+    " ".join((*SLOTS, "data.root=.", "metric=[nsd]")): "metric=[nsd] scores images with masks",
 }
 FURTHER = {  # of keys and messages like those above
     "mode=train head=mlp +head.init=probe": "does not take init",

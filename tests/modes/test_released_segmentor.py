@@ -138,7 +138,7 @@ def test_untrained_or_missing_parts_of_a_segmentor_are_refused(files, tmp_path):
         (["hparam=idd_m2f", *SMALL, *weights(files)], "this mode needs a trained model"),
         ([*recipe, weights(files)[0], f"head.weights={files[0]}"], f"head.weights={files[0]}"),
         (hub, "head.weights is not set"),
-        ([*hub, "head.weights=typo.pth"], "head.weights=typo.pth: file not found"),
+        ([*hub, "head.weights=typo.pth"], "head.weights=typo.pth: file or folder not found"),
     ):
         done = call(tmp_path, "mode=predict", "input=a.png", *words)
         assert done.status == 1 and message in done.err, done.err

@@ -94,6 +94,7 @@ ELSEWHERE = {  # keys whose effect other tests see
     "engine.tf32": "GPUs",
     "engine.compile": "compiled blocks",
     "inference.batch_size": "number of windows in a pass",
+    "mode.paths": "paths that do not exist",
 }
 
 

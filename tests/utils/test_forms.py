@@ -196,6 +196,10 @@ test_forms_say_where_and_what = refusals(
         "no number": (lambda: parse_json("NaN", forms.number()), "is nan; it must be a number"),
         "a number above 1": (lambda: parse_json("2", forms.number(0, 1)), "is 2; it must be a number from 0 to 1"),
         "no float": (lambda: parse_json("1" + "0" * 400, forms.number()), "must be a number"),
+        "a long value": (
+            lambda: parse_json(f'["{"a" * 99}"]', forms.list_of(forms.whole())),
+            f"it[0] is '{'a' * 56}...; it must be",
+        ),
         "no flag": (lambda: parse_json("1", forms.flag), "must be true or false"),
     },
     error=SchemaError,

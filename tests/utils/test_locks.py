@@ -7,7 +7,6 @@ import threading
 
 import pytest
 
-from dinoseg.utils import locks
 from dinoseg.utils.errors import WaitEnded
 from dinoseg.utils.locks import acquire, hold_lock, release
 
@@ -78,31 +77,22 @@ def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(tmp_path, caplo
     assert entered.is_set() and not path.exists()
 
 
-def test_wait_names_the_holder_and_ends_without_sign_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "_LIFELESS", 0.3)
+def test_wait_names_the_holder_and_has_a_limit(tmp_path):
     path = tmp_path / "lock"
-    with hold_lock(path):
-        monkeypatch.setattr(locks, "_alive", set())  # as of a stopped process
-        with pytest.raises(WaitEnded, match=f"Process {os.getpid()} on .* has locked {path}"), hold_lock(path):
-            pass
+    with (
+        hold_lock(path),
+        pytest.raises(WaitEnded, match=f"Process {os.getpid()} on .* has locked {path}.*The wait ends after 0.3 s"),
+        hold_lock(path, limit=0.3),
+    ):
+        pass
     with hold_lock(path):
         pass
 
 
-def test_sign_of_life_of_the_holder_starts_the_limit_anew(tmp_path, monkeypatch):
-    path = tmp_path / "lock"
-    noted = threading.Event()
-    monkeypatch.setattr(locks, "_ALIVE", 0.01)
-    monkeypatch.setattr(locks, "_heart", None)
-    monkeypatch.setattr(locks.Wait, "note_progress", lambda _: noted.set())
-
-    def wait():
-        with hold_lock(path):
-            pass
-
-    with hold_lock(path):
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        assert noted.wait(60)
-    waiting.join(60)
-    assert not path.exists()
+def test_wait_for_a_log_does_not_take_its_lines_for_a_holder(tmp_path, caplog):
+    log = tmp_path / "run.log"
+    first = acquire(log)
+    log.write_text("step 1\n")
+    assert acquire(log, wait=0.3) is None
+    assert f"Another process has locked {log}" in caplog.text and "step 1" not in caplog.text
+    release(first)

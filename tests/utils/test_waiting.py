@@ -35,12 +35,10 @@ def test_wait_is_logged_more_and_more_rarely(check_after, caplog):
     assert caplog.messages == ["No news for 5 s.", "No news for 25 s.", "No news for 125 s."]
 
 
-def test_limit_counts_from_the_last_progress(check_after):
+def test_wait_ends_at_its_limit(check_after):
     wait = Wait(describe, limit=9)
     check_after(wait, 8)
-    wait.note_progress()
-    check_after(wait, 8)
-    with pytest.raises(WaitEnded, match="No news for 17 s. The wait ends after 9 s without progress"):
+    with pytest.raises(WaitEnded, match="No news for 9 s. The wait ends after 9 s"):
         check_after(wait, 1)
 
 

@@ -136,7 +136,9 @@ def _name(value: Any) -> str:
 def _check_mapping(node: Any, where: str, keys: Sequence[str]) -> None:
     unknown = [key for key in node if key not in keys] if isinstance(node, dict) else [node]
     if unknown:
-        raise ValueError(f"{where} has {unknown[0]!r:.60}: give a mapping with the keys {', '.join(keys) or 'none'}")
+        raise ValueError(
+            f"{where} has {format_value(unknown[0], 60)}: give a mapping with the keys {', '.join(keys) or 'none'}"
+        )
 
 
 def _check_entry(node: Any, where: str, masks: str, keys: Sequence[str]) -> None:
@@ -144,7 +146,7 @@ def _check_entry(node: Any, where: str, masks: str, keys: Sequence[str]) -> None
     _check_mapping(node, f"with `masks: {masks}`, {where}", keys)
     for key, value in node.items():
         if not isinstance(value, list):
-            raise ValueError(f"{key} of {where} is {value!r:.60}: give a list")
+            raise ValueError(f"{key} of {where} is {format_value(value, 60)}: give a list")
 
 
 def _colors(entry: Mapping[str, Any]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from dinoseg.extensions.annotations.annotation_files import (
     find_annotations,
     read_annotations,
 )
-from dinoseg.extensions.annotations.drawing import Drawing, Form
+from dinoseg.extensions.annotations.drawing import Drawing, Form, Polygons
 from dinoseg.extensions.annotations.entry import Entry, LabelledShape, size_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
@@ -28,7 +28,9 @@ from dinoseg.utils.wording import count_of, format_override, format_text, join_n
 
 log = logging.getLogger(__name__)
 IGNORE = "ignore"
-MAX_SHAPES = 2**15  # of an image, which take 15 s to draw; dense datasets have some thousands
+MAX_SHAPES = (
+    2**15
+)  # of an image, and polygons of an object, which take 15 s to draw; dense datasets have some thousands
 
 
 class NotThere(ValueError):
@@ -94,6 +96,12 @@ def name_of(entry: Entry) -> str:
     """Return an entry's name: its image's name without image suffix."""
     path = PurePosixPath(entry.image.replace("\\", "/"))
     return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+
+
+def _count_shapes(entry: Entry) -> int:
+    """Return the number of an entry's shapes; each polygon of an object counts, as it is drawn by itself."""
+    forms = [shape.form for shape in entry.shapes]
+    return sum(len(form.rings) if isinstance(form, Polygons) else 1 for form in forms)
 
 
 def _stays_below(image: str) -> bool:
@@ -304,10 +312,11 @@ class _Maker:
                 reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
                 return IncompletePair(name, reason, "Correct the shapes in the annotation tool, and export again.")
             size = size_of_image(entry, image)
-            if len(entry.shapes) > MAX_SHAPES:
+            count = _count_shapes(entry)
+            if count > MAX_SHAPES:
                 return IncompletePair(
                     name,
-                    f"{entry.path}: {entry.image} has {len(entry.shapes)} shapes, over {MAX_SHAPES}.",
+                    f"{entry.path}: {entry.image} has {count} shapes, over {MAX_SHAPES}.",
                     "Split the image, or draw its shapes into a mask file for data=folder.",
                 )
         except NotThere as error:

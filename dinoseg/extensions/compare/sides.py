@@ -194,6 +194,7 @@ def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
     ]
     for side in sides:
         _warn_of_others(side)
+        _warn_of_repeated(side)
     folds = [_group_folds(side) for side in sides]
     scored = {place: record for of_side in folds for fold in of_side for place, record in fold.items()}
     for side in sides:  # a side of one fold, too: its evaluation may be of another fold than its training
@@ -405,6 +406,21 @@ def _warn_of_others(side: Side) -> None:
         )
 
 
+def _warn_of_repeated(side: Side) -> None:
+    """Warn of runs of a side that have one recipe, seed and fold: they are no independent runs."""
+    alike: dict[str, list[str]] = {}
+    for name, recipe in zip(side.names, side.recipes, strict=True):
+        if recipe:
+            alike.setdefault(repr((sorted(recipe.keys.items()), recipe.seed, recipe.fold)), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            logger.warning(
+                "%s are one side, but have the same settings, seed and fold: intervals count them as independent runs, "
+                "and may be too narrow. Name one of them.",
+                join_names(names),
+            )
+
+
 def _warn_of_lacking_folds(sides: Sequence[Side]) -> None:
     """Warn of each side that lacks folds, and of the settings in which runs of these folds in such sides differ."""
     lacking: dict[str, tuple[Recipe, set[int]]] = {}
@@ -439,7 +455,7 @@ def rename_sides(sides: Sequence[Side], names: Sequence[str]) -> list[Side]:
     """
     if len(names) != len(sides) or len({*map(str, names)}) != len(sides):
         raise UserError(
-            f"names={format_override([*names])}: give a different name for each side, in this order: "
+            f"mode.names={format_override([*names])}: give a different name for each side, in this order: "
             f"{', '.join(side.name for side in sides)}."
         )
     return [replace(side, name=str(name)) for side, name in zip(sides, names, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 from dinoseg.core.sizes import Size, backbone_size, reduced_longest
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value
 
 KEY = "dinoseg"  # metadata key: JSON of `graph` and of `ModelFacts.description`
 OUTPUTS = {  # kind of graph to the names of its outputs
@@ -22,7 +23,7 @@ _SIDE = forms.whole(1, 2**15)
 def _one_of(*names: str) -> forms.Form:
     def check(value: Any, where: str) -> None:
         if value not in names:
-            raise forms.SchemaError(f"{where} is {value!r:.60}; it must be one of {', '.join(names)}")
+            raise forms.SchemaError(f"{where} is {format_value(value, 60)}; it must be one of {', '.join(names)}")
 
     return check
 

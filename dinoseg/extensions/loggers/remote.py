@@ -14,6 +14,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_sweep_folder
+from dinoseg.utils.wording import format_value
 
 _RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)  # it becomes part of URLs and of names of folders
 
@@ -21,7 +22,7 @@ _RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)  # it becomes part of URLs and of
 def _run_id(value: Any, where: str) -> None:
     """Check that a value is the id of a tracked run."""
     if not (isinstance(value, str) and _RUN_ID.fullmatch(value)):
-        raise forms.SchemaError(f"{where} is {value!r:.60}; it must be 1 to 64 letters, digits, _ and -")
+        raise forms.SchemaError(f"{where} is {format_value(value, 60)}; it must be 1 to 64 letters, digits, _ and -")
 
 
 _RECORD = forms.record(id=forms.maybe(_run_id), logged=forms.table(forms.whole()))

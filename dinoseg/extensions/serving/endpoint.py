@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import secrets
 import shutil
 import time
@@ -31,12 +32,13 @@ from dinoseg.extensions.serving.mask_editor import encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.work import OutOfTime, Work, WorkCancelled, run_in_thread
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_text, format_value
+from dinoseg.utils.wording import format_text
 
 logger = logging.getLogger(__name__)
 _MAX_FIELDS = 16  # of a form, beside its file; they are not read
 _FIELD_BYTES = 2**16
 _MAX_ANSWER = 8 * MIB  # of objects as JSON; smooth masks of 100 objects in 16 million pixels take about 2 MiB
+_PLAIN_NUMBER = re.compile(r"[0-9.eE+ -]+")  # Python also reads 0_1, and the digits of other scripts
 _POLL = 0.5  # seconds between two checks of work that runs
 
 
@@ -196,7 +198,7 @@ def parse_query(query: QueryParams, *names: str) -> dict[str, str]:
     """
     for name, count in Counter(name for name, _ in query.multi_items()).items():
         if name not in names:
-            raise UserError(f"The parameter {format_value(name)} is unknown. This address takes {' and '.join(names)}.")
+            raise UserError(f"The parameter {format_text(name)} is unknown. This address takes {' and '.join(names)}.")
         if count > 1:
             raise UserError(f"{name} is given {count} times. Give it once, and send a request for each value.")
     return dict(query)
@@ -223,11 +225,11 @@ def parse_score(text: str) -> float:
         UserError: if it is no number from 0 to 1.
     """
     try:
-        score = float(text)
+        score = float(text) if _PLAIN_NUMBER.fullmatch(text) else math.nan
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
-        raise UserError(f"score={format_text(text)} is not a number from 0 to 1.")
+        raise UserError(f"score={format_text(text)} is not a number from 0 to 1. Give one, or leave score out.")
     return score
 
 

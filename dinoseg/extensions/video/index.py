@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # datasets of images do not need FFmpeg's libraries
 
 log = logging.getLogger(__name__)
 _WORTH_A_PROCESS = 64 * 2**20  # bytes of video; a process takes a second to start
+_PATIENCE = 600.0  # seconds to wait for the process that indexes a video: this one can index it, too
 _known: dict[tuple[Path, int, int], "VideoIndex"] = {}
 
 
@@ -198,5 +199,5 @@ def _index_lock(index_path: Path | None) -> Iterator[None]:
         if index_path is not None:
             with contextlib.suppress(OSError, WaitEnded):
                 create_cache_dir(index_path.parents[1])
-                stack.enter_context(hold_lock(index_path.with_suffix(".lock")))
+                stack.enter_context(hold_lock(index_path.with_suffix(".lock"), limit=_PATIENCE))
         yield

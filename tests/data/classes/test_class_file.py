@@ -180,7 +180,7 @@ def test_missing_classes_and_file_are_reported(load, tmp_path):
 @pytest.mark.parametrize(
     ("root", "problem"),
     [
-        ("nowhere", "data.root=nowhere is not a folder. Give the folder that holds the dataset. "),
+        ("nowhere", "data.root=nowhere: file or folder not found. Give the folder that holds the dataset. "),
         ("flat", "No folder flat/train/images for split train (pattern {split}/images). flat holds the folders images"),
         ("split", "data.classes is not set. Give the class names in id order: "),
     ],

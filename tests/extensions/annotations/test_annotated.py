@@ -351,10 +351,11 @@ def test_images_without_or_with_too_many_shapes(tmp_path, caplog, monkeypatch):
     coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[])
     refused("coco", root, "no image with a shape. Annotate some, or set ", without_shapes="skip")
     monkeypatch.setattr(annotated, "MAX_SHAPES", 2)
-    boxes = [(1, 1, [CORNERS])] * 2 + [(2, 1, [CORNERS])] * 3
-    coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=boxes)
-    data = open_annotated("coco", root)
-    assert data.names == ["a"] and "b.png has 3 shapes, over 2" in data.lacking["b"]
+    for of_b in ([(2, 1, [CORNERS])] * 3, [(2, 1, [CORNERS] * 3)]):  # the polygons of one object count, too
+        boxes = [(1, 1, [CORNERS])] * 2 + of_b
+        coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=boxes)
+        data = open_annotated("coco", root)
+        assert data.names == ["a"] and "b.png has 3 shapes, over 2" in data.lacking["b"]
 
 
 def test_missing_images_are_reported_and_other_folders_read(tmp_path):

@@ -171,6 +171,9 @@ def test_every_list_of_runs_is_a_side(runs, compare_sides):
         of_seed(runs, "first", f"a{seed}", seed)
     said = compare_sides(["a0", "second"], "a1")[-1]
     assert "a0, second are one side, but differ in more than seed and fold: resolution.scale" in said
+    copy_run(runs, "a0", "again")  # another seed by the user's list alone
+    said = compare_sides(["a0", "again", "a1"], "second")[-1]
+    assert "a0, again are one side, but have the same settings, seed and fold" in said
 
 
 def test_costs_in_a_run_folder_are_listed(runs):
@@ -226,7 +229,7 @@ def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
         (None, "runs=null names no run. Give at least two run folders"),
         ("first", "runs=first names 1 run. Give"),
         (["first", "first"], "first more than once. Give"),
-        (["first", "nowhere"], "runs: nowhere holds no evaluation.json"),
+        (["first", "nowhere"], "runs=nowhere: file or folder not found. Give run"),
         ([["first", "second"]], "runs=[[first,second]] makes 1 side. Give"),
         (["first", []], "runs=[first,[]] has a side without a separate run. Give"),
     ],
@@ -251,7 +254,7 @@ def test_there_are_at_most_32_sides(runs):
 def test_there_are_at_most_160_runs(tmp_path):
     folders = [str(tmp_path / str(number)) for number in range(161)]
     assert_refused(lambda: sides_of(folders), "names 161 runs", "and 160 runs can be compared")
-    assert_refused(lambda: sides_of(folders[:160]), "0 holds no evaluation.json")
+    assert_refused(lambda: sides_of(folders[:160]), "0: file or folder not found")
 
 
 def test_damaged_record_is_refused(runs):

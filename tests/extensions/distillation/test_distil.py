@@ -180,8 +180,14 @@ def test_incompatible_options_are_refused(folder, compose, words, said):
 
 test_message_names_value_and_remedy = refusals(
     {
-        "no teacher": (command(*PLAIN, "trainer=distil"), "needs a trained model, but teacher=null. Set teacher=RUN"),
-        "not a key of it": (command(*WORDS, "~trainer.teacher"), "~trainer.teacher removes a key that is read"),
+        "no teacher": (
+            command(*PLAIN, "trainer=distil", "data.root=."),
+            "needs a trained model, but teacher=null. Set teacher=RUN",
+        ),
+        "not a key of it": (
+            command(*WORDS, "~trainer.teacher", "data.root=."),
+            "~trainer.teacher removes a key that is read",
+        ),
         "plan": (
             command("mode=plan", *(word for word in WORDS if not word.startswith(("mode.", "mode=train")))),
             "trainer=distil is not supported:",

@@ -213,7 +213,7 @@ CROP = r"resolution.crop=.* must be \[height, width\]"
         ("sizes", {"typical": -1, "largest": 5}, "sizes.typical is -1; it must be"),
         ("config.resolution.longest", -3, "resolution.longest=-3 is out of range"),
         ("config.resolution.crop", [0, 0], r"resolution.crop=\[0, 0\] with"),
-        ("config.resolution.crop", "wide", "resolution.crop=wide"),
+        ("config.resolution.crop", "wide", "resolution.crop='wide'"),
         ("config.resolution.crop", None, CROP),
         ("config.resolution.crop", [16, 16, 16], CROP),
         ("config.resolution.crop", [512.0, 512.0], CROP),

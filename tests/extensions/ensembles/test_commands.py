@@ -123,7 +123,7 @@ def test_out_of_fold_scores_of_two_heads_are_compared(runs):
     page = (runs / "compared/report.html").read_text()
     assert page.count('<div class="shot">') > 3 and "| whole" in (runs / "compared/table.md").read_text()
     refused = call(runs, "mode=compare", "runs=[a,b]", "mode.names=[whole]")
-    assert "names=[whole]: give a different name for each side, in this order: a, b." in refused.err
+    assert "error: mode.names=[whole]: give a different name for each side, in this order: a, b." in refused.err
 
 
 def test_a_sweep_is_averaged_on_new_images(runs, monkeypatch):

@@ -202,9 +202,11 @@ def test_long_operation_does_not_delay_the_exit(monkeypatch):
         ("segment?score=0.5", "This address takes class."),
         (f"segment?class={'x' * 2000}", "/health"),
         ("objects?class=tree", "class=tree is unknown"),
-        ("objects?score=nan", "score=nan is not a number from 0 to 1"),
+        ("objects?score=nan", "score=nan is not a number from 0 to 1. Give one, or leave score out."),
         ("objects?score=", "from 0 to 1"),
         ("objects?score=1.1", "score=1.1"),
+        ("objects?score=0_1", "score=0_1 is not a number"),
+        ("objects?score=\u0661", "is not a number from 0 to 1"),
     ],
 )
 def test_invalid_query_is_refused_in_one_sentence(tmp_path, address, reason):

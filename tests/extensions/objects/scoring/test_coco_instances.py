@@ -237,7 +237,7 @@ def change(side, place, **values):
         ),
         (change("results", 4, score=float("nan")), "image 6, result 4: its score is nan: give a finite number"),
         (change("results", 4, score=10**400), "image 6, result 4: its score is 1000"),
-        (change("results", 4, score="high"), "image 6, result 4: its score is high: give a finite number"),
+        (change("results", 4, score="high"), "image 6, result 4: its score is 'high': give a finite number"),
         (change("results", 4, image_id=99), "image 99, result 4: the image is not in gt.json"),
         (change("results", 4, segmentation=encode(np.ones((9, 9)))), "image 6, result 4: its mask has the size [9, 9]"),
         (change("results", 4, segmentation=[]), "image 6, result 4: it has no segmentation"),
