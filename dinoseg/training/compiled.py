@@ -122,7 +122,7 @@ class _CudaGraph(_Replacement):
             except RuntimeError as error:  # a backbone that waits for the device, or too little memory
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 logger.warning("engine.compile=true: no CUDA graph (%s); continuing without it.", reason)
-                self._failed, self._graph = True, None
+                self._failed = True
                 return self._plain(images)
         else:
             self._images.copy_(images)
@@ -145,7 +145,8 @@ class _CudaGraph(_Replacement):
             with torch.cuda.stream(stream):
                 self._plain(self._images)  # kernels choose their workspaces outside the graph
             torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # a thread that pins the next batch must not invalidate the capture
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._maps = self._plain(self._images)
+        self._graph = graph  # only a complete one, whatever ends the capture

@@ -1,4 +1,5 @@
 import logging
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -138,3 +139,14 @@ def test_failed_capture_of_a_graph_continues_without_it(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "engine.compile=true: no CUDA graph (operation not permitted); continuing without it."
     ]
+
+
+def test_interrupted_capture_of_a_graph_leaves_none(monkeypatch):
+    graph = compiled._CudaGraph(tiny_vit().eval())
+    ended = iter([None, InterruptedError])  # the pass before the capture, and the captured one
+    monkeypatch.setattr(graph, "_plain", Mock(side_effect=ended))
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock(**{"return_value.__exit__.return_value": False}))
+    with pytest.raises(InterruptedError):
+        graph._capture(torch.rand(1, 3, 32, 24))
+    assert graph._graph is None

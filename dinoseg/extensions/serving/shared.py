@@ -21,6 +21,7 @@ from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.segmenter.model import Model
 
 _PLACES = 4  # images in memory at once, which bounds it however many requests wait
+_POLL = 0.5  # seconds between two checks of work that waits for a place
 _LAST_SECONDS = 5  # that `close` waits for the model
 
 
@@ -57,9 +58,13 @@ class SharedModel:
             WorkCancelled: as `check`.
             OutOfTime: as `check`.
         """
-        with self._places:
+        while not self._places.acquire(timeout=_POLL):
+            self.check(work)
+        try:
             self.check(work)
             yield
+        finally:
+            self._places.release()
 
     def decode(self, path: Path) -> np.ndarray:
         """Return an image (H, W, 3) uint8 RGB of a file; only with `hold_place`.

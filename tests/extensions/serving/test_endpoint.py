@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from fastapi import Request
 from fastapi.testclient import TestClient
 from object_models import draw_image, make_served
@@ -161,6 +162,26 @@ def test_images_of_departed_clients_are_not_computed(tmp_path, waits):
                 thread.join()
     assert len(started) == (not waits) and not ended
     assert endpoint.error_response(WorkCancelled()).status_code == 499
+
+
+def test_images_of_departed_clients_wait_for_no_place(monkeypatch):
+    monkeypatch.setattr(shared_module, "_PLACES", 0)
+    monkeypatch.setattr(shared_module, "_POLL", 0.01)
+    with shared_model() as shared:
+        waiting = run_in_thread(shared.hold_place(Work(is_cancelled=True)).__enter__)
+        with pytest.raises(WorkCancelled):
+            asyncio.run(asyncio.wait_for(waiting, 10))
+
+
+def test_compiled_code_stays_whole_and_is_checked_around():
+    compiled = torch.compile(lambda pixels: (pixels + 1).relu(), backend="eager", fullgraph=True)
+    with shared_model() as shared:
+        with shared._compute(Work()):
+            assert compiled(torch.ones(2)).tolist() == [2, 2]
+        work = Work()
+        with pytest.raises(WorkCancelled), shared._compute(work):
+            work.is_cancelled = True
+            torch.add(compiled(torch.ones(2)), 1)
 
 
 def test_long_operation_does_not_delay_the_exit(monkeypatch):
