@@ -32,8 +32,8 @@ def describe_runs(sweep: Path, best: Mapping[str, Any], jobs: Sequence[Mapping[s
         for number, path in folders.items()
     }
     of_best = [runs[number] for number in str(best["job"]).split(",") if number in runs]
-    resume = shlex.quote(f"resume=[{','.join(of_best)}]") if len(of_best) > 1 else f"resume={''.join(of_best)}"
-    return [f"runs: {sweep}/JOB", *([f"best: {resume}"] if of_best else [])]
+    value = f"[{','.join(of_best)}]" if len(of_best) > 1 else "".join(of_best)
+    return [f"runs: {sweep}/JOB", *([f"best: {shlex.quote(f'resume={value}')}"] if of_best else [])]
 
 
 class JobResults:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
 from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.extensions.sweeps import table as sweep_table
+from dinoseg.extensions.sweeps.job_results import describe_runs
 from dinoseg.extensions.sweeps.table import FOLD, SweepTable, over_folds
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.report.table import percent
@@ -30,6 +32,13 @@ QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0")
 def rows_of(path):
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("jobs", "value"), [("0", "/my data/0"), ("1,0", "[/my data/1,/my data/0]"), ("7", None)])
+def test_best_runs_can_be_pasted_into_a_shell(jobs, value):
+    rows = [{"job": number, "run": f"/my data/{number}"} for number in "01"] + [{"job": "7", "run": ""}]
+    lines = describe_runs(Path("/my data"), {"job": jobs}, rows)
+    assert lines == ["runs: /my data/JOB", *([f"best: 'resume={value}'"] if value else [])]
 
 
 def of_job(folder, number=0, sweeper=None, metric=None):

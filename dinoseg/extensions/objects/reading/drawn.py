@@ -23,7 +23,7 @@ class DrawnObject(NamedTuple):
 
     Attributes:
         class_id: its class.
-        is_crowd: whether it is an area of objects that were not told apart.
+        is_crowd: whether it is an area of objects that were not separated.
         forms: of its parts, whose union it is.
     """
 
