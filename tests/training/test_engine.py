@@ -31,7 +31,7 @@ def test_each_rank_needs_its_own_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 2).type == "cuda" and choose_device("cpu", 3).type == "cpu"
-    assert_refused(lambda: choose_device("auto", 3), "engine.devices=3 needs as many CUDA devices", "machine has 2")
+    assert_refused(lambda: choose_device("auto", 3), "engine.devices=3 needs one CUDA device each", "machine has 2")
 
 
 class SlotHead(LinearHead):
