@@ -104,8 +104,23 @@ def test_an_interrupt_stops_everything():
         run_pipeline(range(1000), infer, lambda item: None, depth=1)
 
 
-@pytest.mark.parametrize("stage", ["read", "write"])
-def test_signal_ends_a_pipeline_whose_stage_hangs(stage, monkeypatch, caplog):
+def test_failed_stage_ends_the_wait_for_one_that_hangs(monkeypatch):
+    go = threading.Event()
+    ended = []
+
+    def read():
+        yield 1
+        raise Broken("read")
+
+    monkeypatch.setattr(stream, "_ENDING", 0.1)
+    with pytest.raises(Broken, match="read"):
+        run_pipeline(read(), lambda item: item, lambda item: ended.append(go.wait(30)))
+    assert not ended
+    go.set()
+
+
+@pytest.mark.parametrize(("stage", "items"), [("read", 1), ("write", 1), ("write", 5)])
+def test_signal_ends_a_pipeline_whose_stage_hangs(stage, items, monkeypatch, caplog):
     go = threading.Event()
 
     def interrupt(_):
@@ -116,7 +131,7 @@ def test_signal_ends_a_pipeline_whose_stage_hangs(stage, monkeypatch, caplog):
             go.wait()
 
     def read():
-        yield 1
+        yield from range(items)
         if stage == "read":
             go.wait()
 
@@ -124,7 +139,7 @@ def test_signal_ends_a_pipeline_whose_stage_hangs(stage, monkeypatch, caplog):
     monkeypatch.setattr(stream, "_ENDING", 0.1)
     monkeypatch.setattr(waiting.log, "filters", [interrupt])
     with pytest.raises(KeyboardInterrupt):
-        run_pipeline(read(), lambda item: item, write)
+        run_pipeline(read(), lambda item: item, write, depth=1)
     go.set()
     for thread in threading.enumerate():
         if thread.name in stream.STAGES:

@@ -201,6 +201,7 @@ test_forms_say_where_and_what = refusals(
             f"it[0] is '{'a' * 56}...; it must be",
         ),
         "no flag": (lambda: parse_json("1", forms.flag), "must be true or false"),
+        "no bit": (lambda: parse_json("1.0", forms.bit), "it is 1.0; it must be 0, 1, true or false"),
     },
     error=SchemaError,
 )

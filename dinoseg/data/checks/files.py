@@ -173,7 +173,7 @@ def _look_like_instances(records: Sequence[Record], part: ScannedSplit) -> bool:
     Each mask counts its objects from 1, or no number is in most masks. With more than two classes, the first
     objects would have the ids of classes.
     """
-    if len(part.classes) != 2 or len(records) < 2:
+    if len(part.classes) != 2:
         return False
     ids = [
         {

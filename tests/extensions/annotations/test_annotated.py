@@ -136,6 +136,8 @@ def test_small_shapes_lie_on_large_ones_unless_ordered_by_file(tmp_path):
     np.testing.assert_array_equal(by_area.mask(0), mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 2, 4)))
     np.testing.assert_array_equal(by_file.mask(0), mask_of_boxes((1, 1, 4, 1, 5)))
     assert by_area.fingerprint() != by_file.fingerprint()
+    coco(tmp_path / "train.json", annotations=[(1, 2, [CORNERS]), (1, 1, [CORNERS])])
+    check_mask(mask_of_boxes((1, 1, 4, 1, 5)), "coco", root)  # of equal ones, the later one is on top
     one = {"size": list(SIZE), "counts": [8 + 2, 1, 69]}  # the pixel of column 1 and row 2
     coco(tmp_path / "train.json", annotations=[(1, 2, one), (1, 1, [CORNERS])])
     check_mask(mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 1, 2)), "coco", root)

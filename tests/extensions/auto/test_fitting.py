@@ -77,6 +77,11 @@ def test_smallest_change_that_fits_is_found(search, memory, recipe, devices, wor
     assert (found and " ".join(map(str, found.changes))) == words
 
 
+def test_no_checkpointing_without_a_larger_batch(search):
+    found = search(lambda samples, checkpointing: samples * (9 if checkpointing else 10) + 40, 80, *NORM).find_fit()
+    assert " ".join(map(str, found.changes)) == "data.batch_size=4 trainer.accumulate=2"
+
+
 def test_a_frozen_backbone_has_nothing_to_compute_again(search):
     assert search(partial(take_units, trained=0), 9, "adapter=frozen").find_fit() is None
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from dinoseg.extensions.compare.comparison import (
 )
 from dinoseg.extensions.compare.page import OtherRun
 from dinoseg.extensions.compare.sides import (
+    EvaluatedModels,
     Recipe,
     Side,
     _jobs,
@@ -166,6 +168,24 @@ def test_images_show_the_first_run_and_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "largest_differences", lambda load, folders, *_: asked.append(folders) or ([], ""))
     against(sides(folders, [record(seed) for seed in range(3)]), pytest.fail)
     assert [{*pairs.values()} for pairs in asked] == [{(folders[0], folders[1])}, {(folders[0], folders[2])}]
+
+
+@pytest.mark.parametrize("out_of_fold", [True, False])
+def test_only_out_of_fold_images_are_searched_in_train(tmp_path, monkeypatch, out_of_fold):
+    asked = []
+
+    def open_data(place, **split):
+        asked.append(split)
+        return SimpleNamespace(names=["of val"])
+
+    def show(load, *_):
+        load(tmp_path, "of train")
+        return [], ""
+
+    monkeypatch.setattr(comparison, "read_ensemble", lambda place: EvaluatedModels(2, out_of_fold))
+    monkeypatch.setattr(comparison, "largest_differences", show)
+    against(sides([tmp_path / "a", tmp_path / "b"], [record(), record(1)]), open_data)
+    assert asked == [{}, {"split": "train"}][: 1 + out_of_fold]
 
 
 def test_unreadable_data_is_opened_and_reported_once(tmp_path, caplog):

@@ -5,10 +5,11 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from mistakes import assert_refused
 
 from dinoseg.extensions.compare import compare_mode as compare
 from dinoseg.extensions.compare.side_names import side_names
-from dinoseg.extensions.compare.sides import Side
+from dinoseg.extensions.compare.sides import Side, rename_sides
 from dinoseg.runs import folder as run_folder
 from dinoseg.runs.folder import RunFolder
 from dinoseg.training.cost import COST
@@ -61,6 +62,12 @@ def test_side_names_omit_seeds_if_unique_without_them(swept):
     assert run_names(folders) == ["a seed=0", "a seed=1", "b seed=0", "b seed=1"]
     assert side_names(folders[:2], [[0], [1]]) == ["seed=0", "seed=1"]
     assert side_names(folders, [[0, 2], [1], [3]]) == ["seed=0", "a seed=1", "b seed=1"]
+
+
+def test_equal_names_of_sides_are_refused():
+    sides = [SimpleNamespace(name=name) for name in "ab"]
+    words = "mode.names=[x,x]: give a different name for each side, in this order: a, b"
+    assert_refused(lambda: rename_sides(sides, ["x", "x"]), words)
 
 
 def test_links_and_resumed_jobs_are_named_as_the_job(swept, tmp_path):

@@ -115,6 +115,14 @@ def test_computing_ends_at_the_timeout(tmp_path):
             assert status == 503 and "0.2 s" in detail and "mode.timeout" in detail
 
 
+def test_each_frame_of_a_batch_has_the_timeout():
+    work = Work()
+    left = []
+    with shared_model(lambda images: left.append(work.deadline - time.monotonic()), timeout=1e6) as shared:
+        shared.segment([picture()] * 3, work)
+    assert left == [pytest.approx(3e6, rel=1e-3)]
+
+
 def test_a_stop_ends_computing_and_waiting(tmp_path):
     with shared_model(compute_endlessly) as shared, ThreadPoolExecutor(6) as pool:
         application = build_endpoint(shared, tmp_path, hosts=["localhost"], max_mib=1.0)
@@ -123,6 +131,7 @@ def test_a_stop_ends_computing_and_waiting(tmp_path):
             while not shared._computing.locked():
                 time.sleep(0.01)
             shared.stop(0)
+            shared.stop(60)  # a second signal does not postpone the end
             assert {read_refusal(answer.result()) for answer in answers} == {
                 (503, "The server stops. Send the file again later.")
             }
@@ -162,6 +171,21 @@ def test_images_of_departed_clients_are_not_computed(tmp_path, waits):
                 thread.join()
     assert len(started) == (not waits) and not ended
     assert endpoint.error_response(WorkCancelled()).status_code == 499
+
+
+def test_work_ends_with_its_cancelled_request():
+    work = Work()
+
+    async def run(shared):
+        request = Request({"type": "http"}, asyncio.Event().wait)
+        answer = asyncio.ensure_future(endpoint.run_for_client(request, shared, work, threading.Event().wait))
+        await asyncio.sleep(0)
+        answer.cancel()
+        await answer
+
+    with shared_model() as shared, pytest.raises(asyncio.CancelledError):
+        asyncio.run(run(shared))
+    assert work.is_cancelled
 
 
 def test_images_of_departed_clients_wait_for_no_place(monkeypatch):

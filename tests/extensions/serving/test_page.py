@@ -118,6 +118,15 @@ async def test_computing_of_a_page_ends_at_the_timeout(page, send):
     assert page._status.text == "Cancelled."
 
 
+@on_a_page
+async def test_an_upload_holds_a_place_for_its_image(page, send):
+    model = page._context.model
+    free = []
+    model._runtime.before = lambda images: free.append(model._places._value)
+    await send(encode_image(picture()))
+    assert [*free, model._places._value] == [3, 4]
+
+
 @on_a_page_that_computes
 async def test_a_frame_ends_at_the_timeout(page, send):
     path = page.folder / "a.mp4"

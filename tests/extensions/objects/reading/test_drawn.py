@@ -99,8 +99,9 @@ def test_coco_objects_are_those_of_pycocotools(tmp_path, seed):
 def test_objects_are_numbered_by_their_pixels(tmp_path):
     drawn = {1: rectangle(6, 18, 4, 4), 2: [5, 5, 45, 35, 45, 5, 5, 35], 3: rectangle(0, 20, 9, 900)}
     rows = [{"id": n, "image_id": 1, "category_id": 10 * n, "segmentation": [ring]} for n, ring in drawn.items()]
-    for order, expected in (("area", [2, 3, 1]), ("file", [1, 2, 3])):
-        write_coco(tmp_path, rows)
+    crowd = [rows[0] | {"iscrowd": 1}, *rows[1:]]
+    for order, kept, expected in (("area", rows, [2, 3, 1]), ("file", rows, [1, 2, 3]), ("area", crowd, [1, 2, 3])):
+        write_coco(tmp_path, kept)
         objects = read("coco_instances", tmp_path, f"data.reader.shapes.order={order}")[0]["maps"][OBJECTS]
         values = sorted(objects[objects > 0].unique().tolist(), key=object_numbers)
         assert [object_classes(value) for value in values] == expected

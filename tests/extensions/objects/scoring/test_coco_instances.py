@@ -121,6 +121,13 @@ def test_negative_ids_change_no_score(tmp_path):
     assert [*scores.values()] == pytest.approx(OFFICIAL, abs=1e-12)
 
 
+@pytest.mark.parametrize("value", [1, "some"])
+def test_results_are_never_crowds(tmp_path, value):
+    reference, results = place_instances()
+    scores = summary(*score(tmp_path, reference, [each | {"iscrowd": value} for each in results]))["scores"]
+    assert [*scores.values()] == pytest.approx(OFFICIAL, abs=1e-12)
+
+
 @pytest.mark.parametrize("value", [1.0, None, "high"])
 def test_reference_with_scores_is_sized_by_its_areas(tmp_path, value):
     reference, results = place_instances()
@@ -201,10 +208,10 @@ def test_only_the_first_100_results_of_an_image_and_class_count(tmp_path, wrong,
     assert scores["AP"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("scores", "is_named"), [((1.0, 1.0), True), ((1.0, 0.5), False)])
+@pytest.mark.parametrize(("scores", "is_named"), [((1.0, 1.0), True), ((1.0, 0.5), False), ((1.0,), False)])
 def test_results_that_share_one_score_are_named(tmp_path, scores, is_named):
     reference, results = place_instances()
-    results = [{**result, "score": scores[place % 2]} for place, result in enumerate(results)]
+    results = [{**result, "score": value} for result, value in zip(results, scores, strict=False)]
     notes = score(tmp_path, reference, results)[1].notes
     assert any("have the score 1.0" in note for note in notes) == is_named
 
