@@ -105,16 +105,23 @@ def test_an_interrupt_stops_everything():
 
 
 def test_failed_stage_ends_the_wait_for_one_that_hangs(monkeypatch):
+    started = threading.Event()
     go = threading.Event()
     ended = []
 
     def read():
         yield 1
+        started.wait(600)
         raise Broken("read")
+
+    def write(item):
+        started.set()
+        go.wait(30)
+        ended.append(item)
 
     monkeypatch.setattr(stream, "_ENDING", 0.1)
     with pytest.raises(Broken, match="read"):
-        run_pipeline(read(), lambda item: item, lambda item: ended.append(go.wait(30)))
+        run_pipeline(read(), lambda item: item, write)
     assert not ended
     go.set()
 
