@@ -104,19 +104,33 @@ def test_an_interrupt_stops_everything():
         run_pipeline(range(1000), infer, lambda item: None, depth=1)
 
 
+def join_stages():
+    for thread in threading.enumerate():
+        if thread.name in stream.STAGES:
+            thread.join(60)
+
+
 def test_failed_stage_ends_the_wait_for_one_that_hangs(monkeypatch):
+    started = threading.Event()
     go = threading.Event()
     ended = []
 
     def read():
         yield 1
+        started.wait(600)
         raise Broken("read")
+
+    def write(item):
+        started.set()
+        go.wait(30)
+        ended.append(item)
 
     monkeypatch.setattr(stream, "_ENDING", 0.1)
     with pytest.raises(Broken, match="read"):
-        run_pipeline(read(), lambda item: item, lambda item: ended.append(go.wait(30)))
+        run_pipeline(read(), lambda item: item, write)
     assert not ended
     go.set()
+    join_stages()
 
 
 @pytest.mark.parametrize(("stage", "items"), [("read", 1), ("write", 1), ("write", 5)])
@@ -141,9 +155,7 @@ def test_signal_ends_a_pipeline_whose_stage_hangs(stage, items, monkeypatch, cap
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(read(), lambda item: item, write, depth=1)
     go.set()
-    for thread in threading.enumerate():
-        if thread.name in stream.STAGES:
-            thread.join(60)
+    join_stages()
 
 
 def test_the_report_names_the_stage_that_is_at_work_the_longest():
