@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import dinoseg
 from dinoseg.__main__ import CONFIGS
 from dinoseg.cli import job_checks, words
-from dinoseg.cli.run_mode import FILE_KEYS
+from dinoseg.cli.job_checks import FILE_KEYS
 from dinoseg.modes.help import overview
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError

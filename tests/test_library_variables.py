@@ -107,3 +107,4 @@ def test_mistake_is_found_before_the_import(run_until_import, module, mistakes):
     printed, errors = run_until_import(module, mistakes)
     assert not printed and [message for message in mistakes.values() if message not in errors] == [], errors
     assert errors.count("error: ") == len(mistakes)
+    assert "(rank 1)" not in errors  # the first rank alone reports what all ranks have

@@ -14,7 +14,7 @@ from hydra.utils import get_object
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 
-from dinoseg.cli.run_mode import LAUNCH_KEYS
+from dinoseg.cli.job_checks import LAUNCH_KEYS
 from dinoseg.config.nodes import check_arguments, instantiate
 from dinoseg.config.stored import Source, compose_stored
 from dinoseg.experiment.builder import Builder

@@ -6,20 +6,27 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.cli.run_mode import FILE_KEYS
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.job import keys_with_values
 from dinoseg.config.mistakes import no_mode
 from dinoseg.config.nodes import check_partial
 from dinoseg.core.splits import SPLITS
+from dinoseg.utils.cores import check_devices
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import PACKAGED, ROOT_REMEDY, RUN_REMEDY, WEIGHT_SUFFIXES, check_exists, is_pattern
 from dinoseg.utils.ranges import Count, check_value
 
 CHOOSER = "chooser"  # root key of a recipe: the function that chooses another recipe, for the launcher alone
+# keys of the file of a mode for the launcher
+FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "paths", "check")
+LAUNCH_KEYS = ("devices", "ensemble", *FILE_KEYS)  # keys of a mode that are not arguments of its function
 AUTO = "auto"  # value of `resume` that looks for a run
 _REMEDIES = {"data.root": ROOT_REMEDY, "init": RUN_REMEDY}  # by key
 _CONFIGS = Path(__file__).parents[1] / "cfg"
+
+
+class MissingDevice(UserError):
+    """Error of a device that is missing, which all ranks of a machine have: the first one reports it."""
 
 
 def check_job(cfg: DictConfig, typed: Sequence[Override]) -> None:
@@ -73,6 +80,25 @@ def _names_path(cfg: DictConfig, key: str, value: str) -> bool:
     is_own = group in cfg.choices and not (_CONFIGS / group / f"{cfg.choices[group]}.yaml").is_file()
     is_hub_id = key.endswith(".weights") and Path(value).suffix not in WEIGHT_SUFFIXES
     return not (is_own or is_hub_id or is_pattern(value) or value in SPLITS or value.startswith(PACKAGED))
+
+
+def check_engine(cfg: DictConfig, ranks: int) -> None:
+    """Refuse a device or a number of devices that is not there, before the libraries of the mode are imported.
+
+    Modes without a model, such as `doctor`, run for another machine, too.
+
+    Raises:
+        MissingDevice: the device is not there, or there are fewer CUDA devices than ranks.
+        UserError: the mode runs on another number of devices.
+    """
+    if "engine" in cfg and {"devices", "resume_from"} & cfg.mode.keys():
+        check_devices(cfg.engine.devices)
+        from dinoseg.utils.devices import choose_device  # imports torch
+
+        try:
+            choose_device(cfg.engine.device, ranks)
+        except UserError as error:
+            raise MissingDevice(str(error)) from error
 
 
 def _check_mode(cfg: DictConfig, typed: Sequence[Override]) -> None:

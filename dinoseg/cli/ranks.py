@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.cli.job_checks import MissingDevice
 from dinoseg.cli.joined_ranks import use_loopback
 from dinoseg.cli.run_mode import LostRank, run_mode, shortages_as_user_errors
 from dinoseg.config.plain import to_container
@@ -40,13 +41,9 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
     progress) and are killed afterwards.
 
     Raises:
-        UserError: a rank has failed and printed the reason, or there are fewer CUDA devices than ranks.
+        UserError: a rank has failed and printed the reason.
         Interrupted: a signal has ended them.
     """
-    if "engine" in cfg and cfg.engine.device != "cpu":
-        from dinoseg.utils.devices import choose_device  # imports torch: one message instead of one of each rank
-
-        choose_device(cfg.engine.device, devices)
     forget_share()
     context = get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)
@@ -164,8 +161,10 @@ def _run_rank(
     register_resolvers()
     try:
         with raise_on_signal(), file_errors_as_user_errors(out_dir), shortages_as_user_errors():
-            result = run_mode(OmegaConf.create(cfg), out_dir)
+            result = run_mode(OmegaConf.create(cfg), out_dir, world_size)
     except UserError as error:
+        if rank and isinstance(error, MissingDevice):  # rank 0 prints the same message
+            sys.exit(_LOST)
         print(f"error (rank {rank}): {error}", file=sys.stderr)
         sys.exit(_LOST if isinstance(error, LostRank) else 1)
     except Interrupted as stop:  # the parent reports the saved state

@@ -13,15 +13,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.cli.job_checks import LAUNCH_KEYS, check_engine
 from dinoseg.cli.joined_ranks import is_first_rank
 from dinoseg.config.nodes import instantiate
 from dinoseg.runs.log_file import announce, configure_log
-from dinoseg.utils.cores import check_devices
 from dinoseg.utils.errors import UserError
 
-# keys of the file of a mode for the launcher
-FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "paths", "check")
-LAUNCH_KEYS = ("devices", "ensemble", *FILE_KEYS)  # keys of a mode that are not arguments of its function
 _GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's messages on a lost rank
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # if a rank does not respond: gloo, NCCL and the store
 
@@ -30,8 +27,8 @@ class LostRank(UserError):
     """Error of a rank that waited for another one that is gone or stuck: the other one has failed."""
 
 
-def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
-    """Call the mode's function in this process."""
+def run_mode(cfg: DictConfig, out_dir: Path, ranks: int = 1) -> Any:
+    """Call the mode's function in this process, one of `ranks` that share the CUDA devices of this machine."""
     # or spawned processes would spawn theirs, too: seconds per loader worker, and joblib's could not start any
     set_start_method(None, force=True)
     if cfg.mode.get("keeps_folder", True):
@@ -40,24 +37,12 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
         announce(f"mode={cfg.choices.mode}: importing libraries")
     try:
         with _lost_ranks_as_user_errors():
-            _check_engine(cfg)
+            check_engine(cfg, ranks)
             mode = instantiate(cfg.mode, exclude=LAUNCH_KEYS)
             # not mode(...): parameters in errors of the parts that it runs are not its own
             return mode.func(cfg, out_dir=out_dir, **mode.keywords)
     finally:
         _leave_group()
-
-
-def _check_engine(cfg: DictConfig) -> None:
-    """Refuse a device or a number of devices that is not there, before the libraries of the mode are imported.
-
-    Modes without a model, such as `doctor`, run for another machine, too.
-    """
-    if "engine" in cfg and {"devices", "resume_from"} & cfg.mode.keys():
-        check_devices(cfg.engine.devices)
-        from dinoseg.utils.devices import choose_device  # imports torch
-
-        choose_device(cfg.engine.device)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from dinoseg.cli.run_mode import LAUNCH_KEYS
+from dinoseg.cli.job_checks import LAUNCH_KEYS
 from dinoseg.config import nodes as config_nodes
 from dinoseg.config.composition import compose as compose_config
 from dinoseg.config.job import read_words

@@ -16,7 +16,7 @@ from portable_parts import TINY, write_untrained
 import dinoseg
 from dinoseg.checkpoints.resume import compose_resumed
 from dinoseg.checkpoints.source import ModelSource
-from dinoseg.cli.run_mode import LAUNCH_KEYS
+from dinoseg.cli.job_checks import LAUNCH_KEYS
 from dinoseg.config.nodes import instantiate
 from dinoseg.extensions.export import onnx_export, onnx_file, program
 from dinoseg.extensions.serving.source import load_served
