@@ -13,7 +13,7 @@ from dinoseg.core.task import ObjectTask
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
-from dinoseg.inference.predictor import Predictor, is_large
+from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.results import OBJECT_FILE, DoneInputs, write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
@@ -92,8 +92,6 @@ def segment_images(
 ) -> tuple[int, Throughput]:
     """Write the results of all readable images that are not done; return how many were done, and the throughput.
 
-    For images beyond Pillow's pixel limit, only class IDs are written.
-
     Raises:
         OSError: results cannot be written.
     """
@@ -134,12 +132,7 @@ def segment_images(
         logger.info("%s of an earlier run reused", count_of(earlier, "image"))
     names = {given.path: given.name for given in left}
     with Bar(total=len(images), initial=earlier, unit="image") as bar:
-        large = {given.path for given in left if _is_large(settings, given)}
-        small = [given for given in left if given.path not in large]
-        throughput = run_pipeline(_batches(small, settings, run.failures), infer, write, depth=DEPTH)
-        for given in (given for given in left if given.path in large):
-            _write_large(settings, given, run)
-            bar.update()
+        throughput = run_pipeline(_batches(left, settings, run.failures), infer, write, depth=DEPTH)
     for writer in run.writers:
         writer.finish()
     throughput.items = run.count - earlier
@@ -168,30 +161,11 @@ def _write(settings: SegmentationSettings, prediction: ImagePrediction, name: st
     run.count += 1
 
 
-def _write_large(settings: SegmentationSettings, given: ImageInput, run: ImageRun) -> None:
-    if run.masks is None:
-        run.failures.append(f"{given.path} is too large for overlays, and masks=false leaves nothing to write.")
-        return
-    logger.info("%s is too large for overlays: only its class ids are written.", given.path)
-    try:
-        settings.predictor.write_ids(given.path, run.masks / f"{given.mask}.png")
-    except UserError as error:
-        run.failures.append(str(error))
-        return
-    run.done.note(given.name)
-    run.count += 1
-
-
 def _results(settings: SegmentationSettings, given: ImageInput, run: ImageRun) -> list[Path]:
     mask = [] if run.masks is None else mask_paths(run.masks, given.mask, settings.layers)
     folder = run.folder / f"{given.name}_segmentation"
     listed = [folder / OBJECT_FILE] if isinstance(settings.predictor.model.task, ObjectTask) else []
-    return mask if _is_large(settings, given) else [folder, *listed, *mask]
-
-
-def _is_large(settings: SegmentationSettings, given: ImageInput) -> bool:
-    """Return whether an image is read by rows, which is possible for RGB only."""
-    return settings.pixels.is_rgb and is_large(given.path)
+    return [folder, *listed, *mask]
 
 
 def _batches(images: Sequence[ImageInput], settings: SegmentationSettings, failures: list[str]) -> Iterator[_Batch]:

@@ -1,9 +1,8 @@
-"""Inference on arrays and image files of any size: class IDs or probabilities at the input's size."""
+"""Inference on images of any size: class IDs or probabilities at the input's size."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -12,20 +11,16 @@ from torch import Tensor
 
 from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import Prediction
-from dinoseg.core.task import ObjectTask, refuse_layers
-from dinoseg.inference.memory import OutOfMemory, free_bytes, telling_shortage
+from dinoseg.core.task import ObjectTask
+from dinoseg.inference.memory import OutOfMemory, telling_shortage
 from dinoseg.inference.objects import ObjectCollector
 from dinoseg.inference.rows import MemoryRows
 from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
 from dinoseg.inference.windows import Whole
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.utils.devices import to_device
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import ImageTooLarge, lift_pixel_limit, read_image, read_size, write_png
-from dinoseg.utils.wording import in_bytes
 
 T = TypeVar("T")
-_DECODING_BYTES = 24  # of memory per pixel: WebP takes 22, other formats up to 16 (docs/log/memory.md)
 
 
 class PixelsAndObjects(NamedTuple):
@@ -98,28 +93,6 @@ class Predictor:
         objects = repeat(None) if collector is None else collector.objects()
         return list(map(PixelsAndObjects, *columns, objects))
 
-    @torch.inference_mode()
-    def write_ids(self, source: str | Path, target: str | Path) -> None:
-        """Write the class IDs of an image file of any size to a PNG file, which appears only when complete.
-
-        The image is decoded as a whole. Windows, or `auto`, which uses windows for large images, need window
-        height x image width x classes float32 numbers.
-
-        Raises:
-            UserError: the source cannot be read, or memory does not suffice.
-            OSError: the target cannot be written.
-        """
-        refuse_layers(self.model.task, f"a mask of {source}, which is written by rows,", "Split or reduce the image.")
-        rows = read_rows(source, self.device)
-        top = 0
-        with telling_shortage(rows):
-            ids = np.empty(rows.size, np.uint8)
-            for band in self.strategy.bands(self.model, rows, self.autocast):
-                band_ids = band.class_ids()[0].cpu().numpy()
-                ids[top : top + len(band_ids)] = band_ids
-                top += len(band_ids)
-        write_png(target, ids)
-
     def run_bands(
         self,
         images: Tensor,
@@ -152,33 +125,3 @@ class Predictor:
 
     def _stack_images(self, images: Sequence[np.ndarray]) -> Tensor:
         return to_device(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()
-
-
-def is_large(path: str | Path) -> bool:
-    """Return whether an image file has more pixels than `read_image` reads."""
-    try:
-        read_size(path)
-    except ImageTooLarge:
-        return True
-    except UserError:  # raised again when the image is read
-        return False
-    return False
-
-
-def read_rows(path: str | Path, device: torch.device) -> MemoryRows:
-    """Read an image file of any size; its rows are copied to the device as they are requested.
-
-    Raises:
-        UserError: the file is missing, truncated or no image, or memory does not suffice.
-    """
-    with lift_pixel_limit():
-        height, width = read_size(path)
-        needed = _DECODING_BYTES * height * width
-        free = free_bytes(torch.device("cpu"))
-        if needed > free:
-            raise UserError(
-                f"{path} of {width} x {height} pixels (width x height) needs {in_bytes(needed)} of memory to be read, "
-                f"and {in_bytes(free)} are free. Free some, or reduce or split the image."
-            )
-        pixels = torch.from_numpy(read_image(path).copy())
-    return MemoryRows(pixels.permute(2, 0, 1)[None], device)

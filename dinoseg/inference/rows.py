@@ -1,4 +1,4 @@
-"""Images read in bands of rows at any scale, so that no image has to be in memory as a whole."""
+"""Images and score maps in bands of rows, at any scale: neither has to be resized as a whole."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -29,18 +29,16 @@ class MemoryRows(Rows):
     """Rows of images (B, C, H, W) in memory; 16-bit levels become floats, which torch can flip and resize anywhere.
 
     Args:
-        images: in the memory of any device.
-        device: of the rows that are read; None: that of the images.
+        images: on the model's device.
     """
 
-    def __init__(self, images: Tensor, device: torch.device | None = None) -> None:
+    def __init__(self, images: Tensor) -> None:
         self.images = images if images.dtype == torch.uint8 else to_unit_range(images)
         self.count, self.size = len(images), (images.shape[-2], images.shape[-1])
-        self.device = images.device if device is None else device
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Return the rows (B, C, bottom - top, W)."""
-        return self.images[:, :, top:bottom].to(self.device)
+        return self.images[:, :, top:bottom]
 
 
 class ResizedRows(Rows):

@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoseg.core.geometry import Span, reduce_tile, spans, upsample_tile
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.core.targets import UNLABELLED, label_ids
-from dinoseg.losses.fused import Fused, KernelSpec, PixelSums, choose_faster
+from dinoseg.losses.fused import Fused, FusedOrTiled, KernelSpec, PixelSums
 from dinoseg.utils.devices import threads
 from dinoseg.utils.precision import at_least_float32
 
@@ -67,7 +67,7 @@ def pixel_sums(
     implementation: PixelSums = _Tiled(replace(tiles, extra=extra), term)
     if form is not None and prediction.grid is not None and weights is None:
         fused = Fused(batch.mask, valid, ignore_index, form)
-        implementation = choose_faster(fused, implementation, parts[0]) if fused.takes(parts[0]) else implementation
+        implementation = FusedOrTiled(fused, implementation) if fused.takes(parts[0]) else implementation
     return _Sums.apply(implementation, first_alone, *parts)
 
 

@@ -1,9 +1,8 @@
-"""Sums of `full_resolution.py` by a CUDA kernel, used only where a test run shows that it is correct and faster."""
+"""Sums of `full_resolution.py` by a CUDA kernel where device and sizes suit it; by tiles where it does not run."""
 
 import functools
 import importlib.util
 import logging
-import time
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,7 +17,7 @@ _TILE, _PIXELS = 2048, 64  # scores in registers and pixels, per iteration
 _MAX = 1024  # maximum number of classes
 
 log = logging.getLogger(__name__)
-_chosen: dict[tuple[object, ...], bool] = {}  # (device, classes, form) -> whether to use the kernel
+_failed: set[torch.device] = set()  # devices on which the kernel does not run
 
 
 class KernelSpec(NamedTuple):
@@ -46,7 +45,10 @@ class Fused:
     form: KernelSpec
 
     def takes(self, grid: Tensor) -> bool:
-        """Return whether the kernel can pay off for a grid (B, K, h, w): on CUDA, and much smaller than the masks."""
+        """Return whether to use the kernel for a grid (B, K, h, w): on CUDA, and much smaller than the masks.
+
+        The kernel was faster than tiles in 46 of 48 such trainings (docs/log/cuda.md).
+        """
         if grid.device.type != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
             return False
         enlarged = self.mask.numel() * grid.shape[1] >= ENLARGED * grid.numel()
@@ -100,6 +102,28 @@ class Fused:
         return grid.new_zeros(2, grid.shape[1]) if upstream is None else upstream.view(3, -1)[:2].contiguous()
 
 
+@dataclass(frozen=True)
+class FusedOrTiled:
+    """The kernel, or the tiles on a device on which the kernel has failed."""
+
+    kernel: PixelSums
+    tiles: PixelSums
+
+    def sums(self, parts: list[Tensor] | tuple[Tensor, ...], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Return the sums (S,) and, given their gradient (S,), the gradients of the parts."""
+        device = parts[0].device
+        if device not in _failed:
+            try:
+                return self.kernel.sums(parts, upstream)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Triton compiles at the first call: it needs a C compiler and a fitting driver
+                _failed.add(device)
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                log.warning("losses: the Triton kernel does not run here (%s); using torch instead.", reason[-1])
+        return self.tiles.sums(parts, upstream)
+
+
 @functools.lru_cache(maxsize=16)
 def _tables(
     size: tuple[int, int], grid: tuple[int, int], valid: tuple[float, float], device: torch.device
@@ -126,68 +150,3 @@ def _of_cells(corners: Tensor) -> Tensor:
         summed.select(axis, 1).add_(summed.select(axis, 0))
         summed.select(axis, -2).add_(summed.select(axis, -1))
     return summed[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous()
-
-
-def choose_faster(fused: Fused, tiled: PixelSums, grid: Tensor) -> PixelSums:
-    """Return the implementation to use for a grid (B, K, h, w): the kernel or the tiles.
-
-    At first use for a device and number of classes, both run on the given data. The kernel is used if it runs, agrees
-    and is faster; the result is logged. Each rank decides independently: implementations that agree differ only by
-    rounding, and no rank waits for the choice of another.
-    """
-    key = (grid.device, grid.shape[1], fused.form.weights is None, fused.form.smoothing > 0)
-    if key not in _chosen:
-        _chosen[key] = _is_proven(fused, tiled, grid.detach())
-    return fused if _chosen[key] else tiled
-
-
-def _is_proven(fused: Fused, tiled: PixelSums, grid: Tensor) -> bool:
-    """Return whether the kernel runs, agrees and is faster, and log the result."""
-    by_tiles = _Trial.of(tiled, grid)
-    try:
-        _Trial.of(fused, grid)  # compiles
-        by_kernel = _Trial.of(fused, grid)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compiler, driver or device errors: fall back to tiles
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("losses: the Triton kernel does not run here (%s); using torch instead.", reason[-1])
-        return False
-    if not by_kernel.agrees(by_tiles):
-        log.warning("losses: the sums of the Triton kernel differ from torch here; using torch instead.")
-        return False
-    log.info("losses: Triton kernel %.2f ms, torch %.2f ms", by_kernel.seconds * 1e3, by_tiles.seconds * 1e3)
-    return by_kernel.seconds < by_tiles.seconds
-
-
-class _Trial(NamedTuple):
-    """Result of an implementation, and its time in seconds."""
-
-    sums: Tensor
-    gradient: Tensor
-    seconds: float
-
-    @classmethod
-    def of(cls, implementation: PixelSums, grid: Tensor) -> "_Trial":
-        count = len(implementation.sums([grid], None)[0])
-        _wait(grid.device)
-        start = time.perf_counter()
-        sums, (gradient,) = implementation.sums([grid], grid.new_ones(count))
-        _wait(grid.device)
-        return cls(sums, gradient, time.perf_counter() - start)
-
-    def agrees(self, other: "_Trial") -> bool:
-        """Return whether sums and gradient match another trial's up to rounding, with NaN at the same places."""
-        return all(
-            torch.allclose(mine, others, rtol=1e-4, atol=1e-4 * _max_abs(others), equal_nan=True)
-            for mine, others in ((self.sums, other.sums), (self.gradient, other.gradient))
-        )
-
-
-def _max_abs(tensor: Tensor) -> float:
-    return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -32,7 +32,7 @@ from dinoseg.inference.stream import Throughput
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
 from dinoseg.runs.folder import find_typed_keys
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import remove_parts, write_json
+from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
 from dinoseg.utils.mask_files import write_masks
@@ -105,7 +105,6 @@ def predict(
     mask_folder = None if masks is False else out_dir / MASK_FOLDER
     run = ImageRun(out_dir, mask_folder, DoneInputs(out_dir), list(writers.values()))
     write_json(out_dir / _RECORD, record)
-    remove_parts(out_dir, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
     targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
     facts = (labels.classes, labels.palette, labels.ignore_index)
     keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs

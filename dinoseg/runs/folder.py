@@ -11,14 +11,13 @@ from typing import IO, Any, Self
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.utils import locks
-from dinoseg.utils.atomic import remove_dead, remove_parts, write_json
+from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, is_sweep_folder
 
 LOG = "run.log"  # created by the job that claims a folder, and locked by the one that writes to it
 WORDS_FILE = "overrides.txt"  # in the config folders of a run: the words of a command, one per line
 ORIGIN = "origin.json"  # in a config folder: what the command was part of
-_PARTS = (".*.part", "checkpoints/.*.part", "checkpoints/.tmp??????")  # .tmp: written by safetensors
 _new_folders: set[Path] = set()  # created by this process, Hydra's included: it may remove them again
 
 
@@ -64,7 +63,6 @@ class RunFolder:
             try:
                 (folder / LOG).touch(exist_ok=False)
             except FileExistsError:
-                remove_dead(folder)  # partial files of a killed export may be as large as its model
                 continue
             self._log = folder / LOG
             self.enter(folder)
@@ -85,7 +83,7 @@ class RunFolder:
             raise UserError(f"Another process is writing to {folder.resolve()}. Wait for it, or {remedy}.")
 
     def try_to_enter(self, folder: Path, *, wait: float = 0.0) -> bool:
-        """Lock a folder and remove what killed processes have left in it; return False if another process holds it.
+        """Lock a folder; return False if another process holds it.
 
         Args:
             folder: created if missing.
@@ -105,7 +103,6 @@ class RunFolder:
             return False
         self._lock = lock
         self.move_to(folder)
-        remove_parts(folder, *_PARTS)
         return True
 
     def move_to(self, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Atomic files and folders: written next to their destination under a hidden name, then renamed.
 
 The hidden name identifies the process: `.NAME.PROCESS-MACHINE-RANDOM.part`, or `.old` for a folder that is being
-replaced. The next process that writes to the same folder removes the leftovers of killed processes, but not the files
-of running ones.
+replaced. The next process on the same machine that writes to the same folder removes the leftovers of killed
+processes, but not the files of running ones.
 """
 
 import errno
@@ -110,11 +110,11 @@ def _hidden_name(path: Path) -> Path:
     folder = path.parent.absolute()
     if folder not in _checked:
         _checked.add(folder)
-        remove_dead(folder)
+        _remove_dead(folder)
     return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}.part")
 
 
-def remove_dead(folder: Path) -> None:
+def _remove_dead(folder: Path) -> None:
     """Remove the partial files of this machine's killed processes from a folder; ignore errors.
 
     A folder that was set aside for its replacement is renamed back, unless its name is taken.
@@ -127,17 +127,6 @@ def remove_dead(folder: Path) -> None:
                     os.replace(folder / name, folder / found["name"])
                 else:
                     _remove(folder / name)
-
-
-def remove_parts(folder: Path, *patterns: str) -> None:
-    """Remove partial files from a folder to which no other process writes; ignore errors.
-
-    Args:
-        folder: searched.
-        patterns: of the hidden names, such as `.*.part`.
-    """
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        _remove(path)
 
 
 def sync_to_disk(path: Path) -> None:

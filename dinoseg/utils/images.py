@@ -60,10 +60,6 @@ _FULL_DEPTH = "data/pixels=files data.pixels.value_range=[LOWEST,HIGHEST]"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
 
-class ImageTooLarge(UserError):
-    """Error for an image of more pixels than Pillow's limit."""
-
-
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image as (H, W, 3) uint8 RGB, upright by the orientation in its header.
 
@@ -394,17 +390,6 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
-@contextmanager
-def lift_pixel_limit() -> Iterator[None]:
-    """Let Pillow open images of any number of pixels; its limit applies to the whole process, and is restored."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
 def decode(path: str | Path, take: Callable[[Image.Image], T], take_tiff: Callable[[TiffFile], T]) -> T:
     """Return `take` of an opened image file that is not decoded yet, or `take_tiff` of a TIFF file.
 
@@ -451,7 +436,8 @@ def _explain(path: str | Path, error: Exception) -> UserError:
     if isinstance(error, MemoryError):
         return UserError(f"Not enough memory to read {path} as an image. Free some, or reduce or split the image.")
     if isinstance(error, Image.DecompressionBombError):
-        return ImageTooLarge(f"{unreadable}: it is too large ({error}). Reduce or split it.")
+        sizes = str(error).partition(", could be")[0]  # of an attack
+        return UserError(f"{unreadable}: it is too large ({sizes}). Cut it into parts, or reduce it.")
     if isinstance(error, Unfit):
         return UserError(f"{path} {error}.")
     if isinstance(error, UnidentifiedImageError):

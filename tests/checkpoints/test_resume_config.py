@@ -255,12 +255,7 @@ def test_resume_refuses_a_run_in_use(where, run):
     assert busy.status == 1 and "Another process is writing to" in busy.err and runs(where) == [run]
 
 
-def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch):
-    half = run / "checkpoints/.last.safetensors.part/.tmpa1b2c3"
-    older, rows, mine = (run / name for name in ("checkpoints/.tmpa1b2c3", ".metrics.jsonl.12.part", "my.part"))
-    half.parent.mkdir()
-    for path in (half, older, rows, mine):
-        path.write_text("half")
+def test_auto_waits_for_a_lock(where, run, monkeypatch):
     try_to_lock = locks._try_to_lock
     calls = []
 
@@ -272,7 +267,6 @@ def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch
     done = train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}")
     assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2, done.err
     assert last(run)["config"]["inference"]["overlap"] == 0.5  # keys of inference do not make another run
-    assert not half.parent.exists() and not older.exists() and not rows.exists() and mine.exists()
 
 
 def test_auto_skips_unreadable_checkpoints_with_a_reason(where, run, find_run, capsys):
@@ -301,10 +295,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(tmp_path, monkeypa
         checkpoint.write(path, {"model/a": torch.ones(4)}, {})
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert [found.name.split(".")[1:3] for found in path.parent.glob(".*.part")] == [["last", "safetensors"]]
-    with RunFolder(tmp_path) as run:
-        run.enter(tmp_path)
-    (tmp_path / "run.log").unlink()
-    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
+    assert path.read_bytes() == before
 
 
 def test_a_job_enters_its_folder_once_and_no_other_job_does(tmp_path):

@@ -119,19 +119,16 @@ def test_auto_finds_a_named_run_of_the_job_without_a_checkpoint(quick, here, int
     run = here / "mine/run"
     interrupt(*AUTO, "hydra.run.dir=mine/run")
     shutil.rmtree(run / "checkpoints")
-    (run / ".split.json.7.part").write_text("of a killed process")
     run_checked(here, *AUTO)  # the named folder is remembered, and origin.json has recipe and job
     assert step_of(run) == 3
-    assert not (run / ".split.json.7.part").exists() and not (here / "outputs/base").exists()
+    assert not (here / "outputs/base").exists()
 
 
 def test_given_folder_resumes_its_checkpoint(quick, here, interrupt):
     interrupt(*AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 2
-    part = here / "mine/.split.json.7.part"
-    part.write_text("of a killed process")
     run_checked(here, *AUTO, "hydra.run.dir=mine", "trainer.steps=4")
-    assert step_of(here / "mine") == 4 and not (here / "mine_2").exists() and not part.exists()
+    assert step_of(here / "mine") == 4 and not (here / "mine_2").exists()
 
 
 def test_given_folder_is_used_despite_earlier_runs(quick, here):

@@ -1,10 +1,11 @@
-"""The kernel of CUDA: in Triton's interpreter against float64, compiled without a device, and when it is taken."""
+"""The CUDA kernel: in Triton's interpreter against float64, compiled without a device, and when it is used."""
 
 import os
 import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dinoseg.core.shapes import WeightedMasks
 from dinoseg.losses import full_resolution, fused
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
-from dinoseg.losses.fused import Fused, KernelSpec
+from dinoseg.losses.fused import Fused, FusedOrTiled, KernelSpec
 from dinoseg.losses.overlap import Dice, Tversky
 
 CASES = [  # as of test_full_resolution: padded, masks smaller than the grid, one pixel, nothing labelled
@@ -44,7 +45,7 @@ def apart(name, case, device="cpu"):
 def print_distances_interpreted():
     """Hold losses that go by the kernel to all logits at once in float64, and print how far they are apart at most."""
     Fused.takes = lambda self, grid: True
-    full_resolution.choose_faster = lambda way, tiled, grid: way
+    full_resolution.FusedOrTiled = lambda kernel, tiles: kernel
     most = torch.stack([apart(name, case) for name in KERNELS for case in CASES]).max()
     prediction, batch = random_case(*CASES[0], seed=3, dtype=torch.float32)
     batch.mask[0, 0, 0] = 9
@@ -101,94 +102,53 @@ def test_kernel_compiles_for_other_devices(tmp_path):
 def test_kernel_on_a_gpu_equals_full_logits(monkeypatch, name, case):
     taken = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: grid.is_cuda)
-    monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: taken.append(way) or way)
+    monkeypatch.setattr(full_resolution, "FusedOrTiled", lambda kernel, tiles: taken.append(kernel) or kernel)
     assert apart(name, case, "cuda") <= 2e-6
     assert taken
 
 
-class Way:
-    """A way of sums, which may add something, take long or fail."""
-
-    def __init__(self, more=0.0, fails=None):
-        self.more, self.fails, self.form, self.run_bands = more, fails, KernelSpec(), 0
-
-    def sums(self, parts, upstream):
-        self.run_bands += 1
-        if self.fails:
-            raise self.fails
-        return parts[0].sum((0, 2, 3)) + self.more, [] if upstream is None else [parts[0] * upstream[0]]
-
-
 @pytest.fixture
-def better(monkeypatch):
-    """Give the choice with nothing chosen before, and seconds that a kernel and tiles take."""
-    monkeypatch.setattr(fused, "_chosen", {})
-
-    def choose_twice(kernel, seconds=(2.0, 1.0, 1.0)):  # tiles, the kernel compiled, the kernel
-        clock = iter([moment for took in seconds for moment in (0.0, took)])
-        monkeypatch.setattr(fused.time, "perf_counter", lambda: next(clock))
-        tiles = Way()
-        grid = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-        return [fused.choose_faster(kernel, tiles, grid) is kernel for _ in range(2)], tiles
-
-    return choose_twice
-
-
-def test_faster_and_equal_kernel_is_chosen(better):
-    kernel = Way()
-    taken, tiles = better(kernel)
-    assert taken == [True, True]
-    assert tiles.run_bands == 2 and kernel.run_bands == 4  # the second choice tries nothing
+def run_kernel(monkeypatch):
+    """Replace the kernel by a mock, used at any size, on devices where none has failed yet."""
+    monkeypatch.setattr(fused, "_failed", set())
+    monkeypatch.setattr(Fused, "takes", lambda self, grid: True)
+    monkeypatch.setattr(Fused, "sums", Mock())
+    return Fused.sums
 
 
 @pytest.mark.parametrize(
-    ("kernel", "message"),
-    [
-        (Way(more=0.01), "differ from torch"),
-        (Way(more=float("nan")), "differ from torch"),
-        (Way(fails=RuntimeError("long\nptxas: no such file")), "does not run here (ptxas: no such file)"),
-        (Way(fails=ImportError()), "does not run here (ImportError)"),
-    ],
+    ("error", "reason"),
+    [(RuntimeError("long\nptxas: no such file"), "ptxas: no such file"), (ImportError(), "ImportError")],
 )
-def test_failing_kernel_is_rejected_with_one_warning(better, kernel, message, caplog):
-    with caplog.at_level("WARNING"):
-        taken, _ = better(kernel)
-    assert taken == [False, False]
-    assert len(caplog.messages) == 1 and message in caplog.text
+def test_failing_kernel_is_replaced_by_tiles_with_one_warning(run_kernel, error, reason, monkeypatch, caplog):
+    run_kernel.side_effect = error
+    prediction, batch = random_case(*CASES[0], seed=3, dtype=torch.float32)
+
+    def find_losses():
+        values = [LOSSES[name][0](prediction, batch)[0] for name in KERNELS]
+        return [*values, *(gradient(value, prediction.grid) for value in values)]
+
+    found = find_losses()
+    assert run_kernel.call_count == 1 and len(caplog.messages) == 1
+    assert f"does not run here ({reason}); using torch" in caplog.text
+    monkeypatch.setattr(Fused, "takes", lambda self, grid: False)
+    assert all(map(torch.equal, found, find_losses()))
 
 
-def test_slower_kernel_is_not_chosen(better, caplog):
-    with caplog.at_level("WARNING"):
-        assert better(Way(), seconds=(2.0, 1.0, 2.5))[0] == [False, False]
-    assert not caplog.messages
+def test_kernel_that_runs_needs_no_tiles(run_kernel):
+    tiles, grid = Mock(), torch.zeros(1, 3, 2, 2)
+    for upstream in (None, torch.ones(1)):
+        FusedOrTiled(Fused(grid, (1.0, 1.0), 255, KernelSpec()), tiles).sums([grid], upstream)
+    assert [call.args for call in run_kernel.mock_calls] == [([grid], None), ([grid], torch.ones(1))]
+    assert not tiles.mock_calls
 
 
-def test_each_form_and_number_of_classes_is_tried_for_itself(monkeypatch):
-    tried = []
-    monkeypatch.setattr(fused, "_chosen", {})
-    monkeypatch.setattr(fused, "_is_proven", lambda *_: tried.append(1) or True)
-    for form in (KernelSpec(), KernelSpec(WEIGHTS), KernelSpec(WEIGHTS, 0.2)):
-        for classes in (3, 4, 3):
-            way = Way()
-            way.form = form
-            assert fused.choose_faster(way, Way(), torch.zeros(1, classes, 2, 2)) is way
-    assert len(tried) == 3 * 2
-
-
-def test_trials_agree_in_sums_gradient_and_non_finite_values():
-    one = torch.ones(3)
-    other = torch.zeros(3)
-    none = torch.full((3,), torch.nan)
-    found = fused._Trial(one, one, 1.0)
-    assert found.agrees(found) and not found.agrees(fused._Trial(one, other, 1.0))
-    for ends in (none, torch.full((3,), torch.inf)):  # of a first step whose loss is none: the training tells it
-        assert fused._Trial(ends, one, 1.0).agrees(fused._Trial(ends, one, 2.0))
-        assert not fused._Trial(one, ends, 1.0).agrees(fused._Trial(one, one, 2.0))
-
-
-def test_kernel_passes_on_out_of_memory_errors(better):
-    with pytest.raises(torch.OutOfMemoryError):
-        better(Way(fails=torch.OutOfMemoryError("none")))
+def test_kernel_passes_on_out_of_memory_errors(run_kernel):
+    run_kernel.side_effect = torch.OutOfMemoryError("none")
+    for _ in range(2):  # the kernel is tried again
+        with pytest.raises(torch.OutOfMemoryError):
+            CrossEntropy(WEIGHTS)(*random_case(*CASES[0], seed=3, dtype=torch.float32))
+    assert run_kernel.call_count == 2
 
 
 def test_kernel_needs_cuda_and_grids_smaller_than_masks(monkeypatch):
@@ -209,7 +169,7 @@ def test_kernel_needs_cuda_and_grids_smaller_than_masks(monkeypatch):
 def test_losses_request_the_kernel_with_their_weights(monkeypatch):
     forms = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: True)
-    monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: forms.append(way) or tiled)
+    monkeypatch.setattr(full_resolution, "FusedOrTiled", lambda kernel, tiles: forms.append(kernel) or tiles)
     prediction, batch = random_case(*CASES[0], seed=0, dtype=torch.float32)
     made = CrossEntropy(WEIGHTS, label_smoothing=0.2), Dice(WEIGHTS), Tversky(WEIGHTS), Focal(WEIGHTS)
     for loss in (*made, CrossEntropy(WEIGHTS, hard_fraction=0.5)):

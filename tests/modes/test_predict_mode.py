@@ -12,6 +12,7 @@ from failing import fail_after
 from making import write_motion_jpeg
 from mistakes import assert_refused
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dinoseg.checkpoints.trained import Trained
 from dinoseg.core.contracts import Head
@@ -203,12 +204,14 @@ def test_bad_files_are_named_and_the_rest_is_done(trained_model, tmp_path):
         random_image(folder / f"{name}.png")
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:200])
     (folder / "c.jpg").write_text("no picture")
+    Image.new("1", (20_000, 20_000)).save(folder / "d.png")
     random_video(folder / "v.avi")
     whole = random_video(folder / "w.avi", frames=40).read_bytes()
     (folder / "w.avi").write_bytes(whole[: len(whole) // 2])
     (folder / "z.mp4").write_bytes(b"")
-    failed = ("4 of 8 inputs failed; the others are in", "b.png", "c.jpg", "w.avi ends early")
-    assert_refused(lambda: predict(folder, tmp_path / "out", masks=True), *failed, "z.mp4 as a video: 0 frames")
+    failed = ("5 of 9 inputs failed; the others are in", "b.png", "c.jpg", "w.avi ends early", "z.mp4 as a video: 0")
+    limit = "d.png as an image: it is too large (Image size (400000000 pixels) exceeds limit of 178956970 pixels"
+    assert_refused(lambda: predict(folder, tmp_path / "out", masks=True), *failed, limit)
     images = [f"{name}_segmentation" for name in "aeg"]
     assert names(tmp_path / "out") == [*images, "masks", "v_masks", "v_overlay.mp4"]
 

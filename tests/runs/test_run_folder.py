@@ -23,7 +23,6 @@ from dinoseg.runs.folder import (
     record_new_folders,
 )
 from dinoseg.runs.location import remember_folder, remembered_folders
-from dinoseg.utils.atomic import _machine
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
@@ -120,16 +119,6 @@ def test_command_lines_are_listed_from_start_to_last_resume(tmp_path):
         folder = RunFolder(tmp_path).write_config({}, words)
         os.utime(folder / "overrides.txt", (second, second))
     assert command_lines(tmp_path) == commands and last_command_line(tmp_path) == commands[-1]
-
-
-def test_new_run_removes_remains_of_a_killed_export(tmp_path):
-    half = tmp_path / f"run/.export.999999999-{_machine()}-00000000.part"
-    half.mkdir(parents=True)
-    (half / "model.onnx").write_bytes(b"half")
-    (tmp_path / "run/run.log").touch()
-    with RunFolder(tmp_path / "run") as run:
-        run.claim(tmp_path / "run")
-    assert run.path == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
 
 
 def test_a_run_does_not_write_into_the_folder_of_a_sweep(tmp_path):

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from dinoseg.utils.atomic import _machine, atomic_file, atomic_folder, remove_parts, write_json, write_text
+from dinoseg.utils.atomic import _machine, atomic_file, atomic_folder, write_json, write_text
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
 
@@ -104,16 +104,6 @@ def test_atomic_folder_appears_at_the_end_and_replaces_another(tmp_path):
             assert not (tmp_path / place / "new.txt").exists()
     found = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))]
     assert found == ["a", "a/new.txt", "deep", "deep/b", "deep/b/new.txt"]
-
-
-def test_partial_files_are_removed_but_not_targets_of_links(tmp_path):
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target/a").touch()
-    (tmp_path / ".1.part").symlink_to(tmp_path / "target")
-    (tmp_path / ".2.part").mkdir()
-    (tmp_path / ".3.part").touch()
-    remove_parts(tmp_path, ".*.part")
-    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["target", "a"]
 
 
 def test_undecodable_name_is_written_as_escapes(tmp_path):

@@ -19,7 +19,6 @@ from dinoseg.extensions.idd.files import ENCODINGS, LABELS, POLYGONS, files_of, 
 from dinoseg.extensions.prepare.jobs import incomplete_error, run_jobs
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
@@ -87,8 +86,6 @@ def prepare(
 def _draw_all(
     root: Path, jobs: Sequence[PolygonFile], work: Callable[[PolygonFile], Counter[str]], workers: int
 ) -> dict[str, dict[str, int]]:
-    for drive in {job.path.parent for job in jobs}:
-        remove_parts(drive, ".*_gtFine_label*.part")
     with Bar(total=len(jobs), desc="rasterising", unit="file") as bar:
         results, failures = run_jobs(work, jobs, bar, workers=workers, root=root, ready="files are rasterised")
     counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}

@@ -30,7 +30,7 @@ from dinoseg.extensions.video.sarrarp_files import (
 )
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import atomic_file, remove_parts, write_text
+from dinoseg.utils.atomic import atomic_file, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
@@ -183,8 +183,6 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
     step = FRAMES_PER_SECOND // rate
     decoded = extract_frames(video, target, step=step)
     _verify(folder, decoded, step)
-    remove_parts(target, ".*.part")
-    remove_parts(folder, f"*{PREPARED}*.part")
     # written last: this file marks the video as finished
     counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
     write_text(folder / PREPARED, json.dumps(counts))

@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 import cv2
 
 from dinoseg.report.progress import Bar
-from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.workers import in_processes
@@ -40,7 +39,6 @@ def render_videos(
     """
     try:
         with hold_lock(root / _LOCK):
-            remove_parts(root, "*/.*.part")
             videos = find()
             with Bar(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
                 remedy = f"Set mode.workers below {workers} and run again to resume."

@@ -24,7 +24,6 @@ from dinoseg.extensions.tracking.video.mask_folder import MaskColours
 from dinoseg.extensions.tracking.video.report import write_results
 from dinoseg.extensions.tracking.video.run import TrackJob, track_video
 from dinoseg.extensions.tracking.video.state import (
-    MASKS,
     STATE,
     TrackProgress,
     TrackState,
@@ -33,7 +32,6 @@ from dinoseg.extensions.tracking.video.state import (
 )
 from dinoseg.extensions.video.frames import FrameReader, open_frames
 from dinoseg.runs.folder import RunFolder
-from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.wording import count_of, format_value
@@ -204,7 +202,6 @@ def _unfinished_run(folder: Path, restart: str | None) -> Iterator[TrackState | 
     check_unfinished(folder)
     with RunFolder(folder) as run:
         run.enter(folder, remedy="start over without mode.restart")
-        remove_parts(folder / MASKS, ".*.part")
         yield read_track_state(folder)
 
 

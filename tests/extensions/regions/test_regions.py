@@ -263,18 +263,6 @@ def test_images_of_every_strategy_are_edited_whole(name, tmp_path):
     assert np.array_equal(SEMANTIC.decide(predictor.probabilities(images)), expected)
 
 
-def test_large_files_are_edited_whole(tmp_path):
-    from PIL import Image
-
-    from dinoseg.utils.images import read_ids
-
-    image = pictures(1, count=1)[0]
-    Image.fromarray(image).save(tmp_path / "a.png")
-    predictor = Predictor(tiny_model(), torch.device("cpu"), nullcontext, Regions(Windows((16, 16)), 6))
-    predictor.write_ids(tmp_path / "a.png", tmp_path / "ids.png")
-    assert np.array_equal(read_ids(tmp_path / "ids.png"), predictor.ids([image])[0])
-
-
 def test_images_that_memory_cannot_hold_are_refused(monkeypatch):
     monkeypatch.setattr(regions_module, "free_bytes", lambda device: 20 * 4 * 33 * 41 - 1)
     predictor = Predictor(tiny_model(), torch.device("cpu"), nullcontext, Regions(Whole(), 6))
