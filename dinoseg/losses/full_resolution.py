@@ -91,16 +91,13 @@ def pixel_values(prediction: Prediction, batch: Batch, ignore_index: int, value:
 
 def _parts(prediction: Prediction, batch: Batch) -> tuple[list[Tensor], tuple[float, float]]:
     """Return the tensors that scores are computed from, and the share of their grid that the images cover."""
-    valid = prediction.valid
     if prediction.grid is not None:
-        parts = [prediction.grid]
-    elif prediction.masks is not None:
-        parts = list(prediction.masks)
-    else:
-        # scores of another form come at mask size: a grid whose cells are the pixels, which tiles only cut
-        parts = [prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))]
-        valid = (1.0, 1.0)
-    return [at_least_float32(part) for part in parts], valid
+        return [at_least_float32(prediction.grid)], prediction.valid
+    if prediction.masks is not None:
+        return [at_least_float32(part) for part in prediction.masks], prediction.valid
+    # scores of another form come at mask size: a grid whose cells are the pixels, which tiles only cut
+    scores = prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))
+    return [at_least_float32(scores)], (1.0, 1.0)
 
 
 class _Tile(NamedTuple):
@@ -192,13 +189,11 @@ class _Tiled:
         """
         gradients = [] if upstream is None else [torch.zeros_like(part) for part in parts]
         found = []
-        device = parts[0].device
-        bands = self.tiles.bands
         run_band = functools.partial(self._band, parts, upstream)
-        with torch.autocast(device.type, enabled=False), threads(device) as each:
+        with torch.autocast(parts[0].device.type, enabled=False), threads(parts[0].device) as each:
             # threads take bands, and their results are added here in the order of the bands: equal bits for any number
             # of threads
-            for (image, rows), (sums, added) in zip(bands, each(run_band, bands), strict=True):
+            for (image, rows), (sums, added) in zip(self.tiles.bands, each(run_band, self.tiles.bands), strict=True):
                 found.append(sums)
                 for number, more in enumerate(added):
                     # a band reads a few rows of the grid, which it shares with its neighbours, and all of the class
@@ -239,8 +234,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, implementation: PixelSums, first_alone: bool, *parts: Tensor) -> Tensor:
-        ctx.first_alone = first_alone
-        ctx.implementation = implementation
+        ctx.first_alone, ctx.implementation = first_alone, implementation
         # if only the first sum depends on the scores, the gradient of any loss is upstream[0] times that of this sum:
         # the pass over the tiles that adds it up returns both, and the backward pass upsamples nothing
         one = parts[0].new_ones(1) if first_alone and any(ctx.needs_input_grad) else None

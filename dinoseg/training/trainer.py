@@ -181,9 +181,7 @@ def fit(setup: TrainingSetup) -> Progress:
                 with micro.retry_batch(), engine.sync(net, micro.is_last):
                     batch = batch.to(engine.device)
                     with freeze.apply(step, steps, batch.image) if freeze else nullcontext():
-                        prediction = net(batch.image)
-                        if scale is not None:
-                            prediction = widen_predictions(prediction)
+                        prediction = net(batch.image) if scale is None else widen_predictions(net(batch.image))
                         # a sum, since only the end of a step shows how many labels it has on all ranks; a mean over
                         # each batch would give labels more weight where a batch has few
                         loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
@@ -273,8 +271,12 @@ def log_step(
     speed: dict[str, float],
 ) -> None:
     """Log the newest step: loss, highest learning rate, gradient norm, speed, tallied scores and loss terms."""
-    row: dict[str, float | None] = {"train/loss": metrics.loss, "train/lr": rate, "train/gradient_norm": metrics.norm}
-    row |= speed
+    row: dict[str, float | None] = {
+        "train/loss": metrics.loss,
+        "train/lr": rate,
+        "train/gradient_norm": metrics.norm,
+        **speed,
+    }
     if output.scores is not None:
         row |= output.scores.read()
     if scale is not None and scale.started:
