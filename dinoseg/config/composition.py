@@ -75,13 +75,18 @@ def compose(
     searched = [SHIPPED, *map(Path, folders)]
     lists = list_groups(searched)
     for key, option in options.items():
+        # Hydra merges the keys of a list of heads in silence; here only groups whose entry is a list take one
         if isinstance(option, list) and key.lstrip("+~").partition("@")[0] not in lists:
             raise mistakes.not_a_list_group(key, option, searched)
     expansion = Expansion(options, searched)
+    # Hydra's own composer changes the global state of the process, which may be a caller's Hydra program; tests compare
+    # this order with Hydra's on every recipe and option
     whole = merge(expansion.expand(DefaultsEntry("", "main", package="_global_"), chosen=_additions(options)))
+    # an option that no defaults list names would have no effect
     expansion.check_used()
     single = {key: option for key, option in expansion.choices.items() if not isinstance(option, list)}
     whole["hydra"]["runtime"] = {"choices": single, "cwd": os.getcwd()}
+    # a checkpoint stores the choices: one of an absent file, such as `local: default`, could not be composed again
     found = existing_choices(expansion.choices, searched)
     choices = {key: option for key, option in found.items() if key not in lists}
     for group in sorted(lists):
@@ -111,6 +116,7 @@ def compose_options(options: Mapping[str, Any], folders: Sequence[str | Path] = 
     # a nested group is composed by the option whose defaults list names it
     groups = [group for group in options if not {"@", "/"} & {*group}]
     groups.sort(key=lambda group: group != "mode")  # a checkpoint adds groups to those of a mode
+    # the files' own keys alone: which groups belong to the config, the checkpoint says
     shared = [_without_defaults(SHIPPED / f"{name}.yaml") for name in _SHARED]
     return merge([*shared, *(part for group in groups for part in expansion.expand(read_entry({group: None})))])
 
@@ -124,6 +130,7 @@ def expand_short_forms(cfg: DictConfig, given: Collection[str]) -> DictConfig:
     """
     changes: dict[str, Any] = {}
     crop = OmegaConf.select(cfg, "resolution.crop")
+    # not isinstance: `true` is an int in Python
     if type(crop) is int:
         changes["resolution"] = {"crop": [crop, crop]}
     if "trainer.steps" in given:
@@ -161,6 +168,7 @@ def set_values(
         UserError: a key does not exist, or cannot take the value.
     """
     plain = to_container(cfg)
+    # in struct mode OmegaConf refuses keys that the config lacks; without, a misspelt key would be added
     OmegaConf.set_struct(cfg, True)
     leaves = [leaf for value in values for leaf in _leaves(value, value_at(plain, value.key.split(".")))]
     for key, value, sign, _ in leaves:

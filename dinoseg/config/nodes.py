@@ -60,6 +60,7 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
     pointer = next((text for text in texts_of(values) if "${" in text), None)
     if pointer is not None:
         raise UserError(f"{pointer} is still an interpolation after it is resolved. Choose a value without ${{.")
+    # checked before anything is built: the constructor of an outer part would fail after its inner ones were built
     for key_path, table in walk(values):
         if isinstance(table, Mapping) and "_target_" in table:
             arguments = {key: value for key, value in table.items() if not str(key).startswith("_")}
@@ -68,6 +69,7 @@ def instantiate(node: Any, *, exclude: Sequence[str] = (), overrides: Mapping[st
     part = _call_target(values, where, keys)
     if not isinstance(part, partial):
         return part
+    # a `partial` that names full keys in its errors, when it is called with the rest later
     factory = Factory(part.func, *part.args, **part.keywords)
     factory.keys = keys
     return factory

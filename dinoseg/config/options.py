@@ -51,6 +51,7 @@ def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[P
     path = next((path for path in paths if os.path.isfile(path)), None)  # False for a typed name that no file can have
     if path is None:
         return
+    # a file of the same group in the defaults list is a base, such as `mode/_model`: its keys are this option's, too
     for entry in _defaults_of(path):
         if isinstance(entry, str) and entry != "_self_":
             yield from option_files(folders, group, entry.removeprefix(f"/{group}/"))
@@ -128,6 +129,7 @@ def options_with(folders: Sequence[Path], key: str) -> list[str]:
     """
     names = key.split(".")
     everywhere = {path.name for folder in folders for path in folder.glob("*/") if path.is_dir()}
+    # `data.pixels.order` may be `order` of data/pixels, or `pixels.order` of data
     nested = {"/".join(names[:depth]): ".".join(names[depth:]) for depth in range(1, len(names))}
     return [
         f"{group}={option}"

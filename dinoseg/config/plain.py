@@ -33,6 +33,7 @@ def walk(node: Any, key_path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 def flatten(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted key and the value of each leaf of nested mappings; an empty mapping is a leaf."""
     for key, value in node.items():
+        # an empty mapping is a value: it would vanish otherwise
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{above}{key}.")
         else:

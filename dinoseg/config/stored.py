@@ -51,6 +51,8 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
     config = to_container(cfg)
     choices = choices_of(config["choices"], keys)
     given = {key: config[key] for key in keys if key not in config.get(VALUES_ONLY, ())}
+    # composed again (2 ms), since Hydra's config does not show which key comes from an option and which from a recipe,
+    # and a later use composes the options alone
     options = compose_options(choices_of(choices, given), config.get("config_dirs", ()))
     targets: dict[str, str] = {}
     values = _values_of(cfg, given, options, (), targets, is_argument=False)
@@ -79,6 +81,7 @@ def _values_of(
         is_argument: whether a node above is a component, whose argument this node is.
     """
     is_argument = is_argument or "_target_" in option
+    # a later use composes the option, which has the key again: the removal would be lost
     removed = [key for key in option if key not in given and key not in _MACHINE_KEYS] if key_path else []
     if removed:
         key = dotted_name((*key_path, removed[0]))
@@ -87,6 +90,7 @@ def _values_of(
     for key, value in given.items():
         place = (*key_path, str(key))
         usual = option.get(key)
+        # what builds an object is compared with the option's, and never stored as a value: a file names no class
         if key in BUILDS or (nests(value) and not _is_node(usual, is_argument=is_argument)):
             if value != usual:
                 raise UserError(
@@ -98,10 +102,13 @@ def _values_of(
                 targets[dotted_name(key_path)] = str(value)
         elif key in _MACHINE_KEYS:
             continue
+        # below a component any key may be new: it is a parameter of the target, or a key of a table
         elif key_path and key not in option and not is_argument:
             raise UserError(f"{dotted_name(place)} is not a key of the chosen options. Add it to an option's file.")
         elif isinstance(value, Mapping) and _is_node(usual, is_argument=is_argument):
             values[str(key)] = _values_of(node[key], value, usual, place, targets, is_argument=is_argument)
+        # interpolations of the option itself are resolved anew, so that `data.root=ELSEWHERE` changes all that refers
+        # to it
         elif not (_interpolates(value) and value == usual and not str(value).startswith(_RUN_INTERPOLATIONS)):
             values[str(key)] = _resolve_value(node, key)
     return values
@@ -163,11 +170,13 @@ def compose_stored(
             of bounds. The message names it.
     """
     where, stored = source.where, description["config"]
+    # before anything is composed: the file may come from a stranger, and values are bounded where they enter
     check_values(stored, where, REMEDY)
     used = [key for key in stored if key not in unused]
     composed = _compose(description["choices"], used, source)
     if unused:  # without the root keys of options that are not composed, such as `teacher` of trainer=distil
         used = [key for key in used if key in composed or choices_of(description["choices"], [key])]
+    # an option of the same name may be another class here, which would train or predict something else in silence
     _check_targets(description["targets"], composed, where)
     weights = value_at(composed, ("backbone", "weights"))
     added: list[str] = []
@@ -175,6 +184,7 @@ def compose_stored(
     if added:
         logger.warning("%s: it has no value of %s. The defaults of the options are used.", where, join_names(added))
     composed |= {key: _plain_group(stored[key]) for key in stored if key in unused}
+    # weights that the file alone names would be downloaded from wherever it says
     if "backbone" in used and "backbone.weights" not in source.typed:
         _check_weights(value_at(composed, ("backbone", "weights")), weights, source)
     check_batch(OmegaConf.create(composed), where)
@@ -278,6 +288,7 @@ def _set_values(
         is_known = (name in node or is_argument) and key not in _MACHINE_KEYS
         if is_group and isinstance(value, Mapping):
             _set_values(node[name], value, place, added, where, replaced, is_argument=is_argument)
+        # a file may set values, but change no form: it adds no key to a group, and replaces no component
         elif not is_known or (value is not None and (is_group or nests(option))):
             what = f"{where}: {dotted_name(place)}={format_text(format_override(value))}"
             raise UserError(f"{what} is refused: the options on this machine have another form. {REMEDY}.")
@@ -285,6 +296,7 @@ def _set_values(
             node[name] = value
     for key, option in node.items():
         is_fixed = key in (*BUILDS, *_MACHINE_KEYS) or _interpolates(option) or nests(option)
+        # a key that the option got after the file was written: its default applies, and the log says so
         if str(key) not in values and not is_fixed and key_path:
             added.append(dotted_name((*key_path, str(key))))
 

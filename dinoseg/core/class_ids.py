@@ -63,6 +63,8 @@ def _of_image(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
         _cells(length, cells, share, grid.dtype)
         for length, cells, share in zip(size, grid.shape[1:], valid, strict=True)
     )
+    # bounds say nothing about NaN or infinite scores; and where most cells are undecided, as in noise, they cost more
+    # than they save
     if not math.isfinite(slack) or not _is_faster(grid, rows, columns, slack):
         return _one_by_one(scores, size, valid)
     at_once = max(1, _BAND // (len(grid) * len(columns.low)))
@@ -78,7 +80,8 @@ def _one_by_one(scores: Tensor, size: tuple[int, int], valid: tuple[float, float
     for label in range(1, scores.shape[1]):
         pixels = upsample(scores[:, label : label + 1], size, valid)[:, 0]
         better = (pixels > best).to(torch.uint8)
-        torch.maximum(ids, better.mul_(label), out=ids)  # ascending: each label is greater than all before
+        # labels ascend, so the newest one that is better is the maximum; this is a `where` without a copy
+        torch.maximum(ids, better.mul_(label), out=ids)
         torch.maximum(best, pixels, out=best)
     return ids
 
@@ -99,6 +102,7 @@ def _cells(length: int, cells: int, share: float, dtype: torch.dtype) -> _Cells:
     low, weights = cell_weights(length, cells, share, dtype)
     begins, owner, counts = low.unique_consecutive(return_inverse=True, return_counts=True)
     offsets = torch.arange(int(counts.max())).minimum(counts[:, None] - 1)  # (N, P)
+    # spaces hold different numbers of pixels: padded with their last one, they form one tensor
     pixels = (counts.cumsum(0) - counts)[:, None] + offsets
     return _Cells(begins.clamp(min=0), (begins + 1).clamp(max=cells - 1), owner, pixels, weights[:, pixels])
 
@@ -108,6 +112,7 @@ def _is_faster(grid: Tensor, rows: _Cells, columns: _Cells, slack: float) -> boo
     cells, pixels = len(rows.low) * len(columns.low), len(rows.owner) * len(columns.owner)
     if _CELL_COST * cells >= _PIXEL_COST * pixels:
         return False
+    # an even sample of 48 x 48 cells: the choice costs little of what it saves
     down, along = ([end[:: -(-len(axis.low) // _SAMPLE)] for end in (axis.low, axis.high)] for axis in (rows, columns))
     is_candidate = _find_candidates(grid, down, along, slack)[0]
     counts = is_candidate.sum(1)
@@ -120,28 +125,36 @@ def _find_candidates(
     grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: float
 ) -> tuple[Tensor, Tensor]:
     """Return which classes can win in each cell (N, K), and their maximum scores there (K, N)."""
-    most, least = (
-        pick(*(pick(*(grid.index_select(1, end) for end in down)).index_select(2, end) for end in along)).flatten(1)
-        for pick in (torch.maximum, torch.minimum)
-    )
+    bounds = []
+    for pick in (torch.maximum, torch.minimum):
+        of_rows = pick(grid.index_select(1, down[0]), grid.index_select(1, down[1]))
+        of_cells = pick(of_rows.index_select(2, along[0]), of_rows.index_select(2, along[1]))
+        bounds.append(of_cells.flatten(1))
+    most, least = bounds
+    # a pixel's score is a mean of four corners, so it lies between their least and their highest: a class whose highest
+    # stays below another's least wins nowhere in the cell
     return (most >= least.amax(0) - slack).T.contiguous(), most
 
 
-@torch.no_grad()  # grad mode is per thread
+# grad mode is per thread
+@torch.no_grad()
 def _band_ids(grid: Tensor, rows: _Cells, columns: _Cells, slack: float, band: slice) -> Tensor:
     """Return the IDs (r, W) of some rows of cells of a grid (K, h, w)."""
     is_candidate, most = _find_candidates(grid, [end[band] for end in rows[:2]], columns[:2], slack)
+    # right where a single class can win, which is then that of the highest maximum
     winners = most.max(0).indices.to(torch.uint8).view(-1, len(columns.low))
     owner = rows.owner[(rows.owner >= band.start) & (rows.owner < band.stop)]
     pixels = rows.pixels - rows.pixels[band.start, 0]
     ids = winners.index_select(1, columns.owner).index_select(0, owner - band.start)
     counts, side = is_candidate.sum(1), rows.pixels.shape[1] * columns.pixels.shape[1]
+    # cells with equally many candidates form a dense tensor
     for count in counts.unique().tolist():
         if count == 1:
             continue
         for places in (counts == count).nonzero()[:, 0].split(max(1, _AT_ONCE // (count * side))):
             labels = is_candidate[places].nonzero()[:, 1].view(-1, count)  # ascending
             row, column = places // len(columns.low) + band.start, places % len(columns.low)
+            # indices into the flattened grid: the four corners of each cell, for each of its candidates
             ends = [low[row] * grid.shape[2] + along[column] for low in rows[:2] for along in columns[:2]]
             read = (labels * grid[0].numel())[:, :, None] + torch.stack(ends, dim=1)[:, None]
             corners = grid.flatten().index_select(0, read.flatten()).view(read.shape)  # (n, count, 4)
@@ -154,6 +167,7 @@ def _band_ids(grid: Tensor, rows: _Cells, columns: _Cells, slack: float, band: s
 def _find_best(corners: Tensor, down: Tensor, along: Tensor) -> Tensor:
     """Return the index of the highest of k classes (n, p, q), interpolated between corners (n, k, 4)."""
     sides = corners.view(*corners.shape[:2], 2, 2, 1)  # of both rows, of both columns
+    # separable: to the pixels' rows on both sides of the cell first, then across
     edges = sides[:, :, 0] * down[0][:, None, None] + sides[:, :, 1] * down[1][:, None, None]  # (n, k, 2, p)
     pixels = edges[:, :, 0, :, None] * along[0][:, None, None]
     pixels.addcmul_(edges[:, :, 1, :, None], along[1][:, None, None])  # (n, k, p, q)
@@ -191,7 +205,8 @@ def mixed_class_ids(masks: Tensor, shares: Tensor, size: tuple[int, int], valid:
     return torch.stack(images)
 
 
-@torch.no_grad()  # grad mode is per thread
+# grad mode is per thread
+@torch.no_grad()
 def _mixed_band_ids(masks: Tensor, shares: Tensor, columns: list[Span], rows: Span) -> Tensor:
     """Return the IDs (r, W) of a band of rows of one image."""
     return torch.cat([_tile_ids(masks[:, rows.cells, tile.cells], shares, rows, tile) for tile in columns], dim=1)
@@ -202,16 +217,21 @@ def _tile_ids(cells: Tensor, shares: Tensor, rows: Span, columns: Span) -> Tenso
     if cells.device.type != "cpu":
         scores = _scores(upsample_tile(cells, rows, columns), shares)
         return scores.max(0).indices.to(torch.uint8)
+    # an upsampled logit is at most the highest of the cells around, and sigmoid is monotonic
     most = cells.flatten(1).amax(1).sigmoid()[:, None] * shares  # (Q, K) maximum contribution of each mask
     least_first = most.amax(1).argsort()
+    # masks that can add least first, as long as all of them add less than 1/32 to every class; limits from 1/64 to 1/4
+    # took the same time (docs/log/speed.md)
     few = int((most[least_first].cumsum(0).amax(1) < _LEFT_OUT).sum())
     out, remaining = least_first[:few], least_first[few:]
     scores = _scores(upsample_tile(cells[remaining], rows, columns), shares[remaining])  # (K, r, c)
     best = scores.max(0)
     if few:
+        # a pixel is in doubt where another class could reach the best with all that was left out
         rivals = scores + most[out].sum(0)[:, None, None]
         rivals.scatter_(0, best.indices[None], -torch.inf)
         y, x = (rivals.amax(0) >= best.values).nonzero(as_tuple=True)
+        # single pixels are dearer than those of a whole tile, so many of them are evaluated as a tile
         if len(y) * _SINGLE > best.values.numel():
             scores += _scores(upsample_tile(cells[out], rows, columns), shares[out])
             best = scores.max(0)

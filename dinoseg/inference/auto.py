@@ -97,6 +97,7 @@ class Auto(InferenceStrategy):
 
     def reduce_memory(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Use windows for images of this size and larger from now on; return False if that is already the case."""
+        # the estimate does not see workspaces of operations: after an error, this size and larger ones get windows
         pixels = self._pixels(model, rows, size or rows.size)
         if pixels > self._feasible:
             return False
@@ -107,10 +108,12 @@ class Auto(InferenceStrategy):
 
     def _is_whole_feasible(self, model: SegmentationModel, rows: Rows, autocast: Autocast, size: Size) -> bool:
         pixels = self._pixels(model, rows, size)
+        # memory grows with the pixels: what fits was proven for fewer, and what does not for more
         if self._feasible < pixels < self._too_many:
             free = free_bytes(next(model.parameters(), torch.empty(0)).device) * self.memory
             need: float = pixels * _AMPLE
             if need > free:
+                # two passes over small squares, made once for a model
                 self._cost = self._cost or measure(model, min(self.windows.size), autocast)
                 need = self._cost.of(rows.count, self._input_size(model, rows), size)
                 facts = (

@@ -97,12 +97,14 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
+            # views share a storage, which counts once
             if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
                 storage = tensor.untyped_storage()
                 size = storage.nbytes()
                 self._known[storage] = size
                 self.now += size
                 self.most = max(self.most, self.now)
+                # freed when the storage is, not the tensor: autograd or a view may still hold it
                 weakref.finalize(storage, self._free, size)
         return made
 
@@ -146,6 +148,8 @@ def measure(model: SegmentationModel, side: int, autocast: Autocast) -> PassCost
     patch = model.patch_size / model.scale
     cells = max(1, round(side / patch / 2))
     small, large = (_measure_pass(model, round(number * patch), autocast) for number in (cells, 2 * cells))
+    # bytes per pixel are the same for both squares unless attention stores its matrix, whose bytes per pixel grow by
+    # the number of pixels; two squares give both coefficients
     growth = (large.forward - small.forward) / large.forward
     squared = (large.forward - small.forward) / (large.pixels - small.pixels) if growth > _NOISE else 0.0
     forward = large.forward - squared * large.pixels
@@ -169,6 +173,7 @@ def _measure_pass(model: SegmentationModel, side: int, autocast: Autocast) -> _T
         with autocast():
             prediction = model(images, reduce=False)
         forward, retained = peak.most, peak.now
+        # class IDs come after the pass, whose own activations are freed by then
         peak.most = retained
         prediction.class_ids()
     input_size = math.prod(backbone_size((side, side), model.scale, None))
@@ -194,9 +199,11 @@ def free_bytes(device: torch.device) -> float:
     """Return the free bytes of a device; for a CPU, what this process may allocate, cgroup limits included."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # what torch's allocator holds and does not use is free for this process alone
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    # containers and `ulimit -v` limit a process below what the machine has
     return min(
         float(psutil.virtual_memory().available), _addresses(), *(limit - used for limit, used in _group_limits())
     )

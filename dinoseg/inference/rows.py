@@ -52,14 +52,17 @@ class ResizedRows(Rows):
         """Return the rows (B, C, bottom - top, W) as floats in 0..1."""
         height, width = self.rows.size[0], self.size[1]
         scale = height / self.size[0]
+        # a triangle filter, as wide as `scale` input rows on each side where the image is reduced
         reach = max(1.0, scale) if self.antialias else 1.0
         centres = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * scale
         first = max(0, int(centres[0] - reach))
         last = min(height, int(centres[-1] + reach) + 1)
         distance = (torch.arange(first, last, dtype=torch.float64) + 0.5 - centres[:, None]).abs() / reach
         weights = (1 - distance).clamp(min=0)  # (rows out, rows in)
+        # at the border of the image, part of the filter has no rows: the others share its weight
         weights /= weights.sum(dim=1, keepdim=True)
         total: Tensor | None = None
+        # only some rows of the file are in memory at a time, with their columns resized
         for start in range(first, last, _READ):
             end = min(start + _READ, last)
             part = self.rows.read(start, end)
@@ -76,12 +79,16 @@ def at_size(bands: Iterable[Tensor], grid: Size, size: Size) -> Iterator[Tensor]
     if grid == size:
         yield from bands
         return
+    # pixel centres aligned (`align_corners=False`): output row y reads grid row (y + 1/2) h / H - 1/2
     positions = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * grid[0] / size[0] - 0.5).clamp(0, grid[0] - 1)
     above = positions.long()  # (H,) grid row at or above each output row
     below = (above + 1).clamp(max=grid[0] - 1)
-    pending, top, done = None, 0, 0  # grid rows still needed; index of the first one; output rows yielded
+    pending = None  # grid rows that are still needed
+    top = 0  # index of the first of them
+    done = 0  # output rows yielded
     for band in bands:
         pending = band if pending is None else torch.cat([pending, band], dim=2)
+        # a band ends anywhere, so rows between it and the next one wait for that
         known = top + pending.shape[2]
         ready = int((below < known).sum())  # `below` is sorted
         step = max(1, _PIECE // (pending.shape[0] * pending.shape[1] * size[1]))
@@ -89,10 +96,14 @@ def at_size(bands: Iterable[Tensor], grid: Size, size: Size) -> Iterator[Tensor]
             end = min(start + step, ready)
             share = (positions[start:end] - above[start:end]).to(pending)[:, None]
             upper, lower = ((rows[start:end] - top).to(pending.device) for rows in (above, below))
+            # rows by hand, columns by torch: F.interpolate would take the borders of a band for those of the image
             piece = torch.lerp(pending.index_select(2, upper), pending.index_select(2, lower), share)
             yield F.interpolate(piece, (end - start, size[1]), mode="bilinear")
+        # `above` is sorted, so earlier grid rows are never read again
         first_needed = min(int(above[ready]), known) if ready < size[0] else known
-        pending, top, done = pending[:, :, first_needed - top :].clone(), first_needed, ready
+        pending = pending[:, :, first_needed - top :].clone()
+        top = first_needed
+        done = ready
 
 
 def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
@@ -115,6 +126,7 @@ def align(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
         bands = [band for band in pending if band is not None]
         if not bands:
             return
+        # streams of other scales end their bands at other rows: what all of them have is passed on
         rows = min(band.shape[2] for band in bands)
         yield [band[:, :, :rows] for band in bands]
         pending = [band[:, :, rows:] for band in bands]

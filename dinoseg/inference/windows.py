@@ -146,6 +146,7 @@ class Windows(InferenceStrategy):
     ) -> Iterator[Prediction]:
         """Yield predictions as `bands` does, after resizing the images to `grid` (H, W)."""
         size = size or rows.size
+        # probabilities of all turns add up in one pass; scores of two turns have no common zero, so each is a view
         views = [self.turns] if self.average == "probabilities" else [(turn,) for turn in self.turns]
         passes: list[_Pass] = []
         streams: list[Iterator[Tensor]] = []
@@ -154,7 +155,9 @@ class Windows(InferenceStrategy):
             scale_pass = _Pass(self, model, autocast, turns, on_pass if not passes else None)
             at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled, antialias=self.antialias)
             passes.append(scale_pass)
+            # generators: all views advance band by band, so no view of the whole image is in memory
             streams.append(at_size(scale_pass.averages(at_scale), scaled, size))
+        # mmsegmentation and Meta: the mean of logits over windows, then of the softmax over views
         of_views = self.average == "scores" and len(streams) > 1
         if of_views:
             streams = [(model.task.probabilities(band) for band in stream) for stream in streams]
@@ -168,6 +171,7 @@ class Windows(InferenceStrategy):
         is_enlarged = self.shortest is not None and with_shorter_side(grid, self.shortest) != grid
         if is_enlarged or self.averages_views:
             return False
+        # resized twice, to the windows' scale and then to the backbone's, pixels differ from those of one pass
         is_resized_once = grid == size or model.scale == 1.0
         return grid == model.reduced_size(size) and is_resized_once and all(map(operator.le, grid, self.size))
 
@@ -176,6 +180,7 @@ class Windows(InferenceStrategy):
         """Why it predicts no single objects; None: it predicts them."""
         if self.averages_views:
             return _VIEWS
+        # an object is joined from the parts in two windows where these overlap
         strides = self.stride or [side * (1 - self.overlap) for side in self.size]
         if self.placement == "stride" and all(map(operator.lt, strides, self.size)):
             return None
@@ -263,15 +268,12 @@ class _Pass:
 
         A band is valid only until the next one is requested.
         """
-        exchanged, *flipped = self.turns[0]
-        axes, sides, mirrored = (pair[::-1] if exchanged else pair for pair in ((0, 1), self.windows.size, flipped))
-        height, width = (min(side, most) for side, most in zip(sides, rows.size, strict=True))
-        along = [self.windows.starts(axis, length) for axis, length in zip(axes, rows.size, strict=True)]
-        for axis, side in enumerate((height, width)):
-            if mirrored[axis]:
-                along[axis] = [rows.size[axis] - side - start for start in reversed(along[axis])]
+        (height, width), along = self._place_windows(rows.size)
         profiles = [profile(side, self.windows.weights) for side in (height, width)]
+        # the weight of a pixel is a product of one of its row and one of its column, and so are the sums over a grid of
+        # windows
         totals = [sum_weights(*given) for given in zip(rows.size, along, profiles, strict=True)]
+        # as many rows as a window has: at 3072 x 2048 and 19 classes 169 MiB instead of 967 (benchmarks/windows.py)
         score_sums: Tensor | None = None  # (B, K, height, W), starting at row `top`
         top = 0
         cut = _cut(rows, along, (height, width))
@@ -283,8 +285,10 @@ class _Pass:
                 score_sums = scores.new_zeros(shape)
                 profiles, totals = ([part.to(scores) for part in parts] for parts in (profiles, totals))
             for (image, first, left), part in zip(places, scores, strict=True):
+                # windows come from the top down, so none will touch the rows above this one again
                 if first > top:
                     yield _divide_by_weights(score_sums[:, :, : first - top], totals, top)
+                    # a copy, since source and target overlap
                     rest = score_sums[:, :, first - top :].clone()
                     score_sums[:, :, : rest.shape[2]] = rest
                     score_sums[:, :, rest.shape[2] :] = 0
@@ -292,6 +296,24 @@ class _Pass:
                 score_sums[image, :, :, left : left + width] += part * (profiles[0][:, None] * profiles[1])
         assert score_sums is not None
         yield _divide_by_weights(score_sums, totals, top)
+
+    def _place_windows(self, size: Size) -> tuple[Size, list[list[int]]]:
+        """Return the (height, width) of windows on images of `size` (H, W), and their first rows and columns."""
+        # with `scores`, a view's windows are cut from the turned image, as the official codes turn it first; here the
+        # places are turned instead, since rows are read from the top
+        exchanged, *flipped = self.turns[0]
+        axes = (1, 0) if exchanged else (0, 1)  # of the turned image, by axis of this one
+        sides = []
+        along = []
+        for axis, turned_axis in enumerate(axes):
+            side = min(self.windows.size[turned_axis], size[axis])
+            begins = self.windows.starts(turned_axis, size[axis])
+            if flipped[turned_axis]:
+                # a window at `start` of the mirrored image ends that far from the other side of this one
+                begins = [size[axis] - side - start for start in reversed(begins)]
+            sides.append(side)
+            along.append(begins)
+        return (sides[0], sides[1]), along
 
     def _scores(self, crops: Tensor, places: Sequence[Place], size: Size) -> Tensor:
         """Return the values to average (n, K, h, w) for crops (n, 3, h, w): the mean over `turns`."""
@@ -312,12 +334,14 @@ class _Pass:
 def starts(length: int, window: int, stride: int) -> list[int]:
     """Return the first positions of windows of `window` pixels that cover `length`, the last one shifted back."""
     count = max(0, math.ceil((length - window) / stride)) + 1
+    # the last window is shifted back instead of padded: the model sees no border that the image does not have
     return [min(number * stride, max(0, length - window)) for number in range(count)]
 
 
 def even_starts(length: int, window: int) -> list[int]:
     """Return the first positions of the least windows of `window` pixels that cover `length`, spread evenly."""
     count = -(-length // window)
+    # tue-mps/eomt: start j at int(j (size - overlap)), which equals this quotient
     return [number * (length - window) // (count - 1) if number else 0 for number in range(count)]
 
 
@@ -325,6 +349,7 @@ def profile(length: int, weights: str) -> Tensor:
     """Return the weight (length,) float64 of each row or column of a window; all weights are above 0."""
     if weights == "uniform":
         return torch.ones(length, dtype=torch.float64)
+    # half a period over the window, sampled at pixel centres, so that its border is above 0
     return torch.sin((torch.arange(length, dtype=torch.float64) + 0.5) * (math.pi / length))
 
 
@@ -360,7 +385,9 @@ def _format_pair(pair: tuple[int, int]) -> str:
 def _cut(rows: Rows, begins: Sequence[Sequence[int]], window: Size) -> Iterator[tuple[Place, Tensor]]:
     """Yield windows with their places, from the top down; each row of windows covers all images."""
     for top in begins[0]:
+        # one read for a row of windows, which are views of it
         strip = rows.read(top, top + window[0])  # (B, 3, h, W)
+        # across the images of a batch, so that a pass is full although an image has few windows
         for image, left in itertools.product(range(rows.count), begins[1]):
             yield Place(image, top, left), strip[image, :, :, left : left + window[1]]
 

@@ -47,6 +47,7 @@ def class_weights(
                 "Give weights for these only; scheme=none weights all classes equally."
             )
         return torch.tensor([named.get(name, 1.0) for name in classes])
+    # pixels of a data set exceed 2^24, up to which float32 is exact
     n = torch.tensor(counts, dtype=torch.float64)
     if scheme == "none":
         return torch.ones(len(n))
@@ -61,6 +62,7 @@ def class_weights(
     elif scheme == "median":
         weights = _mean_one(frequency[present].median() / frequency, present)
     else:
+        # 10,000 pixels are one sample: with single ones, beta^n would be 0 for any class of a million pixels
         weights = _mean_one((1 - beta) / (1 - beta ** (n / 1e4)), present)
     return torch.where(present, weights, 1.0).float()
 

@@ -29,8 +29,12 @@ def soft_skeleton(shares: Tensor, iterations: int) -> Tensor:
     """
     skeleton = torch.zeros_like(shares)
     for _ in range(iterations + 1):
+        # soft erosion: the minimum over a cross is minus the maximum of the negative. `max_pool2d` pads with -infinity,
+        # so pixels beyond the border win nowhere
         eroded = -torch.maximum(max_pool2d(-shares, (3, 1), 1, (1, 0)), max_pool2d(-shares, (1, 3), 1, (0, 1)))
+        # what an opening removes is thinner than its structuring element, and so part of the skeleton
         removed = (shares - max_pool2d(eroded, 3, 1, 1)).relu()
+        # soft union: 1 - (1 - a)(1 - b)
         skeleton = skeleton + removed - skeleton * removed
         shares = eroded
     return skeleton
@@ -86,15 +90,19 @@ class SoftClDice(ImageLoss):
         rows = max(4 * reach, BAND // (images * scores.shape[1] * width))
         band_sums: Callable[..., Tensor] = self._band_sums
         if rows < height:
+            # a single band is not checkpointed: its backward pass would repeat it at once
             band_sums = partial(checkpoint, self._band_sums, use_reentrant=False, preserve_rng_state=False)
         sums = scores.new_zeros(4, len(self.ids))
         for start in range(0, height, rows):
             stop = min(start + rows, height)
+            # with the rows that its skeleton depends on, so that bands change no value
             seen = slice(max(start - reach, 0), min(stop + reach, height))
             inner = slice(start - seen.start, stop - seen.start)
             sums = sums + band_sums(scores, batch.mask, valid, seen, inner)
+        # 1 is added as in the authors' code: a prediction without skeleton has no sum to divide by
         precision, sensitivity = (sums[:2] + 1) / (sums[2:] + 1)
         weights = torch.where(sums[3] > 0, self.weight[self.ids].to(sums.dtype), 0)
+        # one minus clDice, the harmonic mean of both
         losses = 1 - 2 * precision * sensitivity / (precision + sensitivity)
         value = safe_divide((weights * losses).sum(), weights.sum())
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}

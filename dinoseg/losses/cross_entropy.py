@@ -46,15 +46,18 @@ class CrossEntropy(PixelMean):
         weight = weights[index[0]] * counted
         label_weight = (1 - self.label_smoothing) * weight  # (N,)
         even = counted * (self.label_smoothing / len(scores))
+        # in place: a tile's scores are its largest tensor; shifted by the maximum, no exponential overflows
         scores.sub_(scores.amax(0))
         expected = label_weight * scores.gather(0, index)[0]
         if self.label_smoothing:
             expected += even * (weights @ scores)
+        # -sum_k q_k log p_k = sum_k q_k log sum_j exp(s_j) - sum_k q_k s_k, without a tensor of log p
         norm = scores.exp_().sum(0)
         mass = label_weight + even * weights.sum()
         costs = mass * norm.log() - expected
 
-        def pull(upstream: Tensor) -> Tensor:  # sum(q) p - q
+        # the gradient by the scores is sum(q) p - q
+        def pull(upstream: Tensor) -> Tensor:
             scores.mul_(mass * upstream[0] / norm).scatter_add_(0, index, (-upstream[0] * label_weight)[None])
             return scores.addr_(weights, even * upstream[0], alpha=-1) if self.label_smoothing else scores
 

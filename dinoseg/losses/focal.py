@@ -49,8 +49,10 @@ class Focal(PixelMean):
         faded = weight * missing**self.gamma
 
         def pull(upstream: Tensor) -> Tensor:
+            # d/dx of -w (1 - p)^g x at x = log p: w g (1 - p)^(g - 1) p x - w (1 - p)^g
             rise = self.gamma * weight * missing ** (self.gamma - 1) * log_share.exp() * log_share
             slope = upstream[0] * (rise - faded)  # derivative by log p_t
+            # d log p_t / d s_k = [k = t] - p_k
             return scores.mul_(-slope / norm).scatter_add_(0, index, slope[None])
 
         return -(faded * log_share), weight, pull

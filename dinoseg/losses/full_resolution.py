@@ -78,7 +78,8 @@ def pixel_values(prediction: Prediction, batch: Batch, ignore_index: int, value:
     tiles = _Tiles.over(parts, batch.mask, valid, ignore_index)
     device = parts[0].device
 
-    @torch.no_grad()  # grad mode is per thread
+    # grad mode is per thread
+    @torch.no_grad()
     def of_band(band: tuple[int, Span]) -> Tensor:
         row = (tiles.tile(parts, band, columns) for columns in tiles.columns)
         found = [value(tile.scores, tile.target, tile.counted).view(tile.pixels.shape[1:]) for tile in row]
@@ -90,12 +91,13 @@ def pixel_values(prediction: Prediction, batch: Batch, ignore_index: int, value:
 
 def _parts(prediction: Prediction, batch: Batch) -> tuple[list[Tensor], tuple[float, float]]:
     """Return the tensors that scores are computed from, and the share of their grid that the images cover."""
-    valid, parts = prediction.valid, list(prediction.masks or ())
     if prediction.grid is not None:
-        parts = [prediction.grid]
-    elif not parts:
-        valid, parts = (1.0, 1.0), [prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))]
-    return list(map(at_least_float32, parts)), valid
+        return [at_least_float32(prediction.grid)], prediction.valid
+    if prediction.masks is not None:
+        return [at_least_float32(part) for part in prediction.masks], prediction.valid
+    # scores of another form come at mask size: a grid whose cells are the pixels, which tiles only cut
+    scores = prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))
+    return [at_least_float32(scores)], (1.0, 1.0)
 
 
 class _Tile(NamedTuple):
@@ -137,17 +139,24 @@ class _Tiles:
         (images, height, width), grid = mask.shape, parts[0]
         numbers = grid.shape[1] + sum(part.shape[2] for part in parts[1:])  # values per pixel
         if mask.device.type == "cpu":
+            # a tile's scores, softmax and gradient stay in the processor's cache: cross-entropy of 26 classes takes
+            # 0.22 of the time of full-size logits (benchmarks/full_resolution_loss.py)
             rows, across = ROWS, max(1, CACHED // (ROWS * numbers))
         else:
+            # whole rows, since an accelerator waits for the launch of small kernels, not for memory
             rows, across = max(1, LAUNCHED // (numbers * width)), width
+        # bilinear weights of an axis are the same for all tiles of a row or column, so they are made once
         bands = spans(height, grid.shape[2], valid[0], rows, grid)
         columns = spans(width, grid.shape[3], valid[1], across, grid)
         of_images = [(image, band) for image in range(images) for band in bands]
+        # of a frozen mask head, whose masks need no gradient: without it this takes 0.15 instead of 0.21 s
+        # (docs/log/caching_and_reading.md)
         return cls(mask, weights, ignore_index, of_images, columns, len(parts) > 1 and not grid.requires_grad)
 
     def tile(self, parts: Sequence[Tensor], band: tuple[int, Span], columns: Span) -> _Tile:
         """Return the tile of some columns of a band."""
         image, rows = band
+        # only the cells around the tile are upsampled, so that no tensor has K channels at the size of the mask
         cells = parts[0][image, :, rows.cells]
         pixels = upsample_tile(cells[..., columns.cells], rows, columns)
         scores = pixels.flatten(1)
@@ -158,6 +167,7 @@ class _Tiles:
             scores = torch.cat([scores, self.extra(image, rows.pixels, columns.pixels).to(scores).flatten(1)])
         index = image, rows.pixels, columns.pixels
         target = label_ids(self.mask[index], self.ignore_index).flatten()
+        # one weight per pixel serves every loss: 0 for unlabelled pixels, and for pixels that a selection leaves out
         counted = (target != UNLABELLED).to(scores.dtype)
         if self.weights is not None:
             counted *= self.weights[index].flatten()
@@ -178,20 +188,23 @@ class _Tiled:
         Bands are added in a fixed order, whichever thread computes them, so that results are deterministic.
         """
         gradients = [] if upstream is None else [torch.zeros_like(part) for part in parts]
-        found, device = [], parts[0].device
-        with torch.autocast(device.type, enabled=False), threads(device) as each:
-            bands = self.tiles.bands
-            for (image, rows), (sums, added) in zip(
-                bands, each(functools.partial(self._band, parts, upstream), bands), strict=True
-            ):
+        found = []
+        run_band = functools.partial(self._band, parts, upstream)
+        with torch.autocast(parts[0].device.type, enabled=False), threads(parts[0].device) as each:
+            # threads take bands, and their results are added here in the order of the bands: equal bits for any number
+            # of threads
+            for (image, rows), (sums, added) in zip(self.tiles.bands, each(run_band, self.tiles.bands), strict=True):
                 found.append(sums)
                 for number, more in enumerate(added):
+                    # a band reads a few rows of the grid, which it shares with its neighbours, and all of the class
+                    # shares
                     gradient = gradients[number][image]
                     gradient = gradient if number else gradient[:, rows.cells]
                     gradient += more
         return torch.stack(found).sum(0), gradients
 
-    @torch.no_grad()  # grad mode is per thread
+    # grad mode is per thread
+    @torch.no_grad()
     def _band(
         self, parts: Sequence[Tensor], upstream: Tensor | None, band: tuple[int, Span]
     ) -> tuple[Tensor, list[Tensor]]:
@@ -205,6 +218,8 @@ class _Tiled:
             sums, pull = self.term(tile.scores, tile.target, tile.counted)
             found.append(sums)
             if upstream is not None:
+                # backpropagated within the tile: its scores are in the cache still, and no gradient of full size is
+                # stored
                 pulled, *of_shares = tile.back(pull(upstream))
                 if not self.tiles.fixed:
                     pulled = reduce_tile(pulled.view_as(tile.pixels), rows, columns)
@@ -220,6 +235,8 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, implementation: PixelSums, first_alone: bool, *parts: Tensor) -> Tensor:
         ctx.first_alone, ctx.implementation = first_alone, implementation
+        # if only the first sum depends on the scores, the gradient of any loss is upstream[0] times that of this sum:
+        # the pass over the tiles that adds it up returns both, and the backward pass upsamples nothing
         one = parts[0].new_ones(1) if first_alone and any(ctx.needs_input_grad) else None
         sums, gradients = implementation.sums(parts, one)
         ctx.save_for_backward(*(gradients or parts))
@@ -227,11 +244,13 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # double backward would silently treat the result as a constant
+        # `create_graph`: a second derivative would silently treat the result as a constant
+        if torch.is_grad_enabled():
             raise NotImplementedError("A sum over tiles cannot be differentiated twice: leave out create_graph.")
         saved = ctx.saved_tensors
         if ctx.first_alone:
             return None, None, *(gradient * upstream[0] for gradient in saved)
+        # else, as for dice, the gradient depends on all sums (of the whole batch): a second pass over the tiles
         return None, None, *ctx.implementation.sums(saved, upstream)[1]
 
 
@@ -244,13 +263,16 @@ def _mix_masks(masks: Tensor, shares: Tensor, *, fixed: bool) -> tuple[Tensor, C
 
     That function returns the gradients of masks and shares; for `fixed` masks the first one is not meaningful.
     """
+    # p_k = sum_q a_qk sigmoid(m_q), MaskFormer's semantic inference (arXiv 2107.06278, section 3.4)
     masks.sigmoid_()
     scores = shares.T @ masks
     least = torch.finfo(torch.float32).tiny  # as in `Prediction.as_logits`
     clamped = scores.clamp(min=least)
 
     def back(pulled: Tensor) -> tuple[Tensor, ...]:
+        # d log p_k / d p_k = 1 / p_k; a clamped p_k is constant
         slope = (pulled / clamped).masked_fill_(scores < least, 0)
+        # d p_k / d m_q = a_qk s (1 - s) with s = sigmoid(m_q); d p_k / d a_qk = s
         of_masks = slope if fixed else (shares @ slope).mul_(masks).mul_(1 - masks)
         return of_masks, masks @ slope.T
 

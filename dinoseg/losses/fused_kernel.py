@@ -29,6 +29,7 @@ def add_up(
     row, column, image = cell // (columns + 1) % (rows + 1), cell % (columns + 1), cell // ((rows + 1) * (columns + 1))
     known, ids = k < num_classes, mask + image * height * width
     grid = scores + image * rows * columns * num_classes + k
+    # all pixels of a cell read the same four corners, which stay in registers: no score of a pixel is written to memory
     north_west, north_east, south_west, south_east = _corners(grid, row, column, rows, columns, num_classes, known)
     first = tl.load(of_classes + k, mask=known, other=0.0)[None, :]
     second = tl.load(of_classes + num_classes + k, mask=known, other=0.0)[None, :]
@@ -43,6 +44,7 @@ def add_up(
         inside, y, x = index < count, top + index // across, left + index % across
         north, south = _read(reads, y, height, inside)  # (pixels, 1)
         west, east = _read(reads + 2 * height, x, width, inside)
+        # bilinear interpolation between the corners, as in `geometry.upsample`
         logits = north * (west * north_west + east * north_east) + south * (west * south_west + east * south_east)
         label = tl.load(ids + y * width + x, mask=inside, other=ignored).to(tl.int32)[:, None]
         labelled = label != ignored
@@ -55,6 +57,7 @@ def add_up(
             added_0, added_1, added_2, slope = _overlap(shares, is_label, labelled, first, second)
         sum_0, sum_1, sum_2 = sum_0 + tl.sum(added_0, 0), sum_1 + tl.sum(added_1, 0), sum_2 + tl.sum(added_2, 0)
         if GRADIENT:
+            # each program owns the slopes of its cell, so nothing is added by atomics: equal bits in each run
             by_north_west += tl.sum(north * west * slope, 0)
             by_north_east += tl.sum(north * east * slope, 0)
             by_south_west += tl.sum(south * west * slope, 0)
@@ -90,6 +93,7 @@ def _softmax(logits, known, wrong):
     logits = tl.where(known, logits, float("-inf"))
     logits -= tl.max(logits, 1)[:, None]
     shares = tl.exp(logits)
+    # a label that is no class cannot raise here: NaN sums stop the training with the names of the samples
     norm = tl.where(wrong, float("nan"), tl.sum(shares, 1)[:, None])
     return shares / norm, tl.where(known, logits - tl.log(norm), 0.0)
 
@@ -101,6 +105,7 @@ def _entropy(shares, log_shares, is_label, weights, certain, even):
     The target is `certain` w on the label plus `even` w on each class.
     """
     weighted = tl.where(is_label, weights, 0.0)
+    # loss -sum_k q_k log p_k; its gradient is p sum_k q_k - q
     wanted = certain * weighted + even * weights
     return -wanted * log_shares, weighted, tl.zeros_like(shares), shares * tl.sum(wanted, 1)[:, None] - wanted
 
@@ -110,6 +115,7 @@ def _overlap(shares, is_label, labelled, by_hits, by_claims):
     """Return hits, predicted area, labelled area, and slopes by the logits."""
     shares = tl.where(labelled, shares, 0.0)
     hits = tl.where(is_label, shares, 0.0)
+    # softmax: the gradient of sum_k g_k p_k by the logits is p_k (g_k - sum_j g_j p_j)
     gain = hits * by_hits + shares * by_claims
     return hits, shares, is_label.to(tl.float32), gain - shares * tl.sum(gain, 1)[:, None]
 

@@ -23,6 +23,7 @@ def jaccard_steps(errors: Tensor, is_class: Tensor) -> Tensor:
         is_class: (N,) bool, at least one of them true.
     """
     order = errors.argsort(descending=True)
+    # pixels turn wrong in this order: I falls by those of the class, U grows by the others
     inside = is_class[order]
     seen = inside.cumsum(0)
     intersection = seen[-1] - seen
@@ -43,6 +44,7 @@ def lovasz_softmax(shares: Tensor, target: Tensor, class_weights: Tensor) -> Ten
         class_weights: (K,).
     """
     total, norm = shares[:0].sum(), class_weights.new_zeros(())
+    # classes that do not occur are left out, as by the authors (`classes='present'`)
     for k in target.unique().tolist():
         is_class = target == k
         errors = torch.where(is_class, 1 - shares[:, k], shares[:, k])

@@ -74,6 +74,7 @@ class PointTargets:
             numbers: of the targets (R, M).
             dtype: of the result.
         """
+        # objects may overlap, so that a target lies in one of several layers; classes have a single one
         layers = targets.ids.unbind(1)  # (B, H, W)
         if self.interpolation == "nearest":
             ids = [sample_labels(layer, image, points) for layer in layers]
@@ -132,16 +133,20 @@ def match(
     image = torch.arange(len(numbers), device=numbers.device)
     costs = []
     for layer in layers:
+        # one set of points for all queries and targets of an image (mask2former/modeling/matcher.py): 1024 x 1024
+        # pixels are 84 times as many as the 12,544 points of the recipes
         points = random_points(len(numbers), num_points, numbers.device)
         logits = sample_logits(at_least_float32(layer.mask_logits), points, valid, fading=reading.fades_outside)
         at_points = reading.at(targets, image, points, numbers, logits.dtype)
         parts = pair_costs(logits, layer.class_logits, targets.classes, *at_points)
         costs.append(torch.stack([factors[name] * part for name, part in parts.items()]).sum(0))
     all_costs = torch.stack(costs).nan_to_num(HOPELESS, HOPELESS, -HOPELESS)  # (layers, B, Q, M)
+    # the Hungarian algorithm runs on the host: one copy for all layers and images, since each copy waits for the device
     on_host = torch.cat([numbers.flatten().to(all_costs), all_costs.flatten()]).cpu().numpy()
     present = on_host[: numbers.numel()].reshape(numbers.shape) != NO_TARGET
     assigned = [_assign(each, present) for each in on_host[numbers.numel() :].reshape(all_costs.shape)]
     counts = present.sum(1)
+    # mask and dice terms are divided by all targets, as in Mask2Former; EoMT divides by the matched ones
     share = assigned[0].shape[1] / max(1, int(counts.sum()))
     pairs = to_device(torch.from_numpy(np.stack(assigned)), numbers.device)
     return [Matched(image, target, query, share) for image, target, query in pairs], counts
@@ -154,8 +159,10 @@ def _assign(costs: np.ndarray, present: np.ndarray) -> np.ndarray:
         costs: (B, Q, M).
         present: (B, M), whether there is a target.
     """
-    rows = [np.zeros((3, 0), np.int64)]  # concatenate needs at least one array
+    # concatenate needs at least one array
+    rows = [np.zeros((3, 0), np.int64)]
     for image, (of_image, columns) in enumerate(zip(costs, map(np.flatnonzero, present), strict=True)):
+        # as many pairs as the shorter side has, so more targets than queries need no case of their own
         targets, queries = linear_sum_assignment(of_image[:, columns].T)
         rows.append(np.stack([np.full(len(queries), image), columns[targets], queries]))
     return np.concatenate(rows, axis=1)
@@ -175,6 +182,7 @@ def pair_costs(
         inside: shares of the targets at the points (B, P, M).
         weights: of the points (B, P), 0 for those that do not count.
     """
+    # all pairs by matrix products over the points: (B, Q, P) x (B, P, M), and never (B, Q, M, P)
     labelled = weights[..., None]  # (B, P, 1)
     shares = at_least_float32(class_logits).softmax(-1)
     index = classes.clamp(min=0)[:, None].expand(-1, shares.shape[1], -1)  # (B, Q, M)
@@ -183,8 +191,11 @@ def pair_costs(
     masks = logits.sigmoid()
     areas = masks @ labelled + inside.sum(1)[:, None]
     return {
+        # the probability and not its logarithm, which is commensurable with the others (DETR, arXiv 2005.12872, section
+        # 3.1)
         "class": -shares.gather(2, index),
         "mask": entropy / labelled.sum(1, keepdim=True).clamp(min=1),
+        # 1 - (2 sum p t + 1) / (sum p + sum t + 1), as in the original
         "dice": 1 - (2 * (masks @ inside) + 1) / (areas + 1),
     }
 
@@ -295,6 +306,8 @@ class MaskClassification(Loss):
         assert isinstance(batch, Batch)
         outputs, terms = self._of_layers(prediction, batch)
         batch_divisors = self.divisors(batch).to(divisors)
+        # each term is a mean over the batch; times the batch's divisor it is a sum, which the divisor of the step
+        # divides
         of_masks = safe_divide(batch_divisors[0], divisors[0])
         of_queries = safe_divide(
             *(self._query_weight(counts, outputs.class_logits) for counts in (batch_divisors, divisors))
@@ -351,10 +364,12 @@ class MaskClassification(Loss):
     ) -> dict[str, Tensor]:
         class_term = self._class_term(at_least_float32(layer.class_logits), targets, matched)
         masks = at_least_float32(layer.mask_logits[matched.image, matched.query])  # (N, h, w)
+        # 0, and still a function of the masks: ranks wait for a gradient of every weight
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
         excluded = self.targets.excludes_ignored
         fading = self.targets.fades_outside
+        # points near the border of a mask, where it is uncertain, say most about it (PointRend, arXiv 1912.08193)
         points = uncertain_points(
             masks.detach(), targets.ids[:, 0], matched.image, valid, excluded=excluded, fading=fading, **self.sampling
         )
@@ -375,9 +390,11 @@ class MaskClassification(Loss):
         if logits.shape[-1] == num_classes + 1:
             weights = torch.cat([weights, weights.new_full((1,), self.no_object)])
             unmatched = num_classes
+        # UNLABELLED (-100) is the index that `cross_entropy` ignores
         default = torch.where(self._has_class_loss(targets), unmatched, UNLABELLED)
         wanted = default[:, None].repeat(1, logits.shape[1])
         wanted[matched.image, matched.query] = targets.classes[matched.image, matched.target]
+        # a weighted mean, as by `reduction='mean'`, which is NaN where no query counts
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
         norm = torch.where(wanted == UNLABELLED, 0, weights[wanted.clamp(min=0)]).sum()
         return safe_divide(total, norm)
@@ -391,6 +408,7 @@ def mask_losses(logits: Tensor, inside: Tensor, weights: Tensor) -> tuple[Tensor
         inside: share (N, P) of the target mask at each point, at most its weight.
         weights: of the points (N, P), 0 for those that do not count.
     """
+    # an interpolated point may be partly ignored: its truth is the share of the mask in the labelled part
     truth = inside / torch.where(weights > 0, weights, 1)
     entropy = F.binary_cross_entropy_with_logits(logits, truth, weights, reduction="none").sum(1)
     shares = logits.sigmoid()

@@ -57,12 +57,14 @@ class BinaryDice(ImageLoss):
         logits, target, labelled = _read_layers(prediction, batch, self.ignore_index)
         shares = logits.sigmoid() * labelled
         sums = torch.cat([part.sum(dim=(0, 2, 3)) for part in (shares * target, shares, target)])
+        # alpha = beta = 1/2 makes Tversky's index the dice
         value = tversky_loss(sums, self.weight, 0.5, 0.5)
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
 
 
 def _read_layers(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, targets and labelled pixels, each (B, K, H, W), in float32 or better."""
+    # without tiles: data of layers have few classes
     logits = prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))
     labelled = (batch.mask != ignore_index).to(logits.dtype)
     return logits, (batch.mask == 1).to(logits.dtype), labelled

@@ -25,7 +25,8 @@ def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tenso
     hits = torch.zeros_like(shares).scatter_(0, index[None], label_share[None]).sum(1)
     wanted = scores.new_zeros(len(scores)).index_add_(0, index, counted)  # whole numbers are exact
 
-    def pull(upstream: Tensor) -> Tensor:  # p times each class's slope minus their mean under p
+    # softmax: p_k (g_k - sum_j g_j p_j) for the slopes g of the shares, where hits add to the label's slope alone
+    def pull(upstream: Tensor) -> Tensor:
         of_hits, of_claims = upstream.view(3, -1)[:2]
         hit = of_hits[index] * label_share
         shares.mul_(of_claims[:, None] - (of_claims @ shares + hit))
@@ -50,6 +51,7 @@ def tversky_loss(sums: Tensor, class_weights: Tensor, alpha: float, beta: float)
     hits, claimed, wanted = sums.view(3, -1)
     present = wanted > 0
     denominator = hits + alpha * (claimed - hits) + beta * (wanted - hits)
+    # an absent class has no hits, so 1 - T_k = 1 with a weight of 0; its denominator may be 0
     index = hits / torch.where(present, denominator, 1)
     weights = torch.where(present, class_weights.to(sums.dtype), 0)
     return safe_divide((weights * (1 - index)).sum(), weights.sum())

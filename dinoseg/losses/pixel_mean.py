@@ -40,7 +40,9 @@ class Hardest:
         least = torch.full_like(costs[:, :1, :1], torch.inf)
         for row, (row_costs, known) in enumerate(zip(costs, labelled, strict=True)):
             if count := int(known.sum()):
+                # `kthvalue` counts from the smallest: the least loss among the ceil(share n) highest
                 least[row] = row_costs[known].kthvalue(count - ceil(self.share * count) + 1).values
+        # not `>=`, which is false for NaN: a loss that is not finite has to stop the training, not to be left out
         return labelled & ~(costs < least)
 
 
@@ -101,6 +103,8 @@ class PixelMean(Loss):
         weights = None
         if self.hardest.share < 1:
             costs = pixel_values(prediction, batch, self.ignore_index, lambda *tile: self.pixel_cost(*tile)[0])
+            # the selection needs the losses of a whole image, and the sums need the selection: two passes over the
+            # tiles
             weights = self.hardest.select_pixels(costs, batch.mask != self.ignore_index).to(costs.dtype)
         total, weight = pixel_sums(
             prediction, batch, self.ignore_index, self._sums, weights=weights, first_alone=True, form=self.kernel()
@@ -121,6 +125,7 @@ class PixelMean(Loss):
         """Return what the divisor of the mean depends on, or None if it depends on the scores."""
         if self.average == "all":
             return "all pixels"
+        # which pixels count, and with them the sum of their weights, is known after the forward pass only
         if self.hardest.share < 1:
             return None
         weights = () if self.weight.is_meta else tuple(self.weight.tolist())  # meta tensors have no values

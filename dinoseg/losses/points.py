@@ -19,6 +19,7 @@ def sample_logits(maps: Tensor, points: Tensor, valid: tuple[float, float], *, f
     cells the border value is used or, with `fading`, fades to a logit of 0.
     """
     x, y = points.to(maps.dtype).unbind(-1)
+    # `grid_sample` counts from -1 to 1 over the whole map, of which the image covers the first `valid`
     grid = 2 * torch.stack([x * valid[1], y * valid[0]], dim=-1) - 1
     return sample_maps(maps, grid[:, None], fading=fading)[:, :, 0]
 
@@ -60,10 +61,12 @@ def sample_membership(target: Tensor, image: Tensor, points: Tensor, classes: Te
         dtype: of the result.
     """
     height, width = target.shape[-2:]
+    # pixel centres lie at half numbers: the first one is position 0
     x, y = (points[..., axis].to(dtype) * length - 0.5 for axis, length in ((0, width), (1, height)))
     left, top = x.floor(), y.floor()
     across, down = x - left, y - top
     shares = points.new_zeros(*points.shape[:2], classes.shape[1], dtype=dtype)
+    # the four pixels around a point, each with its bilinear weight, 0 outside the image as by zero padding
     for row, of_row in ((top.long(), 1 - down), (top.long() + 1, down)):
         for column, of_column in ((left.long(), 1 - across), (left.long() + 1, across)):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -106,6 +109,7 @@ def uncertain_points(
     certainty = sample_logits(masks[:, None], candidates, valid, fading=fading)[:, 0].abs()
     if excluded:
         certainty = certainty.masked_fill(sample_labels(target, image, candidates) == UNLABELLED, torch.inf)
+    # the rest is uniform, so that certain regions stay trained: a mask in the wrong place is certain there
     num_uncertain = int(importance * num_points)
     chosen = certainty.topk(num_uncertain, largest=False).indices
     uncertain = candidates.take_along_dim(chosen[..., None], dim=1)

@@ -42,6 +42,7 @@ class AveragePrecision(Metric):
     def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return the average precision of each class."""
         hits, predicted = sum_from_above(sums["positives"]), sum_from_above(sums["totals"])
+        # sum_n (R_n - R_(n-1)) P_n: the recall gained by a bin is its share of all positives
         gained = sums["positives"] * np.nan_to_num(ratio(hits, predicted))
         return {"average_precision": ratio(gained.sum(-1), hits[..., 0])}
 

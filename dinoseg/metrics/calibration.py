@@ -33,6 +33,7 @@ class Reliability:
         It is the gap between confidence and accuracy in each bin, averaged over the bins, weighted by pixels.
         """
         total = self.pixels.sum()
+        # sum_b n_b / n |accuracy_b - confidence_b|, where the pixels n_b of a bin cancel
         return float(np.abs(self.correct - self.confidence).sum() / total) if total else None
 
 
@@ -78,7 +79,8 @@ def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
         temperature: divisor of the logits.
     """
     scaled = _scale_logits(logits, 1 / temperature)
-    confidence = 1 / np.exp(scaled).sum(axis=1)  # probability of the largest logit, shifted to 0
+    # the probability of the largest logit, which is shifted to 0
+    confidence = 1 / np.exp(scaled).sum(axis=1)
     correct = logits.argmax(axis=1) == labels
     # bins include their upper end, so a confidence of 1 is in the last one
     bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
@@ -105,6 +107,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if not len(labels) or logits.shape[1] < 2:
         raise ValueError("A temperature needs pixels of two classes or more.")
     found = minimize_scalar(
+        # searched in log(1 / T), so that factors and divisors of the logits are treated alike
         lambda power: negative_log_likelihood(logits, labels, float(np.exp(-power))),
         bounds=(-np.log(_SHARPEST), np.log(_SHARPEST)),
         method="bounded",

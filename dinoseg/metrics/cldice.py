@@ -65,6 +65,7 @@ class ClDice(Metric):
         for ids in (reference, predicted):
             ids[~np.isin(ids, scored)] = background
         pixels = np.zeros((4, background + 1), np.int64)
+        # a skeleton pixel counts on the other side where that has the same class
         for row, mask, other in ((0, predicted, reference), (2, reference, predicted)):
             skeleton = thin_masks(mask, background)
             pixels[row] = np.bincount(skeleton[skeleton == other], minlength=background + 1)
@@ -78,6 +79,9 @@ class ClDice(Metric):
     def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return both scores of each class."""
         found, predicted, covered, held = np.moveaxis(sums["skeletons"].astype(float), -2, 0)
+        # 2 P S / (P + S) with P = found / predicted and S = covered / held, multiplied out: no division by an empty
+        # skeleton
         both = found * held + covered * predicted
+        # skeletons that nowhere meet score 0, and are not undefined
         cldice = ratio(2 * found * covered, np.where((both == 0) & (predicted + held > 0), 1, both))
         return {"cldice": cldice, "skeleton_recall": ratio(covered, held)}

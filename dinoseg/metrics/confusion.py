@@ -71,12 +71,14 @@ class ConfusionMatrix:
         """
         prediction, mask = as_tensor(prediction, "prediction"), as_tensor(mask, "mask")
         _check_class_ids(prediction, mask)
+        # ids of a byte have 65,536 pairs, whose table takes a twentieth of the time (`_pairs`)
         if mask.device.type == "cpu" and prediction.dtype == mask.dtype == torch.uint8:
             added = self._count_pairs(_pairs(prediction.reshape(-1), mask.reshape(-1)))
         else:
             bins = self._bins(prediction.reshape(-1).long(), mask.reshape(-1).long())
             added = _histogram(bins, len(self.counts))
-        if mask.device.type == "cpu":  # before these pixels are counted
+        # before these pixels are counted: a caller that catches the error has the counts of all masks before
+        if mask.device.type == "cpu":
             self._raise_for_outsiders(added, mask)
         self.counts = self.counts.to(added.device) + added
 
@@ -84,6 +86,7 @@ class ConfusionMatrix:
         """Return the index into `counts` of each of the pixels (N,) int64."""
         size = self.num_classes
         bins = mask * size + prediction
+        # each `where` overrides the one before: an ignored pixel is ignored whatever is predicted there
         bins = bins.where((prediction >= 0) & (prediction < size), size**2 + 2)
         unknown = (mask < 0) | (mask >= size)
         bins = bins.where(~unknown, size**2 + 1)
@@ -141,6 +144,7 @@ class ConfusionMatrix:
         matrix = self.matrix.cpu().numpy()
         counts = np.stack([matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)])
         ignored = {"ignored_class": self.ignore_index} if 0 <= self.ignore_index < self.num_classes else {}
+        # predictions of the ignored class are errors of the reference's class, and no presence of their own
         counts[2, [*ignored.values()]] = 0
         scores = score_counts(counts, self.background)
         for index in ignored.values():
@@ -246,6 +250,7 @@ def commonest_class(matrix: list[list[int]]) -> tuple[int, float]:
     pixels = [sum(row) for row in matrix]
     commonest = pixels.index(max(pixels))
     present = sum(count > 0 for count in pixels)
+    # the IoU of that class is its share of the pixels, that of the other present ones 0
     return commonest, pixels[commonest] / sum(pixels) / present if present else 0.0
 
 

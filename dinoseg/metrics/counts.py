@@ -7,6 +7,7 @@ import numpy as np
 
 def confusion(reference: np.ndarray, prediction: np.ndarray, size: int) -> np.ndarray:
     """Return counts (size, size) int64 of two maps of ids 0..size-1: rows are reference ids, columns predicted ones."""
+    # intp, since products of bytes would wrap around
     codes = np.multiply(reference, size, dtype=np.intp)
     codes += prediction
     return np.bincount(codes.ravel(), minlength=size * size).reshape(size, size)
@@ -45,6 +46,7 @@ def parts(matrix: np.ndarray, scored: Sequence[int]) -> tuple[np.ndarray, np.nda
 def group_counts(matrix: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return the counts (..., G, G) of a matrix (..., N, N) whose id i belongs to group `groups[i]`."""
     members = np.eye(int(groups.max()) + 1, dtype=matrix.dtype)[:, groups]  # (G, N)
+    # M C M^T adds the rows and columns of the ids of each group
     return members @ matrix @ members.T
 
 

@@ -49,7 +49,8 @@ class LayerMetric(Metric):
         rows = []
         for layer, mask in enumerate(sample.mask):
             logits = prediction.logits
-            if logits is not None:  # the sigmoid of a logit is the softmax of 0 and this logit
+            # the sigmoid of a logit is the softmax of 0 and this logit
+            if logits is not None:
                 logits = np.stack([np.zeros_like(logits[layer]), logits[layer]])
             seen = prediction._replace(ids=prediction.ids[layer], logits=logits)
             rows.append(count_image(self.metric, seen, replace(sample, mask=mask, num_classes=2)))

@@ -41,6 +41,7 @@ class MeanIoU(Metric):
         """Return IoU, Dice and accuracy, which is the recall, of each class."""
         right, reference, predicted = np.moveaxis(sums["classes"][..., :3, :], -2, 0)
         return {
+            # |A and B| / |A or B|, where the union is |A| + |B| - |A and B|
             "iou": ratio(right, reference + predicted - right),
             "dice": ratio(2 * right, reference + predicted),
             "accuracy": ratio(right, reference),
@@ -78,4 +79,5 @@ def count_decisions(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     right, reference, predicted, *labelled = np.moveaxis(counts, -2, 0).sum(-1)
     if not labelled:
         return right, reference
+    # right are TP + TN, and TN = labelled - reference - predicted + TP
     return labelled[0] - reference - predicted + 2 * right, labelled[0]

@@ -97,6 +97,7 @@ def drop_ignored(prediction: PredictedImage, sample: LabelledImage) -> tuple[np.
     check_image(prediction, sample)
     size = sample.num_classes
     known = sample.mask != sample.ignore_index
+    # id K, of no class, for ignored pixels and predictions of no class
     sides = [np.where(known, np.minimum(ids, size), size).astype(np.uint16) for ids in (sample.mask, prediction.ids)]
     pixels = sum(np.bincount(ids.ravel(), minlength=size + 1)[:size] for ids in sides)
     present = [label for label in np.flatnonzero(pixels).tolist() if label != sample.ignore_index]

@@ -86,6 +86,7 @@ def statistics(values: np.ndarray) -> np.ndarray:
     length = values.shape[-1]
     if length == 0:
         return np.full((*values.shape[:-1], 3), np.nan)
+    # 1e-10 as in davis2017-evaluation, so that halves round up
     limits = (np.round(np.linspace(1, length, 5) + 1e-10) - 1).astype(np.int64)
     first, last = values[..., : limits[1] + 1], values[..., limits[3] :]
     recall = (values > 0.5).mean(axis=-1)
@@ -101,6 +102,7 @@ def match_proposals(region: np.ndarray, boundary: np.ndarray) -> np.ndarray:
     """
     from scipy.optimize import linear_sum_assignment  # lazy: two thirds of a worker's imports, unused without matching
 
+    # the official matching maximises the sum over objects of the mean of J and F
     quality = (region.mean(axis=2) + boundary.mean(axis=2)) / 2
     proposals, objects = linear_sum_assignment(quality, maximize=True)
     return proposals[np.argsort(objects)]
@@ -110,6 +112,7 @@ def _masks(ids: np.ndarray, count: int, void: np.ndarray | None) -> list[Mask]:
     """Return the masks of the ids 1..count, without the pixels that are void."""
     radius = boundary_radius(ids.shape)
     y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    # a disk of whole pixels, as of skimage.morphology in the official code
     disk = (x**2 + y**2 <= radius**2).astype(np.uint8)
     known = True if void is None else ~void.astype(bool)
     return [_mask((ids == label) & known, disk) for label in range(1, count + 1)]
@@ -136,9 +139,11 @@ def _score(proposal: Mask, one: Mask) -> tuple[float, float]:
     both = np.count_nonzero(proposal.inside & one.inside)
     union = proposal.size + one.size - both
     region = both / union if union else 1.0
+    # 1 where both lack a boundary, 0 where one does, by definition
     if not proposal.edge_size or not one.edge_size:
         return region, float(proposal.edge_size == one.edge_size)
     precision = np.count_nonzero(proposal.edge & one.near) / proposal.edge_size
     recall = np.count_nonzero(one.edge & proposal.near) / one.edge_size
     total = precision + recall
+    # F = 2 P R / (P + R)
     return region, 2 * precision * recall / total if total else 0.0

@@ -77,6 +77,7 @@ def surface_counts(
     for row, (ours, theirs) in zip(counts, outlines, strict=True):
         row[1] = ours.shape[1] + theirs.shape[1]
         if ours.size and theirs.size:
+            # both directions, since one outline may lie near the other without covering it
             row[0] = _count_near(ours, theirs, reaches) + _count_near(theirs, ours, reaches)
     return counts
 
@@ -98,6 +99,7 @@ def boundary_ious(
     """
     check_sizes(reference, prediction)
     ours, theirs = _band(reference, ratio), _band(prediction, ratio)
+    # a pixel in both bands and of one class in both maps is in the intersection of that class's bands
     shared = reference[ours & theirs & (reference == prediction)]
     held = reference[ours], prediction[theirs]
     both = np.array([np.count_nonzero(shared == label) for label in classes], np.int64)
@@ -134,6 +136,7 @@ def _outlines(ids: np.ndarray, classes: Sequence[int]) -> list[np.ndarray]:
 
 def _reaches(tolerance: float, shape: tuple[int, ...]) -> list[int]:
     """Return the maximum column distance for each row distance 0, 1, 2 ..., limited by the image size."""
+    # exact: rounding would decide whether a distance equal to the tolerance counts
     square = min(math.floor(Fraction(tolerance) ** 2), shape[0] ** 2 + shape[1] ** 2)
     return [math.isqrt(square - rows * rows) for rows in range(math.isqrt(square) + 1)]
 
@@ -141,6 +144,7 @@ def _reaches(tolerance: float, shape: tuple[int, ...]) -> list[int]:
 def _count_near(points: np.ndarray, targets: np.ndarray, reaches: list[int]) -> int:
     """Return how many of `points` (2, n) lie within reach of any of `targets` (2, m)."""
     far = len(reaches) - 1
+    # only the bounding box of the points, plus the reach, is drawn
     start = points.min(axis=1, keepdims=True)
     height, width = (int(side) for side in points.max(axis=1) - start[:, 0] + 1)
     canvas = np.zeros((height + 2 * far, width + 2 * far), np.uint8)
@@ -165,7 +169,9 @@ def _band(ids: np.ndarray, ratio: float) -> np.ndarray:
     ids = ids if ids.dtype in _CV2_DTYPES else ids.astype(np.float64)
     square = np.ones((2 * depth + 1, 2 * depth + 1), np.uint8)
     inner = slice(depth, -depth), slice(depth, -depth)
+    # the square of a pixel within d of the border leaves the image, whatever its ids
     band = np.ones(ids.shape, bool)
+    # all ids in the square are equal where their minimum is their maximum: one pass for all classes
     band[inner] = (cv2.erode(ids, square) != cv2.dilate(ids, square))[inner]
     return band
 

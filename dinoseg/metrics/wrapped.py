@@ -78,6 +78,7 @@ class WrappedMetric(Metric):
         check_image(prediction, sample)
         counted = sample.mask != sample.ignore_index
         value = self._score_image(prediction.ids, sample, counted) if counted.any() else math.nan
+        # one such image would make the mean infinitely good, whatever the others are
         if value == -self._worst:
             better = self.scores[self._name]
             raise UserError(
@@ -100,6 +101,7 @@ class WrappedMetric(Metric):
         if self._ignored == "remove":
             sides = [ids[counted], sample.mask[counted]]
         else:
+            # an outline along ignored pixels is then equal on both sides
             matched = sample.ignore_index if 0 <= sample.ignore_index < sample.num_classes else 0
             sides = [np.where(counted, ids, matched), np.where(counted, sample.mask, matched)]
         self._metric.reset()

@@ -204,6 +204,7 @@ class Progress:
             infinite: number of images of infinite value.
             lowest: whether the lowest score is the best.
         """
+        # `stale` and `validation_pending` begin at their defaults again
         found = Progress(self.step, best=score, best_infinite=infinite, best_step=self.step)
         if found.rank(lowest=lowest) < self.rank(lowest=lowest):
             return found
@@ -237,6 +238,7 @@ class Checkpointer:
 
         The best score is discarded if another score selects the best now, see `drop_incomparable_score`.
         """
+        # a hash of the frozen weights, which the file does not hold: it refuses to load on others
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
             load_weights(model, self.start)
@@ -283,6 +285,7 @@ class Checkpointer:
         """
         infinite, score = split_infinite(scores, name)
         now = self.progress.after_validation(score, infinite, lowest=lowest)
+        # the score is not committed yet: if writing fails, the resumed run repeats the validation
         if now.best_step == now.step or evaluate == "last":
             self._write("best", {f"model/{name}": value for name, value in _trained_state(model).items()}, now)
         return now
@@ -291,6 +294,7 @@ class Checkpointer:
     def best(self) -> Path:
         """The file of `best`; that of `last` if a run that started elsewhere has not beaten its score from there."""
         best, last = (self.folder / f"{name}.safetensors" for name in ("best", "last"))
+        # resumed in another folder, which has no `best` until a score beats that of the old one
         is_elsewhere = self.start is not None and self.start.path.resolve().parent != self.folder.resolve()
         return last if is_elsewhere and not best.is_file() else best
 
@@ -382,6 +386,7 @@ class EmergencyCheckpoint:
         if is_shared(self._state[0]) and not first:  # on a signal, all ranks stop at the same step
             logger.error("Training stopped after step %d, which is not saved: a rank failed to write its part.", step)
             return
+        # running means are those of the step that failed; the file stands for the last complete one
         self.undo()
         try:
             self._checkpoints.save(*self._state)

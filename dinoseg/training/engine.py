@@ -278,10 +278,12 @@ class Engine:
             total, weight = total.cpu(), weight.cpu()  # before float64, which MPS lacks
         total, weight = total.double(), weight.double()
         mean = torch.where(weight != 0, total / weight, 0.0)
+        # DDP has averaged the gradients over the ranks, and the loss is a sum over all of them
         factor = torch.where(weight != 0, self.world_size / weight, 0.0)
         if loss_scale is not None:
             factor = factor / loss_scale.value.to(factor.device).to(factor.dtype)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # before clipping, whose limit holds for the mean loss
         scale_gradients(parameters, factor)
         norm = clip_gradients(parameters, clip)
         norm = norm.to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
@@ -292,6 +294,7 @@ class Engine:
             finite = finite & previous_norm.isfinite()
         if on_device:
             vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # interface of torch's GradScaler
+        # on a device the kernel itself skips the update (`found_inf`), so the host does not wait for `finite`
         if on_device or finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -308,6 +311,7 @@ class Engine:
             return values
         own = torch.frombuffer(bytearray(encode_message(values)), dtype=torch.uint8).to(self.device)
         sizes = self._gather_tensors(torch.tensor([len(own)], device=self.device))
+        # collective operations need equal shapes
         padded = nn.functional.pad(own, (0, int(max(sizes)) - len(own)))
         contents = [content[:size] for content, size in zip(self._gather_tensors(padded), sizes, strict=True)]
         return [value for content in contents for value in decode_message(content.cpu().numpy().tobytes())]

@@ -38,13 +38,15 @@ class BackboneFreeze:
 
     def length(self, steps: int) -> int:
         """Return the number of steps for which the backbone is frozen, in a training of this length."""
-        return math.ceil(round(self.until * steps, 6))  # 0.07 * 100 > 7 in floating point
+        # rounded first, since 0.07 * 100 > 7 in floating point
+        return math.ceil(round(self.until * steps, 6))
 
     def restart(self, schedule: Schedule) -> Schedule:
         """Return the schedule of two trainings, of the head and then of the whole model; each is a full schedule."""
 
         def factor(step: int, steps: int, backbone: bool = False, /) -> float:
             first = self.length(steps)
+            # the head's rate starts again, too, since its features change from here on
             if step >= first:
                 return schedule(step - first, steps - first, backbone)
             return 0.0 if backbone else schedule(step, first)
@@ -73,14 +75,18 @@ class BackboneFreeze:
             yield
             return
         training = [part for part in self._backbone.modules() if part.training]
+        # features that the head is trained on must not change: no dropout, no update of running means
         self._backbone.eval()
         for parameter in self._parameters:
+            # the backward pass then ends at the head: with a linear one, the rest is half of a step or more
+            # (docs/log/speed.md)
             parameter.requires_grad_(not self._is_single or isinstance(images, FrozenFeatures))
         try:
             yield
         finally:
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
+                # a gradient, even of 0, would let AdamW decay and move these weights
                 parameter.grad = None
             for part in training:
                 part.training = True

@@ -17,6 +17,7 @@ def cache_casts(model: nn.Module) -> None:
     for part in model.modules():
         kind = _KINDS.get(type(part))
         if kind is not None and not any(parameter.requires_grad for parameter in part.parameters()):
+            # parameters, hooks and names stay, so checkpoints and adapters see the same layer
             part.__class__ = kind
 
 
@@ -30,12 +31,14 @@ def _cast(layer: nn.Linear | nn.Conv2d, like: Tensor) -> tuple[Tensor, Tensor | 
         return weight, bias
     if weight.dtype != torch.float32 or like.dtype == torch.float64:  # not cast by autocast
         return weight, bias
+    # `_version` counts writes in place; the address changes with an assignment to `.data`, which it does not count
     dtype, parts = torch.get_autocast_dtype(device_type), (weight, bias)
     version: list[Any] = [dtype, weight.device]
     version += [None if part is None else (part._version, _address(part)) for part in parts]
     casts: Any = vars(layer).get("kept")
     if casts is None or casts[0] is not weight or casts[1] is not bias or casts[2] != version:
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be saved for backward
+        # copies made in inference mode could not be saved for a later backward pass
+        with torch.inference_mode(False), torch.no_grad():
             casts = vars(layer)["kept"] = *parts, version, *(None if part is None else part.to(dtype) for part in parts)
     return casts[3:]
 

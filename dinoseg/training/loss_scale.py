@@ -35,14 +35,17 @@ class LossScale:
 
     def begin(self, weight: float, device: torch.device) -> None:
         """Set the scale that suits losses of this total weight; if the weight is 0, the next batch sets it again."""
+        # a power of two, which rounds no gradient; a sum over `weight` times this scale is about 2^16 times the mean
         self._set(_FIRST / 2 ** math.ceil(math.log2(max(1.0, weight))), 0.0, device)
-        self.started = weight > 0  # without labels, loss and gradients are 0 whatever the scale
+        # without labels, loss and gradients are 0 whatever the scale
+        self.started = weight > 0
 
     def skip_overflow(self, mean: Tensor, norm: Tensor) -> Tensor:
         """Return the gradient norm () of a step, or 0 if its loss is finite but its gradient is not; update the scale.
 
         After 40 such steps in a row the step is not skipped but left to fail: no scale helps.
         """
+        # a loss that is not finite itself is no overflow: the scale multiplies it only afterwards
         overflow = mean.isfinite() & ~norm.isfinite() & (self.steady > -_MAX_OVERFLOWS).to(mean.device)
         self.update(overflow)
         return norm.masked_fill(overflow, 0.0)
@@ -50,6 +53,7 @@ class LossScale:
     def update(self, overflow: Tensor) -> None:
         """Update the scale for the next step; `overflow`, () bool, states whether this step has overflowed."""
         overflow = overflow.to(self.value.device)
+        # one tensor counts both streaks, by its sign, and `where` replaces branches, which would wait for the device
         steady = torch.where(overflow, self.steady.clamp(max=0) - 1, self.steady.clamp(min=0) + 1)
         grows = steady >= _GROWS_AFTER
         factor = torch.where(overflow, 0.5, torch.where(grows, 2.0, 1.0)).to(self.value)

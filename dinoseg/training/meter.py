@@ -104,10 +104,12 @@ class Meter:
         now = self._clock()
         for window in self._windows():
             window.images += images
+        # the first step includes start-up, such as that of the loading processes
         if self._step == self._start:
             self._later = _Window(0.0)
         else:
             self._trained += now - self._mark
+        # so its duration estimates no later one
         if self._step == self._start + 1:
             self._recent.clear()
         self._recent.append(now - self._mark)
@@ -134,6 +136,7 @@ class Meter:
         now = self._clock()
         self._validated.append(now - self._mark)
         self._mark = now
+        # the validation counts in no speed
         self._row, self._status = _Window(now), _Window(now)
 
     def close(self) -> None:
@@ -156,6 +159,7 @@ class Meter:
         It is at most what the wall-clock limit leaves.
         """
         seconds = (self._steps - self._step) * fmean(self._recent or [0.0])
+        # those at multiples of `val_every`, and the last step's
         validations = self._steps // self._val_every - self._step // self._val_every
         validations += self._step < self._steps and self._steps % self._val_every > 0
         limit = math.inf if self._limit is None else self._limit.seconds_left()

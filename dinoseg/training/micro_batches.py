@@ -67,9 +67,11 @@ class MicroBatches:
                 parts = [part for batch in batches for part in batch.split(self._parts)]
             self.num_batches = len(parts) * self._engine.world_size
             if self._criterion.num_divisors > 1 and self.num_batches > 1:
+                # sums of labels need memory, too, for their masks on the device
                 with self.retry_batch():
                     self.divisors = self._sum_divisors(parts)
             for number, part in enumerate(parts, start=1):
+                # a part has failed: those after it would add to an incomplete gradient
                 if self._shortage is not None:
                     break
                 self.is_last = number == len(parts)
@@ -87,7 +89,8 @@ class MicroBatches:
         except (MemoryError, RuntimeError) as error:
             if not is_shortage(error):
                 raise
-            self._shortage = reason_of(error)  # the text alone: the traceback holds the step's tensors
+            # the text alone: the traceback would hold the tensors of the step, and with them its memory
+            self._shortage = reason_of(error)
 
     def _sum_divisors(self, parts: Sequence[Any]) -> Tensor:
         """Return the loss divisors (D,) over the micro-batches of all ranks."""
@@ -98,8 +101,11 @@ class MicroBatches:
         """Revert what the step has changed, free its memory, and restore its random state."""
         self._shortage = None
         self._undo()
+        # objects in circles of references keep their tensors until the collector runs, and only unused memory is
+        # returned
         gc.collect()
         empty_cache(self._engine.device)
+        # the seed of this step (`Engine.seed`), so that the retry draws the same dropout
         torch.manual_seed(torch.initial_seed())
         output.restart()
 
@@ -109,6 +115,7 @@ class MicroBatches:
         Raises:
             OutOfMemory: they cannot be smaller.
         """
+        # a head may need several samples: BatchNorm of maps of one cell needs two
         parts = min(2 * self._parts, samples // self._smallest)
         size = -(-samples // self._parts)
         if parts <= self._parts or self._engine.world_size > 1:

@@ -84,6 +84,7 @@ def parameter_groups(
         decay = weight_decay if parameter in decayed else 0.0
         frozen_until = freeze_backbone_until if backbone else delayed_start if id(parameter) in delayed else 0.0
         values = {"base_lr": rate, "weight_decay": decay, "frozen_until": frozen_until, "backbone": backbone}
+        # parameters of equal values share a group: an optimizer launches its kernels group by group
         group = groups.setdefault((*values.values(),), {"params": [], "names": [], "lr": rate, **values})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -237,12 +238,15 @@ def schedule(
     during_warmup = (lambda done: 1 - done) if lag else decay if warmup_decays else (lambda done: 1.0)
 
     def factor(step: int, steps: int, backbone: bool = False, /) -> float:
+        # DINOv3's scheduler is not stepped after the first update, so that update i has the rate of max(0, i - 1)
         now, begin, end = max(0, step - lag), 0, _count_steps(warmup, steps)
         if backbone and backbone_warmup is not None:
             begin, end = end, end + _count_steps(backbone_warmup, steps)
+        # the backbone waits until the warm-up of the head is over (tue-mps/eomt)
         if now < begin:
             return 0.0
         if now < end:
+            # the default is (step + 1) / (w + 1) during the warm-up: no update is lost at a rate of 0
             first = 1 / (end - begin + 1) if warmup_start is None else warmup_start
             risen = first + (1 - first) * (now - begin) / (end - begin)
             return risen * during_warmup(now / steps)
@@ -306,6 +310,7 @@ class MovingAverage:
 
         This bound lowers the decay in the first steps; otherwise the initial weights would stay in the average long.
         """
+        # the bound of TensorFlow's ExponentialMovingAverage (`num_updates`)
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         for averages, values in self._pairs():
             if averages[0].is_floating_point():

@@ -50,11 +50,13 @@ def batch_loss(criterion: Loss, prediction: Any, batch: Any, divisors: Tensor | 
         num_batches: number of micro-batches in the step, over all ranks.
     """
     if divisors is not None:
+        # every term is already its share of the step: the weights of all micro-batches add up to 1
         total, _, parts = criterion.step_loss(prediction, batch, divisors)
         return BatchLoss(total, torch.full_like(total, 1 / num_batches), parts)
     value, parts = criterion(prediction, batch)
     weight = parts.get("weight", torch.full_like(value, len(batch.names)))
-    if criterion.num_divisors > 1:  # the only micro-batch of the step
+    # its terms are divided by divisors of their own already, since this is the only micro-batch of the step
+    if criterion.num_divisors > 1:
         weight = torch.ones_like(value)
     return BatchLoss(value * weight, weight, parts)
 
@@ -87,6 +89,7 @@ def _subsample(mask: Tensor) -> Tensor:
     """Return every n-th ID of masks (..., H, W) in both directions: those nearest to the centres of a coarser grid."""
     height, width = mask.shape[-2:]
     apart = max(1.0, math.sqrt(height * width / _POINTS))
+    # the prediction is made at the centres of the coarser grid, too: the first pixel of each cell lies half a cell away
     rows, columns = (_centres(length, math.ceil(length / apart), mask.device) for length in (height, width))
     return mask[..., rows[:, None], columns]
 
@@ -134,6 +137,7 @@ class StepOutput:
         """Add a micro-batch after its backward pass."""
         if self.scores is not None:
             self.scores.add(prediction, batch)
+        # tensors on the device: a number of Python would wait for it in each micro-batch
         self.total = self.total + loss.total.detach()
         self.weight = self.weight + loss.weight
         self.names += batch.names
@@ -157,8 +161,10 @@ class StepMetrics:
     def __init__(self, step: int, names: list[str], loss: Tensor, norm: Tensor, stops: Tensor) -> None:
         self.step, self.names, self.norm = step, names, norm
         self._copied: torch.cuda.Event | None = None
+        # one copy of three values instead of three
         values = self._host = torch.stack([loss, norm, stops.to(norm.device).to(norm.dtype)])
         if values.device.type == "cuda":
+            # only a copy to pinned memory is asynchronous
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -207,12 +213,14 @@ class MetricsQueue:
             NonFiniteLoss: of this step or the one before.
         """
         self._unread.append(metrics)
+        # a single rank stops after this step; several stop together, once they have read the sum of their requests
         read = read or (stop_requested and self._engine.world_size == 1)
         late = 0 if read else self._late
         is_stopping = False
         while len(self._unread) > late:
             oldest = self._unread[0]  # not removed if not finite, so that nothing is saved
             loss, norm, stops = oldest.read()
+            # the norm is NaN where the loss is not finite, and infinite or NaN where a gradient is
             if not math.isfinite(norm):
                 raise self._error(oldest, loss, norm)
             self._unread.popleft()

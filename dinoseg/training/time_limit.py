@@ -78,6 +78,7 @@ class TimeLimit:
         self._validation = max(self._validation, seconds)
         self._is_validated = True
         if self._mark is not None:
+            # the validation is no part of the next step's duration
             self._mark += seconds
 
     def _fit(self, step: int, steps: int) -> int:
@@ -87,11 +88,14 @@ class TimeLimit:
         self._mark, is_validated, self._is_validated = now, self._is_validated, False
         self._fitted = min(steps, steps if self._fitted is None else self._fitted)
         is_frozen = step < self._frozen_until * self._fitted
+        # still frozen after its share of the limit: reduce now, so that the part is trained for the rest of the time
         watched = min(_WATCHED, self._frozen_until) if is_frozen else _WATCHED
         left = limit - (now - self._began) - self._validation
         if not self._durations or left > (1 - watched) * limit:
             return self._fitted
+        # these weights are validated already, and another step would need a validation of its own
         if is_validated and left < fmean(self._durations):
             self._fitted = step
+        # at least one more step: the end is validated after a last step
         self._fitted = min(self._fitted, step + max(1, int(left / fmean(self._durations))))
         return self._fitted

@@ -135,18 +135,24 @@ def fit(setup: TrainingSetup) -> Progress:
     freeze = build_freeze(model.backbone, optimizer, is_single=engine.world_size == 1)
     frozen_until = 0.0 if freeze is None else freeze.until
     limit = None if settings.max_minutes is None else TimeLimit(settings.max_minutes, engine, frozen_until=frozen_until)
+    # a training of the head, then one of the whole model, each with a schedule of its own (LP-FT, Kumar et al., arXiv
+    # 2202.10054)
     schedule = setup.schedule if freeze is None else freeze.restart(setup.schedule)
     state = (model, optimizer, ema, scale)
     progress = setup.checkpoints.restore(*state)
+    # on CUDA the loss of a step is read one step later: reading it at once would leave the device idle
     metrics = MetricsQueue(engine, optimizer)
+    # saves the newest complete step, however the loop ends; `undo` reverts one that ran out of memory
     emergency = EmergencyCheckpoint(setup.checkpoints, *state, metrics.are_finite)
     micro = MicroBatches(engine, criterion, model.head.min_batch_size, settings.accumulate, undo=emergency.undo)
+    # order and views are functions of (seed, epoch, sample), so a resumed run only needs the number of its next batch
     stream = data.train_batches(start=progress.step * settings.accumulate)
     epoch = data.epoch / settings.accumulate
     meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main, limit=limit)
     loss: BatchLoss | None
     model.train()
     with defer_signals(NOTICE) as stop, emergency, closing(meter):
+        # the run was stopped between an update and its validation
         if progress.validation_pending:
             with meter.measure_validation():
                 validate(setup, ema, stop)
@@ -155,45 +161,63 @@ def fit(setup: TrainingSetup) -> Progress:
             freeze.log_length(progress.step, settings.steps)
         batches = meter.measure_waits(stream, lambda: data.remedy)
         for step in range(progress.step, settings.steps):
+            # a wall-clock limit shortens the schedule with the training, so that the rate still falls to its end
             steps = settings.steps if limit is None else limit.fit_steps(step, settings.steps)
             if step >= steps or is_out_of_patience(progress, settings.patience):
                 break
             due = settings.due(step + 1, steps)
+            # dropout is a function of (seed, step, rank), so a checkpoint needs no random state
             engine.seed(data.seed, step)
+            # a function of the step: accelerate's scheduler takes one step per rank, so that two ranks halve the
+            # schedule
             rate = set_learning_rates(optimizer, schedule, step, steps)
+            # heads that anneal something, such as EoMT its attention masks
             model.set_progress(step, steps)
             output = StepOutput(engine.device, partial(data.step_scores, engine) if due.log else None)
+            # after an out-of-memory error it yields the same samples again, in batches of half the size
             for batch in micro.split_step(batches, output):
+                # ranks average their gradients in the last backward pass only: the earlier ones would be averaged in
+                # vain
                 with micro.retry_batch(), engine.sync(net, micro.is_last):
                     batch = batch.to(engine.device)
                     with freeze.apply(step, steps, batch.image) if freeze else nullcontext():
                         prediction = net(batch.image) if scale is None else widen_predictions(net(batch.image))
+                        # a sum, since only the end of a step shows how many labels it has on all ranks; a mean over
+                        # each batch would give labels more weight where a batch has few
                         loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
                         engine.backward(loss.total, scale, loss.weight)
                     output.add(loss, prediction, batch)
-                batch = prediction = loss = None  # frees the graph
+                # else the graph's activations would stay in memory while the next forward pass allocates its own
+                batch = prediction = loss = None
             # all ranks see a stop request at the same step; a rank that fails here costs no step
             total, weight, stops = engine.total(output.total, output.weight, stop.signal)
+            # weights, optimizer, average and progress change together: an error in this block leaves no step to save
             with emergency.mark_update():
                 mean, norm = engine.optimizer_step(
                     optimizer, total, weight, clip=settings.clip, previous_norm=metrics.newest_norm, loss_scale=scale
                 )
+                # `norm` is that before clipping; a step that is not finite has updated nothing
                 values = StepMetrics(step + 1, output.names, mean, norm, stops)
+                # what is logged or saved after this step has to be known as finite, so it waits for the device
                 is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.signal > 0)
                 if ema is not None:
                     ema.update(step)
+                # set before the validation runs: if that is interrupted, the resumed run starts with it
                 progress.step = step + 1
                 progress.validation_pending = due.validation
             meter.step(output.images * engine.world_size, metrics.loss, rate)
             if due.log:
                 log_step(setup, output, metrics, scale, rate, meter.read())
+            # raises: the emergency checkpoint saves this step, and a resumed run makes up its validation
             if is_stopping:
                 stop.leave()
             if due.validation:
                 with meter.measure_validation():
                     validate(setup, ema, stop)
+            # after the validation, whose progress (best score, patience) the file holds too
             if due.save:
                 setup.checkpoints.save(*state)
+    # the final evaluation reads files on every rank, which rank 0 may still be writing
     engine.wait()
     return progress
 
@@ -247,8 +271,12 @@ def log_step(
     speed: dict[str, float],
 ) -> None:
     """Log the newest step: loss, highest learning rate, gradient norm, speed, tallied scores and loss terms."""
-    row: dict[str, float | None] = {"train/loss": metrics.loss, "train/lr": rate, "train/gradient_norm": metrics.norm}
-    row |= speed
+    row: dict[str, float | None] = {
+        "train/loss": metrics.loss,
+        "train/lr": rate,
+        "train/gradient_norm": metrics.norm,
+        **speed,
+    }
     if output.scores is not None:
         row |= output.scores.read()
     if scale is not None and scale.started:
@@ -268,8 +296,10 @@ def validate(setup: TrainingSetup, ema: MovingAverage | None, stop: Deferral) ->
     model, data, engine = setup.model, setup.data, setup.engine
     checkpoints, log = setup.checkpoints, setup.log
     step = checkpoints.progress.step
+    # a validation that a resumed run repeats draws the same numbers
     engine.seed(data.seed, step)
     began = perf_counter()
+    # the weights that are scored are those that `best` stores
     with ema.use_average() if ema is not None else nullcontext():
         engine.broadcast_buffers(model)  # running means differ between ranks
         with stop.at_once(allowed=engine.world_size == 1):  # a resumed run starts with the pending validation

@@ -68,7 +68,8 @@ def evaluate(
     maps = get_map_kinds(data)
     counts = make_counts(model.task, len(data.classes), data.ignore_index, background)
     predictor = Predictor(model, engine.device, engine.autocast, strategy or Whole())
-    losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
+    # tensors until the end: reading each batch's loss would wait for the device
+    losses: list[Tensor] = []
     training = model.training
     model.eval()
     for drawn in batches:
@@ -105,6 +106,7 @@ def _predict_batch(
     """Return what `MetricRows.add` takes of a batch that is predicted at `size` (H, W), and the losses."""
     losses: list[Tensor] = []
     needs_bins, needs_objects = (False, False) if rows is None else (rows.needs_bins, rows.needs_objects)
+    # cached features are of whole images, so there are no windows
     if isinstance(batch, FeatureBatch):
         with predictor.autocast():
             prediction = predictor.model(batch.image)
@@ -145,6 +147,7 @@ def _read(bands: Iterable[Prediction], size: Size, *, needs_bins: bool) -> tuple
         logits.append(chosen)
         if needs_bins:
             bins.append(probability_bins(band.probabilities()))
+        # the lattice continues over the borders of bands, so that scores do not depend on them
         due, top = due + rows.step * chosen.shape[2], top + some.shape[-2]
     return torch.cat(ids, dim=-2), torch.cat(logits, dim=2), torch.cat(bins, dim=2) if needs_bins else None
 
@@ -161,6 +164,7 @@ def _cut_parts(batch: Batch, kinds: Mapping[str, MapKind], parts: Tensor, places
     height, width = part = (parts.shape[-2], parts.shape[-1])
     mask, maps = batch.mask, batch.maps
     if part != size:
+        # windows are cut from the resized images, so the labels need their size
         mask = resize_nearest(mask, size)
         maps = {name: resize_map(values, kinds[name], size) for name, values in maps.items()}
 

@@ -62,14 +62,19 @@ class Estimate:
         """Return the 95 % interval; None without an error."""
         if not isfinite(self.value) or not isfinite(self.error):
             return None
-        from scipy.special import stdtrit  # lazy import: it would slow down every program start
+        # lazy import: it would slow down every program start
+        from scipy.special import stdtrit
 
         if not self.error:
             return [self.value, self.value]
         reach = self.error * float(stdtrit(self.freedom, 0.975))
         if not (self.share and 0 < self.value < 1):
             return [max(self.value - reach, self.lowest), min(self.value + reach, self.highest)]
-        odds, factor = self.value / (1 - self.value), exp(min(reach / (self.value * (1 - self.value)), _MAX_LOGITS))
+        # the logit has the error e / (v (1 - v)) (delta method). Its interval, turned back, stays in 0..1 and holds the
+        # IoU of a rare class in 87 % of samples of 5 drives, where the plain one does in 83 %
+        # (docs/log/scores_and_exports.md)
+        odds = self.value / (1 - self.value)
+        factor = exp(min(reach / (self.value * (1 - self.value)), _MAX_LOGITS))
         return [odds / (odds + factor), odds * factor / (1 + odds * factor)]
 
     @property
@@ -112,6 +117,7 @@ class UnitScore:
             highest: upper bound of another score.
         """
         value = nan if self.value is None else float(self.value)
+        # units in which nothing counts add degrees of freedom and no information: the interval would be too narrow
         left_out = np.array(self.left_out, np.float64)[np.array(self.scored, bool)]
         lowest, highest = (0.0, 1.0) if is_share else (-inf, highest)
         error, freedom = jackknife_error(left_out), len(left_out) - 1
@@ -149,7 +155,8 @@ def subtract_means(first: Sequence[UnitScore], second: Sequence[UnitScore]) -> n
         (1 + U,) float64: over all units, and without each.
     """
     scores = np.array([[run.value, *run.left_out] for run in (*first, *second)], dtype=np.float64)
-    relative = scores - scores[:1]  # means of equal scores over different numbers of runs may differ in a digit
+    # means of equal scores over different numbers of runs may differ in a digit; means of zeros do not
+    relative = scores - scores[:1]
     return relative[len(first) :].mean(axis=0) - relative[: len(first)].mean(axis=0)
 
 
@@ -166,10 +173,12 @@ def estimate_difference(
         second: of each run of the second side.
         seeds: of each side, estimates with its errors over seeds; empty for a single one.
     """
+    # both sides leave out the same unit, so what is hard for both cancels in the difference
     gaps = subtract_means(first, second)
     scored = np.array([run.scored for run in (*first, *second)], bool).any(axis=0)
     left_out = gaps[1:][scored]
     gap = Estimate(float(gaps[0]), jackknife_error(left_out), len(left_out) - 1)
+    # a single unit shows no variance: the error is that over seeds alone
     if len(left_out) == 1 and all(seeds):
         gap = replace(gap, error=0.0, freedom=1)
     return combine_errors(gap, [each for of_side in seeds for each in of_side])
@@ -183,11 +192,13 @@ def jackknife_error(left_out: np.ndarray) -> float:
     count = len(left_out)
     if count < 2 or not np.isfinite(left_out).all():
         return nan
+    # jackknife: (n - 1) / n sum_i (s_i - mean(s))^2 for the scores s_i without unit i (J. W. Tukey, 1958)
     return sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
 
 
 def leave_one_out(function: ScoreFunction, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Return each key's scores (U,) of all units but one, from sums (U, d) of the units."""
+    # sums without a unit are those of all minus its own, so n units cost n evaluations of the score and no recount
     whole, at_once = add_units(sums), max(1, _AT_ONCE // sums.shape[1])
     parts = [function.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]
     return {key: np.concatenate([np.zeros(0), *(part[key] for part in parts)]) for key in function.keys}
@@ -209,6 +220,7 @@ def combine_errors(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
     whole = sum(variance for variance, _ in parts)
     if not whole > 0:
         return replace(estimate, error=sqrt(whole) if whole == 0 else nan)
+    # (sum v)^2 / sum(v^2 / f) for variances v with f degrees of freedom
     freedom = whole**2 / sum(variance**2 / each for variance, each in parts)
     return replace(estimate, error=sqrt(whole), freedom=freedom)
 
@@ -219,6 +231,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     adjusted: list[float | None] = [None] * len(p_values)
     least = 0.0
     for rank, (p_value, index) in enumerate(order):
+        # the i-th smallest of m, from 0, is multiplied by m - i, and none may fall below the one before
         adjusted[index] = least = min(1.0, max(least, (len(order) - rank) * p_value))
     return adjusted
 
@@ -226,10 +239,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
     """Return the sums (U, d) of counts (N, ...) by unit, in the order in which the units first occur."""
     places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
-    if len(places) == len(units):  # no copy: the counts of thousands of images may take gigabytes
+    # no copy: the counts of thousands of images may take gigabytes
+    if len(places) == len(units):
         return counts.reshape(len(units), -1)
     sums = np.zeros((len(places), *counts.shape[1:]), np.result_type(counts, np.int64))
-    for unit, row in zip(units, counts, strict=True):  # np.add.at takes ten times as long for large rows
+    # np.add.at takes ten times as long for large rows
+    for unit, row in zip(units, counts, strict=True):
         sums[places[unit]] += row
     return sums.reshape(len(places), -1)
 
