@@ -32,7 +32,7 @@ from dinoseg.utils.wording import join_names
 log = logging.getLogger(__name__)
 
 BY_DRIVE = Partition(group="^(.+)/")
-_LEVEL3 = ("level3Id", HOME_MADE)  # encodings whose 0 and 3 are road and rail track
+_LEVEL3_CLASSES = 26  # whose 0 and 3 are road and rail track
 _NO_CLASS_AT_HOME = (0, 3, *range(26, 255))  # ignored file ids of the home-made remap, which maps 255 to road
 
 
@@ -84,7 +84,7 @@ def idd(
     top = Path(root).expanduser()
     pairs = divide(split, lambda side: find_pairs(top, side, encoding), partition)
     dataset = collect_pairs(pairs, split, labels, masks)
-    if encoding in _LEVEL3 and masks.format == "ids":
+    if len(labels.classes) == _LEVEL3_CLASSES and masks.format == "ids":
         dataset.check_labels = partial(check_home_made, on_purpose=encoding == HOME_MADE)
     return dataset
 
