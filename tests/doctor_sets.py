@@ -7,6 +7,7 @@ from making import save
 from dinoseg.data.checks.errors import describe_split
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.scan.scan import scan
+from dinoseg.extensions.doctor.details import DETAILS
 from dinoseg.extensions.doctor.examine import examine
 
 CLASSES = ("ground", "left", "right")
@@ -47,7 +48,11 @@ def open_split(root, split, **options):
 
 def splits_of(root, images=True, splits=("train", "val"), **options):
     sets = {split: open_split(root, split, **options) for split in splits}
-    return [describe_split(split, data, scan(data.pairs, data.reader, images=images)) for split, data in sets.items()]
+    details = DETAILS if images else None
+    return [
+        describe_split(split, data, scan(data.pairs, data.reader, images=images, details=details))
+        for split, data in sets.items()
+    ]
 
 
 def findings_by_code(root, *, options=None, **rules):

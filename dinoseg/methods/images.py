@@ -153,7 +153,6 @@ class ImageTraining(TrainingMethod):
             self.data_module.val,
             cache_dir=builder.cache_dir,
             group=builder.value("data.group"),
-            data_name=builder.options["data"],
             workers=builder.workers,
             has_objects=isinstance(builder.task, ObjectTask),
         )

@@ -30,8 +30,6 @@ from dinoseg.utils.wording import count_of, join_names, list_first, printable
 log = logging.getLogger(__name__)
 
 _BINARY = "data.reader.masks.format=binary"
-_IDD_CLASSES = 26  # of level 3
-_CLASSES_OF_IDD_ALONE = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
 _NEARLY_ALL = 0.9  # share of the smaller split above which two splits count as the same
 _INDENT = "    "  # of files below their error
 _FULL = "mode=doctor with the same data= lists all files, in doctor.json and doctor.html."
@@ -44,21 +42,21 @@ def describe_split(split: str, dataset: PairDataset | CustomDataset, records: Se
         *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
         split_local_names=dataset.split_local_names,
         has_layers=dataset.has_layers,
+        check_labels=dataset.source.check_labels if isinstance(dataset, PairDataset) else None,
     )
 
 
 def find_errors(
-    splits: Sequence[ScannedSplit], *, data_name: str = "", group: str | None = None, has_objects: bool = False
+    splits: Sequence[ScannedSplit], *, group: str | None = None, has_objects: bool = False
 ) -> list[Finding]:
     """Return what stops a training or makes its scores worthless, errors first.
 
     Args:
         splits: one or more splits with the same class table.
-        data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
         has_objects: whether the task trains on objects, which can be found of a single class, too.
     """
-    labels = check_labels(splits, data_name, has_objects=has_objects)
+    labels = check_labels(splits, has_objects=has_objects)
     return by_severity([*check_files(splits), *labels, *check_same_files(splits), *check_groups(splits, group)])
 
 
@@ -69,7 +67,6 @@ def check_for_errors(
     cache_dir: str | Path,
     workers: int = 2,
     group: str | None = None,
-    data_name: str = "",
     has_objects: bool = False,
 ) -> list[ScannedSplit]:
     """Refuse data with errors; return the records of both splits' masks, which are cached in `cache_dir`.
@@ -88,7 +85,7 @@ def check_for_errors(
     for split, data in sides.items():
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
         splits.append(describe_split(split, data, records))
-    findings = find_errors(splits, data_name=data_name, group=group, has_objects=has_objects)
+    findings = find_errors(splits, group=group, has_objects=has_objects)
     errors = [finding for finding in findings if finding.severity == "error" and finding.stops]
     for finding in findings:
         if finding not in errors:
@@ -123,15 +120,14 @@ def _check_first_images(datasets: Sequence[PairDataset], splits: Sequence[Scanne
         _warn(finding)
 
 
-def check_labels(
-    splits: Sequence[ScannedSplit], data_name: str = "", *, has_objects: bool = False
-) -> Iterator[Finding]:
+def check_labels(splits: Sequence[ScannedSplit], *, has_objects: bool = False) -> Iterator[Finding]:
     """Yield findings about labels that teach nothing or something else; arguments as of `find_errors`."""
     if not has_objects:
         yield from _check_number_of_classes(splits)
     yield from _check_binary_as_ids(splits)
-    if data_name.startswith("idd") or set(splits[0].classes) >= _CLASSES_OF_IDD_ALONE:
-        yield from _check_home_made_idd(splits, data_name)
+    check_of_reader = splits[0].check_labels
+    if check_of_reader is not None:
+        yield from check_of_reader(splits)
     for part in splits:
         yield from _check_labelled_pixels(part)
 
@@ -168,32 +164,6 @@ def _check_binary_as_ids(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
                         else f"add {_BINARY} to the command line."
                     ),
                 )
-
-
-def _check_home_made_idd(splits: Sequence[ScannedSplit], data_name: str) -> Iterator[Finding]:
-    part = splits[0]
-    if len(part.classes) != _IDD_CLASSES or part.masks.format != "ids":
-        return
-    values = set().union(*map(_collect_values, splits))
-    if values and not values & {"0", "3"}:
-        yield home_made([record.mask for part in splits for record in part.records], data_name)
-
-
-def home_made(files: Sequence[str], data_name: str) -> Finding:
-    """Return the finding that a faulty conversion has removed road from IDD label maps.
-
-    It stops training, unless `data_name` is the option that repeats such a run on purpose.
-    """
-    return Finding(
-        "error",
-        "home_made_idd",
-        "No label map holds 0 (road) or 3 (rail track): these labels look home-made or remapped. In IDD 255 is void "
-        "(unlabelled, ego vehicle, out of the region), not road, and road is 0. A model trained on these labels never "
-        "predicts road; with 255 read as road, it learns void as road.",
-        tuple(files),
-        "Make the label maps again from the polygon files: mode=prepare data=idd.",
-        stops=data_name != "idd_home_made",
-    )
 
 
 def _collect_mask_values(part: ScannedSplit) -> dict[str, set[str]]:

@@ -1,6 +1,6 @@
 """Results and inputs of the doctor's checks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class ScannedSplit:
-    """Records of a split, with the classes and mask rules of its reader."""
+    """Records of a split, with the classes and mask rules of its reader.
+
+    `check_labels` maps all scanned splits to errors of their labels that only their reader can know.
+    """
 
     split: str
     records: Sequence[Record]
@@ -58,6 +61,7 @@ class ScannedSplit:
     masks: Masks
     split_local_names: bool = False  # see `PairDataset`
     has_layers: bool = False  # see `PairDataset`
+    check_labels: Callable[[Sequence["ScannedSplit"]], Iterable[Finding]] | None = None
 
     @property
     def counts(self) -> np.ndarray:

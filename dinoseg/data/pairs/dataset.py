@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,8 @@ class PairDataset:
         self.skipped: Mapping[str, str] = {}  # name to fault, of the pairs that `data.on_error=skip` left out
         self.maps: Mapping[str, MapKind] = {}
         self.compute_maps: ComputeMaps | None = None
+        # errors of the labels that only the reader can know, see `ScannedSplit`
+        self.check_labels: Callable[[Sequence[Any]], Iterable[Any]] | None = None
         self.split_local_names = False  # equal names (of images or videos) in two splits are different data
         self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: original size
         self.reader = MaskReader(labels, masks, has_layers=has_layers)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -26,15 +25,24 @@ from dinoseg.data.pairs.pair import Pair, ignore_invalid
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
-from dinoseg.utils.levels import to_display
 
-SMALL = 64  # rows and columns of the small copies
-_HASHED, _LOWEST = 32, 8  # the perceptual hash covers the 8 x 8 lowest frequencies of 32 x 32 pixels
-_FLAT = 2.0  # grey-level standard deviation below which an image has no hash: it would be noise
 _MAX_RAW = 256  # most file values that are listed
 _JPEG = b"\xff\xd8"  # magic bytes
 _ENDS = {b"\x89PNG": b"IEND", _JPEG: b"\xff\xd9"}  # magic bytes to end mark
 _TAIL = 4096  # bytes that are searched for an end mark: cameras append data of their own
+
+
+@dataclass(frozen=True)
+class Details:
+    """Further measurements for a caller of `scan`, as JSON values by name; records store them.
+
+    Args:
+        of_image: measures the pixels (H, W, C) of a decoded image, uint8 or uint16.
+        of_mask: measures class ids (H, W) or layers (K, H, W), as used in training.
+    """
+
+    of_image: Callable[[np.ndarray], Mapping[str, Any]]
+    of_mask: Callable[[np.ndarray], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,9 @@ class Record:
         problems: code to reason, of all problems that would stop a run.
         overlap: pixels of several classes; 0 unless the mask has layers.
         mask_digest: hash of the ids.
-        decoded: whether the image was decoded; the fields below need it.
+        decoded: whether the image was decoded, as `image_digest` needs.
         image_digest: hash of the pixels.
-        look: 64-bit perceptual hash (DCT), None for a flat image.
-        edges: (64 * 64,) uint8, rank of the colour gradient of a small copy.
-        borders: (64 * 64 / 8,) uint8, bits that mark borders in a small copy of the mask.
+        details: measurements of `Details`; of an image or mask that cannot be read, those of the other alone.
     """
 
     name: str
@@ -74,9 +80,7 @@ class Record:
     mask_digest: str = ""
     decoded: bool = False
     image_digest: str = ""
-    look: int | None = None
-    edges: bytes = b""
-    borders: bytes = b""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def counts(self) -> np.ndarray:
@@ -90,20 +94,21 @@ class Record:
         return replace(self, problems={**self.problems, code: reason})
 
 
-def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
+def measure(pair: Pair, reader: MaskReader, *, images: bool, details: Details | None = None) -> Record:
     """Measure one pair; a file that cannot be read becomes a problem in the record, never an error.
 
     Args:
         pair: an image file or video frame, and its mask.
         reader: reader of the masks.
         images: decode the image too; otherwise read only its header and its end, which detects most truncated files.
+        details: what else to measure; needs `images`.
     """
     record = Record(pair.name, str(pair.image), str(pair.mask), decoded=images)
     image, mask = pair.image, pair.mask
     try:
         if images:
             pixels = read_source(image)
-            record = replace(_with_pixels(record, pixels), peaks=read_peaks(image, pixels))
+            record = replace(_with_pixels(record, pixels, details), peaks=read_peaks(image, pixels))
         else:
             record = replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file
@@ -112,12 +117,14 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
         if stated_size(mask) is None and _is_jpeg(mask_file(mask)):
             reason = f"{mask} is a JPEG file, which changes the ids near borders. Save it as PNG."
             record = record.with_problem("mask_is_jpeg", reason)
-        return _with_ids(record, mask, image, reader)
+        return _with_ids(record, mask, image, reader, details)
     except Exception as error:
         return record.with_problem("unreadable_mask", _explain(mask, error))
 
 
-def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]], ignore_index: int) -> Record:
+def measure_sample(
+    name: str, where: str, read: Callable[[], Mapping[str, Any]], ignore_index: int, details: Details | None = None
+) -> Record:
     """Return the record of a sample that a dataset reads itself; any error becomes a problem in the record.
 
     Args:
@@ -125,6 +132,7 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]],
         where: stands for the paths of its files.
         read: returns the sample, whose mask holds only class ids, or layers of 0 and 1, and ignore_index.
         ignore_index: the ignored id.
+        details: what else to measure.
     """
     record = Record(name, where, where, decoded=True)
     try:
@@ -133,21 +141,16 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]],
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return record.with_problem("unreadable_image", reason)
     ids = np.ascontiguousarray(sample["mask"].numpy())
-    record = _with_pixels(record, sample["image"].permute(1, 2, 0).numpy())
-    record = _with_mask(replace(record, mask_size=(ids.shape[-2], ids.shape[-1])), ids, ignore_index)
+    record = _with_pixels(record, sample["image"].permute(1, 2, 0).numpy(), details)
+    record = _with_mask(replace(record, mask_size=(ids.shape[-2], ids.shape[-1])), ids, ignore_index, details)
     return record if ids.ndim > 2 else replace(record, raw=_name_counts(record.pixels))
 
 
-def _with_pixels(record: Record, image: np.ndarray) -> Record:
+def _with_pixels(record: Record, image: np.ndarray, details: Details | None) -> Record:
     pixels = np.ascontiguousarray(image)
-    shown = to_display(pixels)
-    return replace(
-        record,
-        image_size=(pixels.shape[0], pixels.shape[1]),
-        image_digest=digest(pixels),
-        look=perceptual_hash(shown),
-        edges=edges(shown).tobytes(),
-    )
+    found = {} if details is None else details.of_image(pixels)
+    size = (pixels.shape[0], pixels.shape[1])
+    return replace(record, image_size=size, image_digest=digest(pixels), details=found)
 
 
 def _header_size(image: ImageSource) -> tuple[int, int] | None:
@@ -169,7 +172,9 @@ def _is_jpeg(path: Path) -> bool:
         return file.read(len(_JPEG)) == _JPEG
 
 
-def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader) -> Record:
+def _with_ids(
+    record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader, details: Details | None
+) -> Record:
     rule = reader.masks.on_size_mismatch
     if (drawn := stated_size(mask)) is not None:
         record = _with_drawn_size(record, drawn, rule, image=image, mask=mask)
@@ -192,7 +197,7 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     ignored = reader.labels.ignore_index
     if not record.problems:
         ids = ignore_invalid(ids, image, ignored, rule=rule, path=mask)
-    return _with_mask(record, ids, ignored)
+    return _with_mask(record, ids, ignored, details)
 
 
 def _with_drawn_size(
@@ -207,15 +212,16 @@ def _with_drawn_size(
     return record
 
 
-def _with_mask(record: Record, mask: np.ndarray, ignore_index: int) -> Record:
+def _with_mask(record: Record, mask: np.ndarray, ignore_index: int, details: Details | None) -> Record:
     """Return a record with the measurements of ids (H, W) or of layers (K, H, W)."""
     if mask.ndim > 2:
         several = (mask == 1).sum(axis=0) > 1
         record = replace(record, pixels=_layer_counts(mask, ignore_index), overlap=int(several.sum()))
     else:
         record = replace(record, pixels=dict(_count_values(mask)))
-    small = borders(mask.max(axis=0) if mask.ndim > 2 else mask).tobytes() if record.decoded else b""
-    return replace(record, mask_digest=digest(mask), borders=small)
+    if details is not None:
+        record = replace(record, details={**record.details, **details.of_mask(mask)})
+    return replace(record, mask_digest=digest(mask))
 
 
 def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
@@ -287,40 +293,3 @@ def digest(pixels: np.ndarray) -> str:
     whole = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
     whole.update(np.ascontiguousarray(pixels).data)
     return whole.hexdigest()
-
-
-# imagehash's phash finds the same copies in 3.5 times the time, and hashes the noise of a flat image
-def perceptual_hash(pixels: np.ndarray) -> int | None:
-    """Return 64 bits: which low frequencies of an image (H, W, 3) are above their median; None if it is flat."""
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(grey, (_HASHED, _HASHED), interpolation=cv2.INTER_AREA).astype(np.float32)
-    if small.std() < _FLAT:
-        return None
-    waves = cv2.dct(small)[:_LOWEST, :_LOWEST].ravel()
-    bits = waves > np.median(waves[1:])  # the first is the mean level
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def edges(pixels: np.ndarray) -> np.ndarray:
-    """Return the gradient rank (64 * 64,) uint8 of each pixel in a small copy of an image (H, W, 3).
-
-    Ranks are robust to differences in exposure and contrast.
-    """
-    small = cv2.resize(pixels, (SMALL, SMALL), interpolation=cv2.INTER_AREA).astype(np.float32)
-    across, down = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
-    steepness = np.hypot(across, down).max(axis=-1).ravel()  # (64 * 64,)
-    ordered = np.sort(steepness)
-    rank = np.searchsorted(ordered, steepness, "left") + np.searchsorted(ordered, steepness, "right")
-    return (rank * (255 / (2 * rank.size))).astype(np.uint8)
-
-
-def borders(ids: np.ndarray) -> np.ndarray:
-    """Return bits (64 * 64 / 8,) uint8 that mark border pixels in a small copy of class ids (H, W)."""
-    small = cv2.resize(ids, (SMALL, SMALL), interpolation=cv2.INTER_NEAREST_EXACT)
-    on_border = np.zeros((SMALL, SMALL), dtype=bool)
-    across, down = small[:, 1:] != small[:, :-1], small[1:] != small[:-1]
-    on_border[:, 1:] |= across
-    on_border[:, :-1] |= across
-    on_border[1:] |= down
-    on_border[:-1] |= down
-    return np.packbits(on_border)

@@ -4,10 +4,10 @@ import hashlib
 import json
 import logging
 import os
-from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dinoseg.core.sources import mask_file, mask_key, reading_rule
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.scan.measure import Record, measure
+from dinoseg.data.scan.measure import Details, Record, measure
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import create_cache_dir, write_text
 from dinoseg.utils.errors import UserError
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 StoredRecords = dict[str, tuple[list[int] | None, Record]]  # key of a pair to the stamps of its files, and its record
 _CHUNK = 16  # successive pairs that a thread measures: frames of a video are decoded in their order
-_VERSION = 9  # version of the record format
+_VERSION = 10  # version of the record format
 _UNREADABLE = {"unreadable_image", "unreadable_mask"}
-_SMALL_COPIES, _SIZES = ("edges", "borders"), ("image_size", "mask_size")
+_SIZES = ("image_size", "mask_size")
 
 
 def scan(
@@ -39,6 +39,7 @@ def scan(
     reader: MaskReader,
     *,
     images: bool = True,
+    details: Details | None = None,
     workers: int = 1,
     cache_dir: str | Path | None = None,
 ) -> list[Record]:
@@ -47,7 +48,8 @@ def scan(
     Args:
         pairs: what to read.
         reader: reader of the masks.
-        images: decode the images too; without it, their hashes and edges are unknown.
+        images: decode the images too; without it, their hashes are unknown.
+        details: what else to measure of images and masks, in the same read; needs `images`.
         workers: number of reading threads.
         cache_dir: folder of the stored records, so that only changed files are read again; None: all files are read.
     """
@@ -58,12 +60,15 @@ def scan(
     records: dict[int, Record] = {}
     for index, pair in enumerate(pairs):
         stored_stamps, record = stored.get(keys[index], (None, None))
-        if record is not None and stored_stamps == stamps[index] and (record.decoded or not images):
+        if record is None or stored_stamps != stamps[index]:
+            continue
+        if (record.decoded or not images) and (record.details or details is None):
             records[index] = replace(record, name=pair.name)
     missing = [index for index in range(len(pairs)) if index not in records]
     new: StoredRecords = {}
     try:
-        measured = _measure_all([pairs[index] for index in missing], reader, images, workers)
+        measure_pair = partial(measure, reader=reader, images=images, details=details)
+        measured = _measure_all([pairs[index] for index in missing], measure_pair, workers)
         for index, record in zip(missing, measured, strict=True):
             records[index] = record
             # the machine may be the cause of unreadable files
@@ -100,11 +105,11 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
     return _counts_of_classes(pixels, len(files.classes), files.ignore_index)
 
 
-def _measure_all(pairs: Sequence[Pair], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:
+def _measure_all(pairs: Sequence[Pair], measure_pair: Callable[[Pair], Record], workers: int) -> Iterator[Record]:
     """Yield the records in order, with a progress bar; decoders release Python's lock, so that threads suffice."""
 
     def measure_chunk(start: int) -> list[Record]:
-        return [measure(pair, reader, images=images) for pair in pairs[start : start + _CHUNK]]
+        return [measure_pair(pair) for pair in pairs[start : start + _CHUNK]]
 
     with Bar(total=len(pairs), desc="scanning", unit="pair", delay=2, leave=False) as bar:
         pool = ThreadPoolExecutor(workers)
@@ -136,7 +141,7 @@ def _read_records(path: Path) -> StoredRecords:
 
 def _write_records(path: Path, records: StoredRecords) -> None:
     """Write the records atomically; if that fails, the next run only has to scan again."""
-    rows = {key: {"stamps": stamps, "record": _to_json(record)} for key, (stamps, record) in records.items()}
+    rows = {key: {"stamps": stamps, "record": vars(record)} for key, (stamps, record) in records.items()}
     try:
         create_cache_dir(path.parent)
         write_text(path, json.dumps(rows))
@@ -144,18 +149,12 @@ def _write_records(path: Path, records: StoredRecords) -> None:
         log.warning("Cannot store the scan in %s (%s): the next run scans again.", path, error)
 
 
-def _to_json(record: Record) -> dict[str, Any]:
-    return {**vars(record), **{name: b64encode(getattr(record, name)).decode() for name in _SMALL_COPIES}}
-
-
 def _from_json(row: Mapping[str, Any]) -> Record:
     counts = {"pixels": {int(value): int(count) for value, count in row["pixels"].items()}}
     counts |= {"raw": {value: int(count) for value, count in row["raw"].items()}}
     sizes = {name: row[name] and tuple(row[name]) for name in _SIZES}
-    small_copies = {name: b64decode(row[name]) for name in _SMALL_COPIES}
-    return Record(
-        **{**row, **sizes, **small_copies, **counts, "problems": {**row["problems"]}, "peaks": tuple(row["peaks"])}
-    )
+    maps = {name: {**row[name]} for name in ("problems", "details")}
+    return Record(**{**row, **sizes, **counts, **maps, "peaks": tuple(row["peaks"])})
 
 
 def _key(pair: Pair) -> str:

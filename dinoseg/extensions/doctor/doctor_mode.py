@@ -13,7 +13,7 @@ from tabulate import tabulate
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask
-from dinoseg.data.checks.errors import describe_split, home_made
+from dinoseg.data.checks.errors import describe_split
 from dinoseg.data.checks.files import SKIP
 from dinoseg.data.checks.findings import Finding, ScannedSplit, by_severity
 from dinoseg.data.custom import CustomDataset
@@ -21,9 +21,10 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.measure import Record, measure_sample
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.doctor.details import DETAILS
 from dinoseg.extensions.doctor.examine import examine, summary
 from dinoseg.extensions.doctor.objects import check_objects, count_objects
-from dinoseg.extensions.idd.files import home_made_files
+from dinoseg.extensions.idd.home_made import home_made_files, report_home_made
 from dinoseg.report.html.page import render
 from dinoseg.report.overlay import blend, downscale, downscale_mask, legend_of
 from dinoseg.utils.atomic import write_json, write_text
@@ -72,7 +73,7 @@ def doctor(
     has_objects = isinstance(builder.task, ObjectTask)
     if splits:
         options = {"group": cfg.data.get("group"), "near_distance": near_distance, "has_objects": has_objects}
-        findings += examine(splits, data_name=name, **options)
+        findings += examine(splits, **options)
     objects: dict[str, Mapping[int, int]] = {}
     for part in splits:
         data = datasets[part.split]
@@ -155,7 +156,7 @@ def _open_splits(builder: Builder, root: str) -> tuple[dict[str, DoctorData], li
             findings.append(_report_incomplete_pairs(split, data))
     if name.startswith("idd") and not datasets:
         if files := home_made_files(Path(root).expanduser()):
-            findings.append(home_made(files, name))
+            findings.append(report_home_made(files, on_purpose=name == "idd_home_made"))
     return datasets, findings
 
 
@@ -171,12 +172,12 @@ def _report_incomplete_pairs(split: str, data: PairDataset) -> Finding:
     )
 
 
-def _records(split: str, data: DoctorData, **options: Any) -> list[Record]:
+def _records(split: str, data: DoctorData, *, images: bool, **options: Any) -> list[Record]:
     """Return the record of each sample; a dataset that reads its own samples is measured here, one by one."""
     if isinstance(data, PairDataset):
-        return scan(data.pairs, data.reader, **options)
+        return scan(data.pairs, data.reader, images=images, details=DETAILS if images else None, **options)
     return [
-        measure_sample(name, f"{split}: {name}", partial(data.__getitem__, index), data.ignore_index)
+        measure_sample(name, f"{split}: {name}", partial(data.__getitem__, index), data.ignore_index, DETAILS)
         for index, name in enumerate(data.names)
     ]
 

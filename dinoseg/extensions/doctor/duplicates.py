@@ -127,8 +127,8 @@ def _contradictory(part: ScannedSplit) -> Iterator[Finding]:
 
 
 def _near(first: ScannedSplit, second: ScannedSplit, distance: int) -> tuple[Near, list[tuple[Record, Record, int]]]:
-    ours, theirs = ([r for r in part.records if r.look is not None] for part in (first, second))
-    hashes = [np.array([record.look for record in records], dtype=np.uint64) for records in (ours, theirs)]
+    ours, theirs = ([r for r in part.records if r.details.get("look") is not None] for part in (first, second))
+    hashes = [np.array([record.details["look"] for record in records], dtype=np.uint64) for records in (ours, theirs)]
     number: dict[str, int] = {}
     same = [
         np.array([number.setdefault(r.image_digest, len(number)) for r in records], dtype=np.int64)

@@ -28,7 +28,6 @@ from dinoseg.utils.wording import count_of, join_names
 def examine(
     splits: Sequence[ScannedSplit],
     *,
-    data_name: str = "",
     group: str | None = None,
     near_distance: int = 6,
     has_objects: bool = False,
@@ -37,12 +36,11 @@ def examine(
 
     Args:
         splits: one or more splits with the same class table.
-        data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
         near_distance: maximum number of differing bits, of 64, for two images to be nearly equal.
         has_objects: see `find_errors`.
     """
-    findings = find_errors(splits, data_name=data_name, group=group, has_objects=has_objects)
+    findings = find_errors(splits, group=group, has_objects=has_objects)
     findings += [*check_range(splits), *check_resized(splits), *check_orientation(splits), *check_coverage(splits)]
     findings += [*check_videos(splits), *check_duplicates(splits, near_distance)]
     for part in splits:

@@ -8,7 +8,8 @@ import numpy as np
 
 from dinoseg.data.checks.files import format_sizes
 from dinoseg.data.checks.findings import Finding, ScannedSplit
-from dinoseg.data.scan.measure import SMALL, Record
+from dinoseg.data.scan.measure import Record
+from dinoseg.extensions.doctor.details import SMALL, decode
 from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned
 from dinoseg.utils.wording import count_of
 
@@ -24,7 +25,7 @@ _CLEARLY, _MOSTLY, _FEWEST = 0.02, 0.4, 8
 
 def check_pairing(part: ScannedSplit) -> Iterator[Finding]:
     """Yield findings about swapped masks, masks shifted against the images, and a mask shared by several images."""
-    records = [record for record in part.records if record.edges and record.borders]
+    records = [record for record in part.records if {"edges", "borders"} <= record.details.keys()]
     if len(records) > 1:
         edges, borders = _unit_rows(records)
         shift = _shift(edges, borders)
@@ -76,8 +77,8 @@ def swapped_pairs(edges: np.ndarray, borders: np.ndarray) -> list[tuple[int, int
 
 
 def _unit_rows(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    edges = np.stack([np.frombuffer(record.edges, dtype=np.uint8) for record in records])
-    bits = np.stack([np.unpackbits(np.frombuffer(record.borders, dtype=np.uint8)) for record in records])
+    edges = np.stack([decode(record.details["edges"]) for record in records])
+    bits = np.stack([np.unpackbits(decode(record.details["borders"])) for record in records])
     return _unit(edges), _unit(bits)  # (N, 64 * 64) each
 
 

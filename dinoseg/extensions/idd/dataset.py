@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dinoseg.data.classes.labels import Labels
@@ -23,6 +24,7 @@ from dinoseg.extensions.idd.files import (
     label_suffix,
     prepare_command,
 )
+from dinoseg.extensions.idd.home_made import check_home_made
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.wording import join_names
@@ -30,6 +32,7 @@ from dinoseg.utils.wording import join_names
 log = logging.getLogger(__name__)
 
 BY_DRIVE = Partition(group="^(.+)/")
+_LEVEL3_CLASSES = 26  # whose 0 and 3 are road and rail track
 _NO_CLASS_AT_HOME = (0, 3, *range(26, 255))  # ignored file ids of the home-made remap, which maps 255 to road
 
 
@@ -80,7 +83,10 @@ def idd(
         _check_encoding(encoding, labels, masks)
     top = Path(root).expanduser()
     pairs = divide(split, lambda side: find_pairs(top, side, encoding), partition)
-    return collect_pairs(pairs, split, labels, masks)
+    dataset = collect_pairs(pairs, split, labels, masks)
+    if len(labels.classes) == _LEVEL3_CLASSES and masks.format == "ids":
+        dataset.check_labels = partial(check_home_made, on_purpose=encoding == HOME_MADE)
+    return dataset
 
 
 def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | IncompletePair]:

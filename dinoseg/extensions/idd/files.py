@@ -2,14 +2,10 @@
 
 import shlex
 from collections.abc import Collection
-from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
-from dinoseg.utils.images import read_ids
 from dinoseg.utils.wording import join_names
 
 IMAGES, LABELS = "leftImg8bit", "gtFine"
@@ -24,7 +20,6 @@ ENCODINGS = {  # the official converter's names, to columns of the label table
     "level2Id": "level2",
     "level1Id": "level1",
 }
-_HOME_MADE_NAMES, _MAX_HOME_MADE = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; files checked at most
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z")
 _DATA = {"level3Id": "idd", "level2Id": "idd_level2", "level1Id": "idd_level1", "csTrainId": "idd_cityscapes"}
 _DATA |= {"id": "idd_ids"}
@@ -83,18 +78,6 @@ def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, P
             raise UserError(f"{files[name]} and {path} have the same name ({name}): keep one of them.")
         files[name] = path
     return files
-
-
-def home_made_files(root: Path) -> list[str]:
-    """Return the label maps of a faulty conversion in an IDD tree: named otherwise, and without any 0 or 3."""
-    files = list(islice(sorted(root.rglob(_HOME_MADE_NAMES)), _MAX_HOME_MADE))
-    values: set[int] = set()
-    for path in files:
-        try:
-            values |= set(np.unique(read_ids(path)).tolist())
-        except UserError:
-            continue
-    return [str(path) for path in files] if values and not values & {0, 3} else []
 
 
 def _is_part(folder: Path) -> bool:

@@ -128,6 +128,7 @@ class ClipDataModule:
         sums = np.zeros(2 * len(self.score_names))  # of each score, and of the clips that have it
         pictures: dict[str, np.ndarray] = {}
         chosen = spread(len(self.val), self.pictures, self.world_size)
+        # every world_size-th clip: a sampler that fills up ranks would count clips twice
         for index in range(self.rank, len(self.val), self.world_size):
             clip = self.val[index]
             values = [self._loss(model, index, clip, loss, engine)]
@@ -155,11 +156,13 @@ class ClipDataModule:
 
     def _loss(self, model: SegmentationModel, index: int, clip: Clip, loss: Loss, engine: Engine) -> float | None:
         span, length = self.val.spans[index], self.train.spans[0].length
+        # frames as far apart as in training, though a validation clip may have been cut at another rate
         apart = max(1, round(self.train.cut.stride_of(self.val.videos[span.video]) / span.stride))
         frames = clip["frames"][::apart][:length]
         if len(frames) < length:
             return None
         seen = self.view(_channels_last(frames))
+        # one clip at a time: slot_contrast would else depend on the clips that share a batch
         batch = ClipBatch.stack([(torch.from_numpy(seen).permute(0, 3, 1, 2), clip["name"])]).to(engine.device)
         with engine.autocast():
             prediction = model(batch.image)
@@ -171,12 +174,14 @@ class ClipDataModule:
         tracker = self.make_tracker(model, **options)
         frames = list(_channels_last(clip["frames"]))
         labels = [None] * len(frames)
+        # with slots.passes=2, the tracker needs the whole clip before its first frame
         tracker.look_ahead(lambda: [(frames, labels)])
         return tracker.track(frames, labels)
 
 
 def _scores(clip: Clip, segments: Sequence[np.ndarray], protocol: VideoClustering) -> tuple[float | None, ...]:
     """Return ARI, FG-ARI and mBO over all frames of a clip, None where undefined or if no pixel has a mask."""
+    # one table for the whole clip, as Video ARI: an object whose slot changes between frames scores lower
     table = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
     for mask, segment in zip(clip["masks"].numpy(), segments, strict=True):
         table += contingency(mask[mask != VOID], segment[mask != VOID])

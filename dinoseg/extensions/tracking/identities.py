@@ -164,6 +164,7 @@ class ObjectTracker(SegmenterTracker):
         objects, numbers = separate_objects(
             objects.select(np.flatnonzero(things & (objects.scores >= self._min_score)))
         )
+        # cells of padding show nothing, and would match one another
         features, valid = crop_to_image(features, valid)
         target, lengths = unit_features(features)
         check_finite(lengths)
@@ -171,6 +172,7 @@ class ObjectTracker(SegmenterTracker):
         shares = cell_shares(torch.from_numpy(numbers).to(self.device), len(objects), grid, valid)  # (h, w, N)
         live = self._live()
         tracks = [self._tracks[number - 1] for number in live]
+        # where each track should be in this frame
         past = _match(target, self._memory, self._search) if live else shares[..., :0]  # (h, w, M)
         is_same = np.array([[track.class_id] for track in tracks], np.int64).reshape(-1, 1) == objects.classes  # (M, N)
         # with features that hardly differ, an object overlaps its last mask more than the propagated one
@@ -181,6 +183,7 @@ class ObjectTracker(SegmenterTracker):
         ids = np.zeros(1 + len(objects), np.uint8)
         for place, found in pairs:
             ids[1 + found] = live[place]
+            # what is found replaces what was propagated, so that drift does not add up
             past[..., place] = shares[..., found]
         new = np.flatnonzero(ids[1:] == 0)
         self._start_tracks(objects.classes[new])
@@ -239,6 +242,7 @@ class ObjectTracker(SegmenterTracker):
     def _find_spare(self) -> int:
         """Return the oldest frame in memory that is not the one in which a track that was not found is largest."""
         missed = [channel for channel, number in enumerate(self._live()) if self._tracks[number - 1].missed]
+        # a hidden object would be forgotten with the last frame that shows it well
         areas = torch.stack([labels[..., missed].sum((0, 1)) for _, labels in self._memory])  # (F, missed)
         needed = set(areas.argmax(0).tolist())
         return next((place for place in range(len(self._memory) - 1) if place not in needed), 0)
@@ -251,6 +255,7 @@ def separate_objects(objects: Objects) -> tuple[Objects, np.ndarray]:
     """
     numbers = np.zeros(objects.size, np.int64)
     kept: list[int] = []
+    # best first: what a better object covers is no longer visible, and the order of equal scores is fixed
     for place in np.argsort(-objects.scores, kind="stable").tolist():
         visible = objects.masks[place].to_mask(objects.size) & (numbers == 0)
         if objects.areas[place] and np.count_nonzero(visible) >= _MIN_VISIBLE * objects.areas[place]:

@@ -95,6 +95,7 @@ def with_features(model: SegmentationModel, images: Tensor) -> tuple[Prediction,
     """
     # such a head applies the norm after several blocks; its final masks come from the last call
     outputs: dict[str, Tensor] = {}
+    # hooks read the maps of the pass that predicts; a pass of their own would double the time of the backbone
     hooks = [model.backbone.register_forward_hook(lambda *call: outputs.update(last_map=call[2][-1]))]
     if model.backbone.norm is not None:
         hooks.append(model.backbone.norm.register_forward_hook(lambda *call: outputs.update(tokens=call[2])))
@@ -114,5 +115,6 @@ def crop_to_image(features: Tensor, valid: Share) -> tuple[Tensor, Share]:
     """Return the cells of (C, h, w) that overlap the image, and the fraction of them (height, width) that it covers."""
     height, width = features.shape[-2:]
     covered = (height * valid[0], width * valid[1])
+    # the tolerance is for rounding errors of the product, which would add a row of padding
     rows, columns = (math.ceil(cells - 1e-6) for cells in covered)
     return features[:, :rows, :columns], (covered[0] / rows, covered[1] / columns)

@@ -117,8 +117,10 @@ class SmoothingTracker(SegmenterTracker):
     def _smooth_mask(self, mask: Tensor, pixels: Tensor, features: Tensor, valid: Share) -> Tensor:
         """Return the smoothed mask (H, W) of a frame with probabilities `pixels` (K, H, W); modifies `pixels`."""
         features, valid = crop_to_image(features, valid)
+        # the mean in each cell of the features, which are what frames are compared by
         cells = area_mean(pixels, (features.shape[-2], features.shape[-1]), valid)  # (K, h, w)
         change = self._propagator.blend(features, cells, self._share) - cells
+        # as in the first frame, whose labels come back unchanged: the segmenter's own mask, to the bit
         if not change.any():
             return mask
         size = (pixels.shape[-2], pixels.shape[-1])
@@ -137,6 +139,7 @@ class SmoothingTracker(SegmenterTracker):
 def _probabilities(scores: Tensor, mixture: bool) -> Tensor:
     """Return the softmax of `Prediction.logits` for one frame (K, H, W), in float32."""
     scores = scores.float()
+    # scores of mask classification are sums of probabilities: softmax(log s) = s / sum(s)
     if mixture:
         return scores / scores.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
     return scores.softmax(0)

@@ -19,7 +19,7 @@ from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan as scan_module
-from dinoseg.data.scan.measure import perceptual_hash
+from dinoseg.data.scan.measure import Details, digest
 from dinoseg.data.scan.scan import class_counts, scan, unreadable
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
@@ -213,6 +213,18 @@ def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
     assert len(seen) == 2 and other.fingerprint() == data.fingerprint()
 
 
+def test_details_are_measured_in_the_same_read_and_stored(fill, tmp_path, monkeypatch):
+    data = fill(2)
+    read = partial(scan, data.pairs, data.reader, cache_dir=tmp_path / "cache")
+    plain = read()
+    assert [record.details for record in plain] == [{}, {}]
+    details = Details(lambda pixels: {"width": pixels.shape[1]}, lambda mask: {"digest": digest(mask)})
+    seen = count_reads(monkeypatch)
+    records = read(details=details)
+    assert [record.details for record in records] == [{"width": 56, "digest": record.mask_digest} for record in plain]
+    assert seen == ["n0", "n1"] and read(details=details) == read() == read(images=False) == records and len(seen) == 2
+
+
 @pytest.mark.parametrize("damage", [b"", b"junk"])
 def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
     data = fill(2)
@@ -261,21 +273,6 @@ def test_threads_return_the_same_records(fill, tmp_path, monkeypatch):
     spoil(tmp_path / "train")
     monkeypatch.setattr(scan_module, "_CHUNK", 3)
     assert scan(data.pairs, data.reader, workers=2) == scan(data.pairs, data.reader, workers=1)
-
-
-def test_perceptual_hash_survives_compression_and_scaling():
-    def bits(one, two):
-        return (perceptual_hash(one) ^ perceptual_hash(two)).bit_count()
-
-    pictures = [picture(seed, (96, 128)) for seed in range(12)]
-    for one in pictures:
-        done, data = cv2.imencode(".jpg", one, [cv2.IMWRITE_JPEG_QUALITY, 40])
-        assert done and bits(one, cv2.imdecode(data, cv2.IMREAD_COLOR)) <= 4
-        assert bits(one, cv2.resize(one, (80, 61), interpolation=cv2.INTER_AREA)) <= 4
-        assert bits(one, cv2.convertScaleAbs(one, alpha=0.9, beta=5)) <= 4
-    apart = [bits(one, two) for index, one in enumerate(pictures) for two in pictures[:index]]
-    assert min(apart) > 10
-    assert perceptual_hash(np.full((30, 30, 3), 90, np.uint8)) is None
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])

@@ -25,13 +25,12 @@ from making import DATA, save, write_video
 from mistakes import assert_refused
 from PIL import Image
 
-from dinoseg.data.checks.errors import find_errors
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import FolderLayout
 from dinoseg.data.splits import Partition
+from dinoseg.extensions.doctor.details import compute_perceptual_hash
 from dinoseg.extensions.doctor.duplicates import near_pairs
 from dinoseg.extensions.doctor.examine import examine, summary
-from dinoseg.extensions.idd.files import home_made_files
 
 pytestmark = pytest.mark.slow  # scans a data set in each test
 
@@ -171,39 +170,6 @@ def test_binary_masks_read_as_ids(root):
     assert f"data.classes=[background,{CLASSES[0]}]" in finding.remedy and "format=binary" in finding.remedy
 
 
-IDD = [f"c{index}" for index in range(26)]
-
-
-@pytest.mark.parametrize("remapped", [True, False])
-def test_idd_labels_without_road(root, remapped):
-    files = np.array([255, 1, 24, 255] if remapped else [0, 3, 24, 255], np.uint8)
-    rewrite_all(root, lambda mask: files[mask])
-    idd = {"classes": IDD, "palette": None}
-    findings = findings_by_code(root, options=idd, data_name="idd")
-    assert ("home_made_idd" in findings) == remapped
-    assert "home_made_idd" not in findings_by_code(root, options=idd, data_name="folder")
-    named = {"classes": ["road", "rail track", "autorickshaw", "obs-str-bar-fallback", *IDD[4:]], "palette": None}
-    assert ("home_made_idd" in findings_by_code(root, options=named)) == remapped
-    with_remap = {**idd, "masks": Masks(ids={255: 0, 0: 255, 3: 255})}  # what is in the files counts, not the classes
-    assert ("home_made_idd" in findings_by_code(root, options=with_remap, data_name="idd_home_made")) == remapped
-    if remapped:
-        # on purpose, so training only warns
-        parts = splits_of(root, **with_remap)
-        stops = {name: find_errors(parts, data_name=name)[0].stops for name in ("idd", "idd_home_made")}
-        assert stops == {"idd": True, "idd_home_made": False}
-        assert examine(parts, data_name="idd_home_made")[0].severity == "error"
-        only = findings["home_made_idd"]
-        assert only.severity == "error" and "255 is void" in only.message and "home-made" in only.message
-        assert "mode=prepare data=idd" in only.remedy and len(only.files) == 16
-
-
-def test_idd_labels_of_another_name(tmp_path):
-    save(tmp_path / "gtFine/val/7/a_gtFine_labelIds.png", [[1, 24], [255, 5]])
-    assert len(home_made_files(tmp_path)) == 1
-    save(tmp_path / "gtFine/val/7/b_gtFine_labelIds.png", [[0, 24], [255, 5]])
-    assert home_made_files(tmp_path) == [] == home_made_files(tmp_path / "gone")
-
-
 def test_drive_in_two_splits_is_a_finding(root):
     for kind in ("images", "masks"):
         (root / f"val/{kind}/d1").mkdir()
@@ -251,6 +217,24 @@ def test_duplicates_inside_a_split(root):
     image[:, :, 0] = np.clip(image[:, :, 0].astype(int) + 3, 0, 255)
     save(root / "train/images/d2/f8.png", image)
     assert findings_by_code(root) == {}  # nearly equal images within a split are normal
+
+
+def test_perceptual_hash_survives_compression_and_scaling():
+    def bits(one, two):
+        return (compute_perceptual_hash(one) ^ compute_perceptual_hash(two)).bit_count()
+
+    pictures = [
+        cv2.resize(coarse.astype(np.uint8), (128, 96), interpolation=cv2.INTER_CUBIC)
+        for coarse in np.random.default_rng(0).integers(0, 256, (12, 6, 7, 3))
+    ]
+    for one in pictures:
+        done, data = cv2.imencode(".jpg", one, [cv2.IMWRITE_JPEG_QUALITY, 40])
+        assert done and bits(one, cv2.imdecode(data, cv2.IMREAD_COLOR)) <= 4
+        assert bits(one, cv2.resize(one, (80, 61), interpolation=cv2.INTER_AREA)) <= 4
+        assert bits(one, cv2.convertScaleAbs(one, alpha=0.9, beta=5)) <= 4
+    apart = [bits(one, two) for index, one in enumerate(pictures) for two in pictures[:index]]
+    assert min(apart) > 10
+    assert compute_perceptual_hash(np.full((30, 30, 3), 90, np.uint8)) is None
 
 
 def test_near_pairs_against_counting_bits():

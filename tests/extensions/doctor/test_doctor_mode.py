@@ -10,7 +10,7 @@ from command_line import SMALL, call, write_data
 
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import prepare_dataset
-from dinoseg.utils.images import write_png
+from dinoseg.utils.images import read_image, write_png
 
 FOLDER = ("mode=doctor", "data=folder", "data.classes=[dark,bright]", "data.root=data", "mode.workers=1")
 
@@ -129,6 +129,15 @@ def test_a_test_split_that_is_the_val_split_is_left_out(where):
     assert done.status == 0 and list(report["splits"]) == ["train", "val"]
     assert "Split test is left out: it is val, file by file." in done.out
     assert "class_imbalance" in codes(report, "note")  # without reading images
+
+
+def test_near_duplicates_are_found_unless_images_are_left_out(where):
+    image = read_image(where / "data/train/images/2.png")
+    write_png(where / "data/val/images/1.png", np.clip(image.astype(int) + 3, 0, 255).astype(np.uint8))
+    for images in (True, False):
+        _, report, _ = doctor(where, *FOLDER, f"mode.images={images}")
+        assert codes(report, "warning") == ["near_duplicate_across_splits"] * images
+        shutil.rmtree(where / "outputs")
 
 
 def test_long_file_lists_are_shortened(where):

@@ -10,11 +10,15 @@ from making import save
 from mistakes import assert_refused
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.data.checks.errors import check_for_errors
 from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.splits import Partition
 from dinoseg.extensions.idd.dataset import idd
+from dinoseg.extensions.idd.home_made import home_made_files
+from dinoseg.extensions.packed.pack import pack
 
 ENCODINGS = {  # data set: column of the label table, file name
     "idd": ("level3", "labellevel3Ids"),
@@ -224,6 +228,51 @@ def test_incompatible_settings_are_refused(tmp_path):
     refused(tmp_path, "train", "partition.by=fraction: IDD has split folders", partition=by_fraction)
     merged = idd(tmp_path, "train", classes=["road", "other"], masks=Masks(ids={25: 1, 3: 255}))
     assert merged.mask(0).tolist() == [[0, 1], [255, 255]]
+
+
+@pytest.fixture
+def road_lost(tmp_path):
+    """Label maps of train and val with neither 0, road, nor 3, rail track, under both names."""
+    for split in ("train", "val"):
+        for kind in ("labellevel3Ids", "labelIds", "labellevel2Ids"):
+            add(tmp_path, split, f"{split}/a", ((1, 14), (255, 5)), kind=kind)
+    return tmp_path
+
+
+def check(root, **options):
+    """Check both splits as before a training."""
+    sides = [idd(root, split, **CLASSES | options) for split in ("train", "val")]
+    check_for_errors(*sides, cache_dir=root / "cache")
+
+
+def test_label_maps_without_road_stop_training(road_lost, caplog):
+    words = ("255 is void", "these labels look home-made", "mode=prepare data=idd", "train/a_gtFine_labellevel3Ids.png")
+    assert_refused(lambda: check(road_lost), *words)
+    remap = Masks(ids={255: 0, 0: 255, 3: 255})
+    assert_refused(lambda: check(road_lost, masks=remap), *words)  # what is in the files counts, not the classes
+    sides = [idd(road_lost, split, **CLASSES) for split in ("train", "val")]
+    packed = [pack(side, cache_dir=road_lost / "packed", workers=1) for side in sides]
+    assert_refused(lambda: check_for_errors(*packed, cache_dir=road_lost / "cache"), *words)
+    check(road_lost, encoding="home_made")
+    assert words[1] in caplog.text  # on purpose, so training only warns
+    add(road_lost, "val", "val/b", ((3, 14), (255, 5)))
+    check(road_lost)  # rail track
+
+
+def test_only_idd_is_asked_for_road(road_lost, caplog):
+    check(road_lost, classes=list("abcdefghijklmnop"), encoding="level2Id")
+    layout = FolderLayout("leftImg8bit/{split}", "gtFine/{split}", "_leftImg8bit", "_gtFine_labellevel3Ids")
+    names = load("idd", road_lost).classes
+    sides = [folder_dataset(road_lost, split, classes=names, layout=layout) for split in ("train", "val")]
+    check_for_errors(*sides, cache_dir=road_lost / "cache")
+    assert not caplog.records
+
+
+def test_idd_labels_of_another_name(tmp_path):
+    save(tmp_path / "gtFine/val/7/a_gtFine_labelIds.png", [[1, 24], [255, 5]])
+    assert len(home_made_files(tmp_path)) == 1
+    save(tmp_path / "gtFine/val/7/b_gtFine_labelIds.png", [[0, 24], [255, 5]])
+    assert home_made_files(tmp_path) == [] == home_made_files(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("image", ["_image", "_leftImg8bit"])

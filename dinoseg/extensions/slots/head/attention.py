@@ -34,6 +34,7 @@ def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -
     scaled = queries / math.sqrt(queries.shape[-1])  # before the product, to avoid overflow in half precision
     logits = at_least_float32(scaled @ keys.mT)  # (B, S, N)
     if allowed is None:
+        # Eq. 1 of the paper. A transformer's softmax runs over the tokens; over the slots, they compete for each token.
         return logits.softmax(dim=1)
     # finite minimum instead of -inf: avoids 0 / 0 for tokens without any allowed slot
     masked = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
@@ -125,9 +126,11 @@ class SlotAttention(nn.Module):
 
     @torch.no_grad()
     def _init_as_clusters(self, cluster_init: nn.Linear) -> None:
+        # one space for slots, keys and values: the dot product of slot and token is then their similarity
         for projection in (self.value, cluster_init):
             projection.weight.copy_(self.key.weight)
         nn.init.eye_(self.query.weight).mul_(_CLUSTER_SCALE)
+        # only noise: what tells the slots apart is the tokens that `initial_slots` adds
         nn.init.zeros_(self.mean)
         nn.init.constant_(self.log_variance, math.log(_CLUSTER_STD) / self.exponent)
         # candidate gate
@@ -174,6 +177,7 @@ class SlotAttention(nn.Module):
             group = [number for number, size in enumerate(sizes) for _ in range(size)]
             mean = mean + self.group_mean[:, group]  # (1, S, D)
             log_variance = log_variance + self.group_log_variance[:, group]
+        # exp(log-variance / 2) is the standard deviation; DINOSAVi takes exp(log-variance), the exponent 1
         return mean + (self.exponent * log_variance).exp() * self._noise(batch, sum(sizes))
 
     def forward(
@@ -189,22 +193,27 @@ class SlotAttention(nn.Module):
                 effect; slots without tokens are updated with zeros.
         """
         tokens = self.norm_tokens(tokens)
+        # computed once: only the queries change between iterations
         keys, values = self.key(tokens), self.value(tokens)
         weights = slots.new_zeros(())
         for _ in range(iterations):
             normed = self.norm_slots(slots)
             weights = slot_weights(self.query(normed), keys, allowed)
+            # Eq. 2, a weighted mean of the values: a sum would grow with the number of tokens that a slot wins
             slots = self._update(normed if self.norm_state else slots, self._normalise(weights) @ values)
         return slots, weights
 
     def _normalise(self, weights: Tensor) -> Tensor:
         """Return the weights (B, S, N) divided by their sum over the tokens."""
         if self.weight_floor == 0:
+            # as DINOSAVi, which adds 1e-6 to the sum
             return weights / (weights.sum(dim=2, keepdim=True) + _EPSILON)
+        # as VideoSAUR and SlotContrast, which add 1e-8 to each weight
         positive = weights + self.weight_floor
         return positive / positive.sum(dim=2, keepdim=True)
 
     def _update(self, state: Tensor, updates: Tensor) -> Tensor:
+        # half precision would round the state in each iteration of each frame that slots are carried through
         with torch.autocast(state.device.type, enabled=False):
             state = at_least_float32(state)
             slots = self.gru(at_least_float32(updates).flatten(0, 1), state.flatten(0, 1)).view_as(state)
@@ -242,7 +251,9 @@ def distant_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *,
     for slot in range(count):
         candidates = distance if allowed is None else distance.masked_fill(~allowed[:, slot], -1.0)
         chosen.append(candidates.argmax(1, keepdim=True))
+        # N distances for each slot: those to earlier tokens are in `distance`, and pairs of tokens would take N^2
         to_last = torch.cdist(tokens, tokens.take_along_dim(chosen[-1][..., None], dim=1)).squeeze(2)
+        # the distance to the mean, or the random number, only chose the first token
         distance = to_last if slot == 0 else torch.minimum(distance, to_last)
     return torch.cat(chosen, dim=1)
 

@@ -18,6 +18,7 @@ def background_mask(attention: Tensor) -> Tensor:
     attention = at_least_float32(attention)
     num_attended = (attention > attention.mean(dim=(1, 2, 3), keepdim=True)).sum(dim=(2, 3)).clamp(min=1)  # (B, heads)
     num_attended = num_attended.to(attention.dtype)
+    # DINOSAVi's weights: log(cells of all heads / own cells), so a head that attends everywhere counts little
     weights = (num_attended.sum(dim=1, keepdim=True) / num_attended).log()
     if attention.shape[1] == 1:
         weights = weights + 1  # with a single head the weight would be log(1) = 0

@@ -72,6 +72,7 @@ class SlotDecoder(nn.Module):
         hidden = self._hidden(slots, grid)  # (B, N, S, hidden_dim)
         last: nn.Linear = self.layers[-1]  # type: ignore[assignment]
         alpha = at_least_float32(F.linear(hidden, last.weight[-1:], last.bias[-1:])).softmax(dim=2)  # (B, N, S, 1)
+        # sum_s a_s (W h_s + b) = W sum_s a_s h_s + b, since sum_s a_s = 1: one product per cell, not S
         mean = (alpha.mT.to(hidden.dtype) @ hidden).squeeze(2)  # (B, N, hidden_dim)
         cells = self.num_cells if similarity else 0
         return _apply_last_layer(mean, alpha.squeeze(3), last, (self.out_dim, cells), grid)
@@ -81,8 +82,10 @@ class SlotDecoder(nn.Module):
         position_weight = slot_weight = first.weight
         if self.positions.kind != "added":
             position_weight, slot_weight = first.weight.split([self.positions.channels, slots.shape[-1]], dim=1)
+        # W [p; s] = W_p p + W_s s, and W (p + s) = W p + W s of `added`: N + B S products instead of B N S
         cell_codes = F.linear(self.positions(grid, slots).flatten(1).mT, position_weight)  # (N, hidden_dim)
         slot_codes = F.linear(slots, slot_weight, first.bias)  # (B, S, hidden_dim)
+        # from here on each slot has a value for each cell; in place, since these dominate the memory
         hidden = torch.relu_(cell_codes[:, None] + slot_codes[:, None])  # (B, N, S, hidden_dim)
         for layer in self.layers[1:-1]:
             hidden = torch.relu_(layer(hidden))
@@ -134,10 +137,13 @@ class SlotMixer(nn.Module):
         cell_codes = self.positions(grid, slots).flatten(1).mT.expand(len(slots), -1, -1)  # (B, N, D)
         memory = self.norm_memory(slots)
         tokens = cell_codes
+        # the paper's allocation transformer: cells learn from the slots what they show
         for block in self.blocks:
             tokens = block(tokens, memory)
         query, key = self.query(self.norm_query(tokens)), self.key(self.norm_key(slots))
+        # its mixing block: the weights of the slots in a cell are the masks
         masks = at_least_float32(query @ key.mT * key.shape[-1] ** -0.5).softmax(dim=2)  # (B, N, S)
+        # the MLP runs once per cell, where that of `SlotDecoder` runs S times
         hidden = self.mlp(masks.to(slots.dtype) @ slots + cell_codes)  # (B, N, hidden_dim)
         cells = self.num_cells if similarity else 0
         return _apply_last_layer(hidden, masks, self.last, (self.out_dim, cells), grid)

@@ -220,6 +220,7 @@ class SlotHead(Head[SlotOutputs]):
         """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame."""
         clips = images if images.dim() == 5 else images[:, None]
         frames = clips.flatten(0, 1)  # (B * T, 3, H, W)
+        # keys are targets of the similarity alone, and a single image has no next frame to compare with
         if self.similarity and self.similarity_of == "keys" and (self.training or clips.shape[1] > 1):
             maps, keys = backbone.with_keys(frames)
             outputs = self.follow(maps[-1].unflatten(0, clips.shape[:2]))
@@ -245,6 +246,7 @@ class SlotHead(Head[SlotOutputs]):
                 slots.
         """
         assert (background is None) == (self.groups == "off")
+        # standardised features are the reconstruction targets, too: each channel counts alike in the squared error
         inputs = features
         if self.standardiser is not None:
             inputs = self.standardiser(features.flatten(0, 1)).unflatten(0, features.shape[:2])
@@ -256,6 +258,7 @@ class SlotHead(Head[SlotOutputs]):
         num_sources = count_source_frames(
             num_frames, self.steps, training=self.training, trains_predictor=trains_predictor
         )
+        # slots first learn to find objects in single frames; evaluation always carries them
         carried = not self.training or self.progress >= self.independent_until
         slots: Tensor | None = None
         frames: list[FrameSlots] = []
@@ -263,6 +266,7 @@ class SlotHead(Head[SlotOutputs]):
             allowed = None
             if background is not None and (time == 0 or self.groups == "always"):
                 allowed = allowed_cells(background[:, time], self.sizes)
+            # one frame after the other, since a predictor starts each from the slots of the last
             slots, attention = self._step(inputs[:, time], slots, allowed, self.sizes, carried=carried)
             frames.append(FrameSlots(slots, attention, self._decode_steps(slots, grid, similarity)))
         outputs = clip_outputs(inputs, frames, self.steps, self.mask_step)
@@ -302,17 +306,20 @@ class SlotHead(Head[SlotOutputs]):
         check_enough_cells(sum(sizes), grid)
         tokens = features.flatten(2).mT  # (B, h * w, C)
         if self.token_positions is not None:
+            # slot attention sees a set of tokens: it knows of places only what these hold
             tokens = tokens + self.token_positions(linear_positions(grid, tokens).flatten(1).T)
         if self.token_mlp is not None:
             tokens = self.token_mlp(tokens)  # (B, h * w, D)
         allowed_tokens = None if allowed is None else allowed.flatten(2)
         predicted = None if previous is None or self.predictor is None else self.predictor(previous)
         if predicted is not None and carried:
+            # SAVi: slot attention corrects the prediction, in VideoSAUR and SlotContrast by 2 iterations, not 3
             slots, iterations = predicted, self.iterations
         else:
             slots, iterations = self.slot_attention.initial_slots(tokens, sizes, allowed_tokens), self.first_iterations
             if predicted is not None:
                 slots = slots + 0.0 * predicted  # DDP expects a gradient for every weight
+        # these corrected slots are decoded, and predicted from in the next frame, as in VideoSAUR and SlotContrast
         slots, attention = self.slot_attention(tokens, slots, iterations, allowed_tokens)
         return slots, attention.unflatten(2, grid)
 
@@ -334,15 +341,18 @@ class SlotHead(Head[SlotOutputs]):
     def predict(self, outputs: SlotOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         """Return the soft masks of all frames (B * T', S, H, W)."""
         masks = outputs.attention if self.mask_source == "attention" else outputs.alphas[self.mask_step]
+        # soft masks are enlarged, and compared at full size: an argmax of cells would show their steps
         return upsample(masks.flatten(0, 1), size, valid)
 
     def _decode(self, slots: Tensor, grid: tuple[int, int], step: int, similarity: bool) -> Decoded:
         decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
         if self.norm is None:
             return decoded
+        # of the prediction alone, as in DINOSAVi: no norm is applied to the targets
         return decoded._replace(features=self.norm(decoded.features.movedim(1, -1)).movedim(-1, 1))
 
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
+        # the similarity is to the next frame, whatever the offset, so one decoding of it suffices
         calls = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]
         if self.checkpointing and torch.is_grad_enabled():
             return [checkpoint(self._decode, *call, use_reentrant=False) for call in calls]

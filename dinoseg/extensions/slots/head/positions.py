@@ -57,6 +57,7 @@ def position_layer(dim: int, *, clusters: bool) -> nn.Linear:
 
 def sine_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
     """Return (4, h, w): sine and cosine of the column index, then of the row index, in radians."""
+    # a cell is one radian: codes nearly repeat after 2 pi, about six, cells
     axes = (torch.arange(cells, device=like.device, dtype=like.dtype) for cells in grid)
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([columns.sin(), columns.cos(), rows.sin(), rows.cos()])
@@ -92,4 +93,5 @@ class Positions(nn.Module):
         stored = self.table if self.table is not None else sine_positions(self.grid, like)
         if grid == self.grid:
             return stored
+        # as in DINOSAVi, so that a head runs on other grids than that of its training
         return F.interpolate(stored[None], grid, mode="bicubic")[0]

@@ -25,6 +25,7 @@ class SaviPredictor(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """Return the predicted slots (B, S, D)."""
+        # post-norm, LN(x + f(x)) twice, as in SAVi; the MLP of one layer is DINOSAVi's
         attended, _ = self.attention(slots, slots, slots, need_weights=False)
         slots = self.norm_attention(slots + attended)
         return self.norm_mlp(slots + self.mlp(slots))
@@ -41,6 +42,7 @@ def make_predictor(kind: PredictorKind, dim: int) -> nn.Module | None:
     if kind in ("savi", "transformer"):
         check_heads(dim, f"predictor={kind}")
         return SaviPredictor(dim) if kind == "savi" else SlotBlock(dim)
+    # DINOSAVi's baselines: slots pass unchanged, or are sampled anew in each frame, as by DINOSAUR
     return nn.Identity() if kind == "carry" else None
 
 

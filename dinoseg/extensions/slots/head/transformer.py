@@ -43,6 +43,7 @@ class MultiHeadAttention(nn.Module):
         """Return (B, Q, dim) for queries (B, Q, dim) and memory (B, M, dim), the source of keys and values."""
         parts = (self.query(queries), self.key(memory), self.value(memory))
         query, key, value = (part.unflatten(2, (NUM_HEADS, -1)).transpose(1, 2) for part in parts)  # (B, heads, N, C)
+        # a fused kernel, where there is one, stores no weights (B, heads, Q, M)
         attended = F.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** 0.5)
         return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -63,6 +64,7 @@ class SlotBlock(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor | None = None) -> Tensor:
         """Return the updated queries (B, Q, dim); without a memory (B, M, dim) they attend to one another."""
         normed = self.norm_attention(queries)
+        # self-attention reads normed slots, cross-attention the memory as given: the slot mixer norms its own
         queries = queries + self.attention(normed, normed if memory is None else memory)
         return queries + self.mlp(self.norm_mlp(queries))
 

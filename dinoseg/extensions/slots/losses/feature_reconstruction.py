@@ -53,9 +53,11 @@ class FeatureReconstruction(Loss):
             )
         errors: dict[str, Tensor] = {}
         for step, reconstructed in zip(outputs.steps, outputs.reconstructions, strict=True):
+            # source frame t reconstructs frame t + step
             target = outputs.features[:, step : step + reconstructed.shape[1]].detach()  # (B, T', C, h, w)
             assert target.shape == reconstructed.shape  # mse_loss would broadcast
             errors[f"step_{step}"] = F.mse_loss(at_least_float32(reconstructed), at_least_float32(target))
+        # each offset counts alike, as in DINOSAVi
         value = torch.stack(list(errors.values())).mean()
         clips, frames = outputs.slots.shape[:2]
         parts = {name: error.detach() for name, error in errors.items()}

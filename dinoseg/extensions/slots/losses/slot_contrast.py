@@ -60,7 +60,9 @@ class SlotContrast(Loss):
             )
         weight = slots.new_full((), clips * (frames - 1))
         if not outputs.carried:
+            # a zero that depends on the slots: DDP expects a gradient for every weight
             return (outputs.slots.sum() * 0.0).abs(), {"weight": weight}  # abs avoids logging -0.0
+        # the slots of all clips in one row: those of other clips are negatives, too, as in the published code
         current, following = (part.transpose(0, 1).flatten(1, 2) for part in (slots[:, :-1], slots[:, 1:]))
         logits = current @ following.mT / self.temperature  # (T' - 1, B S, B S)
         if self.softmax_over == "previous":

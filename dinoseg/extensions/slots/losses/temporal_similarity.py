@@ -37,6 +37,7 @@ def similarity_targets(
     similarity = following.transpose(1, 2) @ current  # (B, M, N)
     unlike = similarity < threshold
     unmatched = unlike.all(dim=1)  # their softmax would be NaN; NaN features still propagate
+    # VideoSAUR's order: cosine, -inf below the threshold, temperature, softmax over the cells of the next frame
     shares = similarity.div_(temperature).masked_fill_(unlike, -math.inf).softmax(dim=1)
     if uniform:
         return shares.masked_fill_(unmatched[:, None], 1 / shares.shape[1]), torch.ones_like(unmatched)
@@ -97,6 +98,7 @@ class TemporalSimilarity(Loss):
                 "The head does not predict the similarity with the next frame, which this loss trains. Give the head "
                 "similarity=true."
             )
+        # VideoSAUR compares the keys of the last block
         compared = outputs.features if outputs.keys is None else outputs.keys
         features = compared.detach().flatten(3).unbind(1)  # T of (B, C, N)
         logits = outputs.similarity.flatten(3).unbind(1)  # T' of (B, N of the next frame, N)
@@ -114,4 +116,5 @@ class TemporalSimilarity(Loss):
         )
         assert shares.shape == logits.shape
         logits = at_least_float32(logits)
+        # -sum_m p_m log softmax(l)_m = logsumexp(l) sum_m p_m - sum_m p_m l_m; p sums to 1, without target to 0
         return (torch.logsumexp(logits, dim=1) * has_target - (shares * logits).sum(dim=1)).mean()

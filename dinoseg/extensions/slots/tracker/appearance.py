@@ -86,15 +86,20 @@ class Appearance:
                 moments + torch.stack([valid_tokens.sum(0), valid_tokens.square().sum(0)]),
                 count + len(valid_tokens),
             )
+        # of all cells so far, so that the channels of greatest magnitude do not decide the distances
         scale = _Scale.of(moments, count)
         tokens = scale(tokens)
         successors = last
         if self.cells.any() and not same:
+            # two partitions of one frame: by mean features, in the first frame's slots, and by masks, in this frame's
             overlaps = _overlaps(_winners(-self._distances(tokens[inside], scale)), won)
             stays = _STAY * F.one_hot(last, len(last))
             successors = torch.from_numpy(best_assignment((overlaps + stays).numpy()))
+        # by masks first: a first frame has no means to compare with
         now = self._with(valid_tokens, won[successors], moments)
+        # log of the mask as a prior times a Gaussian of variance 1 / (2 weight) around the slot's mean
         scores = (soft[successors] + _MIN).log() - weight * now._distances(tokens, scale)
+        # from `self`, not from `now`: a cell counts once, for the slot of its highest score
         known = self._with(valid_tokens, _winners(scores[:, inside]), moments)
         settled = (scores / max(1.0, weight / 2)).softmax(0)
         return AppearanceUpdate(known, successors, settled.float().view_as(masks).to(masks.device))
@@ -122,6 +127,7 @@ class _Scale(NamedTuple):
     def of(cls, moments: Tensor, count: Tensor) -> "_Scale":
         """Return mean and deviation of `count` cells from the sums of their features and squares."""
         mean, square = moments / count
+        # E[x^2] - E[x]^2, whose sums grow with each frame; in double precision, since the difference cancels digits
         variance = square - mean.square()
         return cls(mean, torch.where(variance > 0, variance, torch.inf).sqrt())
 

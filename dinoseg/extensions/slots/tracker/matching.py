@@ -25,6 +25,7 @@ def overlap(first: Tensor, second: Tensor) -> Tensor:
     """
     rows = []
     for mask in first:
+        # one mask at a time: all pairs at once would take A x B grids
         products = torch.einsum("hw,bhw->b", mask, second)
         rows.append(products / torch.maximum(mask, second).sum((1, 2)).clamp(min=1e-12))
     return torch.stack(rows)
@@ -65,8 +66,10 @@ class Correspondence:
             similarity: (S, S) between the slots of the last frame and those of this frame.
             temperature: divisor of the similarities.
         """
+        # DINOSAVi: P_t = P_(t-1) softmax(similarity / 0.05), and the assignment of its greatest sum (Hungarian method)
         edges = (similarity.cpu().double() / temperature).softmax(1)
         matrix = self.matrix @ edges
+        # row s: this step alone, from the slot that s had in the last frame
         scores = matrix + _STAY * edges[self.successors]
         return Correspondence(matrix, torch.from_numpy(best_assignment(scores.numpy())))
 
@@ -108,6 +111,7 @@ def assign_slots(served: list[int], overlap: Mapping[int, np.ndarray]) -> None:
     """
     waiting = set(overlap)
     while waiting:
+        # anew for each object, since every slot that is taken changes which are spare
         spare = [slot for slot, label in enumerate(served) if served.count(label) > 1]
         free = [slot for slot in spare if served[slot] == 0] or spare
         if not free:
@@ -130,6 +134,7 @@ def winners(masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) ->
     """
     best = masks.new_full(size, -torch.inf)
     index = torch.zeros(size, dtype=torch.int64, device=masks.device)
+    # upsampled masks of all slots would take 4 S H W bytes; the best so far is enough
     at_once = max(1, _AT_ONCE // (size[0] * size[1]))
     for number, part in enumerate(masks.split(at_once)):
         scores, slots = upsample(part[None], size, valid)[0].max(0)

@@ -97,6 +97,7 @@ class SlotPropagator:
         shares = None
         serves = None
         if frame.labels is not None:
+            # by area, not by cell centres: an object smaller than a cell has a share, and so a slot
             shares = frame.shares(ids)
             if self._settings.lock_on:
                 lock_on = lock(shares, ids, self._settings, frame.background)
@@ -134,6 +135,7 @@ class SlotPropagator:
         if frame.background is not None and self.needs_background(first=False):
             groups = (last.num_background, len(last.ids) - last.num_background)
             allowed = hold(frame.background, groups, self._settings.hold)
+        # masks in the order of this frame's slots: `_match` brings them to that of the first frame
         slots, masks = self._run_head(frame, last.slots, allowed, last.sizes)
         correspondence, match = last.correspondence, self._settings.match
         if match == "similarity":
@@ -145,6 +147,7 @@ class SlotPropagator:
             correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
         correspondence, appearance, shown = self._match(frame, masks, correspondence, last.appearance)
         ids = list(last.ids)
+        # only these: the masks of earlier objects are those of their slots, whatever the labels show of them
         new = [one for one in frame.ids() if one not in ids]
         if new:
             assign_slots(ids, dict(zip(new, soft_iou(frame.shares(new), shown).cpu().numpy(), strict=True)))
@@ -221,11 +224,13 @@ def lock(shares: Tensor, ids: Sequence[int], settings: SlotTracking, background:
         background: (h, w) bool, True where the class attention sees background; needed for extra slots.
     """
     cells = shares.argmax(0) == torch.arange(len(shares), device=shares.device)[:, None, None]  # (1 + objects, h, w)
+    # the majority of no cell: without this, a thin object would be left out
     for cells_of_one, share in zip(cells, shares, strict=True):
         if share.any() and not cells_of_one.any():
             cells_of_one.view(-1)[share.argmax()] = True
     extra = torch.zeros_like(cells[0]) if background is None else cells[0] & ~background
     num_background = max(1, _at_most(settings.background_slots, cells[0]))
+    # the order of the head's groups: background first
     groups = [(0, cells[0], num_background)]  # id, cells, slots
     groups += [
         (label, visible, _at_most(settings.slots_per_object, visible))
@@ -245,6 +250,7 @@ def hold(background: Tensor, sizes: Sequence[int], side: str) -> Tensor | None:
         sizes: number of background slots, which come first, and of other slots.
         side: see `SlotTracking.hold`.
     """
+    # DINOSAVi's evaluation restricts the background slots alone; groups are trained with both sides restricted
     others = {"background": torch.ones_like(background), "both": ~background}
     if side not in others:
         return None

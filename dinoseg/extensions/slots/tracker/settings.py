@@ -35,6 +35,7 @@ class SlotTracking:
         UserError: two settings contradict one another.
     """
 
+    # numbers of slots, what is held, and temperature as in DINOSAVi's evaluation
     lock_on: bool = False
     slots_per_object: Count = 1
     background_slots: Count = 5

@@ -121,6 +121,7 @@ class SlotTracker(Tracker):
             )
         assert self.size is not None
         begins = self._state is None
+        # the masks of a batch are copied from the device together
         shown = [ids[winners(masks, self.size, valid)] for masks, ids, valid in self._through(frames, labels)]
         found = list(torch.stack(shown).cpu().numpy())
         if begins and labels[0] is not None:
@@ -139,10 +140,12 @@ class SlotTracker(Tracker):
         self._state, self._known, self.size = None, None, None
         if self._slot_settings.passes == 1:
             return
+        # a whole pass whose masks are dropped: only the appearance at its end counts
         for frames, labels in video():
             for batch in self.batches(frames, labels):
                 for _ in self._through(*batch):
                     pass
+        # the second pass starts as on a new video, but knows each slot's mean features from frame 0 on
         if self._state is not None and self._state.appearance is not None:
             self._known = replace(self._state.appearance, whole=True)
         self._state, self.size = None, None
@@ -155,6 +158,7 @@ class SlotTracker(Tracker):
         images = to_device(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
         pixels = self._model.pixels(images)
         valid = valid_share((pixels.shape[-2], pixels.shape[-1]), self._model.patch_size)
+        # the backbone takes the whole batch; a frame's slots need those of the frame before, so they go one by one
         features, background = self._features(pixels)
         for number, mask in enumerate(labels):
             frame = SlotFrame(
@@ -204,6 +208,7 @@ class SlotTracker(Tracker):
         if by_appearance and (int(state["whole"]) != self._slot_settings.passes - 1 or not state["cells"].any()):
             raise ValueError(f"whole and cells do not match slots.passes={self._slot_settings.passes}")
         slots = state["slots"].shape[1]
+        # a permutation: each slot of the first frame has one of the current frame
         if sorted(state["successors"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
             raise ValueError(f"successors or sizes do not match {slots} slots")
         height, width = state["frame"].tolist()
@@ -222,6 +227,7 @@ class SlotTracker(Tracker):
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the backbone's last map (B, C, h, w) and, if needed, a mask of the background (B, h, w)."""
         asks = self._propagator.needs_background
+        # maps alone where no slot is held: reading the attention hooks into the last block
         needed = asks(first=False) or (self._state is None and asks(first=True))
         with self.autocast():
             if not needed:

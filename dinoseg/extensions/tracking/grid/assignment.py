@@ -19,5 +19,6 @@ def match_objects(iou: np.ndarray, is_same: np.ndarray) -> list[tuple[int, int]]
         is_same: (M, N) bool, whether they have the same class, as a pair has.
     """
     is_pair = (iou >= MIN_IOU) & is_same
+    # the solver pairs every row or every column; what it pairs at 0 is dropped
     rows, columns = linear_sum_assignment(np.where(is_pair, iou, 0.0), maximize=True)
     return [(row, column) for row, column in zip(rows.tolist(), columns.tolist(), strict=True) if is_pair[row, column]]

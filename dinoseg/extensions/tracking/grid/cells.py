@@ -39,6 +39,7 @@ def area_mean(pixels: Tensor, grid: tuple[int, int], valid: tuple[float, float])
     Only the top-left `valid` fraction of the grid lies on the pixels. Cells partly beyond average the part on the
     pixels; cells wholly beyond are 0.
     """
+    # the area of an overlap is height times width: two small products instead of a weight per pixel and cell
     rows = _overlaps(pixels.shape[-2], grid[0], valid[0]).to(pixels.dtype)  # (h, H)
     columns = _overlaps(pixels.shape[-1], grid[1], valid[1]).to(pixels.dtype)  # (w, W)
     # half precision rounds means to 3 digits, too few for the small differences between frames

@@ -30,6 +30,7 @@ def match(target: Tensor, frames: Sequence[ContextFrame], settings: MatchSetting
     height, width = target.shape[:2]
     tile = _TILE_CPU if target.device.type == "cpu" else _TILE_GPU
     labels = target.new_empty(height, width, frames[0][1].shape[2])
+    # by tiles: all similarities at once would be cells x frames x cells, at 60 x 107 cells 1.3 GB for 8 frames
     corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
     areas = [(slice(top, min(top + tile, height)), slice(left, min(left + tile, width))) for top, left in corners]
     waits = target.device.type != "cpu"  # on a GPU, reading results synchronises: ties are checked once for all tiles
@@ -51,14 +52,17 @@ def _match_tile(
     grid = (frames[0][0].shape[0], frames[0][0].shape[1])
     whole = (slice(0, grid[0]), slice(0, grid[1]))
     near = (_around(area[0], grid[0], settings), _around(area[1], grid[1], settings))
+    # CRW's script searches all of frame 0, DINO's and DINOv3's only the window
     regions = [near if settings.window_first else whole, *[near] * (len(frames) - 1)]
     sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in regions]
     queries = target.flatten(0, 1)  # (M, C)
     similarities = queries.new_empty(len(queries), sum(sizes))
     outside = to_device(_outside(area, near, settings), queries.device)  # (M, cells around)
     for part, region, (features, _) in zip(similarities.split(sizes, dim=1), regions, frames, strict=True):
+        # into one buffer for all frames, over which the top k are taken together
         torch.mm(queries, features[region].flatten(0, 1).T, out=part)
         if region is near:
+            # as in DINOv3's notebook; DINO's zero weights and CRW's -1e10 leave out the same cells
             part.masked_fill_(outside, -torch.inf)
     labels = torch.cat([labels[region].flatten(0, 1) for region, (_, labels) in zip(regions, frames, strict=True)])
     mixed, tied = _mix(similarities, labels, settings, untie)
@@ -93,7 +97,9 @@ def _mix(similarities: Tensor, labels: Tensor, settings: MatchSettings, untie: b
     Without `untie`, ties at the last match used are broken arbitrarily.
     """
     count = min(settings.top_k, len(labels))
+    # one more than used: it shows whether the last match is tied
     values, cells = similarities.topk(min(count + 1, len(labels)))
+    # gathers k labels per cell; a weight for every cell of the surroundings would be mostly zeros
     mixed = torch.bmm(_weights(values[:, :count], settings)[:, None], labels[cells[:, :count]])[:, 0]
     if count == len(labels):
         return mixed, torch.zeros_like(values[:, 0], dtype=torch.bool)
@@ -116,6 +122,7 @@ def _matches(similarities: Tensor, last: Tensor, settings: MatchSettings) -> Ten
 
 
 def _weights(similarities: Tensor, settings: MatchSettings) -> Tensor:
+    # softmax(cos / T), as CRW and DINOv3; DINO's exp(cos / T) divided by its sum is the same
     best = similarities.amax(1, keepdim=True)  # before the division, which may overflow at tiny temperatures
     return torch.softmax((similarities - best) / settings.temperature, dim=1)
 
@@ -197,6 +204,7 @@ class Propagator:
             soft = seed(soft.permute(2, 0, 1), seeds).permute(1, 2, 0).contiguous()
             self._first = _pad_labels(self._first, soft.shape[2])
             self._recent = deque((_pad_labels(frame, soft.shape[2]) for frame in self._recent), self.settings.context)
+        # soft and not normalised, as in all three protocols: an argmax in each frame would lose small shares
         self._recent.append((target, soft))
         return _channels_first(soft)
 
@@ -257,6 +265,7 @@ class Propagator:
             raise UserError("The first frame has no labels. Give its mask, whose objects are tracked.")
         self._first = (target, labels.permute(1, 2, 0).clone(memory_format=torch.contiguous_format))
         if self.settings.repeat_first:
+            # CRW puts frame 0 in front of the video, so that early frames find duplicates among their top k
             self._recent.extend([self._first] * self.settings.context)
         return _channels_first(self._first[1])
 

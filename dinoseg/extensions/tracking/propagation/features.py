@@ -58,6 +58,7 @@ def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Si
     wanted = settings.short_side
     if wanted is not None and not settings.enlarge and wanted >= short:
         wanted = None
+    # DINOv3 rounds both sides up to the patch size; DINO scales to 480 and rounds the longer side down to 64
     new_short = _round_to_multiple(wanted or short, 1, patch_size, settings.rounding)
     new_long = _round_to_multiple(long * (new_short if wanted else short), short, multiple, settings.rounding)
     return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
@@ -68,6 +69,7 @@ def resize(frame: np.ndarray, size: Size, resample: str) -> np.ndarray:
     height, width = size
     if frame.shape[:2] == (height, width):
         return frame
+    # cv2 as in DINO's script, Pillow as in DINOv3's notebook: their pixels differ
     if resample == "bilinear":
         return np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR))
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))

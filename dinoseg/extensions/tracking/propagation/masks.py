@@ -76,6 +76,7 @@ def first_labels(
     if mask.ndim != 2 or not mask.numel():
         raise UserError(f"The mask has the shape {tuple(mask.shape)}. Give one id for each pixel: (H, W).")
     num_labels = label_count(mask, num_labels)
+    # one rule for each protocol: nearest is DINO's, nearest_exact DINOv3's, and bilinear CRW's
     if settings.first == "nearest":
         return one_hot(_nearest_by_pillow(mask.to(torch.uint8), grid), num_labels)
     if settings.first == "nearest_exact":
@@ -103,6 +104,7 @@ def to_mask(
     best = torch.full(decision_size, -torch.inf, device=soft.device, dtype=soft.dtype)
     ids = torch.zeros(decision_size, device=soft.device, dtype=torch.uint8)
     mode = "nearest" if settings.upsample == "nearest" else "bilinear"
+    # a channel at a time, compared with the best so far; strictly, so that the lowest of equal labels stays
     for label, channel in enumerate(soft):
         scores = _stretch_scores(F.interpolate(channel[None, None], decision_size, mode=mode)[0, 0], settings.min_max)
         wins = scores > best
@@ -132,6 +134,7 @@ def _decision_size(
 def _stretch_scores(scores: Tensor, min_max: str) -> Tensor:
     if min_max == "none":
         return scores
+    # (x - min) / (max - min) over the frame changes which label wins, so published scores need it
     low, high = scores.amin(), scores.amax()
     flat = high - low <= _FLAT * torch.maximum(high.abs(), low.abs())
     stretched = ((scores - low) / (high - low)).masked_fill_(flat, torch.inf if min_max == "positive" else 0.0)

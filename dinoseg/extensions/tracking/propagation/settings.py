@@ -40,7 +40,9 @@ class PropagationSettings(MatchSettings):
     resample: Literal["bilinear", "bicubic"] = "bicubic"
 
 
+# facebookresearch/dinov3, notebooks/segmentation_tracking.ipynb
 DINOV3 = PropagationSettings()
+# facebookresearch/dino, eval_video_segmentation.py
 DINO = PropagationSettings(
     window="square",
     temperature=0.1,
@@ -52,6 +54,7 @@ DINO = PropagationSettings(
     rounding="down",
     resample="bilinear",
 )
+# ajabri/videowalk, test.py, with the temperature of its README (the code's default is 0.07)
 CRW = PropagationSettings(
     context=20,
     inclusive=False,

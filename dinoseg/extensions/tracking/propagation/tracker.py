@@ -102,6 +102,7 @@ class PropagationTracker(Tracker):
             UserError: the first frame has no mask.
         """
         assert self.size is not None
+        # the backbone sees each frame alone, so a batch is one pass; labels then go from frame to frame
         maps = last_maps(self._backbone, frames, self._protocol, self.device, self.autocast)
         masks: list[np.ndarray | Tensor] = []  # tensors are copied from the device at the end: no sync per frame
         for features, mask in zip(maps, labels, strict=True):
@@ -109,7 +110,9 @@ class PropagationTracker(Tracker):
             first = self._frames_seen == 0
             if mask is None and first:
                 raise UserError("The first frame has no mask. Give its mask, whose objects are tracked.")
+            # a later mask adds a channel for each new object, which is followed from here on
             seeds = None if mask is None else self._objects.labels(mask, grid, self._frames_seen).to(self.device)
+            # the soft labels are what later frames read; the mask below is for output alone
             soft = self._propagator.step(features, seeds)  # (L, h, w)
             self._frames_seen += 1
             if mask is not None and first:  # the given mask is exact; propagation would return it at grid resolution

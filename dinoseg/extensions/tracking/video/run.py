@@ -75,6 +75,7 @@ def track_video(job: TrackJob) -> Throughput:
     )
     start = batches.progress()
     if job.start is None:
+        # before the first frame, so that a run that is killed early can be resumed, too
         save_track_state(job.folder, TrackState(start, tracker.settings, tracker.state()))
     else:
         check_batch_size(job.folder, job.start.batch_size, job.batch_size)
@@ -98,6 +99,7 @@ def track_video(job: TrackJob) -> Throughput:
         masks = tracker.track(batch.frames, batch.labels)
         return TrackedBatch(state, dict(zip(batch.names, masks, strict=True)))
 
+    # frames are read and masks written while the tracker works on others; its own frames stay in order
     with Bar(total=total, initial=start.done, unit="frame", desc=job.frames.path.name) as bar:
         masks = MaskFolder(job.folder, job.colours.palette, bar)
         throughput = run_pipeline(batches, follow, masks.write, depth=_DEPTH)
