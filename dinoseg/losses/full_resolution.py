@@ -143,7 +143,7 @@ class _Tiles:
             # 0.22 of the time of full-size logits (benchmarks/full_resolution_loss.py)
             rows, across = ROWS, max(1, CACHED // (ROWS * numbers))
         else:
-            # whole rows, since an accelerator waits for the launch of small kernels, not for memory
+            # whole rows: on an accelerator, launching a kernel for every small tile would take longer than its work
             rows, across = max(1, LAUNCHED // (numbers * width)), width
         # bilinear weights of an axis are the same for all tiles of a row or column, so they are made once
         bands = spans(height, grid.shape[2], valid[0], rows, grid)
