@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dinoseg.config.composition import SHIPPED, compose_options
+from dinoseg.config.composition import compose_options
 from dinoseg.config.nodes import argument_keys, check_arguments, check_partial, expect_type, instantiate
-from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
@@ -25,20 +24,17 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.recipe import config_description
 from dinoseg.training.description import METRIC
 from dinoseg.training.optim import Schedule
-from dinoseg.training.trainer import Settings, explain_score, selects_checkpoints
+from dinoseg.training.trainer import Settings
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
-from dinoseg.utils.ranges import Count, Natural, Positive, check_value
+from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import format_override, join_names
 
 logger = logging.getLogger(__name__)
 _NAMED = 40  # maximum number of class weights in the log
-# parts that a training completes once its data are open
-_BUILT_LATE = ("adapter", "head", "loss.criterion", "optim.optimizer", "optim.schedule")
 _LAYER_METRIC = {"_target_": "dinoseg.metrics.layers.LayerMetric", "_partial_": True}
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
@@ -139,32 +135,9 @@ class Builder(ModelBuilder):
                 OmegaConf.update(new, key, value)
         return type(self)(new)
 
-    def check_values(self) -> None:
-        """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
-        check_value("seed", self.seed, Natural)
-        self.loop_settings(samples=1)
-        self._check_head_file()
-        if self.task.is_auto and self.value("mode.choose_thresholds") is None:
-            raise UserError("task.threshold=auto is not part of this installation. Set numbers.")
-        with torch.device("meta"):
-            for key in _BUILT_LATE:
-                self.part(key)
-        if self.value("features") is not None:
-            self.part("features")
-        if not selects_checkpoints(self.value("trainer.score"), self.training_method.score_names):
-            raise self._explain_score()
-        config_description(self)  # refuses what a checkpoint could not store
-
-    def _explain_score(self) -> UserError:
-        """Return the error of a `trainer.score` that selects no checkpoint."""
-        method = self.training_method
-        metrics = [] if method.on_clips else options_in([SHIPPED, *map(Path, self.config_dirs)], METRIC)
-        chosen = dict(zip(self.metric_nodes, self.metrics, strict=True))
-        return explain_score(self.value("trainer.score"), method.score_names, metrics, chosen)
-
     @cached_property
-    def training_method(self) -> Any:
-        """The training method of `trainer.method` (`dinoseg.methods.method.TrainingMethod`); it reads no data yet.
+    def training(self) -> Any:
+        """The training of the kind that `trainer.method` names (`dinoseg.methods.training.Training`).
 
         Raises:
             UserError: a teacher is given to a method without distillation, or an option is invalid.

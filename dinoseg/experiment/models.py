@@ -211,7 +211,7 @@ class ModelBuilder:
                 them.
         """
         if not untrained:
-            self._check_head_file()
+            self.check_head_file()
         with nullcontext() if initialised else NoInit():
             return self._segmenter(self._adapted_backbone(untrained=untrained), untrained=untrained)
 
@@ -311,7 +311,7 @@ class ModelBuilder:
                 f"backbone, {patch_size} pixels. Give a larger crop."
             )
 
-    def _check_head_file(self) -> None:
+    def check_head_file(self) -> None:
         """Refuse an unset or missing file of head weights, before the backbone's weights are downloaded."""
         weights = to_container(self._cfg.head).get("weights")
         if weights == "???":

@@ -27,7 +27,6 @@ from dinoseg.extensions.feature_cache.key import image_hash, origin
 from dinoseg.extensions.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.extensions.feature_cache.unlabelled import Unmasked
 from dinoseg.methods.images import ImageTraining
-from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
@@ -257,7 +256,7 @@ def _mask(data: SegmentationData, index: int) -> np.ndarray:
 
 
 class Distillation(ImageTraining):
-    """Training method for images with masks and without, with a teacher's scores for both (arXiv 1503.02531).
+    """Training on images with masks and without, with a teacher's scores for both (arXiv 1503.02531).
 
     Args:
         builder: builds the parts of the experiment.
@@ -297,9 +296,9 @@ class Distillation(ImageTraining):
         self._unlabelled_every, self._unlabelled_batch_size = unlabelled_every, unlabelled_batch_size
         self._loss_options = {"weight": weight, "temperature": temperature}
 
-    def open(self, engine: Engine, *, pictures: int = 0) -> None:
+    def open_data(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without, and check the teacher."""
-        super().open(engine, pictures=pictures)
+        super().open_data(engine, pictures=pictures)
         builder = self.builder
         train = self.data_module.train
         self._teacher = teacher = Teacher(builder, engine, train)
@@ -314,9 +313,9 @@ class Distillation(ImageTraining):
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
-    def cache_features(self, model: SegmentationModel, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
+    def cache_features(self) -> dict[str, str]:
         """Cache features as `ImageTraining` does; add the teacher's hash, so that resuming detects another one."""
-        return {**super().cache_features(model, engine, *given, **more), "teacher": self._teacher.name}
+        return {**super().cache_features(), "teacher": self._teacher.name}
 
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on the teacher's scores."""
