@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.config.composition import compose_options
-from dinoseg.config.nodes import argument_keys, check_arguments, check_partial, expect_type, instantiate
+from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
@@ -36,6 +36,8 @@ from dinoseg.utils.wording import format_override, join_names
 logger = logging.getLogger(__name__)
 _NAMED = 40  # maximum number of class weights in the log
 _LAYER_METRIC = {"_target_": "dinoseg.metrics.layers.LayerMetric", "_partial_": True}
+# builders import no dataset
+_PREPARE = "dinoseg.data.opened.prepare_dataset"
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
 
@@ -146,7 +148,7 @@ class Builder(ModelBuilder):
         return self.part("trainer.method")(self)
 
     def reader(self) -> Callable[[str], SegmentationData]:
-        """Return the function that maps a split to the dataset as read from its files, before `data.opened`.
+        """Return the function that maps a split to the dataset as read from its files, before it is prepared.
 
         Raises:
             UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
@@ -191,15 +193,15 @@ class Builder(ModelBuilder):
         if split not in SPLITS:
             raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
         pairs = self.reader()(split)
-        more: dict[str, Any] = {}
-        names = {"cache": "data.cache"}
-        if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
-            labelled = {"labelled": self._cfg.data.labelled}
-            names |= {"labelled": "data.labelled", "group": "data.group"}
-            check_arguments("dinoseg.data.opened.prepare_dataset", labelled, names)
-            more = {**labelled, "group": self._cfg.data.group, "seed": self.seed}
-        with name_parameters(names):
-            return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
+        keys = {name: f"data.{name}" for name in ("on_error", "cache", "workers")}
+        keys |= {"cache_dir": "cache_dir", "longest": "resolution.longest"}
+        if reduced and split == "train" and self.value("data.labelled") is not None:
+            keys |= {"labelled": "data.labelled", "group": "data.group", "seed": "seed"}
+        options = self.arguments(_PREPARE, keys)
+        prepare_dataset = instantiate({"_target_": _PREPARE, "_partial_": True})
+        pack = None if self.value("pack") is None else self.part("pack")
+        with name_parameters(keys):
+            return prepare_dataset(pairs, split=split, reduced=reduced, pack=pack, **options)
 
     def clips(self, split: str) -> Any:
         """Return one split of the videos as clips of frames (`dinoseg.extensions.clips.cut.Clips`).
@@ -320,23 +322,17 @@ class Builder(ModelBuilder):
         """Return the learning-rate schedule, which maps a step and the number of steps to a factor."""
         return self.part("optim.schedule")
 
-    def lengths(self, samples: int) -> Lengths:
-        """Return the number of training steps and the validation interval, for `samples` training samples.
+    def loop_settings(self, samples: int) -> Settings:
+        """Return the settings of the training loop, for `samples` training samples.
 
         Raises:
             UserError: no length is configured, or a value is out of range.
         """
         names = {key: f"trainer.{key}" for key in ("steps", "epochs", "val_every", "accumulate")}
         names["batch_size"] = "data.batch_size"
-        return in_steps(samples, **self.arguments(in_steps, names))
-
-    def loop_settings(self, samples: int) -> Settings:
-        """Return the settings of the training loop, for `samples` training samples.
-
-        Raises:
-            UserError: as `lengths`, or a setting is invalid.
-        """
-        return self.part("trainer.loop")(**self.lengths(samples)._asdict())
+        lengths = in_steps(samples, **self.arguments(in_steps, names))._asdict()
+        others = {name: f"trainer.{name}" for name in inspect.signature(Settings).parameters if name not in lengths}
+        return Settings(**lengths, **self.arguments(Settings, others))
 
 
 def _expected_files(layout: Mapping[str, Any] | None) -> str:

@@ -104,11 +104,11 @@ class ModelBuilder:
         """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
         return OmegaConf.select(self._cfg, key, default=default, throw_on_missing=True)
 
-    def arguments(self, target: Callable[..., Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    def arguments(self, target: Callable[..., Any] | str, keys: Mapping[str, str]) -> dict[str, Any]:
         """Return config values as keyword arguments of a class or function, validated against its signature.
 
         Args:
-            target: what takes them.
+            target: what takes them, or its dotted path.
             keys: from parameter names to full keys; keys that the config lacks are left out.
 
         Raises:
@@ -121,7 +121,8 @@ class ModelBuilder:
             for name, value in values.items()
             if value is not absent
         }
-        check_arguments(f"{target.__module__}.{target.__qualname__}", given, keys)
+        path = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+        check_arguments(path, given, keys)
         return given
 
     def part(self, key: str) -> Any:

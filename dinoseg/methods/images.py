@@ -23,7 +23,6 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule, list_score_names
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
 # from parameters of the feed to the keys that set them
@@ -34,16 +33,15 @@ class ImageTraining(Training):
     """Training on images in which every pixel has a class.
 
     Args:
-        builder: builds the parts of the experiment.
-        val_images: number of images of each validation and of the final scores, evenly spaced; None: all.
+        builder: see `Training`.
     """
 
     what = "images"
     data_module: ImageDataModule
 
-    def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
+    def __init__(self, builder: Builder) -> None:
         super().__init__(builder)
-        self._val_images = val_images
+        self._val_count = builder.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
         self._check_masks()  # before masks of another form are listed
 
     def find_score_names(self) -> Sequence[str]:
@@ -60,7 +58,7 @@ class ImageTraining(Training):
         self.split = {"train": list(train.names), "val": list(val.names)}
         self.data_module = ImageDataModule(
             train=train,
-            val=evenly_spaced_subset(val, self._val_images),
+            val=evenly_spaced_subset(val, **self._val_count),
             augment=builder.part("data.augment"),
             background=builder.background,
             strategy=builder.strategy(builder.class_names),
@@ -171,8 +169,8 @@ class ImageTraining(Training):
 
     def evaluate(self, provenance: Provenance, *, metrics_only: bool, report: bool) -> dict[str, Any]:
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
-        module, engine, out_dir = self.data_module, self.engine, provenance.folder / EVALUATION
-        data = module.val
+        module, engine = self.data_module, self.engine
+        data, out_dir = module.val, provenance.folder / EVALUATION
         place = (data, engine.rank, engine.world_size)
         collector = Collector(*place) if report else None
         rows = MetricRows(module.metrics, *place, None if collector is None else collector.add_errors)

@@ -163,7 +163,6 @@ class Training(ABC):
         else:
             self.start, outline = self._read_start(Path(str(builder.resume)))
         self.check_config(outline, self.engine.world_size, init_head)
-        self.loggers = logger_factories(builder)
         announce(f"data={builder.options['data']}: listing the files")
         self.open_data(self.engine, pictures=pictures)
         self.settings = builder.loop_settings(len(self.data_module.train))
@@ -205,6 +204,7 @@ class Training(ABC):
         if not selects_checkpoints(score, names):
             metrics = [] if self.on_clips else options_in([SHIPPED, *map(Path, builder.config_dirs)], METRIC)
             raise explain_score(score, names, metrics, dict(zip(builder.metric_nodes, builder.metrics, strict=True)))
+        logger_factories(builder)  # refuses unknown loggers and their options
         config_description(builder)  # refuses what a checkpoint could not store
         if has_initial(builder):
             check_initial(builder, outline)
@@ -301,7 +301,7 @@ class Training(ABC):
         progress = self.start.info["progress"] if self.start else {}
         log = RunLog(
             self.out_dir,
-            self.loggers,
+            logger_factories(self.builder),
             start_step=progress.get("step", 0),
             validation_pending=progress.get("validation_pending", False),
             visible=self.engine.is_main,

@@ -7,7 +7,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.loggers import logger_factories
 from dinoseg.methods.training import Training
 from dinoseg.training.trainer import fit
 from dinoseg.utils.ranges import Natural
@@ -49,5 +48,4 @@ def check(cfg: DictConfig) -> None:
     builder = Builder(cfg)
     training: Training = builder.training
     training.check_config(builder.outline(), 1, builder.value("mode.init_head"))
-    logger_factories(builder)
     training.check_sources()

@@ -233,7 +233,7 @@ def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):
             log.scalars(step, {"val/miou": 0.5})
     training = ImageTraining(Builder(compose("mode=train", "logger=[]", "data.root=none", "data.classes=[a,b]")))
     training.start = SimpleNamespace(info={"progress": {"step": 2, "validation_pending": True}})
-    training.out_dir, training.engine, training.loggers = tmp_path, SimpleNamespace(is_main=True), {}
+    training.out_dir, training.engine = tmp_path, SimpleNamespace(is_main=True)
     training.open_log().close()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 2, "train/loss": 1.0}]
 

@@ -55,7 +55,7 @@ def plan(
     builder = Builder(cfg)
     check_trainer(builder)
     target = _target(builder, memory, device)
-    builder.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
+    builder.loop_settings(samples=1)  # refuses invalid numbers of steps and batches, as training would
     builder.training.check_parts(builder.outline(), target.world_size)
     if cfg.data.batch_size % target.world_size:
         raise UserError(

@@ -183,7 +183,7 @@ def _check(builder: Builder) -> None:
             "one process and train with the command that it prints, or let engine.devices=N start the ranks."
         )
     check_trainer(builder)
-    builder.lengths(samples=1)
+    builder.loop_settings(samples=1)
     builder.arguments(ImageDataModule, SAMPLING)
     builder.part("data.augment")  # refuses an invalid crop
     builder.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})

@@ -220,23 +220,12 @@ def clip_strip(
 
 
 class ClipTraining(Training):
-    """Training of slots on clips; masks, if there are any, are only used to score.
-
-    Args:
-        builder: builds the parts of the experiment.
-        val_images: None; clips are all validated.
-    """
+    """Training of slots on clips; masks, if there are any, are only used to score."""
 
     what = "clips"
     on_clips = True
     data_module: ClipDataModule
     labels: Labels
-
-    def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
-        super().__init__(builder)
-        self._val_images = val_images
-        if metrics := builder.value("metric"):
-            raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
 
     def find_score_names(self) -> Sequence[str]:
         """Return the scores of clips with masks; of others there is only the loss."""
@@ -283,10 +272,10 @@ class ClipTraining(Training):
                 f"loss={options['loss']} compares slots across frames, but head.predictor=none samples new ones in "
                 "each frame. Set head.predictor=savi, transformer or carry, or choose loss=feature_reconstruction."
             )
-        if self._val_images is not None:
-            raise UserError(
-                f"trainer.val_images={self._val_images} is for images with masks, not for clips. Set it to null."
-            )
+        if (val_images := builder.value("trainer.val_images")) is not None:
+            raise UserError(f"trainer.val_images={val_images} is for images with masks, not for clips. Set it to null.")
+        if metrics := builder.value("metric"):
+            raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
         if (cache := builder.value("data.cache")) is not None:
             raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
         self._check_tracking()
