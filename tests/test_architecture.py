@@ -422,4 +422,4 @@ def test_the_files_to_read_first_are_short():
     assert len(names) == len({*names}) > 50 and {*names} <= {*FILES}
     bold = re.findall(r"^\| \*\*`(\S+\.py)`", table, flags=re.MULTILINE)
     lines = [line for name in bold for line in FILES[name].splitlines() if not line.lstrip().startswith("#")]
-    assert len(bold) == 13 and len(lines) < 3100
+    assert len(bold) == 13 and len(lines) < 3200

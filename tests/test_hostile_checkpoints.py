@@ -54,7 +54,7 @@ CASES = {
     "an import in the head": {"config/head": shell(IMPORTED)},
     "a hook in the loss": {"config/loss/criterion": shell(HOOK)},
     "a shell in the adapter": {"config/adapter": shell("os.system")},
-    "a shell in the data": {"config/data/opened": shell("os.system")},
+    "a shell in the data": {"config/data/augment": shell("os.system")},
     "a shell nested in a good node": {"config/adapter/bits": shell("os.system")},
     "a renderer": {"config/data/reader/_target_": "dinoseg.extensions.rendering.surgery.write.render_dataset"},
     "weights of a stranger": {"config/backbone/weights": "evil/weights"},

@@ -34,8 +34,6 @@ PLACES = {  # module and config group of docs/extending.md: those of the same ki
     "my_parts.metrics": "dinoseg.metrics.rare",
 }
 SPELLED_OUT = {  # constructors of the repository name their arguments, so that a wrong key is found
-    "builder, weight, **options": "builder, *, val_images=None, weight",
-    "builder, **options": "builder, val_images=val_images",
     "model, **options": "model, *, device, autocast, batch_size",
     "(**options": "(device=device, autocast=autocast, batch_size=batch_size",
 }

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import get_args
 
 import pytest
-from command_line import SMALL, call, succeed
+from command_line import SMALL, call, succeed, write_data
 from config_files import FOLDER, nodes, read
 from hydra.utils import get_object
 from mistakes import assert_refused
@@ -93,8 +93,6 @@ def change(cfg):
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("trainer.clip", 0, "Give a number above 0, or null."),
-        ("trainer.ema", 1, "Give a number above 0 and below 1, or null."),
         ("optim.optimizer.lr", 1e20, "Give a number above 0 and at most 100, or null."),
         ("optim.optimizer.weight_decay", INFINITY, "Give a finite number."),
         ("optim.optimizer.weight_decay", 10**400, "Give a finite number."),
@@ -115,7 +113,6 @@ def change(cfg):
         ("data.augment.affine.shear", 61, "Give a number from 0 to 60."),
         ("mode.opacity", NAN, "Give a number from 0 to 1."),
         ("mode.batch_size", 0, "Give a whole number of at least 1."),
-        ("data.workers", 0, "Give a whole number of at least 1, or null."),
         ("engine.workers", -1, "Give a whole number of at least 0."),
         ("engine.eval_batch_size", 0, "Give a whole number of at least 1."),
     ],
@@ -125,6 +122,23 @@ def test_a_number_out_of_its_range_is_refused_by_its_whole_key(change, key, valu
     with pytest.raises(UserError) as caught:
         instantiate(node, exclude=OF_OTHERS.get(key.split(".")[0], ()))
     assert str(caught.value) == f"{key}={format_text(str(value), 200)} is out of range. {rule}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("trainer.clip", -1, "out of range. Give a number above 0, or null."),
+        ("trainer.ema", 1, "out of range. Give a number above 0 and below 1, or null."),
+        ("trainer.val_images", 0, "out of range. Give a whole number of at least 1, or null."),
+        ("data.workers", 0, "out of range. Give a whole number of at least 1, or null."),
+        ("data.on_error", "ignore", "unknown. Choose one of stop, skip."),
+    ],
+)
+def test_a_value_that_is_read_by_its_key_is_refused_by_it(change, tmp_path, key, value, rule):
+    write_data(tmp_path)
+    builder = Builder(change({key: value, "data.root": str(tmp_path)}))
+    reads = {"data": lambda: builder.dataset("val"), "trainer": lambda: (builder.loop_settings(1), builder.training)}
+    assert_refused(reads[key.partition(".")[0]], f"{key}={value} is {rule}")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torch import nn
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.query_heads.eomt import EomtHead, annealing_windows
-from dinoseg.modes.training_run import TrainingRun
+from dinoseg.methods.images import ImageTraining
+from dinoseg.training.trainer import Settings
 
 ADAM = {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 0.0, "optim.schedule.kind": "constant"}
 SLOTS = {  # martius-lab/slotcontrast and martius-lab/videosaur, configs of these names
@@ -343,11 +344,13 @@ def log_start(compose, caplog):
         model = nn.Module()
         model.backbone = tiny_vit()
         model.head = EomtHead(24, 1, 3, patch_size=8, blocks=1, anneal=anneal)
-        build = Builder(compose("head=eomt", "data=camvid", "data.root=.", *words))
-        task = SimpleNamespace(data_module=SimpleNamespace(train=[], val=[]), what="images")
-        engine = SimpleNamespace(device="cpu", precision="fp32", world_size=1, is_main=True)
+        training = ImageTraining(Builder(compose("head=eomt", "data=camvid", "data.root=.", *words)))
+        training.out_dir, training.model = Path("run"), model
+        training.data_module, training.optimizer = SimpleNamespace(train=[], val=[]), SimpleNamespace(param_groups=[])
+        training.engine = SimpleNamespace(device="cpu", precision="fp32", world_size=1, is_main=True)
+        training.settings = Settings(steps=2, val_every=1)
         with caplog.at_level(logging.WARNING):
-            TrainingRun(build, Path("run"), task, engine).log_start(model, 2)
+            training.log_start()
         return caplog.text
 
     return log

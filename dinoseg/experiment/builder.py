@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.nodes import argument_keys, check_arguments, check_partial, expect_type, instantiate
-from dinoseg.config.options import options_in
+from dinoseg.config.composition import compose_options
+from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
@@ -25,21 +24,20 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.splits import SPLITS
 from dinoseg.core.task import ObjectTask
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.recipe import config_description
 from dinoseg.training.description import METRIC
 from dinoseg.training.optim import Schedule
-from dinoseg.training.trainer import Settings, explain_score, selects_checkpoints
+from dinoseg.training.trainer import Settings
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import KeyNotSet, UserError, name_parameters
-from dinoseg.utils.ranges import Count, Natural, Positive, check_value
+from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import format_override, join_names
 
 logger = logging.getLogger(__name__)
 _NAMED = 40  # maximum number of class weights in the log
-# parts that a training completes once its data are open
-_BUILT_LATE = ("adapter", "head", "loss.criterion", "optim.optimizer", "optim.schedule")
 _LAYER_METRIC = {"_target_": "dinoseg.metrics.layers.LayerMetric", "_partial_": True}
+# builders import no dataset
+_PREPARE = "dinoseg.data.opened.prepare_dataset"
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
 
@@ -139,32 +137,9 @@ class Builder(ModelBuilder):
                 OmegaConf.update(new, key, value)
         return type(self)(new)
 
-    def check_values(self) -> None:
-        """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
-        check_value("seed", self.seed, Natural)
-        self.loop_settings(samples=1)
-        self._check_head_file()
-        if self.task.is_auto and self.value("mode.choose_thresholds") is None:
-            raise UserError("task.threshold=auto is not part of this installation. Set numbers.")
-        with torch.device("meta"):
-            for key in _BUILT_LATE:
-                self.part(key)
-        if self.value("features") is not None:
-            self.part("features")
-        if not selects_checkpoints(self.value("trainer.score"), self.training_method.score_names):
-            raise self._explain_score()
-        config_description(self)  # refuses what a checkpoint could not store
-
-    def _explain_score(self) -> UserError:
-        """Return the error of a `trainer.score` that selects no checkpoint."""
-        method = self.training_method
-        metrics = [] if method.on_clips else options_in([SHIPPED, *map(Path, self.config_dirs)], METRIC)
-        chosen = dict(zip(self.metric_nodes, self.metrics, strict=True))
-        return explain_score(self.value("trainer.score"), method.score_names, metrics, chosen)
-
     @cached_property
-    def training_method(self) -> Any:
-        """The training method of `trainer.method` (`dinoseg.methods.method.TrainingMethod`); it reads no data yet.
+    def training(self) -> Any:
+        """The training of the kind that `trainer.method` names (`dinoseg.methods.training.Training`).
 
         Raises:
             UserError: a teacher is given to a method without distillation, or an option is invalid.
@@ -173,7 +148,7 @@ class Builder(ModelBuilder):
         return self.part("trainer.method")(self)
 
     def reader(self) -> Callable[[str], SegmentationData]:
-        """Return the function that maps a split to the dataset as read from its files, before `data.opened`.
+        """Return the function that maps a split to the dataset as read from its files, before it is prepared.
 
         Raises:
             UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
@@ -218,15 +193,15 @@ class Builder(ModelBuilder):
         if split not in SPLITS:
             raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
         pairs = self.reader()(split)
-        more: dict[str, Any] = {}
-        names = {"cache": "data.cache"}
-        if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
-            labelled = {"labelled": self._cfg.data.labelled}
-            names |= {"labelled": "data.labelled", "group": "data.group"}
-            check_arguments("dinoseg.data.opened.prepare_dataset", labelled, names)
-            more = {**labelled, "group": self._cfg.data.group, "seed": self.seed}
-        with name_parameters(names):
-            return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
+        keys = {name: f"data.{name}" for name in ("on_error", "cache", "workers")}
+        keys |= {"cache_dir": "cache_dir", "longest": "resolution.longest"}
+        if reduced and split == "train" and self.value("data.labelled") is not None:
+            keys |= {"labelled": "data.labelled", "group": "data.group", "seed": "seed"}
+        options = self.arguments(_PREPARE, keys)
+        prepare_dataset = instantiate({"_target_": _PREPARE, "_partial_": True})
+        pack = None if self.value("pack") is None else self.part("pack")
+        with name_parameters(keys):
+            return prepare_dataset(pairs, split=split, reduced=reduced, pack=pack, **options)
 
     def clips(self, split: str) -> Any:
         """Return one split of the videos as clips of frames (`dinoseg.extensions.clips.cut.Clips`).
@@ -347,23 +322,17 @@ class Builder(ModelBuilder):
         """Return the learning-rate schedule, which maps a step and the number of steps to a factor."""
         return self.part("optim.schedule")
 
-    def lengths(self, samples: int) -> Lengths:
-        """Return the number of training steps and the validation interval, for `samples` training samples.
+    def loop_settings(self, samples: int) -> Settings:
+        """Return the settings of the training loop, for `samples` training samples.
 
         Raises:
             UserError: no length is configured, or a value is out of range.
         """
         names = {key: f"trainer.{key}" for key in ("steps", "epochs", "val_every", "accumulate")}
         names["batch_size"] = "data.batch_size"
-        return in_steps(samples, **self.arguments(in_steps, names))
-
-    def loop_settings(self, samples: int) -> Settings:
-        """Return the settings of the training loop, for `samples` training samples.
-
-        Raises:
-            UserError: as `lengths`, or a setting is invalid.
-        """
-        return self.part("trainer.loop")(**self.lengths(samples)._asdict())
+        lengths = in_steps(samples, **self.arguments(in_steps, names))._asdict()
+        others = {name: f"trainer.{name}" for name in inspect.signature(Settings).parameters if name not in lengths}
+        return Settings(**lengths, **self.arguments(Settings, others))
 
 
 def _expected_files(layout: Mapping[str, Any] | None) -> str:

@@ -104,11 +104,11 @@ class ModelBuilder:
         """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
         return OmegaConf.select(self._cfg, key, default=default, throw_on_missing=True)
 
-    def arguments(self, target: Callable[..., Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    def arguments(self, target: Callable[..., Any] | str, keys: Mapping[str, str]) -> dict[str, Any]:
         """Return config values as keyword arguments of a class or function, validated against its signature.
 
         Args:
-            target: what takes them.
+            target: what takes them, or its dotted path.
             keys: from parameter names to full keys; keys that the config lacks are left out.
 
         Raises:
@@ -121,7 +121,8 @@ class ModelBuilder:
             for name, value in values.items()
             if value is not absent
         }
-        check_arguments(f"{target.__module__}.{target.__qualname__}", given, keys)
+        path = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+        check_arguments(path, given, keys)
         return given
 
     def part(self, key: str) -> Any:
@@ -211,7 +212,7 @@ class ModelBuilder:
                 them.
         """
         if not untrained:
-            self._check_head_file()
+            self.check_head_file()
         with nullcontext() if initialised else NoInit():
             return self._segmenter(self._adapted_backbone(untrained=untrained), untrained=untrained)
 
@@ -311,7 +312,7 @@ class ModelBuilder:
                 f"backbone, {patch_size} pixels. Give a larger crop."
             )
 
-    def _check_head_file(self) -> None:
+    def check_head_file(self) -> None:
         """Refuse an unset or missing file of head weights, before the backbone's weights are downloaded."""
         weights = to_container(self._cfg.head).get("weights")
         if weights == "???":

@@ -1,7 +1,7 @@
-"""Training method for images and their masks."""
+"""Training on images and their masks."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
@@ -16,42 +16,40 @@ from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.methods.method import TrainingMethod
+from dinoseg.methods.training import Training
 from dinoseg.metrics.confusion import commonest_class
 from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
-from dinoseg.training.image_data_module import OBJECT_SCORE, SCORE_NAMES, ImageDataModule
+from dinoseg.training.image_data_module import ImageDataModule, list_score_names
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
 # from parameters of the feed to the keys that set them
 SAMPLING = {"batch_size": "data.batch_size", "views": "data.views"}
 
 
-class ImageTraining(TrainingMethod):
-    """Training method for images in which every pixel has a class.
+class ImageTraining(Training):
+    """Training on images in which every pixel has a class.
 
     Args:
-        builder: builds the parts of the experiment.
-        val_images: number of images of each validation and of the final scores, evenly spaced; None: all.
+        builder: see `Training`.
     """
 
     what = "images"
     data_module: ImageDataModule
 
-    def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
+    def __init__(self, builder: Builder) -> None:
         super().__init__(builder)
-        self._val_images = val_images
-        self._loss = builder.loss_outline
+        self._val_count = builder.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
         self._check_masks()  # before masks of another form are listed
-        self._metrics = builder.metrics
-        check_score_names(self._metrics)
-        objects = () if builder.background is None else (OBJECT_SCORE,)
-        self.score_names = (*SCORE_NAMES, *objects, *(name for metric in self._metrics for name in metric.scores))
 
-    def open(self, engine: Engine, *, pictures: int = 0) -> None:
+    def find_score_names(self) -> Sequence[str]:
+        """Return the scores of every validation, and those of the configured metrics."""
+        check_score_names(self.builder.metrics)
+        return list_score_names(self.builder.metrics, has_background=self.builder.background is not None)
+
+    def open_data(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
         builder = self.builder
         options = builder.arguments(ImageDataModule, SAMPLING)
@@ -60,7 +58,7 @@ class ImageTraining(TrainingMethod):
         self.split = {"train": list(train.names), "val": list(val.names)}
         self.data_module = ImageDataModule(
             train=train,
-            val=evenly_spaced_subset(val, self._val_images),
+            val=evenly_spaced_subset(val, **self._val_count),
             augment=builder.part("data.augment"),
             background=builder.background,
             strategy=builder.strategy(builder.class_names),
@@ -69,7 +67,7 @@ class ImageTraining(TrainingMethod):
             rank=engine.rank,
             world_size=engine.world_size,
             pictures=pictures,
-            metrics=self._metrics,
+            metrics=builder.metrics,
             task=builder.task,
             **options,
         )
@@ -77,19 +75,19 @@ class ImageTraining(TrainingMethod):
         for split, data in (("train", train), ("val", val)):
             names = f"loss={builder.options['loss']}", f"data={builder.options['data']} ({split})"
             if isinstance(builder.task, ObjectTask):
-                builder.task.check_data(names[1], get_map_kinds(data), data.classes, self._loss)
-            check_needed_maps(self._loss.needs_maps, get_map_kinds(data), *names)
+                builder.task.check_data(names[1], get_map_kinds(data), data.classes, builder.loss_outline)
+            check_needed_maps(builder.loss_outline.needs_maps, get_map_kinds(data), *names)
 
     def _check_masks(self) -> None:
         """Refuse a loss or an option of the data that needs another form of masks than the task has."""
         builder, task = self.builder, self.builder.task
-        needs_layers = self._loss.needs_layers
+        needs_layers = builder.loss_outline.needs_layers
         if needs_layers != task.has_layers:
             raise UserError(
                 f"loss={builder.options['loss']} does not fit task={builder.options['task']}. Choose {task.advice}; or "
                 f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
             )
-        if isinstance(task, ObjectTask) and not self._loss.needs_masks:
+        if isinstance(task, ObjectTask) and not builder.loss_outline.needs_masks:
             raise UserError(
                 f"loss={builder.options['loss']} does not fit task={builder.options['task']}, whose objects are masks. "
                 f"Choose {task.advice}; or task=semantic for this loss."
@@ -123,7 +121,7 @@ class ImageTraining(TrainingMethod):
                 f"data.batch_size={builder.value('data.batch_size')}: head={options['head']} is trained on "
                 f"{head.min_batch_size} images or more per device. Set data.batch_size={least} or choose another head."
             )
-        if self._loss.needs_masks and not head.mixture:
+        if builder.loss_outline.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=eomt, head=pmt, head=mask2former or "
                 "head=mask2former_meta. For other heads choose a loss on pixels, such as loss=cross_entropy or "
@@ -135,15 +133,13 @@ class ImageTraining(TrainingMethod):
         self.builder.part("data.reader")
         self.builder.part("data.augment")
 
-    def cache_features(
-        self, model: SegmentationModel, engine: Engine, epochs: float, *, previous_choices: Mapping[str, str | None]
-    ) -> dict[str, str]:
-        """Let the feed cache the features of a model's frozen part, if there is one and `engine.cache` allows it."""
+    def cache_features(self) -> dict[str, str]:
+        """Let the data module cache the features of the frozen part, if there is one and `engine.cache` allows it."""
         if self.builder.value("features") is None:
-            return super().cache_features(model, engine, epochs, previous_choices=previous_choices)
-        cache_features = self.builder.part("features")
-        chosen: dict[str, str] = cache_features(self.builder, self.data_module, model, engine, epochs, previous_choices)
-        return chosen
+            return super().cache_features()
+        cache_features: Callable[..., dict[str, str]] = self.builder.part("features")
+        epochs = self.settings.steps * self.settings.accumulate / self.data_module.epoch
+        return cache_features(self.builder, self.data_module, self.model, self.engine, epochs, self.previous_choices)
 
     def check_data(self) -> TrainedSizes | None:
         """Refuse data with errors; return the sizes of the training images, if they are files."""
@@ -170,28 +166,26 @@ class ImageTraining(TrainingMethod):
             sizes[0] = [(round(height), round(width)) for height, width in scaled]
         return TrainedSizes.of(*sizes, longest=longest, enlarged=builder.value("data.augment.scale")[1])
 
-    def evaluate(
-        self, model: SegmentationModel, engine: Engine, provenance: Provenance, *, metrics_only: bool, report: bool
-    ) -> dict[str, Any]:
+    def evaluate(self, provenance: Provenance, *, metrics_only: bool, report: bool) -> dict[str, Any]:
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
-        data, out_dir = self.data_module.val, provenance.folder / EVALUATION
+        module, engine = self.data_module, self.engine
+        data, out_dir = module.val, provenance.folder / EVALUATION
         place = (data, engine.rank, engine.world_size)
         collector = Collector(*place) if report else None
-        rows = MetricRows(self._metrics, *place, None if collector is None else collector.add_errors)
+        rows = MetricRows(module.metrics, *place, None if collector is None else collector.add_errors)
         scores = evaluate_images(
-            model,
+            self.model,
             data,
             engine,
             out_dir,
             metrics_only=metrics_only,
-            strategy=self.data_module.strategy,
-            background=self.data_module.background,
+            strategy=module.strategy,
+            background=module.background,
             collector=collector,
-            rows=rows if self._metrics else None,
+            rows=rows if module.metrics else None,
             split="val",
         )
         if collector is not None:
-            strategy = self.data_module.strategy
             report_images(
                 provenance,
                 collector,
@@ -201,14 +195,14 @@ class ImageTraining(TrainingMethod):
                 engine,
                 out_dir,
                 split="val",
-                background=self.data_module.background,
-                calibrates=strategy is None or strategy.base is strategy,
+                background=module.background,
+                calibrates=module.strategy is None or module.strategy.base is module.strategy,
             )
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total
             print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")
         # layers have no matrix, and no class that could be predicted everywhere; objects may be found at a low mIoU
-        is_semantic = scores["matrix"] is not None and not isinstance(self.data_module.task, ObjectTask)
+        is_semantic = scores["matrix"] is not None and not isinstance(module.task, ObjectTask)
         commonest, constant = commonest_class(scores["matrix"]) if is_semantic else (0, 0.0)
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(

@@ -34,6 +34,12 @@ SCORE_NAMES = tuple(sorted(["loss", *SCORES]))
 OBJECT_SCORE = "miou_no_background"  # of data with a background
 
 
+def list_score_names(metrics: Sequence[RowMetric], *, has_background: bool) -> tuple[str, ...]:
+    """Return the names of the scores of a validation with further metrics."""
+    objects = (OBJECT_SCORE,) if has_background else ()
+    return (*SCORE_NAMES, *objects, *(name for metric in metrics for name in metric.scores))
+
+
 @dataclass
 class ImageDataModule:
     """Batches of images and masks for one rank.
@@ -78,9 +84,8 @@ class ImageDataModule:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
         self._check_maps()
-        objects = () if self.background is None else (OBJECT_SCORE,)
+        self.score_names = list_score_names(self.metrics, has_background=self.background is not None)
         better = {name: which for metric in self.metrics for name, which in metric.scores.items()}
-        self.score_names = (*SCORE_NAMES, *objects, *better)
         self.lowest = ("loss", *(name for name, which in better.items() if which == "min"))
 
     def _check_maps(self) -> None:

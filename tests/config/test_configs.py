@@ -54,8 +54,6 @@ AT_RUN_TIME = {
     "chooser": {"cfg", "words"},
     "data.clips": {"split"},
     "data.objects": {"dataset", "background"},
-    "data.opened": {"dataset", "split", "reduced"},
-    "data.opened.pack": {"dataset", "cache_dir"},
     "data.reader": {"split"},
     "data.scoring": SCORING,
     "export": {"source", "out_dir"},
@@ -80,7 +78,6 @@ AT_RUN_TIME = {
     "slots": TRACKING,
     "tracker": TRACKING,
     "trainer.method": {"builder"},
-    "trainer.loop": {"steps", "val_every"},
 }
 OF_MAIN = 1  # `_target_` of options that main.yaml chooses
 # What stands beside the keys of a target for somebody else
@@ -422,4 +419,4 @@ def test_folds_evaluate_last_weights_unless_others_are_typed(compose):
     assert (
         compose(*words).trainer.evaluate == compose(*words, *fold, "trainer.evaluate=best").trainer.evaluate == "best"
     )
-    assert compose(*words, *fold).trainer.loop.evaluate == "last"
+    assert compose(*words, *fold).trainer.evaluate == "last"

@@ -73,7 +73,6 @@ def test_interpolated_arguments_name_the_key_that_is_set(compose):
     [
         ("data.reader", ["data.reader.masks.format=rgb"], "ids, palette, binary"),
         ("data.augment", ["data.augment.resample=cubic"], "area, antialias, bilinear"),
-        ("data.opened", ["data.on_error=ignore"], "stop, skip"),
         ("data.reader", ["data.reader.masks.on_size_mismatch=crop"], "error, resize_mask"),
         ("data.reader", ["data.reader.partition.by=chance"], "folder, lists, fraction"),
         ("data.reader", ["data=coco", "data.reader.shapes.crowds=x"], "class, ignore, object"),

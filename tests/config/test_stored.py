@@ -277,9 +277,8 @@ ODD = {  # place, value, what the refusal says
         "$${data.on_error}",
         "is refused: saved configs set no key that builds something",
     ),
-    "places for files": ("data/opened/cache_dir", "elsewhere", "the options on this machine have another form"),
     "places for counts": ("loss/counts/cache_dir", "/elsewhere", "the options on this machine have another form"),
-    "no place": ("data/opened/cache_dir", None, "the options on this machine have another form"),
+    "no place": ("loss/counts/cache_dir", None, "the options on this machine have another form"),
     "a place in a class that has none": (
         "head/cache_dir",
         "/elsewhere",

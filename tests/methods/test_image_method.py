@@ -25,9 +25,12 @@ def plan(compose, monkeypatch):
 
     def plan_cache(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
-        task = SimpleNamespace(builder=Builder(cfg), data_module=SimpleNamespace())
-        ImageTraining.cache_features(task, None, None, 3.0, previous_choices=before or {})
-        return task.data_module.cache.plan
+        training = ImageTraining(Builder(cfg))
+        training.data_module, training.settings = SimpleNamespace(epoch=2.0), SimpleNamespace(steps=3, accumulate=2)
+        training.model = training.engine = None
+        training.start = before and SimpleNamespace(info={"engine": before})
+        training.cache_features()
+        return training.data_module.cache.plan
 
     return plan_cache
 
@@ -96,8 +99,8 @@ def test_frames_without_valid_times_are_evenly_spaced(fps, step):
 
 def test_installation_without_a_feature_cache_trains_on_images(compose):
     words = ("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", "features=null")
-    method = ImageTraining(Builder(compose(*words)))
-    engine = SimpleNamespace(cache="auto")
-    assert method.cache_features(None, engine, 3.0, previous_choices={}) == {}
-    engine.cache = "disk"
-    assert_refused(lambda: method.cache_features(None, engine, 3.0, previous_choices={}), "engine.cache=disk")
+    training = ImageTraining(Builder(compose(*words)))
+    training.engine = SimpleNamespace(cache="auto")
+    assert training.cache_features() == {}
+    training.engine.cache = "disk"
+    assert_refused(training.cache_features, "engine.cache=disk")

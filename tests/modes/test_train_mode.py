@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import SMALL, call, succeed, write_data
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.experiment.builder import Builder
 from dinoseg.methods import images
-from dinoseg.modes.training_run import TrainingRun, next_commands
+from dinoseg.methods.images import ImageTraining
+from dinoseg.methods.training import Training, next_commands
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
@@ -198,13 +198,13 @@ def note_settings(caplog):
     """Return a function that records the choices of a resumed run, and returns them and the warnings."""
 
     def note(before, precision="fp32", kept=KEPT):
-        build = Builder(OmegaConf.create({"resume": "run"}))
-        start = before and SimpleNamespace(info=before)
-        run = TrainingRun(build, Path("run"), None, SimpleNamespace(precision=precision), start)
-        checkpoints = SimpleNamespace(info={})
+        checkpoints, engine = SimpleNamespace(info={}), SimpleNamespace(precision=precision)
+        training = SimpleNamespace(
+            previous_choices=(before or {}).get("engine", {}), engine=engine, checkpoints=checkpoints
+        )
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            run.record_choices(checkpoints, kept)
+            Training.record_choices(training, kept)
         return checkpoints.info, caplog.messages
 
     return note
@@ -231,9 +231,10 @@ def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):
         for step in (2, 4):
             log.scalars(step, {"train/loss": 1.0})
             log.scalars(step, {"val/miou": 0.5})
-    build = Builder(compose("mode=train", "logger=[]", "data.root=none", "data.classes=[a,b]"))
-    start = SimpleNamespace(info={"progress": {"step": 2, "validation_pending": True}})
-    TrainingRun(build, tmp_path, None, SimpleNamespace(is_main=True), start).open_log().close()
+    training = ImageTraining(Builder(compose("mode=train", "logger=[]", "data.root=none", "data.classes=[a,b]")))
+    training.start = SimpleNamespace(info={"progress": {"step": 2, "validation_pending": True}})
+    training.out_dir, training.engine = tmp_path, SimpleNamespace(is_main=True)
+    training.open_log().close()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 2, "train/loss": 1.0}]
 
 
@@ -241,6 +242,6 @@ def test_end_of_a_run_is_logged_before_the_log_closes(tmp_path):
     calls = []
     log = SimpleNamespace(scores=calls.append, checkpoint=calls.append, close=lambda: calls.append("close"), views=[])
     checkpoints = SimpleNamespace(best=tmp_path / "best.safetensors")
-    task = SimpleNamespace(skipped={})
-    TrainingRun(None, tmp_path, task, None).finish_log(log, {"miou": 0.5}, checkpoints)
+    training = SimpleNamespace(checkpoints=checkpoints, skipped={}, out_dir=tmp_path)
+    Training.finish_log(training, log, {"miou": 0.5})
     assert calls == [{"miou": 0.5}, checkpoints.best, "close"]

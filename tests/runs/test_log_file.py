@@ -15,10 +15,10 @@ from command_line import call, write_data
 from hydra.types import RunMode
 
 from dinoseg.extensions.sweeps.table import SweepTable
-from dinoseg.modes.training_run import write_split
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.runs.log_file import LABEL, LabelledStream, LogFile, announce, configure_log
+from dinoseg.runs.split_file import write_split
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
 

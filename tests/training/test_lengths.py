@@ -29,7 +29,7 @@ def test_lengths_in_steps(given, steps, val_every):
 def lengths(**given):
     trainer = GIVEN | given
     cfg = OmegaConf.create({"data": {"batch_size": trainer.pop("batch_size")}, "trainer": trainer})
-    return Builder(cfg).lengths(100)
+    return Builder(cfg).loop_settings(100)
 
 
 WHOLE = "is out of range. Give a whole number of at least 1"

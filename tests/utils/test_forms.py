@@ -23,7 +23,7 @@ from dinoseg.extensions.tracking.state_form import TensorForm, check_state
 from dinoseg.extensions.tracking.video.state import STATE, read_track_state
 from dinoseg.extensions.video import index as video_index
 from dinoseg.extensions.video_scores.restart import earlier_run
-from dinoseg.modes.training_run import _read_split
+from dinoseg.runs.split_file import _read_split
 from dinoseg.utils import forms
 from dinoseg.utils.files import is_name
 from dinoseg.utils.forms import ArrayForm, SchemaError, parse_json, read_arrays

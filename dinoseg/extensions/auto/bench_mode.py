@@ -106,7 +106,7 @@ def bench(
     builder = Builder(cfg)
     check_trainer(builder)
     builder.engine()  # refuses a missing device before anything is built
-    builder.training_method.check_parts(builder.outline(), 1)
+    builder.training.check_parts(builder.outline(), 1)
     values = builder.config
     training = _run_in_process(partial(time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
     prediction = _run_in_process(partial(time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
@@ -134,9 +134,9 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthet
     if synthetic:
         batches = repeat(random_batch(parts, parts.batch_size))
     else:
-        method = builder.training_method
-        method.open(engine)
-        batches = method.data_module.train_batches(start=0)
+        training = builder.training
+        training.open_data(engine)
+        batches = training.data_module.train_batches(start=0)
     trial = try_steps(parts, engine, batches, steps=steps, warmup=warmup)
     waited = None if synthetic else sum(trial.waited) / sum(trial.seconds)
     # operations that checkpointing repeats do not count; counted last, since the process keeps the memory that this

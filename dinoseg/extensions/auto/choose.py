@@ -204,12 +204,12 @@ def time_config(
     builder = Builder.of(values)
     engine = builder.engine(devices=1)
     builder = builder.with_changes({"data": {"batch_size": max(1, builder.value("data.batch_size") // ranks)}})
-    method = builder.training_method
-    method.open(engine)
+    training = builder.training
+    training.open_data(engine)
     return time_recipe(
         training_parts(builder) if trains else None,
         training_parts(builder, _FROZEN if trains else None) if freezes else None,
-        method.data_module,
+        training.data_module,
         engine,
         began=began,
         minutes=minutes,

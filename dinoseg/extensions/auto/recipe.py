@@ -172,7 +172,7 @@ def _check(builder: Builder) -> None:
             f"hparam=auto chooses for classes of pixels, not for task={builder.options['task']}. Choose a recipe of "
             "objects: hparam=instance or hparam=panoptic."
         )
-    if builder.training_method.on_clips or "unlabelled" in builder.value("trainer"):
+    if builder.training.on_clips or "unlabelled" in builder.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={builder.options['trainer']}. Choose a "
             "recipe: mode=help lists them."
@@ -183,7 +183,7 @@ def _check(builder: Builder) -> None:
             "one process and train with the command that it prints, or let engine.devices=N start the ranks."
         )
     check_trainer(builder)
-    builder.lengths(samples=1)
+    builder.loop_settings(samples=1)
     builder.arguments(ImageDataModule, SAMPLING)
     builder.part("data.augment")  # refuses an invalid crop
     builder.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})

@@ -1,6 +1,7 @@
 """Builder of the parts of a training for estimates and trials, from a config and overrides."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,8 @@ def training_parts(builder: Builder, overrides: Mapping[str, Any] | None = None)
         return model
 
     def settings(steps: int) -> Settings:
-        return builder.part("trainer.loop")(steps=steps, val_every=_NEVER, save_every=None, max_minutes=None)
+        own = builder.loop_settings(samples=1)
+        return replace(own, steps=steps, val_every=_NEVER, save_every=None, max_minutes=None)
 
     shape = _sample_shape(builder)
     checkpointing = {name: builder.value(f"{name}.checkpointing") for name in ("backbone", "head")}

@@ -27,11 +27,11 @@ from dinoseg.extensions.feature_cache.key import image_hash, origin
 from dinoseg.extensions.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.extensions.feature_cache.unlabelled import Unmasked
 from dinoseg.methods.images import ImageTraining
-from dinoseg.models.model import SegmentationModel
+from dinoseg.training.description import TEACHER
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, NotNegative, Positive, Temperature
+from dinoseg.utils.ranges import Count, NotNegative, Temperature, check_value
 from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import count_of
 
@@ -257,49 +257,38 @@ def _mask(data: SegmentationData, index: int) -> np.ndarray:
 
 
 class Distillation(ImageTraining):
-    """Training method for images with masks and without, with a teacher's scores for both (arXiv 1503.02531).
+    """Training on images with masks and without, with a teacher's scores for both (arXiv 1503.02531).
+
+    The teacher's scores count with `trainer.teacher_weight`, and the loss on masks with 1. `trainer.unlabelled` is used
+    in addition to training images whose masks are not used.
 
     Args:
-        builder: builds the parts of the experiment.
-        teacher: run folder or checkpoint of the teacher.
-        weight: weight of the divergence from the teacher; the loss on masks has weight 1.
-        temperature: divisor of both models' scores.
-        unlabelled: images without masks: folder, pattern or video, used in addition to training images whose masks are
-            not used.
-        unlabelled_every: seconds between two frames of a video.
-        unlabelled_batch_size: images without masks in a batch, over all ranks; None: the number of images with masks.
-        val_images: see `ImageTraining`.
+        builder: see `Training`.
     """
 
     data_module: DistillationDataModule
 
-    def __init__(
-        self,
-        builder: Builder,
-        *,
-        teacher: str | None,
-        weight: NotNegative,
-        temperature: Temperature,
-        unlabelled: str | None = None,
-        unlabelled_every: Positive = 1.0,
-        unlabelled_batch_size: Count | None = None,
-        val_images: Count | None = None,
-    ) -> None:
-        super().__init__(builder, val_images=val_images)
+    def __init__(self, builder: Builder) -> None:
+        super().__init__(builder)
         refuse_layers(builder.task, "trainer=distil", "Choose trainer=supervised.")
         if isinstance(builder.task, ObjectTask):
             raise UserError(
                 "trainer=distil learns the class scores of a teacher, which do not separate objects. Choose "
                 "trainer=supervised, or task=semantic."
             )
-        check_named(teacher)
-        self._given, self._unlabelled = teacher, unlabelled
-        self._unlabelled_every, self._unlabelled_batch_size = unlabelled_every, unlabelled_batch_size
-        self._loss_options = {"weight": weight, "temperature": temperature}
+        check_named(builder.value(TEACHER))
+        self._loss_options = builder.arguments(
+            DistilledLoss, {"weight": "trainer.teacher_weight", "temperature": "trainer.temperature"}
+        )
+        self._source = builder.arguments(
+            find_unmasked_images, {"source": "trainer.unlabelled", "every": "trainer.unlabelled_every"}
+        )
+        self._unlabelled_batch_size = builder.value("trainer.unlabelled_batch_size")
+        check_value("trainer.unlabelled_batch_size", self._unlabelled_batch_size, Count | None)
 
-    def open(self, engine: Engine, *, pictures: int = 0) -> None:
+    def open_data(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without, and check the teacher."""
-        super().open(engine, pictures=pictures)
+        super().open_data(engine, pictures=pictures)
         builder = self.builder
         train = self.data_module.train
         self._teacher = teacher = Teacher(builder, engine, train)
@@ -311,12 +300,12 @@ class Distillation(ImageTraining):
         given = {part.name: getattr(self.data_module, part.name) for part in fields(ImageDataModule) if part.init}
         self.data_module = DistillationDataModule(**given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
-        values = count_of(len(train), "training image"), without, self._given, root
+        values = count_of(len(train), "training image"), without, builder.value(TEACHER), root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
-    def cache_features(self, model: SegmentationModel, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
+    def cache_features(self) -> dict[str, str]:
         """Cache features as `ImageTraining` does; add the teacher's hash, so that resuming detects another one."""
-        return {**super().cache_features(model, engine, *given, **more), "teacher": self._teacher.name}
+        return {**super().cache_features(), "teacher": self._teacher.name}
 
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on the teacher's scores."""
@@ -325,9 +314,7 @@ class Distillation(ImageTraining):
     def _others(self) -> ImageDataModule | None:
         """Return the feed of images without masks; None if there are none."""
         data_module = self.data_module
-        found = find_unmasked_images(
-            self.builder, data_module.train, data_module.val, source=self._unlabelled, every=self._unlabelled_every
-        )
+        found = find_unmasked_images(self.builder, data_module.train, data_module.val, **self._source)
         if not found:
             if self._unlabelled_batch_size is not None:
                 raise UserError(

@@ -47,7 +47,7 @@ class Teacher:
     """
 
     def __init__(self, builder: ModelBuilder, engine: Engine, labels: SegmentationData) -> None:
-        self._given = builder.value("trainer.teacher")
+        self._given = builder.value(_KEY)
         self._engine = engine
         check_named(self._given)
         self._path = checkpoint.find(self._given, "best", key=_KEY)

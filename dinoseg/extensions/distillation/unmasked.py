@@ -19,6 +19,7 @@ from dinoseg.extensions.video.index import VideoIndex, find_index
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.results import mask_names
+from dinoseg.utils.ranges import Positive
 from dinoseg.utils.wording import join_names
 from dinoseg.utils.workers import in_processes
 
@@ -42,7 +43,7 @@ class UnmaskedImage:
 
 
 def find_unmasked_images(
-    builder: Builder, train: SegmentationData, val: SegmentationData, *, source: str | None, every: float
+    builder: Builder, train: SegmentationData, val: SegmentationData, *, source: str | None, every: Positive
 ) -> list[UnmaskedImage]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 

@@ -27,7 +27,7 @@ def cache_features(
     Args:
         builder: builds the parts of the experiment.
         data_module: its `cache` is set.
-        model: see `TrainingMethod.cache_features`, as for all arguments up to `previous_choices` and the result.
+        model: that is trained, on the device.
         engine: device and ranks.
         epochs: of the whole training.
         previous_choices: choices of a resumed run.

@@ -1,4 +1,4 @@
-"""Training method for clips without labels."""
+"""Training on clips without labels."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.core.sizes import evenly_spaced
@@ -28,7 +29,7 @@ from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.extensions.tracking.trackers import tracker_factory, tracker_maker
 from dinoseg.extensions.video_scores.benchmark_videos import benchmark_videos, chosen_supervision
 from dinoseg.extensions.video_scores.videos import TrackingOptions, check_slots, evaluate_videos
-from dinoseg.methods.method import TrainingMethod
+from dinoseg.methods.training import Training
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import blend, downscale, side_by_side, stack_vertically
 from dinoseg.report.palette import default_palette
@@ -223,29 +224,19 @@ def clip_strip(
     return stack_vertically([side_by_side(row) for row in rows])
 
 
-class ClipTraining(TrainingMethod):
-    """Training method for slots on clips; masks, if there are any, are only used to score.
-
-    Args:
-        builder: builds the parts of the experiment.
-        val_images: None; clips are all validated.
-    """
+class ClipTraining(Training):
+    """Training of slots on clips; masks, if there are any, are only used to score."""
 
     what = "clips"
     on_clips = True
-    score_names = ("loss", *SCORES)
-    unread = ("data.augment",)
-    unread_because = "Clips are cropped and flipped by data.view."
     data_module: ClipDataModule
     labels: Labels
 
-    def __init__(self, builder: Builder, *, val_images: Count | None = None) -> None:
-        super().__init__(builder)
-        self._val_images = val_images
-        if metrics := builder.value("metric"):
-            raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
+    def find_score_names(self) -> Sequence[str]:
+        """Return the scores of clips with masks; of others there is only the loss."""
+        return ("loss", *SCORES)
 
-    def open(self, engine: Engine, *, pictures: int = 0) -> None:
+    def open_data(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the clips of train and val."""
         builder = self.builder
         self.data_module = ClipDataModule(
@@ -286,10 +277,10 @@ class ClipTraining(TrainingMethod):
                 f"loss={options['loss']} compares slots across frames, but head.predictor=none samples new ones in "
                 "each frame. Set head.predictor=savi, transformer or carry, or choose loss=feature_reconstruction."
             )
-        if self._val_images is not None:
-            raise UserError(
-                f"trainer.val_images={self._val_images} is for images with masks, not for clips. Set it to null."
-            )
+        if (val_images := builder.value("trainer.val_images")) is not None:
+            raise UserError(f"trainer.val_images={val_images} is for images with masks, not for clips. Set it to null.")
+        if metrics := builder.value("metric"):
+            raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
         if (cache := builder.value("data.cache")) is not None:
             raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
         self._check_tracking()
@@ -331,7 +322,8 @@ class ClipTraining(TrainingMethod):
         self.builder.part("data.view")
 
     def check_data(self) -> None:
-        """Warn of videos on both sides of the split, and of videos too short for a clip."""
+        """Warn of keys without effect, of videos on both sides of the split, and of those too short for a clip."""
+        warn_unread(self.out_dir, ("data.augment",), "Clips are cropped and flipped by data.view.")
         both = sorted(set(self.split["train"]) & set(self.split["val"]))
         if both:
             logger.warning(
@@ -343,10 +335,9 @@ class ClipTraining(TrainingMethod):
             if clips.skipped:
                 logger.warning("%s: left out, too short for a clip: %s", side, join_names(clips.skipped))
 
-    def evaluate(
-        self, model: SegmentationModel, engine: Engine, provenance: Provenance, *, metrics_only: bool, report: bool
-    ) -> dict[str, Any]:
+    def evaluate(self, provenance: Provenance, *, metrics_only: bool, report: bool) -> dict[str, Any]:
         """Score as mode=eval does; without masks, only report the loss and write no report."""
+        model, engine = self.model, self.engine
         out_dir = provenance.folder / EVALUATION
         if self.builder.value("data.tracking") is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
@@ -358,7 +349,7 @@ class ClipTraining(TrainingMethod):
             make_tracker = tracker_maker(self.builder, engine, trained, batch_size=engine.images_at_once())
             options = TrackingOptions(metrics_only=metrics_only, report=report)
             return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance)
-        scores, pictures = self.data_module.validate(model, self.builder.loss(None).to(engine.device), engine)
+        scores, pictures = self.data_module.validate(model, self.loss, engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
             name = self.builder.options["data"]

@@ -185,8 +185,8 @@ test_message_names_value_and_remedy = refusals(
             "needs a trained model, but teacher=null. Set teacher=RUN",
         ),
         "not a key of it": (
-            command(*WORDS, "~trainer.teacher", "data.root=."),
-            "~trainer.teacher removes a key that is read",
+            command(*WORDS, "~trainer.temperature", "data.root=."),
+            "~trainer.temperature removes a key that is read",
         ),
         "plan": (
             command("mode=plan", *(word for word in WORDS if not word.startswith(("mode.", "mode=train")))),

@@ -260,9 +260,9 @@ def parts(movi, compose):
     def build(*more, root=movi / "movi"):
         builder = Builder(compose(*SLOTS, f"data.root={root}", *more))
         engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-        task = builder.training_method
-        task.open(engine)
-        return builder.model().eval(), engine, task.data_module, builder.loss(None)
+        training = builder.training
+        training.open_data(engine)
+        return builder.model().eval(), engine, training.data_module, builder.loss(None)
 
     return build
 
