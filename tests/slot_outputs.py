@@ -6,7 +6,8 @@ from functools import partial
 import torch
 
 from dinoseg.core.geometry import upsample
-from dinoseg.core.shapes import Batch, Prediction, SlotOutputs
+from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.extensions.slots.contract import SlotOutputs
 from dinoseg.extensions.slots.losses.feature_reconstruction import FeatureReconstruction
 from dinoseg.extensions.slots.losses.temporal_similarity import TemporalSimilarity
 

@@ -40,7 +40,7 @@ LEAVES = (  # none imports another
 SHARED = (  # what leaves may import
     *("extensions/annotations", "data/label_tables", "models/heads/semantic"),
     *("extensions/rendering/canvas", "extensions/rendering/noise", "extensions/rendering/relief"),
-    "extensions/rendering/rendering",
+    *("extensions/rendering/rendering", "extensions/slots/contract"),
 )
 BUILDERS = ("experiment/builder.py", "experiment/models.py")  # they reach leaves through _target_ only
 WITH_CONFIG = (  # the config ends at their edge

@@ -12,6 +12,7 @@ from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import upsample
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.video_scores.benchmark_videos import benchmark_videos
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.model import SegmentationModel, trained_names
 
@@ -45,7 +46,7 @@ def test_parts_that_say_the_least_work():
     model = SegmentationModel(LastBlocks(1)(Least()), Scores())
     model.set_progress(1, 2)
     assert model(torch.rand(2, 3, 6, 9)).scores().shape == (2, 3, 6, 9)
-    assert model.head.slots is None and not model.head.mixture and model.head.min_batch_size == 1
+    assert model.head.no_classes is None and not model.head.mixture and model.head.min_batch_size == 1
     assert all(parameter.requires_grad for parameter in model.parameters())  # the norm's too, which the contract finds
     assert trained_names(model) == set(model.state_dict())
     assert_refused(model.backbone.export_state, "Least has no weights to export")
@@ -126,6 +127,20 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
     assert_refused(lambda: benchmark_videos(build, "val", None), words)
 
 
+class Misspelt(CrossEntropy):
+    needs = frozenset({"mask"})
+
+
+def test_a_loss_that_needs_what_no_head_provides_is_refused(compose):
+    cfg = compose("data=camvid", "data.root=x", "head=linear")
+    builder = Builder(OmegaConf.merge(cfg, {"loss": {"criterion": {"_target_": f"{__name__}.Misspelt"}}}))
+    method, outline = builder.training_method, SimpleNamespace(head=Scores(), task=builder.task)
+    names = "loss=cross_entropy needs mask, and head=linear with task=semantic provides class scores alone."
+    assert_refused(lambda: method.check_parts(outline, 1), names, "Choose a head that provides this, or another loss.")
+    outline.head.provides = frozenset({"masks"})
+    assert_refused(lambda: method.check_parts(outline, 1), "needs mask, and ", "provides masks.")
+
+
 CAMVID = ("data=camvid", "data.root=x", "loss=cross_entropy")
 SLOTS = ("trainer=slots", "head=slots", "loss=feature_reconstruction", "data=movi", "data.root=x")
 
@@ -142,4 +157,4 @@ def test_each_class_weighs_the_same_where_no_labels_are_counted(compose):
 
 def test_a_loss_that_knows_no_classes_gets_no_weights(compose):
     cfg = compose(*SLOTS)
-    assert Builder(cfg).unweighted_loss().needs_slots and Builder(cfg).loss(None).needs_slots
+    assert "slots" in Builder(cfg).unweighted_loss().needs & Builder(cfg).loss(None).needs

@@ -11,8 +11,8 @@ from test_cuda_paths import LOGGED, MATCHING, VALIDATION, tiny, train
 from test_matrix import FILES, HEADS, SMALL_ADAPTERS, SMALL_HEADS, make_batch
 from tiny_parts import load, tiny_node
 
-from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment.builder import Builder
+from dinoseg.extensions.clips.view import ClipBatch
 from dinoseg.training.checkpoint import read
 
 pytestmark = pytest.mark.heavy

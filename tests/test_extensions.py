@@ -1,6 +1,7 @@
 """The core imports no extension, and each extension can be deleted."""
 
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -42,6 +43,14 @@ def test_the_table_names_the_extensions_and_has_no_circles():
 def test_the_core_imports_no_extension():
     found = edges_into_extensions()
     assert not found, "\n".join(f"{name} imports {other} ({extension_of(other)})" for name, other in sorted(found))
+
+
+def test_the_core_knows_no_slots():
+    core = [(name, path.read_text("utf-8")) for name, path in modules().items() if extension_of(name) is None]
+    lines = [(name, line) for name, text in core for line in text.splitlines() if re.search("(?i)slot", line)]
+    known = [(name, line.partition("  #")[0]) for name, line in lines]
+    # a file could choose any group if it named those that its checkpoint stores
+    assert known == [("training.description", 'FOLLOWING = "slots"')]
 
 
 def test_extensions_import_only_those_that_they_list():

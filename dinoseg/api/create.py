@@ -9,7 +9,7 @@ from dinoseg.api.compose import compose_call
 from dinoseg.api.dataset import TRAINING_KEYS
 from dinoseg.api.objects import check_fit, split_modules
 from dinoseg.config.plain import keys_of
-from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.contracts import Backbone, Head, require_classes
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
@@ -107,10 +107,9 @@ def create_model(
             if init is not None:
                 check_initial(builder, model)
                 load_initial_weights(builder, model, list(labels.classes))
-            if objects and model.head.slots is None:
+            require_classes(model.head, f"head={head}")
+            if objects:
                 check_fit(model, len(labels.classes))
-        if model.head.slots is not None:
-            raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=builder.pixels.as_dict())
         return Segmenter(model, facts, builder.config, info={}, strategy=strategy).train()
 

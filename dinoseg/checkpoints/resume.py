@@ -199,7 +199,7 @@ def _stored_groups(info: Mapping[str, Any], typed: Mapping[str, Any], path: Path
 
 def _unused_groups(info: Mapping[str, Any], stored: Mapping[str, Any], read: Collection[str]) -> list[str]:
     """Return the stored groups that a mode does not build: those not in `read`, the groups of its defaults lists."""
-    if "trainer" in read:  # a training reads all groups of its recipe; `slots` comes with its trainer
+    if "trainer" in read:  # a training reads all groups of its recipe; some come with its trainer
         return []
     return [key for key in stored if key not in read and choices_of(info["choices"], [key])]
 

@@ -19,7 +19,7 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
 
     Args:
         out_dir: the run folder, which stores its command line.
-        unread: groups such as `slots`, with all of their keys, and keys such as `tracker.short_side`.
+        unread: groups such as `tracker`, with all of their keys, and keys such as `tracker.short_side`.
         reason: sentence on who does not read them.
     """
     idle = [word for word in last_command_line(out_dir) if is_below(_key(word), unread)]

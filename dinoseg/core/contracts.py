@@ -3,9 +3,9 @@
 Custom parts inherit one of them. Axis letters are those of `shapes.py`.
 """
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence, Set
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.core.geometry import pad_to_multiple, upsample
 from dinoseg.core.sample_maps import MapKind
-from dinoseg.core.shapes import Batch, ClipBatch, Prediction, WeightedMasks
+from dinoseg.core.shapes import Prediction, StackedSamples, WeightedMasks
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.wording import join_names
 
 Outputs = TypeVar("Outputs")
 _FEW = (4, 3, 2, 1)  # chunk sizes: 0.87 of the time of 16 images at once, ViT-S, 350 x 476, float32
@@ -260,30 +261,6 @@ class Backbone(GuardedModule):
         raise UserError(f"{type(self).__name__} has no weights to export. Choose another backbone.")
 
 
-class Slots(Protocol):
-    """Interface of slot heads, whose segments are propagated from frame to frame."""
-
-    groups: str  # in which frames background slots attend only to the background: off, initial or always
-    sizes: list[int]  # slots in each group, all in one without groups
-    num_slots: int
-    predictor: nn.Module | None  # maps slots to initial slots of the next frame; None: sampled in each frame
-    mask_source: str  # where its masks come from: attention, or the decoder's alpha
-
-    def step(
-        self,
-        features: Tensor,
-        slots: Tensor | None = None,
-        allowed: Tensor | None = None,
-        sizes: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the slots (B, S, D) of one frame (B, C, h, w), and their attention (B, S, h, w)."""
-        ...
-
-    def masks(self, slots: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the soft masks (B, S, h, w) of one frame."""
-        ...
-
-
 class Head(GuardedModule, Generic[Outputs]):
     """Base class of heads: map feature maps to outputs of the head's own type, and these to pixels.
 
@@ -292,6 +269,8 @@ class Head(GuardedModule, Generic[Outputs]):
     A head overrides `forward`, or `run` if it needs more than the maps: the pixels, clips, or the blocks themselves.
     """
 
+    provides: Set[str] = frozenset()  # names of what its outputs hold besides class scores, see `Loss.needs`
+    no_classes: str | None = None  # what it predicts instead of classes, and what uses that; None: it scores classes
     mixture: bool = False  # whether its scores are sums of probabilities, as in mask classification, not logits
     min_batch_size: int = 1  # minimum number of training images per rank and pass
     weights: str | None = None  # file of its frozen part, if any
@@ -305,11 +284,6 @@ class Head(GuardedModule, Generic[Outputs]):
         def __call__(self, features: list[Tensor]) -> Outputs:
             """Return the outputs for L maps (B, C, h, w), by `forward`."""
             ...
-
-    @property
-    def slots(self) -> Slots | None:
-        """Return the head as a slot head, which segments clips without labels; None: it scores classes."""
-        return None
 
     @property
     def delayed_modules(self) -> tuple[float, Sequence[nn.Module]]:
@@ -384,14 +358,13 @@ class Loss(nn.Module):
     """Base class of losses: map a prediction and a batch to a scalar and its named parts.
 
     `forward` returns a mean, and its parts by name; a part `weight` is the divisor of the mean.
+
+    `needs` names what it reads besides class scores: `masks` (`MaskOutputs`), `layers` (masks with a layer for each
+    class, as with task=multilabel), or what a head of an extension `provides`.
     """
 
-    needs_masks: bool = False  # whether it needs `MaskOutputs`
-    needs_slots: bool = False  # whether it needs `SlotOutputs`, and no labels
-    needs_layers: bool = False  # whether masks have a layer for each class, as with task=multilabel
-    needs_reconstruction: bool = False  # whether it needs `SlotOutputs` with reconstructed features
-    needs_similarity: bool = False  # whether it needs `SlotOutputs` with `similarity`
-    needs_carried: bool = False  # whether it compares slots that are propagated from frame to frame
+    needs: Set[str] = frozenset()
+    advice: str = "Choose a head that provides this, or another loss."  # where something that it needs is missing
     needs_maps: Mapping[str, MapKind] = {}  # maps that it reads from `Batch.maps`, by name
     sums_over_batch: bool = False  # whether splitting a batch changes it: it is no mean over samples or labels
     num_divisors: int = 1  # D, number of divisors of its terms; more than 1: see `step_loss`
@@ -400,8 +373,8 @@ class Loss(nn.Module):
 
     if TYPE_CHECKING:
 
-        def __call__(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            """Run `forward`: on clips where it needs slots, else on images."""
+        def __call__(self, prediction: Prediction, batch: StackedSamples) -> tuple[Tensor, dict[str, Tensor]]:
+            """Return the mean and its parts, by `forward`."""
             ...
 
     def divisors(self, batch: Any) -> Tensor:
@@ -409,7 +382,7 @@ class Loss(nn.Module):
         return torch.full((self.num_divisors,), float(len(batch.names)))
 
     def step_loss(
-        self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
+        self, prediction: Prediction, batch: StackedSamples, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name.
 
@@ -424,6 +397,37 @@ class Loss(nn.Module):
         value, parts = self(prediction, batch)
         batch_divisors = self.divisors(batch).to(divisors)
         return value * safe_divide(batch_divisors, divisors)[0], value.detach(), parts
+
+
+def check_needs(loss: Loss, provided: Set[str], name: str, by: str) -> None:
+    """Refuse a loss that needs what nothing provides.
+
+    Args:
+        loss: the loss.
+        provided: names of what there is, see `Head.provides`.
+        name: of the loss, for messages.
+        by: what provides it, for messages, such as `head=linear`.
+
+    Raises:
+        UserError: with both lists.
+    """
+    if not loss.needs <= provided:
+        held = join_names(sorted(provided)) or "class scores alone"
+        raise UserError(f"{name} needs {join_names(sorted(loss.needs))}, and {by} provides {held}. {loss.advice}")
+
+
+def require_classes(head: Head, name: str) -> None:
+    """Refuse a head without classes.
+
+    Args:
+        head: the head.
+        name: of its model, as the subject of a sentence.
+
+    Raises:
+        UserError: with what the head is for.
+    """
+    if head.no_classes is not None:
+        raise UserError(f"{name} predicts {head.no_classes}. Give a model that scores classes.")
 
 
 def safe_divide(part: Tensor, total: Tensor) -> Tensor:

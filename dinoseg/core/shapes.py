@@ -1,7 +1,7 @@
 """Data types shared by all packages: batches, outputs, predictions and the dataset protocol.
 
 Axis letters in all comments and docstrings:
-B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S slots, L layers read as maps.
+B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, L layers read as maps.
 """
 
 from __future__ import annotations
@@ -86,24 +86,6 @@ class Batch(StackedSamples):
         return cls(masks, masks, [f"image {number}" for number in range(len(masks))])
 
 
-@dataclass
-class ClipBatch(StackedSamples):
-    """Clips of one length and size, stacked."""
-
-    image: Tensor  # (B, T, 3, H, W) uint8
-    names: list[str]
-
-    @property
-    def count(self) -> int:
-        """Return the number of images, that is, of all frames."""
-        return self.image.shape[:2].numel()
-
-    @classmethod
-    def stack(cls, clips: Sequence[tuple[Tensor, str]]) -> ClipBatch:
-        """Stack the frames (T, 3, H, W) of clips, each with its name."""
-        return cls(torch.stack([frames for frames, _ in clips]), [name for _, name in clips])
-
-
 def stack_labels(samples: Sequence[SampleLabels]) -> dict[str, Any]:
     """Stack the labels of samples of equal size; return them by the name of the field of `Batch`."""
     maps = samples[0].get("maps", {})
@@ -175,25 +157,6 @@ class WeightedMasks(NamedTuple):
 
     logits: Tensor  # (B, Q, h, w)
     shares: Tensor  # (B, Q, K), at least 0
-
-
-@dataclass
-class SlotOutputs:
-    """Output of a slot head for clips: S segments per frame, and features of this and later frames predicted from them.
-
-    The lists have an entry for each of `steps`: frame t predicts frame t + step. The last max(steps) frames of a clip
-    are only predicted, so T' = T - max(steps) frames make predictions.
-    """
-
-    features: Tensor  # (B, T, C, h, w) of the backbone: targets of the reconstruction
-    reconstructions: list[Tensor]  # (B, T', C, h, w) of frame t + step
-    alphas: list[Tensor]  # (B, T', S, h, w), over the slots they sum to 1
-    attention: Tensor  # (B, T', S, h, w), over the slots they sum to 1
-    slots: Tensor  # (B, T', S, D)
-    steps: list[int]
-    similarity: Tensor | None = None  # (B, T', N, h, w) logits: to which of the N cells of the next frame a cell moves
-    keys: Tensor | None = None  # (B, T, C, h, w) attention keys that `similarity` compares; None: the features
-    carried: bool = True  # whether a frame's slots are propagated from the previous frame
 
 
 @dataclass

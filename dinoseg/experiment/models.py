@@ -299,7 +299,7 @@ class ModelBuilder:
         head = expect_type(Head, self.part("head")(**arguments), "head")
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
-        num_classes = None if head.slots is not None else self.value("data.num_classes")
+        num_classes = self.value("data.num_classes") if head.no_classes is None else None
         with name_parameters(argument_keys(self._cfg.head)):
             return SegmentationModel(adapted, head, task=self.task, num_classes=num_classes, **sizes)
 

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
-from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, StackedSamples
 from dinoseg.core.targets import NO_TARGET, UNLABELLED, MaskTargets
 from dinoseg.core.task import ObjectTask
 from dinoseg.losses.labelled import checked_factors
@@ -246,7 +246,11 @@ class MaskClassification(Loss):
     """
 
     weight: Tensor
-    needs_masks = True
+    needs = frozenset({"masks"})
+    advice = (
+        "Choose head=eomt, head=pmt, head=mask2former or head=mask2former_meta; or a loss on pixels, such as "
+        "loss=cross_entropy or loss=ce_dice."
+    )
     num_divisors = 3
 
     @check_annotations
@@ -300,7 +304,7 @@ class MaskClassification(Loss):
         return targets.labelled if self.targets.excludes_ignored else torch.ones_like(targets.labelled)
 
     def step_loss(
-        self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
+        self, prediction: Prediction, batch: StackedSamples, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's share of the step loss, the loss of the batch itself, and the last layer's terms."""
         assert isinstance(batch, Batch)

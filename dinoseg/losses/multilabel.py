@@ -20,7 +20,7 @@ class BinaryCrossEntropy(Loss):
     """
 
     weight: Tensor
-    needs_layers = True
+    needs = frozenset({"layers"})
 
     def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class BinaryDice(ImageLoss):
     the labelled pixels of the batch, p is the sigmoid and g the labels.
     """
 
-    needs_layers = True
+    needs = frozenset({"layers"})
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""

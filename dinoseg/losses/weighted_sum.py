@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.sample_maps import MapKind
-from dinoseg.core.shapes import Batch, ClipBatch, Prediction
+from dinoseg.core.shapes import Prediction, StackedSamples
 from dinoseg.losses.labelled import checked_factors
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import NotNegative, check_annotations
@@ -39,22 +39,18 @@ class WeightedSum(Loss):
             )
         self.factors = checked_factors(factors, terms)
         self.losses = nn.ModuleList(_make(name, make, class_weights) for name, make in terms.items())
-        self.needs_masks = any(loss.needs_masks for loss in self.losses)
-        self.needs_slots = any(loss.needs_slots for loss in self.losses)
-        self.needs_layers = any(loss.needs_layers for loss in self.losses)
-        if self.needs_layers and not all(loss.needs_layers for loss in self.losses):
-            layered = [name for name, loss in zip(terms, self.losses, strict=True) if loss.needs_layers]
+        self.needs = frozenset(name for loss in self._terms for name in loss.needs)
+        self.advice = next((loss.advice for loss in self._terms if loss.needs), self.advice)
+        layered = [name for name, loss in zip(terms, self._terms, strict=True) if "layers" in loss.needs]
+        if 0 < len(layered) < len(terms):
             raise UserError(
                 f"terms={list(terms)}: {', '.join(layered)} of task=multilabel cannot be added to terms of one class "
                 "per pixel. Choose terms of one kind."
             )
-        self.needs_reconstruction = any(loss.needs_reconstruction for loss in self.losses)
-        self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
-        self.needs_carried = any(loss.needs_carried for loss in self.losses)
         self.needs_maps = _join_maps(self._terms)
         self._set_divisors()
 
-    def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, batch: StackedSamples) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; each term's own value under its name; and `weight`, if the terms share one.
 
         Further parts of a term are named `<term>_<part>`.
@@ -72,7 +68,7 @@ class WeightedSum(Loss):
         return torch.cat([loss.divisors(batch).to(device, torch.float32) for loss in losses])
 
     def step_loss(
-        self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
+        self, prediction: Prediction, batch: StackedSamples, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's share of the step loss, the loss of the batch itself, and its parts by name."""
         if self.num_divisors == 1:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dinoseg.core.contracts import check_needs, require_classes
 from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
 from dinoseg.core.task import ObjectTask, refuse_layers
 from dinoseg.data.checks.errors import check_for_errors
@@ -81,13 +82,13 @@ class ImageTraining(Training):
     def _check_masks(self) -> None:
         """Refuse a loss or an option of the data that needs another form of masks than the task has."""
         builder, task = self.builder, self.builder.task
-        needs_layers = builder.loss_outline.needs_layers
+        needs_layers = "layers" in builder.loss_outline.needs
         if needs_layers != task.has_layers:
             raise UserError(
                 f"loss={builder.options['loss']} does not fit task={builder.options['task']}. Choose {task.advice}; or "
                 f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
             )
-        if isinstance(task, ObjectTask) and not builder.loss_outline.needs_masks:
+        if isinstance(task, ObjectTask) and "masks" not in builder.loss_outline.needs:
             raise UserError(
                 f"loss={builder.options['loss']} does not fit task={builder.options['task']}, whose objects are masks. "
                 f"Choose {task.advice}; or task=semantic for this loss."
@@ -99,33 +100,21 @@ class ImageTraining(Training):
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
         builder, options = self.builder, self.builder.options
-        if not builder.loss_has_classes:
-            raise UserError(
-                f"loss={options['loss']} learns from clips, without labels. Choose trainer=slots with "
-                "head=slots, or a loss on labels, such as loss=cross_entropy."
-            )
         if builder.value("loss.weights") != "none":
             names = builder.class_names
             builder.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name
         head = model.head
+        require_classes(head, f"head={options['head']}")
+        provided = head.provides | {"layers"} if model.task.has_layers else head.provides
+        by = f"head={options['head']} with task={options['task']}"
+        check_needs(builder.loss_outline, provided, f"loss={options['loss']}", by)
         if head.init is not None:
             refuse_layers(model.task, f"head.init={head.init}", "Leave it out.")
-        if head.slots is not None:
-            raise UserError(
-                f"head={options['head']} is trained on clips. Choose trainer=slots "
-                "loss=feature_reconstruction, or another head."
-            )
         least = head.min_batch_size * world_size
         if builder.value("data.batch_size") < least:
             raise UserError(
                 f"data.batch_size={builder.value('data.batch_size')}: head={options['head']} is trained on "
                 f"{head.min_batch_size} images or more per device. Set data.batch_size={least} or choose another head."
-            )
-        if builder.loss_outline.needs_masks and not head.mixture:
-            raise UserError(
-                "loss=mask_classification needs a head that predicts masks: head=eomt, head=pmt, head=mask2former or "
-                "head=mask2former_meta. For other heads choose a loss on pixels, such as loss=cross_entropy or "
-                "loss=ce_dice."
             )
 
     def check_sources(self) -> None:

@@ -29,7 +29,7 @@ class SegmentationModel(nn.Module):
         scale: backbone pixels per image pixel; 0.5 halves the resolution.
         longest: larger images are reduced to this length of the longer side in pixels, before `scale` is applied.
         task: meaning of the class scores.
-        num_classes: number of classes that have a name, which the head must score; None: any number, as of slots.
+        num_classes: number of classes that have a name, which the head must score; None: any number.
     """
 
     @check_annotations
@@ -45,8 +45,8 @@ class SegmentationModel(nn.Module):
     ) -> None:
         super().__init__()
         head.check_backbone(backbone)
-        if head.mixture or head.slots is not None:
-            refuse_layers(task, f"a head of masks or slots, {type(head).__name__},", "Choose head=linear or head=dpt.")
+        if head.mixture:
+            refuse_layers(task, f"a head of masks, {type(head).__name__},", "Choose head=linear or head=dpt.")
         if isinstance(task, ObjectTask) and not head.mixture:
             raise UserError(
                 f"{type(head).__name__} predicts no masks, which a task of objects needs. Choose head=eomt, "

@@ -66,8 +66,8 @@ def run(
     for key, value in (("supervision", supervision), ("restart", restart)):
         if value is not None:
             raise UserError(
-                f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
-                "predicts classes of single images: leave it out."
+                f"mode.{key}={value} is for tracking in videos, and this model predicts classes of single images. "
+                "Leave it out."
             )
     return evaluate_split(
         builder,

@@ -8,12 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.checkpoints.trained import Trained, load_trained, longest_is_typed
+from dinoseg.checkpoints.trained import load_trained, longest_is_typed
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import mask_keys
 from dinoseg.config.options import has_options
 from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.contracts import require_classes
 from dinoseg.core.objects import MIN_SCORE
 from dinoseg.core.sources import first_file, has_own_file
 from dinoseg.core.splits import SPLITS
@@ -89,7 +90,7 @@ def predict(
         videos.check(video_inputs, batch_size)
     options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(builder)
-    _refuse_slots(trained, builder.resume)
+    require_classes(trained.model.head, f"resume={builder.resume}")
     _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
     display = _select_display_options(options, opacity, shapes, min_score)
     record = _settings(builder, display, out_dir, trained.model.task)
@@ -201,14 +202,6 @@ def _check_unread(
         warn_unread(folder, ["mode.min_score"], "Frames of videos have the classes of their pixels, and no objects.")
     if shapes is not None and not {*outputs} & {*shapes.names}:
         warn_unread(folder, ["mode.shapes"], f"Only outputs read it: mode.outputs=[{','.join(shapes.names)}].")
-
-
-def _refuse_slots(trained: Trained, resume: str | None) -> None:
-    if trained.model.head.slots is not None:
-        raise UserError(
-            f"resume={resume} is a slot model, which has no classes. mode=track tracks its segments through a video or "
-            "a folder of frames."
-        )
 
 
 def _select_display_options(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dinoseg.checkpoints.resume import standalone_config
 from dinoseg.checkpoints.trained import restore
 from dinoseg.config.plain import to_container
-from dinoseg.core.contracts import Backbone, GuardedModule, Head
+from dinoseg.core.contracts import Backbone, GuardedModule, Head, require_classes
 from dinoseg.core.shapes import Prediction
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.objects import OPTION, lend_objects
@@ -444,8 +444,7 @@ def load_torch(path: Path, options: Options, *, key: str = "resume") -> Segmente
         strategy = builder.strategy(facts.classes)
         model = restore(builder, file, key=key)[0].to(device)
         facts = replace(facts, pixels=builder.pixels.as_dict())
-    if model.head.slots is not None:
-        raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
+    require_classes(model.head, str(file))
     limit_to_trained_size(model, sizes)
     is_whole = "facts" in info
     loaded = Segmenter(

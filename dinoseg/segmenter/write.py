@@ -17,6 +17,7 @@ from dinoseg import __version__
 from dinoseg.checkpoints.source import ModelSource
 from dinoseg.checkpoints.trained import Trained, find_trained_sizes
 from dinoseg.checkpoints.unread import warn_unread
+from dinoseg.core.contracts import require_classes
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import config_description
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
@@ -69,8 +70,8 @@ def export_model(
         scores: folder of a mode=eval run of this checkpoint; None: the evaluation at the end of its training.
 
     Raises:
-        UserError: if there is no checkpoint, the model has slots, or the file would hold weights of restricted licence.
-            Also if `delta` meets a backbone without a source, or `scores` is no evaluation of this checkpoint.
+        UserError: if there is no checkpoint, the model has no classes, or the file would hold weights of restricted
+            licence. Also if `delta` meets a backbone without a source, or `scores` is no evaluation of this checkpoint.
     """
     if source.resume is None:
         raise UserError("export=safetensors needs a trained model: give resume=<run folder or checkpoint>.")
@@ -83,8 +84,7 @@ def export_model(
         scores_of(Path(source.resume), (), scores)  # report a wrong folder before the slow model build
     warn_unread(out_dir, ("cache_dir",), "This export uses no images.")
     trained = source.load()
-    if trained.model.head.slots is not None:
-        raise UserError(f"resume={source.resume} is a slot model, which has no classes and cannot be exported.")
+    require_classes(trained.model.head, f"resume={source.resume}")
     sizes = find_trained_sizes(trained, out_dir)
     facts = facts_of(source, trained, sizes, delta=delta, scores=scores)
     path = out_dir / MODEL_FILE

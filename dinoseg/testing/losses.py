@@ -1,9 +1,9 @@
 """Conformance of losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.sample_maps import make_random_maps
-from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, collect_tensors, tree_map
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, collect_tensors, tree_map
 from dinoseg.models.heads.semantic import semantic_map
 from dinoseg.testing.modules import are_close, check_class, fixed_seed, require
 from dinoseg.training.step import batch_loss
+from dinoseg.utils.wording import join_names
 
 SIZE = (8, 12)  # (H, W) of the masks and of the outputs
 IMAGES = 4
-FRAMES = 3
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss under test, with the outputs and labels that it takes.
+    """A loss under test, with the outputs and labels that it takes. A subclass gives outputs of another kind.
 
     Args:
         loss: the loss.
@@ -34,6 +34,8 @@ class LossCase:
     loss: Loss
     num_classes: int
     ignore_index: int
+    provides: ClassVar[Set[str]] = frozenset({"masks", "layers"})  # names of outputs, see `Loss.needs`
+    has_labels: ClassVar[bool] = True  # whether the loss reads the masks of a batch
 
     @property
     def name(self) -> str:
@@ -42,41 +44,29 @@ class LossCase:
 
     def outputs(self, count: int = IMAGES, size: tuple[int, int] = SIZE, dtype: torch.dtype = torch.float32) -> Any:
         """Return random outputs of a head for the loss; those that it may train require gradients."""
-        rng = torch.Generator().manual_seed(5)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(count, *shape, generator=rng).to(dtype).requires_grad_()
-
-        if self.loss.needs_slots:
-            cells = size[0] * size[1]
-            return SlotOutputs(
-                features=draw(FRAMES, 5, *size).detach(),
-                reconstructions=[draw(FRAMES, 5, *size)],
-                alphas=[draw(FRAMES, 2, *size).detach().softmax(2)],
-                attention=draw(FRAMES, 2, *size).detach().softmax(2),
-                slots=draw(FRAMES, 2, 6),
-                steps=[0],
-                similarity=draw(FRAMES, cells, *size),
-            )
-        if self.loss.needs_masks:
+        draw = self.make_draw(count, dtype)
+        if "masks" in self.loss.needs:
             queries = self.num_classes + 2
             layers = [MaskOutputs(draw(queries, self.num_classes + 1), draw(queries, *size)) for _ in range(2)]
             return replace(layers[0], aux=layers[1:])
         return draw(self.num_classes, *size)
 
+    def make_draw(self, count: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """Return a function that maps a shape to a random tensor (count, *shape), which requires gradients."""
+        rng = torch.Generator().manual_seed(5)
+        return lambda *shape: torch.randn(count, *shape, generator=rng).to(dtype).requires_grad_()
+
     def prediction(self, outputs: Any) -> Prediction:
         """Return the prediction of a head with these outputs."""
-        if self.loss.needs_masks:
+        if "masks" in self.loss.needs:
             return Prediction(outputs, SIZE, (1.0, 1.0), semantic_map, mixture=True)
         return Prediction(outputs, SIZE, (1.0, 1.0), upsample, grid=outputs if isinstance(outputs, Tensor) else None)
 
     def batch(self, count: int = IMAGES, size: tuple[int, int] = SIZE) -> Any:
         """Return a batch whose right half is ignored; with four images, the labels of two more are cut."""
         names = [str(number) for number in range(count)]
-        if self.loss.needs_slots:
-            return ClipBatch(torch.zeros(count, FRAMES, 3, *size, dtype=torch.uint8), names)
         rng = torch.Generator().manual_seed(7)
-        values, layers = (2, [self.num_classes]) if self.loss.needs_layers else (self.num_classes, [])
+        values, layers = (2, [self.num_classes]) if "layers" in self.loss.needs else (self.num_classes, [])
         mask = torch.randint(0, values, (count, *layers, *size), generator=rng, dtype=torch.uint8)
         mask[..., size[1] // 2 :] = self.ignore_index
         mask[1:2] = self.ignore_index
@@ -96,13 +86,17 @@ class LossCase:
         return not torch.equal(self.run(outputs, batch)[0], self.run(outputs, batch, seed=1)[0])
 
 
-def check_loss(make_loss: Callable[..., Loss], *, num_classes: int = 3, ignore_index: int = 255) -> None:
+def check_loss(
+    make_loss: Callable[..., Loss], *, num_classes: int = 3, ignore_index: int = 255, case: type[LossCase] = LossCase
+) -> None:
     """Check that a loss keeps the contract of `dinoseg.core.contracts.Loss`.
 
     Args:
         make_loss: the class, or a `functools.partial` of it. It is called with `class_weights` if it takes them.
         num_classes: K.
         ignore_index: id of ignored pixels in the masks; the loss must know the same.
+        case: gives the loss its outputs: class scores, or the masks that it `needs`. A loss on outputs of another kind
+            has a case of its own.
 
     Raises:
         AssertionError: it breaks a rule; the message names the rule, the result and the remedy.
@@ -117,15 +111,25 @@ def check_loss(make_loss: Callable[..., Loss], *, num_classes: int = 3, ignore_i
     takes_weights = "class_weights" in signature(make_loss).parameters
     loss = make_loss(**weights) if takes_weights else make_loss()
     check_class(loss, Loss)
-    case = LossCase(loss, num_classes, ignore_index)
+    tested = case(loss, num_classes, ignore_index)
     for rule in LOSS_RULES:
-        rule(case)
+        rule(tested)
 
 
 def collect_gradients(value: Tensor, outputs: Any) -> list[Tensor]:
     """Return the gradient of each output that requires one, zeros where it has none."""
     trained = [leaf for leaf in collect_tensors(outputs) if leaf.requires_grad]
     return list(torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True))
+
+
+def check_needed_outputs(case: LossCase) -> None:
+    """Check that the outputs under test are those that the loss needs."""
+    loss, kind = case.loss, type(case).__name__
+    require(
+        loss.needs <= case.provides,
+        f"{case.name}: `needs` must name outputs of {kind} ({join_names(sorted(case.provides))}), but it is "
+        f"{join_names(sorted(loss.needs))}; correct a name, or give check_loss the case= of a head that provides them.",
+    )
 
 
 def check_buffers(case: LossCase) -> None:
@@ -205,7 +209,7 @@ def check_half_precision(case: LossCase) -> None:
 
 def check_ignored_pixels(case: LossCase) -> None:
     """Check that ignored pixels have no gradient; those next to labelled ones may, since maps are interpolated."""
-    if case.loss.needs_slots:
+    if not case.has_labels:
         return
     outputs = case.outputs()
     value, _ = case.run(outputs, case.batch())
@@ -224,7 +228,7 @@ def check_ignored_pixels(case: LossCase) -> None:
 
 def check_unlabelled_batch(case: LossCase) -> None:
     """Check that a batch without labels gives zero."""
-    if case.loss.needs_slots:
+    if not case.has_labels:
         return
     outputs, batch = case.outputs(), case.batch()
     batch.mask.fill_(case.ignore_index)
@@ -277,7 +281,7 @@ def check_sum_over_batches(case: LossCase) -> None:
 def check_divisors(case: LossCase) -> None:
     """Check that `divisors` is the divisor of the mean where terms share it."""
     loss, batch = case.loss, case.batch()
-    if loss.divisor is None or loss.num_divisors > 1 or case.loss.needs_slots:
+    if loss.divisor is None or loss.num_divisors > 1 or not case.has_labels:
         return
     _, parts = case.run(case.outputs(), batch)
     weight, divisors = parts.get("weight", torch.tensor(float(IMAGES))), loss.divisors(batch)
@@ -314,6 +318,7 @@ def check_derivative(case: LossCase) -> None:
 
 
 LOSS_RULES = (
+    check_needed_outputs,
     check_buffers,
     check_result,
     check_inputs,

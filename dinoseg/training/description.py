@@ -14,7 +14,8 @@ FORMAT = 2
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
 GROUPS = ("resolution", "data", "task", *MODEL)
 USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
-FOLLOWING = "slots"  # the same for slot models: how slots are tracked
+# a group of an extension, named here: read from a file, the list would let the file choose any group
+FOLLOWING = "slots"  # the same for models without classes: how their segments are tracked
 USES = (USE, FOLLOWING)
 TEACHER = "teacher"  # the run that teaches a student
 INITIAL = "init"  # the run whose weights initialise a new one
@@ -91,8 +92,8 @@ def changed_prediction(info: Mapping[str, Any], other: Mapping[str, Any], score:
 def _prediction(info: Mapping[str, Any], score: str | None) -> dict[str, Any]:
     config, choices = info.get("config", {}), info.get("choices", {})
     found = {"data.background": config["data"].get("background")} if score == "miou_no_background" else {}
-    # the loss has no thresholds, and needs no slots that are followed
-    for group in ("inference",) if score == "loss" else ("inference", "slots", "task"):
+    # the loss has no thresholds, and needs no segments that are tracked
+    for group in (USE,) if score == "loss" else (*USES, "task"):
         found[group] = choices.get(group)
         found |= {f"{group}.{key}": value for key, value in config.get(group, {}).items() if key != "batch_size"}
     return found

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoseg.core.contracts import require_classes
 from dinoseg.models.model import SegmentationModel, quantised_names
 from dinoseg.utils.errors import UserError
 
@@ -17,10 +18,10 @@ def shard(model: SegmentationModel, device: torch.device, world_size: int) -> Se
     Parameters become DTensors, so shard a model before its optimizer is created.
 
     Raises:
-        UserError: the model has quantised layers or a slot head.
+        UserError: the model has quantised layers, or a head without classes.
     """
-    if model.head.slots is not None:  # parts of it run frame by frame, outside the model's `forward`
-        raise UserError("engine.sharding=fsdp: slot models cannot be sharded. Leave engine.sharding out.")
+    # such a head runs outside the model's `forward`, which gathers the shards
+    require_classes(model.head, "engine.sharding=fsdp: the model")
     if quantised_names(model):
         raise UserError(
             "engine.sharding=fsdp: 4-bit and 8-bit layers cannot be sharded. Choose adapter=lora with "

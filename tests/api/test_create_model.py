@@ -347,7 +347,7 @@ test_message_names_value_and_remedy = refusals(
         "init twice": (create(init="nowhere", **{"head.init": "probe"}), "head.init=probe both set"),
         "an argument": (create(num_clases=2), "num_clases is not an argument. Did you mean num_classes"),
         "a key": (create(nonsense=1), "nonsense is not a key of the config"),
-        "slots": (create(head="slots"), "head of slots"),
+        "slots": (create(head="slots"), "head=slots predicts slots, which have no classes"),
         "a backbone": (create(backbone="dinov3_vits61"), "backbone=dinov3_vits61 is unknown. Did you mean"),
         "a layer": (create(**{"head.layers": [99]}), "head.layers=[99]: this backbone has"),
         "no weights": (create(weights="gone.safetensors"), "weights=gone.safetensors: file or folder not found"),

@@ -21,11 +21,10 @@ from torch.utils.data import _utils
 from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from dinoseg.core.shapes import ClipBatch
 from dinoseg.data import loader
 from dinoseg.data.loader import eval_samples, load_in_order, stack_equal
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.extensions.clips.view import ClipView, clip_batches
+from dinoseg.extensions.clips.view import ClipBatch, ClipView, clip_batches
 from dinoseg.training.engine import Engine
 from dinoseg.utils import cores as cores_module
 from dinoseg.utils import waiting

@@ -86,8 +86,10 @@ def test_scores_are_brought_to_the_masks_size_once():
 
 
 def test_a_sum_needs_what_a_term_needs():
-    assert not WeightedSum(TERMS, {"ce": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
-    assert WeightedSum({"masks": MaskClassification, "dice": Dice}, {"masks": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
+    assert not WeightedSum(TERMS, {"ce": 1.0, "dice": 1.0}, WEIGHTS).needs
+    assert WeightedSum({"masks": MaskClassification, "dice": Dice}, {"masks": 1.0, "dice": 1.0}, WEIGHTS).needs == {
+        "masks"
+    }
     assert read_twins(LabelMap(), LabelMap()).needs_maps == {"twin": LabelMap()}  # one map of one kind
 
 

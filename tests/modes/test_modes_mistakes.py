@@ -56,7 +56,7 @@ PROBE_AND_PLAN = {
 }
 OF_LAYERS = {
     "mode=train loss=cross_entropy": "loss=cross_entropy does not fit task=multilabel. Choose loss=bce",
-    "mode=train head=eomt head.blocks=1": "task=multilabel: a head of masks or slots",
+    "mode=train head=eomt head.blocks=1": "task=multilabel: a head of masks",
     "mode=train data.ignore_index=1": "layers hold 0 and 1",
     "mode=train data.cache=packed": "task=multilabel: data.cache=packed",
     "mode=train task.threshold=[0.5]": "one for each of the 2 classes",

@@ -165,7 +165,10 @@ def test_score_no_better_than_a_constant_is_reported(where, monkeypatch, matrix,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("loss=mask_classification",), "loss=mask_classification needs a head that predicts masks"),
+        (
+            ("loss=mask_classification",),
+            "needs masks, and head=linear with task=semantic provides class scores alone. Choose head=eomt",
+        ),
         (
             ("hparam=instance", "head=linear", "data=folder_instances", "data.background=dark"),
             "LinearHead predicts no masks, which a task of objects needs",

@@ -97,7 +97,7 @@ def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_
     scored = export_file(file, tmp_path / "with", scores=write_evaluation(tmp_path / "scored", file))
     assert dinoseg.load(scored, device="cpu").facts.scores["split"] == "test"
     assert checkpoint.describe(scored)["config"]["data"]["root"] == "???"
-    assert_refused(lambda: export_file(trained / "slots/checkpoints/best.safetensors", tmp_path), "is a slot model")
+    assert_refused(lambda: export_file(trained / "slots/checkpoints/best.safetensors", tmp_path), "predicts slots")
 
 
 def test_loading_leaves_hydra_and_random_state_unchanged(file):
@@ -377,7 +377,7 @@ def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound
     for path, options, *words in (
         (tmp_path / "none", {}, "none: file or folder not found"),
         (tmp_path, {}, "it holds neither checkpoints/best.safetensors"),
-        (trained / "slots", {}, "slots/checkpoints/", "is a slot model"),
+        (trained / "slots", {}, "slots/checkpoints/", "predicts slots"),
         (file, {"runtime": "tpu"}, "runtime=tpu"),
         (file, {"device": "tpu"}, "device=tpu"),
         (file, {"precision": "8"}, "precision=8"),

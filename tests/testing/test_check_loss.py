@@ -109,6 +109,7 @@ def test_a_loss_that_keeps_its_contract_passes(loss):
     ("loss", "message"),
     [
         (torch.nn.Identity, "it must inherit dinoseg.core.contracts.Loss"),
+        (with_members(needs={"mask"}), r"`needs` must name outputs of LossCase \(layers, masks\), but it is mask;"),
         (PlainWeights, "but PlainWeights.class_weights would stay; use self.register_buffer"),
         (with_result(lambda _, mean, parts: mean), "a dict of named parts, but it returned a Tensor"),
         (with_forward(pixel_costs), "the mean must be a finite scalar"),

@@ -54,7 +54,10 @@ test_message_names_value_and_remedy = refusals(
         "float16 on a CPU": (lambda: Engine("cpu", "fp16"), "precision=fp16 is for GPUs, ", "Choose auto, bf16"),
         "one device": (lambda: Engine("cpu", sharding="fsdp"), "engine.sharding=fsdp: ", "Set engine.devices=N, or"),
         "compiled shards": (shard_compiled, "engine.compile=true with engine.sharding=fsdp: leave one of them out"),
-        "sharded slots": (lambda: shard(segmenter(partial(SlotHead, 24, 1, 3))), "slot models"),
+        "sharded slots": (
+            lambda: shard(segmenter(partial(SlotHead, 24, 1, 3))),
+            "engine.sharding=fsdp: the model predicts slots",
+        ),
         "sharded 4-bit layers": (lambda: shard(segmenter(), ["a"]), "4-bit and 8-bit layers"),
     }
 )

@@ -16,10 +16,11 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
-from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.distillation.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.extensions.distillation.loss import TeacherView
+from dinoseg.extensions.slots.contract import SlotOutputs
 from dinoseg.losses import mask_classification
 from dinoseg.training import micro_batches
 from dinoseg.training.engine import Engine
@@ -258,7 +259,7 @@ def test_gradients_are_equal_or_the_loss_declares_otherwise(name):
     clips = name in SLOTS
     loss = criterion(*CASES[name], **({} if clips else {"class_weights": torch.tensor([0.3, 1.0, 2.5])}))
     net = table("clips" if clips else "masks" if "mask" in name else "pixels")
-    check(net, loss, as_layers(samples()) if loss.needs_layers else samples(), batchwise=name in BATCHWISE)
+    check(net, loss, as_layers(samples()) if "layers" in loss.needs else samples(), batchwise=name in BATCHWISE)
     assert (loss.num_divisors > 1) == (name in SEVERAL)
 
 

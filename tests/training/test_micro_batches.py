@@ -8,8 +8,9 @@ import torch
 from making import Pictures
 from small_trainings import SHORT, segmenter, train_model
 
-from dinoseg.core.shapes import Batch, ClipBatch
+from dinoseg.core.shapes import Batch
 from dinoseg.data.transforms import Augment
+from dinoseg.extensions.clips.view import ClipBatch
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.overlap import Dice

@@ -6,20 +6,18 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.sample_maps import make_random_maps
-from dinoseg.core.shapes import Batch, ClipBatch
+from dinoseg.core.shapes import Batch
 from dinoseg.extensions.auto.parts import TrainingParts
 
 _PIECES = 4  # of a mask along each side: a typical number of classes per image
 
 
-def random_batch(parts: TrainingParts, samples: int) -> Batch | ClipBatch:
-    """Return a batch of noise; its masks consist of rectangles with random classes, and its maps are noise."""
+def random_batch(parts: TrainingParts, samples: int) -> Batch:
+    """Return a batch of noise; masks consist of rectangles with random classes, maps are noise, clips have neither."""
     rng = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (samples, *parts.shape), dtype=torch.uint8, generator=rng)
     names = [f"random {number}" for number in range(samples)]
-    if not parts.has_masks:
-        return ClipBatch(image, names)
-    masks = _masks(parts, samples, rng)
+    masks = _masks(parts, samples, rng) if parts.has_masks else image.new_empty(samples, 0)
     maps = make_random_maps(parts.loss().needs_maps, samples, parts.crop, parts.num_classes, rng)
     return Batch(image, masks, names, maps)
 

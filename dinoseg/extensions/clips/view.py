@@ -1,15 +1,16 @@
 """Random crop of a clip, shared by all its frames, and batches of such clips."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.shapes import ClipBatch
+from dinoseg.core.shapes import StackedSamples
 from dinoseg.data.loader import CLIP, VIEW, make_rng, sample_batches
 from dinoseg.extensions.clips.cut import Clips
 from dinoseg.extensions.clips.square import resize_bicubic
@@ -74,6 +75,24 @@ class ClipView:
             how = cv2.INTER_AREA if size[0] < frame.shape[0] or size[1] < frame.shape[1] else cv2.INTER_LINEAR
             return cv2.resize(frame, size[::-1], interpolation=how)
         return resize_bicubic(frame, size)
+
+
+@dataclass
+class ClipBatch(StackedSamples):
+    """Clips of one length and size, stacked."""
+
+    image: Tensor  # (B, T, 3, H, W) uint8
+    names: list[str]
+
+    @property
+    def count(self) -> int:
+        """Return the number of images, that is, of all frames."""
+        return self.image.shape[:2].numel()
+
+    @classmethod
+    def stack(cls, clips: Sequence[tuple[Tensor, str]]) -> Self:
+        """Stack the frames (T, 3, H, W) of clips, each with its name."""
+        return cls(torch.stack([frames for frames, _ in clips]), [name for _, name in clips])
 
 
 def clip_batches(

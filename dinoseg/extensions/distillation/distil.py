@@ -200,7 +200,7 @@ class DistilledLoss(Loss):
     def __init__(self, criterion: Loss, weight: NotNegative = 1.0, temperature: Temperature = 1.0) -> None:
         super().__init__()
         self.criterion, self.weight, self.temperature = criterion, weight, temperature
-        self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
+        self.needs, self.sums_over_batch = criterion.needs, criterion.sums_over_batch
         self.num_divisors = criterion.num_divisors + (1 if weight else 0)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dinoseg.checkpoints.resume import standalone_config
 from dinoseg.checkpoints.trained import restore
+from dinoseg.core.contracts import require_classes
 from dinoseg.core.shapes import Prediction, SegmentationData
 from dinoseg.core.sizes import backbone_size
 from dinoseg.experiment.models import ModelBuilder
@@ -70,8 +71,7 @@ class Teacher:
                     "Choose another checkpoint."
                 )
             self._digest = self._hash_file()  # last: it reads the whole file
-        if self._outline.head.slots is not None:
-            raise UserError(f"teacher={self._given} is a slot model, which has no classes. Give a segmenter.")
+        require_classes(self._outline.head, f"teacher={self._given}")
         self._loaded: tuple[Predictor, tuple[float, float]] | None = None
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dinoseg.checkpoints.trained import C, Trained, load_member
+from dinoseg.core.contracts import require_classes
 from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.task import ObjectTask
@@ -301,10 +302,9 @@ def describe_member(
         averages: whether members predict the same images.
 
     Raises:
-        UserError: the model has slots, and no classes, or finds objects, which are no averages.
+        UserError: the model has no classes, or finds objects, which are no averages.
     """
-    if model.head.slots is not None:
-        raise UserError("A slot model has no classes, whose probabilities an ensemble averages. Leave it out.")
+    require_classes(model.head, "A member of the ensemble")
     if averages and isinstance(model.task, ObjectTask):
         raise UserError("An ensemble averages the probabilities of classes, and finds no objects. Give a single run.")
     return {

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dinoseg.core.contracts import require_classes
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import MaskOutputs
 from dinoseg.core.sizes import Size
@@ -64,14 +65,11 @@ def record_of(
         precision: of the stored weights.
 
     Raises:
-        UserError: if the model has slots, predicts objects and `export.pixels=true`, the size is too large or no
+        UserError: if the model has no classes, predicts objects and `export.pixels=true`, the size is too large or no
             multiple of the patch size, or `export.dynamic=true` contradicts the head.
     """
     head = segmenter.head
-    if head.slots is not None:
-        raise UserError(
-            "A slot model cannot be exported: its segments are tracked from frame to frame. Use mode=track."
-        )
+    require_classes(head, "The model to export")
     task = segmenter.task
     objects = task.graph_options if isinstance(task, ObjectTask) else None
     if isinstance(task, ObjectTask) and options.pixels:

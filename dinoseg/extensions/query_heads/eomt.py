@@ -52,6 +52,7 @@ class EomtHead(Head[MaskOutputs]):
         UserError: the widths are those of a pyramid, or an option is out of range.
     """
 
+    provides = frozenset({"masks"})
     mixture = True
 
     @check_annotations

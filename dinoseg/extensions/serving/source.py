@@ -9,6 +9,7 @@ from dinoseg.checkpoints.source import ModelSource
 from dinoseg.checkpoints.trained import Trained, find_trained_sizes
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.channels import check_rgb
+from dinoseg.core.contracts import require_classes
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import SegmentationModel
@@ -28,7 +29,7 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     """Load the model of a file, or the one of `source`.
 
     Raises:
-        UserError: if there is no model, both name one, it has slots and so no classes, or it has no objects and
+        UserError: if there is no model, both name one, it has no classes, or it has no objects and
             `mode.min_score` is typed.
     """
     model = _load(source, out_dir, file)
@@ -46,11 +47,7 @@ def _load(source: ModelSource, out_dir: Path, file: str | None) -> Model:
         return opened
     check_rgb(source.pixels, "an upload")
     trained = source.load()
-    if trained.model.head.slots is not None:
-        raise UserError(
-            f"resume={source.resume} is a slot model, which has no classes to serve. mode=track tracks its segments "
-            "through a video or a folder of frames."
-        )
+    require_classes(trained.model.head, f"resume={source.resume}")
     return model_of(trained, find_trained_sizes(trained, out_dir))
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dinoseg.checkpoints.trained import Trained
 from dinoseg.checkpoints.unread import warn_unread
-from dinoseg.core.contracts import Loss
-from dinoseg.core.shapes import ClipBatch
+from dinoseg.core.contracts import Loss, check_needs
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.loader import advise_more_workers, check_batch_size
@@ -21,14 +20,16 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.extensions.clips.cut import Clip, Clips
 from dinoseg.extensions.clips.videos import VOID
-from dinoseg.extensions.clips.view import ClipView, clip_batches
+from dinoseg.extensions.clips.view import ClipBatch, ClipView, clip_batches
 from dinoseg.extensions.protocols.clustering import contingency
 from dinoseg.extensions.protocols.video_clustering import VideoClustering
+from dinoseg.extensions.slots.contract import OUTPUTS, Slots
+from dinoseg.extensions.slots.evaluation import check_slots
 from dinoseg.extensions.slots.tracker.tracker import SlotFactory
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.extensions.tracking.trackers import tracker_factory, tracker_maker
 from dinoseg.extensions.video_scores.benchmark_videos import benchmark_videos, chosen_supervision
-from dinoseg.extensions.video_scores.videos import TrackingOptions, check_slots, evaluate_videos
+from dinoseg.extensions.video_scores.videos import TrackingOptions, evaluate_videos
 from dinoseg.methods.training import Training
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import blend, downscale, side_by_side, stack_vertically
@@ -259,20 +260,21 @@ class ClipTraining(Training):
 
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
-        builder, options = self.builder, self.builder.options
-        if model.head.slots is None:
+        builder, options, head = self.builder, self.builder.options, model.head
+        if not isinstance(head, Slots):
             raise UserError(
                 f"trainer={options['trainer']} trains slots, and head={options['head']} has none. Choose head=slots, "
                 "or trainer=supervised for images and masks."
             )
         loss = None if builder.loss_has_classes else builder.loss_outline
-        if loss is None or not loss.needs_slots:
+        if loss is None or "slots" not in loss.needs:
             raise UserError(
                 f"loss={options['loss']} is not a slot loss. Choose loss=feature_reconstruction, "
                 "loss=video_similarity, loss=temporal_similarity or loss=slot_contrast."
             )
-        self._check_outputs(loss)
-        if loss.needs_carried and model.head.slots.predictor is None:
+        check_needs(loss, OUTPUTS, f"loss={options['loss']}", f"head={options['head']}")
+        self._check_outputs(head, loss)
+        if "carried" in loss.needs and "carried" not in head.provides:
             raise UserError(
                 f"loss={options['loss']} compares slots across frames, but head.predictor=none samples new ones in "
                 "each frame. Set head.predictor=savi, transformer or carry, or choose loss=feature_reconstruction."
@@ -285,11 +287,11 @@ class ClipTraining(Training):
             raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
         self._check_tracking()
 
-    def _check_outputs(self, loss: Loss) -> None:
+    def _check_outputs(self, head: Slots, loss: Loss) -> None:
         """Refuse a head whose outputs the loss does not train, or that lacks outputs of the loss."""
-        options, value = self.builder.options, self.builder.value
-        wanted = {"similarity": loss.needs_similarity, "reconstruct": loss.needs_reconstruction}
-        wrong = [key for key, needed in wanted.items() if value(f"head.{key}") != needed]
+        names = {"similarity": "similarity", "reconstruct": "reconstruction"}
+        wanted, given = ({key: name in held for key, name in names.items()} for held in (loss.needs, head.provides))
+        wrong = [key for key in names if wanted[key] != given[key]]
         if not wrong:
             return
         keys = [f"head.{key}={str(wanted[key]).lower()}" for key in wrong]
@@ -300,9 +302,11 @@ class ClipTraining(Training):
             (True, True): "video_similarity",
             (True, False): "temporal_similarity",
         }
-        fitting = losses.get((value("head.similarity"), value("head.reconstruct")), "feature_reconstruction")
-        given = f"head.{wrong[0]}={str(value(f'head.{wrong[0]}')).lower()}"
-        raise UserError(f"{given} does not fit loss={options['loss']}. Set {' '.join(keys)}, or choose loss={fitting}.")
+        fitting = losses[given["similarity"], given["reconstruct"]]
+        raise UserError(
+            f"head.{wrong[0]}={str(given[wrong[0]]).lower()} does not fit loss={self.builder.options['loss']}. Set "
+            f"{' '.join(keys)}, or choose loss={fitting}."
+        )
 
     def _check_tracking(self) -> None:
         """Refuse settings that the evaluation would only refuse at the end of the training."""
@@ -343,9 +347,8 @@ class ClipTraining(Training):
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
-            data, slots = benchmark_videos(self.builder, "val", None), model.head.slots
-            lock_on = bool(self.builder.value("slots.lock_on"))
-            check_slots(data, 0 if slots is None else slots.num_slots, lock_on=lock_on, official=True)
+            data = benchmark_videos(self.builder, "val", None)
+            check_slots(self.builder, model, data, official=True)
             make_tracker = tracker_maker(self.builder, engine, trained, batch_size=engine.images_at_once())
             options = TrackingOptions(metrics_only=metrics_only, report=report)
             return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance)

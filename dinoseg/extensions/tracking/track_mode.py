@@ -151,7 +151,7 @@ def _build_tracker(
     if not is_trained(builder):
         return tracker_maker(builder, builder.engine(), batch_size=batch_size)(), MaskColours()
     trained = load_trained(builder)
-    if trained.model.head.slots is not None:
+    if trained.model.head.no_classes is not None:
         _check_options(options, ())
         make_tracker = tracker_maker(builder, trained.engine, trained, batch_size=batch_size)
         if builder.value("slots.lock_on") and labels is None:

@@ -42,7 +42,7 @@ def tracker_maker(
     Raises:
         UserError: the config node makes no tracker, or one that does not take an option.
     """
-    follows_slots = trained is not None and trained.model.head.slots is not None
+    follows_slots = trained is not None and trained.model.head.no_classes is not None
     group, node = ("slots", builder.value("slots")) if follows_slots else ("tracker", builder.value("tracker"))
     name = f"{group}={builder.options[group]}"
     make = tracker_factory(node, name)

@@ -153,32 +153,6 @@ class TrackingOptions:
     report: bool = True
 
 
-def check_slots(data: BenchmarkVideos, num_slots: int, *, lock_on: bool, official: bool) -> None:
-    """Refuse slots that cannot be tracked or scored, before any video is tracked.
-
-    Args:
-        data: videos of a benchmark.
-        num_slots: number of slots of the model.
-        lock_on: whether slots are created for the objects of the first mask.
-        official: whether the masks will be scored.
-
-    Raises:
-        UserError: there are more slots than the protocol accepts, or the slots need masks that are not given.
-    """
-    limit = None if data.protocol is None else data.protocol.max_proposals
-    if official and limit is not None and num_slots > limit:
-        raise UserError(
-            f"The model has {num_slots} slots, but the unsupervised protocol of data={data.name} allows {limit} "
-            f"segments. Set head.num_slots={limit} or fewer, also for a trained model; or raise the limit (not "
-            f"official): data.tracking.protocols.none.max_proposals={num_slots}."
-        )
-    if lock_on and data.supervision == "none":
-        raise UserError(
-            "slots.lock_on=true creates slots from the masks of first frames, which mode.supervision=none does not "
-            "provide. Set mode.supervision=first_frame, or slots=free."
-        )
-
-
 def evaluate_videos(
     data: BenchmarkVideos,
     make_tracker: Callable[[], Tracker],

@@ -209,10 +209,10 @@ def test_fully_ignored_batch_still_learns_from_the_teacher(predicted):
 
 def test_distilled_loss_has_the_requirements_of_its_mask_loss():
     plain, sums = CrossEntropy(torch.ones(2)), CrossEntropy(torch.ones(2))
-    sums.needs_masks = sums.sums_over_batch = True
+    sums.needs, sums.sums_over_batch = frozenset({"masks"}), True
     for own in (plain, sums):
         loss = DistilledLoss(own)
-        assert (loss.needs_masks, loss.sums_over_batch) == (own.needs_masks, own.sums_over_batch)
+        assert (loss.needs, loss.sums_over_batch) == (own.needs, own.sums_over_batch)
 
 
 def test_views_without_a_place_are_refused():

@@ -172,9 +172,9 @@ def test_other_classes_are_refused(linear, compose, names, said):
 
 
 def test_slot_model_is_refused_as_teacher(linear, compose, monkeypatch):
-    slots = SimpleNamespace(head=SimpleNamespace(slots=True))
+    slots = SimpleNamespace(head=SimpleNamespace(no_classes="slots"))
     monkeypatch.setattr(ModelBuilder, "check_fits", lambda *_: slots)
-    assert_refused(lambda: teacher(compose, linear), "is a slot model, which has no classes. Give a segmenter")
+    assert_refused(lambda: teacher(compose, linear), "teacher=", "predicts slots. Give a model that scores classes")
 
 
 def test_invalid_teacher_is_refused_by_name(linear, compose, tmp_path):

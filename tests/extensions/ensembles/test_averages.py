@@ -232,5 +232,5 @@ def test_fewer_members_predict_where_they_alone_are_active():
 
 
 def test_a_model_that_finds_objects_is_no_member():
-    member = SimpleNamespace(head=SimpleNamespace(slots=None), task=KnownObjects([]))
+    member = SimpleNamespace(head=SimpleNamespace(no_classes=None), task=KnownObjects([]))
     assert_refused(lambda: describe_member(member, None, {}, Whole()), "finds no objects")

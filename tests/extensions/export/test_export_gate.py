@@ -119,7 +119,7 @@ def test_graph_size_is_fixed_only_by_an_option():
 
 
 def test_size_too_large_for_the_images_is_refused():
-    head = SimpleNamespace(slots=None, fixed_size_reason="it pools", mixture=False, no_object=False)
+    head = SimpleNamespace(no_classes=None, fixed_size_reason="it pools", mixture=False, no_object=False)
     mean = torch.zeros(1, 3, 1, 1)
     parts = {"head": head, "backbone": SimpleNamespace(mean=mean), "task": SEMANTIC}
     model = SimpleNamespace(patch_size=16, scale=1.0, longest=None, **parts)

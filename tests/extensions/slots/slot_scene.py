@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.contracts import Backbone
 from dinoseg.core.geometry import pad_to_multiple
+from dinoseg.extensions.slots.contract import Slots
 from dinoseg.models.model import SegmentationModel
 
 PATCH = 4
@@ -61,7 +62,7 @@ class Colours(Backbone):
         return maps, torch.stack([strong, torch.full_like(strong, 1e-6)], dim=1)
 
 
-class ColourSlots(Head):
+class ColourSlots(Slots):
     """Slots that are colours and take cells of theirs; of a frame they keep the mean colour of what they took."""
 
     mask_source = "attention"
@@ -73,10 +74,6 @@ class ColourSlots(Head):
         self.predictor = nn.Identity() if predictor == "carry" else None
         self.groups, self.scramble = groups, scramble
         self.seen = []
-
-    @property
-    def slots(self):
-        return self
 
     def step(self, features, slots=None, allowed=None, sizes=None):
         self.seen.append((allowed, sizes))

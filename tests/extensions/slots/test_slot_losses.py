@@ -5,14 +5,18 @@ import math
 
 import pytest
 import torch
+from config_files import options, read_whole
 from mistakes import assert_refused
 from slot_outputs import compare, outputs_of, reconstruct, run
+from tiny_parts import load_option
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.extensions.slots.losses.slot_contrast import SlotContrast
 from dinoseg.extensions.slots.losses.temporal_similarity import TemporalSimilarity, similarity_targets
+from dinoseg.extensions.slots.testing import SlotLossCase
 from dinoseg.losses.overlap import Dice
 from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.testing import check_loss
 
 
 def cosine(a, b):
@@ -194,7 +198,7 @@ def test_command_line_builds_losses_of_slots_without_classes(compose):
     cfg = compose("loss=video_similarity", "data.root=.", "data.classes=[a,b]")
     assert cfg.loss.weights == "none" and cfg.loss.class_weights is None and cfg.loss.counts is None
     criterion = instantiate(cfg.loss.criterion)()
-    assert criterion.needs_slots and criterion.needs_similarity and not criterion.needs_masks
+    assert criterion.needs == {"slots", "reconstruction", "similarity"}
     outputs = outputs_of([0, 2])
     value, parts = run(outputs, criterion)
     similarity = compare(outputs)[0]
@@ -207,6 +211,11 @@ def test_terms_get_class_weights_only_if_they_take_them():
     weights = torch.tensor([1.0, 2.0])
     terms = {"similarity": TemporalSimilarity, "dice": Dice}
     made = WeightedSum(terms, dict.fromkeys(terms, 1.0), weights)
-    assert made.needs_slots and made.needs_similarity and torch.equal(made.losses[1].weight, weights)
+    assert made.needs == {"slots", "similarity"} and torch.equal(made.losses[1].weight, weights)
     dice = WeightedSum({"dice": Dice}, {"dice": 1.0}, weights)
-    assert not dice.needs_slots and not dice.needs_similarity
+    assert not dice.needs
+
+
+@pytest.mark.parametrize("option", [option for option in options("loss") if not read_whole("loss", option)["counts"]])
+def test_a_loss_on_slots_keeps_the_contract(option):
+    check_loss(instantiate(load_option("loss", option)["criterion"]), case=SlotLossCase)

@@ -228,9 +228,14 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("loss.weights=median",), "loss.weights=median: loss=feature_reconstruction uses no classes"),
         (
             ("trainer=supervised",),
-            "loss=feature_reconstruction learns from clips, without labels. Choose trainer=slots",
+            "head=slots predicts slots, which have no classes: trainer=slots loss=feature_reconstruction trains them",
         ),
-        (("trainer=supervised", "loss=cross_entropy"), "head=slots is trained on clips. Choose trainer=slots"),
+        (
+            ("head=linear", *BARE, "trainer=supervised"),
+            "loss=feature_reconstruction needs reconstruction, slots, and head=linear with task=semantic provides "
+            "class scores alone. Choose trainer=slots with head=slots",
+        ),
+        (("trainer=supervised", "loss=cross_entropy"), "head=slots predicts slots, which have no"),
         (("trainer.score=miou",), "trainer.score=miou is not a score. Choose one of loss, ari, fg_ari, mbo"),
         (("head.num_slots=17",), "num_slots=17 of the slot head exceeds the 4 x 4 = 16 cells"),
         (("head.steps=[4]",), r"clips of 5 frames or more, or lower steps"),

@@ -121,7 +121,7 @@ def test_model_gets_batches_of_frames_in_engine_precision(whole_runs):
 def test_slots_are_no_classes_to_predict(trained):
     done = call(trained, "mode=predict", "resume=slots", "input=clip", "engine=cpu")
     assert done.status == 1 and "Traceback" not in done.err
-    assert "resume=slots/checkpoints/best.safetensors is a slot model" in done.err and "mode=track" in done.err
+    assert "resume=slots/checkpoints/best.safetensors predicts slots" in done.err and "mode=track" in done.err
 
 
 def test_stopped_run_does_not_resume_at_another_scale(trained, cut):

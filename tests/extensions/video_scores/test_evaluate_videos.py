@@ -23,11 +23,11 @@ from dinoseg.extensions.clips.videos import Video
 from dinoseg.extensions.protocols import folders
 from dinoseg.extensions.protocols import score_mode as score
 from dinoseg.extensions.protocols.video_clustering import VideoClustering
+from dinoseg.extensions.slots import evaluation as slots
 from dinoseg.extensions.slots.head.head import SlotHead
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.extensions.video_scores import videos
 from dinoseg.extensions.video_scores.benchmark_videos import benchmark_videos
-from dinoseg.extensions.video_scores.track_split import track_split
 from dinoseg.extensions.video_scores.videos import TrackingOptions, evaluate_videos
 from dinoseg.models.model import SegmentationModel
 from dinoseg.modes import evaluate as mode
@@ -470,20 +470,24 @@ def test_invalid_tracking_options_are_refused(compose, davis, tmp_path, data, op
     assert_refused(lambda: evaluate(cfg, out_dir=tmp_path, **options), message)
 
 
-def test_slots_that_fit_no_benchmark_are_refused_before_tracking(compose, tmp_path):
+def small_slots(number):
+    return SlotHead(24, 1, num_slots=number, slot_dim=16, hidden_dim=16, decoder_dim=16, positions_grid=[4, 4])
+
+
+def test_slots_that_fit_no_benchmark_are_refused_before_tracking(compose, tmp_path, monkeypatch):
     root = write_davis(write_davis(tmp_path, SEQUENCES), SEQUENCES, annotations="Annotations_unsupervised")
 
     def track_slots(number, *words, **options):
-        slots = SimpleNamespace(slots=SimpleNamespace(num_slots=number))
-        trained = SimpleNamespace(model=SimpleNamespace(head=slots), engine=None)
-        cfg = compose("mode=eval", "data=davis2017", f"data.root={root}", *words)
-        return lambda: track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions(**options))
+        trained = SimpleNamespace(model=SimpleNamespace(head=small_slots(number)), engine=None)
+        monkeypatch.setattr(slots, "load_trained", lambda _: trained)
+        builder = Builder(compose("mode=eval", "data=davis2017", f"data.root={root}", *words))
+        slots.evaluate_slots(builder, tmp_path, "val", "none", **options)
 
-    assert_refused(track_slots(24), "24 slots", " allows 20 segments. Set head.num_slots=20 or fewer")
-    for allowed in (track_slots(24, official=False), track_slots(20)):
+    assert_refused(lambda: track_slots(24), "24 slots", " allows 20 segments. Set head.num_slots=20 or fewer")
+    for allowed in (partial(track_slots, 24, official=False), partial(track_slots, 20)):
         assert_refused(allowed, "NoneType", error=AttributeError)  # on to the engine, of which there is none
     given = "mode.supervision=none does not provide. Set mode.supervision=first_frame, or slots=free"
-    assert_refused(track_slots(5, "slots=lock_on"), "slots.lock_on=true ", given)
+    assert_refused(partial(track_slots, 5, "slots=lock_on"), "slots.lock_on=true ", given)
 
 
 @pytest.mark.parametrize(
@@ -494,22 +498,21 @@ def test_slots_that_fit_no_benchmark_are_refused_before_tracking(compose, tmp_pa
         pytest.param("movi", None, "video_clustering", {1, 2, 3, 4, 5}, marks=pytest.mark.heavy),
     ],
 )
-def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, supervision, protocol, ids):
+def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, monkeypatch, data, supervision, protocol, ids):
     torch.manual_seed(0)
     backbone = tiny_backbone()
-    head = SlotHead(24, 1, num_slots=5, slot_dim=16, hidden_dim=16, decoder_dim=16, positions_grid=[4, 4])
     engine = Engine(batch=6)
     passes = []
     engine.autocast = lambda: nullcontext(passes.append(1))
-    model = SegmentationModel(backbone, head).eval()
+    model = SegmentationModel(backbone, small_slots(5)).eval()
     trained = SimpleNamespace(model=model, single_pass_model=model, engine=engine)
     sequences = {name: SEQUENCES[name] for name in ("bear", "ape")}
     root = write_movi(tmp_path / data, sequences)
     for kind in ("Annotations", "Annotations_unsupervised"):
         write_davis(root, sequences, annotations=kind)
     cfg = compose("mode=eval", f"data={data}", f"data.root={root}")
-    options = TrackingOptions(metrics_only=True)
-    result = track_split(Builder(cfg), trained, tmp_path / "run", "val", supervision, options)
+    monkeypatch.setattr(slots, "load_trained", lambda _: trained)
+    result = slots.evaluate_slots(Builder(cfg), tmp_path / "run", "val", supervision, metrics_only=True)
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["protocol"] == protocol and scores["scores"].items() <= result.items()
     files = [tmp_path / f"run/masks/{name}/{index:05d}.png" for name in sequences for index in range(5)]
@@ -541,7 +544,7 @@ def test_a_value_instead_of_a_scoring_function_is_refused(compose):
 
 @pytest.mark.parametrize("key", ["restart", "supervision"])
 def test_keys_of_tracking_are_refused_for_images(compose, tmp_path, monkeypatch, key):
-    images = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=None)))
+    images = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(no_classes=None)))
     monkeypatch.setattr(mode, "load_trained", lambda _: images)
     cfg = compose("mode=eval", "data=davis2016", "data.root=none", "resume=run")
     assert_refused(lambda: evaluate(cfg, out_dir=tmp_path, **{key: "run"}), f"mode.{key}=run is for tracking in videos")

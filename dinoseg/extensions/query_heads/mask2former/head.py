@@ -71,6 +71,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
             trainable=class_embed, except on the meta device.
     """
 
+    provides = frozenset({"masks"})
     mixture = True
     fixed_size_reason = "its sampling points and positions depend on the size (Mask2Former)"
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Backbone, Head, Slots
+from dinoseg.core.contracts import Backbone
 from dinoseg.core.geometry import upsample, widths
-from dinoseg.core.shapes import SlotOutputs
+from dinoseg.extensions.slots.contract import SlotOutputs, Slots
 from dinoseg.extensions.slots.head.attention import (
     Groups,
     SlotAttention,
@@ -40,7 +40,7 @@ from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive, Ra
 Depth = Annotated[int, Range("a whole number from 2 to 16", 2, 16)]
 
 
-class SlotHead(Head[SlotOutputs]):
+class SlotHead(Slots):
     """Slots that bind to the features of a frame and reconstruct those of this and later frames.
 
     Slot attention, with SAVi's predictor between frames (Kipf et al., arXiv 2111.12594), runs on the features of a
@@ -98,8 +98,6 @@ class SlotHead(Head[SlotOutputs]):
     """
 
     mixture = True
-    groups: str
-    mask_source: str
 
     @check_annotations
     def __init__(
@@ -181,11 +179,7 @@ class SlotHead(Head[SlotOutputs]):
             else SlotMixer(*sizes, depth=decoder_depth, num_blocks=mixer_blocks)
         )
         self.norm = nn.LayerNorm(dim) if output_norm else None
-
-    @property
-    def slots(self) -> Slots:
-        """The head itself."""
-        return self
+        self.provides = _name_outputs(reconstruction=reconstruct, similarity=similarity, carried=predictor != "none")
 
     @property
     def delayed_modules(self) -> tuple[float, Sequence[nn.Module]]:
@@ -357,6 +351,11 @@ class SlotHead(Head[SlotOutputs]):
         if self.checkpointing and torch.is_grad_enabled():
             return [checkpoint(self._decode, *call, use_reentrant=False) for call in calls]
         return [self._decode(*call) for call in calls]
+
+
+def _name_outputs(**has: bool) -> frozenset[str]:
+    """Return the names of what a slot head provides, those of `OUTPUTS`."""
+    return frozenset({"slots", *(name for name, is_there in has.items() if is_there)})
 
 
 def _check_decoder(decoder: str, positions: str, slot_dim: int) -> None:

@@ -5,9 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
-from dinoseg.core.shapes import Batch, ClipBatch, Prediction, SlotOutputs
+from dinoseg.core.shapes import Prediction, StackedSamples
+from dinoseg.extensions.slots.contract import SlotOutputs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
+
+ADVICE = "Choose trainer=slots with head=slots, or a loss on labels, such as loss=cross_entropy."
 
 
 def slot_outputs(prediction: Prediction) -> SlotOutputs:
@@ -32,14 +35,14 @@ class FeatureReconstruction(Loss):
     features are targets only: no gradient reaches the backbone through them.
     """
 
-    needs_slots = True
-    needs_reconstruction = True
+    needs = frozenset({"slots", "reconstruction"})
+    advice = ADVICE
     divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
 
     def __init__(self) -> None:  # nn.Module's would accept any keyword
         super().__init__()
 
-    def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, batch: StackedSamples) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; `weight`, the number of source frames over all clips; and `step_<offset>`.
 
         Raises:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
-from dinoseg.core.shapes import Batch, ClipBatch, Prediction
-from dinoseg.extensions.slots.losses.feature_reconstruction import slot_outputs
+from dinoseg.core.shapes import Prediction, StackedSamples
+from dinoseg.extensions.slots.losses.feature_reconstruction import ADVICE, slot_outputs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Temperature, check_annotations
@@ -33,9 +33,9 @@ class SlotContrast(Loss):
         UserError: unknown frame.
     """
 
-    needs_slots = True
+    needs = frozenset({"slots", "carried"})
+    advice = ADVICE
     divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
-    needs_carried = True
     sums_over_batch = True
 
     @check_annotations
@@ -44,7 +44,7 @@ class SlotContrast(Loss):
         self.softmax_over = softmax_over
         self.temperature = temperature
 
-    def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, batch: StackedSamples) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of frames with a next one, over all clips.
 
         Raises:

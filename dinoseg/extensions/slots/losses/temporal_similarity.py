@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
-from dinoseg.core.shapes import Batch, ClipBatch, Prediction
-from dinoseg.extensions.slots.losses.feature_reconstruction import slot_outputs
+from dinoseg.core.shapes import Prediction, StackedSamples
+from dinoseg.extensions.slots.losses.feature_reconstruction import ADVICE, slot_outputs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Positive, Range, check_annotations
@@ -65,9 +65,9 @@ class TemporalSimilarity(Loss):
         unmatched: target of a cell without a similar one: `skip` (none) or `uniform`.
     """
 
-    needs_slots = True
+    needs = frozenset({"slots", "similarity"})
+    advice = ADVICE
     divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
-    needs_similarity = True
 
     @check_annotations
     def __init__(
@@ -81,7 +81,7 @@ class TemporalSimilarity(Loss):
         self.temperature = temperature
         self.threshold = threshold
 
-    def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, batch: StackedSamples) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of frames with a next one, over all clips.
 
         Raises:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Slots
 from dinoseg.extensions.clips.videos import VOID
+from dinoseg.extensions.slots.contract import Slots
 from dinoseg.extensions.slots.tracker.appearance import Appearance
 from dinoseg.extensions.slots.tracker.matching import Correspondence, assign_slots, cosine, overlap, owners
 from dinoseg.extensions.slots.tracker.settings import SlotTracking

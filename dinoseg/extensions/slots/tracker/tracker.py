@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import valid_share
 from dinoseg.extensions.clips.videos import VOID
+from dinoseg.extensions.slots.contract import slots_of
 from dinoseg.extensions.slots.head.background import background_mask
 from dinoseg.extensions.slots.tracker.appearance import Appearance
 from dinoseg.extensions.slots.tracker.matching import Correspondence, winners
@@ -85,9 +86,7 @@ class SlotTracker(Tracker):
     ) -> None:
         super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
         self._model, self._slot_settings = model, settings
-        slots = model.head.slots
-        if slots is None:
-            raise UserError("The model has no slots to track. Give resume=RUN of a model with head=slots.")
+        slots = slots_of(model)
         if not model.backbone.has_class_attention:
             _refuse_class_attention(settings)
         self._mask_source = slots.mask_source
