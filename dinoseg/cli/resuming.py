@@ -37,32 +37,37 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
         UserError: the folder holds a run of another recipe or an unreadable checkpoint, or is in use.
     """
     plan = plan_of(config_description(ModelBuilder(cfg)))
-    if not location.is_given and not location.in_sweep:
-        past = _enter_unfinished(plan, location, run)
-        if past is None:
-            return StartPoint(Action.START)
-        action = past.remaining
-    else:
-        if is_sweep_folder(location.folder):
-            raise UserError(
-                f"resume=auto: {location.folder} holds the jobs of a sweep. Choose another run folder; to resume the "
-                f"sweep, repeat its command with {shlex.quote(f'hydra.sweep.dir={location.folder}')}."
-            )
-        key = "hydra.sweep.dir" if location.in_sweep else "run folder"
-        run.enter(location.folder, wait=PATIENCE, remedy=f"choose another {key}")
-        try:
-            past = read_run(run.path)
-        except UserError as error:
-            raise UserError(f"resume=auto: {error} To start again in this folder, remove the file.") from error
-        if past is None:
-            _print_note(f"{run.path} holds no checkpoint: the training starts there.")
-            return StartPoint(Action.START, run.path)
+    is_fixed = location.is_given or location.in_sweep
+    past = _enter_given(location, run) if is_fixed else _enter_unfinished(plan, location, run)
+    if past is None:
+        return StartPoint(Action.START, run.path if is_fixed else None)
+    action = past.remaining
+    if is_fixed:
         typed = dict(flatten({override.key_or_group: override.value() for override in overrides}))
         lengths = [key for key in LENGTH if f"trainer.{key}" in typed]
         words = [str(override.input_line) for override in overrides] if location.in_sweep else None
         action = decide_in_folder(Request(plan, lengths, words), past)
     _report(action, run.path, past.step, in_sweep=location.in_sweep)
     return StartPoint(action, run.path, last_checkpoint(run.path), past.step)
+
+
+def _enter_given(location: RunLocation, run: RunFolder) -> PastRun | None:
+    """Enter a given folder, or that of a sweep's job, and return its run; None: it has no checkpoint."""
+    folder = location.folder
+    if is_sweep_folder(folder):
+        raise UserError(
+            f"resume=auto: {folder} holds the jobs of a sweep. Choose another run folder; to resume the sweep, repeat "
+            f"its command with {shlex.quote(f'hydra.sweep.dir={folder}')}."
+        )
+    key = "hydra.sweep.dir" if location.in_sweep else "run folder"
+    run.enter(folder, wait=PATIENCE, remedy=f"choose another {key}")
+    try:
+        past = read_run(folder)
+    except UserError as error:
+        raise UserError(f"resume=auto: {error} To start again in this folder, remove the file.") from error
+    if past is None:
+        _print_note(f"{folder} holds no checkpoint: the training starts there.")
+    return past
 
 
 def _enter_unfinished(plan: Plan, location: RunLocation, run: RunFolder) -> PastRun | None:

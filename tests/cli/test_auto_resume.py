@@ -354,6 +354,16 @@ def test_two_racing_processes_share_no_run(here, interrupt):
     assert len([error for error in errors if "resuming" in error]) == 1 and len(list(run.glob("config*"))) == 2
 
 
+@pytest.mark.heavy
+def test_racing_processes_train_a_given_folder_once(here, interrupt):
+    interrupt(*AUTO, "hydra.run.dir=mine", saves=1)
+    command = [sys.executable, "-m", "dinoseg", *AUTO, "hydra.run.dir=mine"]
+    racers = [subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = sorted((racer.communicate()[1] for racer in racers), key=lambda text: "resuming" in text)
+    assert "is finished" in errors[0] or "Another process is writing to" in errors[0], errors
+    assert "resuming" in errors[1] and step_of(here / "mine") == 3 and len([*here.glob("mine*/config*")]) == 2, errors
+
+
 def test_run_finished_before_its_lock_is_free_is_left_alone(quick, here, interrupt, monkeypatch):
     interrupt(*AUTO)
     (run,) = runs(here)
