@@ -12,7 +12,6 @@ from dinoseg.data.scan.scan import class_counts
 from dinoseg.extensions.feature_cache.key import origin
 from dinoseg.extensions.packed.pack import pack
 from dinoseg.extensions.video.index import find_index
-from dinoseg.runs.location import remember_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 
@@ -28,7 +27,6 @@ WRITERS = {
     "packed data": lambda cache: pack(write_dataset(cache.parent / "data"), cache_dir=cache, workers=1),
     "video index": lambda cache: find_index(write_video(cache.parent / "a.avi", 3), cache),
     "features": lambda cache: origin(cache / "features", {"weights": "a"}),
-    "run folders": lambda cache: remember_folder(cache, cache.parent),
 }
 
 

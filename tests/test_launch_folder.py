@@ -193,6 +193,8 @@ def test_commands_that_are_printed_quote_blanks(tmp_path):
     save_progress(run, step=3)
     note = launch._interrupt_note(cfg, run, RunLocation(run, tmp_path))
     assert f"holds step 3. To resume, add resume=auto or 'resume={run}' to" in note
+    note = launch._interrupt_note(cfg, run, RunLocation(tmp_path / "a", tmp_path, is_given=True))  # which holds another
+    assert f"To resume, add 'resume={run}' to" in note
     note = launch._interrupt_note(cfg, run, RunLocation(run, run.parent / "a b", in_sweep=True))
     assert f"add resume=auto 'hydra.sweep.dir={tmp_path}/a b' to" in note
     assert sarrarp.prepare_command(run).endswith(f" 'data.root={run}'")

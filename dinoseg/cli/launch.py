@@ -21,8 +21,8 @@ from dinoseg.cli.ranks import run_ranks
 from dinoseg.cli.run_mode import run_mode, shortages_as_user_errors
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.runs.folder import LOG, RunFolder, has_results, remove_empty, write_origin
-from dinoseg.runs.location import RunLocation, has_default_name, move_below_recipe, remember_folder
+from dinoseg.runs.folder import LOG, RunFolder, has_results, remove_empty
+from dinoseg.runs.location import RunLocation, has_default_name, move_below_recipe
 from dinoseg.runs.log_file import configure_log
 from dinoseg.utils.cores import limit_threads_to_quota
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
@@ -145,11 +145,6 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
     if start.folder is None:
         _claim_folder(whole, folder, run, new_folder=job.new_folder)
     config_folder = run.write_config(whole, job.words)
-    if start.plan is not None or location.in_sweep:
-        plan = None if start.plan is None else vars(start.plan)
-        write_origin(config_folder, start.job, plan, in_sweep=location.in_sweep)
-    if location.is_given and not location.in_sweep and whole.mode.get("resume_from") == "last":
-        remember_folder(Path(whole.cache_dir).expanduser(), run.path)
     if recipe is not None and start.checkpoint is None:
         recipe.write(config_folder)
     return PreparedJob(whole)
@@ -248,7 +243,9 @@ def _interrupt_note(cfg: DictConfig, folder: Path, location: RunLocation) -> str
     # without torch: its import may have been interrupted, and cannot be repeated in this process
     with safe_open(last, framework="np") as file:
         step = read_description(file.metadata()["dinoseg"], str(last))["progress"]["step"]
-    remedy = f"resume=auto or {shlex.quote(f'resume={folder}')}"
+    remedy = shlex.quote(f"resume={folder}")
     if location.in_sweep:
         remedy = f"resume=auto {shlex.quote(f'hydra.sweep.dir={location.root}')}"
+    elif not location.is_given or folder == location.folder:  # in FOLDER_2, resume=auto would resume FOLDER
+        remedy = f"resume=auto or {remedy}"
     return f"{last} holds step {step}. To resume, add {remedy} to the same command or call"

@@ -11,13 +11,11 @@ from typing import IO, Any, Self
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.utils import locks
-from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, is_sweep_folder
 
 LOG = "run.log"  # created by the job that claims a folder, and locked by the one that writes to it
 WORDS_FILE = "overrides.txt"  # in the config folders of a run: the words of a command, one per line
-ORIGIN = "origin.json"  # in a config folder: what the command was part of
 _new_folders: set[Path] = set()  # created by this process, Hydra's included: it may remove them again
 
 
@@ -145,18 +143,6 @@ class RunFolder:
         start = self._config.stat().st_mtime_ns
         files = (path for path in self.path.absolute().rglob("*") if path.name != LOG and path.is_file())
         return any(path.stat().st_mtime_ns >= start for path in files if path.parent != self._config)
-
-
-def write_origin(config_folder: Path, job: str | None, plan: Mapping[str, Any] | None, *, in_sweep: bool) -> None:
-    """Record what the command whose config is stored in a folder was part of.
-
-    Args:
-        config_folder: `config`, `config_2`, ... in the run folder.
-        job: identifier of the scheduler job, with which a requeued job finds the run.
-        plan: recipe and length, with which it finds a run without a checkpoint.
-        in_sweep: whether the command was a job of a multirun.
-    """
-    write_json(config_folder / ORIGIN, {"job": job, "sweep": in_sweep, "plan": plan})
 
 
 def command_line(folder: Path) -> list[str]:

@@ -37,14 +37,10 @@ def write_end(run: Path, step: int, result: Mapping[str, Any] | None = None, ran
 
 def read_end(run: Path) -> dict[str, Any]:
     """Return the record of a run; its entries are None if the training has not ended, or the record is damaged."""
-    return read_record(run / END) or {"step": None, "result": None}
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the content of a record; None if it is missing or damaged, which is logged."""
-    return read_valid_note(
-        path, lambda path: forms.read_json(path, forms.object_with()), damaged="%s is damaged (%s): it is ignored."
+    record = read_valid_note(
+        run / END, lambda path: forms.read_json(path, forms.object_with()), damaged="%s is damaged (%s): it is ignored."
     )
+    return record or {"step": None, "result": None}
 
 
 def describe_sweep(folder: Path, *, key: str = "resume") -> str:

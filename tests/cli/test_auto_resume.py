@@ -1,9 +1,8 @@
-"""Which run `resume=auto` resumes, by the command line: given folders, scheduler jobs, newest runs and sweeps."""
+"""Which run `resume=auto` resumes, by the command line: given folders, newest runs and sweeps."""
 
 import errno
 import fcntl
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from dinoseg.training.image_data_module import ImageDataModule
 QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "logger=[]")
 TRAIN = ("mode=train", *SMALL, *QUIET, "trainer.save_every=1", "trainer.steps=3")
 AUTO = (*TRAIN, "resume=auto")
-SCHEDULERS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME", "TORCHELASTIC_RUN_ID")
 LIMIT = "# @package _global_\ntrainer: {max_minutes: 30}\n"
 FOLDER = "# @package _global_\nhydra: {run: {dir: mine}}\n"
 
@@ -49,9 +47,7 @@ def end(*_, **__):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    for name in SCHEDULERS:
-        monkeypatch.delenv(name, raising=False)
+def here(tmp_path):
     write_data(tmp_path / "data")
     return tmp_path
 
@@ -114,16 +110,6 @@ def write_local(here, text):
     return "--config-dir", "own"
 
 
-def test_auto_finds_a_named_run_of_the_job_without_a_checkpoint(quick, here, interrupt, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    run = here / "mine/run"
-    interrupt(*AUTO, "hydra.run.dir=mine/run")
-    shutil.rmtree(run / "checkpoints")
-    run_checked(here, *AUTO)  # the named folder is remembered, and origin.json has recipe and job
-    assert step_of(run) == 3
-    assert not (here / "outputs/base").exists()
-
-
 def test_given_folder_resumes_its_checkpoint(quick, here, interrupt):
     interrupt(*AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 2
@@ -141,8 +127,16 @@ def test_given_folder_is_used_despite_earlier_runs(quick, here):
 def test_given_folder_without_checkpoint_is_started_in(quick, here):
     (here / "mine").mkdir()
     (here / "mine/run.log").write_text("killed before its first save\n")
-    run_checked(here, *AUTO, "hydra.run.dir=mine")
+    done = run_checked(here, *AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 3 and not (here / "mine_2").exists()
+    assert f"{here / 'mine'} holds no checkpoint: the training starts there." in done.err
+
+
+def test_given_folder_may_hold_files_of_others(quick, here):
+    (here / "mine").mkdir()
+    (here / "mine/slurm-71.out").write_text("of a scheduler\n")
+    run_checked(here, *AUTO, "hydra.run.dir=mine")
+    assert step_of(here / "mine") == 3 and (here / "mine/slurm-71.out").read_text() == "of a scheduler\n"
 
 
 def test_given_folder_of_another_recipe_or_of_a_finished_run(quick, here):
@@ -164,6 +158,49 @@ def test_locked_given_folder_is_an_error(here, monkeypatch):
     assert done.status == 1 and "mine" in done.err and "another process" in done.err.lower()
 
 
+def test_script_that_names_its_folder_resumes_it_alone(quick, here, interrupt):
+    """Two tasks of an array, which train the same recipe: each is killed, queued again, and at last submitted again."""
+    tasks = [f"hydra.run.dir=outputs/job_{task}" for task in (0, 1)]
+    for folder in tasks:
+        interrupt(*AUTO, folder)
+    folders = [here / "outputs/job_0", here / "outputs/job_1"]
+    for folder, steps in zip(tasks, ([3, 2], [3, 3]), strict=True):
+        run_checked(here, *AUTO, folder)
+        assert [step_of(run) for run in folders] == steps
+    done = run_checked(here, *AUTO, tasks[0])
+    assert (
+        "is finished" in done.err and not (here / "outputs/base").exists() and len([*folders[0].glob("config*")]) == 2
+    )
+
+
+def test_finished_run_without_its_last_checkpoint_is_reported(here):
+    run_checked(here, *AUTO, "hydra.run.dir=mine")
+    (here / "mine/checkpoints/last.safetensors").unlink()
+    before = files_of(here / "mine")
+    done = run_checked(here, *AUTO, "hydra.run.dir=mine")
+    assert "mine is finished at step 3" in done.err and files_of(here / "mine") == before
+    assert call(here, *AUTO, "hydra.run.dir=mine", "seed=1").status == 1
+    done = call(here, *AUTO, "hydra.run.dir=mine", "trainer.steps=4")
+    assert done.status == 1 and "mine/checkpoints/last.safetensors" in done.err, done.err
+
+
+def test_damaged_checkpoint_in_given_folder_is_an_error(quick, here, interrupt):
+    interrupt(*AUTO, "hydra.run.dir=mine")
+    (here / "mine/checkpoints/last.safetensors").write_bytes(b"cut")
+    before = files_of(here / "mine")
+    done = call(here, *AUTO, "hydra.run.dir=mine")
+    assert done.status == 1 and "mine/checkpoints/last.safetensors" in done.err and "remove the file" in done.err
+    assert files_of(here / "mine") == before
+
+
+def test_folder_of_a_sweep_is_refused_for_a_single_run(quick, here):
+    run_checked(here, "-m", *TRAIN, "hydra.sweep.dir=swept")
+    done = call(here, *AUTO, "hydra.run.dir=swept")
+    assert (
+        done.status == 1 and f"hydra.sweep.dir={here / 'swept'}" in done.err and not (here / "swept/run.log").exists()
+    )
+
+
 def test_local_config_gives_a_folder(quick, here):
     words = (*write_local(here, FOLDER), *AUTO)
     run_checked(here, *words)
@@ -171,19 +208,20 @@ def test_local_config_gives_a_folder(quick, here):
     assert step_of(here / "mine") == 3 and "finished" in done.err and not (here / "mine_2").exists()
 
 
-def test_folder_named_by_the_time_is_not_given(quick, here, interrupt):
-    dated = "hydra.run.dir=elsewhere/train_${now:%f}"
+@pytest.mark.parametrize("dated", ["train_${now:%f}", "${now:%Y-%m-%d}/${now:%f}"])
+def test_folder_named_by_the_time_is_not_given(quick, here, interrupt, dated):
+    dated = f"hydra.run.dir=elsewhere/{dated}"
     interrupt(*AUTO, dated)
     run_checked(here, *AUTO, dated)
-    (run,) = (here / "elsewhere").iterdir()
-    assert step_of(run) == 3
+    (run,) = here.glob("elsewhere/**/checkpoints")
+    assert step_of(run.parent) == 3
 
 
-@pytest.mark.parametrize("folder", [pytest.param("outputs/mine", marks=pytest.mark.heavy), "elsewhere/mine"])
-def test_interrupted_run_is_found_without_its_folder(quick, here, interrupt, folder):
+@pytest.mark.parametrize(("folder", "is_found"), [("outputs/base/mine", True), ("outputs/mine", False)])
+def test_runs_of_the_recipe_alone_are_found_without_a_folder(quick, here, interrupt, folder, is_found):
     interrupt(*TRAIN, f"hydra.run.dir={folder}")
     run_checked(here, *AUTO)
-    assert step_of(here / folder) == 3 and not runs(here)
+    assert (step_of(here / folder), len(runs(here))) == ((3, 0) if is_found else (2, 1))
 
 
 def test_newest_unfinished_run_of_equal_length_is_resumed(quick, here, interrupt):
@@ -191,12 +229,12 @@ def test_newest_unfinished_run_of_equal_length_is_resumed(quick, here, interrupt
     (run,) = runs(here)
     done = run_checked(here, *AUTO, "trainer.steps=4")
     assert step_of(run) == 2 and len(runs(here)) == 2
-    assert "trainer.steps" in done.err and str(run) in done.err and f"{here / 'outputs'}:" in done.err
+    assert f"no unfinished run of this recipe and length in {here / 'outputs/base'}: starting a new run" in done.err
     run_checked(here, *AUTO, "trainer.val_every=2", "trainer.patience=9")
     assert step_of(run) == 3 and len(runs(here)) == 2
     before = files_of(run)
     done = run_checked(here, *AUTO)
-    assert len(runs(here)) == 3 and files_of(run) == before and f"{run} is finished" in done.err
+    assert len(runs(here)) == 3 and files_of(run) == before and "starting a new run" in done.err
 
 
 def test_time_limit_of_a_config_file_outlives_resumes(quick, here, interrupt):
@@ -222,56 +260,6 @@ def test_missing_evaluation_is_written_without_training(here, monkeypatch):
     assert (run / "evaluation/scores.json").exists() and step_of(run) == trained and runs(here) == [run]
 
 
-def test_requeued_slurm_job_resumes_its_run(quick, here, interrupt, monkeypatch):
-    interrupt(*AUTO)
-    (other,) = runs(here)
-    monkeypatch.setenv("SLURM_JOB_ID", "71")
-    interrupt(*AUTO, "hydra.run.dir=outputs/base/train_other_name", "trainer.steps=4")
-    (mine,) = {*runs(here)} - {other}
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    run_checked(here, *AUTO, "trainer.steps=4")
-    assert (step_of(other), step_of(mine)) == (2, 4)
-    done = run_checked(here, *AUTO, "trainer.steps=4")
-    assert f"resume={mine}" in done.err and len(done.err.splitlines()) == 1 and len(runs(here)) == 2
-    assert step_of(mine) == 4
-
-
-def test_job_without_checkpoint_starts_again_in_its_folder(quick, here, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "71")
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write", end)
-        assert call(here, *AUTO).status == 9
-    run_checked(here, *AUTO, "head=mlp")  # the next line of the same script
-    run_checked(here, *AUTO)
-    assert sorted(info_of(run)["choices"]["head"] for run in runs(here)) == ["linear", "mlp"]
-
-
-@pytest.mark.heavy
-def test_array_tasks_resume_their_own_runs(quick, here, interrupt, monkeypatch):
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "71")
-    mine = {task: here / f"outputs/base/train_{task}" for task in "01"}
-    for task, run in mine.items():
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-        monkeypatch.setenv("SLURM_JOB_ID", f"7{task}")
-        interrupt(*AUTO, f"hydra.run.dir={run}")
-    for task, steps in (("0", {"0": 3, "1": 2}), ("1", {"0": 3, "1": 3})):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-        run_checked(here, *AUTO)
-        assert {name: step_of(run) for name, run in mine.items()} == steps
-    assert len(runs(here)) == 2
-
-
-@pytest.mark.heavy
-def test_restarted_torchrun_resumes_its_run(quick, here, interrupt, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
-    interrupt(*AUTO, "hydra.run.dir=outputs/base/train_mine")
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    interrupt(*AUTO, "hydra.run.dir=outputs/base/train_newer")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
-    run_checked(here, *AUTO)
-    assert [step_of(run) for run in runs(here)] == [3, 2]
-
-
 def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -289,44 +277,53 @@ def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
     assert text.startswith("error ") and "No space left" in text
 
 
-def test_sweep_resumes_by_recipe_and_seed(quick, here, interrupt):
-    sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep")
+def test_restarted_sweep_does_only_what_is_missing(quick, here, interrupt):
+    sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", "seed=0,1,2")
     folder = here / "sweep"
-    stopped = interrupt(*sweep, "seed=0,1")
-    assert step_of(folder / "0") == 2 and f"resume=auto hydra.sweep.dir={folder}" in stopped.err
-    done = run_checked(here, *sweep, "seed=1,0")
-    seeds = {path.parent.name: info_of(path.parent)["config"]["seed"] for path in folder.glob("*/checkpoints")}
-    assert sorted(seeds.values()) == [0, 1] and seeds["0"] == 0 and step_of(folder / "0") == 3, done.err
+    stopped = interrupt(*sweep, saves=5)
+    assert (step_of(folder / "0"), step_of(folder / "1")) == (3, 2) and not (folder / "2").exists()
+    assert f"resume=auto hydra.sweep.dir={folder}" in stopped.err
     before = files_of(folder / "0")
-    again = run_checked(here, *sweep, "seed=0,1")
-    assert files_of(folder / "0") == before and len(list(folder.glob("*/checkpoints"))) == 2
+    done = run_checked(here, *sweep)
+    seeds = {path.parent.name: info_of(path.parent)["config"]["seed"] for path in folder.glob("*/checkpoints")}
+    assert seeds == {"0": 0, "1": 1, "2": 2} and {step_of(folder / name) for name in seeds} == {3}
+    assert files_of(folder / "0") == before and len([*folder.glob("1/config*")]) == 2
+    assert f"{folder / '0'} is finished at step 3: its result is reused." in done.err
     rows = (folder / "jobs.csv").read_text().splitlines()
-    assert len(rows) == 3 and str(folder / "0") in rows[1] + rows[2], again.err
+    assert len(rows) == 4 and str(folder / "0") in rows[1] + rows[2] + rows[3]
+
+
+def test_longer_sweep_trains_each_of_its_jobs_on(quick, here):
+    sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", "seed=0,1")
+    run_checked(here, *sweep)
+    run_checked(here, *sweep, "trainer.steps=4")
+    assert {path.parent.name: step_of(path.parent) for path in here.glob("sweep/*/checkpoints")} == {"0": 4, "1": 4}
 
 
 @pytest.mark.parametrize(
-    "swept",
+    ("key", "values"),
     [
-        "trainer.patience=2,5",
-        pytest.param("inference=whole,windows", marks=pytest.mark.heavy),
-        pytest.param("engine.precision=fp32,bf16", marks=pytest.mark.heavy),
+        ("seed", "01"),
+        ("trainer.patience", "25"),
+        pytest.param("trainer.steps", "32", marks=pytest.mark.heavy),
+        pytest.param("engine.precision", ("fp32", "bf16"), marks=pytest.mark.heavy),
     ],
 )
-def test_cells_of_one_recipe_share_no_run(quick, here, interrupt, swept):
-    sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", swept)
-    interrupt(*sweep)
-    run_checked(here, *sweep)
-    assert {path.parent.name for path in here.glob("sweep/*/checkpoints")} == {"0", "1"}
-    before = files_of(here / "sweep/1")
-    done = run_checked(here, *sweep, "mode.pictures=1")  # near misses are named by the word that differs
-    assert done.err.count("mode.pictures") >= 2 and files_of(here / "sweep/1") == before
-    assert len(list(here.glob("sweep/*/checkpoints"))) == 4
+def test_job_of_a_sweep_takes_no_run_of_another_job(quick, here, key, values):
+    sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep")
+    run_checked(here, *sweep, f"{key}={values[0]},{values[1]}")
+    before = {name: files_of(here / "sweep" / name) for name in "01"}
+    done = call(here, *sweep, f"{key}={values[1]},{values[0]}")
+    refused = [line for line in done.err.splitlines() if "holds the run of another job" in line and key in line]
+    # with more steps than that of its folder, a job of trainer.steps trains this one on
+    assert done.status == 1 and len(refused) == (1 if key == "trainer.steps" else 2), done.err
+    assert files_of(here / "sweep/0") == before["0"] and len(list(here.glob("sweep/*/checkpoints"))) == 2
 
 
 def test_sweeps_without_a_folder_and_single_runs_are_new(quick, here, interrupt):
     interrupt("-m", *AUTO, "hydra.sweep.dir=outputs/base/sweep")
     done = run_checked(here, "-m", *AUTO, "seed=0,1")
-    assert done.err.count("hydra.sweep.dir") == 1 and step_of(here / "outputs/base/sweep/0") == 2
+    assert "this sweep is new" in done.err and step_of(here / "outputs/base/sweep/0") == 2
     run_checked(here, *AUTO)
     assert step_of(here / "outputs/base/sweep/0") == 2
     assert len(list(here.glob("outputs/**/checkpoints"))) == 4  # of the stopped job, two of the second sweep, one alone
@@ -353,6 +350,16 @@ def test_two_racing_processes_share_no_run(here, interrupt):
     assert [racer.returncode for racer in racers] == [0, 0], errors
     assert len(runs(here)) == 2 and all(step_of(path) == 3 for path in runs(here)), errors
     assert len([error for error in errors if "resuming" in error]) == 1 and len(list(run.glob("config*"))) == 2
+
+
+@pytest.mark.heavy
+def test_racing_processes_train_a_given_folder_once(here, interrupt):
+    interrupt(*AUTO, "hydra.run.dir=mine", saves=1)
+    command = [sys.executable, "-m", "dinoseg", *AUTO, "hydra.run.dir=mine"]
+    racers = [subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = sorted((racer.communicate()[1] for racer in racers), key=lambda text: "resuming" in text)
+    assert "is finished" in errors[0] or "Another process is writing to" in errors[0], errors
+    assert "resuming" in errors[1] and step_of(here / "mine") == 3 and len([*here.glob("mine*/config*")]) == 2, errors
 
 
 def test_run_finished_before_its_lock_is_free_is_left_alone(quick, here, interrupt, monkeypatch):
@@ -391,3 +398,5 @@ def test_result_of_a_finished_run_is_returned(here):
     second = dinoseg.train(None, *words, out_dir=here / "mine", resume="auto")
     assert second.folder == first.folder and second.scores.to_dict() == first.scores.to_dict()
     assert json.loads((here / "mine/training.json").read_text())["step"] == 3
+    longer = dinoseg.train(None, *words[:-1], out_dir=here / "mine", resume="auto", trainer={"steps": 4})
+    assert longer.folder == first.folder and longer.step == 4

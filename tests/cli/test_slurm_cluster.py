@@ -163,7 +163,8 @@ def test_the_signal_before_the_time_limit_saves_the_run(environment, folder):
 
 
 def test_a_requeued_job_resumes_its_run(environment, folder):
-    job = submit(environment, folder, "--ntasks=2 --time=600 --signal=TERM@30", LONG)
+    words = (*LONG, "hydra.run.dir=outputs/base/mine")
+    job = submit(environment, folder, "--ntasks=2 --time=600 --signal=TERM@30", words)
     wait_until(lambda: last_steps(folder))
     slurm(environment, "scontrol", "requeue", job)
     resumed = wait_until(lambda: re.search(r"resuming .* at step (\d+) of", (folder / "job.log").read_text()))

@@ -22,7 +22,6 @@ from dinoseg.runs.folder import (
     last_command_line,
     record_new_folders,
 )
-from dinoseg.runs.location import remember_folder, remembered_folders
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
@@ -211,16 +210,6 @@ def test_each_changed_setting_is_named(tmp_path, now, said):
 
 def test_invalid_overrides_file_yields_no_command_line(tmp_path):
     assert command_line(tmp_path) == last_command_line(tmp_path) == []
-
-
-def test_damaged_line_hides_no_remembered_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        remember_folder(tmp_path / "cache", tmp_path / name)
-        (path,) = (tmp_path / "cache").iterdir()
-        path.write_bytes(path.read_bytes() + b'"cut by a full disk \xff\n7\n')
-    assert [*remembered_folders(tmp_path / "cache")] == [tmp_path / "first", tmp_path / "second"]
 
 
 def use_denied_file():

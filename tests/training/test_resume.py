@@ -97,12 +97,13 @@ def kill_at(where: Path, step: int, *arguments) -> Path:
 
 
 @pytest.mark.heavy
-def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tmp_path):
+@pytest.mark.parametrize("words", [(), ("hydra.run.dir=outputs/base/train_mine",)])
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tmp_path, words):
     """Kill a run with two loading processes, and resume it without any."""
-    folder = kill_at(tmp_path, 7, *train(data, workers=2))
+    folder = kill_at(tmp_path, 7, *train(data, *words, workers=2))
     stood_at = checkpoint.read(folder / "checkpoints/last.safetensors").info["progress"]["step"]
     assert 7 <= stood_at < 20
-    run_checked(tmp_path, *train(data, "resume=auto"))
+    run_checked(tmp_path, *train(data, *words, "resume=auto"))
     assert len(list((tmp_path / "outputs/base").glob("train_*"))) == 1, "it goes on in its own folder"
     first, second = rows_of(whole), rows_of(folder)
     odd = next((pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]), None)

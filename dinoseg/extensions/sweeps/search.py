@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,24 +105,31 @@ class Search(Sweeper):
         try:
             words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
             study = open_study(path, self.direction, words, fixed)
-            self._settle(study)
+            self._repeat(study, self._settle(study), fixed)
             self._search(study, space, fixed)
         finally:
             locks.release(held)
 
-    def _settle(self, study: Any) -> None:
-        """Record the results of jobs that ended after an earlier search did; enqueue interrupted jobs again."""
+    def _settle(self, study: Any) -> list[Any]:
+        """Record the results of jobs that ended after an earlier search did; return the interrupted jobs."""
         from optuna.trial import TrialState
 
         rows = {row["job"]: row for row in self._job_results.rows()}
+        interrupted = []
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             row = rows.get(trial.number)
             if row is None:
-                study.enqueue_trial(trial.params)
-                study.tell(trial.number, state=TrialState.FAIL)
+                interrupted.append(trial)
             else:
                 error = {"error": row["note"]} if row["note"] else {}
                 self._tell(study, trial, *self._read_score(row["returned"] | error))
+        return interrupted
+
+    def _repeat(self, study: Any, trials: Sequence[Any], fixed: Sequence[str]) -> None:
+        """Run interrupted jobs again under their own numbers, and so in their own folders."""
+        # a launcher numbers the jobs of a call one after another
+        for _, consecutive in groupby(enumerate(trials), key=lambda pair: pair[1].number - pair[0]):
+            self._run_jobs(study, [trial for _, trial in consecutive], fixed)
 
     def _tell(self, study: Any, trial: Any, value: float | None, error: str) -> None:
         if error:
@@ -140,10 +148,14 @@ class Search(Sweeper):
                 return
             study.sampler = self._sampler(len(study.trials))
             trials = [study.ask(space) for _ in range(min(self.at_once, self.trials - scored - failed))]
-            jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
-            returned = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
-            for trial, job in zip(trials, returned, strict=True):
-                self._tell(study, trial, *self._result(job))
+            self._run_jobs(study, trials, fixed)
+
+    def _run_jobs(self, study: Any, trials: Sequence[Any], fixed: Sequence[str]) -> None:
+        """Run jobs of consecutive numbers and report their scores to the study."""
+        jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
+        returned = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
+        for trial, job in zip(trials, returned, strict=True):
+            self._tell(study, trial, *self._result(job))
 
     def _sampler(self, number: int) -> Any:
         """Return the sampler for the jobs from `number` on; interruptions of the search do not change its choices."""

@@ -78,11 +78,28 @@ def test_killed_search_repeats_its_running_job_and_finishes(tmp_path):
     with open(tmp_path / "cut/search.log", "a", encoding="utf-8") as file:
         file.write('{"op_code":6,"worker')  # cut off by the kill
     rest = search(tmp_path / "cut", trials=6)
-    assert [*begun.done] == [0, 1, 2, 3] and [*rest.done] == [4, 5, 6]
-    assert rest.done[4] == begun.done[3] == whole.done[3]
+    assert [*begun.done] == [0, 1, 2, 3] and [*rest.done] == [3, 4, 5]  # in its own folder
+    assert begun.done | rest.done == whole.done
     assert not search(tmp_path / "cut", trials=6).done
     more = search(tmp_path / "cut", trials=7)
-    assert [*more.done] == [7] and more.done[7]["lr"] != begun.done[3]["lr"]
+    assert [*more.done] == [6] and more.done[6]["lr"] != begun.done[3]["lr"]
+
+
+def test_killed_jobs_of_a_search_run_again_together(tmp_path):
+    batches = []
+
+    class Recorded(Jobs):
+        def launch(self, jobs, initial_job_idx):
+            batches.append([*range(initial_job_idx, initial_job_idx + len(jobs))])
+            return super().launch(jobs, initial_job_idx)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, Jobs(interrupt), at_once=4)
+    JobResults(tmp_path).store(
+        1, {"words": {}, "job": 1, "process": 1, "note": "", "returned": {"miou": 0.5}, "further": []}
+    )
+    search(tmp_path, Recorded(), at_once=4)
+    assert batches == [[0], [2, 3]]
 
 
 def test_concurrent_jobs_never_exceed_the_limit(tmp_path):
