@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.utils.images import write_png
 
 
 def encode(mask, as_text=True):
     """Return a mask (H, W) as COCO's run lengths, compressed or as a list."""
-    counts = Runs.of_mask(np.asarray(mask, bool)).to_counts(mask.size)
+    counts = RunLengths.of_mask(np.asarray(mask, bool)).to_counts(mask.size)
     return {"size": list(mask.shape), "counts": to_text(counts) if as_text else counts.tolist()}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dinoseg.core.object_ids import encode_object
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 
 
 def draw_masks(seed):
@@ -23,11 +23,11 @@ def draw_masks(seed):
 def test_runs_equal_masks(seed):
     rng = np.random.default_rng(seed)
     for mask in draw_masks(seed):
-        runs = Runs.of_mask(mask)
+        runs = RunLengths.of_mask(mask)
         counts = runs.to_counts(mask.size)
         assert counts.sum() == mask.size and (counts[1:] > 0).all()
         empty = np.insert(counts, rng.integers(len(counts) + 1), [0, 0])  # counts of 0 are allowed
-        for each in (runs, Runs.of_counts(counts), Runs.of_counts(empty)):
+        for each in (runs, RunLengths.of_counts(counts), RunLengths.of_counts(empty)):
             assert np.array_equal(each.to_mask(mask.shape), mask) and each.area == mask.sum()
             canvas = np.zeros((*mask.shape, 2), int)
             each.paint(canvas, (7, 8))
@@ -42,11 +42,11 @@ def test_runs_of_ids_equal_masks(values):
     rng = np.random.default_rng(0)
     for _ in range(30):
         ids = rng.choice(values, rng.integers(1, 7, 2)).astype(np.int32)
-        found = Runs.of_ids(ids)
+        found = RunLengths.of_ids(ids)
         assert [*found] == sorted({*ids.ravel().tolist()} - {0})
         for value, runs in found.items():
             assert np.array_equal(runs.to_mask(ids.shape), ids == value)
-            assert np.array_equal(runs.starts, Runs.of_mask(ids == value).starts)
+            assert np.array_equal(runs.starts, RunLengths.of_mask(ids == value).starts)
 
 
 def test_objects_of_a_map_are_in_order_with_crowds_last():

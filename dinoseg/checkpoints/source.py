@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dinoseg.checkpoints.trained import Trained, load_trained
+from dinoseg.checkpoints.trained import TrainedModel, load_trained
 from dinoseg.experiment.builder import Builder
 from dinoseg.models.adapters import dequantised_state
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers
@@ -19,7 +19,7 @@ class ModelSource(Builder):
         """The number of classes of the dataset; 0 if its config lists none."""
         return len(self.value("data").get("classes") or ())
 
-    def load(self) -> Trained:
+    def load(self) -> TrainedModel:
         """Build the model and read its weights, see `load_trained`.
 
         Raises:
@@ -27,7 +27,7 @@ class ModelSource(Builder):
         """
         return load_trained(self)
 
-    def load_on_cpu(self) -> Trained:
+    def load_on_cpu(self) -> TrainedModel:
         """Load the model on the CPU, without float16 and TF32, which are settings of a GPU.
 
         Raises:

@@ -33,7 +33,7 @@ C = TypeVar("C")
 
 
 @dataclass
-class Trained:
+class TrainedModel:
     """Trained segmenter, ready to predict, with its classes."""
 
     model: SegmentationModel
@@ -95,7 +95,7 @@ class Trained:
         return {}
 
 
-def load_trained(builder: ModelBuilder) -> Trained:
+def load_trained(builder: ModelBuilder) -> TrainedModel:
     """Return the model that `resume` names, in eval mode; the config is already merged with its checkpoint.
 
     Without `resume`, a head with trained weights from a file is used unchanged, with the classes of the dataset.
@@ -110,7 +110,7 @@ def load_trained(builder: ModelBuilder) -> Trained:
         )
     trained = load_member(builder, builder.engine())
     if builder.members:
-        ensemble: Trained = builder.part("mode.ensemble").load(builder, trained)
+        ensemble: TrainedModel = builder.part("mode.ensemble").load(builder, trained)
         return ensemble
     if builder.value("mode.ensemble.out_of_fold"):
         raise UserError(
@@ -120,7 +120,7 @@ def load_trained(builder: ModelBuilder) -> Trained:
     return trained
 
 
-def load_member(builder: ModelBuilder, engine: Engine) -> Trained:
+def load_member(builder: ModelBuilder, engine: Engine) -> TrainedModel:
     """Return the model of a config as `load_trained` does, placed by an engine, and never an ensemble."""
     labels = builder.labels if builder.resume is None else None
     strategy = builder.strategy(builder.labels.classes)
@@ -133,7 +133,7 @@ def load_member(builder: ModelBuilder, engine: Engine) -> Trained:
         # the class entries of a checkpoint's description
         info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
     model = engine.place(model).eval()
-    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, strategy)
+    return TrainedModel(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, strategy)
 
 
 def is_trained(builder: ModelBuilder) -> bool:
@@ -156,7 +156,7 @@ def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], wher
         )
 
 
-def find_trained_sizes(trained: Trained, out_dir: Path) -> TrainedSizes | None:
+def find_trained_sizes(trained: TrainedModel, out_dir: Path) -> TrainedSizes | None:
     """Return the training sizes to which images are scaled; None if the command line sets `resolution.longest`."""
     return None if longest_is_typed(out_dir) else TrainedSizes.from_info(trained.info)
 

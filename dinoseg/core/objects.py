@@ -11,7 +11,7 @@ from dinoseg.core.object_ids import crowd_flags, object_classes, object_numbers
 MIN_SCORE = 0.5  # of shown and counted objects: those of lower scores are mostly wrong, and would hide the others
 
 
-class Runs(NamedTuple):
+class RunLengths(NamedTuple):
     """Runs of ones of a mask (H, W) whose columns follow one another, as in COCO's run lengths.
 
     Attributes:
@@ -74,7 +74,7 @@ class Runs(NamedTuple):
             return 0, np.zeros((height, 0), bool)
         first = int(starts[0]) // height
         last = int(ends[-1] - 1) // height
-        return first, Runs(starts - first * height, ends - first * height).to_mask((height, last - first + 1))
+        return first, RunLengths(starts - first * height, ends - first * height).to_mask((height, last - first + 1))
 
     def to_mask(self, size: tuple[int, int]) -> np.ndarray:
         """Return the mask (H, W) bool of `size` (H, W)."""
@@ -105,7 +105,7 @@ class Objects:
     """
 
     size: tuple[int, int]
-    masks: Sequence[Runs]
+    masks: Sequence[RunLengths]
     classes: np.ndarray
     scores: np.ndarray
     areas: np.ndarray
@@ -115,7 +115,7 @@ class Objects:
     def of_runs(
         cls,
         size: tuple[int, int],
-        masks: Sequence[Runs],
+        masks: Sequence[RunLengths],
         classes: Sequence[int] | np.ndarray,
         scores: Sequence[float] | np.ndarray | None = None,
         crowds: Sequence[bool] | np.ndarray | None = None,
@@ -136,14 +136,16 @@ class Objects:
         cls, masks: np.ndarray, classes: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray | None = None
     ) -> Self:
         """Return objects of masks (N, H, W) bool."""
-        return cls.of_runs((masks.shape[1], masks.shape[2]), [Runs.of_mask(mask) for mask in masks], classes, scores)
+        return cls.of_runs(
+            (masks.shape[1], masks.shape[2]), [RunLengths.of_mask(mask) for mask in masks], classes, scores
+        )
 
     @classmethod
     def of_map(cls, values: np.ndarray) -> Self:
         """Return the objects of an `ObjectMap` (N, H, W) int32 in the order of their numbers, crowds last."""
-        found: dict[int, Runs] = {}
+        found: dict[int, RunLengths] = {}
         for layer in values:
-            found |= Runs.of_ids(layer)
+            found |= RunLengths.of_ids(layer)
         codes = np.array(sorted(found, key=lambda value: (crowd_flags(value), object_numbers(value))), np.int64)
         masks = [found[value] for value in codes.tolist()]
         return cls.of_runs(values.shape[1:], masks, object_classes(codes), crowds=crowd_flags(codes) == 1)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
-from dinoseg.checkpoints.trained import Trained, check_classes, is_trained, load_trained
+from dinoseg.checkpoints.trained import TrainedModel, check_classes, is_trained, load_trained
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
@@ -179,7 +179,7 @@ def _open_benchmark(
     return benchmark if benchmark.can_score(data, warns=warns) else None
 
 
-def _needs_thresholds(builder: Builder, trained: Trained, out_dir: Path) -> bool:
+def _needs_thresholds(builder: Builder, trained: TrainedModel, out_dir: Path) -> bool:
     """Return whether to choose thresholds; chosen ones are chosen again if the command sets `auto`."""
     is_asked = builder.value("task.threshold") == "auto" and "task.threshold" in find_typed_keys(out_dir)
     return trained.model.task.is_auto or is_asked

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.core.objects import MIN_SCORE, Objects, Runs
+from dinoseg.core.objects import MIN_SCORE, Objects, RunLengths
 from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.segmenter.inputs import OnError, Picture, is_many_files, is_one, pictures
 from dinoseg.segmenter.runtime import Options, Runtime, list_model_files
@@ -43,7 +43,7 @@ class SegmentedObject:
     class_id: int
     score: float
     box: tuple[int, int, int, int]
-    runs: Runs = field(repr=False)
+    runs: RunLengths = field(repr=False)
     size: tuple[int, int] = field(repr=False)
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dinoseg import __version__
 from dinoseg.checkpoints.source import ModelSource
-from dinoseg.checkpoints.trained import Trained, find_trained_sizes
+from dinoseg.checkpoints.trained import TrainedModel, find_trained_sizes
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.contracts import require_classes
 from dinoseg.experiment.models import ModelBuilder
@@ -162,7 +162,12 @@ def write_model(
 
 
 def facts_of(
-    source: ModelSource, trained: Trained, sizes: TrainedSizes | None, *, delta: bool = False, scores: str | None = None
+    source: ModelSource,
+    trained: TrainedModel,
+    sizes: TrainedSizes | None,
+    *,
+    delta: bool = False,
+    scores: str | None = None,
 ) -> ModelFacts:
     """Return the facts of a trained model, for an exported file of any kind.
 

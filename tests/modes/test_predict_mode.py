@@ -14,7 +14,7 @@ from mistakes import assert_refused
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.core.contracts import Head
 from dinoseg.core.shapes import Prediction
 from dinoseg.core.task import SEMANTIC
@@ -58,7 +58,7 @@ def expected_ids(frame):
 def trained_model(monkeypatch):
     palette = [(0, 0, 0), (200, 40, 0), (0, 90, 255)]
     engine = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
-    fake = Trained(Brightness().eval(), engine, CLASSES, palette, 255, {})
+    fake = TrainedModel(Brightness().eval(), engine, CLASSES, palette, 255, {})
     monkeypatch.setattr(mode, "load_trained", lambda cfg: fake)
     return fake
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 from dinoseg.core.sources import VirtualMask
 from dinoseg.extensions.annotations.polygon import Patch, draw_figure, rasterise
 from dinoseg.extensions.annotations.rle import from_text
@@ -70,7 +70,7 @@ class CompressedColumns(Form):
 
     def draw(self, size: tuple[int, int]) -> Patch:
         """Return the pixels that the shape covers in an image of `size` (H, W)."""
-        left, mask = Runs.of_counts(from_text(self.counts)).to_columns(size[0])
+        left, mask = RunLengths.of_counts(from_text(self.counts)).to_columns(size[0])
         return Patch(0, left, mask)
 
 
@@ -84,7 +84,7 @@ class Box(Form):
     def draw(self, size: tuple[int, int]) -> Patch:
         """Return the pixels that the shape covers in an image of `size` (H, W)."""
         left, top, width, height = self.place
-        mask = Runs.of_counts(np.frombuffer(self.counts, np.int64)).to_mask((width, height)).T
+        mask = RunLengths.of_counts(np.frombuffer(self.counts, np.int64)).to_mask((width, height)).T
         first_row, first_column = max(0, top), max(0, left)
         mask = mask[first_row - top : max(0, size[0] - top), first_column - left : max(0, size[1] - left)]
         return Patch(first_row, first_column, mask)

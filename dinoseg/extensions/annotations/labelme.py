@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 from dinoseg.extensions.annotations.drawing import Box, Figure, Form, check_mask_size
 from dinoseg.extensions.annotations.entry import Annotations, Entry, LabelledShape, points_of, size_of, text
 from dinoseg.extensions.annotations.polygon import FARTHEST, MAX_RADIUS, check_polygon
@@ -107,4 +107,4 @@ def _mask(mask: Any, points: list[list[float]], size: tuple[int, int] | None) ->
         raise ValueError(
             f"its mask must be a PNG of {width} x {height} pixels in base64 ({format_text(str(error))})"
         ) from None
-    return Box((left, top, width, height), Runs.of_mask(inside.T).to_counts(inside.size).tobytes())
+    return Box((left, top, width, height), RunLengths.of_mask(inside.T).to_counts(inside.size).tobytes())

@@ -1,4 +1,4 @@
-"""COCO's run lengths of masks in JSON: alternating counts of zeros and ones, column by column, see `Runs`.
+"""COCO's run lengths of masks in JSON: alternating counts of zeros and ones, column by column, see `RunLengths`.
 
 In the compressed form, each count from the fourth on is stored as its difference to the count two before. Each number
 is split into groups of five bits, the lowest first; a sixth bit marks that more follow. Each group is a letter, counted

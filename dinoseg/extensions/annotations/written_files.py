@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import dinoseg
-from dinoseg.core.objects import MIN_SCORE, Objects, Runs
+from dinoseg.core.objects import MIN_SCORE, Objects, RunLengths
 from dinoseg.core.task import ObjectTask, Task
 from dinoseg.data.classes.file import CLASS_FILE
 from dinoseg.data.classes.labels import Labels
@@ -50,7 +50,7 @@ class MaskRegion:
     """
 
     class_id: int
-    runs: Runs
+    runs: RunLengths
     size: tuple[int, int]
     box: Sequence[int]
     number: int = 0
@@ -72,13 +72,13 @@ def find_parts(ids: np.ndarray, *, leave_out: int | None, joined: bool) -> Objec
         leave_out: the class that is not an object; None: every class has parts.
         joined: all pixels of a class are one part; otherwise each 8-connected component is one.
     """
-    masks: list[Runs] = []
+    masks: list[RunLengths] = []
     classes: list[int] = []
     for value in np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist():
         if value != leave_out:
             mask = (ids == value).view(np.uint8)
             labels = mask if joined else cv2.connectedComponents(mask, connectivity=8)[1]
-            masks += Runs.of_ids(labels).values()
+            masks += RunLengths.of_ids(labels).values()
             classes += [value] * (len(masks) - len(classes))
     return Objects.of_runs(ids.shape, masks, classes)
 
@@ -414,7 +414,7 @@ def _measure(outlines: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[int
     return int(covered.areas[0]), [patch.left + left, patch.top + top, width, height]
 
 
-def _encode(runs: Runs, size: tuple[int, int]) -> dict[str, Any]:
+def _encode(runs: RunLengths, size: tuple[int, int]) -> dict[str, Any]:
     return {"size": [*size], "counts": to_text(runs.to_counts(size[0] * size[1]))}
 
 

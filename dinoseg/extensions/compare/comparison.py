@@ -284,7 +284,7 @@ def score_labels(side: Side) -> Mapping[str, str]:
     return means | {f"iou/{index}": f"IoU {name}" for index, name in enumerate(record.classes)}
 
 
-Runs = Sequence[np.ndarray]  # runs of one side: sums (U, 3 K) each, over the same units
+SideRuns = Sequence[np.ndarray]  # runs of one side: sums (U, 3 K) each, over the same units
 
 
 class SideScores(NamedTuple):
@@ -320,7 +320,7 @@ def score_side(side: Side) -> SideScores:
     return SideScores(runs, seeds)
 
 
-def score_runs(kind: ClassScores, runs: Runs) -> list[dict[str, UnitScore]]:
+def score_runs(kind: ClassScores, runs: SideRuns) -> list[dict[str, UnitScore]]:
     """Return the scores of the classes of each run."""
     return [score_units(kind, run.reshape(len(run), math.prod(run.shape[1:]))) for run in runs]
 
@@ -331,7 +331,7 @@ def average_seeds(runs: Sequence[Mapping[str, UnitScore]]) -> list[dict[str, Est
     return [{key: mean_of(scores) for key, scores in values.items()}] if len(runs) > 1 else []
 
 
-def mean_scores(kind: ClassScores, side: Runs) -> dict[str, float | None]:
+def mean_scores(kind: ClassScores, side: SideRuns) -> dict[str, float | None]:
     """Return each score, averaged over the runs of a side; None where undefined."""
     scores = kind.scores(np.stack([run.sum(axis=0).reshape(-1) for run in side]))
     return {key: plain_score(values.mean()) for key, values in scores.items()}
@@ -384,7 +384,7 @@ def _with_verdicts(
     return found
 
 
-def image_contributions(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]:
+def image_contributions(kind: ClassScores, first: SideRuns, second: SideRuns) -> list[float | None]:
     """Return each image's contribution to the mIoU difference: that of all images minus that of all others.
 
     The runs of both sides are counts (N, 3, K) of the same images.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dinoseg.checkpoints.trained import C, Trained, load_member
+from dinoseg.checkpoints.trained import C, TrainedModel, load_member
 from dinoseg.core.contracts import require_classes
 from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
@@ -83,7 +83,7 @@ class Ensemble:
             first["mode"]["official"] = False
         return first
 
-    def load(self, builder: ModelBuilder, first: Trained) -> Trained:
+    def load(self, builder: ModelBuilder, first: TrainedModel) -> TrainedModel:
         """Return the ensemble of the loaded first member and the others, which a builder describes.
 
         Raises:
@@ -145,7 +145,7 @@ class Ensemble:
 
 
 @dataclass(kw_only=True)
-class TrainedEnsemble(Trained):
+class TrainedEnsemble(TrainedModel):
     """Trained ensemble, whose model is the first member.
 
     Args:
@@ -157,7 +157,7 @@ class TrainedEnsemble(Trained):
 
     averaged: AveragedStrategy
     builders: Sequence[ModelBuilder]
-    models: Sequence[Trained]
+    models: Sequence[TrainedModel]
     out_of_fold: bool
     counts: scoring.MemberCounts | None = None  # of the members, in an evaluation
     data: SegmentationData | None = None  # the split that is evaluated

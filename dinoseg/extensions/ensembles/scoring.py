@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from dinoseg.checkpoints.past_runs import read_run
-from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.core.metric import LabelledImage, plain_score
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
@@ -176,7 +176,9 @@ class MemberCounts:
         data: the evaluated split; each rank has every `world_size`-th image in order.
     """
 
-    def __init__(self, collector: Any, ensemble: Trained, strategy: AveragedStrategy, data: SegmentationData) -> None:
+    def __init__(
+        self, collector: Any, ensemble: TrainedModel, strategy: AveragedStrategy, data: SegmentationData
+    ) -> None:
         self._collector, self._engine, self._strategy, self._data = collector, ensemble.engine, strategy, data
         self._rows: list[tuple[int, np.ndarray]] = []  # index of an image, and counts (M, 3 or 4, K)
         strategy.ids = {}

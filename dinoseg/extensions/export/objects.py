@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.core.sizes import Size
 from dinoseg.extensions.export.numpy_ops import bilinear_matrix, sigmoid, softmax
 
@@ -42,7 +42,7 @@ def find_instances(
     """
     shares = softmax(class_logits.astype(np.float32, copy=False), axis=1)[:, :num_classes]
     pairs = np.argsort(-shares, axis=None, kind="stable")[:max_instances]
-    masks: dict[int, Runs] = {}
+    masks: dict[int, RunLengths] = {}
     means: dict[int, float] = {}
     kept = []
     for query, label in zip(*(places.tolist() for places in np.divmod(pairs, num_classes)), strict=True):
@@ -51,7 +51,7 @@ def find_instances(
         if query not in masks:
             pixels = _upsample(mask_logits[query], size, valid)
             inside = pixels > 0
-            masks[query] = Runs.of_mask(inside)
+            masks[query] = RunLengths.of_mask(inside)
             means[query] = float(sigmoid(pixels[inside]).sum() / (inside.sum() + _EPSILON))
         kept.append((query, label))
     scores = np.array([float(shares[query, label]) * means[query] for query, label in kept])
@@ -105,7 +105,7 @@ def find_segments(
     for query in queries:
         if areas[query] and (winners == query).sum() / areas[query] >= overlap_threshold:
             merged.setdefault((classes[query], query if classes[query] in things else -1), []).append(query)
-    masks = [Runs.of_mask(is_inside & np.isin(winners, members)) for members in merged.values()]
+    masks = [RunLengths.of_mask(is_inside & np.isin(winners, members)) for members in merged.values()]
     best = [max(scores[query] for query in members) for members in merged.values()]
     return Objects.of_runs(size, masks, [label for label, _ in merged], best).sort_by_score()
 

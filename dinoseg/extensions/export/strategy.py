@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.config.stored import Source, compose_stored
 from dinoseg.core.sizes import Size
 from dinoseg.experiment.models import ModelBuilder
@@ -34,7 +34,7 @@ class Strategy:
     miou: float | None
 
 
-def missing_strategy(trained: Trained, sizes: Sequence[Size], folders: Sequence[str] = ()) -> Strategy | None:
+def missing_strategy(trained: TrainedModel, sizes: Sequence[Size], folders: Sequence[str] = ()) -> Strategy | None:
     """Return the strategy stored with a model if its predictions differ from those of one pass over the whole image.
 
     Args:

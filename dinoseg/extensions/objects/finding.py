@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.geometry import upsample
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 
@@ -59,7 +59,7 @@ def find_instances(
         pairs = best.indices[:max_instances].tolist()
         kept = [(pair // num_classes, pair % num_classes) for pair in pairs if pair % num_classes in things]
         queries = sorted({query for query, _ in kept})
-        masks: dict[int, Runs] = {}
+        masks: dict[int, RunLengths] = {}
         means: dict[int, float] = {}
         for chunk, pixels in _upsample_chunks(logits, queries, size, valid):
             inside = pixels > 0
@@ -181,9 +181,9 @@ def _count_masks_at_once(device: torch.device, size: tuple[int, int]) -> int:
     return 1 if device.type == "cpu" else max(1, _CHUNK // (size[0] * size[1]))
 
 
-def _find_runs(masks: Tensor) -> list[Runs]:
+def _find_runs(masks: Tensor) -> list[RunLengths]:
     """Return the runs of masks (N, H, W) bool, found on their device."""
     flat = torch.nn.functional.pad(masks.transpose(1, 2).flatten(1), (1, 1))
     changes = (flat[:, 1:] != flat[:, :-1]).nonzero().cpu().numpy()
     ends = np.cumsum(np.bincount(changes[:, 0], minlength=len(masks)))
-    return [Runs(bounds[::2], bounds[1::2]) for bounds in np.split(changes[:, 1], ends[:-1])]
+    return [RunLengths(bounds[::2], bounds[1::2]) for bounds in np.split(changes[:, 1], ends[:-1])]

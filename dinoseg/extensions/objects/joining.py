@@ -7,7 +7,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.extensions.objects.overlaps import overlaps
 
 MIN_IOU = 0.5  # of two parts of one object, within the pixels that both windows see
@@ -53,12 +53,12 @@ def join_segments(parts: Sequence[Part], size: tuple[int, int], things: Collecti
     canvas = np.zeros(size, np.int64)
     for place in reversed(range(len(joined))):
         joined.masks[place].paint(canvas, 1 + owners[place])
-    masks = Runs.of_ids(canvas)
+    masks = RunLengths.of_ids(canvas)
     kept = np.array([*masks], np.int64) - 1
     return Objects.of_runs(size, [*masks.values()], joined.classes[kept], joined.scores[kept])
 
 
-def unite_runs(masks: Sequence[Runs]) -> Runs:
+def unite_runs(masks: Sequence[RunLengths]) -> RunLengths:
     """Return the runs of the pixels of any of some masks of one image; none is empty, and none touch."""
     starts = np.concatenate([np.empty(0, np.int64), *(mask.starts for mask in masks)])
     ends = np.concatenate([np.empty(0, np.int64), *(mask.ends for mask in masks)])
@@ -67,10 +67,10 @@ def unite_runs(masks: Sequence[Runs]) -> Runs:
     starts, ends = starts[is_used][order], ends[is_used][order]
     reached = np.maximum.accumulate(ends)
     is_new = np.concatenate([[True], starts[1:] > reached[:-1]])[: len(starts)]
-    return Runs(starts[is_new], reached[np.roll(is_new, -1)])
+    return RunLengths(starts[is_new], reached[np.roll(is_new, -1)])
 
 
-def place_runs(mask: Runs, height: int, size: tuple[int, int], top: int, left: int) -> Runs:
+def place_runs(mask: RunLengths, height: int, size: tuple[int, int], top: int, left: int) -> RunLengths:
     """Return the runs of a mask of a height at a row and column of an image of `size` (H, W)."""
     first = mask.starts // height
     last = (mask.ends - 1) // height
@@ -80,7 +80,7 @@ def place_runs(mask: Runs, height: int, size: tuple[int, int], top: int, left: i
     starts = np.maximum(np.repeat(mask.starts, counts), columns * height) - columns * height
     ends = np.minimum(np.repeat(mask.ends, counts), (columns + 1) * height) - columns * height
     offset = (columns + left) * size[0] + top
-    return unite_runs([Runs(starts + offset, ends + offset)])
+    return unite_runs([RunLengths(starts + offset, ends + offset)])
 
 
 def _place(parts: Sequence[Part], size: tuple[int, int]) -> Objects:
@@ -104,7 +104,7 @@ def _find_groups(parts: Sequence[Part], placed: Objects, size: tuple[int, int]) 
     return [np.flatnonzero(groups == group) for group in range(count)]
 
 
-def _find_band(first: Part, second: Part, size: tuple[int, int]) -> Runs | None:
+def _find_band(first: Part, second: Part, size: tuple[int, int]) -> RunLengths | None:
     """Return the pixels that two windows have in common; None: there are none."""
     top = max(first[1], second[1])
     left = max(first[2], second[2])
@@ -113,10 +113,10 @@ def _find_band(first: Part, second: Part, size: tuple[int, int]) -> Runs | None:
     if top >= bottom or left >= right:
         return None
     columns = np.arange(left, right) * size[0]
-    return Runs(columns + top, columns + bottom)
+    return RunLengths(columns + top, columns + bottom)
 
 
-def _match(placed: Objects, first: np.ndarray, second: np.ndarray, band: Runs) -> np.ndarray:
+def _match(placed: Objects, first: np.ndarray, second: np.ndarray, band: RunLengths) -> np.ndarray:
     """Return the pairs (P, 2) of objects of two windows, at some places each, that are one object."""
     sides = [placed.select(first), placed.select(second)]
     common = overlaps(sides[0].masks, sides[1].masks)

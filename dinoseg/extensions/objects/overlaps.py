@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 
 
-def overlaps(first: Sequence[Runs], second: Sequence[Runs]) -> np.ndarray:
+def overlaps(first: Sequence[RunLengths], second: Sequence[RunLengths]) -> np.ndarray:
     """Return the common pixels (D, G) int64 of each of D masks with each of G masks of the same image."""
     owners = np.repeat(np.arange(len(first)), [len(runs.starts) for runs in first])
     starts = np.concatenate([np.empty(0, np.int64), *(runs.starts for runs in first)])
@@ -19,7 +19,7 @@ def overlaps(first: Sequence[Runs], second: Sequence[Runs]) -> np.ndarray:
     return found
 
 
-def _count_before(runs: Runs, places: np.ndarray) -> np.ndarray:
+def _count_before(runs: RunLengths, places: np.ndarray) -> np.ndarray:
     """Return how many ones of a mask lie before each place (M,)."""
     begun = np.searchsorted(runs.starts, places, side="right")  # runs that start before or at the place
     pixels = np.concatenate([[0], np.cumsum(runs.ends - runs.starts)])

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from dinoseg.checkpoints.source import ModelSource
-from dinoseg.checkpoints.trained import Trained, find_trained_sizes
+from dinoseg.checkpoints.trained import TrainedModel, find_trained_sizes
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import require_classes
@@ -74,7 +74,7 @@ def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
     return open_file(Path(file).expanduser(), Options(**machine, **weights), key="mode.model")
 
 
-def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:
+def model_of(trained: TrainedModel, sizes: TrainedSizes | None) -> Model:
     """Return a trained model as a `Model` for images of any kind.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.contracts import Loss, check_needs
 from dinoseg.core.sizes import evenly_spaced
@@ -346,7 +346,7 @@ class ClipTraining(Training):
         if self.builder.value("data.tracking") is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
-            trained = Trained(model.eval(), engine, *labels, info={})
+            trained = TrainedModel(model.eval(), engine, *labels, info={})
             data = benchmark_videos(self.builder, "val", None)
             check_slots(self.builder, model, data, official=True)
             make_tracker = tracker_maker(self.builder, engine, trained, batch_size=engine.images_at_once())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.config.nodes import expect_type, instantiate, type_errors_as_user_errors
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.extensions.tracking.tracker import Tracker
@@ -21,7 +21,7 @@ _REMEDY = (
 def tracker_maker(
     builder: ModelBuilder,
     engine: Engine,
-    trained: Trained | None = None,
+    trained: TrainedModel | None = None,
     *,
     batch_size: int,
     options: Mapping[str, float | None] | None = None,

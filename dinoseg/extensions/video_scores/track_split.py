@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.extensions.tracking.trackers import tracker_maker
@@ -37,7 +37,7 @@ def evaluate_tracking(
 
 
 def track_videos(
-    builder: Builder, trained: Trained | None, data: BenchmarkVideos, out_dir: Path, options: TrackingOptions
+    builder: Builder, trained: TrainedModel | None, data: BenchmarkVideos, out_dir: Path, options: TrackingOptions
 ) -> dict[str, Any]:
     """Track the objects of videos and return the scores of their masks.
 

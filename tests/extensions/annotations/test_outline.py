@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.drawing import Box, CompressedColumns, Drawing, Figure, Polygons
 from dinoseg.extensions.annotations.polygon import check_polygon, draw_figure, rasterise
@@ -126,10 +126,10 @@ def masks():
 def test_run_lengths_are_those_of_pycocotools():
     for mask in masks():
         text = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-        counts = Runs.of_mask(mask).to_counts(mask.size)
+        counts = RunLengths.of_mask(mask).to_counts(mask.size)
         assert rle.to_text(counts) == text
         np.testing.assert_array_equal(rle.from_text(text), counts)
-        again = Runs.of_counts(rle.parse_counts(text, mask.size))
+        again = RunLengths.of_counts(rle.parse_counts(text, mask.size))
         np.testing.assert_array_equal(again.to_mask(mask.shape), mask)
         listed = coco.frPyObjects({"counts": counts.tolist(), "size": list(mask.shape)}, *mask.shape)
         assert listed["counts"].decode() == text

@@ -12,7 +12,7 @@ from mistakes import assert_refused
 from sklearn.metrics import adjusted_rand_score
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 from dinoseg.extensions.annotations.rle import to_text
 from dinoseg.extensions.clips.youtube_vis import YoutubeVis
 from dinoseg.utils.errors import UserError
@@ -37,7 +37,7 @@ def masks_of(video):
 
 def segmentations(masks, compressed):
     size = list(SIZE)
-    texts = [Runs.of_mask(mask).to_counts(mask.size) for mask in masks]
+    texts = [RunLengths.of_mask(mask).to_counts(mask.size) for mask in masks]
     texts = [to_text(each) if compressed else each.tolist() for each in texts]
     return [{"size": size, "counts": text} if mask.any() else None for text, mask in zip(texts, masks, strict=True)]
 

@@ -9,7 +9,7 @@ from docs_pages import ROOT, blocks
 from object_models import CLASSES, draw_image, make_model, make_predictor
 from test_finding import draw
 
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.extensions.export import objects as exported
 from dinoseg.extensions.export import onnx_file
 from dinoseg.extensions.export.graph import record_of, trace
@@ -100,7 +100,7 @@ def test_documented_numpy_finds_the_same_objects(tmp_path, task):
         names = {}
         exec(compile(code, page, "exec"), names)
         scores, classes, masks = zip(*names["objects"], strict=True) if names["objects"] else ((), (), ())
-        found = Objects.of_runs(image.shape[:2], list(map(Runs.of_mask, masks)), list(classes), np.array(scores))
+        found = Objects.of_runs(image.shape[:2], list(map(RunLengths.of_mask, masks)), list(classes), np.array(scores))
         ((_, expected),) = load_onnx(path, device="cpu").runtime.predict([image])
         assert are_equal(found, expected)
         count += (expected.scores > 0.5).sum()

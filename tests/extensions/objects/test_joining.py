@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.extensions.objects.joining import join_instances, join_segments, place_runs, unite_runs
 
 SIZE, WINDOW = (60, 90), (36, 40)
@@ -137,14 +137,14 @@ def test_union_and_place_equal_masks():
     for _ in range(300):
         height, width = (int(each) for each in rng.integers(1, 7, 2))
         masks = rng.random((int(rng.integers(0, 4)), height, width)) < rng.choice([0, 0.3, 0.8, 1])
-        runs = [Runs.of_mask(mask) for mask in masks]
+        runs = [RunLengths.of_mask(mask) for mask in masks]
         union = unite_runs(runs)
         assert np.array_equal(union.to_mask((height, width)), masks.any(axis=0))
-        assert np.array_equal(union.starts, Runs.of_mask(masks.any(axis=0)).starts)
+        assert np.array_equal(union.starts, RunLengths.of_mask(masks.any(axis=0)).starts)
         top, left, *more = (int(each) for each in rng.integers(0, 4, 4))
         size = (height + top + more[0], width + left + more[1])
         whole = np.zeros(size, bool)
         whole[top : top + height, left : left + width] = masks.any(axis=0)
         placed = place_runs(union, height, size, top, left)
-        expected = Runs.of_mask(whole)
+        expected = RunLengths.of_mask(whole)
         assert np.array_equal(placed.starts, expected.starts) and np.array_equal(placed.ends, expected.ends)

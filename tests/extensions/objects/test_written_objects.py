@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from object_models import CLASSES, draw_image, make_model, make_predictor
 
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 from dinoseg.data.classes.file import read_class_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.annotations.coco_ids import CocoIds
@@ -76,7 +76,7 @@ def test_instance_results_are_scored_with_ids_of_the_reference(tmp_path):
     counted = read_json(out, "coco", "annotations.json")
     assert len(counted["annotations"]) == 9 and {entry["category_id"] for entry in counted["annotations"]} == {15, 25}
     first = results[0]
-    mask = Runs.of_counts(from_text(first["segmentation"]["counts"])).to_mask((60, 90))
+    mask = RunLengths.of_counts(from_text(first["segmentation"]["counts"])).to_mask((60, 90))
     assert first["score"] == pytest.approx(0.99, abs=1e-4) and np.array_equal(mask, drawn["a"][0])
     # its own annotations are a valid reference, of the same numbers
     found = score(CocoInstances(), out / "coco" / "annotations.json", out / "coco" / "results.json")

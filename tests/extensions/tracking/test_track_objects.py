@@ -9,7 +9,7 @@ from command_line import call
 from drawn_videos import Rectangle, draw_scene, make_model
 from failing import fail_after
 
-from dinoseg.checkpoints.trained import Trained
+from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.extensions.tracking import track_mode as mode
 from dinoseg.extensions.tracking.video import mask_folder
 from dinoseg.utils.images import read_ids, write_png
@@ -38,7 +38,7 @@ def track(clip, monkeypatch):
 
     def run(out, *more, start=0, status=0):
         def load(builder):
-            return Trained(make_model(SCENE[1][start:]), builder.engine(), CLASSES, [(9, 9, 9)] * 3, 255, {})
+            return TrainedModel(make_model(SCENE[1][start:]), builder.engine(), CLASSES, [(9, 9, 9)] * 3, 255, {})
 
         monkeypatch.setattr(mode, "load_trained", load)
         monkeypatch.setattr(mode, "find_trained_sizes", lambda *_: None)

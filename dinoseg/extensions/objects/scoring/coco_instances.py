@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.metric import Counts
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons, size_of
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision, count_instances
@@ -126,7 +126,7 @@ class CocoInstances(RowProtocol):
         return Measured(np.array([*counts.values()]), counts, count_instances(held, found))
 
     def _read(self, entries: Sequence[Named], path: Path, size: tuple[int, int], *, is_result: bool) -> Objects:
-        masks: list[Runs] = []
+        masks: list[RunLengths] = []
         classes, areas, scores, crowds = [], [], [], []
         places = {number: place for place, number in enumerate(self._categories)}
         for name, entry in entries:
@@ -163,15 +163,15 @@ class CocoInstances(RowProtocol):
         ]
 
 
-def _read_mask(segmentation: Any, size: tuple[int, int]) -> Runs:
+def _read_mask(segmentation: Any, size: tuple[int, int]) -> RunLengths:
     """Return the mask of polygons or run lengths, compressed or not."""
     if isinstance(segmentation, list) and segmentation:
         canvas = np.zeros(size, bool)
         polygons(segmentation).paint(canvas, True)
-        return Runs.of_mask(canvas)
+        return RunLengths.of_mask(canvas)
     if not isinstance(segmentation, dict):
         raise ValueError("it has no segmentation: give polygons or run lengths")
-    return Runs.of_counts(rle.parse_mask(segmentation, size))
+    return RunLengths.of_counts(rle.parse_mask(segmentation, size))
 
 
 def _finite(value: Any, what: str) -> float:

@@ -10,7 +10,7 @@ from command_line import call
 from drawn_objects import draw_instances, encode, place_instances, write_instances
 
 from dinoseg.core.metric import RowMetric
-from dinoseg.core.objects import Runs
+from dinoseg.core.objects import RunLengths
 from dinoseg.extensions.annotations.entry import polygons
 from dinoseg.extensions.objects.overlaps import overlaps
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
@@ -166,11 +166,11 @@ def test_difference_of_two_results_leaves_out_the_same_images(tmp_path):
 def test_overlaps_of_runs_are_those_of_masks():
     rng = np.random.default_rng(0)
     masks = [rng.random((9, 7)) < share for share in (0, 0.1, 0.5, 0.5, 0.9, 1)]
-    runs = [Runs.of_counts(Runs.of_mask(mask).to_counts(mask.size)) for mask in masks]
+    runs = [RunLengths.of_counts(RunLengths.of_mask(mask).to_counts(mask.size)) for mask in masks]
     expected = [[(first & second).sum() for second in masks] for first in masks]
     np.testing.assert_array_equal(overlaps(runs, runs), expected)
     assert [each.area for each in runs] == [mask.sum() for mask in masks]
-    split = Runs.of_counts(np.array([0, 2, 0, 3, 1, 0, 1, 4]))  # runs of no pixels are allowed
+    split = RunLengths.of_counts(np.array([0, 2, 0, 3, 1, 0, 1, 4]))  # runs of no pixels are allowed
     assert overlaps([split], [split]).tolist() == [[split.area]] == [[9]]
 
 

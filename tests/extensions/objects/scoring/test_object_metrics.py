@@ -17,7 +17,7 @@ from known_objects import (
 from mistakes import refusals
 
 from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric
-from dinoseg.core.objects import Objects, Runs
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.core.shapes import Batch
 from dinoseg.evaluation.collected import Collector, join
 from dinoseg.evaluation.unit_scores import leave_units_out, metric_intervals
@@ -190,7 +190,7 @@ def make_objects(*entries, scores=None):
     for mask, (start, end, *_) in zip(masks, entries, strict=True):
         mask[0, start:end] = True
     labels, crowds = ([entry[place] for entry in entries] for place in (2, 3))
-    runs = [Runs.of_mask(mask) for mask in masks]
+    runs = [RunLengths.of_mask(mask) for mask in masks]
     return Objects.of_runs((1, 40), runs, labels, scores, crowds)
 
 
