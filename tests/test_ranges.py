@@ -137,7 +137,10 @@ def test_a_number_out_of_its_range_is_refused_by_its_whole_key(change, key, valu
 def test_a_value_that_is_read_by_its_key_is_refused_by_it(change, tmp_path, key, value, rule):
     write_data(tmp_path)
     builder = Builder(change({key: value, "data.root": str(tmp_path)}))
-    reads = {"data": lambda: builder.dataset("val"), "trainer": lambda: (builder.loop_settings(1), builder.training)}
+    reads = {
+        "data": lambda: builder.dataset("val"),
+        "trainer": lambda: (builder.loop_settings(1), builder.make_training()),
+    }
     assert_refused(reads[key.partition(".")[0]], f"{key}={value} is {rule}")
 
 

@@ -137,9 +137,10 @@ class Builder(ModelBuilder):
                 OmegaConf.update(new, key, value)
         return type(self)(new)
 
-    @cached_property
-    def training(self) -> Any:
-        """The training of the kind that `trainer.method` names (`dinoseg.methods.training.Training`).
+    def make_training(self) -> Any:
+        """Return a training of the kind that `trainer.method` names (`dinoseg.methods.training.Training`).
+
+        The builder does not hold it: in a cycle, the model of a failed training would stay in memory.
 
         Raises:
             UserError: a teacher is given to a method without distillation, or an option is invalid.

@@ -43,7 +43,6 @@ class ImageTraining(Training):
     def __init__(self, builder: Builder) -> None:
         super().__init__(builder)
         self._val_count = builder.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
-        self._check_masks()  # before masks of another form are listed
 
     def find_score_names(self) -> Sequence[str]:
         """Return the scores of every validation, and those of the configured metrics."""
@@ -100,6 +99,7 @@ class ImageTraining(Training):
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
         builder, options = self.builder, self.builder.options
+        self._check_masks()
         if builder.value("loss.weights") != "none":
             names = builder.class_names
             builder.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name

@@ -47,6 +47,7 @@ from dinoseg.utils.wording import format_override
 
 logger = logging.getLogger(__name__)
 CHOICES_KEY = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
+_BUILT_LATE = ("adapter", "head", "loss.criterion", "optim.optimizer", "optim.schedule")
 _EXACT = "float32"  # features cached in this type give the same numbers as no cache
 
 
@@ -157,6 +158,7 @@ class Training(ABC):
         """
         builder = self.builder
         self.out_dir = out_dir
+        self.check_values()
         self.engine = builder.engine()
         if builder.resume is None:
             outline = builder.outline()
@@ -184,20 +186,17 @@ class Training(ABC):
         self.log_start()
         self.record_choices(self.cache_features())
 
-    def check_config(self, outline: SegmentationModel, world_size: int, init_head: object) -> None:
-        """Refuse values and parts of the config that do not fit one another, before data or weights are read.
-
-        Args:
-            outline: the model on the meta device.
-            world_size: number of ranks.
-            init_head: see `setup`.
-        """
+    def check_values(self) -> None:
+        """Refuse wrong values of the config, before anything that depends on the data: classes, widths, weights."""
         builder = self.builder
         builder.loop_settings(samples=1)
-        builder.schedule()  # refuses wrong values, as the line above
         builder.check_head_file()
         if builder.task.is_auto and builder.value("mode.choose_thresholds") is None:
             raise UserError("task.threshold=auto is not part of this installation. Set numbers.")
+        # the parts themselves need the classes; what makes them refuses wrong values
+        with torch.device("meta"):
+            for key in _BUILT_LATE:
+                builder.part(key)
         if builder.value("features") is not None:
             builder.part("features")
         score, names = builder.value("trainer.score"), self.find_score_names()
@@ -206,6 +205,16 @@ class Training(ABC):
             raise explain_score(score, names, metrics, dict(zip(builder.metric_nodes, builder.metrics, strict=True)))
         logger_factories(builder)  # refuses unknown loggers and their options
         config_description(builder)  # refuses what a checkpoint could not store
+
+    def check_config(self, outline: SegmentationModel, world_size: int, init_head: object) -> None:
+        """Refuse parts of the config that do not fit one another, before data or weights are read.
+
+        Args:
+            outline: the model on the meta device.
+            world_size: number of ranks.
+            init_head: see `setup`.
+        """
+        builder = self.builder
         if has_initial(builder):
             check_initial(builder, outline)
         self.check_parts(outline, world_size)
@@ -353,7 +362,7 @@ class Training(ABC):
             write_end(self.out_dir, progress.step)
         self.checkpoints.load_best(self.model)
         if self.builder.task.is_auto:
-            assert choose_thresholds is not None, "`check_config` refuses it"
+            assert choose_thresholds is not None, "`check_values` refuses it"
             chosen = choose_thresholds(self.model, self.data_module.val, self.engine, self.builder.part("inference"))
             self.model.task.use_thresholds(chosen, "val")
             if self.engine.is_main:

@@ -34,7 +34,7 @@ def train(
             None: that is refused.
         choose_thresholds: chooses thresholds for `task.threshold=auto`; None: that is refused.
     """
-    training: Training = Builder(cfg).training
+    training: Training = Builder(cfg).make_training()
     training.setup(out_dir, pictures=pictures, init_head=init_head)
     with training.open_log() as log:
         progress = fit(training.loop_setup(log))
@@ -46,6 +46,7 @@ def train(
 def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
     builder = Builder(cfg)
-    training: Training = builder.training
+    training: Training = builder.make_training()
+    training.check_values()
     training.check_config(builder.outline(), 1, builder.value("mode.init_head"))
     training.check_sources()

@@ -65,7 +65,9 @@ def test_a_model_has_parts_of_its_own_initialised_by_the_seed(tmp_path):
     (tmp_path / "head").mkdir()
     (tmp_path / "head/inner.yaml").write_text(INNER)
     build = Builder(compose(["mode=train", *SMALL, "head=inner"], config_dir=tmp_path))
-    build.training.check_config(build.outline(), 1, None)
+    training = build.make_training()
+    training.check_values()
+    training.check_config(build.outline(), 1, None)
     assert build.outline().head.inner.weight.is_meta
     first, second = build.model().head.inner, build.model().head.inner
     assert first is not second and torch.equal(first.weight, second.weight)

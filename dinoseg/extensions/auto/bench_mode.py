@@ -106,7 +106,7 @@ def bench(
     builder = Builder(cfg)
     check_trainer(builder)
     builder.engine()  # refuses a missing device before anything is built
-    builder.training.check_parts(builder.outline(), 1)
+    builder.make_training().check_parts(builder.outline(), 1)
     values = builder.config
     training = _run_in_process(partial(time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
     prediction = _run_in_process(partial(time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
@@ -134,7 +134,7 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthet
     if synthetic:
         batches = repeat(random_batch(parts, parts.batch_size))
     else:
-        training = builder.training
+        training = builder.make_training()
         training.open_data(engine)
         batches = training.data_module.train_batches(start=0)
     trial = try_steps(parts, engine, batches, steps=steps, warmup=warmup)

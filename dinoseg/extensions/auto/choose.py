@@ -204,7 +204,7 @@ def time_config(
     builder = Builder.of(values)
     engine = builder.engine(devices=1)
     builder = builder.with_changes({"data": {"batch_size": max(1, builder.value("data.batch_size") // ranks)}})
-    training = builder.training
+    training = builder.make_training()
     training.open_data(engine)
     return time_recipe(
         training_parts(builder) if trains else None,

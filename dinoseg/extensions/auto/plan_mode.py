@@ -56,7 +56,7 @@ def plan(
     check_trainer(builder)
     target = _target(builder, memory, device)
     builder.loop_settings(samples=1)  # refuses invalid numbers of steps and batches, as training would
-    builder.training.check_parts(builder.outline(), target.world_size)
+    builder.make_training().check_parts(builder.outline(), target.world_size)
     if cfg.data.batch_size % target.world_size:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world_size} devices: use a multiple of "

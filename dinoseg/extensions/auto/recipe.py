@@ -172,7 +172,7 @@ def _check(builder: Builder) -> None:
             f"hparam=auto chooses for classes of pixels, not for task={builder.options['task']}. Choose a recipe of "
             "objects: hparam=instance or hparam=panoptic."
         )
-    if builder.training.on_clips or "unlabelled" in builder.value("trainer"):
+    if builder.make_training().on_clips or "unlabelled" in builder.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={builder.options['trainer']}. Choose a "
             "recipe: mode=help lists them."

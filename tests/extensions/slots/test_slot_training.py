@@ -265,7 +265,7 @@ def parts(movi, compose):
     def build(*more, root=movi / "movi"):
         builder = Builder(compose(*SLOTS, f"data.root={root}", *more))
         engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-        training = builder.training
+        training = builder.make_training()
         training.open_data(engine)
         return builder.model().eval(), engine, training.data_module, builder.loss(None)
 
