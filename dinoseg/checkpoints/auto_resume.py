@@ -5,7 +5,7 @@ All inputs are plain data. `past_runs.py` reads them from run folders, `cli/resu
 
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,12 @@ class Plan:
     Args:
         settings: values that identify the recipe, by dotted key; the seed is one of them.
         length: values of `LENGTH` that are in effect.
-        options: option of each config group, for messages.
+        options: option of each config group, for messages alone: a recipe file of another name may set equal values.
     """
 
     settings: Mapping[str, Any]
     length: Mapping[str, Any]
-    options: Mapping[str, str]
-
-    def equals(self, other: "Plan") -> bool:
-        """Return whether another plan has the same recipe and length."""
-        return self.settings == other.settings and self.length == other.length
+    options: Mapping[str, str] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,21 +76,6 @@ class PastRun:
 
 
 @dataclass(frozen=True)
-class Request:
-    """Plan and typed keys of a command.
-
-    Args:
-        plan: of the composed config.
-        typed: keys of `LENGTH` on the command line.
-        words: of a job of a multirun; None: the command is none.
-    """
-
-    plan: Plan
-    typed: Collection[str]
-    words: Sequence[str] | None = None
-
-
-@dataclass(frozen=True)
 class StartPoint:
     """Start of a job.
 
@@ -111,24 +92,30 @@ class StartPoint:
     step: int = 0
 
 
-def decide_in_folder(request: Request, run: PastRun) -> Action:
+def decide_in_folder(run: PastRun, plan: Plan, *, typed: Collection[str], words: Sequence[str] | None = None) -> Action:
     """Decide on the run in the folder of a command, which the user has named or which a job of a sweep has.
 
     Another length is no other recipe here, since the folder tells which run is meant. A job of a sweep also needs the
     words that started the run: jobs may differ in keys that no recipe holds, such as `trainer.patience`, and the
     sweep's table must not show the scores of another job.
 
+    Args:
+        run: in the folder.
+        plan: of the composed config.
+        typed: keys of `LENGTH` on the command line.
+        words: of a job of a sweep; None: the command is none.
+
     Raises:
         UserError: the run is of another recipe, or of another job.
     """
-    differences = [*_setting_differences(run.plan, request.plan)]
-    is_extended = _is_extended(run, request)
-    if request.words is not None and not differences:
-        differences = [*_word_differences(run.words, request.words)]
-        differences += [] if is_extended else _length_differences(run.plan, request.plan)
+    differences = [*_setting_differences(run.plan, plan)]
+    is_extended = _is_extended(run, plan, typed)
+    if words is not None and not differences:
+        differences = [*_word_differences(run.words, words)]
+        differences += [] if is_extended else _length_differences(run.plan, plan)
     if differences:
         named = "; ".join(differences)
-        if request.words is not None:
+        if words is not None:
             raise UserError(
                 f"resume=auto: {run.folder} holds the run of another job: {named}. A sweep's job resumes in the folder "
                 "of its number: repeat the swept values in their order, new ones last, or set another hydra.sweep.dir."
@@ -140,12 +127,12 @@ def decide_in_folder(request: Request, run: PastRun) -> Action:
     return Action.RESUME if is_extended else run.remaining
 
 
-def _is_extended(run: PastRun, request: Request) -> bool:
-    """Return whether the command line sets a greater length than that of a run."""
+def _is_extended(run: PastRun, plan: Plan, typed: Collection[str]) -> bool:
+    """Return whether the command line sets a greater length than that of a run, or none: the training refuses it."""
     there = run.plan.length
-    here = {key: value for key, value in request.plan.length.items() if key in request.typed}
+    here = {key: value for key, value in plan.length.items() if key in typed and value != there.get(key)}
     done = {**there, "steps": run.step}
-    return any(value != there.get(key) and value > done.get(key, 0) for key, value in here.items())
+    return any(not isinstance(value, int | float) or value > done.get(key, 0) for key, value in here.items())
 
 
 def _setting_differences(there: Plan, here: Plan) -> Iterator[str]:

@@ -144,7 +144,8 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
         return PreparedJob(whole)
     if start.folder is None:
         _claim_folder(whole, folder, run, new_folder=job.new_folder)
-    config_folder = run.write_config(whole, job.words)
+    restarts = start.folder is not None and start.checkpoint is None
+    config_folder = run.write_config(whole, job.words, restarts=restarts)
     if recipe is not None and start.checkpoint is None:
         recipe.write(config_folder)
     return PreparedJob(whole)

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from dinoseg.checkpoints.auto_resume import LENGTH, Action, PastRun, Plan, Request, StartPoint, decide_in_folder
+from dinoseg.checkpoints.auto_resume import LENGTH, Action, PastRun, Plan, StartPoint, decide_in_folder
 from dinoseg.checkpoints.past_runs import find_runs, last_checkpoint, plan_of, read_run
 from dinoseg.config.plain import flatten
 from dinoseg.experiment.models import ModelBuilder
@@ -46,7 +46,7 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
         typed = dict(flatten({override.key_or_group: override.value() for override in overrides}))
         lengths = [key for key in LENGTH if f"trainer.{key}" in typed]
         words = [str(override.input_line) for override in overrides] if location.in_sweep else None
-        action = decide_in_folder(Request(plan, lengths, words), past)
+        action = decide_in_folder(past, plan, typed=lengths, words=words)
     _report(action, run.path, past.step, in_sweep=location.in_sweep)
     return StartPoint(action, run.path, last_checkpoint(run.path), past.step)
 
@@ -89,7 +89,7 @@ def _enter_unfinished(plan: Plan, location: RunLocation, run: RunFolder) -> Past
 
 
 def _is_unfinished(past: PastRun, plan: Plan) -> bool:
-    return past.plan.equals(plan) and past.remaining is not Action.NOTHING
+    return past.plan == plan and past.remaining is not Action.NOTHING
 
 
 def _report(action: Action, folder: Path, step: int, *, in_sweep: bool) -> None:

@@ -109,11 +109,19 @@ class RunFolder:
         if folder != self._planned:
             remove_empty(self._planned)
 
-    def write_config(self, cfg: DictConfig | Mapping[str, Any], words: Sequence[str]) -> Path:
-        """Save config and command line in `config/`, or `config_2/`, ... when a run resumes; return that folder."""
-        names = ("config", *(f"config_{number}" for number in range(2, 10_000)))
-        folder = next(self.path.absolute() / name for name in names if not (self.path / name).exists())
-        folder.mkdir()
+    def write_config(
+        self, cfg: DictConfig | Mapping[str, Any], words: Sequence[str], *, restarts: bool = False
+    ) -> Path:
+        """Save config and command line in `config/`, or `config_2/`, ... when a run resumes; return that folder.
+
+        Args:
+            cfg: of the job.
+            words: of its command line.
+            restarts: whether to replace the config of a run that has saved nothing: others read how the run started.
+        """
+        paths = (self.path.absolute() / name for name in ("config", *(f"config_{each}" for each in range(2, 10_000))))
+        folder = next(path for path in paths if not path.exists() or (restarts and (path / WORDS_FILE).is_file()))
+        folder.mkdir(exist_ok=True)
         self._config = folder
         OmegaConf.save(cfg, folder / "config.yaml")
         # file names are bytes and need not be valid text

@@ -17,7 +17,7 @@ from dinoseg.cli import resuming
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import run_description
 from dinoseg.methods.images import ImageTraining
-from dinoseg.runs.folder import RunFolder
+from dinoseg.runs.folder import RunFolder, command_line
 from dinoseg.training import checkpoint
 from dinoseg.training.end_record import write_end
 from dinoseg.training.image_data_module import ImageDataModule
@@ -130,6 +130,17 @@ def test_given_folder_without_checkpoint_is_started_in(quick, here):
     done = run_checked(here, *AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 3 and not (here / "mine_2").exists()
     assert f"{here / 'mine'} holds no checkpoint: the training starts there." in done.err
+
+
+def test_start_in_a_given_folder_replaces_the_config_of_a_dead_run(quick, here, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write", end)
+        assert call(here, *AUTO, "hydra.run.dir=mine", "head=mlp").status == 9
+    assert "head=mlp" in command_line(here / "mine")
+    (here / "mine/config/notes").write_text("of the user")
+    run_checked(here, *AUTO, "hydra.run.dir=mine")
+    assert "head=mlp" not in command_line(here / "mine") and [*here.glob("mine/config*")] == [here / "mine/config"]
+    assert (here / "mine/config/notes").exists()
 
 
 def test_given_folder_may_hold_files_of_others(quick, here):

@@ -77,8 +77,7 @@ class ChosenRecipe:
     def write(self, folder: Path) -> None:
         """Write the recipe where `--config-dir FOLDER hparam=chosen` finds it, and print the command that uses it."""
         path = folder / "hparam" / f"{NAME}.yaml"
-        if not path.exists():
-            write_text(path, self.text)
+        write_text(path, self.text)
         folders = [f"file://{Path(each).absolute()}" for each in self.cfg.config_dirs]
         search_path = [search_path_override(folders)] if folders else []
         # Hydra reads the last --config-dir
