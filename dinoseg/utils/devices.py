@@ -37,12 +37,6 @@ def choose_device(name: str = "auto", ranks: int = 1) -> torch.device:
     return chosen
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has finished its queued work; no-op on a CPU."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
-
-
 def empty_cache(device: torch.device) -> None:
     """Release the memory that an accelerator's allocator caches to the system; no-op on a CPU."""
     if device.type != "cpu":
