@@ -99,7 +99,7 @@ def exit_status(main):
 
 
 def in_this_process(work, item, **_):
-    """Stand for `run_in_process`, which tests/utils looks at: what goes in and what comes out is pickled."""
+    """Stand for `run_in_process`, which tests/extensions/auto looks at: what goes in and what comes out is pickled."""
     work, item = pickle.loads(pickle.dumps((work, item)))
     return pickle.loads(pickle.dumps(work(item)))
 

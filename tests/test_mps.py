@@ -14,6 +14,7 @@ from test_cuda_paths import tiny, train
 from test_matrix import make_batch
 from tiny_parts import tiny_vit
 
+from dinoseg.extensions.auto.trial import synchronize
 from dinoseg.extensions.tracking.propagation.settings import PropagationSettings
 from dinoseg.extensions.tracking.propagation.tracker import PropagationTracker
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -22,7 +23,6 @@ from dinoseg.training.engine import join_process_group
 from dinoseg.training.meter import peak_memory, used_memory
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.step import StepOutput
-from dinoseg.utils.devices import synchronize
 
 MPS = torch.device("mps")
 train_on_mps = partial(train, device=pretended_mps)

@@ -16,6 +16,7 @@ from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.auto.fitting import FitSearch
 from dinoseg.extensions.auto.random_batch import random_batch
+from dinoseg.extensions.auto.separate_process import run_in_process
 from dinoseg.extensions.auto.target import Target, memory_of
 from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.extensions.auto.trial import try_steps
@@ -23,7 +24,6 @@ from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Settings, TrainingSetup, fit
-from dinoseg.utils.workers import run_in_process
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from dinoseg.runs.folder import LOG
-from dinoseg.utils.wording import Printable, printable
+from dinoseg.utils.wording import printable
 
 _TRANSIENT = "transient"  # attribute of records that only the terminal shows
 NOISY = ("httpx", "accelerate", "transformers", "matplotlib", "PIL")  # loggers that show errors only
@@ -35,13 +35,27 @@ class LabelledStream:
         return getattr(self.stream, name)
 
 
+class PrintableStream:
+    """Text stream whose written text is made `printable`, and that otherwise behaves like the wrapped stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def configure_log(folder: Path | None) -> None:
     """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks), only warnings."""
     out, err = (stream.stream if isinstance(stream, LabelledStream) else stream for stream in (sys.stdout, sys.stderr))
     if isinstance(out, TextIOWrapper):  # in processes of ranks and launchers, which do not pass through `__main__`
         out.reconfigure(errors="backslashreplace")
-    if not isinstance(out, Printable):
-        out = Printable(out)  # printed text contains file names, too
+    if not isinstance(out, PrintableStream):
+        out = PrintableStream(out)  # printed text contains file names, too
     label = os.environ.get(LABEL, "")
     sys.stdout, sys.stderr = (cast(TextIO, LabelledStream(each, label) if label else each) for each in (out, err))
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]

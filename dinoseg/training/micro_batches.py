@@ -14,7 +14,6 @@ from dinoseg.core.contracts import Loss
 from dinoseg.inference.memory import OutOfMemory, is_shortage, reason_of
 from dinoseg.training.engine import Engine
 from dinoseg.training.step import StepOutput
-from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,8 @@ class MicroBatches:
         # objects in circles of references keep their tensors until the collector runs, and only unused memory is
         # returned
         gc.collect()
-        empty_cache(self._engine.device)
+        if self._engine.device.type != "cpu":
+            torch.get_device_module(self._engine.device).empty_cache()
         # the seed of this step (`Engine.seed`), so that the retry draws the same dropout
         torch.manual_seed(torch.initial_seed())
         output.restart()

@@ -1,4 +1,4 @@
-"""Common features of accelerators (CUDA, MPS) that a CPU lacks, and threads of a CPU that each compute alone."""
+"""Choice of a device, copies to it, and threads of a CPU that each compute alone."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,18 +35,6 @@ def choose_device(name: str = "auto", ranks: int = 1) -> torch.device:
             "a lower number, or engine.device=cpu."
         )
     return chosen
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has finished its queued work; no-op on a CPU."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
-
-
-def empty_cache(device: torch.device) -> None:
-    """Release the memory that an accelerator's allocator caches to the system; no-op on a CPU."""
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -8,9 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from dinoseg.utils.files import open_regular
 from dinoseg.utils.wording import format_value
@@ -90,34 +88,6 @@ def parse_json(text: str | bytes, form: Form) -> Any:
 def as_read_back(value: Any) -> Any:
     """Return a plain value as `parse_json` returns it: tuples as lists, keys as text."""
     return json.loads(json.dumps(value))
-
-
-class ArrayForm(NamedTuple):
-    """Form of an array in an NPZ file."""
-
-    kind: str  # data type, such as `<f8`
-    axes: int
-
-
-def read_arrays(path: Path, forms: Mapping[str, ArrayForm]) -> dict[str, np.ndarray]:
-    """Read the arrays of an NPZ file.
-
-    Args:
-        path: the file.
-        forms: name to form.
-
-    Raises:
-        SchemaError: if it is missing or damaged, or an array is missing or not of its form.
-    """
-    try:
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name]) for name in forms}
-    except Exception as error:  # a damaged archive raises many exception types
-        raise SchemaError(str(error)[:200] or type(error).__name__) from None  # it may quote the whole file
-    for name, array in arrays.items():
-        if (array.dtype.str, array.ndim) != forms[name]:
-            raise SchemaError(f"{name} is {array.dtype.str}{list(array.shape)}, not of the form {forms[name]}")
-    return arrays
 
 
 def whole(least: int = 0, most: int = _LARGEST) -> Form:

@@ -96,13 +96,6 @@ LEARNING_RATES = Range("a number above 0 and at most 100", 0, 100, open_at=(0,))
 LearningRate = Annotated[float, LEARNING_RATES]
 OnError = Literal["stop", "skip"]  # what an unreadable file does
 RateFactor = Annotated[float, Range("a number from 0 to 100", 0, 100)]
-# RGB statistics are those of images in 0..1: means in 0..1, standard deviations up to 0.5. A model that takes values of
-# another scale expresses it by them, such as 0..255 by mean 0 and std 1 / 255.
-MEANS = Range("a number from -1 to 2 (of images in 0..1; divide statistics of 0..255 by 255)", -1, 2)
-DEVIATIONS = Range("a number from 0.001 to 10 (of images in 0..1; divide statistics of 0..255 by 255)", 0.001, 10)
-ColourMean = Annotated[float, MEANS]
-ColourStd = Annotated[float, DEVIATIONS]
-ChannelWeight = Annotated[float, Range("a number from -10 to 10", -10, 10)]
 
 
 def check_annotations(function: Callable[P, R]) -> Callable[P, R]:

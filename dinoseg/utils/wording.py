@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 MAX_LISTED = 3  # lines with files in a message: with more, the remedy below them is not seen
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -85,20 +85,6 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Return text with line breaks escaped as `\n`, for lists with one entry per line."""
     return text.replace("\n", "\\n")
-
-
-class Printable:
-    """A text stream whose written text is made `printable`; otherwise the wrapped stream."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write text."""
-        return self._stream.write(printable(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def format_override(value: Any) -> str:

@@ -18,7 +18,8 @@ from dinoseg.training import checkpoint
 
 PROCESSES = """
 print("begins")
-from dinoseg.utils.workers import run_in_process, in_processes
+from dinoseg.extensions.auto.separate_process import run_in_process
+from dinoseg.utils.workers import in_processes
 print(run_in_process(abs, -3), sum(number for _, number in in_processes(abs, [-1] * 40, 2, remedy="")))
 assert __file__ == "script.py" or __file__.endswith("/script.py")
 """

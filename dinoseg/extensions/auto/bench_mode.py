@@ -19,17 +19,16 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.auto.parts import TrainingParts
 from dinoseg.extensions.auto.random_batch import random_batch
+from dinoseg.extensions.auto.separate_process import run_in_process
 from dinoseg.extensions.auto.step_bytes import step_flops
 from dinoseg.extensions.auto.training_parts import check_trainer, training_parts
-from dinoseg.extensions.auto.trial import try_steps
+from dinoseg.extensions.auto.trial import synchronize, try_steps
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.predictor import Predictor
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.utils.atomic import write_json
-from dinoseg.utils.devices import synchronize
 from dinoseg.utils.ranges import Count, Natural
 from dinoseg.utils.wording import count_of
-from dinoseg.utils.workers import run_in_process
 
 _FEW = 16  # images held in memory and predicted in turn
 _SIDES = {"cuda": 8192, "cpu": 1024}  # sides of the multiplied matrices: large enough to be compute-bound

@@ -16,13 +16,13 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.auto import rules
 from dinoseg.extensions.auto.facts import DatasetFacts, facts_of, headline
 from dinoseg.extensions.auto.rules import Length, RecipeCase, RecipeChoice, length_within
+from dinoseg.extensions.auto.separate_process import run_in_process
 from dinoseg.extensions.auto.timing import RecipeTimes, estimate_times, time_recipe
 from dinoseg.extensions.auto.training_parts import training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.training.engine import Engine
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import count_of, printable
-from dinoseg.utils.workers import run_in_process
 
 _MINUTES = (
     "a number of minutes from 1 to 1000000 (two years), or trainer.steps instead of hparam=auto for a shorter training"

@@ -14,12 +14,11 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.extensions.auto.parts import TrainingParts
-from dinoseg.extensions.auto.trial import try_steps
+from dinoseg.extensions.auto.trial import synchronize, try_steps
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.validation import evaluate
-from dinoseg.utils.devices import synchronize
 from dinoseg.utils.errors import UserError
 
 _STEPS, _WARMUP, _VALIDATED = 3, 1, 6

@@ -19,7 +19,6 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.step import StepScores
 from dinoseg.training.trainer import TrainingSetup, fit
-from dinoseg.utils.devices import synchronize
 
 _MAX = 100  # steps at most if they go by seconds (`lasting`), however short they are
 
@@ -154,3 +153,9 @@ def try_steps(
         pass
     trial.peak = peak_memory(engine.device) - trial.before
     return trial
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished its queued work; no-op on a CPU."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()

@@ -6,10 +6,10 @@ import hashlib
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_file, create_cache_dir
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError, WaitEnded
-from dinoseg.utils.files import check_regular
+from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.workers import in_processes
 
@@ -41,6 +41,34 @@ class VideoIndex:
 
     def __len__(self) -> int:
         return len(self.times)
+
+
+class ArrayForm(NamedTuple):
+    """Form of an array in an NPZ file."""
+
+    kind: str  # data type, such as `<f8`
+    axes: int
+
+
+def read_arrays(path: Path, wanted: Mapping[str, ArrayForm]) -> dict[str, np.ndarray]:
+    """Read the arrays of an NPZ file.
+
+    Args:
+        path: the file.
+        wanted: name to form.
+
+    Raises:
+        SchemaError: if it is missing or damaged, or an array is missing or not of its form.
+    """
+    try:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: np.asarray(archive[name]) for name in wanted}
+    except Exception as error:  # a damaged archive raises many exception types
+        raise forms.SchemaError(str(error)[:200] or type(error).__name__) from None  # it may quote the whole file
+    for name, array in arrays.items():
+        if (array.dtype.str, array.ndim) != wanted[name]:
+            raise forms.SchemaError(f"{name} is {array.dtype.str}{list(array.shape)}, not of the form {wanted[name]}")
+    return arrays
 
 
 def open_decoder(path: Path) -> "Decoder":
@@ -166,8 +194,8 @@ def _load(index_path: Path | None) -> VideoIndex | None:
     if index_path is None or not index_path.is_file():
         return None
     try:
-        lists = {"times": forms.ArrayForm("<f8", 1), "sums": forms.ArrayForm("<u4", 1)}
-        arrays = forms.read_arrays(index_path, {**lists, "fps": forms.ArrayForm("<f8", 0)})
+        lists = {"times": ArrayForm("<f8", 1), "sums": ArrayForm("<u4", 1)}
+        arrays = read_arrays(index_path, {**lists, "fps": ArrayForm("<f8", 0)})
         index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
             raise forms.SchemaError(

@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.layers import Layers, resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
-from dinoseg.models.backbones.patch_projection import adapt_input
+from dinoseg.models.backbones.normalisation import ColourMean, ColourStd, register_colours, resolve_colours
+from dinoseg.models.backbones.patch_projection import ChannelWeight, adapt_input
 from dinoseg.models.backbones.pretrained import configuration, exported_state, load_model
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import Channels, Count
 
 STEM = 4  # stride of the first stage in pixels; each later stage doubles it
 

@@ -3,17 +3,24 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import ColourMean, ColourStd, check_annotations
+from dinoseg.utils.ranges import Range, check_annotations
 
 logger = logging.getLogger(__name__)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # RGB mean and standard deviation, in 0..1
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # of DINOv3's sat493m weights (facebookresearch/dinov3)
 _SATELLITE_TAG = "sat493m"  # part of the names of these weights
+# RGB statistics are those of images in 0..1: means in 0..1, standard deviations up to 0.5. A model that takes values of
+# another scale expresses it by them, such as 0..255 by mean 0 and std 1 / 255.
+MEANS = Range("a number from -1 to 2 (of images in 0..1; divide statistics of 0..255 by 255)", -1, 2)
+DEVIATIONS = Range("a number from 0.001 to 10 (of images in 0..1; divide statistics of 0..255 by 255)", 0.001, 10)
+ColourMean = Annotated[float, MEANS]
+ColourStd = Annotated[float, DEVIATIONS]
 
 
 def is_satellite(source: str) -> bool:

@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Range
 
+ChannelWeight = Annotated[float, Range("a number from -10 to 10", -10, 10)]
 _COLOURS = 3
 _STANDARDISED = re.compile("Std|Standard")  # in the names of classes that normalise their kernel over all channels
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.layers import Layers, resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
-from dinoseg.utils.ranges import Channels, ColourMean, ColourStd, Count, check_annotations
+from dinoseg.models.backbones.normalisation import ColourMean, ColourStd, register_colours, resolve_colours
+from dinoseg.utils.ranges import Channels, Count, check_annotations
 
 
 class RgbBackbone(Backbone):

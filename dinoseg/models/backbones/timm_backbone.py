@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.attention import attend_fastest, class_maps, key_maps, plain_attention, watch_timm
 from dinoseg.models.backbones.layers import Layers, resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
-from dinoseg.models.backbones.patch_projection import adapt_input
+from dinoseg.models.backbones.normalisation import ColourMean, ColourStd, register_colours, resolve_colours
+from dinoseg.models.backbones.patch_projection import ChannelWeight, adapt_input
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import Channels, Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 from dinoseg.utils.wording import suggest_nearest
 

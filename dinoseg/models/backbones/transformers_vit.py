@@ -18,11 +18,11 @@ from dinoseg.models.backbones.attention import (
     watch_transformers,
 )
 from dinoseg.models.backbones.layers import Layers, resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
-from dinoseg.models.backbones.patch_projection import PatchProjection, adapt_input
+from dinoseg.models.backbones.normalisation import ColourMean, ColourStd, register_colours, resolve_colours
+from dinoseg.models.backbones.patch_projection import ChannelWeight, PatchProjection, adapt_input
 from dinoseg.models.backbones.pretrained import configuration, exported_state, load_model
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import Channels, Count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 register_query_mask()

@@ -9,11 +9,10 @@ from timm.models import get_pretrained_cfg, list_pretrained
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
-from dinoseg.models.backbones.normalisation import resolve_colours
+from dinoseg.models.backbones.normalisation import DEVIATIONS, MEANS, resolve_colours
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
-from dinoseg.utils.ranges import DEVIATIONS, MEANS
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 SATELLITE = ([0.430, 0.411, 0.296], [0.213, 0.156, 0.143])
