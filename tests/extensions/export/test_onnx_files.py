@@ -54,7 +54,7 @@ def test_documented_code_gives_the_same_mask(tmp_path, monkeypatch, changes, siz
     path = write_model(tmp_path, model(replace(RECORD, **changes)))
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     write_png(tmp_path / "image.png", image)
-    page = ROOT / "docs/predicting.md"
+    page = ROOT / "docs/onnx.md"
     code = "".join(
         block for _, block in blocks(page, "python|py") if re.search("import onnxruntime|  # class ids", block)
     )
@@ -66,7 +66,7 @@ def test_documented_code_gives_the_same_mask(tmp_path, monkeypatch, changes, siz
 
 
 def test_documented_keys_are_those_of_the_metadata():
-    section = (ROOT / "docs/predicting.md").read_text().split("### ONNX without dinoseg")[1].split("\n### ")[0]
+    section = (ROOT / "docs/onnx.md").read_text().split("\n## Objects")[0]
     assert set(re.findall(r"`graph\.(\w+)`", section)) == set(RECORD.plain())
     assert all(f"`{key}`" in section for key in [*LABELS, "facts", *OUTPUTS])
 

@@ -91,7 +91,7 @@ def test_onnx_file_finds_the_objects_of_its_model(tmp_path, task):
 
 def test_documented_numpy_finds_the_same_objects(tmp_path, task):
     path = export(tmp_path, task)
-    page = ROOT / "docs/predicting.md"
+    page = ROOT / "docs/onnx.md"
     parts = [block for _, block in blocks(page, "python|py") if re.search("import onnxruntime|class_logits", block)]
     code = "".join(parts).replace("EXPORTED_ONNX/model.onnx", str(path)).replace("IMAGE", str(tmp_path / "image.png"))
     count = 0
