@@ -337,7 +337,7 @@ def test_a_mistake_while_training_is_one_message(site, arguments, parts):
         (["trainer.steps=true"], ["steps=True is of type bool", "Give a whole number"]),
         (["data.classes=null"], ["data.classes=null is not a list"]),
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
-        (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
+        (["resolution.crop=[0,1]"], ["crop=[0, 1]", "less than one patch", "Give a larger crop"]),
         (["engine.workers=two"], ["engine.workers=two is unknown. Choose a whole number or auto."]),
         (["data.root=empty"], ["No folder empty/train/images", "data.reader.layout"]),
         (["engine.device=tpu"], ["engine.device=tpu is not available here"]),
@@ -474,7 +474,7 @@ def test_command_line_trains_evaluates_and_predicts(place):
 
 def test_composed_config_is_shown(tmp_path):
     done = call(tmp_path, *TRAIN, "--cfg", "job")
-    assert done.status == 0 and "_target_: dinoseg.training.trainer.Settings" in done.out and "steps: 2" in done.out
+    assert done.status == 0 and "_target_: dinoseg.methods.images.ImageTraining" in done.out and "steps: 2" in done.out
     assert not list(tmp_path.iterdir())
 
 

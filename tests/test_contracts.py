@@ -134,7 +134,7 @@ class Misspelt(CrossEntropy):
 def test_a_loss_that_needs_what_no_head_provides_is_refused(compose):
     cfg = compose("data=camvid", "data.root=x", "head=linear")
     builder = Builder(OmegaConf.merge(cfg, {"loss": {"criterion": {"_target_": f"{__name__}.Misspelt"}}}))
-    method, outline = builder.training_method, SimpleNamespace(head=Scores(), task=builder.task)
+    method, outline = builder.make_training(), SimpleNamespace(head=Scores(), task=builder.task)
     names = "loss=cross_entropy needs mask, and head=linear with task=semantic provides class scores alone."
     assert_refused(lambda: method.check_parts(outline, 1), names, "Choose a head that provides this, or another loss.")
     outline.head.provides = frozenset({"masks"})

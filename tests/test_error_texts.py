@@ -15,6 +15,7 @@ READERS = {  # functions that compare, replace or parse the text of an error, an
     "cli/typos.py _find_missing_package": "of Hydra, on a plug-in that is not installed",
     "config/nodes.py _call_target": "of Hydra, on a target and its arguments",
     "config/nodes.py _missing_key": "of OmegaConf",
+    "utils/images.py _explain": "of Pillow, on an image beyond its limit",
     "data/loader.py wait_for_item": "of torch, on processes of a loader",
     "segmenter/hub.py _client_errors_as_user_errors": "of huggingface_hub and the network",
     "segmenter/load.py open_path": "ours: whether it names the file",

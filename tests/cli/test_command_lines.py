@@ -119,7 +119,7 @@ def test_run_folder_and_checkpoint_use_the_recipe_name(tmp_path, compose, monkey
     assert done.status == 0, done.err
     (run,) = (tmp_path / "outputs/idd_lite").iterdir()
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["choices"]["hparam"] == "idd_lite"
-    (found,) = find_runs(tmp_path / "outputs", ())
+    (found,) = find_runs(tmp_path / "outputs", 2)
     assert found.plan.settings == plan_of(config_description(Builder(compose(*words, "resume=auto")))).settings
     other = call(tmp_path, "mode=eval", "hparam=idd_lora", f"resume={run}", "mode.split=nonsense")
     assert "was trained with hparam=idd_lite" in other.err

@@ -41,11 +41,13 @@ from dinoseg.config.options import option_files
 from dinoseg.config.plain import resolve_node, to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.config.stored import Source, compose_stored
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.objects import OPTION
 from dinoseg.experiment.recipe import absolute, config_description
 from dinoseg.training.description import INITIAL, SAVED, TEACHER
+from dinoseg.training.trainer import Settings
 
 TRACKING = {"model", "device", "autocast", "batch_size"}
 # What builder, launch and fit hand over; every other argument stands in a config or has a default
@@ -341,6 +343,8 @@ def test_every_other_key_is_read(compose, data):
     for path in re.findall(r"\bcfg\.([\w.]+)", python):
         names = path.split(".")
         read |= {".".join(names[:length]) for length in range(1, len(names) + 1)}
+    for target, place in ((Settings, "trainer"), (prepare_dataset, "data")):  # as `Builder` reads their keys
+        read |= {f"{place}.{name}" for name in inspect.signature(target).parameters}
     pointed = set(re.findall(r"\$\{(\.*[\w.]+)\}", configs))
     relative = {path.lstrip(".") for path in pointed if path.startswith(".")}
     assert not [key for key in keys if key not in read | pointed and key.split(".")[-1] not in relative]

@@ -14,7 +14,15 @@ from dinoseg.utils.errors import UserError
 
 
 def evaluate_slots(
-    builder: Builder, out_dir: Path, split: str, supervision: str | None, **options: Any
+    builder: Builder,
+    out_dir: Path,
+    split: str,
+    supervision: str | None,
+    *,
+    metrics_only: bool = False,
+    official: bool = True,
+    restart: str | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Track the objects of a split's videos by the slots of a trained model, and return the scores of their masks.
 
@@ -23,15 +31,19 @@ def evaluate_slots(
         out_dir: the run folder, for all files.
         split: train, val or test.
         supervision: `first_frame`, `none`, or None for the data set's default.
-        options: see `TrackingOptions`.
+        metrics_only: see `TrackingOptions`.
+        official: score the masks.
+        restart: see `TrackingOptions`.
+        report: write report.html.
 
     Raises:
         UserError: the config does not fit, see `check_slots` and `track_videos`.
     """
-    trained, given = load_trained(builder), TrackingOptions(**options)
+    trained = load_trained(builder)
     data = benchmark_videos(builder, split, supervision)
-    check_slots(builder, trained.model, data, official=given.official)
-    return track_videos(builder, trained, data, out_dir, given)
+    check_slots(builder, trained.model, data, official=official)
+    options = TrackingOptions(metrics_only, official, restart, report)
+    return track_videos(builder, trained, data, out_dir, options)
 
 
 def check_slots(builder: Builder, model: SegmentationModel, data: BenchmarkVideos, *, official: bool) -> None:

@@ -13,7 +13,15 @@ from dinoseg.utils.errors import UserError
 
 
 def evaluate_tracking(
-    builder: Builder, out_dir: Path, split: str, supervision: str | None, **options: Any
+    builder: Builder,
+    out_dir: Path,
+    split: str,
+    supervision: str | None,
+    *,
+    metrics_only: bool = False,
+    official: bool = True,
+    restart: str | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Track the objects of a split's videos by the backbone alone, and return the scores of their masks.
 
@@ -22,7 +30,10 @@ def evaluate_tracking(
         out_dir: the run folder, for all files.
         split: train, val or test.
         supervision: `first_frame`, or None for it.
-        options: see `TrackingOptions`.
+        metrics_only: see `TrackingOptions`.
+        official: score the masks.
+        restart: see `TrackingOptions`.
+        report: write report.html.
 
     Raises:
         UserError: the config does not fit, see `track_videos`.
@@ -33,7 +44,8 @@ def evaluate_tracking(
             "head=slots. Without resume, masks of first frames are propagated (mode.supervision=first_frame)."
         )
     data = benchmark_videos(builder, split, supervision or "first_frame")
-    return track_videos(builder, None, data, out_dir, TrackingOptions(**options))
+    options = TrackingOptions(metrics_only, official, restart, report)
+    return track_videos(builder, None, data, out_dir, options)
 
 
 def track_videos(

@@ -145,11 +145,11 @@ def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
     [
         pytest.param(
             ("loss=cross_entropy,mask_classification", "seed=0,1"), "2 of 4 cells",
-            "- loss=mask_classification seed=1: loss=mask_classification needs a head", marks=pytest.mark.heavy),
+            "- loss=mask_classification seed=1: loss=mask_classification needs masks", marks=pytest.mark.heavy),
         (("loss=glob(*ss*)",), "cells", "loss=mask_classification"),
         # a key that is known once a job begins, and not where its cells are looked at
         (("loss=mask_classification", "cache_dir=${hydra:runtime.cwd}/cache"), "1 of 1 cell",
-         "- each: loss=mask_classification needs a head"),
+         "- each: loss=mask_classification needs masks"),
         (("trainer.score=miou,iou", "data.root=absent"), "1 of 2 cells", "- trainer.score=iou: trainer.score=iou is"),
         (("head=eomt,linear", "head.blocks=1"), "1 of 2 cells",
          "- head=linear: head.blocks=1: head=linear lacks this key. Options that have it: head=detail, head=eomt"),
