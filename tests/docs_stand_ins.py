@@ -54,7 +54,7 @@ RUNS = {  # run folders, and the words of the commands that write them
     "EXPORTED": ("mode=export", "export=safetensors", "resume={RUN}"),
     "EXPORTED_ONNX": ("mode=export", "export=onnx", "resume={RUN}"),
     "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),
-    "EVALUATED_AT_HALF": ("mode=eval", "resume={RUN}", "resolution.scale=0.5", "mode.metrics_only=true"),
+    "EVALUATED_SCALED": ("mode=eval", "resume={RUN}", "inference=whole", "inference.scales=[1,1.5]"),
     "PREDICTED": ("mode=predict", "resume={RUN}", "input={FOLDER}/val/images"),
     "PREDICTED_SPLIT": ("mode=predict", "resume={RUN}", "input=val"),
 }

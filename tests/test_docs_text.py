@@ -7,6 +7,7 @@ from docs_pages import LOG, PAGES, ROOT, commands
 
 from dinoseg.modes import help as help_mode
 
+REFERENCES = {"architecture", "config", "data", "decisions", "extending", "scores"}  # read in parts
 LINK = re.compile(r"""(?<!`)(?:\[[^\]]*\]\(|<img src=")([^)\s"]+)[)"]""")
 
 
@@ -136,6 +137,11 @@ def test_config_page_names_all_groups_and_existing_options():
         options += [(group, word) for word in re.findall(r"`([\w/]+)`", second)]
     missing = [pair for pair in options if not (ROOT / "dinoseg/cfg" / f"{'/'.join(pair)}.yaml").is_file()]
     assert missing == [] and len(options) > 60
+
+
+def test_all_pages_but_references_have_at_most_2500_words():
+    words = {page.stem: len(page.read_text().split()) for page in PAGES}
+    assert {name for name, count in words.items() if count > 2500} <= REFERENCES
 
 
 def test_pictures_are_small_and_shown():

@@ -84,8 +84,8 @@ def open_dataset(
 ) -> SegmentationDataset:
     """Open one split of a dataset of images and masks.
 
-    Files are found and paired now, and read when an item is taken. docs/data.md describes the layouts. Images and masks
-    have their own sizes: crop or resize them in `transform` before they are stacked.
+    Files are found and paired now, and read when an item is taken. docs/own_data.md describes the layouts. Images and
+    masks have their own sizes: crop or resize them in `transform` before they are stacked.
 
     Args:
         name: option of the group, see `list_datasets`; `folder` reads your own images and masks.

@@ -41,7 +41,7 @@ class PhotometricDistortion(ColorTransform):
     """Brightness, contrast, saturation and hue in 8 bits, each with a probability.
 
     The order is brightness, saturation, hue; contrast comes before saturation or after hue, with probability 0.5 each.
-    Each change is clipped to 0..255 and truncated to whole numbers. With the keys named in `docs/training.md`, the
+    Each change is clipped to 0..255 and truncated to whole numbers. With the keys named in `docs/augmentation.md`, the
     values are those of mmsegmentation (`PhotoMetricDistortion`, mmseg/datasets/transforms/transforms.py; the same in
     0.27), DINOv3 (dinov3/eval/segmentation/transforms.py) and EoMT (datasets/transforms.py; torchvision's functions).
 

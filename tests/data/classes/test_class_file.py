@@ -302,7 +302,7 @@ def test_contents_that_do_not_fit_masks_are_refused(tmp_path, text, words):
 
 
 def test_documented_class_files_are_valid(load, tmp_path):
-    page = (Path(__file__).parents[3] / "docs/data.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/own_data.md").read_text()
     numbers, colours = re.findall(r"```yaml\n(classes:.*?)```", page, flags=re.S)
     put(describe(tmp_path / "numbers", numbers), [[0, 1, 2, 7]])
     put(describe(tmp_path / "colours", colours), [[[0, 0, 0], [0, 255, 0], [0, 128, 0], [255, 255, 255]]])
