@@ -49,8 +49,8 @@ class SegmentationModel(nn.Module):
             refuse_layers(task, f"a head of masks, {type(head).__name__},", "Choose head=linear or head=dpt.")
         if isinstance(task, ObjectTask) and not head.mixture:
             raise UserError(
-                f"{type(head).__name__} predicts no masks, which a task of objects needs. Choose head=eomt, "
-                "head=pmt or head=mask2former, or task=semantic."
+                f"{type(head).__name__} predicts no masks, which a task of objects needs. Choose {task.advice}; or "
+                "task=semantic."
             )
         if isinstance(task, ObjectTask) and not head.no_object:
             raise UserError(

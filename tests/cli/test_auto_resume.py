@@ -272,7 +272,7 @@ def test_missing_evaluation_is_written_without_training(here, monkeypatch):
 
 
 def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     store = torch.distributed.HashStore()

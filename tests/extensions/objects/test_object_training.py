@@ -216,8 +216,8 @@ def test_class_of_a_pixel_is_the_likeliest_thing_or_background():
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("loss=cross_entropy",), ["loss=cross_entropy does not fit task=instance", "hparam=instance", "head=eomt"]),
-        (("loss=mask_classification",), ["LinearHead predicts no masks", "head=eomt"]),
+        (("head=eomt", "head.blocks=1", "loss=cross_entropy"), ["does not fit task=instance", "hparam=instance"]),
+        (("loss=mask_classification",), ["LinearHead predicts no masks", "hparam=instance", "head=eomt"]),
     ],
 )
 def test_losses_and_heads_without_masks_are_refused(data, words, parts):
