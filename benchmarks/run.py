@@ -62,6 +62,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "track": Benchmark("track_video.py", "", "--frames 3 --size 96 128 --short 96 --width 64"),
     "windows": Benchmark("windows.py", "", "--size 256 192 --classes 3 --window 64"),
     "video": Benchmark("predict_video.py", "", "--frames 8 --repeats 1"),
+    "start": Benchmark("start.py", "", "--repeats 1"),
     "gpu": Benchmark("gpu.py", "", "--tiny"),
     "end": Benchmark(
         "end_to_end.py",

@@ -1,4 +1,8 @@
 import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -199,3 +203,39 @@ def test_last_blocks_does_not_train_unused_parameters():
 def test_bits_without_bitsandbytes_are_refused():
     with patch.object(adapters, "find_spec", return_value=None):
         assert_refused(lambda: Frozen(bits=8), "pip install '.[quant")
+
+
+IMPORTS = """
+import importlib.util, sys, threading
+from tiny_parts import tiny_vit
+from dinoseg.models.adapters import Lora
+
+seen, begun = [], threading.Event()
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "peft.helpers":
+            begun.set()
+
+def look():  # from another thread while peft is imported
+    begun.wait()
+    seen.append(importlib.util.find_spec("bitsandbytes").origin)
+
+sys.meta_path.insert(0, Watch())
+finders = [*sys.meta_path]
+other = threading.Thread(target=look)
+other.start()
+Lora(2, 4)(tiny_vit())
+other.join()
+assert not {"bitsandbytes", "networkx"} & sys.modules.keys()
+assert sys.meta_path == finders and seen == [importlib.util.find_spec("bitsandbytes").origin]
+quantised = Lora(2, 4, bits=4)(tiny_vit())
+assert {type(part).__module__ for part in quantised.modules()} > {"peft.tuners.lora.layer", "bitsandbytes.nn.modules"}
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_bitsandbytes_is_imported_for_quantised_layers_alone():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -15,9 +15,9 @@ from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.objects import lend_objects
 from dinoseg.segmenter.facts import ModelFacts
-from dinoseg.segmenter.load import collection_paused
 from dinoseg.segmenter.segmenter import Segmenter
 from dinoseg.segmenter.torch_runtime import preserve_global_state
+from dinoseg.utils.collection import collection_paused
 from dinoseg.utils.errors import NoMode, UnknownKey, UserError
 from dinoseg.utils.files import path_exists
 from dinoseg.utils.ranges import Range, whole_number

@@ -5,16 +5,14 @@ import io
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.results import Results, Scores, html_table, label_of, shown_value
 from dinoseg.checkpoints.run_config import BROKEN, read_config
 from dinoseg.evaluation.run_facts import EVALUATION
-from dinoseg.report.curves import curves_figure
 from dinoseg.report.log import read_rows
 from dinoseg.runs.folder import last_command_line
 from dinoseg.segmenter.load import load
@@ -23,6 +21,9 @@ from dinoseg.training import checkpoint
 from dinoseg.training.description import resolve_score
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SHOWN = ("miou", "dice", "accuracy", "fg_ari")
 
@@ -114,8 +115,10 @@ class Run:
         last = self.last_checkpoint
         return 0 if last is None else int(checkpoint.describe(last)["progress"]["step"])
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Return a matplotlib figure of the curves of loss and scores; a star marks the best checkpoint."""
+        from dinoseg.report.curves import curves_figure  # imports matplotlib, which no training step needs
+
         best = self.best_checkpoint
         step = 0 if best is None else int(checkpoint.describe(best)["progress"]["best_step"])
         return curves_figure(self._rows, resolve_score(self.config), step)

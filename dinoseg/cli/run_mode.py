@@ -17,6 +17,7 @@ from dinoseg.cli.job_checks import LAUNCH_KEYS, check_engine
 from dinoseg.cli.joined_ranks import is_first_rank
 from dinoseg.config.nodes import instantiate
 from dinoseg.runs.log_file import announce, configure_log
+from dinoseg.utils.collection import collection_paused
 from dinoseg.utils.errors import UserError
 
 _GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's messages on a lost rank
@@ -37,8 +38,9 @@ def run_mode(cfg: DictConfig, out_dir: Path, ranks: int = 1) -> Any:
         announce(f"mode={cfg.choices.mode}: importing libraries")
     try:
         with _lost_ranks_as_user_errors():
-            check_engine(cfg, ranks)
-            mode = instantiate(cfg.mode, exclude=LAUNCH_KEYS)
+            with collection_paused():
+                check_engine(cfg, ranks)
+                mode = instantiate(cfg.mode, exclude=LAUNCH_KEYS)
             # not mode(...): parameters in errors of the parts that it runs are not its own
             return mode.func(cfg, out_dir=out_dir, **mode.keywords)
     finally:

@@ -23,6 +23,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
 from dinoseg.training.engine import Engine
+from dinoseg.utils.collection import collection_paused
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.files import check_file
 from dinoseg.utils.ranges import Natural, check_value
@@ -203,6 +204,7 @@ class ModelBuilder:
         """Return the engine of the config, with overrides of its values."""
         return instantiate(self._cfg.engine, overrides=overrides)
 
+    @collection_paused()  # transformers and peft are imported here
     def model(self, *, untrained: bool = False, initialised: bool = True) -> SegmentationModel:
         """Return the segmenter.
 

@@ -11,7 +11,6 @@ from dinoseg.data.checks.errors import check_for_errors
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.collected import Collector
-from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images
 from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.experiment.builder import Builder
@@ -175,6 +174,8 @@ class ImageTraining(Training):
             split="val",
         )
         if collector is not None:
+            from dinoseg.evaluation.image_report import report_images  # imports jinja2, which no step needs
+
             report_images(
                 provenance,
                 collector,

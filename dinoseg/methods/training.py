@@ -27,7 +27,6 @@ from dinoseg.experiment.recipe import config_description, run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog
 from dinoseg.runs.log_file import announce
 from dinoseg.runs.split_file import write_split
@@ -372,6 +371,8 @@ class Training(ABC):
         cost = cost_of(self.model, self.out_dir / "metrics.jsonl")
         result = {**scores, **cost, "best_step": progress.best_step, "run": str(self.out_dir)}
         if self.engine.is_main:
+            from dinoseg.report.curves import draw_curves  # imports matplotlib, which no step needs
+
             curves = draw_curves(self.out_dir, self.settings.score, progress.best_step)
             print(f"curves:       {curves}")
             self.finish_log(log, scores)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_image
 from dinoseg.metrics.counts import ratio
@@ -106,6 +105,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     if not len(labels) or logits.shape[1] < 2:
         raise ValueError("A temperature needs pixels of two classes or more.")
+    from scipy.optimize import minimize_scalar  # lazy: no step of a training needs it
+
     found = minimize_scalar(
         # searched in log(1 / T), so that factors and divisors of the logits are treated alike
         lambda power: negative_log_likelihood(logits, labels, float(np.exp(-power))),

@@ -6,9 +6,14 @@ Calling an adapter modifies the backbone in place and returns it.
 
 import logging
 import math
+import sys
 from copy import copy, deepcopy
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from threading import get_ident
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -126,8 +131,8 @@ class Lora:
 
     def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with trainable LoRA layers and all other parameters frozen."""
-        _silence_bitsandbytes()
-        from peft import LoraConfig, inject_adapter_in_model
+        _import_peft()
+        from peft import LoraConfig
 
         where = backbone.blocks if self.blocks is None else last_blocks(backbone, self.blocks)
         inside = {part for block in where for part in block.modules()}
@@ -157,7 +162,7 @@ class Lora:
             bias="none",
             target_modules=names,
         )
-        inject_adapter_in_model(config, backbone)
+        _inject(config, backbone)
         for parameter in backbone.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # peft copies the base dtype: bfloat16 rounds updates away
@@ -178,7 +183,7 @@ def last_blocks(backbone: Backbone, count: int) -> list[nn.Module]:
 
 def merge(backbone: Backbone) -> Backbone:
     """Merge the LoRA updates into their base weights and remove the LoRA modules."""
-    _silence_bitsandbytes()
+    _import_peft()
     from peft.tuners.lora import LoraLayer
 
     for name, part in list(backbone.named_modules()):
@@ -344,8 +349,58 @@ def _quantise_linear(linear: nn.Linear, bits: int) -> nn.Module:
     return new
 
 
+def _inject(config: Any, backbone: Backbone) -> None:
+    """Add peft's LoRA layers of float weights around the targets, as `peft.inject_adapter_in_model` does.
+
+    That function first asks each library of quantised layers whether a target is its own, and imports bitsandbytes for
+    it. LoRA around a quantised layer is the same: the base layer dequantises its weight, the update is added in float.
+    """
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.lora.layer import dispatch_default
+
+    class FloatLora(LoraModel):
+        @staticmethod
+        def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+            return dispatch_default(target, adapter_name, lora_config, **kwargs)
+
+    FloatLora(backbone, config, "default")
+
+
+def _import_peft() -> None:
+    """Import peft without bitsandbytes, which would import torch's compiler for six CPU seconds.
+
+    peft imports it for an analysis of quantised models. Other threads and other imports are not affected.
+    """
+    _silence_bitsandbytes()
+    if {"peft", "bitsandbytes"} & sys.modules.keys():
+        return
+    hook = _Withheld()
+    # new lists: other threads may be iterating over the present one
+    sys.meta_path = [hook, *sys.meta_path]
+    try:
+        import peft  # noqa: F401
+    finally:
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not hook]
+
+
+class _Withheld(MetaPathFinder, Loader):
+    """Import hook by which the thread that makes it finds bitsandbytes and cannot import it."""
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        is_withheld = fullname == "bitsandbytes" and get_ident() == self.thread
+        return ModuleSpec(fullname, self) if is_withheld else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        raise ImportError(f"{spec.name} is withheld while peft is imported")
+
+    def exec_module(self, module: ModuleType) -> None: ...
+
+
 def _silence_bitsandbytes() -> None:
-    """Silence bitsandbytes (peft imports it too): it warns of optional kernels and at each matrix product."""
+    """Silence bitsandbytes, which warns of optional kernels and at each matrix product."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

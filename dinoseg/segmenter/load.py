@@ -1,14 +1,13 @@
 """`dinoseg.load`: load a trained model from one file, on the runtime that the file needs."""
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinoseg.segmenter.model import Model
 from dinoseg.segmenter.runtime import Options, file_in, list_model_files, load_ensemble, load_opener
+from dinoseg.utils.collection import collection_paused
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.files import expand_path
 from dinoseg.utils.ranges import check_annotations
@@ -103,18 +102,6 @@ def open_path(path: str | PathLike[str], options: Options) -> Model:
         raise UserError(message if str(where) in message else f"{where}: {message}") from error
     model.source = where.absolute()
     return model
-
-
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector: it would traverse all objects of torch and timm several times (0.6 s)."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def open_file(path: Path, options: Options, *, key: str = "resume") -> Model:
