@@ -172,6 +172,7 @@ class Engine:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap a placed model for training; with several ranks, gradients are averaged over them.
 
+        Its forward pass runs under autocast in the precision of the engine, which accelerate adds.
         On several CUDA devices, BatchNorm computes its statistics over all of them. Elsewhere each rank uses its own
         images, and rank 0's running means are scored and saved. Under autocast, frozen weights are cast once instead of
         in every pass, unless the model is sharded or compiled.
