@@ -253,16 +253,19 @@ def test_resume_refuses_a_run_in_use(where, run):
 
 
 def test_auto_waits_for_a_lock(where, run, monkeypatch):
-    try_to_lock = locks._try_to_lock
-    calls = []
+    other = open(run / "run.log", "a", encoding="utf-8")
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    slept = []
 
-    def lock_third(path, level):
-        calls.append(path)
-        return None if path == run / "run.log" and calls.count(path) < 3 else try_to_lock(path, level)
+    def release_second(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            other.close()
 
-    monkeypatch.setattr(locks, "_try_to_lock", lock_third)
+    monkeypatch.setattr(locks.time, "sleep", release_second)
     done = train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}")
     assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2, done.err
+    assert len(slept) == 2
     assert last(run)["config"]["inference"]["overlap"] == 0.5  # keys of inference do not make another run
 
 
