@@ -3,9 +3,7 @@
 import fcntl
 import json
 import logging
-import os
 import shutil
-import signal
 from functools import cache
 from pathlib import Path
 
@@ -283,19 +281,6 @@ def test_auto_skips_unreadable_checkpoints_with_a_reason(where, run, find_run, c
     for name, reason in reasons.items():
         (line,) = [line for line in told if str(beside[name]) in line]
         assert line.startswith("resume=auto: skipped: ") and reason in line
-
-
-def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoints/last.safetensors"
-    checkpoint.write(path, {"model/a": torch.zeros(4)}, {})
-    before = path.read_bytes()
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-        checkpoint.write(path, {"model/a": torch.ones(4)}, {})
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [found.name.split(".")[1:3] for found in path.parent.glob(".*.part")] == [["last", "safetensors"]]
-    assert path.read_bytes() == before
 
 
 def test_a_job_enters_its_folder_once_and_no_other_job_does(tmp_path):

@@ -3,7 +3,6 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from failing import fail_after, run_until_written
+from failing import fail_after
 from making import save
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -304,21 +303,6 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "gtFine/train/0/a_gtFine_labellevel3Ids.png").mkdir()
     assert_refused(lambda: prepare(tmp_path, workers=1), "1 of 2 files ", "0/a_gtFine_polygons.json: ", "irectory")
     assert (label_map(tmp_path, "train", "0/b") == 255).all()
-
-
-def test_killed_preparation_resumes(tmp_path):
-    for number in range(20):
-        add(tmp_path, "train", f"0/{number:03d}", [box("road", 0, 0, 900, 900)], imgWidth=1000, imgHeight=1000)
-    process = run_until_written("idd", f"prepare({str(tmp_path)!r}, workers=1)", 7)
-    folder = tmp_path / "gtFine/train/0"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    there = list(folder.glob("[!.]*.png"))
-    assert len(there) == 7
-    for path in there:
-        Image.open(path).load()  # whole, every one
-    assert prepare(tmp_path, workers=1) == {"train": {"files": 20, "written": 13, "kept": 7}}
-    assert not list(folder.glob(".*"))
 
 
 def test_no_torch_in_the_worker_processes():

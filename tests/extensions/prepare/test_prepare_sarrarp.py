@@ -1,13 +1,11 @@
 import errno
-import os
-import signal
 import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from failing import fail_after, run_until_written
+from failing import fail_after
 from making import save, write_video
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -165,19 +163,6 @@ def test_full_disk_stops_cleanly_and_the_next_run_resumes(add, monkeypatch):
     assert not (root / "train1/video_03").exists()
     monkeypatch.undo()
     assert len(prepare(root, workers=1)) == 3
-
-
-def test_killed_preparation_resumes(add):
-    root = add("train1", "video_01", frames=600)
-    process = run_until_written("sarrarp", f"prepare({str(root)!r}, rate=10, workers=1)", 25)
-    target = root / "train1/video_01/rgb"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(frames(root, "train1/video_01")) == 25 and not (root / "train1/video_01/.prepared.json").exists()
-    for path in target.glob("[!.]*.png"):
-        Image.open(path).load()  # whole, every one
-    assert prepare(root, rate=10, workers=1)["train1/video_01"]["frames"] == 100
-    assert len(frames(root, "train1/video_01")) == 100 and not list(target.glob(".*"))
 
 
 def test_a_second_run_waits_for_the_first(add, caplog):
