@@ -205,28 +205,20 @@ def show_image_outside():
     _pair_shot(data, data.names[0], (Path("a"), Path("a")), (0.0, 1.0))
 
 
-def compare_with(**changes):
+def align_to(**changes):
     return lambda: align(TWO, record(), record(1, **changes))
 
 
-INCOMPARABLE = "were not evaluated on the same images"
+DIFFER = "were not evaluated on the same images"
 OF_TWO = ("evaluation.json and counts.npz", "are of two evaluations")
 test_message_names_value_and_remedy = refusals(
     {
         "a name that leads out": (show_image_outside, "names an image outside its own folder"),
-        "another background": (
-            compare_with(background=None),
-            INCOMPARABLE,
-            "- background: 0 in the first; None in the second\n",
-        ),
-        "another ignore_index": (
-            compare_with(ignore_index=250),
-            INCOMPARABLE,
-            "- ignore_index: 255 in the first; 250 in the second\n",
-        ),
-        "another image": (
-            compare_with(images=[*record().images[1:], "x"]),
-            INCOMPARABLE,
+        "background": (align_to(background=None), DIFFER, "- background: 0 in the first; None in the second\n"),
+        "ignore_index": (align_to(ignore_index=250), DIFFER, "- ignore_index: 255 in the first; 250 in the second\n"),
+        "an image": (
+            align_to(images=[*record().images[1:], "x"]),
+            DIFFER,
             "- 1 image only in the first (data=x, x): 00\n",
         ),
         "counts of fewer images": (lambda: store_and_read(counts=record().counts[1:]), *OF_TWO),
