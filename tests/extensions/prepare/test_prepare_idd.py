@@ -1,11 +1,9 @@
 import errno
-import fcntl
 import json
 import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from failing import fail_after
+from held_locks import start_behind_lock
 from making import save
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -22,7 +21,6 @@ from dinoseg.extensions.idd.dataset import idd
 from dinoseg.extensions.prepare import idd as prepare_idd
 from dinoseg.extensions.prepare.idd import prepare
 from dinoseg.extensions.prepare.prepare_mode import prepare as prepare_mode
-from dinoseg.utils.locks import hold_lock
 
 # encoding to its file, the column of the official table, the background, and the number of values with it
 ENCODINGS = {
@@ -215,21 +213,10 @@ def test_corrected_polygons_are_rasterised_again(tmp_path, caplog):
 def test_two_runs_at_once_leave_each_other_alone(tmp_path, caplog):
     for part in ("one", "two"):
         add(tmp_path / part, "train", "0/a", [box("road", 0, 0, 9, 9)])
-    second = threading.Thread(target=prepare, args=[tmp_path], kwargs={"workers": 1})
-    with hold_lock(tmp_path / "two/gtFine/.prepare.lock"):  # as a run on this part alone holds it
-        second.start()
-        while "waiting for it" not in caplog.text:
-            assert second.is_alive()
+    lock = tmp_path / "two/gtFine/.prepare.lock"  # as a run on this part alone holds it
+    with start_behind_lock(lock, caplog, prepare, tmp_path, workers=1):
         assert not list(tmp_path.rglob("*.png"))
-    second.join(60)
     assert len(list(tmp_path.rglob("*.png"))) == 2
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    fail_after(monkeypatch, fcntl, "flock", 0, OSError(errno.ENOLCK, "No locks available"))
-    add(tmp_path, "train", "0/a", [])
-    assert prepare(tmp_path, workers=1)["train"]["written"] == 1
-    assert "cannot be locked (No locks available): start one process at a time" in caplog.text
 
 
 def road(point):

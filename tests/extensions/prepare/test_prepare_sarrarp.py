@@ -1,11 +1,11 @@
 import errno
-import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from failing import fail_after
+from held_locks import start_behind_lock
 from making import save, write_video
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -14,7 +14,6 @@ from dinoseg.extensions.prepare import sarrarp
 from dinoseg.extensions.prepare.sarrarp import prepare
 from dinoseg.extensions.video.sarrarp import sar_rarp50
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import hold_lock
 
 
 @pytest.fixture
@@ -167,13 +166,8 @@ def test_full_disk_stops_cleanly_and_the_next_run_resumes(add, monkeypatch):
 
 def test_a_second_run_waits_for_the_first(add, caplog):
     root = add("train1", "video_01", frames=61)
-    second = threading.Thread(target=prepare, args=[root], kwargs={"workers": 1})
-    with hold_lock(root / ".prepare.lock"):
-        second.start()
-        while "waiting for it" not in caplog.text:
-            assert second.is_alive()
+    with start_behind_lock(root / ".prepare.lock", caplog, prepare, root, workers=1):
         assert not (root / "train1/video_01/rgb").exists()
-    second.join(60)
     assert frames(root, "train1/video_01") == ["000000000", "000000060"]
 
 
