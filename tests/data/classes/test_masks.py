@@ -127,7 +127,7 @@ def rules(**arguments):
     return lambda: MaskReader(LABELS, Masks(**arguments))
 
 
-def reading(pixels, **arguments):
+def read_pixels(pixels, **arguments):
     return lambda: read_ids_of(Path(), pixels, Masks(**arguments))
 
 
@@ -158,21 +158,24 @@ test_message_names_value_and_remedy = refusals(
         "ignored twice": (rules(format="palette", ignore_colors=[[255, 0, 0]]), "(255, 0, 0) is used twice"),
         "ignored 256": (rules(format="palette", ignore_colors=[[256, 0, 0]]), "Colour [256, 0, 0]"),
         "ids without a class": (
-            reading([[10, 0]], ids={0: -1, 10: 0}),
+            read_pixels([[10, 0]], ids={0: -1, 10: 0}),
             "m.png holds the ids 0, which ",
             " stored in files as 1, 2, 10, and 255 is",
         ),
-        "ids that a table lacks": (reading([[0, 1, 2, 3]], ids={1: 0, 2: 1, 3: 255}), "ids 0, which are not classes"),
-        "ids beyond 1 to 3": (reading([[4]], reduce_zero_label=True), "holds the ids 4, which are not classes"),
-        "colours for ids": (reading([[[0, 1, 0]]]), "colour image", "format=palette"),
+        "ids that a table lacks": (
+            read_pixels([[0, 1, 2, 3]], ids={1: 0, 2: 1, 3: 255}),
+            "ids 0, which are not classes",
+        ),
+        "ids beyond 1 to 3": (read_pixels([[4]], reduce_zero_label=True), "holds the ids 4, which are not classes"),
+        "colours for ids": (read_pixels([[[0, 1, 0]]]), "colour image", "format=palette"),
         "unknown colours": (
-            reading(UNKNOWN, format="palette"),
+            read_pixels(UNKNOWN, format="palette"),
             "m.png ",
             "(255, 0, 1), (1, 2, 3), on 3 pixels",
             "ignore_colors",
         ),
         "unknown colours of a file": (
-            reading(UNKNOWN, format="palette", described={"ids": None}),
+            read_pixels(UNKNOWN, format="palette", described={"ids": None}),
             "not in classes.yaml",
             "`ignore: {colors: [[255, 0, 1], [1, 2, 3]]}`",
         ),

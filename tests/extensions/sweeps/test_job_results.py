@@ -17,7 +17,7 @@ def test_sweep_without_jobs_leaves_no_folder(tmp_path):
     JobResults(tmp_path).release(keep=False)
 
 
-def test_released_folder_is_locked_anew(tmp_path):
+def test_released_folder_can_be_locked_again(tmp_path):
     for _ in range(2):
         assert JobResults(tmp_path).claim(keep=False)
         assert locks.acquire(tmp_path / ".jobs/sweep.own") is None
