@@ -71,6 +71,17 @@ def one_thread():
     cores._written.clear()
 
 
+@pytest.fixture
+def set_cores(monkeypatch):
+    """Return a function that lets this process use so many processors, whatever the system asks for them."""
+
+    def set_count(count):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: count)
+
+    return set_count
+
+
 @pytest.fixture(scope="session")
 def compose():
     """Compose the config as the command line does."""

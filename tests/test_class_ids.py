@@ -99,23 +99,24 @@ def test_nan_scores_still_give_valid_class_ids():
 
 def test_scores_of_all_pixels_are_never_in_memory(monkeypatch):
     held = []
+    interpolate = torch.Tensor.addcmul_
 
-    def record_sizes(function):
-        def call_and_record(*given):
-            made = function(*given)
-            held.append(made.numel() * given[0].shape[1])
-            return made
+    def interpolate_and_record(pixels, *given):
+        held.append(pixels.numel())
+        return interpolate(pixels, *given)
 
-        return call_and_record
+    def upsample_and_record(*given):
+        held.append(upsample(*given).numel())
+        return upsample(*given)
 
     scores = smooth(torch.Generator().manual_seed(0), 50, (20, 30))
     size = (384, 576)
     wanted = argmax_ids(upsample(scores, size, (1.0, 1.0)))
-    monkeypatch.setattr(rooms, "_find_best", record_sizes(rooms._find_best))
+    monkeypatch.setattr(torch.Tensor, "addcmul_", interpolate_and_record)
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
-    assert max(held) <= rooms._AT_ONCE and sum(held) < size[0] * size[1] * 50 / 10
+    assert held and max(held) <= rooms._AT_ONCE and sum(held) < size[0] * size[1] * 50 / 10
     held.clear()
-    monkeypatch.setattr(rooms, "upsample", record_sizes(upsample))
+    monkeypatch.setattr(rooms, "upsample", upsample_and_record)
     monkeypatch.setattr(rooms, "_CELL_COST", 1e9)
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
     assert len(held) == 50 and max(held) == size[0] * size[1]
@@ -123,7 +124,7 @@ def test_scores_of_all_pixels_are_never_in_memory(monkeypatch):
 
 def test_class_ids_skip_upsampling_only_where_that_is_cheaper(monkeypatch):
     draw = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(rooms, "_one_by_one", refuse)
+    monkeypatch.setattr(rooms, "upsample", refuse)  # which the method by cells does not need
     class_ids(smooth(draw, 12, (20, 30)), (320, 480), (1.0, 1.0))
     for scores, size in (
         (torch.randn(1, 12, 20, 30, generator=draw), (320, 480)),
@@ -167,10 +168,14 @@ def test_grid_prediction_needs_no_scores_at_full_size():
 def test_small_images_are_upsampled_as_a_whole(monkeypatch):
     scores = smooth(torch.Generator().manual_seed(0), 4, (11, 16))
     monkeypatch.setattr(rooms, "_SMALL", 4 * 40 * 50)
-    monkeypatch.setattr(rooms, "_is_faster", None)
+    wholes = []
+    monkeypatch.setattr(
+        rooms, "upsample", lambda some, *given: wholes.append(len(some[0]) == 4) or upsample(some, *given)
+    )
     assert torch.equal(class_ids(scores, (40, 50), (1.0, 1.0)), argmax_ids(upsample(scores, (40, 50), (1.0, 1.0))))
-    with pytest.raises(TypeError):
-        class_ids(scores, (40, 51), (1.0, 1.0))
+    assert wholes == [True]
+    class_ids(scores, (40, 51), (1.0, 1.0))
+    assert not any(wholes[1:])
 
 
 MIXTURES = (  # images, masks, classes, grid, size, share of the grid

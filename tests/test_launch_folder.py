@@ -1,6 +1,7 @@
 """Where a run that uses a checkpoint puts its results: below the checkpoint's recipe."""
 
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ from dinoseg.extensions.idd.files import prepare_command
 from dinoseg.extensions.video import sarrarp
 from dinoseg.runs.folder import record_new_folders
 from dinoseg.runs.location import RunLocation, move_below_recipe
-from dinoseg.training import checkpoint
+from dinoseg.training import checkpoint, rendezvous
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted
 
@@ -122,7 +123,7 @@ def second_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
-    monkeypatch.setattr(launch, "_prepare_on_first_rank", launch._prepare)
+    monkeypatch.setattr(launch, "has_other_ranks", lambda: False)  # ranks that prepare the same by themselves
     mode = {"_target_": "a.mode", "_partial_": True, "devices": 2, "resume_from": "last"}
     given = {"resume": None, "choices": {"mode": "a", "hparam": "a"}}
     return OmegaConf.create({"mode": mode, "trainer": {}, **given})
@@ -130,14 +131,12 @@ def second_rank(monkeypatch):
 
 def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, monkeypatch):
     mine, first = tmp_path / "mine", tmp_path / "first"
+    shared = json.dumps([OmegaConf.to_yaml({"trainer": {"ids": {1: 0}}}), str(first), None])
+    monkeypatch.setattr(launch, "has_other_ranks", lambda: True)
+    monkeypatch.setattr(rendezvous, "share_from_rank0", lambda *_, **__: shared)
+    monkeypatch.setattr("dinoseg.cli.shared.compose_shared", lambda shared, mine: OmegaConf.create(shared))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: (cfg.trainer, folder))
-    merged = OmegaConf.create({"trainer": {"ids": {1: 0}}})
-
-    def follow(_, __, run):
-        run.move_to(first)
-        return launch.PreparedJob(merged)
-
-    monkeypatch.setattr(launch, "_prepare_on_first_rank", follow)
+    second_rank.engine = {"rendezvous_timeout": 1, "rank_timeout": 1}
     record_new_folders(mine)
     mine.mkdir()  # Hydra has
     assert start(second_rank, mine) == ({"ids": {1: 0}}, first)
@@ -155,7 +154,6 @@ def test_single_process_uses_the_default_threads_of_torch(second_rank, tmp_path,
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name)
     second_rank.mode.devices = 1
-    monkeypatch.setattr(launch, "_prepare", lambda job, *_: launch.PreparedJob(job.cfg))
     monkeypatch.setattr(launch, "run_mode", lambda *_: os.environ.get("OMP_NUM_THREADS"))
     assert start(second_rank, tmp_path / "new") is None
 

@@ -27,7 +27,8 @@ def test_modules_and_runs_need_nothing_that_windows_lacks(tmp_path):
 def test_a_letter_that_standard_output_does_not_know_is_escaped(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
-    monkeypatch.setattr(__main__, "_command", lambda arguments: print("\u65e5.png"))
+    monkeypatch.setattr(sys, "argv", ["dinoseg"])
+    monkeypatch.setattr("dinoseg.modes.help.help_for", lambda arguments: "\u65e5.png")
     __main__.main()
     assert written.getvalue() == b"\\u65e5.png\n"
 

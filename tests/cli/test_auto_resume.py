@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import SMALL, call, write_data
+from mistakes import assert_refused
 
 import dinoseg
 from dinoseg.cli import resuming
@@ -21,6 +21,7 @@ from dinoseg.runs.folder import RunFolder, command_line
 from dinoseg.training import checkpoint
 from dinoseg.training.end_record import write_end
 from dinoseg.training.image_data_module import ImageDataModule
+from dinoseg.utils.errors import UserError
 
 QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "logger=[]")
 TRAIN = ("mode=train", *SMALL, *QUIET, "trainer.save_every=1", "trainer.steps=3")
@@ -132,7 +133,7 @@ def test_given_folder_without_checkpoint_is_started_in(quick, here):
     assert f"{here / 'mine'} holds no checkpoint: the training starts there." in done.err
 
 
-def test_start_in_a_given_folder_replaces_the_config_of_a_dead_run(quick, here, monkeypatch):
+def test_start_in_a_given_folder_replaces_a_dead_runs_config(quick, here, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write", end)
         assert call(here, *AUTO, "hydra.run.dir=mine", "head=mlp").status == 9
@@ -275,20 +276,20 @@ def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
-    monkeypatch.setattr("dinoseg.training.rendezvous._numbers", iter("0"))
-    store.set("start_None/text_0_read_by_1", "")
+    def share(text, **_):
+        shared.append(assert_refused(text, "No space left"))
+        raise UserError(shared[0])
+
+    shared = []
+    monkeypatch.setattr("dinoseg.training.rendezvous.share_from_rank0", share)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(RunFolder, "write_config", fail)
-    assert call(here, *AUTO).status == 1
-    assert store.check(["start_None/text_0"])
-    text = store.get("start_None/text_0").decode()
-    assert text.startswith("error ") and "No space left" in text
+    done = call(here, *AUTO)
+    assert done.status == 1 and len(shared) == 1 and shared[0] in done.err
 
 
-def test_restarted_sweep_does_only_what_is_missing(quick, here, interrupt):
+def test_restarted_sweep_runs_only_missing_jobs(quick, here, interrupt):
     sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", "seed=0,1,2")
     folder = here / "sweep"
     stopped = interrupt(*sweep, saves=5)

@@ -26,7 +26,6 @@ from dinoseg.data.loader import eval_samples, load_in_order, stack_equal
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.extensions.clips.view import ClipBatch, ClipView, clip_batches
 from dinoseg.training.engine import Engine
-from dinoseg.utils import cores as cores_module
 from dinoseg.utils import waiting
 from dinoseg.utils.errors import UserError, WaitEnded
 from dinoseg.utils.interrupt import Interrupted, defer_signals
@@ -329,8 +328,8 @@ def test_training_batches_are_pinned_if_cuda_is_used(monkeypatch, cuda):
         ("cpu", {}, 2),
     ],
 )
-def test_workers_follow_from_device_cores_and_ranks(device, environment, workers, monkeypatch):
-    monkeypatch.setattr(cores_module, "_find_usable_cores", lambda: set(range(12)))
+def test_workers_follow_from_device_cores_and_ranks(device, environment, workers, monkeypatch, set_cores):
+    set_cores(12)
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

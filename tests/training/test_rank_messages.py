@@ -183,7 +183,7 @@ def test_rank_that_gets_no_text_names_address_and_remedy(monkeypatch):
     assert store.timeout == timedelta(seconds=0.01)
 
 
-def test_first_rank_says_how_long_it_waits_for_the_others(monkeypatch, capsys):
+def test_first_rank_logs_how_long_it_waits_for_the_others(monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 1)]))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "host7"}.items():
         monkeypatch.setenv(name, value)

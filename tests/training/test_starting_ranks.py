@@ -99,8 +99,8 @@ def test_tasks_know_how_many_are_on_their_machine(environment, said, here):
         *(({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": odd}, 32, 8) for odd in ("9" * 5000, "0", "-4", "x", "")),
     ],
 )
-def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
-    monkeypatch.setattr(cores, "_find_usable_cores", lambda: set(range(usable)))
+def test_ranks_share_a_machine(environment, set_cores, said, usable, share):
+    set_cores(usable)
     environment |= said
     assert cores.share_of_cores() == share
 
@@ -116,13 +116,13 @@ def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
         ({}, 12, 0, 3),
     ],
 )
-def test_a_rank_keeps_to_its_cores(environment, monkeypatch, tmp_path, said, usable, siblings, threads):
+def test_a_rank_keeps_to_its_cores(environment, monkeypatch, set_cores, tmp_path, said, usable, siblings, threads):
     """Also where torch was loaded before, and where nothing is known of the threads of a core (0 siblings)."""
     for number in range(usable if siblings else 0):
         (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
         (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % (usable // siblings)},\n")
     told = []
-    monkeypatch.setattr(cores, "_find_usable_cores", lambda: set(range(usable)))
+    set_cores(usable)
     monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     environment |= {"LOCAL_WORLD_SIZE": "4"} | said

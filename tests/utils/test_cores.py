@@ -13,13 +13,13 @@ from dinoseg.utils.devices import threads
 
 
 @pytest.fixture
-def groups(tmp_path, monkeypatch):
+def groups(tmp_path, monkeypatch, set_cores):
     """Write files of control groups, and let 64 processors with two threads a core be usable."""
     for number in range(64):
         (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
         (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % 32}\n")
     monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
-    monkeypatch.setattr(cores, "_find_usable_cores", lambda: set(range(64)))
+    set_cores(64)
     monkeypatch.setattr(cores, "PROC", tmp_path)
     monkeypatch.setattr(cores, "GROUPS", tmp_path)
     monkeypatch.setattr(os, "environ", {})

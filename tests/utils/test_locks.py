@@ -1,11 +1,15 @@
 """Lock files: held by one process, never by what it has forked."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
 import threading
 
 import pytest
+from failing import fail_after
+from held_locks import start_behind_lock
 
 from dinoseg.utils.errors import WaitEnded
 from dinoseg.utils.locks import acquire, hold_lock, release
@@ -67,14 +71,15 @@ def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(tmp_path, caplo
         with hold_lock(path):
             entered.set()
 
-    with hold_lock(path):
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        while "waiting for it" not in caplog.text:
-            assert waiting.is_alive()
+    with start_behind_lock(path, caplog, wait):
         assert not entered.is_set()
-    waiting.join(10)
     assert entered.is_set() and not path.exists()
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caplog):
+    fail_after(monkeypatch, fcntl, "flock", 0, OSError(errno.ENOLCK, "No locks available"))
+    with hold_lock(tmp_path / "lock"):
+        assert "cannot be locked (No locks available): start one process at a time" in caplog.text
 
 
 def test_wait_names_the_holder_and_has_a_limit(tmp_path):

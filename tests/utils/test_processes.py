@@ -154,7 +154,7 @@ def test_waiting_items_are_dropped_when_closed(tmp_path, monkeypatch):
     assert nobody_is_left() and not (tmp_path / "7").exists()
 
 
-def test_process_that_hangs_is_killed_once_its_results_are_closed(monkeypatch):
+def test_hanging_process_is_killed_once_its_results_are_closed(monkeypatch):
     monkeypatch.setattr(workers_module, "_ENDING", 0.1)
     results = run(stop_after_first, range(4), 2)
     assert next(results) == (0, 0)

@@ -24,6 +24,7 @@ def test_a_written_file_stands_alone_and_others_may_read_it(tmp_path):
 def test_failed_write_preserves_the_older_file(tmp_path, monkeypatch, error):
     def save(tensors, part, header):
         part.write_bytes(b"half")
+        assert part.parent.name.startswith(".a.safetensors.")  # what a kill leaves is known by its name
         raise error
 
     path = tmp_path / "a.safetensors"

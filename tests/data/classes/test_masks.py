@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from making import save
@@ -57,16 +59,6 @@ def test_colours_give_classes_also_from_an_indexed_file(tmp_path):
     for name in ("c.png", "q.png"):
         found = MaskReader(LABELS, rules).read(tmp_path / name)
         np.testing.assert_array_equal(found, [[2, 0, 1, 1], [255, 2, 2, 1]])
-
-
-def test_unknown_colours_are_listed(tmp_path):
-    pixels = np.zeros((3, 4, 3), np.uint8)
-    pixels[0, 0], pixels[1, :2] = (1, 2, 3), (255, 0, 1)
-    words = ("m.png ", "(255, 0, 1), (1, 2, 3), on 3 pixels", "ignore_colors")
-    assert_refused(lambda: read_ids_of(tmp_path, pixels, Masks("palette")), *words)
-    described = Masks("palette", described={"ids": None})
-    words = ("not in classes.yaml", "`ignore: {colors: [[255, 0, 1], [1, 2, 3]]}`")
-    assert_refused(lambda: read_ids_of(tmp_path, pixels, described), *words)
 
 
 def test_binary_masks_are_read(tmp_path):
@@ -131,25 +123,19 @@ def test_table_maps_ids(tmp_path, rules, ids, expected):
     np.testing.assert_array_equal(read_ids_of(tmp_path, [ids], rules, dtype=np.uint16), [expected])
 
 
-def test_table_refuses_ids(tmp_path):
-    words = ("m.png holds the ids 0, which ", " stored in files as 1, 2, 10, and 255 is")
-    assert_refused(lambda: read_ids_of(tmp_path, [[10, 0]], Masks(ids={0: -1, 10: 0})), *words)
-    rules = Masks(ids={1: 0, 2: 1, 3: 255})  # 0 is not in the table
-    assert_refused(lambda: read_ids_of(tmp_path, [[0, 1, 2, 3]], rules), "holds the ids 0, which are not classes")
-    rules = Masks(reduce_zero_label=True)
-    assert_refused(lambda: read_ids_of(tmp_path, [[4]], rules), "holds the ids 4, which are not classes")
-    coloured = [[[0, 1, 0]]]
-    assert_refused(lambda: read_ids_of(tmp_path, coloured), "colour image", "format=palette")
-
-
 def rules(**arguments):
     return lambda: MaskReader(LABELS, Masks(**arguments))
+
+
+def read_pixels(pixels, **arguments):
+    return lambda: read_ids_of(Path(), pixels, Masks(**arguments))
 
 
 def labels(classes, palette=None, ignore_index=255):
     return lambda: Labels.of(classes, palette, ignore_index)
 
 
+UNKNOWN = [[[1, 2, 3], [255, 0, 1], [255, 0, 1], [0, 0, 0]]]
 REPLACED = "would replace all ids of classes.yaml"
 test_message_names_value_and_remedy = refusals(
     {
@@ -171,6 +157,28 @@ test_message_names_value_and_remedy = refusals(
         "beside a file": (rules(ids={3: 255}, described={}), REPLACED),
         "ignored twice": (rules(format="palette", ignore_colors=[[255, 0, 0]]), "(255, 0, 0) is used twice"),
         "ignored 256": (rules(format="palette", ignore_colors=[[256, 0, 0]]), "Colour [256, 0, 0]"),
+        "ids without a class": (
+            read_pixels([[10, 0]], ids={0: -1, 10: 0}),
+            "m.png holds the ids 0, which ",
+            " stored in files as 1, 2, 10, and 255 is",
+        ),
+        "ids that a table lacks": (
+            read_pixels([[0, 1, 2, 3]], ids={1: 0, 2: 1, 3: 255}),
+            "ids 0, which are not classes",
+        ),
+        "ids beyond 1 to 3": (read_pixels([[4]], reduce_zero_label=True), "holds the ids 4, which are not classes"),
+        "colours for ids": (read_pixels([[[0, 1, 0]]]), "colour image", "format=palette"),
+        "unknown colours": (
+            read_pixels(UNKNOWN, format="palette"),
+            "m.png ",
+            "(255, 0, 1), (1, 2, 3), on 3 pixels",
+            "ignore_colors",
+        ),
+        "unknown colours of a file": (
+            read_pixels(UNKNOWN, format="palette", described={"ids": None}),
+            "not in classes.yaml",
+            "`ignore: {colors: [[255, 0, 1], [1, 2, 3]]}`",
+        ),
         "no class": (labels([]), "data.classes=[]: give a list of 1 to 255 names"),
         "a table of classes": (labels({"a": 0, "b": 1}), "give a list of 1 to 255 names"),
         "a set of classes": (labels({"a", "b"}), "give a list of 1 to 255 names"),

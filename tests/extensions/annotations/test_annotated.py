@@ -157,7 +157,7 @@ CROSSING = ([1, 3, 3, 3, 3, 5, 1, 5], [1, 1, 9, 7, 9, 1, 1, 7])  # signed areas 
         ("labelme", (TALL[:1], TALL[1:]), (4, 1)),
     ],
 )
-def test_order_by_area_counts_the_pixels_that_are_drawn(tmp_path, kind, rings, pixel):
+def test_order_by_area_counts_annotated_pixels(tmp_path, kind, rings, pixel):
     small, large = rings
     if kind == "coco":
         root = coco(tmp_path / "train.json", annotations=[(1, 2, small), (1, 1, large)])

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from overlapping_shapes import write_overlaps
 from PIL import Image
 
-from dinoseg.cli import launch
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
@@ -175,7 +174,7 @@ def write_halves(folder):
 
 
 def test_launcher_ranks_do_not_choose(folder, monkeypatch):
-    monkeypatch.setattr("dinoseg.cli.launch._prepare_on_first_rank", launch._prepare)
+    monkeypatch.setattr("dinoseg.training.rendezvous.share_from_rank0", lambda text, **_: text())
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
@@ -293,7 +292,13 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
         return Trial([9.0, 6.0])
 
     monkeypatch.setattr(timing, "try_steps", steps)
-    monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 4.0)
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def evaluate(*_, batches, **__):
+        clock[0] += 4.0 * len([*batches])
+
+    monkeypatch.setattr(timing, "evaluate", evaluate)
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=4")
     found = [
         choose.time_config(to_container(cfg), trains=adapter == "full", freezes=True, minutes=9, ranks=ranks)

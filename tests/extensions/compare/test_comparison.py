@@ -120,45 +120,37 @@ def test_images_in_another_order_are_the_same_images(caplog):
     assert other.no_pictures.startswith("No images: a run was evaluated with mode.metrics_only=true")
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"background": None}, "background: 0 in the first; None in the second"),
-        ({"ignore_index": 250}, "ignore_index: 255 in the first; 250 in the second"),
-        ({"images": [*record().images[1:], "x"]}, "1 image only in the first (data=x, x): 00"),
-    ],
-)
-def test_incomparable_records_are_refused_with_the_difference(change, told):
-    said = "were not evaluated on the same images", f"- {told}\n"
-    assert_refused(lambda: align(TWO, record(), record(1, **change)), *said)
+def store_and_read(**changes):
+    write_record(record(**changes), Path())
+    read_record(Path())
 
 
-def test_counts_of_another_evaluation_are_refused(tmp_path):
-    write_record(record(counts=record().counts[1:]), tmp_path)
-    assert_refused(lambda: read_record(tmp_path), "evaluation.json and counts.npz", "are of two evaluations")
-    write_record(record(counts=record().counts[:, :, 1:]), tmp_path)
-    assert_refused(lambda: read_record(tmp_path), "evaluation.json and counts.npz", "are of two evaluations")
-
-
-def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
+def test_images_with_the_largest_differences_are_shown(tmp_path):
     folders = (tmp_path / "a", tmp_path / "b")
-    for folder in folders:
-        (folder / "predictions").mkdir(parents=True)
-    monkeypatch.setattr(comparison, "_pair_shot", lambda data, name, folders, mious: (name, mious))
     gaps = [0.0, 0.1, -0.2, 0.3, None, -0.5, 0.02, 0.01, -0.01, 0.45, -0.03, 0.0, 0.04, -0.3]
     first = [None if gap is None else 0.5 for gap in gaps]
     pairs = dict.fromkeys(map(str, range(len(gaps))), folders)
+    data = Data({"image": torch.zeros(3, 1, 1), "mask": torch.zeros(1, 1)} for _ in gaps)
+    data.names, data.classes, data.ignore_index = [*pairs], ["a", "b"], 255
+    for folder in folders:
+        for name in pairs:
+            write_png(folder / f"predictions/{name}_pred.png", np.zeros((1, 1), np.uint8))
     second = [None if gap is None else 0.5 + gap for gap in gaps]
-    shots, reason = largest_differences(find_data, pairs, first, second)
-    shots = [(int(name), mious) for name, mious in shots]
+
+    def find_shots(*given):
+        shots, reason = largest_differences(lambda place, name: data, pairs, *given)
+        assert not reason
+        return [(int(shot.name), shot.scores) for shot in shots]
+
+    shots = find_shots(first, second)
     gained = sorted([gap for gap in gaps if gap and gap > 0])[-SHOWN:]
     lost = sorted([gap for gap in gaps if gap and gap < 0])[:SHOWN]
-    assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True) and not reason
+    assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True)
     better = [0.2 + 0.01 * index for index in range(9)]
-    assert len(largest_differences(find_data, pairs, [0.1] * 9, better)[0]) == SHOWN
+    assert len(find_shots([0.1] * 9, better)) == SHOWN
     for others, each in ((7, 4), (8, 3), (14, 2), (15, 1), (31, 1)):  # a page of many sides is no larger
-        few = largest_differences(find_data, pairs, [0.5] * 12, [0.5 + 0.01 * gap for gap in range(-6, 6)], others)[0]
-        assert [int(name) for name, _ in few if int(name) < 6] == [*range(each)] and len(few) == 2 * each
+        few = find_shots([0.5] * 12, [0.5 + 0.01 * gap for gap in range(-6, 6)], others)
+        assert [index for index, _ in few if index < 6] == [*range(each)] and len(few) == 2 * each
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
 
 
@@ -213,9 +205,24 @@ def show_image_outside():
     _pair_shot(data, data.names[0], (Path("a"), Path("a")), (0.0, 1.0))
 
 
+def align_to(**changes):
+    return lambda: align(TWO, record(), record(1, **changes))
+
+
+DIFFER = "were not evaluated on the same images"
+OF_TWO = ("evaluation.json and counts.npz", "are of two evaluations")
 test_message_names_value_and_remedy = refusals(
     {
         "a name that leads out": (show_image_outside, "names an image outside its own folder"),
+        "background": (align_to(background=None), DIFFER, "- background: 0 in the first; None in the second\n"),
+        "ignore_index": (align_to(ignore_index=250), DIFFER, "- ignore_index: 255 in the first; 250 in the second\n"),
+        "an image": (
+            align_to(images=[*record().images[1:], "x"]),
+            DIFFER,
+            "- 1 image only in the first (data=x, x): 00\n",
+        ),
+        "counts of fewer images": (lambda: store_and_read(counts=record().counts[1:]), *OF_TWO),
+        "counts of fewer classes": (lambda: store_and_read(counts=record().counts[:, :, 1:]), *OF_TWO),
     }
 )
 

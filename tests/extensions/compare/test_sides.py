@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,6 @@ from mistakes import assert_refused
 from dinoseg.extensions.compare import compare_mode as compare
 from dinoseg.extensions.compare.side_names import side_names
 from dinoseg.extensions.compare.sides import Side, rename_sides
-from dinoseg.runs import folder as run_folder
 from dinoseg.runs.folder import RunFolder
 from dinoseg.training.cost import COST
 
@@ -100,7 +100,9 @@ def test_unreadable_command_gives_no_run_name(swept, monkeypatch):
     def refuse_access(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(run_folder, "_read_words", refuse_access)
+    typed.unlink()
+    typed.touch()
+    monkeypatch.setattr(Path, "read_bytes", refuse_access)
     assert run_names(folders) == ["0", "1"]
 
 

@@ -1,5 +1,6 @@
 """A teacher's scores of a picture are what mode=predict is asked for, and no other run's; foreign ones are refused."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -142,7 +143,7 @@ def test_a_file_that_changes_before_it_is_read_is_not_used(teachers, linear, com
 
 
 def test_refused_teacher_file_is_read_only_up_to_its_header(linear, compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(Teacher, "_hash_file", lambda self: pytest.fail("it was read whole"))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("it was read whole"))
     path = tmp_path / "best.safetensors"
     os.mkfifo(path)
     assert_refused(lambda: teacher(compose, path), "teacher=", " holds neither ")

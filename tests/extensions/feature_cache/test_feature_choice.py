@@ -146,8 +146,8 @@ def test_views_are_computed_and_their_masks_decoded_once(train, counted_images, 
 
 def test_cached_views_are_read_in_the_main_process(train, monkeypatch):
     loaded = []
-    load = loader._load_ahead
-    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
+    start = loader.WorkerIterator
+    monkeypatch.setattr(loader, "WorkerIterator", lambda made: loaded.append(made.num_workers) or start(made))
     live_rows, live, _ = train(steps=9)
     expected = [batch.names for batch in itertools.islice(live.train_batches(1), 8)]
     rows, data_module, _ = train("disk", workers=2, steps=9)
@@ -372,8 +372,8 @@ def test_resumed_run_preserves_its_cache_choice_unless_changed(train, monkeypatc
 
 @pytest.mark.parametrize(("memory", "disk", "place"), [(10**6, 10**6, "memory"), (10, 10**6, "disk"), (10, 10, None)])
 def test_auto_caches_in_memory_or_else_on_disk(train, monkeypatch, caplog, memory, disk, place):
-    monkeypatch.setattr(choice, "_memory_room", lambda *_: memory)
-    monkeypatch.setattr(choice, "_disk_room", lambda *_: disk)
+    monkeypatch.setattr(choice, "free_bytes", lambda _: memory)
+    monkeypatch.setattr(choice.DiskStore, "room", lambda _: disk)
     with caplog.at_level(logging.INFO):
         _, data_module, _ = train("auto", epochs=20)
     assert (data_module.cache and data_module.cache.place) == place

@@ -1,5 +1,6 @@
 import ast
 import functools
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -106,7 +107,7 @@ def test_code_hash_covers_base_classes_and_libraries(make_module, monkeypatch):
     assert first != code_hash([model(text, "from torch import nn\nclass Base(nn.Module): 'changed'\n")])
     assert first == code_hash([model(text)]) != code_hash([model(text + "# changed\n")])
     assert first != code_hash([nn.Linear(1, 1)]) == code_hash([nn.Linear(2, 2)])
-    monkeypatch.setattr(key, "_version", lambda library: "0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda library: "0")
     assert first != code_hash([model(text)])
 
 

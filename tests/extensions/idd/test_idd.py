@@ -259,7 +259,7 @@ def test_label_maps_without_road_stop_training(road_lost, caplog):
     check(road_lost)  # rail track
 
 
-def test_only_idd_is_asked_for_road(road_lost, caplog):
+def test_only_idd_is_checked_for_road(road_lost, caplog):
     check(road_lost, classes=list("abcdefghijklmnop"), encoding="level2Id")
     layout = FolderLayout("leftImg8bit/{split}", "gtFine/{split}", "_leftImg8bit", "_gtFine_labellevel3Ids")
     names = load("idd", road_lost).classes

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_cuda import Pretended, pretended_cuda
 
 from dinoseg.core.geometry import upsample
 from dinoseg.extensions.objects import finding
@@ -66,9 +67,7 @@ def segments_by_loops(classes, masks, num_classes, things):
     return found
 
 
-@pytest.mark.parametrize("count", [1, 3, 10**9])  # of masks that are upsampled at once
-def test_instances_equal_plain_loops(monkeypatch, count):
-    monkeypatch.setattr(finding, "_count_masks_at_once", lambda *_: count)
+def test_instances_equal_plain_loops():
     total = 0
     for seed in range(60):
         classes, masks, size, num_classes, things = draw(seed)
@@ -83,9 +82,7 @@ def test_instances_equal_plain_loops(monkeypatch, count):
     assert total > 1000
 
 
-@pytest.mark.parametrize("count", [1, 3, 10**9])  # of masks that are upsampled at once
-def test_segments_equal_plain_loops(monkeypatch, count):
-    monkeypatch.setattr(finding, "_count_masks_at_once", lambda *_: count)
+def test_segments_equal_plain_loops():
     total = 0
     for seed in range(120):
         classes, masks, size, num_classes, things = draw(seed)
@@ -99,6 +96,25 @@ def test_segments_equal_plain_loops(monkeypatch, count):
             assert (np.diff(objects.scores) <= 0).all()
             total += len(objects)
     assert total > 50
+
+
+@pytest.mark.parametrize("find", [find_instances, find_segments])
+@pytest.mark.parametrize("values", [1, 3000])  # at full size, that an accelerator holds at once
+def test_number_of_masks_upsampled_at_once_changes_nothing(monkeypatch, find, values):
+    monkeypatch.setattr(finding, "_CHUNK", values)
+    total = 0
+    for seed in (0, 1, 2, 4, 5, 6):
+        classes, masks, size, *things = draw(seed)
+        expected = find(classes, masks, size, (1.0, 1.0), *things)
+        with pretended_cuda():
+            found = find(Pretended(classes), Pretended(masks), size, (1.0, 1.0), *things)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.scores == pytest.approx(theirs.scores, abs=1e-9)
+            assert ours.classes.tolist() == theirs.classes.tolist()
+            for mask, other in zip(ours.masks, theirs.masks, strict=True):
+                assert np.array_equal(mask.to_mask(size), other.to_mask(size))
+            total += len(ours)
+    assert total > 5
 
 
 def test_scores_do_not_depend_on_how_many_objects_are_found():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mistakes import refusals
 from object_models import CLASSES, draw_image, make_model, make_predictor
 
 from dinoseg.core.objects import RunLengths
@@ -140,53 +141,44 @@ def test_coco_polygons_draw_the_objects(tmp_path):
         assert np.array_equal(canvas, mask) and entry["area"] == mask.sum() and entry["score"] > 0.8
 
 
-@pytest.mark.parametrize(
-    ("task", "outputs", "shapes", "words"),
-    [
-        ("instance", ["panoptic"], {}, "task=panoptic"),
-        ("panoptic", ["coco"], {"ids": "missing.json"}, "mode.shapes.ids=missing.json"),
-    ],
+def change_reference(change):
+    """Write a reference whose content a function has changed, and return its path as text."""
+    path = write_reference(Path(), "ids.json")
+    content = read_json(path)
+    change(content)
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def write_without_image():
+    write(Path(), ["coco"], ids=change_reference(lambda content: content["images"].pop(1)))
+
+
+def start_without_class():
+    """Make the writers alone: a class that lacks is refused before any image."""
+    shapes = PredictedShapes(ids=change_reference(lambda content: content["categories"].pop(0)))
+    image_writers(["coco"], Path(), LABELS, 0, shapes, make_model("instance").task)
+
+
+def read_twins(kind, **same):
+    return lambda: CocoIds.read(change_reference(lambda content: content[kind][1].update(same)), LABELS)
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "segments of a model of instances": (
+            lambda: write(Path(), ["panoptic"], task="instance"),
+            "task=panoptic",
+        ),
+        "no reference": (lambda: write(Path(), ["coco"], ids="missing.json"), "mode.shapes.ids=missing.json"),
+        "image that the reference lacks": (write_without_image, "b/c"),
+        "class that the reference lacks": (start_without_class, "stone"),
+        "two images of one id": (read_twins("images", id=70), "several images"),
+        "two images of one name": (read_twins("images", file_name="a.jpg"), "several images"),
+        "two classes of one id": (read_twins("categories", id=25), "several categories"),
+        "two classes of one name": (read_twins("categories", name="stone"), "several categories"),
+    }
 )
-def test_wrong_outputs_are_refused(tmp_path, task, outputs, shapes, words):
-    with pytest.raises(UserError, match=words):
-        write(tmp_path, outputs, task=task, **shapes)
-
-
-def test_image_that_the_reference_lacks_is_named(tmp_path):
-    ids = write_reference(tmp_path, "ids.json")
-    content = read_json(ids)
-    ids.write_text(json.dumps({**content, "images": content["images"][:1]}))
-    with pytest.raises(UserError, match="b/c"):
-        write(tmp_path, ["coco"], ids=str(ids))
-
-
-def test_class_that_the_reference_lacks_is_refused_at_the_start(tmp_path):
-    ids = write_reference(tmp_path, "ids.json")
-    content = read_json(ids)
-    content["categories"] = [each for each in content["categories"] if each["name"] != "stone"]
-    ids.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="stone"):
-        image_writers(
-            ["coco"], tmp_path, LABELS, 0, PredictedShapes(ids=str(ids)), make_model("instance").task
-        )  # before any image
-
-
-@pytest.mark.parametrize(
-    ("kind", "change"),
-    [
-        ("images", {"id": 70}),
-        ("images", {"file_name": "a.jpg"}),
-        ("categories", {"id": 25}),
-        ("categories", {"name": "stone"}),
-    ],
-)
-def test_ids_of_a_reference_must_be_unique(tmp_path, kind, change):
-    ids = write_reference(tmp_path, "ids.json")
-    content = read_json(ids)
-    content[kind][1].update(change)
-    ids.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"several {kind}"):
-        CocoIds.read(str(ids), LABELS)
 
 
 @pytest.mark.parametrize("output", ["coco", "panoptic"])

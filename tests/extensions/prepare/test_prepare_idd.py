@@ -1,19 +1,17 @@
 import errno
-import fcntl
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from failing import fail_after, run_until_written
+from failing import fail_after
+from held_locks import start_behind_lock
 from making import save
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -23,7 +21,6 @@ from dinoseg.extensions.idd.dataset import idd
 from dinoseg.extensions.prepare import idd as prepare_idd
 from dinoseg.extensions.prepare.idd import prepare
 from dinoseg.extensions.prepare.prepare_mode import prepare as prepare_mode
-from dinoseg.utils.locks import hold_lock
 
 # encoding to its file, the column of the official table, the background, and the number of values with it
 ENCODINGS = {
@@ -216,21 +213,10 @@ def test_corrected_polygons_are_rasterised_again(tmp_path, caplog):
 def test_two_runs_at_once_leave_each_other_alone(tmp_path, caplog):
     for part in ("one", "two"):
         add(tmp_path / part, "train", "0/a", [box("road", 0, 0, 9, 9)])
-    second = threading.Thread(target=prepare, args=[tmp_path], kwargs={"workers": 1})
-    with hold_lock(tmp_path / "two/gtFine/.prepare.lock"):  # as a run on this part alone holds it
-        second.start()
-        while "waiting for it" not in caplog.text:
-            assert second.is_alive()
+    lock = tmp_path / "two/gtFine/.prepare.lock"  # as a run on this part alone holds it
+    with start_behind_lock(lock, caplog, prepare, tmp_path, workers=1):
         assert not list(tmp_path.rglob("*.png"))
-    second.join(60)
     assert len(list(tmp_path.rglob("*.png"))) == 2
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    fail_after(monkeypatch, fcntl, "flock", 0, OSError(errno.ENOLCK, "No locks available"))
-    add(tmp_path, "train", "0/a", [])
-    assert prepare(tmp_path, workers=1)["train"]["written"] == 1
-    assert "cannot be locked (No locks available): start one process at a time" in caplog.text
 
 
 def road(point):
@@ -304,21 +290,6 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "gtFine/train/0/a_gtFine_labellevel3Ids.png").mkdir()
     assert_refused(lambda: prepare(tmp_path, workers=1), "1 of 2 files ", "0/a_gtFine_polygons.json: ", "irectory")
     assert (label_map(tmp_path, "train", "0/b") == 255).all()
-
-
-def test_killed_preparation_resumes(tmp_path):
-    for number in range(20):
-        add(tmp_path, "train", f"0/{number:03d}", [box("road", 0, 0, 900, 900)], imgWidth=1000, imgHeight=1000)
-    process = run_until_written("idd", f"prepare({str(tmp_path)!r}, workers=1)", 7)
-    folder = tmp_path / "gtFine/train/0"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    there = list(folder.glob("[!.]*.png"))
-    assert len(there) == 7
-    for path in there:
-        Image.open(path).load()  # whole, every one
-    assert prepare(tmp_path, workers=1) == {"train": {"files": 20, "written": 13, "kept": 7}}
-    assert not list(folder.glob(".*"))
 
 
 def test_no_torch_in_the_worker_processes():

@@ -1,13 +1,11 @@
 import errno
-import os
-import signal
-import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from failing import fail_after, run_until_written
+from failing import fail_after
+from held_locks import start_behind_lock
 from making import save, write_video
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -16,7 +14,6 @@ from dinoseg.extensions.prepare import sarrarp
 from dinoseg.extensions.prepare.sarrarp import prepare
 from dinoseg.extensions.video.sarrarp import sar_rarp50
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import hold_lock
 
 
 @pytest.fixture
@@ -167,28 +164,10 @@ def test_full_disk_stops_cleanly_and_the_next_run_resumes(add, monkeypatch):
     assert len(prepare(root, workers=1)) == 3
 
 
-def test_killed_preparation_resumes(add):
-    root = add("train1", "video_01", frames=600)
-    process = run_until_written("sarrarp", f"prepare({str(root)!r}, rate=10, workers=1)", 25)
-    target = root / "train1/video_01/rgb"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(frames(root, "train1/video_01")) == 25 and not (root / "train1/video_01/.prepared.json").exists()
-    for path in target.glob("[!.]*.png"):
-        Image.open(path).load()  # whole, every one
-    assert prepare(root, rate=10, workers=1)["train1/video_01"]["frames"] == 100
-    assert len(frames(root, "train1/video_01")) == 100 and not list(target.glob(".*"))
-
-
 def test_a_second_run_waits_for_the_first(add, caplog):
     root = add("train1", "video_01", frames=61)
-    second = threading.Thread(target=prepare, args=[root], kwargs={"workers": 1})
-    with hold_lock(root / ".prepare.lock"):
-        second.start()
-        while "waiting for it" not in caplog.text:
-            assert second.is_alive()
+    with start_behind_lock(root / ".prepare.lock", caplog, prepare, root, workers=1):
         assert not (root / "train1/video_01/rgb").exists()
-    second.join(60)
     assert frames(root, "train1/video_01") == ["000000000", "000000060"]
 
 

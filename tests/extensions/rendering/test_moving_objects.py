@@ -1,11 +1,11 @@
 import errno
 import json
-import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from held_locks import start_behind_lock
 from mistakes import assert_refused
 from test_rendered_roots import MOVING, contents
 
@@ -14,7 +14,6 @@ from dinoseg.extensions.clips.movi import Movi
 from dinoseg.extensions.protocols.clustering import adjusted_rand_index, contingency
 from dinoseg.extensions.rendering.moving import write as moving_objects
 from dinoseg.extensions.rendering.moving.write import OUTLINES, draw_video, render_moving_objects
-from dinoseg.utils.locks import hold_lock
 
 SEEDS = [(0, 0, number) for number in range(1, 13)]
 
@@ -167,12 +166,7 @@ def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, mo
 
 
 def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:
-    second = threading.Thread(target=render_moving_objects, args=[tmp_path], kwargs=MOVING)
-    with hold_lock(tmp_path / ".render.lock"):
-        second.start()
-        while "waiting for it" not in caplog.text:
-            assert second.is_alive()
+    with start_behind_lock(tmp_path / ".render.lock", caplog, render_moving_objects, tmp_path, **MOVING):
         assert not list(tmp_path.rglob("rendering.json"))
-    second.join(60)
     assert len(list(tmp_path.rglob("rendering.json"))) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "validation"]

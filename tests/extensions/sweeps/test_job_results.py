@@ -4,15 +4,10 @@ import pytest
 
 from dinoseg.extensions.sweeps import job_results
 from dinoseg.extensions.sweeps.job_results import JobResults
+from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 
 ROW = {"words": {}, "job": 0, "process": 1, "note": "", "returned": {"miou": 0.5}, "further": []}
-
-
-@pytest.fixture(autouse=True)
-def no_locks(monkeypatch):
-    """Forget the locks of sweeps that other tests have interrupted in this process."""
-    monkeypatch.setattr(job_results, "_held", {})
 
 
 def test_sweep_without_jobs_leaves_no_folder(tmp_path):
@@ -20,7 +15,13 @@ def test_sweep_without_jobs_leaves_no_folder(tmp_path):
     job_results._release_all()
     assert not [*tmp_path.iterdir()]
     JobResults(tmp_path).release(keep=False)
-    assert not job_results._held
+
+
+def test_released_folder_can_be_locked_again(tmp_path):
+    for _ in range(2):
+        assert JobResults(tmp_path).claim(keep=False)
+        assert locks.acquire(tmp_path / ".jobs/sweep.own") is None
+        JobResults(tmp_path).release(keep=True)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -30,7 +31,7 @@ def test_symbolic_link_as_job_folder_is_refused(tmp_path, keep):
     (tmp_path / ".jobs").symlink_to(tmp_path / "precious")
     with pytest.raises(UserError, match=r"\.jobs is a symbolic link"):
         JobResults(tmp_path).claim(keep=keep)
-    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["0.json"] and not job_results._held
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["0.json"]
 
 
 def test_a_new_sweep_removes_earlier_results_and_nothing_else(tmp_path):

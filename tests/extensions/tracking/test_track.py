@@ -263,7 +263,7 @@ def test_full_disk_error_explains_how_to_resume(track, monkeypatch, module, writ
     ],
 )
 def test_mistakes_are_named_before_the_backbone_is_loaded(track, monkeypatch, options, message):
-    monkeypatch.setattr(mode, "_build_tracker", lambda *_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(mode, "tracker_maker", lambda *_, **__: pytest.fail("the backbone was loaded"))
     with pytest.raises(UserError, match=message):
         track(*options.pop("changes", []), **options)
     assert not Path("out").exists()

@@ -116,7 +116,7 @@ def test_stored_video_index_avoids_another_scan(avi, tmp_path, monkeypatch, capl
     assert kept.name.startswith("a_") and kept.suffix == ".npz"
     video_index._known.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(video_index, "_scan", None)
+        patch.setattr(video_index, "open_decoder", None)
         same([avi], cache)
     video_index._known.clear()
     kept.write_bytes(kept.read_bytes()[:100])

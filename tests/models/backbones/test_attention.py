@@ -105,8 +105,8 @@ def test_products_are_differentiated_once():
         (False, torch.bfloat16, 0.0, False, False),
     ],
 )
-def test_products_are_used_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, learns, taken):
-    monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
+def test_products_are_used_where_they_are_faster(products, set_faster, faster, dtype, dropout, learns, taken):
+    set_faster(faster)
     query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
     for rows in (130, 5):  # those of many rows alone
         attend(query[:, :, :rows], key.requires_grad_(learns), value, None, dropout=dropout, scale=1.0)
@@ -124,7 +124,13 @@ def test_estimates_count_attention_as_one_operation(products):
 
 
 @pytest.fixture
-def products(monkeypatch):
+def set_faster(monkeypatch):
+    """Return a function that says whether products are faster on this processor, which is found out once."""
+    return lambda faster: monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
+
+
+@pytest.fixture
+def products(monkeypatch, set_faster):
     """The shapes that were attended to by products, on whatever processor."""
     seen = []
     given = attention.by_products
@@ -134,7 +140,7 @@ def products(monkeypatch):
         return given(query, *others)
 
     monkeypatch.setattr(attention, "by_products", spy)
-    monkeypatch.setattr(attention, "_products_are_faster", lambda: True)
+    set_faster(True)
     return seen
 
 
@@ -151,7 +157,7 @@ def in_bfloat16(backbone):
         return backbone(IMAGES)[0]
 
 
-def test_timm_blocks_use_products_with_equal_gradients(products, timm_backbone, monkeypatch):
+def test_timm_blocks_use_products_with_equal_gradients(products, timm_backbone, set_faster):
     products.clear()
     blocks = len(timm_backbone.blocks)
     in_bfloat16(timm_backbone).square().sum().backward()
@@ -162,7 +168,7 @@ def test_timm_blocks_use_products_with_equal_gradients(products, timm_backbone, 
     timm_backbone(IMAGES)
     assert len(products) == 2 * blocks  # float32 is torch's own
     timm_backbone.zero_grad()
-    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
+    set_faster(False)
     in_bfloat16(timm_backbone).square().sum().backward()
     assert len(products) == 2 * blocks
     for name, part in timm_backbone.named_parameters():
@@ -198,8 +204,8 @@ def test_intercepted_attention_preserves_timm_options(products, mask, options, t
     torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, *mask, **options), atol=0.05, rtol=0.05)
 
 
-def test_no_hook_is_installed_where_torch_is_as_fast(monkeypatch):
-    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
+def test_no_hook_is_installed_where_torch_is_as_fast(set_faster):
+    set_faster(False)
     assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())
 
 

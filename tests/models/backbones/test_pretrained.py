@@ -3,15 +3,16 @@
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from mistakes import assert_refused
 from safetensors.torch import save_file
 from transformers.utils import logging as their_logging
 
-from dinoseg.models.backbones import pretrained
 from dinoseg.models.backbones.convnext import ConvNext
 from dinoseg.models.backbones.meta_weights import FAMILIES, INV_FREQ
 from dinoseg.models.backbones.transformers_vit import TransformersVit
@@ -126,7 +127,7 @@ def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkey
     state[name] = spoilt(state[name], fault)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     torch.save(state, tmp_path / "w.pth")
-    monkeypatch.setattr(pretrained, "_fetched_before", lambda *given: str(tmp_path))  # tests are without a hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))  # tests are without a hub
     for source in (tmp_path / "model.safetensors", tmp_path / "w.pth", tmp_path, "some/body"):
         # transformers names some tensors otherwise than the files of the hub
         named = r"\S+" if source in (tmp_path, "some/body") else re.escape(name)
@@ -164,8 +165,8 @@ def test_weights_fetched_from_the_hub_are_checked(tmp_path, monkeypatch):
     state = shaken("vit", 1).export_state()
     name = in_block("vit", 1, state)[0]
     save_file(state | {name: spoilt(state[name], "int8")}, folder / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
-    monkeypatch.setattr(pretrained, "_from_pretrained", lambda *given, **options: shaken("vit", 1).model)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=None))
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: (shaken("vit", 1).model, {}))
     assert_refused(lambda: build("vit", 1, "some/body"), f"some/body: model.safetensors: {name} is int8")
 
 

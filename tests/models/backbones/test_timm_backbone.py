@@ -10,7 +10,6 @@ from torch import nn
 
 from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.models.adapters import Full, LastBlocks, Lora
-from dinoseg.models.backbones import timm_backbone
 from dinoseg.models.backbones.timm_backbone import TimmBackbone, stages
 from dinoseg.utils.errors import UserError
 
@@ -142,7 +141,7 @@ def test_failed_download_suggests_a_local_path(monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
+    monkeypatch.setattr(timm, "create_model", fail)
     assert_refused(lambda: build(weights="timm"), "test_vit cannot be downloaded (no route to host)", "weights=PATH")
 
 
@@ -264,7 +263,7 @@ def test_weights_that_are_not_finite_floats_are_refused_by_file(tmp_path, monkey
         build("test_resnet", weights=file)
     spoilt = build("test_resnet").model
     torch.nn.init.constant_(next(spoilt.parameters()), float("nan"))
-    monkeypatch.setattr(timm_backbone, "_create", lambda name, **_: spoilt)
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: spoilt)
     with pytest.raises(UserError, match=r"^weights=timm \(test_resnet\): .* holds NaN"):
         build("test_resnet", weights="timm")
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
@@ -11,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.models.adapters import Full, LastBlocks, Lora
-from dinoseg.models.backbones import pretrained
 from dinoseg.models.backbones.transformers_vit import METHODS, TransformersVit, interpolate
 from dinoseg.utils.errors import UserError
 
@@ -115,7 +115,7 @@ def test_adapter_repository_is_refused_before_fetching_its_base(monkeypatch, tmp
     with pytest.raises(UserError, match="weights=some/body@main: holds adapter_config.json"):
         build(weights="some/body")
     (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(pretrained, "_why_silent", lambda *given: "no answer")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", Mock(side_effect=ConnectionError))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
     with pytest.raises(UserError, match="weights=some/body: holds adapter_config.json"):
         build(weights="some/body")
@@ -130,7 +130,7 @@ def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
 
 
 def test_gated_weights_explain_how_to_get_access(monkeypatch):
-    monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=None))
     with pytest.raises(UserError, match="accept the licence.*log in.*weights=PATH"):
         build(weights="nobody/nothing@v1")
 
