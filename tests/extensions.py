@@ -47,6 +47,7 @@ EXTENSIONS = {
     "ensembles": Extension(("thresholds",)),
     "export": Extension(),
     "feature_cache": Extension(),
+    "feature_views": Extension(("video",)),
     "idd": Extension(),
     "loggers": Extension(),
     "objects": Extension(("annotations", "protocols")),
@@ -137,8 +138,11 @@ def imported_with(start: str, *, lazy: bool = False) -> set[str]:
 
 
 def edges_into_extensions() -> set[tuple[str, str]]:
-    """Return each import of the core from an extension, and each name of a module of an extension in its strings."""
-    core = [name for name in modules() if extension_of(name) is None]
+    """Return each import of the core from an extension, and each name of a module of an extension in its strings.
+
+    The package itself, whose name is empty, lists public names of extensions, which it imports on first access.
+    """
+    core = [name for name in modules() if name and extension_of(name) is None]
     found = {(name, other) for name in core for other in imports_of(name) if extension_of(other)}
     for name in core:
         for node in ast.walk(tree(name)):
