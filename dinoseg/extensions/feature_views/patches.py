@@ -18,6 +18,7 @@ from dinoseg.utils.wording import join_names
 
 MAX_RANK = 500  # of the position subspace, as in INSID3
 OUTLIER = 3.0  # patches whose norm exceeds this multiple of the image's median are outliers
+_TINY = float(np.finfo(np.float32).tiny)
 _SIZES = 4  # grids whose position subspace is kept
 
 
@@ -76,25 +77,22 @@ class PatchFeatures:
         pixels = self.model.pixels(to_device(stack, self.device))
         size = (pixels.shape[-2], pixels.shape[-1])
         values, norms = self._normalised(pixels)
-        flat = values.reshape(-1, values.shape[-1]).astype(np.float64)
         basis = self.position_basis(size)
-        inside = (flat @ basis) @ basis.T
-        energy = (inside**2).sum(1) / np.maximum((flat**2).sum(1), np.finfo(np.float64).tiny)
+        inside = (values @ basis) @ basis.T
+        energy = (inside**2).sum(2) / np.maximum((values**2).sum(2), _TINY)
         if self.removes_position:
-            rest = flat - inside
-            lengths = np.linalg.norm(rest, axis=1, keepdims=True) if self.normalise else np.float64(1)
-            values = (rest / np.maximum(lengths, _tiny())).astype(np.float32).reshape(values.shape)
+            values = values - inside
+            if self.normalise:
+                values /= np.maximum(np.linalg.norm(values, axis=2, keepdims=True), _TINY)
         outliers = int((norms > OUTLIER * np.median(norms)).sum())
-        return Patches(values, size, outliers, float(energy.sum()))
+        return Patches(values.astype(np.float32), size, outliers, float(energy.sum()))
 
     def _normalised(self, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Return the features (h, w, C) float32 of images (1, C, H, W) as floats, and their norms before division."""
+        """Return the features (h, w, C) float64 of images (1, C, H, W) as floats, and their norms before division."""
         with torch.inference_mode(), self.autocast():
-            values = self._map(pixels)[0].permute(1, 2, 0).float().cpu().numpy()
-        norms = np.linalg.norm(values.astype(np.float64), axis=2, keepdims=True)
-        if self.normalise:
-            values = (values / np.maximum(norms, _tiny())).astype(np.float32)
-        return np.ascontiguousarray(values), norms
+            values = self._map(pixels)[0].permute(1, 2, 0).double().cpu().numpy()  # (h, w, C)
+        norms = np.linalg.norm(values, axis=2, keepdims=True)
+        return values / np.maximum(norms, _TINY) if self.normalise else values, norms
 
     def _map(self, pixels: Tensor) -> Tensor:
         """Return the map (1, C, h, w) of the layer."""
@@ -116,7 +114,7 @@ class PatchFeatures:
         if found not in known:
             raise UserError(
                 f"layer={layer}: of the blocks 0 to {backbone.depth - 1} of its backbone, this model has "
-                f"{join_names(map(str, known))}. Give one of them, or leave resume out."
+                f"{join_names([str(number) for number in known])}. Give one of them, or leave resume out."
             )
         return found
 
@@ -133,7 +131,7 @@ class PatchFeatures:
         """
         black = torch.zeros(1, self.backbone.channels, *size, device=self.device)
         values, _ = self._normalised(black)
-        flat = values.reshape(-1, values.shape[-1]).astype(np.float64)
+        flat = values.reshape(-1, values.shape[-1])
         centred = flat - flat.mean(0)
         count, width = centred.shape
         rank = min(MAX_RANK, width // 2, count // 2) if self.rank is None else self.rank
@@ -142,7 +140,3 @@ class PatchFeatures:
                 f"rank={rank}: these features have {width} channels, so nothing is left. Give a lower rank."
             )
         return np.linalg.svd(centred, full_matrices=False)[2][:rank].T
-
-
-def _tiny() -> float:
-    return float(np.finfo(np.float32).tiny)
