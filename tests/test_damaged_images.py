@@ -58,12 +58,6 @@ TILED = ((324, 0), (325, 0))
 TILE = deflated_tiff(*TILED, (322, 256), (323, 256))
 
 
-def short_png(width, height):
-    """Return a PNG file of these sizes in its header, and of the pixels of one row."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return PNG[:8] + header + png_chunk(b"IDAT", zlib.compress(bytes(9))) + png_chunk(b"IEND", b"")
-
-
 def short_jpeg(width, height):
     """Return a JPEG file of these sizes in its header, and without pixels."""
     data = encode_image(Image.new("L", (8, 8)), "JPEG")
@@ -72,9 +66,8 @@ def short_jpeg(width, height):
     return head[:at] + struct.pack(">HH", height, width) + head[at + 4 :]
 
 
-@pytest.mark.parametrize("data", [short_png(1, 2**20), short_png(2**20, 1), short_jpeg(1024, 1024)])
-def test_files_too_short_for_their_pixels_are_refused(tmp_path, data):
-    check_refused(tmp_path / "a", data, "truncated")
+def test_files_too_short_for_their_pixels_are_refused(tmp_path):
+    check_refused(tmp_path / "a", short_jpeg(1024, 1024), "truncated")
 
 
 @pytest.mark.parametrize(

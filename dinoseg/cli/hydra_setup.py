@@ -57,4 +57,4 @@ def hide_base_options(arguments: Sequence[str]) -> Iterator[None]:
     print(re.sub(r"\S+=_\S*\s?", "", suggestions.getvalue()), end="")
 
 
-set_up_hydra()  # in processes of launchers
+set_up_hydra()  # in processes of launchers, which import this module and do not run `__main__`

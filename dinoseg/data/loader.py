@@ -23,7 +23,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dinoseg.core.object_ids import CROWD, OBJECTS
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, Sample, SegmentationData
-from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
+from dinoseg.utils.cores import share_of_cores
 from dinoseg.utils.errors import KilledProcess, UserError
 from dinoseg.utils.interrupt import SIGNALS, block_signals, hold_handlers
 from dinoseg.utils.waiting import NOTICE, Wait
@@ -40,8 +40,6 @@ ORDER, VIEW, CLIP = 0, 1, 5  # purposes of random streams, one Philox counter wo
 _REDRAWS = 10  # of a view without objects; EoMT's are unlimited (tue-mps/eomt, datasets/transforms.py)
 _LEAST = 2  # one decodes the next batch while the other one hands over its own
 _MOST = 8  # each has its own memory; packing a slow dataset helps more than further processes
-_MANY = 4  # processes per core above which a warning is logged
-_MIN_MANY = 16  # processes in all that are never too many
 POLL = 1.0  # seconds of a DataLoader's timeout, after which torch checks that its workers are alive
 if sys.platform == "win32":
     _CHILD_ENDED: list[signal.Signals] = []
@@ -215,17 +213,6 @@ def count_workers(device_type: str) -> int:
     if device_type == "cpu":
         return _LEAST
     return max(_LEAST, min(share_of_cores(), _MOST))
-
-
-def warn_of_many(workers: int) -> None:
-    """Warn if there are more loading processes than this machine can use, even if they mostly wait."""
-    ranks, cores = ranks_here(), cores_here()
-    if workers * ranks > max(_MIN_MANY, _MANY * cores):
-        log.warning(
-            "engine.workers=%d starts %d loading processes on %d processors, each with its own memory and prefetched "
-            "batches. Set fewer, or engine.workers=auto.",
-            *(workers, workers * ranks, cores),
-        )
 
 
 def advise_more_workers(workers: int) -> str:

@@ -36,7 +36,7 @@ from dinoseg.utils.wording import format_override, join_names
 logger = logging.getLogger(__name__)
 _NAMED = 40  # maximum number of class weights in the log
 _LAYER_METRIC = {"_target_": "dinoseg.metrics.layers.LayerMetric", "_partial_": True}
-# builders import no dataset
+# of packages that this module may not import: parts that a config names do not depend on one another
 _PREPARE = "dinoseg.data.opened.prepare_dataset"
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 

@@ -18,7 +18,6 @@ from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.task import SEMANTIC, ObjectTask, Task
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.strategy import InferenceStrategy
-from dinoseg.models.adapters import Frozen
 from dinoseg.models.model import SegmentationModel
 from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
@@ -279,8 +278,6 @@ class ModelBuilder:
                 f"data.channels={self.value('data.channels')}, and backbone={self.options.get('backbone')} takes "
                 f"images of {bare.channels}. Choose a backbone with the key channels, or data.channels={bare.channels}."
             )
-        if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
-            raise UserError("This backbone, such as backbone=rgb, has no parameters to train. Choose adapter=frozen.")
         with name_parameters(argument_keys(self._cfg.adapter)):
             return adapter(bare)
 

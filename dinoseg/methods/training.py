@@ -14,7 +14,7 @@ from dinoseg.checkpoints.trained import check_classes
 from dinoseg.checkpoints.unread import warn_of_unused_channels
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import folder_words
-from dinoseg.config.options import has_options, options_in
+from dinoseg.config.options import options_in
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
@@ -433,16 +433,11 @@ def _warn_of_other_sizes(builder: Builder) -> None:
 
 
 def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool) -> list[str]:
-    """Return a line for each command that uses a finished training, and for the one that advises on its data.
-
-    Commands of extensions that are not installed are left out.
-    """
-    folders = [SHIPPED, *map(Path, config_dirs)]
+    """Return a line for each command that uses a finished training, and for the one that advises on its data."""
     uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
     resume = shlex.quote(f"resume={run}")
     own = shlex.join(folder_words(config_dirs))
-    there = [use for use in ("mode=eval {}", *uses) if has_options(folders, use)]
-    lines = ["next:", *(f"  python -m dinoseg {use.format(resume)} {own}".rstrip() for use in there)]
-    if not on_clips and has_options(folders, "mode=doctor"):
+    lines = ["next:", *(f"  python -m dinoseg {use.format(resume)} {own}".rstrip() for use in ("mode=eval {}", *uses))]
+    if not on_clips:
         lines.append("data advice:  mode=doctor with the same data settings")
     return lines

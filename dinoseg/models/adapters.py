@@ -8,12 +8,9 @@ import logging
 import math
 import sys
 from copy import copy, deepcopy
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from threading import get_ident
-from types import ModuleType
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare, check_annotations
 from dinoseg.utils.tensor_files import write_tensors
 
+_IMPORTING = Lock()  # held while bitsandbytes is imported, or withheld
 TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
 
 
@@ -329,7 +327,8 @@ def quantise(backbone: Backbone, bits: int) -> None:
 
 def _quantise_linear(linear: nn.Linear, bits: int) -> nn.Module:
     _silence_bitsandbytes()
-    import bitsandbytes as bnb
+    with _IMPORTING:
+        import bitsandbytes as bnb
 
     size = (linear.in_features, linear.out_features)
     bias = linear.bias is not None
@@ -367,36 +366,16 @@ def _inject(config: Any, backbone: Backbone) -> None:
 
 
 def _import_peft() -> None:
-    """Import peft without bitsandbytes, which would import torch's compiler for six CPU seconds.
-
-    peft imports it for an analysis of quantised models. Other threads and other imports are not affected.
-    """
+    """Import peft without bitsandbytes, which it needs for an analysis of quantised models alone: 1.5 CPU seconds."""
     _silence_bitsandbytes()
-    if {"peft", "bitsandbytes"} & sys.modules.keys():
-        return
-    hook = _Withheld()
-    # new lists: other threads may be iterating over the present one
-    sys.meta_path = [hook, *sys.meta_path]
-    try:
-        import peft  # noqa: F401
-    finally:
-        sys.meta_path = [finder for finder in sys.meta_path if finder is not hook]
-
-
-class _Withheld(MetaPathFinder, Loader):
-    """Import hook by which the thread that makes it finds bitsandbytes and cannot import it."""
-
-    def __init__(self) -> None:
-        self.thread = get_ident()
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        is_withheld = fullname == "bitsandbytes" and get_ident() == self.thread
-        return ModuleSpec(fullname, self) if is_withheld else None
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        raise ImportError(f"{spec.name} is withheld while peft is imported")
-
-    def exec_module(self, module: ModuleType) -> None: ...
+    with _IMPORTING:
+        modules: dict[str, Any] = sys.modules
+        modules.setdefault("bitsandbytes", None)  # None: not to be found
+        try:
+            import peft  # noqa: F401
+        finally:
+            if modules["bitsandbytes"] is None:
+                del modules["bitsandbytes"]
 
 
 def _silence_bitsandbytes() -> None:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
     """Write split.json; if the names differ from before, warn and save the former list as split_1.json and so on."""
     path = out_dir / "split.json"
-    before = _read_split(path)
+    before = _read_split(path) if path.exists() else None
     if before is not None and before != split:
         former = next(name for name in map("split_{}.json".format, count(1)) if not (out_dir / name).exists())
         os.replace(path, out_dir / former)

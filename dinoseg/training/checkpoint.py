@@ -234,7 +234,7 @@ class Checkpointer:
     def restore(
         self, model: SegmentationModel, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
     ) -> Progress:
-        """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
+        """Load the whole training state of the checkpoint to resume from, if any; return the progress of the run.
 
         The best score is discarded if another score selects the best now, see `drop_incomparable_score`.
         """

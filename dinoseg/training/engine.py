@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.core.sizes import Size
-from dinoseg.data.loader import count_workers, warn_of_many
+from dinoseg.data.loader import count_workers
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
@@ -122,8 +122,6 @@ class Engine:
         self.compile = compile
         self._forward_sync: ForwardSync | None = None  # of the placed model, if it is sharded
         self.workers = count_workers(chosen.type) if isinstance(workers, str) else workers
-        if self.is_main:
-            warn_of_many(self.workers)
         self.eval_batch_size = eval_batch_size
 
     @property
@@ -174,6 +172,7 @@ class Engine:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap a placed model for training; with several ranks, gradients are averaged over them.
 
+        Its forward pass runs under autocast in the precision of the engine, which accelerate adds.
         On several CUDA devices, BatchNorm computes its statistics over all of them. Elsewhere each rank uses its own
         images, and rank 0's running means are scored and saved. Under autocast, frozen weights are cast once instead of
         in every pass, unless the model is sharded or compiled.

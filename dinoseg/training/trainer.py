@@ -181,6 +181,7 @@ def fit(setup: TrainingSetup) -> Progress:
                 with micro.retry_batch(), engine.sync(net, micro.is_last):
                     batch = batch.to(engine.device)
                     with freeze.apply(step, steps, batch.image) if freeze else nullcontext():
+                        # in the engine's precision: `Engine.prepare` has wrapped its forward pass in autocast
                         prediction = net(batch.image) if scale is None else widen_predictions(net(batch.image))
                         # a sum, since only the end of a step shows how many labels it has on all ranks; a mean over
                         # each batch would give labels more weight where a batch has few

@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import Unfit, UserError
 from dinoseg.utils.files import open_regular
 from dinoseg.utils.tiff import BLACK_IS_ZERO, PALETTE, RGB, WHITE_IS_ZERO, TiffFile, TiffPage, is_tiff
-from dinoseg.utils.truncation import check_jpeg, check_png
+from dinoseg.utils.truncation import check_jpeg
 
 UNREAD_SUFFIXES = (  # of unsupported image formats; such files among images are reported
     *(".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jfif", ".jpe", ".tga", ".psd", ".svg"),
@@ -244,15 +244,13 @@ def load_whole(image: Image.Image) -> None:
         Unfit: if it does.
     """
     data = b""
-    if isinstance(image, JpegImageFile | PngImageFile) and image.tile and image.fp is not None:
+    if isinstance(image, JpegImageFile) and image.tile and image.fp is not None:
         position = image.fp.tell()
         image.fp.seek(0)
         data = image.fp.read()  # before loading, which may close the file
         image.fp.seek(position)
     image.load()
-    if data and isinstance(image, PngImageFile):
-        check_png(io.BytesIO(data), np.asarray(image.crop((0, image.height - 1, image.width, image.height))))
-    elif data:
+    if data:
         check_jpeg(data, np.asarray(image), lambda changed: np.asarray(Image.open(io.BytesIO(changed))))
 
 

@@ -1,10 +1,7 @@
-"""Checks that a PNG or JPEG file holds data for all its pixels: decoders fill missing pixels without an error."""
+"""Check that a JPEG file holds data for all its pixels: decoders fill missing pixels without an error."""
 
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator
-from typing import IO
 
 import numpy as np
 
@@ -16,9 +13,6 @@ _FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG markers of a header with sizes:
 _COEFFICIENTS = 64  # of a JPEG block
 _GREY, _SLACK = 128, 2  # level of a JPEG block without data, and how far upsampled colours move it
 _FILLER = b"\x5a" * 64  # codes of any Huffman table, which no decoder reads after the last pixel
-_PIECE = 2**20  # bytes that are inflated at once
-_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # of PNG
-_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # channels by PNG's colour type
 
 
 def check_jpeg(data: bytes, pixels: np.ndarray, decode: Callable[[bytes], np.ndarray]) -> None:
@@ -56,49 +50,6 @@ def find_jpeg_size(data: bytes) -> tuple[int, int]:
         if marker == _SCAN:
             break
     return 0, 0
-
-
-def check_png(file: IO[bytes], last_row: np.ndarray) -> None:
-    """Refuse a PNG file of fewer pixels than its header states.
-
-    A decoder makes missing rows black: a file whose last row is not needs no check, unless it is interlaced.
-
-    Args:
-        file: the file.
-        last_row: the last row of its pixels.
-
-    Raises:
-        Unfit: it is truncated.
-    """
-    file.seek(16)
-    width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", file.read(13))
-    if last_row.any() and not interlaced:
-        return
-    per_pixel = bits * _SAMPLES.get(kind, 4)
-    needed = 0
-    for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
-        columns, rows = -((left - width) // across), -((top - height) // down)
-        needed += rows * (1 + -(-columns * per_pixel // 8)) if columns else 0
-    found = _count_inflated(file, needed)
-    if found < needed:
-        raise Unfit(f"has {found} of the {needed} bytes of its pixels: it is truncated. Replace it")
-
-
-def _count_inflated(file: IO[bytes], most: int) -> int:
-    """Return how many bytes the IDAT chunks hold, decompressed, up to about `most`; they are not stored."""
-    inflate, found, position = zlib.decompressobj(), 0, 8
-    while found < most and not inflate.eof:
-        file.seek(position)
-        head = file.read(8)
-        if len(head) < 8 or head[4:] == b"IEND":
-            break
-        length = int.from_bytes(head[:4], "big")
-        position += 12 + length
-        data = file.read(length) if head[4:] == b"IDAT" else b""
-        while data and found < most and not inflate.eof:
-            found += len(inflate.decompress(data, _PIECE))
-            data = inflate.unconsumed_tail
-    return found
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:

@@ -343,17 +343,6 @@ def test_engine_resolves_auto_and_keeps_a_number():
     assert Engine("cpu", "fp32", workers=0).workers == 0
 
 
-@pytest.mark.parametrize(("workers", "cores", "told"), [(16, 1, 0), (17, 1, 1), (32, 8, 0), (33, 8, 1)])
-def test_too_many_loading_processes_are_reported(workers, cores, told, monkeypatch, caplog):
-    monkeypatch.setattr(loader, "cores_here", lambda: cores)
-    loader.warn_of_many(workers)
-    assert len(caplog.messages) == told
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    loader.warn_of_many(workers)
-    many = 4 * workers
-    assert f"engine.workers={workers} starts {many} loading processes on {cores} processor" in caplog.text
-
-
 class Slow:
     """An iterator that comes to nothing for so many polls, before each of its items."""
 

@@ -34,6 +34,7 @@ def mask_queries_only(model: Any) -> None:
     """Make a transformers model accept attention masks that cover its first tokens only.
 
     A mask (B, 1, Q, N), bool, True = attend, restricts the first Q of N tokens; all others attend to everything.
+    Every backbone of transformers computes attention in this way, with a mask or without.
     """
     model.config._attn_implementation = _NAME
 

@@ -56,13 +56,6 @@ def test_rgb_backbone_is_built_from_its_config(untrained):
 
 test_message_names_value_and_remedy = refusals(
     {
-        f"adapter={adapter}": (
-            lambda adapter=adapter: Builder(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}"))).model(),
-            "no parameters to train. Choose adapter=frozen",
-        )
-        for adapter in ("full", "lora", "last_blocks")
-    }
-    | {
         "LoRA": (lambda: Lora(rank=1, alpha=1)(RgbBackbone()), "matches no linear layer"),
         "last blocks": (lambda: LastBlocks(1)(RgbBackbone()), "blocks=1: this backbone reads 0 blocks"),
         "EoMT": (
