@@ -77,20 +77,26 @@ class PatchFeatures:
         pixels = self.model.pixels(to_device(stack, self.device))
         size = (pixels.shape[-2], pixels.shape[-1])
         values, norms = self._normalised(pixels)
-        basis = self.position_basis(size)
-        inside = (values @ basis) @ basis.T
-        energy = (inside**2).sum(2) / np.maximum((values**2).sum(2), _TINY)
+        rest = self.without_position(values, size)
+        energy = 1 - (rest**2).sum(2) / np.maximum((values**2).sum(2), _TINY)
         if self.removes_position:
-            values = values - inside
-            if self.normalise:
-                values /= np.maximum(np.linalg.norm(values, axis=2, keepdims=True), _TINY)
+            values = self._divide(rest)[0]
         outliers = int((norms > OUTLIER * np.median(norms)).sum())
         return Patches(values.astype(np.float32), size, outliers, float(energy.sum()))
+
+    def without_position(self, values: np.ndarray, size: Size) -> np.ndarray:
+        """Return features (h, w, C) float64 minus their part in the position subspace of images of `size` (H, W)."""
+        basis = self.position_basis(size)
+        return values - (values @ basis) @ basis.T
 
     def _normalised(self, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return the features (h, w, C) float64 of images (1, C, H, W) as floats, and their norms before division."""
         with torch.inference_mode(), self.autocast():
             values = self._map(pixels)[0].permute(1, 2, 0).double().cpu().numpy()  # (h, w, C)
+        return self._divide(values)
+
+    def _divide(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return features (h, w, C), divided by their norms if they are normalised, and these norms (h, w, 1)."""
         norms = np.linalg.norm(values, axis=2, keepdims=True)
         return values / np.maximum(norms, _TINY) if self.normalise else values, norms
 

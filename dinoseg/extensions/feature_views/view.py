@@ -46,7 +46,7 @@ class FeatureView:
         >>> view = dinoseg.FeatureView(dinoseg.create_model("rgb", classes=["ground", "leaf"]))
         >>> images = np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3)).astype(np.uint8)
         >>> view.fit(images).shares.round(1).tolist()
-        [0.4, 0.3, 0.3]
+        [0.6, 0.4, 0.1]
         >>> view.colours(images[0]).shape
         (32, 48, 3)
     """
