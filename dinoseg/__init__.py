@@ -18,6 +18,7 @@ Models:
     Segmenter    what both return: a torch.nn.Module that maps images to class logits
     Model        its base class, without torch: what `load` returns for ONNX files
     Segmentation the prediction of one image: mask, probabilities, overlay
+    FeatureView  the features of a model as colours in one basis for many images, and as arrays
     list_backbones, list_heads, list_adapters, list_recipes, list_datasets: names of options
 
 Data, losses and metrics for a training loop of your own:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from dinoseg.api.options import list_adapters, list_backbones, list_datasets, list_heads, list_recipes
     from dinoseg.api.results import Comparison, Results, Scores
     from dinoseg.api.runs import Run
+    from dinoseg.extensions.feature_views.view import FeatureView
     from dinoseg.segmenter.load import load
     from dinoseg.segmenter.model import Model, Segmentation
     from dinoseg.segmenter.segmenter import Segmenter
@@ -59,6 +61,7 @@ _MODULES = {  # module to the public names that it defines
     "dinoseg.api.options": ("list_adapters", "list_backbones", "list_datasets", "list_heads", "list_recipes"),
     "dinoseg.api.results": ("Comparison", "Results", "Scores"),
     "dinoseg.api.runs": ("Run",),
+    "dinoseg.extensions.feature_views.view": ("FeatureView",),
     "dinoseg.segmenter.load": ("load",),
     "dinoseg.segmenter.model": ("Model", "Segmentation"),
     "dinoseg.segmenter.segmenter": ("Segmenter",),
@@ -69,6 +72,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Comparison",
+    "FeatureView",
     "Model",
     "Results",
     "Run",

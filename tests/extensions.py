@@ -47,6 +47,7 @@ EXTENSIONS = {
     "ensembles": Extension(("thresholds",)),
     "export": Extension(),
     "feature_cache": Extension(),
+    "feature_views": Extension(("video",)),
     "idd": Extension(),
     "loggers": Extension(),
     "objects": Extension(("annotations", "protocols")),
@@ -111,7 +112,9 @@ def imports_of(name: str, *, lazy: bool = True) -> frozenset[str]:
             visit(child, inside=inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
     visit(tree(name), inside=False)
-    return frozenset(each for each in found if each in modules() and each != name)
+    known = {each for each in found if each in modules() and each != name}
+    # the package itself, whose name is empty, lists public names of extensions, which it imports on first access
+    return frozenset(each for each in known if name or extension_of(each) is None)
 
 
 def _imported(node: ast.AST) -> Iterator[str]:
@@ -140,7 +143,7 @@ def edges_into_extensions() -> set[tuple[str, str]]:
     """Return each import of the core from an extension, and each name of a module of an extension in its strings."""
     core = [name for name in modules() if extension_of(name) is None]
     found = {(name, other) for name in core for other in imports_of(name) if extension_of(other)}
-    for name in core:
+    for name in filter(None, core):
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("dinoseg."):
                 target = _module_of(node.value)

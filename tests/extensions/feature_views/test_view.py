@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+from command_line import TINY_KEYS
+from mistakes import assert_refused
+
+import dinoseg
+
+IMAGE = np.random.default_rng(1).integers(0, 256, (37, 50, 3)).astype(np.uint8)
+
+
+def model(**keys):
+    torch.manual_seed(0)
+    return dinoseg.create_model("tiny", classes=["a", "b"], adapter="frozen", **TINY_KEYS, **keys)
+
+
+def plain_features(segmenter, image, layer):
+    """Return the normalised features (h, w, C) of a block in float64, by the model's own maps."""
+    maps = segmenter.features(torch.from_numpy(image).permute(2, 0, 1)[None])[layer]
+    values = maps[0].permute(1, 2, 0).detach().double().numpy()
+    return values / np.linalg.norm(values, axis=2, keepdims=True)
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_features_are_those_of_the_layer(layer):
+    segmenter = model(**{"head.layers": [0, 1]})
+    found = dinoseg.FeatureView(segmenter, layer=layer).features(IMAGE)
+    assert found.shape == (5, 7, 24) and found.dtype == np.float32
+    np.testing.assert_allclose(found, plain_features(segmenter, IMAGE, layer), atol=1e-6)
+    raw = dinoseg.FeatureView(segmenter, layer=layer, normalise=False).features(IMAGE)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=2, keepdims=True), found, atol=1e-6)
+    assert not np.allclose(np.linalg.norm(raw, axis=2), 1)
+
+
+@pytest.mark.parametrize(("rank", "used"), [(3, 3), (None, 12)])
+def test_positions_are_projected_out(rank, used):
+    segmenter = model()
+    black = plain_features(segmenter, np.zeros_like(IMAGE), -1).reshape(-1, 24)
+    directions = torch.linalg.svd(torch.from_numpy(black - black.mean(0)).T)[0][:, :used].numpy()
+    kept = plain_features(segmenter, IMAGE, -1)
+    rest = kept - kept @ directions @ directions.T
+    found = dinoseg.FeatureView(segmenter, position="remove", rank=rank).features(IMAGE)
+    np.testing.assert_allclose(found, rest / np.linalg.norm(rest, axis=2, keepdims=True), atol=2e-6)
+
+
+def test_one_basis_holds_for_all_images(tmp_path):
+    view = dinoseg.FeatureView(model())
+    images = [IMAGE, IMAGE[:20], IMAGE[::-1]]
+    basis = view.fit(iter(images))
+    flat = np.concatenate([view.features(image).reshape(-1, 24) for image in images]).astype(np.float64)
+    np.testing.assert_allclose(basis.mean, flat.mean(0), atol=1e-12)
+    projected = (flat - flat.mean(0)) @ basis.directions.T
+    np.testing.assert_allclose(basis.high, np.quantile(projected, 0.99, axis=0), atol=1e-6)
+    basis.save(tmp_path / "basis.safetensors")
+    again = dinoseg.FeatureView(model(), basis=tmp_path / "basis.safetensors")
+    for image in images:
+        assert np.array_equal(again.colours(image), view.colours(image)) and view.colours(image).shape == image.shape
+    assert view.colours(IMAGE, "bilinear").std() < view.colours(IMAGE).std()
+
+
+def test_what_does_not_fit_is_refused():
+    segmenter = model()
+    assert_refused(lambda: dinoseg.FeatureView(segmenter).colours(IMAGE), "no basis yet", "fit(images)")
+    assert_refused(lambda: dinoseg.FeatureView(segmenter, layer=2), "layers=[2]", "2 blocks")
+    assert_refused(lambda: dinoseg.FeatureView(segmenter).features([IMAGE, IMAGE]), "2 images")
+    shallow = model(**{"head.layers": [0]})
+    assert_refused(lambda: dinoseg.FeatureView(shallow), "layer=-1", "this model has 0", "resume")
