@@ -128,7 +128,7 @@ def show_prediction(gallery: Gallery) -> None:
 def show_features(gallery: Gallery) -> None:
     """Enlarge the features of a packaged image."""
     words = ("backbone=tiny_surgical", "input=dinoseg:surgery")
-    figure = Image.open(gallery.run("features", "mode=features", *words) / "surgery.png")
+    figure = Image.open(gallery.run("features", "mode=features", *words) / "surgery_features.png")
     enlarged = figure.resize((2 * figure.width, 2 * figure.height), Image.Resampling.NEAREST)
     gallery.save("features.jpg", enlarged, f"`mode=features {' '.join(words)}`")
 

@@ -64,9 +64,10 @@ def show_features(
     """Draw the features of all images and videos in one basis; return the share of variance of its components.
 
     The features are those of a backbone without adapter or, with `resume`, of a trained model's backbone after it.
-    The keys are explained in cfg/mode/features.yaml. Writes NAME.png (the image beside its colours), NAME.mp4 for a
-    video, basis.safetensors, summary.json and, with `save`, NAME.npy and NAME.json. With `before`, the basis is fitted
-    to the backbone before and after its training, and a picture shows the colours of both and their cosine similarity.
+    The keys are explained in cfg/mode/features.yaml. Writes NAME_features.png (the image beside its colours) or .mp4 for
+    a video, basis.safetensors, summary.json and, with `save`, NAME_features.npy and .json. With `before`, the basis is
+    fitted to the backbone before and after its training, and a picture shows the colours of both and their cosine
+    similarity.
 
     Each image is one forward pass, and sums are in the order of names, so that colours depend on neither the order of
     the inputs nor what they are batched with. Memory holds one image, its features, and C x C numbers.
@@ -306,12 +307,12 @@ class _Run:
     def _writer(self, source: _Source) -> Iterator[Callable[[np.ndarray, Fraction | None], None]]:
         """Yield what writes the picture of an image, or a frame of a video."""
         if not source.is_video:
-            yield lambda picture, _: write_png(self.folder / f"{source.name}.png", picture)
+            yield lambda picture, _: write_png(self.folder / f"{source.name}_features.png", picture)
             return
         with VideoReader(source.path) as reader:
             panels = 2 if len(self.views) == 1 else 4
             rate, size, traits = reader.rate, (reader.size[0], panels * reader.size[1]), reader.traits
-        with VideoWriter(self.folder / f"{source.name}.mp4", rate, size, like=traits) as writer:
+        with VideoWriter(self.folder / f"{source.name}_features.mp4", rate, size, like=traits) as writer:
             yield writer.write
 
     def _each(self, what: str) -> Iterator[_Source]:
@@ -341,7 +342,7 @@ class _Run:
                 f"mode.save=true: the features of {source.path} take {values.nbytes / 2**30:.1f} GB, more than "
                 f"{MAX_SAVED // 2**30}. Set resolution.longest, or leave mode.save out."
             )
-        with atomic_file(self.folder / f"{source.name}.npy") as part, part.open("wb") as file:
+        with atomic_file(self.folder / f"{source.name}_features.npy") as part, part.open("wb") as file:
             np.save(file, values)
         facts = {
             "grid": values.shape[:2],
@@ -349,7 +350,7 @@ class _Run:
             "resized": patches.size,
             "layer": self.views[-1].layer,
         }
-        write_json(self.folder / f"{source.name}.json", facts)
+        write_json(self.folder / f"{source.name}_features.json", facts)
 
 
 def _cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -371,10 +372,10 @@ def _finish(run: _Run, basis: Basis, *, save: bool) -> dict[str, Any]:
     write_json(run.folder / SUMMARY, summary)
     images = sum(not source.is_video for source in run.sources)
     if images:
-        arrays = ", and features in *.npy" if save else ""
-        print(f"pictures:     {run.folder}/*.png, of {count_of(images, 'image')}{arrays}")
+        arrays = ", and arrays in *_features.npy" if save else ""
+        print(f"pictures:     {run.folder}/*_features.png, of {count_of(images, 'image')}{arrays}")
     if images < len(run.sources):
-        print(f"videos:       {run.folder}/*.mp4, of {count_of(len(run.sources) - images, 'video')}")
+        print(f"videos:       {run.folder}/*_features.mp4, of {count_of(len(run.sources) - images, 'video')}")
     told = ", ".join(f"{number}: {share:.1%}" for number, share in zip(numbers, shares.values(), strict=True))
     print(f"variance:     components {told}; effective rank {basis.effective_rank:.1f} of {len(basis.mean)}")
     print(f"basis:        {run.folder / BASIS}, for other inputs: mode.basis={run.folder / BASIS}")

@@ -55,30 +55,30 @@ def test_pictures_equal_a_plain_computation_of_all_patches(where):
     for name, image in images.items():
         levels = (((features[name] - flat.mean(0)) @ np.stack(rows).T - low) / (high - low)).clip(0, 1)
         shown = levels.repeat(8, 0).repeat(8, 1)[: image.shape[0], : image.shape[1]] * 255
-        found = picture(out / f"{name}.png")
+        found = picture(out / f"{name}_features.png")
         assert np.array_equal(found[:, : image.shape[1]], image)
         difference = found[:, image.shape[1] :].astype(float) - np.stack(
             [shown[..., 1], shown[..., 0], 0 * shown[..., 0]], 2
         )
         assert np.abs(difference).max() <= 0.51
-        np.testing.assert_allclose(np.load(out / f"{name}.npy"), features[name], atol=2e-3)
+        np.testing.assert_allclose(np.load(out / f"{name}_features.npy"), features[name], atol=2e-3)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["variance_shares"] == pytest.approx((singular**2 / (singular**2).sum())[[1, 0]], rel=1e-5)
     assert [*summary["inputs"]] == sorted(SIZES) and summary["inputs"]["b9"]["patches"] == 6
-    facts = json.loads((out / "b9.json").read_text())
+    facts = json.loads((out / "b9_features.json").read_text())
     assert facts == {"grid": [3, 2], "patch_size": 8, "resized": [17, 9], "layer": 0}
 
 
 def test_an_image_alone_has_its_bytes_of_the_whole_input(where):
     out = show(where, *VIEW, *TINY, "input=images", out="whole")
     alone = show(where, *VIEW, *TINY, "input=images/b9.png", f"mode.basis={out}/basis.safetensors", out="alone")
-    assert (alone / "b9.png").read_bytes() == (out / "b9.png").read_bytes()
+    assert (alone / "b9_features.png").read_bytes() == (out / "b9_features.png").read_bytes()
     assert (alone / "basis.safetensors").read_bytes() == (out / "basis.safetensors").read_bytes()
 
 
 def test_frames_of_a_video_are_shown_in_one_basis(where):
     out = show(where, *RGB, "input=video.avi", "mode.every=2", out="video")
-    with VideoReader(where / "video.avi") as source, VideoReader(out / "video.mp4") as shown:
+    with VideoReader(where / "video.avi") as source, VideoReader(out / "video_features.mp4") as shown:
         frames, drawn = list(source), list(shown)
         assert shown.size == (32, 96) and shown.fps == source.fps and len(drawn) == len(frames) == 5
     with safe_open(out / "basis.safetensors", "np") as file:
@@ -89,12 +89,12 @@ def test_frames_of_a_video_are_shown_in_one_basis(where):
         assert np.abs(both[:, :48].astype(float) - frame).mean() < 12
     save(where / "frame.png", frames[3])
     alone = show(where, *RGB, "input=frame.png", f"mode.basis={out}/basis.safetensors", out="frame")
-    assert np.abs(picture(alone / "frame.png")[:, 48:].astype(float) - drawn[3][:, 48:]).mean() < 12
+    assert np.abs(picture(alone / "frame_features.png")[:, 48:].astype(float) - drawn[3][:, 48:]).mean() < 12
 
 
 def test_the_first_component_or_classes_choose_what_is_drawn(where):
     out = show(where, *RGB, "input=images/b10.png", "mode.foreground=component", out="component")
-    shown = picture(out / "b10.png")[::8, 40::8]
+    shown = picture(out / "b10_features.png")[::8, 40::8]
     values = patches_of(picture(where / "images/b10.png"))
     with safe_open(out / "basis.safetensors", "np") as file:
         first = (values - file.get_tensor("mean")) @ file.get_tensor("directions")[0]
@@ -104,9 +104,12 @@ def test_the_first_component_or_classes_choose_what_is_drawn(where):
     after = show(where, *VIEW, "resume=run", "input=images/b10.png", "mode.foreground=classes", out="classes")
     succeed(where, "mode=predict", "engine=cpu", "resume=run", "input=images/b10.png", "hydra.run.dir=ids")
     ids = picture(where / "ids/masks/b10.png")
-    assert not picture(after / "b10.png")[:, 40:][ids == 0].any() and picture(after / "b10.png")[:, 40:][ids == 1].any()
+    assert (
+        not picture(after / "b10_features.png")[:, 40:][ids == 0].any()
+        and picture(after / "b10_features.png")[:, 40:][ids == 1].any()
+    )
     before = show(where, *VIEW, *TINY, "input=images/b10.png", out="before")
-    assert (before / "b10.png").read_bytes() != (after / "b10.png").read_bytes()
+    assert (before / "b10_features.png").read_bytes() != (after / "b10_features.png").read_bytes()
 
 
 def test_a_trained_backbone_is_compared_with_its_start(where):
@@ -114,11 +117,11 @@ def test_a_trained_backbone_is_compared_with_its_start(where):
     succeed(where, "mode=train", *SMALL, "adapter.lr=0.05", "hydra.run.dir=tuned")
     words = (*VIEW, "input=images/b10.png", "mode.save=true")
     out = show(where, *words, "resume=tuned", "mode.before=true", out="both")
-    after = np.load(show(where, *words, "resume=tuned", out="after") / "b10.npy").astype(float)
-    first = np.load(show(where, *words, *TINY, out="first") / "b10.npy").astype(float)
+    after = np.load(show(where, *words, "resume=tuned", out="after") / "b10_features.npy").astype(float)
+    first = np.load(show(where, *words, *TINY, out="first") / "b10_features.npy").astype(float)
     cosine = (first * after).sum(2)
-    assert cosine.max() < 0.9999 and np.array_equal(np.load(out / "b10.npy"), after)
-    panels = np.split(picture(out / "b10.png"), 4, axis=1)
+    assert cosine.max() < 0.9999 and np.array_equal(np.load(out / "b10_features.npy"), after)
+    panels = np.split(picture(out / "b10_features.png"), 4, axis=1)
     grey = np.rint(255 * cosine.clip(0, 1)).repeat(8, 0).repeat(8, 1)[..., None]
     assert np.array_equal(panels[0], picture(where / "images/b10.png")) and np.abs(panels[3] - grey).max() <= 1
     assert json.loads((out / "summary.json").read_text())["inputs"]["b10"]["cosine"] == pytest.approx(
@@ -136,11 +139,11 @@ def test_an_unreadable_input_is_left_out_and_named(where):
     (where / "some/bad.png").write_bytes(b"no image")
     done = call(where, *RGB, "input=some", "hydra.run.dir=some_out")
     assert done.status == 1 and "1 of 3 inputs failed" in done.err and "bad.png" in done.err
-    assert {path.name for path in (where / "some_out").glob("*.png")} == {"a.png", "b9.png"}
+    assert {path.name for path in (where / "some_out").glob("*.png")} == {"a_features.png", "b9_features.png"}
     save(where / "few/a.png", picture(where / "images/a.png"))
     save(where / "few/b9.png", picture(where / "images/b9.png"))
     few = show(where, *RGB, "input=few", out="few_out")
-    assert (few / "b9.png").read_bytes() == (where / "some_out/b9.png").read_bytes()
+    assert (few / "b9_features.png").read_bytes() == (where / "some_out/b9_features.png").read_bytes()
 
 
 def test_any_image_has_a_picture(where):
@@ -149,9 +152,9 @@ def test_any_image_has_a_picture(where):
     save(where / "odd/grey.png", np.arange(81).reshape(9, 9))
     out = show(where, *VIEW, *TINY, "input=odd", "mode.position=remove", "mode.upsample=bilinear", out="odd_out")
     assert {path.name: picture(path).shape for path in out.glob("*.png")} == {
-        "dot.png": (1, 2, 3),
-        "alpha.png": (9, 18, 3),
-        "grey.png": (9, 18, 3),
+        "dot_features.png": (1, 2, 3),
+        "alpha_features.png": (9, 18, 3),
+        "grey_features.png": (9, 18, 3),
     }
 
 
