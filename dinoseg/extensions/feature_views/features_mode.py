@@ -64,9 +64,9 @@ def show_features(
     """Draw the features of all images and videos in one basis; return the share of variance of its components.
 
     The features are those of a backbone without adapter or, with `resume`, of a trained model's backbone after it.
-    The keys are explained in cfg/mode/features.yaml. Writes NAME_features.png (the image beside its colours) or .mp4 for
-    a video, basis.safetensors, summary.json and, with `save`, NAME_features.npy and .json. With `before`, the basis is
-    fitted to the backbone before and after its training, and a picture shows the colours of both and their cosine
+    The keys are explained in cfg/mode/features.yaml. Writes NAME_features.png (the image beside its colours), or .mp4
+    for a video, basis.safetensors, summary.json and, with `save`, NAME_features.npy and .json. With `before`, the basis
+    is fitted to the backbone before and after its training, and a picture shows the colours of both and their cosine
     similarity.
 
     Each image is one forward pass, and sums are in the order of names, so that colours depend on neither the order of
