@@ -232,7 +232,7 @@ def show_demo(gallery: Gallery) -> None:
     """Show a validation frame of the demo, and its report."""
     run = gallery.train_demo()
     report = gallery.run("demo_eval", "mode=eval", f"resume={run}")
-    figure = Image.open(sorted((report / "predictions").rglob("*.png"))[0])
+    figure = Image.open(sorted((report / "predictions").rglob("*_vis.png"))[0])
     gallery.save("demo.png", figure, "`make demo`")
     with open_browser() as browser:
         photograph(browser, report / "report.html", gallery.out / "report.png")
