@@ -214,7 +214,7 @@ def show_tracking(gallery: Gallery) -> None:
         for name, row in (("tracked", masks), ("reference", [mask for _, mask in clip]))
     ]
     draw(gallery.out / "gallery_tracking.jpg", rows, class_colours([n for n in CLASSES[1:] if n != UNTRACKED]))
-    gallery.note("gallery_tracking.jpg", f"`mode=track {' '.join(settings)}`")
+    gallery.note("gallery_tracking.jpg", "`mode=track` with the settings in the text")
 
 
 def j_and_f(masks: Sequence[np.ndarray], clip: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -228,19 +228,21 @@ def j_and_f(masks: Sequence[np.ndarray], clip: Sequence[tuple[np.ndarray, np.nda
 
 
 def show_slots(gallery: Gallery) -> None:
-    """Train slots on rendered videos without masks, and show the segments of the first validation video."""
+    """Train slots on rendered videos without masks, and show the segments of a validation video."""
     root = gallery.work / "movi"
     gallery.run("render_movi", "mode=render", "data=movi", f"data.root={root}")
     run = gallery.run("slots", "mode=train", "hparam=slots_rendered", f"data.root={root}")
-    figure = Image.open(sorted((run / "evaluation").rglob("*.png"))[0])
-    gallery.save("slots.png", figure, "`mode=train hparam=slots_rendered`, first validation video")
+    # of the four videos that the last validation draws, one whose objects hide one another
+    figure = Image.open(run / "validation/step_03000/validation_0043_00000.png")
+    figure.thumbnail((1000, 1000))
+    gallery.save("slots.jpg", figure, "`mode=train hparam=slots_rendered`, video 43, step 3,000")
 
 
 def show_demo(gallery: Gallery) -> None:
     """Show a validation frame of the demo, and its report."""
     run = gallery.train_demo()
     report = gallery.run("demo_eval", "mode=eval", f"resume={run}")
-    figure = Image.open(sorted((report / "predictions").rglob("*.png"))[0])
+    figure = Image.open(sorted((report / "predictions").rglob("*_vis.png"))[0])
     gallery.save("demo.png", figure, "`make demo`")
     with open_browser() as browser:
         photograph(browser, report / "report.html", gallery.out / "report.png")

@@ -110,6 +110,14 @@ def folder_of_masks(stand_ins, folder, ids=(0, 1, 255)):
 stand_in("BINARY")(partial(folder_of_masks, ids=(0, 255)))
 
 
+@stand_in("COINS")
+def folder_of_ids(stand_ins, folder):
+    write_images(folder, "{split}/images/{name}.png", None, (0,))
+    for split, name in product(("train", "val"), "ab"):
+        save(folder / f"{split}/masks/{name}.png", np.repeat((1001, 0, 2001), 22 * 50).reshape(50, 66), np.uint16)
+    return folder
+
+
 @stand_in("FOLDED")
 def sweep_of_folds(stand_ins, folder):
     folds = ("data.folds=2", "data.fold=0,1", "head=linear,mlp", "mode.metrics_only=true", "hydra.sweep.dir=run")

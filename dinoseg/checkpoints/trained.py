@@ -122,11 +122,11 @@ def load_trained(builder: ModelBuilder) -> TrainedModel:
 
 def load_member(builder: ModelBuilder, engine: Engine) -> TrainedModel:
     """Return the model of a config as `load_trained` does, placed by an engine, and never an ensemble."""
-    labels = builder.labels if builder.resume is None else None
-    strategy = builder.strategy(builder.labels.classes)
-    if labels is None:
+    # of the config, whose classes `restore` compares with the file's: a typed `data.palette` counts
+    labels = builder.labels
+    strategy = builder.strategy(labels.classes)
+    if builder.resume is not None:
         model, info = restore(builder, Path(str(builder.resume)))
-        labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])
     else:
         announce("Building the released model and reading its weights")
         model = builder.model()

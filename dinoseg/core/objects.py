@@ -40,8 +40,10 @@ class RunLengths(NamedTuple):
         flat = ids.T.ravel()
         if not flat.size:
             return {}
+        # one pass over the map for all ids: a comparison for each id would read it N times
         starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
         ends = np.append(starts[1:], flat.size)
+        # stable: the runs of each id remain ascending
         order = np.argsort(flat[starts], kind="stable")
         found, first = np.unique(flat[starts][order], return_index=True)
         groups = zip(found.tolist(), np.split(order, first[1:]), strict=True)
@@ -55,12 +57,14 @@ class RunLengths(NamedTuple):
     def paint(self, canvas: np.ndarray, value: object) -> None:
         """Set the pixels of a canvas (H, W) where the mask is 1."""
         first, mask = self.to_columns(len(canvas))
+        # by columns, in which the mask lies in memory
         canvas[:, first : first + mask.shape[1]].swapaxes(0, 1)[mask.T] = value
 
     def to_counts(self, pixels: int) -> np.ndarray:
         """Return the run lengths (N,) int64 of a mask with a number of pixels, of zeros first."""
         bounds = np.stack([self.starts, self.ends], axis=1).ravel()
         counts = np.diff(np.concatenate([[0], bounds, [pixels]]))
+        # COCO's run lengths have no last count of 0
         return counts if counts[-1] else counts[:-1]
 
     def to_columns(self, height: int) -> tuple[int, np.ndarray]:

@@ -87,6 +87,7 @@ class TrainViews:
         ids = whole["mask"].numpy()
         maps = whole.get("maps", {})
         has_object = self.needs_objects and _has_object(maps[OBJECTS])
+        # objects are searched in the maps alone: the image is warped once, for the view that is used
         for redraws in range(_REDRAWS + 1):
             seen = self._view_maps(maps, ids, self.make_rng(epoch, sample, redraws))
             if not has_object or _has_object(seen[OBJECTS]):
@@ -194,6 +195,7 @@ def _shares(
         first = batch * batch_size + rank * size
         share = []
         for position in range(first, first + size):
+            # one permutation per epoch, so that resuming at any batch costs a single one
             if position // count != epoch:
                 epoch = position // count
                 order = make_rng(seed, epoch, 0, ORDER).permutation(count)

@@ -86,6 +86,7 @@ class PhotometricDistortion(ColorTransform):
             (self._saturate, self.saturation),
             (self._turn_hue, self.hue),
         )
+        # a change has random numbers of its own, so that its amount does not depend on the order
         for number in (0, 1, 2, 3) if uniforms[8] < 0.5 else (0, 2, 3, 1):
             change, largest = changes[number]
             if largest and uniforms[4 + number] < self.probability:
@@ -93,6 +94,7 @@ class PhotometricDistortion(ColorTransform):
         return image
 
     def _brighten(self, image: np.ndarray, uniform: float) -> np.ndarray:
+        # as a table of 256 values: arithmetic on every pixel takes twice as long
         amount = self.brightness * (2 * uniform - 1)
         return cv2.LUT(image, _table(1, 255 * amount) if self.additive else _table(1 + amount, 0))
 
@@ -111,6 +113,7 @@ class PhotometricDistortion(ColorTransform):
 
     def _turn_hue(self, image: np.ndarray, uniform: float) -> np.ndarray:
         if self.space == "hsv":
+            # `randint` of NumPy, which mmsegmentation calls, never returns its upper limit
             largest = round(self.hue * _STEPS)
             steps = int(2 * largest * uniform) - largest  # -largest to largest - 1
             return _change_hsv(image, 0, ((np.arange(256) + steps) % _STEPS).astype(np.uint8))

@@ -61,6 +61,7 @@ class ColorJitter(ColorTransform):
         if self == ColorJitter():
             return image
         signed = 2 * uniforms[:4] - 1
+        # x -> brightness * (contrast * M x + (1 - contrast) * mean), where M scales and turns the chroma (I, Q) of YIQ
         brightness = 1 + self.brightness * signed[0]
         contrast = 1 + self.contrast * signed[1]
         saturation = 1 + self.saturation * signed[2]
@@ -159,6 +160,7 @@ class Augment:
         if not self.color.before_scaling:
             seen = self._change_colors(seen, view.colors)
         if seen.shape[:2] != self.crop:
+            # after the colours, so that padded pixels keep `fill`
             bottom, right = self.crop[0] - seen.shape[0], self.crop[1] - seen.shape[1]
             seen = _change_channels(
                 lambda part, fill: cv2.copyMakeBorder(part, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill),
@@ -224,6 +226,7 @@ class Augment:
         choose = max if self.relative_to == "long" else min
         side = choose(height, width)
         given = max(1, int(choose(self.crop) * factor))
+        # rounds half up, as mmcv's `imrescale` does; Python's `round` would round to even
         return max(1, int(given * height / side + 0.5)), max(1, int(given * width / side + 0.5))
 
     def _geometry(self, mask: np.ndarray, rng: np.random.Generator) -> _View:
@@ -231,6 +234,7 @@ class Augment:
         uniforms, (height, width) = rng.random(_DRAWS), mask.shape[-2:]
         least, largest = self.scale
         is_log = self.distribution == "log_uniform"
+        # log-uniform: an image is halved as often as it is doubled
         factor = least * (largest / least) ** uniforms[0] if is_log else least + (largest - least) * uniforms[0]
         scaled = self.scaled_size((height, width), factor)
         zoom = (scaled[0] / height, scaled[1] / width)
@@ -271,6 +275,7 @@ class Augment:
         size, border = self.crop, cv2.BORDER_CONSTANT
         if self.padding == "end" and self.affine == Affine():
             height, width = (max(1, round(side * zoom)) for side, zoom in zip(image.shape[:2], view.zoom, strict=True))
+            # replicated: bilinear interpolation would mix `fill` into the last row and column
             size, border = (min(self.crop[0], height), min(self.crop[1], width)), cv2.BORDER_REPLICATE
         image, matrix = self._reduce(image, view)
         return _change_channels(
@@ -285,6 +290,7 @@ class Augment:
         if channels == 3:
             return self.color(image, uniforms)
         if channels < 3:
+            # a grey channel is changed as RGB of equal values, one of which is taken
             return image if channels == 2 else self.color(image.repeat(3, axis=2), uniforms)[..., :1]
         return np.dstack([self.color(np.ascontiguousarray(image[..., :3]), uniforms), image[..., 3:]])
 
@@ -295,6 +301,7 @@ class Augment:
             return image, view.matrix
         (height, width), (vertical, horizontal) = image.shape[:2], view.zoom
         size = (max(1, round(width * horizontal)), max(1, round(height * vertical)))
+        # the warp starts from the reduced image: its matrix undoes the reduction
         matrix = view.matrix @ np.linalg.inv(_resize((size[1] / height, size[0] / width)))
         if self.resample == "area":
             resized = _change_channels(
@@ -312,6 +319,7 @@ class Augment:
         """
         height, width = image.shape[:2]
         left, top, right, bottom = self._visible(matrix, size)
+        # only the visible part is filtered; a box of the whole image gives it the same weights
         box = (left * width / size[0], top * height / size[1], right * width / size[0], bottom * height / size[1])
         planes = [image] if image.shape[2] == 3 and image.dtype == np.uint8 else np.moveaxis(image, 2, 0)
         shown = (right - left, bottom - top)
@@ -322,6 +330,7 @@ class Augment:
         """Return left, top, right and bottom of the part of an image of `size` (W, H) that a view is sampled from."""
         right, bottom = self.crop[1] - 1, self.crop[0] - 1
         corners = np.linalg.inv(matrix) @ [[0, right, 0, right], [0, 0, bottom, bottom], [1, 1, 1, 1]]
+        # one pixel more on each side, which bilinear interpolation reads
         start = np.clip(np.floor(corners[:2].min(1)) - 1, 0, np.subtract(size, 1)).astype(int)
         end = np.clip(np.ceil(corners[:2].max(1)) + 2, start + 1, size).astype(int)
         return int(start[0]), int(start[1]), int(end[0]), int(end[1])

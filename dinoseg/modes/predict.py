@@ -236,13 +236,14 @@ def _settings(builder: Builder, options: dict[str, Any], folder: Path, task: Tas
         model["task"]["threshold"] = task.thresholds
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
-    pixels = {
+    data: dict[str, Any] = {
         "data.channels" if name == "channels" else f"data.pixels.{name}": value
         for name, value in builder.pixels.as_dict().items()
     }
+    data["data.palette"] = builder.labels.palette
     members = [_settings(member, {}, folder, task) for member in builder.members]
     others = {"members": members} if members else {}
-    return {"resume": builder.resume, "stamp": weights, **model, **pixels, **typed, "mode": options, **others}
+    return {"resume": builder.resume, "stamp": weights, **model, **data, **typed, "mode": options, **others}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:

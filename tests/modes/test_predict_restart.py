@@ -12,7 +12,7 @@ from command_line import call, succeed
 
 from dinoseg.modes import predict
 from dinoseg.training import checkpoint
-from dinoseg.utils.images import read_ids, write_png
+from dinoseg.utils.images import read_ids, read_image, write_png
 from dinoseg.utils.precision import bfloat16_is_faster
 
 
@@ -58,6 +58,15 @@ def test_other_model_is_refused_in_one_sentence(trained_once, tmp_path):
     assert other.status == 1 and "out holds predictions of another model: " in other.err
     assert "replaced by two/checkpoints/best.safetensors" in other.err
     assert other.err.count("error: ") == 1
+
+
+def test_typed_palette_colours_predictions_of_its_own_folder(trained_once, tmp_path):
+    words = ("mode=predict", f"resume={trained_once}/segmenter", f"input={trained_once}/clip/00000.png", "engine=cpu")
+    succeed(tmp_path, *words, "data.palette=[[9,8,7],[6,5,4]]", "hydra.run.dir=out")
+    colours = np.unique(read_image(tmp_path / "out/00000_segmentation/segmentation_colored.png"))
+    assert {*colours.tolist()} <= {*range(4, 10)}
+    other = call(tmp_path, *words, "hydra.run.dir=out")
+    assert other.status == 1 and "data.palette was [[9,8,7],[6,5,4]]" in other.err
 
 
 def test_checkpoint_knows_sizes_and_precision_of_its_training(trained_once):

@@ -145,6 +145,8 @@ def _find_segments(
     for chunk, pixels in _upsample_chunks(wide, queries, size, valid):
         for query, probabilities in zip(chunk, pixels.sigmoid(), strict=True):
             inside = probabilities >= 0.5
+            # argmax over q of P(class of q) * P(pixel in mask q), as a running maximum: all masks at once would take
+            # Q x H x W values
             value = scores[query] * probabilities
             wins = value > highest  # of equal values, the first query's wins
             highest = torch.where(wins, value, highest)

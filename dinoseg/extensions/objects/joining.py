@@ -51,6 +51,7 @@ def join_segments(parts: Sequence[Part], size: tuple[int, int], things: Collecti
     for members in stuff:
         owners[members] = members[0]
     canvas = np.zeros(size, np.int64)
+    # the best segment is painted last, and keeps its pixels
     for place in reversed(range(len(joined))):
         joined.masks[place].paint(canvas, 1 + owners[place])
     masks = RunLengths.of_ids(canvas)
@@ -76,6 +77,7 @@ def place_runs(mask: RunLengths, height: int, size: tuple[int, int], top: int, l
     last = (mask.ends - 1) // height
     counts = np.where(mask.ends > mask.starts, last - first + 1, 0)  # a run may continue in the next columns
     before = np.cumsum(counts) - counts
+    # each run is cut at the ends of its columns, which lie apart in the larger image
     columns = np.repeat(first - before, counts) + np.arange(counts.sum())
     starts = np.maximum(np.repeat(mask.starts, counts), columns * height) - columns * height
     ends = np.minimum(np.repeat(mask.ends, counts), (columns + 1) * height) - columns * height
@@ -99,6 +101,7 @@ def _find_groups(parts: Sequence[Part], placed: Objects, size: tuple[int, int]) 
         if band is not None:
             sides = [np.arange(ends[side] - len(parts[side][0]), ends[side]) for side in (first, second)]
             pairs = np.concatenate([pairs, _match(placed, sides[0], sides[1], band)])
+    # connected parts, not pairs: the outer windows of a long object have no pixel in common
     graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(placed), len(placed)))
     count, groups = connected_components(graph, directed=False)
     return [np.flatnonzero(groups == group) for group in range(count)]
@@ -126,6 +129,7 @@ def _match(placed: Objects, first: np.ndarray, second: np.ndarray, band: RunLeng
     ious = np.where(is_same, common / np.maximum(unions, 1), 0)
     if not ious.size:
         return np.zeros((0, 2), np.int64)
+    # each must be the other's best: one large object would else join several small ones
     best = ious.argmax(axis=1)  # of equal IoUs, the object of the higher score
     rows = np.arange(len(first))
     is_pair = (ious[rows, best] >= MIN_IOU) & (ious.argmax(axis=0)[best] == rows)

@@ -14,6 +14,7 @@ def overlaps(first: Sequence[RunLengths], second: Sequence[RunLengths]) -> np.nd
     ends = np.concatenate([np.empty(0, np.int64), *(runs.ends for runs in first)])
     found = np.zeros((len(first), len(second)), np.int64)
     for column, runs in enumerate(second):
+        # ones of a mask in [start, end) = ones before end - ones before start: O(R log R), whatever the image's size
         common = _count_before(runs, ends) - _count_before(runs, starts)
         np.add.at(found[:, column], owners, common)
     return found

@@ -100,6 +100,7 @@ class InstanceTask(ThingTask):
         super().__init__(classes, things, background)
         self.score = score
         self.max_instances = max_instances
+        # an exported graph finds its objects by these values, without this class
         self.graph_options = {
             "things": sorted(self.things),
             "background": self.background,
@@ -119,6 +120,7 @@ class InstanceTask(ThingTask):
         things = sorted(self.things)
         of_things = scores[:, things]
         pixels = torch.zeros_like(scores)
+        # 1 - highest score of a thing; clamped, since sums over queries may exceed 1
         pixels[:, self.background] = (1 - of_things.amax(1)).clamp(min=0)
         pixels[:, things] = of_things
         return pixels
@@ -132,6 +134,7 @@ class InstanceTask(ThingTask):
             return logits, shares
         things = sorted(self.things)
         of_things = torch.zeros_like(F.pad(shares, (0, 0, 0, 1)))
+        # classes of stuff have no share: their pixels are the background's
         of_things[:, :-1, things] = shares[:, :, things]
         of_things[:, -1, self.background] = 0.5
         return F.pad(logits, (0, 0, 0, 0, 0, 1), value=_CERTAIN), of_things
@@ -210,6 +213,7 @@ class PanopticTask(ThingTask):
 
     def targets(self, mask: Tensor, maps: Mapping[str, Tensor], num_classes: int, ignore_index: int) -> MaskTargets:
         """Return the objects of things but crowds, whose pixels have no label, and the classes of stuff."""
+        # one target for a class of stuff, however many regions it has
         stuff = {*range(num_classes)}.difference(self.things)
         return object_targets(mask, maps[OBJECTS], num_classes, ignore_index, stuff)
 

@@ -113,6 +113,7 @@ class EomtHead(Head[MaskOutputs]):
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
         size = (images.shape[-2], images.shape[-1])
         block_kwargs: dict[str, Any] = backbone.block_kwargs(size)
+        # the earlier blocks see no queries: their tokens are those of the backbone alone
         tokens, _ = backbone.run_blocks(backbone.embed(images), block_kwargs, stop=-self.joint_blocks)
         joint = list(backbone.blocks)[-self.joint_blocks :]
         blocks = [partial(backbone.run_block, block, **block_kwargs) for block in joint]
@@ -135,6 +136,8 @@ class EomtHead(Head[MaskOutputs]):
         for block, window in zip(blocks, self.windows, strict=True):
             mask = None
             if self.training:
+                # a prediction of the queries before each block: it is supervised, and its masks restrict the attention
+                # in the block, as in Mask2Former (arXiv 2112.01527)
                 earlier.append(self._read(norm(tokens), grid))
                 share = masked_share(self.step if is_in_steps(window) else self.step / self.steps, window)
                 mask = attention_mask(earlier[-1].mask_logits, grid, tokens.shape[1], share)
@@ -154,6 +157,7 @@ class EomtHead(Head[MaskOutputs]):
         tokens = at_least_float32(tokens)  # the backbone may run in half precision
         queries = tokens[:, : len(self.queries)]
         patches = tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
+        # logit of query q at pixel p = <MLP(q), feature(p)>, as in MaskFormer (arXiv 2107.06278)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), self.upscale(patches))
         return MaskOutputs(self.classify(queries), masks)
 
@@ -164,6 +168,7 @@ class _Doubling(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.grow = nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
+        # depthwise: a full 3 x 3 convolution of all channels takes `dim` times the products
         self.mix = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -182,6 +187,7 @@ def attention_mask(mask_logits: Tensor, grid: tuple[int, int], num_tokens: int, 
     if share == 0:
         return None
     inside = F.interpolate(mask_logits, grid, mode="bilinear").flatten(2) > 0  # (B, Q, h * w)
+    # one random number per image and query: a mask is dropped as a whole, not cell by cell
     free = torch.rand(inside.shape[:2], device=inside.device) >= share
     others = inside.new_ones(*inside.shape[:2], num_tokens - inside.shape[2])
     return torch.cat([others, inside | free[..., None]], dim=2)[:, None]
@@ -214,6 +220,7 @@ def annealing_windows(anneal: str | Sequence[Sequence[float]], blocks: int) -> l
     if isinstance(anneal, str):
         if anneal != _EVEN:
             raise UserError(f"anneal={anneal}: give {_EVEN}, or a list with a [start, end] for each block.")
+        # of 4 blocks 1/6, 2/6, 3/6 and 4/6: the first blocks lose their masks first
         starts = [(1 + 3 * number / max(1, blocks - 1)) / 6 for number in range(blocks)]
         return [(start, start + 1 / 6) for start in starts]
     if len(anneal) != blocks or not all(_is_window(window) for window in anneal):

@@ -139,9 +139,11 @@ class PmtHead(EomtHead):
         block_kwargs = backbone.block_kwargs(size)
         tokens = backbone.trainable_tokens(frozen, block_kwargs)
         grid = backbone.grid(size)
+        # sum over the blocks of (x + MLP(x)) * scale, where x = BatchNorm(tokens of the block), which takes (B, dim, N)
         parts = zip(tokens, self.norms, self.laterals, self.scales, strict=True)
         normed = [(norm(part.mT).mT, lateral, scale) for part, norm, lateral, scale in parts]
         fused = torch.stack([(part + lateral(part)) * scale for part, lateral, scale in normed]).sum(dim=0)
+        # a backbone with learned positions has no rotary ones to share: the head computes DINOv3's
         if not block_kwargs:
             positions = rotary_positions(grid, backbone.head_dim, fused, rescale=_RESCALE if self.training else None)
             block_kwargs = {"position_embeddings": positions}
@@ -156,6 +158,7 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.q_proj = nn.Linear(dim, dim)
+        # no bias of keys, as in DINOv3
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
@@ -220,7 +223,9 @@ def rotary_positions(
     centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (h * w, 2)
     if rescale is not None:
         limit = math.log(rescale)
+        # a new factor in each call, so that the head learns grids of other sizes (`pos_embed_rescale` of DINOv3)
         centres = centres * torch.empty(1, device=device).uniform_(-limit, limit).exp()
+    # 100^(-4 i / head_dim) for i = 0 .. head_dim / 4 - 1
     frequencies = 1 / _BASE ** torch.arange(0, 1, 4 / head_dim, device=device)  # (head_dim / 4,)
     angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
@@ -252,6 +257,7 @@ def load_decoder(head: PmtHead, path: str, *, new_class_layer: bool) -> None:
     content = read_tensor_file(Path(path).expanduser(), "weights")
     inner = content.get("state_dict")
     named = inner if isinstance(inner, Mapping) else content
+    # `torch.compile` puts `_orig_mod` in the names of what it has compiled
     found = {str(name).replace("._orig_mod", ""): value for name, value in named.items() if isinstance(value, Tensor)}
     state = head.state_dict()
     names = {official_name(name): name for name in state}
@@ -272,4 +278,5 @@ def load_decoder(head: PmtHead, path: str, *, new_class_layer: bool) -> None:
     check_weights(found, f"weights={path}", {official: state[name] for official, name in loaded.items()})
     with torch.no_grad():
         for official, name in loaded.items():
+            # tensors of a `state_dict` share the memory of the parameters
             state[name].copy_(found[official])

@@ -77,6 +77,7 @@ class DrawnObjects(ObjectSource):
         for form in each.forms:
             top, left, mask = form.draw(self.size)
             rows = np.repeat(np.arange(len(mask)), np.count_nonzero(mask, axis=1))  # faster than `np.nonzero`
+            # index in the image = index in the drawn box + first + row * (W - w)
             first = top * self.size[1] + left
             parts.append(first + np.flatnonzero(mask) + rows * (self.size[1] - mask.shape[1]))
         return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
@@ -113,6 +114,7 @@ def _collect_objects(mask: Drawing, things: frozenset[int], *, joined: bool) -> 
     for position, (class_id, shape) in enumerate(mask.labelled):
         if class_id not in things:
             continue
+        # shapes without an id or group are an object each
         key = position if shape.key is None else (class_id if joined else None, repr(shape.key))
         if key in members and not joined:
             raise UserError(f"{mask}: two annotations have the id {shape.key}. Make each unique.")

@@ -40,6 +40,7 @@ class ClassesOfIds(VirtualMask):
     def read(self) -> np.ndarray:
         """Return the numbers (H, W)."""
         ids = _read_ids(self.path)
+        # of Cityscapes: 26001 is a car, 26 an area of cars
         return np.where(ids < self.divisor, ids, ids // self.divisor) if self.has_areas else ids // self.divisor
 
     def digest(self) -> str:
@@ -113,9 +114,11 @@ class IdObjects(ObjectSource):
             raise UserError(f"{self.path} is {ids.shape[::-1]} (width, height), {self.mask} {classes.shape[::-1]}.")
         self._check_ignored_id(ids, classes)
         shown = np.isin(classes, list(self.things)) & (ids != 0)
+        # one sort finds the ids, a pixel of each, and the id of every pixel
         numbers, first, owners = np.unique(ids[shown], return_index=True, return_inverse=True)
         check_object_range(len(numbers), self.path)
         of_pixels = classes[shown]
+        # the class at an object's first pixel is compared with those at its others
         wrong = of_pixels != of_pixels[first][owners]
         if wrong.any():
             number = ids[shown][wrong][0]
@@ -137,6 +140,7 @@ class IdObjects(ObjectSource):
     def _check_ignored_id(self, ids: np.ndarray, classes: np.ndarray) -> None:
         """Refuse the ignored id beside the next one in a file that numbers objects, unless the config maps it."""
         ignore = self.reader.labels.ignore_index
+        # a file that numbers objects 254, 255, 256 would lose one of them in silence
         is_one_file = not isinstance(self.mask, ClassesOfIds) and mask_file(self.mask) == self.path
         is_unmapped = is_one_file and ignore not in (0, *(self.reader.masks.ids or ()))
         is_ignored = (classes[ids == ignore] == ignore).any()
@@ -194,6 +198,7 @@ def add_id_objects(
         )
     masks = dataset.reader.masks
     mapped = sorted((masks.ids or {}).items())
+    # of two classes, and without rules for values, every id but 0 can only be the thing
     is_one_thing = (
         *(files is None, len(dataset.classes) == 2, masks.format == "ids", masks.described is None or not mapped),
         *(masks.others is None, not masks.reduce_zero_label, all(class_id >= 0 for _, class_id in mapped)),

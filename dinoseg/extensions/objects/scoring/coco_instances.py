@@ -93,6 +93,7 @@ class CocoInstances(RowProtocol):
             )
         sides: list[dict[int, list[Named]]] = []
         for path, what, entries in ((reference, "annotation", whole["annotations"]), (prediction, "result", results)):
+            # by the images, not by the results: without any result, the objects of an image are misses
             by_image: dict[int, list[Named]] = {number: [] for number in images}
             for position, entry in enumerate(entries):
                 name = f"image {entry['image_id']}, {what} {format_value(entry.get('id', position))}"

@@ -84,6 +84,7 @@ class CocoPanoptic(SumProtocol):
         folders = [_png_folder(path) for path in (reference, prediction)]
         listing = Cases([])
         for number, name in name_images([{**entry, "id": number} for number, entry in held.items()]).items():
+            # an error, since PQ would be higher without the misses of this image
             if number not in found:
                 listing.problems.append((prediction, f"image {number} has no prediction. Add it"))
                 continue
@@ -124,6 +125,7 @@ class CocoPanoptic(SumProtocol):
             raise BadFile(path, f"{where}: {error}") from None
         if pixels.ndim != 3:
             raise BadFile(path, f"{where} has one channel: store ids as colours, red + 256 green + 65536 blue")
+        # id = red + 256 green + 65536 blue, as in COCO's `rgb2id`
         ids = pixels.astype(np.int64) @ np.array([1, 2**8, 2**16])
         drawn, areas = np.unique(ids, return_counts=True)
         area_of = dict(zip(drawn.tolist(), areas.tolist(), strict=True))

@@ -128,6 +128,7 @@ def count_segments(reference: Segments, prediction: Segments, num_classes: int) 
     predicted = common[:, 1:].sum(axis=0)
     iou = ratio(inside, held[:, None] + predicted - inside - void)
     same = reference.classes[:, None] == prediction.classes
+    # segments do not overlap, so that above an IoU of 0.5 each has at most one match
     matches = same & ~reference.crowds[:, None] & (iou > 0.5)
     places = np.flatnonzero(reference.crowds)
     # of several crowds of a class in one image, the official code excuses by the last alone
@@ -158,6 +159,7 @@ def _count_common(reference: Segments, prediction: Segments) -> np.ndarray:
         found = np.searchsorted(side.numbers[order], side.ids)
         places.append(np.where(side.ids == 0, 0, np.concatenate([order, [0]])[found] + 1))
     shape = len(reference.numbers) + 1, len(prediction.numbers) + 1
+    # a code for each pair of segments: one count over the pixels gives all intersections
     codes = places[0] * shape[1] + places[1]
     return np.bincount(codes.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
@@ -168,6 +170,7 @@ def class_qualities(sums: np.ndarray) -> dict[str, np.ndarray]:
     SQ of a class without a hit is 0, as in the official code.
     """
     iou, hits, false, missed = np.moveaxis(sums, -2, 0)
+    # PQ = sum of IoU / (TP + FP / 2 + FN / 2) = SQ * RQ, SQ = sum of IoU / TP
     divisor = hits + false / 2 + missed / 2
     mean_iou = np.divide(iou, hits, out=np.zeros(hits.shape), where=hits > 0)
     return {"PQ": ratio(iou, divisor), "SQ": np.where(divisor > 0, mean_iou, np.nan), "RQ": ratio(hits, divisor)}

@@ -53,6 +53,7 @@ class VitAdapter(nn.Module):
         features = [at_least_float32(feature).contiguous() for feature in features]  # the backbone may be bfloat16
         pixels = at_least_float32(pixels)
         rows, columns = size_of(features[-1])
+        # strides of 4 to 32 px are then a quarter of a token to two tokens, at any patch size
         if size_of(pixels) != (TOKEN * rows, TOKEN * columns):
             pixels = F.interpolate(pixels, (TOKEN * rows, TOKEN * columns), mode="bilinear", align_corners=False)
         quarter, *coarser = self.spm(pixels)
@@ -67,6 +68,7 @@ class VitAdapter(nn.Module):
         maps = [quarter + self.up(coarser[0]), *coarser]
         norms = (self.norm1, self.norm2, self.norm3, self.norm4)
         return [
+            # each level also adds a map of the transformer itself (`add_vit_feature` of the official code)
             norm(level + F.interpolate(feature, size_of(level), mode="bilinear", align_corners=False))
             for norm, level, feature in zip(norms, maps, features, strict=True)
         ]
@@ -118,6 +120,7 @@ class Extractor(nn.Module):
         self.checkpointing = checkpointing
         self.query_norm = nn.LayerNorm(dim, eps=1e-6)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
+        # values of half the width (`deform_ratio` of the official code) halve the memory of the samples
         self.attn = DeformableAttention(dim, num_heads, num_levels=1, ratio=0.5)
         self.ffn = ConvFeedForward(dim, dim // 4)
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -156,6 +159,7 @@ def drop_samples(update: Tensor, share: float) -> Tensor:
     if share == 0:
         return update
     survives = torch.rand(update.shape[0], *[1] * (update.ndim - 1), device=update.device) >= share
+    # divided by the share that remains, so that the mean is that of evaluation
     return update * survives / (1 - share)
 
 
@@ -168,6 +172,7 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        # He et al. (arXiv 1502.01852) by outgoing connections, as in the official code
         outgoing = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / outgoing))
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:

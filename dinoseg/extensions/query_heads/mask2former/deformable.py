@@ -69,6 +69,7 @@ class DeformableAttention(nn.Module):
         values = self.value_proj(cells).unflatten(-1, (self.shape[0], -1))  # (B, N, M, D)
         with torch.autocast(queries.device.type, enabled=False):
             offsets, weights, values = (at_least_float32(part) for part in (offsets, weights, values))
+            # sum of weight * value(centre + offset / size) over levels and points, whose weights add up to 1 (eq. 3)
             weights = weights.flatten(3).softmax(-1).view_as(weights)
             scale = torch.tensor([(columns, rows) for rows, columns in sizes], dtype=offsets.dtype)  # (L, 2)
             points = centres[:, None, None, None].to(offsets) + offsets / to_device(scale, offsets.device)[:, None]

@@ -113,6 +113,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
                 hidden, num_heads, feedforward, num_queries, num_classes + no_object
             )
         if weights:
+            # memory without values: the file has every one of them
             self.to_empty(device=device)
             load_segmentor(self, weights, new_class_layer=class_layer == "new")
             if class_layer == "new":
@@ -149,6 +150,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
             given = backbone.forward_frozen(images)
         if not self._trains_classes_only(backbone):
             return [*given, pixels]
+        # queries and masks depend on the image alone, too: cached, an epoch skips adapter and both decoders
         size = (images.shape[-2], images.shape[-1])
         with self._backbone_precision(images):
             features = backbone.forward_trainable(given, size)
@@ -170,6 +172,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         return torch.autocast(pixels.device.type, torch.bfloat16)
 
     def _trains_classes_only(self, backbone: Backbone) -> bool:
+        # parameters are compared by identity; PyTorch hashes a tensor by its id
         learning = {parameter for parameter in self.parameters() if parameter.requires_grad}
         return backbone.first_trained is None and learning <= set(self.predictor.class_embed.parameters())
 
@@ -235,6 +238,7 @@ def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:
             f"num_heads={num_heads} does not divide {dim // 2}, half of the backbone's width {dim}. "
             f"Choose one of {', '.join(map(str, fitting))}."
         )
+    # each head and each group of GroupNorm gets a whole number of channels
     step = math.lcm(num_heads, GROUPS)
     least = math.ceil(2 * GROUPS / step) * step  # GroupNorm on a single cell needs two channels per group
     if hidden_dim is None:
@@ -265,6 +269,7 @@ def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
     tensors = read_tensors(path)
     passed_over = [key for key in tensors if key.startswith(BACKBONE)]
     tensors = {key: value for key, value in tensors.items() if not key.startswith(BACKBONE)}
+    # names, shapes and values are checked before anything is copied: a refused file leaves the head as it was
     wanted = {meta_name(name): tensor for name, tensor in head.state_dict().items()}
     _check_names(path, tensors.keys(), wanted.keys())
     if new_class_layer:
@@ -317,6 +322,7 @@ def _check_shapes(path: str, in_file: Mapping[str, Tensor], expected: Mapping[st
     wrong = [key for key, tensor in expected.items() if in_file[key].shape != tensor.shape]
     if not wrong:
         return
+    # one wrong width changes hundreds of shapes: only the settings that explain them are named
     differences = []
     for name, key, axis, divisor, remedy in TELLING:
         if key in wrong:

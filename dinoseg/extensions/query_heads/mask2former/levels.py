@@ -29,6 +29,7 @@ def cell_centres(sizes: Sequence[Size], like: Tensor) -> Tensor:
     """Return x and y (N, 2) of all cells in the order of `to_tokens`, in 0..1 from edge to edge of their level."""
     centres = []
     for rows, columns in sizes:
+        # centre i of n is at (i + 0.5) / n, as `grid_sample` counts with align_corners=False
         y = (torch.arange(rows, device=like.device, dtype=like.dtype) + 0.5) / rows
         x = (torch.arange(columns, device=like.device, dtype=like.dtype) + 0.5) / columns
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -48,6 +49,7 @@ def sine_positions(size: Size, dim: int, like: Tensor) -> Tensor:
 
     def waves(count: int) -> Tensor:
         steps = torch.arange(1, count + 1, device=like.device, dtype=like.dtype)
+        # the 1e-6 is DETR's: the released weights were trained with it
         angles = (steps / (count + 1e-6) * (2 * math.pi))[:, None] / divisors  # (count, dim / 4)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (count, dim / 2)
 

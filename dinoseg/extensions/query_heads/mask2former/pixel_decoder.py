@@ -53,8 +53,10 @@ class PixelDecoder(nn.Module):
         Args:
             pyramid: maps (B, in_dim, ., .) of strides 4, 8, 16 and 32.
         """
+        # without autocast, as `forward_features` of the official code
         with torch.autocast(pyramid[0].device.type, enabled=False):
             finest, *coarser = (at_least_float32(level) for level in pyramid)
+            # coarsest first, as the convolutions are numbered in Meta's file
             levels = [conv(level) for conv, level in zip(self.input_convs, reversed(coarser), strict=True)]
             levels = self.encoder(levels)
             lateral, output = self.lateral_convs[0], self.output_convs[0]
@@ -67,6 +69,7 @@ class PixelDecoder(nn.Module):
             nn.init.xavier_uniform_(conv.get_parameter("0.weight"))
             nn.init.zeros_(conv.get_parameter("0.bias"))
         for conv in (self.mask_feature, *self.lateral_convs, *self.output_convs):
+            # `c2_xavier_fill` of the official code
             nn.init.kaiming_uniform_(conv.get_parameter("weight"), a=1)
         nn.init.zeros_(self.mask_feature.get_parameter("bias"))
 
@@ -87,6 +90,7 @@ class LevelEncoder(nn.Module):
         sizes = [size_of(level) for level in maps]
         tokens = to_tokens(maps)  # (B, N, dim)
         centres = cell_centres(sizes, like=tokens)
+        # cells of several levels at one place have one sine code: a learned vector per level distinguishes them
         positions = torch.cat(
             [
                 sine_positions(size, tokens.shape[-1], like=tokens) + shift
@@ -95,6 +99,7 @@ class LevelEncoder(nn.Module):
         )
         for layer in self.encoder["layers"].children():
             if self.checkpointing and torch.is_grad_enabled():
+                # stores the input of a layer, not its samples: num_heads x 3 levels x 4 points of each cell
                 tokens = checkpoint(layer, tokens, positions, centres, sizes, use_reentrant=False)
             else:
                 tokens = layer(tokens, positions, centres, sizes)

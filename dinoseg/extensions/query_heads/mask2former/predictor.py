@@ -79,6 +79,7 @@ class MaskedAttentionDecoder(nn.Module):
             self.transformer_ffn_layers,
             strict=True,
         )
+        # cross-attention comes first, unlike in DETR: without it, queries know nothing of the image yet
         for index, (read, mix, feed_forward) in enumerate(stack):
             level = index % LEVELS
             seen = self._masks(queries, mask_features)
@@ -98,8 +99,11 @@ class MaskedAttentionDecoder(nn.Module):
     @staticmethod
     def _blocked_positions(mask_logits: Tensor, size: Size) -> Tensor:
         """Return blocked positions (B, 1, Q, N), True = blocked; rows that would be blocked in full are unblocked."""
+        # detached: a threshold has no gradient
         logits = F.interpolate(mask_logits.detach(), size, mode="bilinear", align_corners=False)
+        # not `logits < 0`: the sigmoid of a tiny negative logit rounds to 0.5, which Meta's code does not block
         blocked = logits.sigmoid().flatten(2) < 0.5
+        # softmax of a row that is blocked in full would be nan
         return (blocked & ~blocked.all(-1, keepdim=True))[:, None]
 
 
