@@ -92,6 +92,11 @@ def kill_remaining(processes: Sequence[Any], seconds: float) -> Iterator[None]:
         for process in processes:
             process.kill()
 
+    # no thread starts any more as the interpreter exits, when generators in reference cycles are closed
+    if sys.is_finalizing():
+        kill()
+        yield
+        return
     killer = threading.Timer(seconds, kill)
     killer.start()
     try:

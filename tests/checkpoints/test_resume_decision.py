@@ -88,3 +88,8 @@ def test_job_of_a_sweep_resumes_the_run_of_its_words(plan, typed, words, found, 
 def test_job_of_a_sweep_refuses_the_run_of_another_job(plan, typed, words, found, named):
     decide = partial(decide_in_folder, found, plan, typed=typed, words=words)
     assert_refused(decide, named, "in their order", "hydra.sweep.dir")
+
+
+def test_added_lengths_tell_no_jobs_apart():
+    there = run(words=["+trainer.max_minutes=9"])
+    assert decide_in_folder(there, PLAN, typed=(), words=[]) is Action.RESUME

@@ -168,6 +168,7 @@ def test_locked_given_folder_is_an_error(here, monkeypatch):
     monkeypatch.setattr("dinoseg.runs.folder.locks.acquire", lambda path, wait: None)
     done = call(here, *AUTO, "hydra.run.dir=mine")
     assert done.status == 1 and "mine" in done.err and "another process" in done.err.lower()
+    assert "choose another run folder" in done.err
 
 
 def test_script_that_names_its_folder_resumes_it_alone(quick, here, interrupt):

@@ -161,6 +161,7 @@ def test_kernel_needs_cuda_and_grids_smaller_than_masks(monkeypatch):
     assert way.takes(Pretended(grid))
     assert not way.takes(Pretended(torch.zeros(1, 5, 8, 9)))
     assert not way.takes(Pretended(grid.double()))
+    assert way.takes(Pretended(torch.zeros(1, 1024, 8, 8)))
     assert not way.takes(Pretended(torch.zeros(1, 1025, 8, 8)))
     with pytest.raises(RuntimeError, match=r"size of the tensor \(4\) must match the existing size \(5\)"):
         way.sums([torch.zeros(1, 4, 8, 8)], None)

@@ -173,8 +173,10 @@ def test_score_no_better_than_a_constant_is_reported(where, monkeypatch, matrix,
             ("hparam=instance", "head=linear", "data=folder_instances", "data.background=dark"),
             "LinearHead predicts no masks, which a task of objects needs",
         ),
+        (("head=mask2former_meta", "loss=mask_classification"), "head.weights is not set"),
+        (("data.root=.", "trainer.steps=0"), "trainer.steps=0 is out of range"),
     ],
-    ids=["loss", "task"],
+    ids=["loss", "task", "head's weights", "length"],
 )
 def test_head_is_checked_before_weights_are_downloaded(where, words, message):
     done = call(where, "mode=train", *SMALL, "backbone.weights=org/unavailable", *words)

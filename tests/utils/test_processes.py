@@ -273,3 +273,31 @@ def test_messages_arrive_where_standard_error_is_closed():
     command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert done.stdout == "({'number': 1}, b'')\n"
+
+
+CLOSED_AT_EXIT = """
+import gc
+from dinoseg.utils.workers import kill_remaining
+
+class Process:
+    def kill(self):
+        print("killed", flush=True)
+
+def items():
+    try:
+        yield
+    finally:
+        with kill_remaining([Process()], 60):
+            print("closed", flush=True)
+
+gc.disable()
+cycle = [items()]
+cycle.append(cycle)
+next(cycle[0])
+del cycle
+"""
+
+
+def test_processes_of_a_generator_end_with_the_interpreter():
+    done = subprocess.run([sys.executable, "-c", CLOSED_AT_EXIT], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "killed\nclosed\n", "")

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_file
+from dinoseg.utils.wording import format_value
 
 LOWEST, HIGHEST = 0.01, 0.99  # quantiles between which a component is drawn
 ROWS = 2**18  # patches that are read from the file at once
 _BINS = 2**16
 _NAME = "dinoseg.features"  # of the metadata in the file
+_GREATEST = 1e12  # of the values in a file
 _INFO = forms.object_with(components=forms.list_of(forms.whole(1)))
 _TENSORS = ("mean", "directions", "low", "high", "eigenvalues")
 
@@ -140,7 +142,7 @@ class Basis:
         """Write a safetensors file, which `load` reads."""
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         with atomic_file(Path(path)) as part:
-            save_file(tensors, part, {_NAME: json.dumps(self.info)})
+            part.write_bytes(save(tensors, {_NAME: json.dumps(self.info)}))
 
     @classmethod
     def load(cls, path: str | PathLike[str], info: dict[str, Any], key: str = "basis") -> "Basis":
@@ -162,19 +164,34 @@ class Basis:
             count, width = arrays["directions"].shape
             shapes = ((width,), (count, width), (count,), (count,), (width,))
             fits = [arrays[name].shape for name in _TENSORS] == [*shapes] and count == 1 + len(stored["components"])
-            if not fits or not all(np.isfinite(value).all() for value in arrays.values()):
+            is_bounded = all((np.abs(value) < _GREATEST).all() for value in arrays.values())  # and no NaN
+            if not fits or not is_bounded or max(check_components(stored["components"])) > width:
                 raise ValueError("shapes or values")
-        except (SafetensorError, ValueError, forms.SchemaError):
+        # TypeError and AttributeError: of types that NumPy lacks
+        except (SafetensorError, ValueError, TypeError, AttributeError, UserError, forms.SchemaError):
             raise UserError(
                 f"{key}={path} holds no basis of features. Give a basis.safetensors of mode=features."
             ) from None
         for name, value in info.items():
             if stored.get(name) != value:
                 raise UserError(
-                    f"{key}={path} was fitted to features with {name}={stored.get(name)}, and these have "
-                    f"{name}={value}. Use the same {name}, or leave {key} out to fit a new basis."
+                    f"{key}={path} was fitted to features with {name}={format_value(stored.get(name))}, and these have "
+                    f"{name}={format_value(value)}. Use the same {name}, or leave {key} out to fit a new basis."
                 )
         return cls(**arrays, info=stored)
+
+
+def check_components(components: Sequence[int]) -> list[int]:
+    """Return one to three numbers of components.
+
+    Raises:
+        UserError: there are others.
+    """
+    numbers = list(components)
+    is_few = 1 <= len(numbers) == len({*numbers}) <= 3
+    if not is_few or not all(type(number) is int and number >= 1 for number in numbers):
+        raise UserError(f"components={numbers}: give one to three different numbers from 1, such as [1,2,3].")
+    return numbers
 
 
 class Projections:
@@ -186,7 +203,7 @@ class Projections:
     """
 
     def __init__(self, folder: Path, width: int) -> None:
-        self.width, self.count = width, 0
+        self.folder, self.width, self.count = folder, width, 0
         self._file = TemporaryFile(dir=folder)
 
     def __enter__(self) -> "Projections":
@@ -197,7 +214,12 @@ class Projections:
 
     def add(self, projections: np.ndarray) -> None:
         """Append the projections (..., 1 + K) of an image."""
-        self._file.write(np.ascontiguousarray(projections, np.float32).tobytes())
+        try:
+            self._file.write(np.ascontiguousarray(projections, np.float32).tobytes())
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.folder / "temporary projections")  # the file has no name
+            raise
         self.count += projections.size // self.width
 
     def cut(self, count: int) -> None:

@@ -16,11 +16,11 @@ from dinoseg.core.contracts import require_classes
 from dinoseg.core.sizes import Size
 from dinoseg.core.task import refuse_layers
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections
+from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections, check_components
 from dinoseg.extensions.feature_views.drawing import Upsample, enlarge, to_bytes
 from dinoseg.extensions.feature_views.patches import Patches, PatchFeatures
-from dinoseg.extensions.feature_views.view import check_components, describe, removes_position
-from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
+from dinoseg.extensions.feature_views.view import describe, removes_position
+from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video, promised_frames
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.inputs import list_inputs
@@ -81,6 +81,10 @@ def show_features(
     with name_parameters({name: f"mode.{name}" for name in ("layer", "position", "rank", "components", "basis")}):
         chosen, removes = check_components(components), removes_position(position)
         sources = _find_sources(input, builder.pixels)
+        if save and all(source.is_video for source in sources):
+            raise UserError(
+                f"mode.save=true writes the features of images, and input={input} is a video. Leave it out."
+            )
         trained, model, engine = _open_model(builder, layer, foreground)
         if before and trained is None:
             raise UserError("mode.before=true compares a trained model with its start. Give resume=RUN.")
@@ -241,7 +245,7 @@ class _Run:
         for source in self._each("basis"):
             with self._leaving_out(source):
                 own = Moments()
-                for number, (image, _) in enumerate(source.frames()):
+                for number, (image, _) in enumerate(self._frames(source)):
                     if number % every == 0:
                         for view in self.views:
                             own += Moments.of(view(image).values)
@@ -253,7 +257,7 @@ class _Run:
         for source in self._each("projections"):
             before, compared = projections.count, cosines.count
             with self._leaving_out(source):
-                for image, _ in source.frames():
+                for image, _ in self._frames(source):
                     found = [view(image) for view in self.views]
                     for patches in found:
                         basis.check(patches.values)
@@ -286,7 +290,7 @@ class _Run:
         cosines.rewind()
         for source in self._each("pictures"):
             with self._writer(source) as write:
-                for (image, time), ((height, width), seen) in zip(source.frames(), source.shapes, strict=True):
+                for (image, time), ((height, width), seen) in zip(self._frames(source), source.shapes, strict=True):
                     size = (image.shape[0], image.shape[1])
                     shown = []
                     for _ in self.views:
@@ -321,10 +325,17 @@ class _Run:
         Raises:
             UserError: none is left.
         """
-        with Bar([*self.sources], desc=what, unit="input") as bar:
-            yield from bar
+        frames = sum(promised_frames(source.path) if source.is_video else 1 for source in self.sources)
+        with Bar(total=frames, desc=what, unit="frame") as self._bar:
+            yield from [*self.sources]
         if not self.sources:
             raise UserError("\n  ".join(["No input can be read:", *self.failures]))
+
+    def _frames(self, source: _Source) -> Iterator[Frame]:
+        """Yield the frames of a source, and advance the progress bar."""
+        for frame in source.frames():
+            yield frame
+            self._bar.update()
 
     @contextmanager
     def _leaving_out(self, source: _Source) -> Iterator[None]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dinoseg.core.channels import PixelFormat
-from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections
+from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections, check_components
 from dinoseg.extensions.feature_views.drawing import Upsample, enlarge, to_bytes
 from dinoseg.extensions.feature_views.patches import Patches, PatchFeatures
 from dinoseg.segmenter.inputs import pictures
@@ -100,6 +100,7 @@ class FeatureView:
         """Return the features of the patches of an image, (h, w, C) float32."""
         return self._features(self._read(image)).values
 
+    @check_annotations
     def colours(self, image: Any, upsample: Upsample = "nearest") -> np.ndarray:
         """Return the colours of an image in the basis, (H, W, 3) uint8 at the size of the image.
 
@@ -110,6 +111,7 @@ class FeatureView:
             raise UserError("There is no basis yet. Call fit(images) first, or give basis=FILE.")
         pixels = self._read(image)
         patches = self._features(pixels)
+        self.basis.check(patches.values)
         colours = self.basis.colours(self.basis.project(patches.values))
         size = (pixels.shape[0], pixels.shape[1])
         return to_bytes(enlarge(colours, size, patches.size, self._features.backbone.patch_size, upsample))
@@ -138,6 +140,8 @@ def fit_basis(
     moments = Moments()
     for patches in read():
         moments += Moments.of(patches.values)
+    if not moments.count:
+        raise UserError("There is no image to fit a basis to. Give at least one.")
     basis = Basis.fit(moments, components, info)
     with Projections(Path(gettempdir()) if folder is None else folder, len(basis.directions)) as projections:
         for patches in read():
@@ -162,15 +166,3 @@ def removes_position(position: str) -> bool:
     if position not in ("keep", "remove"):
         raise UserError(f"position={position}: give keep or remove.")
     return position == "remove"
-
-
-def check_components(components: Sequence[int]) -> list[int]:
-    """Return one to three numbers of components.
-
-    Raises:
-        UserError: there are others.
-    """
-    numbers = list(components)
-    if not 1 <= len(numbers) <= 3 or not all(type(number) is int and number >= 1 for number in numbers):
-        raise UserError(f"components={numbers}: give one to three numbers from 1, such as [1,2,3].")
-    return numbers

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+import torch
 from mistakes import refusals
+from safetensors.torch import save_file
 
 from dinoseg.extensions.feature_views.basis import Basis, Moments, Projections
 from dinoseg.extensions.feature_views.drawing import enlarge, to_bytes
@@ -138,6 +140,14 @@ def load_text():
     Basis.load("basis.safetensors", INFO)
 
 
+def load_half():
+    tensors = {name: torch.zeros(2, dtype=torch.bfloat16) for name in ("mean", "directions", "low", "high")}
+    save_file(
+        tensors | {"eigenvalues": torch.zeros(2)}, "basis.safetensors", {"dinoseg.features": '{"components": [1]}'}
+    )
+    Basis.load("basis.safetensors", INFO)
+
+
 test_bases_that_do_not_fit_are_refused = refusals(
     {
         "more components than channels": (
@@ -149,6 +159,10 @@ test_bases_that_do_not_fit_are_refused = refusals(
         "no tensors": (load_text, "basis=basis.safetensors holds no basis", "mode=features"),
         "shapes": (load_changed(low=np.zeros(2)), "holds no basis"),
         "not a number": (load_changed(mean=np.full(12, np.nan)), "holds no basis"),
+        "counts": (load_changed(info={**INFO, "components": [1]}), "holds no basis"),
+        "numbers": (load_changed(info={**INFO, "components": [1, 10**9]}), "holds no basis"),
+        "great values": (load_changed(mean=np.full(12, 1e308)), "holds no basis"),
+        "types": (load_half, "holds no basis"),
         "no components": (load_changed(info=INFO), "holds no basis"),
         "another layer": (
             lambda: (saved(), Basis.load("basis.safetensors", {**INFO, "layer": 2})),

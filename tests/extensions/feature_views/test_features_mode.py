@@ -11,6 +11,7 @@ from dinoseg.extensions.video.prediction import VideoReader
 
 VIEW = ("mode=features", "engine=cpu")
 RGB = (*VIEW, "backbone=rgb", "mode.normalise=false")
+REMOVED = ("mode.position=remove", "mode.save=true")
 SIZES = {"b10": (24, 40), "b9": (17, 9), "a": (8, 8)}  # natural order: a, b9, b10
 
 
@@ -63,10 +64,29 @@ def test_pictures_equal_a_plain_computation_of_all_patches(where):
         assert np.abs(difference).max() <= 0.51
         np.testing.assert_allclose(np.load(out / f"{name}_features.npy"), features[name], atol=2e-3)
     summary = json.loads((out / "summary.json").read_text())
+    values = features["b10"].reshape(-1, 3)
+    within = ((values - values.mean(0)) @ np.stack(rows).T).var(0)
+    assert summary["inputs"]["b10"]["variance_shares"] == pytest.approx((within / within.sum())[[1, 0]], rel=1e-4)
     assert summary["variance_shares"] == pytest.approx((singular**2 / (singular**2).sum())[[1, 0]], rel=1e-5)
     assert [*summary["inputs"]] == sorted(SIZES) and summary["inputs"]["b9"]["patches"] == 6
     facts = json.loads((out / "b9_features.json").read_text())
     assert facts == {"grid": [3, 2], "patch_size": 8, "resized": [17, 9], "layer": 0}
+
+
+def test_outliers_and_positions_are_counted(where):
+    image = np.full((32, 32, 3), 140)
+    image[:8, 8:16] = 0  # far from the mean colour, which is zero
+    save(where / "spot.png", image)
+    out = show(where, *RGB, "input=spot.png", out="spot")
+    norms = np.linalg.norm(patches_of(image), axis=2)
+    found = json.loads((out / "summary.json").read_text())["inputs"]["spot"]
+    assert found["outlier_share"] == 1 / 16 == (norms > 3 * np.median(norms)).mean()
+    out = show(where, *VIEW, *TINY, "input=images/b10.png", "mode.rank=3", "mode.save=true", out="share")
+    values = np.load(out / "b10_features.npy").astype(float)
+    rest = show(where, *VIEW, *TINY, "input=images/b10.png", "mode.rank=3", *REMOVED, out="removed")
+    cosine = (np.load(rest / "b10_features.npy").astype(float) * values).sum(2)  # the length of what is left
+    found = json.loads((out / "summary.json").read_text())["inputs"]["b10"]["position_energy_share"]
+    assert found == pytest.approx((1 - cosine**2).mean(), abs=2e-3)
 
 
 def test_an_image_alone_has_its_bytes_of_the_whole_input(where):
@@ -146,6 +166,17 @@ def test_an_unreadable_input_is_left_out_and_named(where):
     assert (few / "b9_features.png").read_bytes() == (where / "some_out/b9_features.png").read_bytes()
 
 
+def test_a_video_that_ends_early_shifts_no_colours(where):
+    whole = write_video(where / "cut/a.avi", 40).read_bytes()
+    (where / "cut/a.avi").write_bytes(whole[: len(whole) // 2])
+    save(where / "cut/b.png", picture(where / "images/b10.png"))
+    basis = show(where, *RGB, "input=images", out="shift_basis") / "basis.safetensors"
+    done = call(where, *RGB, "input=cut", f"mode.basis={basis}", "hydra.run.dir=cut_out")
+    assert done.status == 1 and "a.avi" in done.err
+    alone = show(where, *RGB, "input=cut/b.png", f"mode.basis={basis}", out="cut_alone")
+    assert (where / "cut_out/b_features.png").read_bytes() == (alone / "b_features.png").read_bytes()
+
+
 def test_any_image_has_a_picture(where):
     save(where / "odd/dot.png", np.full((1, 1, 3), 7))
     save(where / "odd/alpha.png", np.full((9, 9, 4), 200))
@@ -168,6 +199,7 @@ def test_any_image_has_a_picture(where):
         (("input=images", "mode.components=[25]"), ["mode.components=[25]", "1 to 24"]),
         (("input=images", "mode.rank=24"), ["mode.rank=24", "24 channels"]),
         (("input=images", "mode.foreground=classes"), ["mode.foreground=classes", "resume=RUN"]),
+        (("input=video.avi", "mode.save=true"), ["mode.save=true", "video.avi"]),
         (("input=images", "mode.before=true"), ["mode.before=true", "resume=RUN"]),
         (("input=images", "mode.foreground=all"), ["mode.foreground=all", "component"]),
         (("input=images", "mode.basis=none.safetensors"), ["mode.basis", "none.safetensors"]),

@@ -5,6 +5,7 @@ from command_line import TINY_KEYS
 from mistakes import assert_refused
 
 import dinoseg
+from dinoseg.extensions.feature_views.basis import Basis, Moments
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (37, 50, 3)).astype(np.uint8)
 
@@ -63,5 +64,13 @@ def test_what_does_not_fit_is_refused():
     assert_refused(lambda: dinoseg.FeatureView(segmenter).colours(IMAGE), "no basis yet", "fit(images)")
     assert_refused(lambda: dinoseg.FeatureView(segmenter, layer=2), "layers=[2]", "2 blocks")
     assert_refused(lambda: dinoseg.FeatureView(segmenter).features([IMAGE, IMAGE]), "2 images")
+    assert_refused(lambda: dinoseg.FeatureView(segmenter).fit([]), "no image")
+    assert_refused(lambda: dinoseg.FeatureView(segmenter).fit([IMAGE], [1, 2, 3, 4]), "one to three")
+    assert_refused(lambda: dinoseg.FeatureView(segmenter).fit([IMAGE], [1, 1]), "different")
+    view = dinoseg.FeatureView(segmenter)
+    view.fit([IMAGE])
+    assert_refused(lambda: view.colours(IMAGE, "cubic"), "upsample=cubic", "bilinear")
+    view.basis = Basis.fit(Moments.of(np.eye(3)[None]), [1], {})
+    assert_refused(lambda: view.colours(IMAGE), "3 channels", "24")
     shallow = model(**{"head.layers": [0]})
     assert_refused(lambda: dinoseg.FeatureView(shallow), "layer=-1", "this model has 0", "resume")
