@@ -114,12 +114,18 @@ def _open_model(
         return trained, trained.model, trained.engine
     if foreground == "classes":
         raise UserError("mode.foreground=classes needs a trained model. Give resume=RUN, or choose component.")
+    model, engine = build_bare_model(builder, layer)
+    return None, model, engine
+
+
+def build_bare_model(builder: Builder, layer: int = -1) -> tuple[SegmentationModel, Engine]:
+    """Return the backbone that the config names, without adapter, as a model in eval mode, and its engine."""
     engine = builder.engine()
     announce(f"Building the backbone, with backbone.weights={builder.value('backbone').get('weights')}")
     backbone = builder.with_changes({"backbone": {"layers": [layer]}}).backbone()
     sizes = {key: builder.value(f"resolution.{key}") for key in ("scale", "longest")}
     bare = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 1), **sizes)
-    return None, engine.place(bare).eval(), engine
+    return engine.place(bare).eval(), engine
 
 
 def _find_sources(source: str, pixels: PixelFormat) -> list["_Source"]:
