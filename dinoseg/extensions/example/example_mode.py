@@ -32,7 +32,7 @@ from dinoseg.inference.results import DoneInputs, mask_names, result_names
 from dinoseg.inference.videos import VideoInput, VideoOptions
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError, name_parameters
-from dinoseg.utils.ranges import Count, Share
+from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ def segment_by_references(
     *,
     out_dir: Path,
     input: str | None,
-    references: Sequence[Sequence[str]] | None,
-    rank: Count | None,
+    references: Sequence[Any] | None,
+    rank: Natural | None,
     size: Sequence[Count] | None,
     tau: Share,
     alpha: Share,
@@ -83,7 +83,7 @@ def segment_by_references(
         model, engine = build_bare_model(builder)
     with name_parameters({"rank": "mode.rank", "size": "mode.size"}):
         features = PatchFeatures(model, engine.device, engine.autocast, rank=rank)
-        matcher = ExampleMatcher(features, found, size=_as_size(size), tau=tau, alpha=alpha)
+        matcher = ExampleMatcher(features, found, size=size, tau=tau, alpha=alpha)
     ids = np.array([labels.ignore_index if background is None else background, *concepts], np.uint8)
     predictor = ExamplePredictor(model, engine.device, engine.autocast, matcher=matcher, class_ids=ids)
     settings = SegmentationSettings(predictor, labels, opacity, batch_size=1, pixels=builder.pixels)
@@ -150,14 +150,6 @@ def _find_labels(builder: Builder) -> tuple[Labels, dict[str, Any], int | None]:
     if OmegaConf.is_interpolation(data, "classes") and OmegaConf.is_missing(data, "root"):
         return ONE_CONCEPT, ONE_CONCEPT_MASKS, 0
     return builder.labels, mask_keys(data), builder.background
-
-
-def _as_size(size: Sequence[int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    if len(size) != 2:
-        raise UserError(f"size={list(size)}: give height and width, such as [1024,1024].")
-    return size[0], size[1]
 
 
 def _segment(

@@ -63,7 +63,7 @@ class ExampleMatcher:
         alpha: score above which a cluster belongs to a concept.
 
     Raises:
-        UserError: `size` is no multiple of the patch size, or the rank of the features is too high.
+        UserError: `size` holds no multiples of the patch size, or the rank of the features is too high.
     """
 
     def __init__(
@@ -71,15 +71,12 @@ class ExampleMatcher:
         features: PatchFeatures,
         references: Sequence[Reference],
         *,
-        size: Size | None = None,
+        size: Sequence[int] | None = None,
         tau: float = TAU,
         alpha: float = ALPHA,
     ) -> None:
-        self._features, self._size, self._tau, self._alpha = features, size, tau, alpha
-        patch = features.backbone.patch_size
-        if size is not None and (size[0] % patch or size[1] % patch):
-            near = [max(1, round(side / patch)) * patch for side in size]
-            raise UserError(f"size={list(size)}: give multiples of the patch size {patch}, such as {near}.")
+        self._features, self._tau, self._alpha = features, tau, alpha
+        self._size = None if size is None else _check_size(size, features.backbone.patch_size)
         self._shots = [self._shot(reference) for reference in references]
 
     def __call__(self, image: np.ndarray) -> Matched:
@@ -112,6 +109,15 @@ class ExampleMatcher:
         if rows * columns > MAX_PATCHES:  # of long images, or after rounding up
             rows, columns = min(rows, MAX_PATCHES), max(1, MAX_PATCHES // rows)
         return rows * patch, columns * patch
+
+
+def _check_size(size: Sequence[int], patch: int) -> Size:
+    if len(size) != 2 or any(side % patch for side in size):
+        raise UserError(
+            f"size={list(size)}: give height and width in multiples of the patch size {patch}, such as "
+            f"{[64 * patch, 64 * patch]}."
+        )
+    return size[0], size[1]
 
 
 def _resize(images: Tensor, size: Size) -> Tensor:

@@ -11,7 +11,8 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.extensions.example.matcher import Reference
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value, join_names
+from dinoseg.utils.files import expand_path
+from dinoseg.utils.wording import format_override, join_names
 
 ONE_CONCEPT = Labels.of(["background", "object"], None, 255)  # without classes: any value above 0 is the object
 ONE_CONCEPT_MASKS: dict[str, Any] = {"ids": {255: 1}, "others": "object"}  # arguments of `Masks`
@@ -35,11 +36,12 @@ def read_references(pairs: Any, reader: MaskReader, pixels: PixelFormat, concept
         UserError: there are no pairs of paths, a file cannot be read, or a mask has another size than its image or
             shows no concept.
     """
-    return [_read_reference(Path(image), Path(mask), reader, pixels, concepts) for image, mask in check_pairs(pairs)]
+    paths = [[expand_path(str(part), ".jpg") for part in pair] for pair in check_pairs(pairs)]
+    return [_read_reference(image, mask, reader, pixels, concepts) for image, mask in paths]
 
 
-def check_pairs(pairs: Any) -> list[tuple[str, str]]:
-    """Return pairs of paths with `~` expanded.
+def check_pairs(pairs: Any) -> list[tuple[Any, Any]]:
+    """Return pairs of an image and a mask.
 
     Raises:
         UserError: the value is something else.
@@ -47,10 +49,10 @@ def check_pairs(pairs: Any) -> list[tuple[str, str]]:
     is_list = isinstance(pairs, list | tuple) and len(pairs) > 0
     if not is_list or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise UserError(
-            f"references={format_value(pairs)}: give a list of pairs of an image and its mask, such as "
+            f"references={format_override(pairs)}: give a list of pairs of an image and its mask, such as "
             "'references=[[IMAGE,MASK]]'."
         )
-    return [(str(Path(str(image)).expanduser()), str(Path(str(mask)).expanduser())) for image, mask in pairs]
+    return [(image, mask) for image, mask in pairs]
 
 
 def make_reference(image: np.ndarray, ids: np.ndarray, labels: Labels, concepts: Sequence[int], name: Any) -> Reference:
