@@ -125,6 +125,14 @@ def show_prediction(gallery: Gallery) -> None:
     gallery.save("first_prediction.jpg", figure, "`mode=predict resume=dinoseg:surgery input=dinoseg:surgery`")
 
 
+def show_features(gallery: Gallery) -> None:
+    """Enlarge the features of a packaged image."""
+    words = ("backbone=tiny_surgical", "input=dinoseg:surgery")
+    figure = Image.open(gallery.run("features", "mode=features", *words) / "surgery.png")
+    enlarged = figure.resize((2 * figure.width, 2 * figure.height), Image.Resampling.NEAREST)
+    gallery.save("features.jpg", enlarged, f"`mode=features {' '.join(words)}`")
+
+
 def show_layers(gallery: Gallery) -> None:
     """Draw classes that overlap: a clasper and a shaft of an instrument inside a field of view."""
     image, mask = next(render_clip(VIDEO_SEED, 1, (192, 320)))
@@ -392,6 +400,7 @@ def draw(path: Path, rows: Sequence[Sequence[Panel]], colours: dict[str, tuple[i
 
 SECTIONS: dict[str, Callable[[Gallery], None]] = {
     "prediction": show_prediction,
+    "features": show_features,
     "layers": show_layers,
     "heads": show_heads,
     "tracking": show_tracking,

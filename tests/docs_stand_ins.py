@@ -55,6 +55,7 @@ RUNS = {  # run folders, and the words of the commands that write them
     "EXPORTED_ONNX": ("mode=export", "export=onnx", "resume={RUN}"),
     "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),
     "EVALUATED_SCALED": ("mode=eval", "resume={RUN}", "inference=whole", "inference.scales=[1,1.5]"),
+    "OUT": ("mode=features", "backbone=tiny_surgical", "input={IMAGE}"),
     "PREDICTED": ("mode=predict", "resume={RUN}", "input={FOLDER}/val/images"),
     "PREDICTED_SPLIT": ("mode=predict", "resume={RUN}", "input=val"),
 }

@@ -36,13 +36,14 @@ SMALLER = {  # what a mode is given beside the words of its command
     "bench": (*SHORT, *CPU, "mode.steps=2", "mode.images=2", "mode.warmup=0", "mode.synthetic=true"),
     "plan": (*SHORT, *CPU),
     "predict": CPU,
+    "features": CPU,
     "track": CPU,
     "render": (*SMALL_RENDER, "render.workers=1"),
 }
 WRITES = {  # what a mode leaves in its run folder, or "run.log"
     **{"train": "scores.json", "eval": "scores.json", "score": "scores.json", "summary": "summary.json"},
     **{"probe": "probe.csv", "plan": "plan.json", "bench": "bench.json", "doctor": "doctor.html"},
-    **{"export": "backbone.safetensors", "compare": "compare.csv", "track": "track.json"},
+    **{"export": "backbone.safetensors", "compare": "compare.csv", "track": "track.json", "features": "summary.json"},
 }
 EXPORTED = {"safetensors": "model.safetensors", "onnx": "model.onnx"}  # what an export writes that is not the usual one
 SERVERS = ("app", "serve")  # run until they say where they listen, asked for their start page, and stopped
@@ -122,7 +123,7 @@ def as_run(command, stand_ins):
     mode = mode_of(command)
     words = with_stand_ins(first_job(command), stand_ins)
     if mode in ("train", "probe", "plan", "bench", "predict", "track") or (
-        mode in ("eval", "summary") and "resume=" not in command
+        mode in ("eval", "summary", "features") and "resume=" not in command and "backbone=tiny_surgical" not in command
     ):
         words += small_model(words)
     if mode in ("track", "eval") and "resume=" not in command:

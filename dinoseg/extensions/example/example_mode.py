@@ -19,7 +19,7 @@ from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.example.matcher import ExampleMatcher
 from dinoseg.extensions.example.references import ONE_CONCEPT, ONE_CONCEPT_MASKS, read_references
-from dinoseg.extensions.feature_views.features_mode import build_bare_model
+from dinoseg.extensions.feature_views.features_mode import open_bare_model
 from dinoseg.extensions.feature_views.patches import PatchFeatures
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.extensions.video.run import segment_video
@@ -80,7 +80,8 @@ def segment_by_references(
         trained = load_trained(builder)
         model, engine = trained.model, trained.engine
     else:
-        model, engine = build_bare_model(builder)
+        engine = builder.engine()
+        model = open_bare_model(builder, -1, engine)
     with name_parameters({"rank": "mode.rank", "size": "mode.size"}):
         features = PatchFeatures(model, engine.device, engine.autocast, rank=rank)
         matcher = ExampleMatcher(features, found, size=size, tau=tau, alpha=alpha)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -135,14 +136,14 @@ class Basis:
         scaled = (projections.astype(np.float64) - self.low) / np.where(spans > 0, spans, 1)
         return np.where(spans > 0, scaled.clip(0, 1), 0.5)[..., 1:]
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file, which `load` reads."""
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         with atomic_file(Path(path)) as part:
             save_file(tensors, part, {_NAME: json.dumps(self.info)})
 
     @classmethod
-    def load(cls, path: str | Path, info: dict[str, Any], key: str = "basis") -> "Basis":
+    def load(cls, path: str | PathLike[str], info: dict[str, Any], key: str = "basis") -> "Basis":
         """Read a basis for features as `info` states; its own components and ranges stay.
 
         Args:

@@ -59,12 +59,14 @@ def show_features(
     foreground: Foreground,
     upsample: Upsample,
     save: bool,
+    before: bool,
 ) -> dict[str, Any]:
     """Draw the features of all images and videos in one basis; return the share of variance of its components.
 
     The features are those of a backbone without adapter or, with `resume`, of a trained model's backbone after it.
     The keys are explained in cfg/mode/features.yaml. Writes NAME.png (the image beside its colours), NAME.mp4 for a
-    video, basis.safetensors, summary.json and, with `save`, NAME.npy and NAME.json.
+    video, basis.safetensors, summary.json and, with `save`, NAME.npy and NAME.json. With `before`, the basis is fitted
+    to the backbone before and after its training, and a picture shows the colours of both and their cosine similarity.
 
     Each image is one forward pass, and sums are in the order of names, so that colours depend on neither the order of
     the inputs nor what they are batched with. Memory holds one image, its features, and C x C numbers.
@@ -79,26 +81,32 @@ def show_features(
         chosen, removes = check_components(components), removes_position(position)
         sources = _find_sources(input, builder.pixels)
         trained, model, engine = _open_model(builder, layer, foreground)
-        features = PatchFeatures(
-            model,
-            engine.device,
-            engine.autocast,
-            layer=layer,
-            normalise=normalise,
-            removes_position=removes,
-            rank=rank,
-        )
-        info = describe(features, builder.options["backbone"])
+        if before and trained is None:
+            raise UserError("mode.before=true compares a trained model with its start. Give resume=RUN.")
+        models = [open_bare_model(builder, layer, engine), model] if before else [model]
+        views = [
+            PatchFeatures(
+                each,
+                engine.device,
+                engine.autocast,
+                layer=layer,
+                normalise=normalise,
+                removes_position=removes,
+                rank=rank,
+            )
+            for each in models
+        ]
+        info = describe(views[-1], builder.options["backbone"])
         given = None if basis is None else Basis.load(Path(basis).expanduser(), info)
-        run = _Run(out_dir, sources, features)
+        run = _Run(out_dir, sources, views)
         found = given or Basis.fit(run.sum_moments(every), chosen, info)
         masks = _mask_classes(trained, builder.background) if foreground == "classes" and trained is not None else None
-        with Projections(out_dir, len(found.directions)) as projections:
-            run.project(found, projections, save=save)
+        with Projections(out_dir, len(found.directions)) as projections, Projections(out_dir, 1) as cosines:
+            run.project(found, projections, cosines, save=save)
             if given is None:
                 found.low, found.high = projections.quantiles(LOWEST), projections.quantiles(HIGHEST)
             found.save(out_dir / BASIS)
-            run.draw(found, projections, upsample, by_component=foreground == "component", masks=masks)
+            run.draw(found, projections, cosines, upsample, by_component=foreground == "component", masks=masks)
     return _finish(run, found, save=save)
 
 
@@ -114,18 +122,17 @@ def _open_model(
         return trained, trained.model, trained.engine
     if foreground == "classes":
         raise UserError("mode.foreground=classes needs a trained model. Give resume=RUN, or choose component.")
-    model, engine = build_bare_model(builder, layer)
-    return None, model, engine
-
-
-def build_bare_model(builder: Builder, layer: int = -1) -> tuple[SegmentationModel, Engine]:
-    """Return the backbone that the config names, without adapter, as a model in eval mode, and its engine."""
     engine = builder.engine()
+    return None, open_bare_model(builder, layer, engine), engine
+
+
+def open_bare_model(builder: Builder, layer: int, engine: Engine) -> SegmentationModel:
+    """Return a model with the backbone of the config, without adapter and checkpoint."""
     announce(f"Building the backbone, with backbone.weights={builder.value('backbone').get('weights')}")
     backbone = builder.with_changes({"backbone": {"layers": [layer]}}).backbone()
     sizes = {key: builder.value(f"resolution.{key}") for key in ("scale", "longest")}
     bare = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 1), **sizes)
-    return engine.place(bare).eval(), engine
+    return engine.place(bare).eval()
 
 
 def _find_sources(source: str, pixels: PixelFormat) -> list["_Source"]:
@@ -162,6 +169,7 @@ class _Source:
     patches: int = 0
     outliers: int = 0
     position_energy: float = 0.0
+    cosine: float = 0.0  # between both views of a patch, summed
     sums: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the features, minus the mean of the basis
     squares: float = 0.0
     projected: Moments = field(default_factory=Moments)
@@ -198,8 +206,8 @@ class _Source:
         self.squares += float((centred**2).sum())
         self.projected += Moments.of(projected)
 
-    def summary(self) -> dict[str, Any]:
-        """Return the figures of the source."""
+    def summary(self, *, compares: bool) -> dict[str, Any]:
+        """Return the figures of the source; `compares`: whether there are two views."""
         total = self.squares - float((self.sums**2).sum()) / self.patches
         within = self.projected.scatter.diagonal()[1:]
         return {
@@ -208,14 +216,21 @@ class _Source:
             "variance_shares": (within / total if total > 0 else 0 * within).tolist(),
             "outlier_share": self.outliers / self.patches,
             "position_energy_share": self.position_energy / self.patches,
+            **({"cosine": self.cosine / self.patches} if compares else {}),
         }
 
 
 class _Run:
-    """Passes over all inputs; one that cannot be read is left out of the following ones."""
+    """Passes over all inputs; one that cannot be read is left out of the following ones.
 
-    def __init__(self, folder: Path, sources: Sequence[_Source], features: PatchFeatures) -> None:
-        self.folder, self.features = folder, features
+    Args:
+        folder: the run folder.
+        sources: the inputs, in the order of their names.
+        views: the features that are shown; of two, the last are those after training.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[_Source], views: Sequence[PatchFeatures]) -> None:
+        self.folder, self.views = folder, views
         self.sources = list(sources)
         self.failures: list[str] = []
 
@@ -227,50 +242,65 @@ class _Run:
                 own = Moments()
                 for number, (image, _) in enumerate(source.frames()):
                     if number % every == 0:
-                        own += Moments.of(self.features(image).values)
+                        for view in self.views:
+                            own += Moments.of(view(image).values)
                 moments += own
         return moments
 
-    def project(self, basis: Basis, projections: Projections, *, save: bool) -> None:
-        """Write the projections of all frames to the file, and the features of images to the run folder."""
+    def project(self, basis: Basis, projections: Projections, cosines: Projections, *, save: bool) -> None:
+        """Write the projections of all frames to one file, cosines of two views to another, and arrays of images."""
         for source in self._each("projections"):
-            before = projections.count
+            before, compared = projections.count, cosines.count
             with self._leaving_out(source):
                 for image, _ in source.frames():
-                    patches = self.features(image)
-                    basis.check(patches.values)
-                    projected = basis.project(patches.values)
-                    projections.add(projected)
+                    found = [view(image) for view in self.views]
+                    for patches in found:
+                        basis.check(patches.values)
+                        projected = basis.project(patches.values)
+                        projections.add(projected)
                     source.count(patches, projected, basis.mean)
+                    if len(found) == 2:
+                        cosine = _cosine(found[0].values, found[1].values)
+                        cosines.add(cosine)
+                        source.cosine += float(cosine.sum())
                     if save and not source.is_video:
                         self._save(source, patches)
             if source not in self.sources:
                 projections.cut(before)
+                cosines.cut(compared)
 
     def draw(
         self,
         basis: Basis,
         projections: Projections,
+        cosines: Projections,
         upsample: Upsample,
         *,
         by_component: bool,
         masks: Callable[[np.ndarray], np.ndarray] | None,
     ) -> None:
-        """Write the pictures of all inputs from the projections in the file."""
-        patch_size = self.features.backbone.patch_size
+        """Write the pictures of all inputs from the projections in the file, and the cosines of two views in grey."""
+        patch_size = self.views[-1].backbone.patch_size
         projections.rewind()
+        cosines.rewind()
         for source in self._each("pictures"):
             with self._writer(source) as write:
                 for (image, time), ((height, width), seen) in zip(source.frames(), source.shapes, strict=True):
-                    projected = projections.read(height * width).reshape(height, width, -1)
-                    colours = basis.colours(projected)
-                    if by_component:
-                        colours *= projected[..., :1] > 0
                     size = (image.shape[0], image.shape[1])
-                    shown = to_bytes(enlarge(colours, size, seen, patch_size, upsample))
+                    shown = []
+                    for _ in self.views:
+                        projected = projections.read(height * width).reshape(height, width, -1)
+                        colours = basis.colours(projected)
+                        if by_component:
+                            colours *= projected[..., :1] > 0
+                        shown.append(to_bytes(enlarge(colours, size, seen, patch_size, upsample)))
                     if masks is not None:
-                        shown *= masks(image)[..., None]
-                    write(np.concatenate([to_display(image), shown], axis=1), time)
+                        mask = masks(image)[..., None]
+                        shown = [picture * mask for picture in shown]
+                    if len(shown) == 2:
+                        cosine = cosines.read(height * width).reshape(height, width, 1).clip(0, 1)
+                        shown.append(to_bytes(enlarge(cosine, size, seen, patch_size, upsample)))
+                    write(np.concatenate([to_display(image), *shown], axis=1), time)
 
     @contextmanager
     def _writer(self, source: _Source) -> Iterator[Callable[[np.ndarray, Fraction | None], None]]:
@@ -279,7 +309,8 @@ class _Run:
             yield lambda picture, _: write_png(self.folder / f"{source.name}.png", picture)
             return
         with VideoReader(source.path) as reader:
-            rate, size, traits = reader.rate, (reader.size[0], 2 * reader.size[1]), reader.traits
+            panels = 2 if len(self.views) == 1 else 4
+            rate, size, traits = reader.rate, (reader.size[0], panels * reader.size[1]), reader.traits
         with VideoWriter(self.folder / f"{source.name}.mp4", rate, size, like=traits) as writer:
             yield writer.write
 
@@ -314,11 +345,17 @@ class _Run:
             np.save(file, values)
         facts = {
             "grid": values.shape[:2],
-            "patch_size": self.features.backbone.patch_size,
+            "patch_size": self.views[-1].backbone.patch_size,
             "resized": patches.size,
-            "layer": self.features.layer,
+            "layer": self.views[-1].layer,
         }
         write_json(self.folder / f"{source.name}.json", facts)
+
+
+def _cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the cosine similarity (h, w, 1) of features (h, w, C); 0 where one of them is 0."""
+    lengths = np.linalg.norm(first, axis=2) * np.linalg.norm(second, axis=2)
+    return ((first * second).sum(2) / np.where(lengths > 0, lengths, 1))[..., None]
 
 
 def _finish(run: _Run, basis: Basis, *, save: bool) -> dict[str, Any]:
@@ -329,7 +366,7 @@ def _finish(run: _Run, basis: Basis, *, save: bool) -> dict[str, Any]:
         **basis.info,
         "variance_shares": list(shares.values()),
         "effective_rank": basis.effective_rank,
-        "inputs": {source.name: source.summary() for source in run.sources},
+        "inputs": {source.name: source.summary(compares=len(run.views) == 2) for source in run.sources},
     }
     write_json(run.folder / SUMMARY, summary)
     images = sum(not source.is_video for source in run.sources)

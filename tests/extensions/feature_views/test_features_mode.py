@@ -109,6 +109,27 @@ def test_the_first_component_or_classes_choose_what_is_drawn(where):
     assert (before / "b10.png").read_bytes() != (after / "b10.png").read_bytes()
 
 
+def test_a_trained_backbone_is_compared_with_its_start(where):
+    write_data(where / "data")
+    succeed(where, "mode=train", *SMALL, "adapter.lr=0.05", "hydra.run.dir=tuned")
+    words = (*VIEW, "input=images/b10.png", "mode.save=true")
+    out = show(where, *words, "resume=tuned", "mode.before=true", out="both")
+    after = np.load(show(where, *words, "resume=tuned", out="after") / "b10.npy").astype(float)
+    first = np.load(show(where, *words, *TINY, out="first") / "b10.npy").astype(float)
+    cosine = (first * after).sum(2)
+    assert cosine.max() < 0.9999 and np.array_equal(np.load(out / "b10.npy"), after)
+    panels = np.split(picture(out / "b10.png"), 4, axis=1)
+    grey = np.rint(255 * cosine.clip(0, 1)).repeat(8, 0).repeat(8, 1)[..., None]
+    assert np.array_equal(panels[0], picture(where / "images/b10.png")) and np.abs(panels[3] - grey).max() <= 1
+    assert json.loads((out / "summary.json").read_text())["inputs"]["b10"]["cosine"] == pytest.approx(
+        cosine.mean(), abs=1e-3
+    )
+    with safe_open(out / "basis.safetensors", "np") as file:
+        mean = file.get_tensor("mean")
+    np.testing.assert_allclose(mean, np.concatenate([first, after]).mean((0, 1)), atol=1e-3)
+    assert len({panel.tobytes() for panel in panels}) == 4
+
+
 def test_an_unreadable_input_is_left_out_and_named(where):
     for name in ("a", "b9"):
         save(where / "some" / f"{name}.png", picture(where / "images" / f"{name}.png"))
@@ -144,6 +165,7 @@ def test_any_image_has_a_picture(where):
         (("input=images", "mode.components=[25]"), ["mode.components=[25]", "1 to 24"]),
         (("input=images", "mode.rank=24"), ["mode.rank=24", "24 channels"]),
         (("input=images", "mode.foreground=classes"), ["mode.foreground=classes", "resume=RUN"]),
+        (("input=images", "mode.before=true"), ["mode.before=true", "resume=RUN"]),
         (("input=images", "mode.foreground=all"), ["mode.foreground=all", "component"]),
         (("input=images", "mode.basis=none.safetensors"), ["mode.basis", "none.safetensors"]),
         (("input=only_bad",), ["No input can be read", "bad.png"]),
