@@ -21,7 +21,7 @@ _QUANTILE = 0.9  # of similarities, if none is positive
 _TINY = float(np.finfo(np.float64).tiny)
 
 
-class Shot(NamedTuple):
+class ReferencePatches(NamedTuple):
     """Reference image with masks of K concepts.
 
     Attributes:
@@ -33,7 +33,7 @@ class Shot(NamedTuple):
     masks: np.ndarray
 
 
-class Target(NamedTuple):
+class TargetPatches(NamedTuple):
     """Image to segment, in clusters of patches.
 
     Attributes:
@@ -118,13 +118,13 @@ def average_clusters(features: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     return normalise(np.add.reduceat(features[order], starts))
 
 
-def find_seed(candidates: np.ndarray, prototype: np.ndarray, target: Target) -> int:
+def find_seed(candidates: np.ndarray, prototype: np.ndarray, target: TargetPatches) -> int:
     """Return the cluster with a candidate whose prototype is the most similar to the concept's (step 10)."""
     matched = np.unique(target.clusters[candidates])
     return int(matched[(target.prototypes[matched] @ prototype).argmax()])
 
 
-def score_clusters(candidates: np.ndarray, similarity: np.ndarray, seed: int, target: Target) -> np.ndarray:
+def score_clusters(candidates: np.ndarray, similarity: np.ndarray, seed: int, target: TargetPatches) -> np.ndarray:
     """Return the score (M,) of each cluster: cross-image times intra-image similarity times coverage (step 11)."""
     areas = np.bincount(target.clusters)
     cross = np.bincount(target.clusters, similarity) / areas
@@ -134,7 +134,7 @@ def score_clusters(candidates: np.ndarray, similarity: np.ndarray, seed: int, ta
     return cross * intra * coverage
 
 
-def score_patches(prototype: np.ndarray, votes: Sequence[np.ndarray], target: Target) -> np.ndarray:
+def score_patches(prototype: np.ndarray, votes: Sequence[np.ndarray], target: TargetPatches) -> np.ndarray:
     """Return the score (N,) of the cluster of each patch; all are 0 if no patch is a candidate (steps 7 to 11)."""
     similarity = target.features @ prototype
     candidates = find_candidates(similarity, votes)
@@ -144,7 +144,7 @@ def score_patches(prototype: np.ndarray, votes: Sequence[np.ndarray], target: Ta
     return score_clusters(candidates, similarity, seed, target)[target.clusters]
 
 
-def match(shots: Sequence[Shot], target: Target) -> np.ndarray:
+def match(shots: Sequence[ReferencePatches], target: TargetPatches) -> np.ndarray:
     """Return the score (K, N) of each concept in each patch; a concept in no shot has the score 0 (steps 6 to 11)."""
     nearest = [find_nearest(shot.features, target.features) for shot in shots]
     scores = np.zeros((len(shots[0].masks), len(target.clusters)))

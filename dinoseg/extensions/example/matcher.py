@@ -13,8 +13,8 @@ from dinoseg.core.sizes import Size
 from dinoseg.extensions.example.insid3 import (
     ALPHA,
     TAU,
-    Shot,
-    Target,
+    ReferencePatches,
+    TargetPatches,
     choose_concepts,
     enlarge_ids,
     match,
@@ -28,7 +28,7 @@ from dinoseg.utils.errors import UserError
 MAX_PATCHES = 4096  # of an image of free size: the linkage holds the distance of each pair, 134 MB
 
 
-class Reference(NamedTuple):
+class ReferenceImage(NamedTuple):
     """Image with masks of K concepts.
 
     Attributes:
@@ -40,7 +40,7 @@ class Reference(NamedTuple):
     masks: np.ndarray
 
 
-class Matched(NamedTuple):
+class ConceptMap(NamedTuple):
     """Concepts found in an image.
 
     Attributes:
@@ -69,7 +69,7 @@ class ExampleMatcher:
     def __init__(
         self,
         features: PatchFeatures,
-        references: Sequence[Reference],
+        references: Sequence[ReferenceImage],
         *,
         size: Sequence[int] | None = None,
         tau: float = TAU,
@@ -79,17 +79,17 @@ class ExampleMatcher:
         self._size = None if size is None else _check_size(size, features.backbone.patch_size)
         self._shots = [self._shot(reference) for reference in references]
 
-    def __call__(self, image: np.ndarray) -> Matched:
+    def __call__(self, image: np.ndarray) -> ConceptMap:
         """Return the concepts in an image (H, W, C), uint8 or uint16."""
         raw, free, grid, seen = self._patches(image)
-        scores = match(self._shots, Target.of(raw, free, self._tau))
+        scores = match(self._shots, TargetPatches.of(raw, free, self._tau))
         concepts = choose_concepts(scores, self._alpha).astype(np.uint8).reshape(grid)
         enlarged = enlarge_ids(enlarge_ids(concepts, seen), (image.shape[0], image.shape[1]))
-        return Matched(enlarged, scores.reshape(-1, *grid))
+        return ConceptMap(enlarged, scores.reshape(-1, *grid))
 
-    def _shot(self, reference: Reference) -> Shot:
+    def _shot(self, reference: ReferenceImage) -> ReferencePatches:
         _, free, grid, seen = self._patches(reference.image)
-        return Shot(free, np.stack([reduce_mask(mask, seen, grid).ravel() for mask in reference.masks]))
+        return ReferencePatches(free, np.stack([reduce_mask(mask, seen, grid).ravel() for mask in reference.masks]))
 
     def _patches(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, Size, Size]:
         """Return raw and de-biased features (N, C) of an image, their grid (h, w), and the size (H, W) seen."""

@@ -9,7 +9,7 @@ import numpy as np
 from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
-from dinoseg.extensions.example.matcher import Reference
+from dinoseg.extensions.example.matcher import ReferenceImage
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import expand_path
 from dinoseg.utils.wording import format_override, join_names
@@ -23,7 +23,9 @@ def object_reader() -> MaskReader:
     return MaskReader(ONE_CONCEPT, Masks(**ONE_CONCEPT_MASKS))
 
 
-def read_references(pairs: Any, reader: MaskReader, pixels: PixelFormat, concepts: Sequence[int]) -> list[Reference]:
+def read_references(
+    pairs: Any, reader: MaskReader, pixels: PixelFormat, concepts: Sequence[int]
+) -> list[ReferenceImage]:
     """Return the references that pairs of paths name.
 
     Args:
@@ -55,7 +57,9 @@ def check_pairs(pairs: Any) -> list[tuple[Any, Any]]:
     return [(image, mask) for image, mask in pairs]
 
 
-def make_reference(image: np.ndarray, ids: np.ndarray, labels: Labels, concepts: Sequence[int], name: Any) -> Reference:
+def make_reference(
+    image: np.ndarray, ids: np.ndarray, labels: Labels, concepts: Sequence[int], name: Any
+) -> ReferenceImage:
     """Return an image (H, W, C) with the masks of the concepts in its class ids (H, W).
 
     Args:
@@ -81,12 +85,12 @@ def make_reference(image: np.ndarray, ids: np.ndarray, labels: Labels, concepts:
             f"{name} shows nothing to segment: it has the class ids {values}, and no pixel of {wanted}. Give a mask "
             "that shows it."
         )
-    return Reference(image, masks)
+    return ReferenceImage(image, masks)
 
 
 def _read_reference(
     image: Path, mask: Path, reader: MaskReader, pixels: PixelFormat, concepts: Sequence[int]
-) -> Reference:
+) -> ReferenceImage:
     shown = pixels.read(image)
     size = (shown.shape[0], shown.shape[1])
     ids = fit_mask(reader.read(mask), size, reader.masks.on_size_mismatch, image=image, path=mask)

@@ -3,8 +3,8 @@ import pytest
 from plain_insid3 import average_linkage, bilinear, scores_of
 
 from dinoseg.extensions.example.insid3 import (
-    Shot,
-    Target,
+    ReferencePatches,
+    TargetPatches,
     choose_concepts,
     enlarge_ids,
     find_candidates,
@@ -34,7 +34,7 @@ def test_scores_equal_plain_loops(seed):
         shots[-1][1][1] = False  # which has one concept at most
     raw, features = draw_features(rng, 24, centres if seed % 5 else -centres)
     tau = (0.6, 0.3)[seed % 2]
-    found = match([Shot(*shot) for shot in shots], Target.of(raw, features, tau))
+    found = match([ReferencePatches(*shot) for shot in shots], TargetPatches.of(raw, features, tau))
     for concept in (0, 1):
         having = [(others, masks[concept]) for others, masks in shots if masks[concept].any()]
         expected = scores_of(having, raw, features, tau) if having else np.zeros(24)
