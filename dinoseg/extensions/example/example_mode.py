@@ -26,7 +26,7 @@ from dinoseg.extensions.video.run import segment_video
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.inputs import list_inputs
-from dinoseg.inference.outputs import ImagePrediction, Probabilities
+from dinoseg.inference.outputs import ImagePrediction, ImageWriter, Probabilities
 from dinoseg.inference.predictor import PixelsAndObjects, Predictor
 from dinoseg.inference.results import DoneInputs, mask_names, result_names
 from dinoseg.inference.videos import VideoInput, VideoOptions
@@ -89,7 +89,7 @@ def segment_by_references(
     predictor = ExamplePredictor(model, engine.device, engine.autocast, matcher=matcher, class_ids=ids)
     settings = SegmentationSettings(predictor, labels, opacity, batch_size=1, pixels=builder.pixels)
     areas = _AreaWriter(out_dir / AREAS, [labels.classes[number] for number in concepts], concepts)
-    writers = [areas, Probabilities(out_dir / SCORES)] if save else [areas]
+    writers: list[ImageWriter] = [areas, Probabilities(out_dir / SCORES)] if save else [areas]
     run = ImageRun(out_dir, out_dir / MASK_FOLDER, DoneInputs(out_dir), writers)
     frames = _segment(settings, run, paths, input, masks)
     return _finish(run, areas, len(paths), frames, save=save)
