@@ -54,8 +54,8 @@ def test_clusters_merge_below_the_threshold_only():
 def test_candidates_need_half_of_the_votes():
     votes = np.array([[True, True, False, True], [False, True, False, True]])
     assert find_candidates(np.array([0.1, 0.1, 0.1, -0.1]), votes).tolist() == [True, True, False, False]
-    ranks = find_candidates(-np.arange(1.0, 5), np.ones((1, 4), bool))  # none is positive: the highest tenth
-    assert ranks.tolist() == [True, False, False, False]
+    ranks = find_candidates(-np.arange(1.0, 12), np.ones((1, 11), bool))  # none is positive: above the 0.9 quantile, -2
+    assert np.flatnonzero(ranks).tolist() == [0]
 
 
 @pytest.mark.parametrize(("size", "seen", "grid"), [((48, 32), (48, 32), (3, 2)), ((37, 51), (32, 64), (2, 4))])
