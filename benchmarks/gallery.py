@@ -133,6 +133,26 @@ def show_features(gallery: Gallery) -> None:
     gallery.save("features.jpg", enlarged, f"`mode=features {' '.join(words)}`")
 
 
+def show_example(gallery: Gallery) -> None:
+    """Segment the instruments of a rendered image by the mask of another one."""
+    folder = gallery.work / "example_data"
+    folder.mkdir(exist_ok=True)
+    (given, ids), (target, _) = (next(render_clip(seed, 1, (288, 480))) for seed in (3, 11))
+    mask = np.isin(ids, (1, 2, 3)).astype(np.uint8)
+    for name, pixels in (("reference", given), ("mask", 255 * mask), ("target", target)):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    references = f"references=[[{folder}/reference.png,{folder}/mask.png]]"
+    words = ("backbone=tiny_surgical", references, f"input={folder}/target.png")
+    run = gallery.run("example", "mode=example", *words)
+    found = np.asarray(Image.open(run / "masks/target.png"))
+    panels = [blend(image, each, PALETTE[:2], opacity=0.6) for image, each in ((given, mask), (target, found))]
+    gallery.save(
+        "example.jpg",
+        Image.fromarray(np.concatenate(panels, axis=1)),
+        "`mode=example backbone=tiny_surgical`, seeds 3, 11",
+    )
+
+
 def show_layers(gallery: Gallery) -> None:
     """Draw classes that overlap: a clasper and a shaft of an instrument inside a field of view."""
     image, mask = next(render_clip(VIDEO_SEED, 1, (192, 320)))
@@ -403,6 +423,7 @@ def draw(path: Path, rows: Sequence[Sequence[Panel]], colours: dict[str, tuple[i
 SECTIONS: dict[str, Callable[[Gallery], None]] = {
     "prediction": show_prediction,
     "features": show_features,
+    "example": show_example,
     "layers": show_layers,
     "heads": show_heads,
     "tracking": show_tracking,

@@ -19,6 +19,7 @@ Models:
     Model        its base class, without torch: what `load` returns for ONNX files
     Segmentation the prediction of one image: mask, probabilities, overlay
     FeatureView  the features of a model as colours in one basis for many images, and as arrays
+    segment_by_example  masks of a concept from a few images with masks, without training
     list_backbones, list_heads, list_adapters, list_recipes, list_datasets: names of options
 
 Data, losses and metrics for a training loop of your own:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from dinoseg.api.options import list_adapters, list_backbones, list_datasets, list_heads, list_recipes
     from dinoseg.api.results import Comparison, Results, Scores
     from dinoseg.api.runs import Run
+    from dinoseg.extensions.example.segment import segment_by_example
     from dinoseg.extensions.feature_views.view import FeatureView
     from dinoseg.segmenter.load import load
     from dinoseg.segmenter.model import Model, Segmentation
@@ -61,6 +63,7 @@ _MODULES = {  # module to the public names that it defines
     "dinoseg.api.options": ("list_adapters", "list_backbones", "list_datasets", "list_heads", "list_recipes"),
     "dinoseg.api.results": ("Comparison", "Results", "Scores"),
     "dinoseg.api.runs": ("Run",),
+    "dinoseg.extensions.example.segment": ("segment_by_example",),
     "dinoseg.extensions.feature_views.view": ("FeatureView",),
     "dinoseg.segmenter.load": ("load",),
     "dinoseg.segmenter.model": ("Model", "Segmentation"),
@@ -97,6 +100,7 @@ __all__ = [
     "open_dataset",
     "predict",
     "score",
+    "segment_by_example",
     "testing",
     "track",
     "train",

@@ -31,10 +31,12 @@ INSTANCES += ("head.blocks=1", "head.num_queries=5")
 SMALL_SLOTS = ("head.slot_dim=16", "head.decoder_dim=16")
 RENDERED_SLOTS = ("hparam=slots_rendered", "data.root={MOVI}", *SMALL_SLOTS)
 VIT_SLOTS = (*VIT, "backbone.final_norm=false", "backbone.layers=[1]", "resolution.scale=2")
+EXAMPLE = "references=[[{FOLDER}/val/images/a.png,{FOLDER}/val/masks/a.png]]"
 PATHS = {  # what lies in another stand-in
     "PHOTOS": "{FOLDER}/val/images",
     "IMAGE": "{FOLDER}/val/images/a.png",
     "PERSON": "{DATA}/person",
+    "FIRST_MASK": "{EXAMPLED_VIDEO}/video_left_masks/000000000.png",
     "VIDEO": "{SARRARP}/test/video_41/video_left.avi",
     "MASK": "{MASKS}/00000.png",
     "BACKBONE": "{RELEASED}/backbone.pth",
@@ -55,6 +57,8 @@ RUNS = {  # run folders, and the words of the commands that write them
     "EXPORTED_ONNX": ("mode=export", "export=onnx", "resume={RUN}"),
     "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),
     "EVALUATED_SCALED": ("mode=eval", "resume={RUN}", "inference=whole", "inference.scales=[1,1.5]"),
+    "EXAMPLED": ("mode=example", "backbone=rgb", EXAMPLE, "input={FOLDER}/val/images"),
+    "EXAMPLED_VIDEO": ("mode=example", "backbone=rgb", EXAMPLE, "mode.alpha=0", "input={VIDEO}"),
     "OUT": ("mode=features", "backbone=tiny_surgical", "input={IMAGE}"),
     "PREDICTED": ("mode=predict", "resume={RUN}", "input={FOLDER}/val/images"),
     "PREDICTED_SPLIT": ("mode=predict", "resume={RUN}", "input=val"),

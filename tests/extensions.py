@@ -45,6 +45,7 @@ EXTENSIONS = {
     "distillation": Extension(("feature_cache", "video")),
     "doctor": Extension(("idd", "video")),
     "ensembles": Extension(("thresholds",)),
+    "example": Extension(("feature_views", "video")),
     "export": Extension(),
     "feature_cache": Extension(),
     "feature_views": Extension(("video",)),

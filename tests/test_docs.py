@@ -37,6 +37,7 @@ SMALLER = {  # what a mode is given beside the words of its command
     "plan": (*SHORT, *CPU),
     "predict": CPU,
     "features": CPU,
+    "example": CPU,
     "track": CPU,
     "render": (*SMALL_RENDER, "render.workers=1"),
 }
@@ -123,7 +124,9 @@ def as_run(command, stand_ins):
     mode = mode_of(command)
     words = with_stand_ins(first_job(command), stand_ins)
     if mode in ("train", "probe", "plan", "bench", "predict", "track") or (
-        mode in ("eval", "summary", "features") and "resume=" not in command and "backbone=tiny_surgical" not in command
+        mode in ("eval", "summary", "features", "example")
+        and "resume=" not in command
+        and "backbone=tiny_surgical" not in command
     ):
         words += small_model(words)
     if mode in ("track", "eval") and "resume=" not in command:

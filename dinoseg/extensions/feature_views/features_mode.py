@@ -88,7 +88,7 @@ def show_features(
         trained, model, engine = _open_model(builder, layer, foreground)
         if before and trained is None:
             raise UserError("mode.before=true compares a trained model with its start. Give resume=RUN.")
-        models = [_open_bare(builder, layer, engine), model] if before else [model]
+        models = [open_bare_model(builder, layer, engine), model] if before else [model]
         views = [
             PatchFeatures(
                 each,
@@ -128,10 +128,10 @@ def _open_model(
     if foreground == "classes":
         raise UserError("mode.foreground=classes needs a trained model. Give resume=RUN, or choose component.")
     engine = builder.engine()
-    return None, _open_bare(builder, layer, engine), engine
+    return None, open_bare_model(builder, layer, engine), engine
 
 
-def _open_bare(builder: Builder, layer: int, engine: Engine) -> SegmentationModel:
+def open_bare_model(builder: Builder, layer: int, engine: Engine) -> SegmentationModel:
     """Return a model with the backbone of the config, without adapter and checkpoint."""
     announce(f"Building the backbone, with backbone.weights={builder.value('backbone').get('weights')}")
     backbone = builder.with_changes({"backbone": {"layers": [layer]}}).backbone()

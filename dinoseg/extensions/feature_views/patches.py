@@ -76,7 +76,7 @@ class PatchFeatures:
         stack = torch.from_numpy(image.copy())[None].permute(0, 3, 1, 2)  # (1, C, H, W)
         pixels = self.model.pixels(to_device(stack, self.device))
         size = (pixels.shape[-2], pixels.shape[-1])
-        values, norms = self._normalised(pixels)
+        values, norms = self.extract_patches(pixels)
         rest = self.without_position(values, size)
         energy = 1 - (rest**2).sum(2) / np.maximum((values**2).sum(2), _TINY)
         if self.removes_position:
@@ -84,16 +84,16 @@ class PatchFeatures:
         outliers = int((norms > OUTLIER * np.median(norms)).sum())
         return Patches(values.astype(np.float32), size, outliers, float(energy.sum()))
 
-    def without_position(self, values: np.ndarray, size: Size) -> np.ndarray:
-        """Return features (h, w, C) float64 minus their part in the position subspace of images of `size` (H, W)."""
-        basis = self.position_basis(size)
-        return values - (values @ basis) @ basis.T
-
-    def _normalised(self, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def extract_patches(self, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return the features (h, w, C) float64 of images (1, C, H, W) as floats, and their norms before division."""
         with torch.inference_mode(), self.autocast():
             values = self._map(pixels)[0].permute(1, 2, 0).double().cpu().numpy()  # (h, w, C)
         return self._divide(values)
+
+    def without_position(self, values: np.ndarray, size: Size) -> np.ndarray:
+        """Return features (h, w, C) float64 minus their part in the position subspace of images of `size` (H, W)."""
+        basis = self.position_basis(size)
+        return values - (values @ basis) @ basis.T
 
     def _divide(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return features (h, w, C), divided by their norms if they are normalised, and these norms (h, w, 1)."""
@@ -136,7 +136,7 @@ class PatchFeatures:
         positions. Float64, since most singular values lie near the rounding of float32.
         """
         black = torch.zeros(1, self.backbone.channels, *size, device=self.device)
-        values, _ = self._normalised(black)
+        values, _ = self.extract_patches(black)
         flat = values.reshape(-1, values.shape[-1])
         centred = flat - flat.mean(0)
         count, width = centred.shape

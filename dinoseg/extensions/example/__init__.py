@@ -1,0 +1,1 @@
+"""Segmentation by example: masks of a concept from a few images with masks, without training."""
