@@ -98,7 +98,7 @@ class Basis:
         variances, axes = moments.principal_axes()
         if max(components) > len(axes):
             raise UserError(
-                f"components={list(components)}: these features have {len(axes)} channels, and so many components. "
+                f"components={list(components)}: these features have {len(axes)} components, one for each channel. "
                 f"Give numbers from 1 to {len(axes)}."
             )
         rows = [0, *(number - 1 for number in components)]
