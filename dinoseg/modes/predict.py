@@ -94,6 +94,7 @@ def predict(
     _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
     display = _select_display_options(options, opacity, shapes, min_score)
     record = _settings(builder, display, out_dir, trained.model.task)
+    record["data.palette"] = [list(colour) for colour in trained.palette]
     _check_earlier(out_dir, record)
     if not longest_is_typed(out_dir):
         trained.limit_size()
@@ -236,14 +237,13 @@ def _settings(builder: Builder, options: dict[str, Any], folder: Path, task: Tas
         model["task"]["threshold"] = task.thresholds
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
-    data: dict[str, Any] = {
+    pixels = {
         "data.channels" if name == "channels" else f"data.pixels.{name}": value
         for name, value in builder.pixels.as_dict().items()
     }
-    data["data.palette"] = builder.labels.palette
     members = [_settings(member, {}, folder, task) for member in builder.members]
     others = {"members": members} if members else {}
-    return {"resume": builder.resume, "stamp": weights, **model, **data, **typed, "mode": options, **others}
+    return {"resume": builder.resume, "stamp": weights, **model, **pixels, **typed, "mode": options, **others}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:

@@ -142,8 +142,3 @@ def test_only_rank_0_runs_a_shared_decision():
     ranks = [SimpleNamespace(is_main=main, broadcast=lambda found: found or "shared") for main in (True, False)]
     assert Engine.run_on_rank0(ranks[0], lambda: "found") == "found"
     assert Engine.run_on_rank0(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"
-
-
-def test_engine_warns_of_too_many_loading_processes(caplog):
-    Engine("cpu", "fp32", workers=10_000)
-    assert [message[:40] for message in caplog.messages] == ["engine.workers=10000 starts 10000 loadin"]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from omegaconf import DictConfig
@@ -34,7 +34,7 @@ from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.images import write_png
 from dinoseg.utils.levels import to_display
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import INTEGERS, Count
 from dinoseg.utils.wording import count_of
 
 BASIS = "basis.safetensors"
@@ -49,7 +49,7 @@ def show_features(
     *,
     out_dir: Path,
     input: str | None,
-    layer: int,
+    layer: Annotated[int, INTEGERS],
     normalise: bool,
     position: str,
     rank: Count | None,
