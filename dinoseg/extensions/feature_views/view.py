@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoseg.core.channels import PixelFormat
 from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections, check_components
 from dinoseg.extensions.feature_views.drawing import Upsample, enlarge, to_bytes
 from dinoseg.extensions.feature_views.patches import Patches, PatchFeatures
@@ -63,7 +62,7 @@ class FeatureView:
         basis: str | PathLike[str] | None = None,
         precision: str = "auto",
     ) -> None:
-        self._pixels = PixelFormat(**model.facts.pixels)
+        self._pixels = model.facts.format
         dtype = compute_dtype(precision, model.device)
         context = nullcontext if dtype == torch.float32 else partial(torch.autocast, model.device.type, dtype)
         self._features = PatchFeatures(
