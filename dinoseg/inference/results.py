@@ -21,6 +21,7 @@ from dinoseg.report.table import class_statistics
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_folder, write_json, write_text
 from dinoseg.utils.csv_text import write_csv, write_csv_table
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import expand_path, stamp
 from dinoseg.utils.images import write_png
 from dinoseg.utils.levels import to_display
@@ -107,6 +108,17 @@ def result_names(paths: Sequence[Path]) -> list[str]:
     parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     inner = [path.absolute().relative_to(parent) for path in paths]
     return _make_distinct([path.stem for path in inner], ["_".join(path.parts).replace(".", "_") for path in inner])
+
+
+def check_failures(failures: Sequence[str], inputs: int, folder: Path) -> None:
+    """Refuse to end well if some of the `inputs` failed, whose messages are given; the others are in `folder`.
+
+    Raises:
+        UserError: with all messages.
+    """
+    if failures:
+        named = "".join(f"\n  {message}" for message in failures)
+        raise UserError(f"{len(failures)} of {inputs} inputs failed; the others are in {folder}:{named}")
 
 
 def mask_names(paths: Sequence[Path], source: str) -> list[str]:

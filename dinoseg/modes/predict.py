@@ -28,7 +28,14 @@ from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.outputs import FurtherOutputs, check_outputs, image_writers
-from dinoseg.inference.results import COUNT_FILE, DoneInputs, mask_names, result_names, write_counts
+from dinoseg.inference.results import (
+    COUNT_FILE,
+    DoneInputs,
+    check_failures,
+    mask_names,
+    result_names,
+    write_counts,
+)
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.videos import VideoInput, VideoOptions, VideoSegmenter
 from dinoseg.runs.folder import find_typed_keys
@@ -123,7 +130,7 @@ def predict(
         if masks_of.is_dir():
             groups = {path.stem: video.name for path in masks_of.rglob("*.png")}
             write_class_record(masks_of, *facts, keys, has_layers=bool(layers), groups=groups)
-    _check_failures(run, len(images) + len(video_inputs))
+    check_failures(run.failures, len(images) + len(video_inputs), run.folder)
     reference = None if split is None else out_dir / REFERENCES
     ids = None if shapes is None else shapes.ids
     print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, settings, ids)))
@@ -178,12 +185,6 @@ def _group_images(builder: Builder, names: Sequence[str], *, of_data: bool, fold
     for note in notes:
         logger.warning("%s", note)
     return {name: groups.get(name) for name in names}
-
-
-def _check_failures(run: ImageRun, count: int) -> None:
-    if run.failures:
-        named = "".join(f"\n  {message}" for message in run.failures)
-        raise UserError(f"{len(run.failures)} of {count} inputs failed; the others are in {run.folder}:{named}")
 
 
 def _check_outputs_of_layers(task: Task, outputs: Sequence[str]) -> None:

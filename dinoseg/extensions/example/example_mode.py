@@ -28,7 +28,7 @@ from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettin
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter, Probabilities
 from dinoseg.inference.predictor import PixelsAndObjects, Predictor
-from dinoseg.inference.results import DoneInputs, mask_names, result_names
+from dinoseg.inference.results import DoneInputs, check_failures, mask_names, result_names
 from dinoseg.inference.videos import VideoInput, VideoOptions
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError, name_parameters
@@ -181,9 +181,7 @@ def _segment(
 
 def _finish(run: ImageRun, areas: _AreaWriter, inputs: int, frames: int, *, save: bool) -> dict[str, Any]:
     """Print where results are; return the numbers of images and frames."""
-    if run.failures:
-        named = "".join(f"\n  {message}" for message in run.failures)
-        raise UserError(f"{len(run.failures)} of {inputs} inputs failed; the others are in {run.folder}:{named}")
+    check_failures(run.failures, inputs, run.folder)
     if run.count:
         print(f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}")
         print(f"masks:        {run.masks}, {count_of(run.count, 'PNG')} of class ids")

@@ -24,7 +24,7 @@ from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video, promised_f
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.inputs import list_inputs
-from dinoseg.inference.results import result_names
+from dinoseg.inference.results import check_failures, result_names
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.progress import Bar
@@ -391,8 +391,5 @@ def _finish(run: _Run, basis: Basis, *, save: bool) -> dict[str, Any]:
     print(f"variance:     components {told}; effective rank {basis.effective_rank:.1f} of {len(basis.mean)}")
     print(f"basis:        {run.folder / BASIS}, for other inputs: mode.basis={run.folder / BASIS}")
     print(f"summary:      {run.folder / SUMMARY}")
-    if run.failures:
-        named = "".join(f"\n  {message}" for message in run.failures)
-        total = len(run.failures) + len(run.sources)
-        raise UserError(f"{len(run.failures)} of {total} inputs failed; the others are in {run.folder}:{named}")
+    check_failures(run.failures, len(run.failures) + len(run.sources), run.folder)
     return {**shares, "effective_rank": basis.effective_rank, "run": str(run.folder)}
