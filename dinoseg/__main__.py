@@ -95,6 +95,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     composed = job_config(cfg, hydra_cfg)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
+        # once more, since the words of a job of a sweep are not those that were typed
         with raise_on_signal(), explain_errors(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
             location = locate_runs(hydra_cfg, Path(hydra_cfg.runtime.output_dir))
             return launch(Job(composed, location, words))
