@@ -12,6 +12,8 @@ from dinoseg.core.objects import Objects
 from dinoseg.utils.errors import UserError
 
 BINS = 1024  # equal bins of a probability; a power of 2, so that their edges are exact in float32
+# numbers of objects by class in tables and reports, see `find_errors`
+OBJECT_COUNTS = ("annotated", "counted", "found", "missed", "invented", "merged", "split")
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
 # suffixes of the scores that accompany a score which may be infinite
 INFINITE_IMAGES, FINITE_MEAN = "_infinite_images", "_finite_mean"
@@ -90,8 +92,8 @@ class RowMetric(ABC):
         needs_logits: whether `count` needs `PredictedImage.logits`.
         needs_bins: whether `count` needs `PredictedImage.bins`. It then takes masks with layers, too, as a whole.
         needs_objects: whether `count` needs the `objects` of `PredictedImage` and `LabelledImage`.
-        class_columns: names of values of `score_classes` in 0..1 that tables of objects show, next to the numbers of
-            `find_errors`; only of a metric that has this method.
+        class_columns: names of values of `score_classes` in 0..1 that tables of objects show, next to `OBJECT_COUNTS`;
+            only of a metric that has `find_errors`.
 
     Examples:
         >>> import numpy as np
@@ -178,8 +180,16 @@ class RowMetric(ABC):
         return any(np.size(each) for each in row.values())
 
     def find_errors(self, prediction: PredictedImage, sample: LabelledImage) -> dict[str, Objects]:
-        """Return the objects that are `found`, `missed` and `invented`; only of a metric of objects."""
+        """Return the objects that are found, missed, invented, merged and split; only of a metric of objects."""
         raise NotImplementedError
+
+    def score_errors(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return values (K,) of each class by name, from the numbers (K,) of `find_errors` in each image."""
+        raise NotImplementedError
+
+    def advise(self, scores: Mapping[str, Any]) -> str:
+        """Return a sentence on what the scores of an evaluation do not show; by default none."""
+        return ""
 
     def score(self, rows: Iterable[Counts]) -> dict[str, float | None]:
         """Return the scores over images from the counts of each; None where undefined.

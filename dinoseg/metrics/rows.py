@@ -19,7 +19,6 @@ from dinoseg.core.metric import (
     count_image,
     explain_infinite_scores,
     plain_score,
-    sum_counts,
 )
 from dinoseg.core.object_ids import OBJECTS
 from dinoseg.core.objects import Objects
@@ -155,12 +154,15 @@ class MetricRows:
             scores = metric.score_rows(counts)
             _check_scores(metric, scores)
             result |= {name: plain_score(value) for name, value in scores.items()}
-            for name, values in metric.score_classes(counts).items():
-                for row, value in zip(result["classes"], values, strict=True):
-                    row[name] = int(value) if values.dtype.kind in "iu" else plain_score(value)
-        for name, values in sum_counts(self.errors).items():
-            for row, value in zip(result["classes"], values.tolist(), strict=True):
-                row[name] = value
+            _add_columns(result["classes"], metric.score_classes(counts))
+        if self._of_errors is not None:
+            _add_columns(result["classes"], self._of_errors.score_errors(self.errors))
+
+
+def _add_columns(classes: Sequence[dict[str, Any]], columns: Mapping[str, np.ndarray]) -> None:
+    for name, values in columns.items():
+        for row, value in zip(classes, values, strict=True):
+            row[name] = int(value) if values.dtype.kind in "iu" else plain_score(value)
 
 
 def _count(metric: RowMetric, prediction: PredictedImage, sample: LabelledImage) -> Counts:

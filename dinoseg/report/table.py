@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from dinoseg.core.metric import RowMetric
+from dinoseg.core.metric import OBJECT_COUNTS, RowMetric
 from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.wording import count_of
 
@@ -65,22 +65,27 @@ def class_table(
     notes = _describe_thresholds(scores["thresholds"], classes) if "thresholds" in scores else ""
     columns = [name for metric in metrics for name in metric.class_columns]
     shown = f"{_object_table(scores['classes'], columns, classes)}\n\n" if columns else ""
-    return f"{table}\n\n{shown}{text}{notes}"
+    advice = "".join(f"\n\nnote:         {each}" for each in advise(metrics, scores))
+    return f"{table}\n\n{shown}{text}{notes}{advice}"
+
+
+def advise(metrics: Sequence[RowMetric], scores: Mapping[str, Any]) -> list[str]:
+    """Return sentences on what the scores of an evaluation do not show, each once."""
+    return [text for text in dict.fromkeys(metric.advise(scores) for metric in metrics) if text]
 
 
 def _object_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], classes: Sequence[str]) -> str:
-    """Return scores of the objects of each class as text, in percent, and how many are found, missed and invented."""
-    counts = ("found", "missed", "invented")
+    """Return scores of the objects of each class as text, in percent, and `OBJECT_COUNTS`."""
     cells = [
         [
             str(row["id"]),
             classes[row["id"]],
             *(percent(row[key]) for key in columns),
-            *(str(row[key]) if any(row[each] for each in counts) else "-" for key in counts),
+            *(str(row[key]) if any(row[each] for each in OBJECT_COUNTS) else "-" for key in OBJECT_COUNTS),
         ]
         for row in rows
     ]
-    heads = ["id", "class", *(f"{key} %" for key in columns), *counts]
+    heads = ["id", "class", *(f"{key} %" for key in columns), *OBJECT_COUNTS]
     aligned = ("right", "left", *["right"] * (len(heads) - 2))
     return tabulate(cells, headers=heads, disable_numparse=True, colalign=aligned)
 

@@ -287,11 +287,19 @@ def test_decisive_images_are_sorted_by_size_of_their_share():
 
 def test_scores_of_unbounded_metrics_are_numbers():
     given = report()
-    given["metrics"] = [SimpleNamespace(scores={"share": "max", "area": "min"}, unbounded=("area",), class_columns=())]
+    given["metrics"] = [
+        SimpleNamespace(
+            scores={"share": "max", "area": "min"}, unbounded=("area",), class_columns=(), advise=lambda _: "an advice"
+        )
+    ]
     given["values"] = {**given["values"], "share": 0.4075, "area": 1.5}
     given["intervals"] = {**given["intervals"], "share": [0.25, 0.5], "area": [1.0, 2.25]}
     page = evaluation_html(given)
-    assert "share<b>40.8 %</b><span>95 %: 25.0 .. 50.0<" in page and "area<b>1.5</b><span>95 %: 1 .. 2.25<" in page
+    assert (
+        "share<b>40.8 %</b><span>95 %: 25.0 .. 50.0<" in page
+        and "area<b>1.5</b><span>95 %: 1 .. 2.25<" in page
+        and "an advice" in page
+    )
 
 
 def test_a_page_grows_no_further_with_its_images():

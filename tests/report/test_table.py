@@ -37,7 +37,9 @@ def test_class_table_lists_each_class_and_marks_absent_ones(scores):
 
 
 def test_metrics_are_in_percent_or_numbers(scores):
-    metric = SimpleNamespace(scores={"share": "max", "area": "min"}, unbounded=("area",), class_columns=())
+    metric = SimpleNamespace(
+        scores={"share": "max", "area": "min"}, unbounded=("area",), class_columns=(), advise=lambda _: ""
+    )
     lines = class_table({**scores, "share": 0.4075, "area": 1.5}, NAMES, metrics=[metric]).splitlines()
     assert [line.split() for line in lines[-2:]] == [["share", "40.8", "%"], ["area", "1.5"]]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.core.metric import RowMetric
+from dinoseg.core.metric import OBJECT_COUNTS, RowMetric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
-from dinoseg.report.html.pictures import OUTLINES, EvaluatedImages, ObjectShot, Shot, object_card, prediction_card
-from dinoseg.report.table import CHOSEN_HERE, MEANS, few_units, metric_text
+from dinoseg.report.html.pictures import EvaluatedImages, ObjectShot, Shot, object_card, prediction_card
+from dinoseg.report.table import CHOSEN_HERE, MEANS, advise, few_units, metric_text
 from dinoseg.utils.wording import count_of
 
 _HISTOGRAM_BARS = 20
@@ -114,7 +114,12 @@ def evaluation_page(
         "evaluation.html.jinja",
         title=title,
         subtitle=subtitle,
-        warnings=[few_units(units, evaluated.unit), unscored, CHOSEN_HERE if chosen_here else ""],
+        warnings=[
+            few_units(units, evaluated.unit),
+            unscored,
+            CHOSEN_HERE if chosen_here else "",
+            *advise(scores.metrics, found),
+        ],
         scores=found,
         means={key: (name, _NOTES[key]) for key, name in MEANS.items() if key in found},
         metrics=[
@@ -124,7 +129,7 @@ def evaluation_page(
         ],
         class_charts=scores.charts,
         object_columns=[name for metric in scores.metrics for name in metric.class_columns],
-        object_counts=[*OUTLINES],
+        object_counts=OBJECT_COUNTS,
         object_cards=[object_card(shot, evaluated) for shot in errors.objects],
         intervals=scores.intervals,
         unit=evaluated.unit,

@@ -69,7 +69,7 @@ class ObjectShot:
 
     Args:
         index: index of the image in its data set.
-        numbers: of objects, by the names of `OUTLINES`.
+        numbers: of objects, by the names of `RowMetric.find_errors`.
         frame: (H, W, 3) uint8.
         outlines: (H, W, 3) uint8.
     """
@@ -127,12 +127,13 @@ def object_card(shot: ObjectShot, evaluated: EvaluatedImages) -> dict[str, Any]:
 def outline_objects(frame: np.ndarray, found: Mapping[str, Objects]) -> np.ndarray:
     """Return a dark grey frame (h, w, 3), an image at any size, with the outlines of its objects by `OUTLINES`."""
     drawn = mark_pixels(frame, [])
-    for name, objects in found.items():
+    for name, colour in OUTLINES.items():
+        objects = found[name]
         for runs in objects.masks:
             mask = runs.to_mask(objects.size).astype(np.uint8)
             resized = cv2.resize(mask, (frame.shape[1], frame.shape[0]), interpolation=cv2.INTER_NEAREST)
             contours, _ = cv2.findContours(resized, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-            cv2.drawContours(drawn, contours, -1, OUTLINES[name], 2)
+            cv2.drawContours(drawn, contours, -1, colour, 2)
     return drawn
 
 

@@ -1,18 +1,20 @@
-"""Objects that a prediction finds, misses and invents."""
+"""Objects that a prediction finds, misses, invents, merges and splits."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from dinoseg.core.metric import LabelledImage, PredictedImage, RowMetric
+from dinoseg.core.metric import Counts, LabelledImage, PredictedImage, RowMetric, sum_counts
 from dinoseg.core.objects import Objects
 from dinoseg.extensions.objects.overlaps import overlaps
 
-SURE = 0.5  # score from which a predicted object is found or invented
+SURE = 0.5  # score from which a predicted object counts
+_TOLERATED = 0.1  # share of objects that are merged or split, above which they count as not told apart
 
 
 class ObjectMetric(RowMetric):
-    """Base class of metrics of objects, which also find those that are missed and invented.
+    """Base class of metrics of objects, which also count those that are found, missed, invented, merged and split.
 
     Attributes:
         thing_ids: classes whose objects are compared; None: all.
@@ -22,18 +24,50 @@ class ObjectMetric(RowMetric):
     thing_ids: Collection[int] | None = None
 
     def find_errors(self, prediction: PredictedImage, sample: LabelledImage) -> dict[str, Objects]:
-        """Return the objects that are `found`, `missed` and `invented`, see `compare_objects`."""
+        """Return the objects that are `found`, `missed`, `invented`, `merged` and `split`, see `compare_objects`."""
         assert prediction.objects is not None and sample.objects is not None
         things = range(sample.num_classes) if self.thing_ids is None else self.thing_ids
         return compare_objects(sample.objects, prediction.objects, things)
 
+    def score_errors(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return the sums (K,), `annotated`, `counted` and `count_error`: mean absolute error of an image's count."""
+        sums = sum_counts(rows)
+        errors = [np.abs(row["invented"].astype(np.int64) - row["missed"]) for row in rows]
+        return {
+            "annotated": sums["found"] + sums["missed"],
+            "counted": sums["found"] + sums["invented"],
+            **sums,
+            "count_error": np.mean(errors, axis=0),
+        }
+
+    def advise(self, scores: Mapping[str, Any]) -> str:
+        """Return how many objects are not told apart, if they are many."""
+        classes = scores["classes"]
+        annotated, merged, counted, split = (
+            sum(row[name] for row in classes) for name in ("annotated", "merged", "counted", "split")
+        )
+        found = []
+        if merged > _TOLERATED * annotated:
+            found.append(f"{merged} of {annotated} annotated objects share a predicted one")
+        if split > _TOLERATED * counted:
+            found.append(f"{split} of {counted} counted objects share an annotated one")
+        if not found:
+            return ""
+        return (
+            f"Objects are not told apart yet: {', and '.join(found)}. Pixels hide it (mIoU {scores['miou']:.1%}). "
+            "Train longer."
+        )
+
 
 def compare_objects(reference: Objects, prediction: Objects, things: Collection[int]) -> dict[str, Objects]:
-    """Return the `found` and `missed` objects of a reference and the `invented` ones of a prediction.
+    """Return the `found`, `missed` and `merged` objects of a reference, and the `invented` and `split` predicted ones.
 
     A predicted object of a thing with a score of at least `SURE` finds the object of its class that it shares most
     with, if their IoU is above 0.5; the most certain one is first, and an object is found once. All others are
     invented, except those of which more than half lies in a crowd of their class.
+
+    Objects of the reference are merged if a predicted one of their class covers more than half of each; predicted ones
+    are split if more than half of each lies in one object of their class. Each is found, missed or invented, too.
     """
     sure = prediction.select(np.flatnonzero((prediction.scores >= SURE) & np.isin(prediction.classes, [*things])))
     common = overlaps(sure.masks, reference.masks)
@@ -50,8 +84,12 @@ def compare_objects(reference: Objects, prediction: Objects, things: Collection[
             found[free[common[place, free].argmax()]] = True
         elif not excused[place]:
             invented.append(place)
+    covered = same & ~reference.crowds & (2 * common > held)
+    inside = same & ~reference.crowds & (2 * common > areas)
     return {
         "found": reference.select(np.flatnonzero(found)),
         "missed": reference.select(np.flatnonzero(~found & ~reference.crowds)),
         "invented": sure.select(invented),
+        "merged": reference.select(np.flatnonzero(covered[covered.sum(axis=1) > 1].any(axis=0))),
+        "split": sure.select(np.flatnonzero(inside[:, inside.sum(axis=0) > 1].any(axis=1))),
     }

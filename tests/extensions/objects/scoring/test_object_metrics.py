@@ -1,5 +1,6 @@
 """AP and PQ of a model's objects: equal to those of COCO's files of the same objects, on any number of ranks."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,13 +147,23 @@ def test_errors_are_counted_by_image_and_class():
     rows = MetricRows([metric], data, on_errors=lambda *given: seen.append(given))
     result = evaluate_known(data, predicted, KnownInstances, rows, batch_size=1)
     expected = {"found": [1, 0, 0], "missed": [1, 0, 0], "invented": [1, 1, 0]}
+    expected |= {"merged": [0, 0, 0], "split": [2, 0, 0]}
     assert {name: each.tolist() for name, each in rows.errors[0].items()} == expected
     assert {name: each.tolist() for name, each in rows.errors[1].items()} == {
         "found": [0, 0, 0],
         "missed": [2, 0, 0],
         "invented": [0, 0, 0],
+        "merged": [0, 0, 0],
+        "split": [0, 0, 0],
     }
     assert [row["missed"] for row in result["classes"]] == [3, 0, 0]
+    assert [[row[name] for row in result["classes"]] for name in ("annotated", "counted", "count_error")] == [
+        [4, 0, 0],
+        [2, 1, 0],
+        [1, 0.5, 0],  # of the two images: 1 invented and 1 missed, 2 missed; 1 invented, none
+    ]
+    assert metric.advise(result).startswith("Objects are not told apart yet: 2 of 3 counted objects share an annotated")
+    assert metric.advise({**result, "classes": result["classes"][1:]}) == ""
     assert [index for index, *_ in seen] == [0, 1] and seen[0][2]["invented"].classes.tolist() == [0, 1]
     drawn = outline_objects(np.zeros((12, 12, 3), np.uint8), seen[1][2])
     assert (drawn[:6] == OUTLINES["missed"]).all(axis=-1).any() and not drawn[8:].any()
@@ -181,7 +192,7 @@ def test_own_metrics_of_objects_need_no_errors():
     assert "missed" not in class_table(result, data.classes, metrics=rows.metrics)
     both = MetricRows([ObjectCount(), InstanceAveragePrecision(len(data.classes))], data)
     evaluate_known(data, predicted, KnownInstances, both)
-    assert [each.keys() for each in both.errors] == [{"found", "missed", "invented"}] * len(data)
+    assert [each.keys() for each in both.errors] == [{"found", "missed", "invented", "merged", "split"}] * len(data)
 
 
 def make_objects(*entries, scores=None):
@@ -207,9 +218,34 @@ def test_errors_at_the_limits_of_score_and_iou():
     )
     compared = compare_objects(held, found, {0, 1})
     areas = {name: [mask.area for mask in objects.masks] for name, objects in compared.items()}
+    assert areas.pop("split") == [16, 14, 15] and areas.pop("merged") == [15, 16]
     assert areas == {"found": [15, 16], "missed": [4], "invented": [15, 8, 4]}
     first = compare_objects(held, found.select([0]), {0, 1})
     assert [mask.area for mask in first["found"].masks] == [16]
+
+
+def test_merged_and_split_objects_are_those_of_a_count_by_pixels():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        held, found = [
+            [(start, start + rng.integers(1, 12), rng.integers(2), rng.random() < crowds) for start in starts]
+            for crowds in (0.1, 0)
+            for starts in [rng.integers(0, 28, rng.integers(0, 7))]
+        ]
+        compared = compare_objects(make_objects(*held), make_objects(*found), {0, 1})
+        pairs = [
+            (one, other, len({*range(*one[:2])} & {*range(*other[:2])}))
+            for one, other in product(held, found)
+            if one[2] == other[2] and not one[3]
+        ]
+        covered = [(one, other) for one, other, common in pairs if common > (one[1] - one[0]) / 2]
+        inside = [(one, other) for one, other, common in pairs if common > (other[1] - other[0]) / 2]
+        merged = {id(one) for one, by in covered if sum(other is by for _, other in covered) > 1}
+        split = {id(other) for of, other in inside if sum(one is of for one, _ in inside) > 1}
+        for name, objects, expected in (("merged", held, merged), ("split", found, split)):
+            spans = [(*each[:2], each[2]) for each in objects if id(each) in expected]
+            masks = zip(compared[name].masks, compared[name].classes, strict=True)
+            assert [(runs.starts[0], runs.ends[-1], label) for runs, label in masks] == spans
 
 
 def test_pq_of_overlapping_objects_and_of_an_ignored_class():
