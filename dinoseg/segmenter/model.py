@@ -129,7 +129,7 @@ class Segmentation:
     def overlay(self, opacity: float = 0.5, *, min_score: float = MIN_SCORE) -> np.ndarray:
         """Return the image (H, W, 3) uint8 tinted by class; opacity 0..1, 1 = colours alone.
 
-        Objects of at least `min_score` are outlined and numbered, from 1 in the order of `objects`.
+        Objects of at least `min_score` have colours, outlines and numbers, from 1 in the order of `objects`.
         """
         from dinoseg.report.object_overlay import draw_prediction
         from dinoseg.utils.levels import to_display

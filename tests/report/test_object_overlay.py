@@ -1,10 +1,13 @@
 """Figures of single objects over a frame."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 from dinoseg.core.objects import Objects
-from dinoseg.report.object_overlay import draw_objects, object_legend
+from dinoseg.report.object_overlay import colour_objects, draw_objects, object_legend
 from dinoseg.report.overlay import default_outline
 from dinoseg.report.palette import default_palette
 
@@ -50,6 +53,47 @@ def test_numbers_lie_inside_their_objects():
     drawn = draw_objects(FRAME, Objects.of_masks(masks[2:], [1], [0.9]), PALETTE)
     white = (drawn == 255).all(axis=-1)
     assert white.any() and not (white & ~masks[2]).any()
+
+
+def make_crowd(rng, count):
+    """Return boxes of 10 to 50 pixels of two classes, and one of a third class, in an image of 160 x 240."""
+    masks = np.zeros((count, 160, 240), bool)
+    for mask in masks:
+        top, left = rng.integers(0, (150, 230))
+        mask[top : top + rng.integers(10, 50), left : left + rng.integers(10, 50)] = True
+    return Objects.of_masks(masks, [3, *rng.integers(1, 3, count - 1)])
+
+
+def test_neighbours_differ_and_a_single_object_has_the_colour_of_its_class():
+    palette = default_palette(4)
+    for seed in range(20):
+        objects = make_crowd(np.random.default_rng(seed), 14)
+        colours = colour_objects(objects, palette)
+        assert colours[0] == palette[3] and palette[3] not in colours[1:]
+        for (one, left), (other, right) in combinations(enumerate(objects.boxes), 2):
+            gaps = np.maximum(left, right)[:2] - np.minimum(left[:2] + left[2:], right[:2] + right[2:])
+            if (gaps < 0.05 * 240).all():
+                assert colours[one] != colours[other]
+
+
+def test_numbers_never_cover_one_another(monkeypatch):
+    shown = []
+
+    def record(pen, place, text, _, font, anchor, stroke_width, stroke_fill):
+        box = pen.textbbox(place, text, font, anchor, stroke_width=stroke_width)
+        shown.append((int(text) - 1, place, box))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    frame = np.zeros((160, 240, 3), np.uint8)
+    for seed in range(5):
+        objects = make_crowd(np.random.default_rng(seed), 60)
+        shown.clear()
+        draw_objects(frame, objects, default_palette(4))
+        assert len(shown) > 20 and shown[0][0] == 0
+        for number, (x, y), _ in shown:
+            assert objects.masks[number].to_mask(objects.size)[y, x]
+        for (*_, one), (*_, other) in combinations(shown, 2):
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
 
 
 def test_no_objects_leave_the_frame_unchanged():
