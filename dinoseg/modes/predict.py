@@ -197,9 +197,10 @@ def _check_outputs_of_layers(task: Task, outputs: Sequence[str]) -> None:
 def _check_unread(
     folder: Path, task: Task, outputs: Sequence[str], shapes: FurtherOutputs | None, *, has_images: bool
 ) -> None:
-    """Refuse a typed minimum score of objects for a model without any; warn of keys that these outputs do not read."""
-    if "mode.min_score" in find_typed_keys(folder) and not isinstance(task, ObjectTask):
-        raise UserError("mode.min_score is for a model of objects (task=instance or panoptic). Leave it out.")
+    """Refuse typed minimum scores of objects for a model without any; warn of keys that these outputs do not read."""
+    for key in find_typed_keys(folder):
+        if key in ("mode.min_score", "mode.shapes.min_score") and not isinstance(task, ObjectTask):
+            raise UserError(f"{key} is for a model of objects (task=instance or panoptic). Leave it out.")
     if not has_images:
         warn_unread(folder, ["mode.min_score"], "Frames of videos have the classes of their pixels, and no objects.")
     if shapes is not None and not {*outputs} & {*shapes.names}:

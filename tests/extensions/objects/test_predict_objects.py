@@ -107,8 +107,9 @@ def test_shapes_without_an_output_are_reported(folder):
 
 def test_score_of_objects_is_refused_for_a_model_of_classes(folder):
     dinoseg.create_model("rgb", num_classes=2).save(folder / "classes.safetensors")
-    done = predict(folder, "classes", "mode.min_score=0.3", "hydra.run.dir=classes")
-    assert done.status != 0 and "mode.min_score is for a model of objects" in done.err
+    for key in ("mode.min_score", "mode.shapes.min_score"):
+        done = predict(folder, "classes", f"{key}=0.3", "hydra.run.dir=classes")
+        assert done.status != 0 and f"{key} is for a model of objects" in done.err
 
 
 def test_score_of_objects_has_no_effect_on_videos(folder):
