@@ -52,6 +52,8 @@ class FeatureView:
 
     Attributes:
         basis: the basis; None before `fit`.
+        layer: number of the block, from 0.
+        patch_size: side of a patch in pixels of the resized image.
 
     Raises:
         UserError: the model has no such layer or no backbone in torch, or the file holds no basis of such features.
@@ -100,6 +102,8 @@ class FeatureView:
             removes_position=removes_position(position),
             rank=rank,
         )
+        self.layer = self._features.layer
+        self.patch_size = self._features.backbone.patch_size
         self._info = describe(self._features, model.facts.choices.get("backbone"))
         self.basis = None if basis is None else Basis.load(basis, self._info)
 
@@ -146,7 +150,7 @@ class FeatureView:
         patches, size = self.extract(image)
         self.basis.check(patches.values)
         colours = self.basis.colours(self.basis.project(patches.values))
-        return to_bytes(enlarge(colours, size, patches.size, self._features.backbone.patch_size, upsample))
+        return to_bytes(enlarge(colours, size, patches.size, self.patch_size, upsample))
 
     def similarity(self, image: Any, points: Sequence[Sequence[float]], other: Any = None) -> np.ndarray:
         """Return the cosine similarity of all patches to those at some points, the mean over the points.
@@ -182,8 +186,7 @@ class FeatureView:
                     f"{height - 1}."
                 )
         centres = 2 * np.array(points)[:, ::-1].astype(int) + 1  # of pixels (y, x), in half pixels
-        patch_size = self._features.backbone.patch_size
-        return (centres * image.patches.size // (2 * np.array(image.size) * patch_size)).T
+        return (centres * image.patches.size // (2 * np.array(image.size) * self.patch_size)).T
 
 
 def fit_basis(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.core.objects import MIN_SCORE, Objects
+from dinoseg.extensions.feature_views.view import FeatureView, ImageFeatures
 from dinoseg.extensions.serving.decoding import ImageDecoder
 from dinoseg.extensions.serving.work import CheckedCalls, OutOfTime, Work, WorkCancelled
 from dinoseg.extensions.tracking.tracker import Tracker
@@ -99,6 +100,11 @@ class SharedModel:
         """Return the masks of the next frames of a tracker on the model's backbone. Raises errors as `segment`."""
         with self._compute(work, len(frames)):
             return tracker.track(frames, labels)
+
+    def extract(self, view: FeatureView, image: np.ndarray, work: Work) -> ImageFeatures:
+        """Return the features of an image in a view of the model. Raises errors as `segment`."""
+        with self._compute(work):
+            return view.extract(image)
 
     @contextmanager
     def _compute(self, work: Work, images: int = 1) -> Iterator[None]:
