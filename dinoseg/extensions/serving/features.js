@@ -18,10 +18,10 @@ export default {
                @pointermove="cursor = at(i, $event)" @pointerleave="cursor = null" @click="click(i, $event)">
             <img v-if="kind === 'image'" :src="row.image" draggable="false" :alt="i ? 'The second image' : 'The image'">
             <img v-else-if="kind === 'colours'" :src="row.colours" :style="cover(row)" draggable="false" :alt="names[kind]">
-            <canvas v-else-if="row.cosines" :ref="'map' + i" :style="cover(row)" :width="row.grid[1]" :height="row.grid[0]"></canvas>
+            <canvas v-else-if="points.length" :ref="'map' + i" :style="cover(row)" :width="row.grid[1]" :height="row.grid[0]"></canvas>
             <span v-else class="quiet">Click a place in the image.</span>
             <svg :viewBox="'0 0 ' + row.width + ' ' + row.height">
-              <g v-for="[x, y, mark] in marks(i, row)" :class="mark">
+              <g v-for="[x, y, mark] in marks(i)" :class="mark">
                 <circle v-for="ink in ['outer', 'inner']" :class="ink" :cx="x" :cy="y" :r="size(row)" vector-effect="non-scaling-stroke"/>
               </g>
             </svg>
@@ -34,6 +34,7 @@ export default {
   data: () => ({
     cursor: null, // {i, x, y} in pixels of an image
     values: [], // a Float32Array for each row
+    best: [], // for each row, the middle of its most similar patch, in pixels, and its similarity
     names: { image: "Image", colours: "Principal components", similarity: "Cosine similarity" },
     gradient: `linear-gradient(to right, ${stops})`,
   }),
@@ -43,12 +44,18 @@ export default {
   methods: {
     async load() {
       const rows = this.rows;
-      const load = async (row) => row.cosines && new Float32Array(await (await fetch(row.cosines)).arrayBuffer());
-      const values = await Promise.all(rows.map(load));
+      const load = async (row) => new Float32Array(await (await fetch(row.cosines)).arrayBuffer());
+      const values = await Promise.all(this.points.length ? rows.map(load) : []);
       if (rows !== this.rows) return; // replaced meanwhile
       this.values = values;
+      this.best = values.map((each, i) => this.find(rows[i], each));
       await this.$nextTick();
-      rows.forEach((row, i) => values[i] && this.draw(this.$refs["map" + i][0], row, values[i]));
+      values.forEach((each, i) => this.draw(this.$refs["map" + i][0], rows[i], each));
+    },
+    find({ grid, seen: [down, across], width, height }, values) {
+      const j = values.reduce((top, value, k) => (value > values[top] ? k : top), 0);
+      const middle = (place, seen, length) => ((place + Math.min(place + 1, seen)) / 2 / seen) * length;
+      return [middle(j % grid[1], across, width), middle(Math.floor(j / grid[1]), down, height), values[j]];
     },
     draw(canvas, { grid: [height, width] }, values) {
       const pixels = new ImageData(width, height);
@@ -72,18 +79,18 @@ export default {
       const { x, y } = this.at(i, event);
       if (!i) this.$emit("point", [x, y]);
     },
-    marks(i, row) {
+    marks(i) {
       const { cursor } = this;
       return [
         ...(i ? [] : this.points.map(([x, y]) => [x, y, "point"])),
-        ...(row.best ? [[...row.best.slice(0, 2), "best"]] : []),
+        ...(i && this.best[i] ? [[...this.best[i].slice(0, 2), "best"]] : []),
         ...(cursor?.i === i ? [[cursor.x, cursor.y, "cursor"]] : []),
       ];
     },
     text(i, row) {
       const values = this.values[i];
-      if (!row.cosines || !values) return "";
-      const best = row.best ? `Best match: ${row.best[2].toFixed(3)}. ` : "";
+      if (!values) return "";
+      const best = i ? `Best match: ${this.best[i][2].toFixed(3)}. ` : "";
       if (this.cursor?.i !== i) return `${best}Point at a picture to read its similarity.`;
       const { x, y } = this.cursor;
       const patch = (place, length, seen) => Math.floor(((Math.floor(place) + 0.5) * seen) / length);

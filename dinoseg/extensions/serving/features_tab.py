@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from nicegui import ui
-from nicegui.element import Element
 from nicegui.events import GenericEventArguments
 from PIL import Image
 
@@ -19,15 +18,16 @@ from dinoseg.extensions.feature_views.drawing import to_bytes
 from dinoseg.extensions.feature_views.view import FeatureView, ImageFeatures, fit_basis
 from dinoseg.extensions.serving.mask_editor import encode_image
 from dinoseg.extensions.serving.shared import SharedModel
-from dinoseg.extensions.serving.widgets import Stage, add_button, add_slider
+from dinoseg.extensions.serving.widgets import Component, Stage, add_button, add_slider
 from dinoseg.extensions.serving.work import Work
 from dinoseg.utils.wording import count_of
 
 MAX_BYTES = 2**30  # of the features of all pages: 32 images of 1,024 pixels with 2,048 channels in patches of 16
 _MAX_POINTS = 100  # that are averaged
 
-Wanted = tuple[tuple[Path, ...], int, tuple[tuple[float, float], ...]]  # images, number of the view, points
+Read = Callable[[Path], tuple[np.ndarray, int]]
 Run = Callable[[str, Callable[[Work], str]], Awaitable[None]]
+Wanted = tuple[tuple[Path, ...], int, tuple[tuple[float, float], ...]]  # images, number of the view, points
 
 
 class FeatureStore:
@@ -41,44 +41,42 @@ class FeatureStore:
     def __init__(self, model: SharedModel, views: Sequence[FeatureView]) -> None:
         self.model = model
         self.views = views
-        self._known: OrderedDict[tuple[Path, int], ImageFeatures] = OrderedDict()
+        self._known: OrderedDict[tuple[Path, int], tuple[ImageFeatures, bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, path: Path, layer: int, read: Callable[[], np.ndarray], work: Work) -> ImageFeatures:
-        """Return the features of an upload, whose file never changes.
+    def get(self, path: Path, layer: int, read: Read, work: Work) -> tuple[ImageFeatures, bytes]:
+        """Return the features of an upload in the view of a number, and its image as a JPEG; only with a place.
 
         Args:
-            path: of the upload.
+            path: of the upload, whose file never changes.
             layer: number of the view.
             read: decodes the upload.
             work: for which they are computed.
         """
-        key = (path, layer)
-        found = self._known.get(key)
+        found = self._known.get((path, layer))
         if found is None:
-            found = self.model.extract(self.views[layer], read(), work)
+            image, _ = read(path)
+            with self.model.compute(work):
+                found = self.views[layer].extract(image), encode_image(image)
         with self._lock:
-            self._known[key] = found
-            self._known.move_to_end(key)
+            self._known[path, layer] = found
+            self._known.move_to_end((path, layer))
             # two images are compared: the last two stay, whatever their size
-            while len(self._known) > 2 and sum(each.patches.values.nbytes for each in self._known.values()) > MAX_BYTES:
+            while (
+                len(self._known) > 2 and sum(each.patches.values.nbytes for each, _ in self._known.values()) > MAX_BYTES
+            ):
                 self._known.popitem(last=False)
         return found
 
-    def forget(self, path: Path) -> None:
-        """Drop the features of an upload."""
+    def forget(self, folder: Path) -> None:
+        """Drop the features of the uploads in a folder."""
         with self._lock:
-            for key in [key for key in self._known if key[0] == path]:
+            for key in [key for key in self._known if key[0].parent == folder]:
                 del self._known[key]
 
 
-class FeaturesPanel(Element, component="features.js"):
+class FeaturesPanel(Component, component="features.js"):
     """Rows of an image, its colours and its similarities."""
-
-    def show(self, **props: Any) -> None:
-        """Set properties of the component."""
-        self._props.update(props)
-        self.update()
 
 
 class FeaturesTab:
@@ -92,14 +90,7 @@ class FeaturesTab:
         run: runs a function in a thread unless the page is busy, and shows the text that it returns.
     """
 
-    def __init__(
-        self,
-        store: FeatureStore,
-        files: dict[str, Any],
-        address: str,
-        read: Callable[[Path], tuple[np.ndarray, int]],
-        run: Run,
-    ) -> None:
+    def __init__(self, store: FeatureStore, files: dict[str, Any], address: str, read: Read, run: Run) -> None:
         self._store, self._files, self._address, self._read, self._run = store, files, address, read, run
         self._paths: tuple[Path, ...] = ()  # of the opened image, and of the one that is compared
         self._points: tuple[tuple[float, float], ...] = ()
@@ -109,20 +100,19 @@ class FeaturesTab:
     def build_panel(self) -> None:
         """Add the pictures to the page."""
         self._panel = FeaturesPanel().on("point", self._add_point)
-        self._panel.visible = False
 
     def build_card(self) -> Stage:
-        """Add the widgets to the page, and return the drop zone of the second image."""
+        """Add the other widgets to the page, and return the drop zone of the second image."""
         layers = [view.layer for view in self._store.views]
         with ui.card() as self._card:
             ui.label("Features").classes("heading")
             self._layer = add_slider("Layer: {}", 0, len(layers) - 1, self._update, layers)
-            self._layer.value = len(layers) - 1
             add_button("Clear clicks", self._clear_points, "outline")
-            self._second = Stage()
-            self._second.show(title="Drop a second image", small=True)
-        self._card.visible = self._second.visible = False
-        return self._second
+            second = Stage()
+            second.show(title="Drop a second image", hint="for comparison", small=True)
+        self._layer.value = len(layers) - 1
+        self._panel.visible = self._card.visible = False
+        return second
 
     async def show(self, *, visible: bool) -> None:
         """Show or hide the tab."""
@@ -131,7 +121,6 @@ class FeaturesTab:
 
     async def open(self, path: Path) -> None:
         """Take another opened image; the second one stays."""
-        self._forget(self._paths[:1])
         self._paths = (path, *self._paths[1:])
         self._rows = []
         self._panel.show(rows=[])
@@ -144,18 +133,8 @@ class FeaturesTab:
         await self._update()
         if self._shown[0] != self._paths:
             self._paths, former = former, self._paths
-        self._forget(former[1:])
         for each in former[1:]:
             each.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Drop the features."""
-        self._forget(self._paths)
-
-    def _forget(self, paths: Sequence[Path]) -> None:
-        for path in paths:
-            self._store.forget(path)
-            self._files.pop(f"{path.name}.jpg", None)
 
     async def _clear_points(self) -> None:
         self._points = ()
@@ -179,7 +158,6 @@ class FeaturesTab:
             if self._shown != wanted:  # the page is busy, or it failed
                 return
             self._panel.show(rows=self._rows, points=wanted[2])
-            self._second.visible = True
 
     @property
     def _wanted(self) -> Wanted:
@@ -190,37 +168,26 @@ class FeaturesTab:
         paths, layer, points = wanted
         view = self._store.views[layer]
         with self._store.model.hold_place(work):
-            images = [self._store.get(path, layer, partial(self._decode, path), work) for path in paths]
+            images, shown = zip(*[self._store.get(path, layer, self._read, work) for path in paths], strict=True)
             if self._shown[:2] != wanted[:2]:
-                self._rows = self._draw(images, view.patch_size, paths)
-            text = f"Features of layer {view.layer}"
-            if points:
-                text += f"; similarity to {count_of(len(points), 'clicked patch', 'clicked patches')}"
+                self._rows = self._draw(images, shown, view.patch_size)
             for number, row in enumerate(self._rows):
-                row["cosines"], row["best"] = "", None
-                if points:
-                    cosines = view.similarity(images[0], points, images[number])
-                    row["cosines"] = self._publish(f"cosines{number}.bin", cosines.tobytes())
-                    row["best"] = _find_best(cosines, row) if number else None
+                cosines = view.similarity(images[0], points, images[number]).tobytes() if points else b""
+                row["cosines"] = self._publish(f"cosines{number}.bin", cosines)
         self._shown = wanted
-        return text
+        return f"Features of layer {view.layer}; {count_of(len(points), 'click')}"
 
-    def _decode(self, path: Path) -> np.ndarray:
-        image, _ = self._read(path)
-        self._files[f"{path.name}.jpg"] = encode_image(image)
-        return image
-
-    def _draw(self, images: Sequence[ImageFeatures], patch_size: int, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    def _draw(self, images: Sequence[ImageFeatures], shown: Sequence[bytes], patch_size: int) -> list[dict[str, Any]]:
         """Return a row for each image, with colours in one basis."""
         components = range(1, 1 + min(3, images[0].patches.values.shape[2]))
         basis = fit_basis(lambda: [image.patches for image in images], components, {})
         rows = []
         for number, (patches, (height, width)) in enumerate(images):
-            file = io.BytesIO()
-            Image.fromarray(to_bytes(basis.colours(basis.project(patches.values)))).save(file, format="PNG")
+            colours = io.BytesIO()
+            Image.fromarray(to_bytes(basis.colours(basis.project(patches.values)))).save(colours, format="PNG")
             row = {
-                "image": f"{self._address}/{paths[number].name}.jpg",
-                "colours": self._publish(f"colours{number}.png", file.getvalue()),
+                "image": self._publish(f"view{number}.jpg", shown[number]),
+                "colours": self._publish(f"colours{number}.png", colours.getvalue()),
                 "width": width,
                 "height": height,
                 "grid": patches.values.shape[:2],
@@ -233,10 +200,3 @@ class FeaturesTab:
         """Return the new address of a file of the page."""
         self._files[name] = content
         return f"{self._address}/{name}?{secrets.token_hex(4)}"
-
-
-def _find_best(cosines: np.ndarray, row: dict[str, Any]) -> list[float]:
-    """Return x and y of the middle of the most similar patch's part in the image, in pixels, and its similarity."""
-    place = np.unravel_index(cosines.argmax(), cosines.shape)
-    y, x = ((at + min(at + 1, seen)) / (2 * seen) for at, seen in zip(place, row["seen"], strict=True))
-    return [float(x * row["width"]), float(y * row["height"]), float(cosines.max())]

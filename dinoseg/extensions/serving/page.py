@@ -120,8 +120,8 @@ class Page:
     def close(self) -> None:
         """Cancel the work of the page, and remove its files and masks."""
         self._cancel()
-        if self._features is not None:
-            self._features.close()
+        if self._context.features is not None:
+            self._context.features.forget(self.folder)
         self.files.clear()
         self._clear_masks()  # widgets and handlers refer to one another, so that the page is collected much later
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -157,9 +157,8 @@ class Page:
                     with ui.card() as self._mask_card:
                         self._build_mask_card()
                 if self._features is not None:
-                    second = self._features.build_card()
-                    second.on("uploaded", self._open_second).on("failed", self._tell_failure)
-                    second.show(url=upload_address, hint="for comparison", maxMib=self._context.max_mib)
+                    second = self._features.build_card().on("uploaded", self._open_second)
+                    second.on("failed", self._tell_failure).show(url=upload_address, maxMib=self._context.max_mib)
         for widget in (self._progress, self._cancel_button, self._video_card, self._mask_card):
             widget.visible = False
         ui.timer(0.3, self._show_progress)
@@ -247,9 +246,10 @@ class Page:
     # ---- the upload and its mask
 
     async def _open_upload(self, event: GenericEventArguments) -> None:
-        path = self._take_upload()
-        if path is None:
+        path = self._next
+        if self.is_busy or path is None:
             return
+        self._next = None
         with self._work("Segmenting ..."):
             try:
                 found = await run_in_thread(partial(self._segment_file, path))
@@ -281,16 +281,10 @@ class Page:
             await self._features.open(path)
 
     async def _open_second(self) -> None:
-        path = self._take_upload()
-        if self._features is not None and path is not None:
+        path = self._next
+        if self._features is not None and path is not None and not self.is_busy:
+            self._next = None
             await self._features.open_second(path)
-
-    def _take_upload(self) -> Path | None:
-        """Return the upload that is opened next, unless the page is busy."""
-        if self.is_busy:
-            return None
-        path, self._next = self._next, None
-        return path
 
     def _segment_file(self, path: Path) -> SegmentedUpload:
         """Return an image or a first frame of a video, segmented; only an image has objects."""

@@ -8,13 +8,17 @@ from nicegui.element import Element
 from nicegui.events import GenericEventArguments
 
 
-class Stage(Element, component="stage.js"):
-    """The drop zone, the image with its mask and brush, and the labelled video."""
+class Component(Element):
+    """Element of a Vue component of the app."""
 
     def show(self, **props: Any) -> None:
         """Set properties of the component."""
         self._props.update(props)
         self.update()
+
+
+class Stage(Component, component="stage.js"):
+    """The drop zone, the image with its mask and brush, and the labelled video."""
 
 
 class Slider(ui.slider):
