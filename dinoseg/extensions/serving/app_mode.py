@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from dinoseg.checkpoints.source import ModelSource
 from dinoseg.extensions.serving.app import App
 from dinoseg.extensions.serving.endpoint import build_endpoint
-from dinoseg.extensions.serving.features_tab import FeatureStore
+from dinoseg.extensions.serving.features_tab import UploadFeatures
 from dinoseg.extensions.serving.page import PageContext
 from dinoseg.extensions.serving.server import Port, bind_socket, list_hosts, serve_until_signal
 from dinoseg.extensions.serving.shared import SharedModel
@@ -47,7 +47,7 @@ def app(
         with closing(SharedModel(served, max_pixels, timeout=timeout, min_score=min_score)) as shared:
             application = build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib)
             views = open_views(served)
-            features = FeatureStore(shared, views) if views else None
+            features = UploadFeatures(shared, views) if views else None
             context = PageContext(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds, features)
             App(context).mount(application)
             serve_until_signal(application, listener, shared.stop)

@@ -30,7 +30,7 @@ Run = Callable[[str, Callable[[Work], str]], Awaitable[None]]
 Wanted = tuple[tuple[Path, ...], int, tuple[tuple[float, float], ...]]  # images, number of the view, points
 
 
-class FeatureStore:
+class UploadFeatures:
     """Features of opened images, computed once for each layer; the least recently used ones are evicted.
 
     Args:
@@ -90,7 +90,7 @@ class FeaturesTab:
         run: runs a function in a thread unless the page is busy, and shows the text that it returns.
     """
 
-    def __init__(self, store: FeatureStore, files: dict[str, Any], address: str, read: Read, run: Run) -> None:
+    def __init__(self, store: UploadFeatures, files: dict[str, Any], address: str, read: Read, run: Run) -> None:
         self._store, self._files, self._address, self._read, self._run = store, files, address, read, run
         self._paths: tuple[Path, ...] = ()  # of the opened image, and of the one that is compared
         self._points: tuple[tuple[float, float], ...] = ()

@@ -20,7 +20,7 @@ from nicegui.events import GenericEventArguments
 from dinoseg.core.objects import Objects
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.serving.decoding import VideoDecoder, is_video
-from dinoseg.extensions.serving.features_tab import FeaturesTab, FeatureStore
+from dinoseg.extensions.serving.features_tab import FeaturesTab, UploadFeatures
 from dinoseg.extensions.serving.mask_editor import MAX_RADIUS, MaskEditor, encode_image, encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.video import Masks, write_labelled_video
@@ -56,7 +56,7 @@ class PageContext:
     make_tracker: Callable[[], Tracker] | None
     max_mib: float
     max_seconds: float
-    features: FeatureStore | None = None
+    features: UploadFeatures | None = None
     video_queue: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 

@@ -19,7 +19,7 @@ from serving_stand_ins import InThread, compute_endlessly, encode_image, picture
 import dinoseg
 from dinoseg.extensions.serving import decoding, features_tab
 from dinoseg.extensions.serving import page as page_module
-from dinoseg.extensions.serving.features_tab import FeatureStore
+from dinoseg.extensions.serving.features_tab import UploadFeatures
 from dinoseg.extensions.serving.page import Page, PageContext
 from dinoseg.extensions.serving.source import open_views
 from dinoseg.extensions.video.writer import VideoWriter
@@ -37,7 +37,7 @@ def on_a_page(check, *, make_model=None, **options):
             model = make_model and make_model()
             with shared_model(max_pixels=100_000, **{"model": model, **options}) as shared:
                 client = Client(nicegui_page("/"), request=None)
-                features = model and FeatureStore(shared, open_views(model))
+                features = model and UploadFeatures(shared, open_views(model))
                 with client:
                     page = Page(PageContext(shared, tmp_path, None, 1.0, 2.0, features), "token")
                 page.folder.mkdir()
@@ -359,7 +359,7 @@ def test_least_recently_used_features_are_evicted(monkeypatch):
     patches = SimpleNamespace(values=np.zeros(20, np.float32))  # 80 bytes
     read = []
     view = SimpleNamespace(extract=lambda image: SimpleNamespace(patches=patches))
-    store = FeatureStore(SimpleNamespace(compute=nullcontext), [view])
+    store = UploadFeatures(SimpleNamespace(compute=nullcontext), [view])
     for name in "abacab":
         store.get(name, 0, lambda name: (picture(), read.append(name)), None)
     assert read == ["a", "b", "c", "b"], "two stay, whatever their size"
