@@ -83,6 +83,7 @@ def shown_layer(page):
 
 
 def drag(page, *points):
+    page.locator(".view").scroll_into_view_if_needed()
     box = page.locator(".view").bounding_box()
     places = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in points]
     page.mouse.move(*places[0])
