@@ -59,7 +59,7 @@ EXTENSIONS = {
     "query_heads": Extension(),
     "regions": Extension(),
     "rendering": Extension(),
-    "serving": Extension(("annotations", "tracking", "video")),
+    "serving": Extension(("annotations", "feature_views", "tracking", "video")),
     "slots": Extension(("clips", "protocols", "tracking", "video_scores")),
     "sweeps": Extension(("compare",), ("hydra/sweeper/optuna",)),
     "thresholds": Extension(),

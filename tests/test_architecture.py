@@ -75,7 +75,10 @@ DOORS = {  # dependency -> the packages and files that may import it
     "onnxscript": ("extensions/export",),
     "onnxruntime": ("extensions/export",),
     "huggingface_hub": ("models/backbones", "segmenter"),
-    "nicegui": ("extensions/serving/app", "extensions/serving/page", "extensions/serving/sockets"),
+    "nicegui": (
+        *("extensions/serving/app", "extensions/serving/features_tab", "extensions/serving/page"),
+        *("extensions/serving/sockets", "extensions/serving/widgets"),
+    ),
     "fastapi": ("extensions/serving",),
     "starlette": ("extensions/serving",),
     "uvicorn": ("extensions/serving",),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import Backbone
 from dinoseg.core.sizes import Size
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.model import SegmentationModel
@@ -104,7 +105,7 @@ class PatchFeatures:
         """Return the map (1, C, h, w) of the layer."""
         backbone = self.backbone
         if not backbone.has_tokens:
-            return backbone(pixels)[[*self._maps].index(self.layer)]
+            return backbone(pixels)[[*list_layers(backbone)].index(self.layer)]
         size = (pixels.shape[-2], pixels.shape[-1])
         kwargs = backbone.block_kwargs(size)
         tokens, _ = backbone.run_blocks(backbone.embed(pixels), kwargs, stop=self.layer + 1)
@@ -116,18 +117,13 @@ class PatchFeatures:
         """Return the 0-based number of the block."""
         backbone = self.backbone
         found = resolve_layers([layer], backbone.depth)[0]
-        known = range(len(backbone.blocks)) if backbone.has_tokens else self._maps
+        known = list_layers(backbone)
         if found not in known:
             raise UserError(
                 f"layer={layer}: of the blocks 0 to {backbone.depth - 1} of its backbone, this model has "
                 f"{join_names([str(number) for number in known])}. Give one of them, or leave resume out."
             )
         return found
-
-    @property
-    def _maps(self) -> Sequence[int]:
-        """Return the blocks of the maps of a backbone without tokens."""
-        return self.backbone.layers or range(self.backbone.num_layers)
 
     def _position_basis(self, size: Size) -> np.ndarray:
         """Return an orthonormal basis (C, rank) float64 of the features of a black image of `size` (H, W).
@@ -146,3 +142,10 @@ class PatchFeatures:
                 f"rank={rank}: these features have {width} channels, so nothing is left. Give a lower rank."
             )
         return np.linalg.svd(centred, full_matrices=False)[2][:rank].T
+
+
+def list_layers(backbone: Backbone) -> Sequence[int]:
+    """Return the blocks whose features a model has: all that it holds, or without tokens those of its maps."""
+    if backbone.has_tokens:
+        return range(len(backbone.blocks))
+    return backbone.layers or range(backbone.num_layers)

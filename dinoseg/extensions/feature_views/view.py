@@ -6,20 +6,36 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from dinoseg.core.sizes import Size
 from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections, check_components
 from dinoseg.extensions.feature_views.drawing import Upsample, enlarge, to_bytes
 from dinoseg.extensions.feature_views.patches import Patches, PatchFeatures
+from dinoseg.models.model import SegmentationModel
 from dinoseg.segmenter.inputs import pictures
-from dinoseg.segmenter.segmenter import Segmenter
-from dinoseg.segmenter.torch_runtime import replicate_in_eval_mode
+from dinoseg.segmenter.model import Model
+from dinoseg.segmenter.torch_runtime import TorchRuntime
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.ranges import Count, check_annotations
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+class ImageFeatures(NamedTuple):
+    """Features of an image, which a `FeatureView` takes instead of the image.
+
+    Attributes:
+        patches: the features.
+        size: (H, W) of the image.
+    """
+
+    patches: Patches
+    size: Size
 
 
 class FeatureView:
@@ -32,13 +48,15 @@ class FeatureView:
         position: keep | remove: whether the subspace of a constant image is projected out.
         rank: of that subspace; None: min(500, C // 2, N // 2) for C channels and N patches.
         basis: file of a basis that was fitted before; None: `fit` makes one.
-        precision: auto, bf16, fp16 or fp32.
+        precision: auto, bf16, fp16 or fp32; None: that of the model.
 
     Attributes:
         basis: the basis; None before `fit`.
+        layer: number of the block, from 0.
+        patch_size: side of a patch in pixels of the resized image.
 
     Raises:
-        UserError: the backbone has no such layer, or the file holds no basis of such features.
+        UserError: the model has no such layer or no backbone in torch, or the file holds no basis of such features.
 
     Examples:
         >>> import dinoseg, numpy as np
@@ -48,32 +66,44 @@ class FeatureView:
         [0.6, 0.4, 0.1]
         >>> view.colours(images[0]).shape
         (32, 48, 3)
+        >>> view.similarity(images[0], [(5, 20)], images[1]).shape
+        (4, 6)
     """
 
     @check_annotations
     def __init__(
         self,
-        model: Segmenter,
+        model: Model,
         *,
         layer: int = -1,
         normalise: bool = True,
         position: str = "keep",
         rank: Count | None = None,
         basis: str | PathLike[str] | None = None,
-        precision: str = "auto",
+        precision: str | None = None,
     ) -> None:
+        runtime = model.runtime
+        if not isinstance(runtime, TorchRuntime) or not isinstance(runtime.predictor.model, SegmentationModel):
+            raise UserError(
+                f"model={model.source}: an exported graph has no features. Load the run or the model.safetensors of it."
+            )
         self._pixels = model.facts.format
-        dtype = compute_dtype(precision, model.device)
-        context = nullcontext if dtype == torch.float32 else partial(torch.autocast, model.device.type, dtype)
+        predictor = runtime.predictor
+        autocast: Any = predictor.autocast
+        if precision is not None:
+            dtype = compute_dtype(precision, predictor.device)
+            autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, predictor.device.type, dtype)
         self._features = PatchFeatures(
-            replicate_in_eval_mode(model.model),
-            model.device,
-            context,
+            predictor.model,
+            predictor.device,
+            autocast,
             layer=layer,
             normalise=normalise,
             removes_position=removes_position(position),
             rank=rank,
         )
+        self.layer = self._features.layer
+        self.patch_size = self._features.backbone.patch_size
         self._info = describe(self._features, model.facts.choices.get("backbone"))
         self.basis = None if basis is None else Basis.load(basis, self._info)
 
@@ -95,9 +125,18 @@ class FeatureView:
         self.basis = fit_basis(read, check_components(components), self._info)
         return self.basis
 
+    def extract(self, image: Any) -> ImageFeatures:
+        """Return the features of an image, to compute them once: other methods take them instead of the image."""
+        if isinstance(image, ImageFeatures):
+            return image
+        (_, pixels), *more = pictures(image, pixels=self._pixels)
+        if more:
+            raise UserError(f"{len(more) + 1} images were given where one is expected. Call this for each of them.")
+        return ImageFeatures(self._features(pixels), (pixels.shape[0], pixels.shape[1]))
+
     def features(self, image: Any) -> np.ndarray:
         """Return the features of the patches of an image, (h, w, C) float32."""
-        return self._features(self._read(image)).values
+        return self.extract(image).patches.values
 
     @check_annotations
     def colours(self, image: Any, upsample: Upsample = "nearest") -> np.ndarray:
@@ -108,18 +147,46 @@ class FeatureView:
         """
         if self.basis is None:
             raise UserError("There is no basis yet. Call fit(images) first, or give basis=FILE.")
-        pixels = self._read(image)
-        patches = self._features(pixels)
+        patches, size = self.extract(image)
         self.basis.check(patches.values)
         colours = self.basis.colours(self.basis.project(patches.values))
-        size = (pixels.shape[0], pixels.shape[1])
-        return to_bytes(enlarge(colours, size, patches.size, self._features.backbone.patch_size, upsample))
+        return to_bytes(enlarge(colours, size, patches.size, self.patch_size, upsample))
 
-    def _read(self, image: Any) -> np.ndarray:
-        (_, pixels), *more = pictures(image, pixels=self._pixels)
-        if more:
-            raise UserError(f"{len(more) + 1} images were given where one is expected. Call this for each of them.")
-        return pixels
+    def similarity(self, image: Any, points: Sequence[Sequence[float]], other: Any = None) -> np.ndarray:
+        """Return the cosine similarity of all patches to those at some points, the mean over the points.
+
+        Args:
+            image: in which the points are.
+            points: (x, y) in pixels of the image, from its upper left corner.
+            other: image whose patches are compared; None: `image`.
+
+        Returns:
+            (h, w) float32 in -1..1, a value for each patch; 0 where its features are 0.
+
+        Raises:
+            UserError: there is no point, or one is outside of the image.
+        """
+        start = self.extract(image)
+        values = start.patches.values if other is None else self.extract(other).patches.values
+        rows, columns = self._find_patches(start, points)
+        clicked = start.patches.values[rows, columns]
+        query = (clicked / _norms(clicked)).mean(0)
+        # a map is linear in the unit vector of its point: one product gives the mean of all maps
+        return (values @ query / _norms(values)[..., 0]).clip(-1, 1)
+
+    def _find_patches(self, image: ImageFeatures, points: Sequence[Sequence[float]]) -> np.ndarray:
+        """Return the rows and columns (2, N) of the patches at points; `enlarge` shows the same ones there."""
+        height, width = image.size
+        if np.array(points, object).shape[1:] != (2,) or not len(points):
+            raise UserError(f"points={points}: give a list of at least one pair (x, y), such as [(40, 25)].")
+        for x, y in points:
+            if not (0 <= x < width and 0 <= y < height):
+                raise UserError(
+                    f"points: ({x:g}, {y:g}) is outside of the image. Give x from 0 to {width - 1} and y from 0 to "
+                    f"{height - 1}."
+                )
+        centres = 2 * np.array(points)[:, ::-1].astype(int) + 1  # of pixels (y, x), in half pixels
+        return (centres * image.patches.size // (2 * np.array(image.size) * self.patch_size)).T
 
 
 def fit_basis(
@@ -165,3 +232,8 @@ def removes_position(position: str) -> bool:
     if position not in ("keep", "remove"):
         raise UserError(f"position={position}: give keep or remove.")
     return position == "remove"
+
+
+def _norms(values: np.ndarray) -> np.ndarray:
+    """Return the norms (..., 1) of features (..., C), at least the smallest normal number."""
+    return np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), _TINY)

@@ -1,4 +1,4 @@
-"""mode=app: browser app that segments images and videos, and tracks painted objects."""
+"""mode=app: browser app that segments images and videos, tracks painted objects, and shows features."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 from dinoseg.checkpoints.source import ModelSource
 from dinoseg.extensions.serving.app import App
 from dinoseg.extensions.serving.endpoint import build_endpoint
+from dinoseg.extensions.serving.features_tab import UploadFeatures
 from dinoseg.extensions.serving.page import PageContext
 from dinoseg.extensions.serving.server import Port, bind_socket, list_hosts, serve_until_signal
 from dinoseg.extensions.serving.shared import SharedModel
-from dinoseg.extensions.serving.source import load_served, tracker_maker
+from dinoseg.extensions.serving.source import load_served, open_views, tracker_maker
 from dinoseg.extensions.tracking.trackers import tracker_factory
 from dinoseg.utils.atomic import scratch_folder
 from dinoseg.utils.ranges import Count, Positive, Share
@@ -45,7 +46,9 @@ def app(
         served = load_served(ModelSource(cfg), run, model)
         with closing(SharedModel(served, max_pixels, timeout=timeout, min_score=min_score)) as shared:
             application = build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib)
-            context = PageContext(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds)
+            views = open_views(served)
+            features = UploadFeatures(shared, views) if views else None
+            context = PageContext(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds, features)
             App(context).mount(application)
             serve_until_signal(application, listener, shared.stop)
     return {"run": str(out_dir)}

@@ -11,19 +11,20 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from nicegui import ui
-from nicegui.element import Element
 from nicegui.events import GenericEventArguments
 
 from dinoseg.core.objects import Objects
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.serving.decoding import VideoDecoder, is_video
+from dinoseg.extensions.serving.features_tab import FeaturesTab, UploadFeatures
 from dinoseg.extensions.serving.mask_editor import MAX_RADIUS, MaskEditor, encode_image, encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
 from dinoseg.extensions.serving.video import Masks, write_labelled_video
+from dinoseg.extensions.serving.widgets import Checkbox, Stage, Switch, add_button, add_slider
 from dinoseg.extensions.serving.work import Work, WorkCancelled, run_in_thread
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.report.object_overlay import draw_objects
@@ -36,38 +37,6 @@ _MAX_WAITING_STROKES = 20  # of a page; further ones are dropped
 _OBJECTS = Labels(("background", *(f"object {i}" for i in range(1, 10))), tuple(default_palette(10)), 255)
 
 
-class Stage(Element, component="stage.js"):
-    """The drop zone, the image with its mask and brush, and the labelled video."""
-
-    def show(self, **props: Any) -> None:
-        """Set properties of the component."""
-        self._props.update(props)
-        self.update()
-
-
-class Slider(ui.slider):
-    """A slider that takes numbers of its range only."""
-
-    def _event_args_to_value(self, e: GenericEventArguments) -> float:
-        if not isinstance(e.args, int | float):
-            return self.value
-        return min(max(self.props["min"], e.args), self.props["max"])
-
-
-class Switch(ui.switch):
-    """A switch that takes true and false only."""
-
-    def _event_args_to_value(self, e: GenericEventArguments) -> bool:
-        return e.args is True
-
-
-class Checkbox(ui.checkbox):
-    """A checkbox that takes true and false only."""
-
-    def _event_args_to_value(self, e: GenericEventArguments) -> bool:
-        return e.args is True
-
-
 @dataclass(frozen=True)
 class PageContext:
     """Objects that all pages of a server share.
@@ -78,6 +47,7 @@ class PageContext:
         make_tracker: creates a tracker of masks; None: the model has no backbone for tracking.
         max_mib: largest upload, in MiB.
         max_seconds: longest video.
+        features: of the opened images of all pages; None: the model has no backbone in torch.
         video_queue: held by the page whose video is processed; images are segmented between a video's batches.
     """
 
@@ -86,6 +56,7 @@ class PageContext:
     make_tracker: Callable[[], Tracker] | None
     max_mib: float
     max_seconds: float
+    features: UploadFeatures | None = None
     video_queue: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -137,6 +108,7 @@ class Page:
         self._frames_done = 0
         self._names: dict[int, ui.button] = {}  # of the legend
         self._shares: dict[int, ui.label] = {}
+        self._features: FeaturesTab | None = None
         self._build(f"/upload/{token}")
 
     def add_upload(self, path: Path) -> None:
@@ -148,6 +120,8 @@ class Page:
     def close(self) -> None:
         """Cancel the work of the page, and remove its files and masks."""
         self._cancel()
+        if self._context.features is not None:
+            self._context.features.forget(self.folder)
         self.files.clear()
         self._clear_masks()  # widgets and handlers refer to one another, so that the page is collected much later
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -161,54 +135,79 @@ class Page:
 
     def _build(self, upload_address: str) -> None:
         ui.add_css(Path(__file__).with_name("style.css"))
+        if self._context.features is not None:
+            self._build_tabs(FeaturesTab(self._context.features, self.files, self._address, self._read, self._run))
         with ui.element("div").classes("columns"):
-            self._stage = Stage().on("uploaded", self._open_upload).on("stroke", self._paint)
-            self._stage.on("failed", lambda event: self._tell(str(event.args), is_error=True))  # to upload
-            hint = f"up to {self._context.max_mib:g} MiB, videos up to {self._context.max_seconds:g} s"
-            self._stage.show(url=upload_address, hint=hint, maxMib=self._context.max_mib)
+            with ui.element("div").classes("stack"):
+                self._stage = Stage().on("uploaded", self._open_upload).on("stroke", self._paint)
+                self._stage.on("failed", self._tell_failure)
+                hint = f"up to {self._context.max_mib:g} MiB, videos up to {self._context.max_seconds:g} s"
+                self._stage.show(url=upload_address, hint=hint, maxMib=self._context.max_mib)
+                if self._features is not None:
+                    self._features.build_panel()
             with ui.element("aside"):
                 with ui.card():
                     ui.label("dinoseg").classes("heading")
                     self._status = ui.label("No file uploaded yet.").props("role=status")
                     self._progress = ui.element("q-linear-progress")  # NiceGUI's takes values from the browser
-                    self._cancel_button = _add_button("Cancel", self._cancel, "outline")
-                with ui.card() as self._video_card:
-                    self._build_video_card()
-                with ui.card() as self._mask_card:
-                    self._build_mask_card()
+                    self._cancel_button = add_button("Cancel", self._cancel, "outline")
+                with ui.element("div").classes("stack") as self._cards:
+                    with ui.card() as self._video_card:
+                        self._build_video_card()
+                    with ui.card() as self._mask_card:
+                        self._build_mask_card()
+                if self._features is not None:
+                    second = self._features.build_card().on("uploaded", self._open_second)
+                    second.on("failed", self._tell_failure).show(url=upload_address, maxMib=self._context.max_mib)
         for widget in (self._progress, self._cancel_button, self._video_card, self._mask_card):
             widget.visible = False
         ui.timer(0.3, self._show_progress)
 
+    def _build_tabs(self, features: FeaturesTab) -> None:
+        self._features = features
+        # without NiceGUI's tabs, which take values from the browser
+        with ui.element("q-tabs").props("model-value=Segment no-caps dense align=left"):
+            for name in ("Segment", "Features"):
+                tab = ui.element("q-tab").props(f"name={name} label={name}")
+                tab.on("click", partial(self._choose_tab, features, has_features=name == "Features"))
+
+    async def _choose_tab(self, features: FeaturesTab, *, has_features: bool) -> None:
+        self._cards.visible = not has_features
+        self._stage.show(folded=has_features)
+        await features.show(visible=has_features)
+
     def _build_video_card(self) -> None:
         ui.label("Video").classes("heading")
-        _add_button("Segment every frame", self._segment_video)
+        add_button("Segment every frame", self._segment_video)
         if self._context.make_tracker is not None:
-            _add_button("Track the mask of the first frame", self._track_video)
-            _add_button("Paint objects to track", self._start_objects, "outline")
+            add_button("Track the mask of the first frame", self._track_video)
+            add_button("Paint objects to track", self._start_objects, "outline")
         with ui.element("div").classes("buttons") as self._video_results:
-            _add_button("Download video", partial(self._download, "overlay.mp4"), "outline")
-            _add_button("Download masks", partial(self._download, "masks.zip"), "outline")
-            _add_button("Back to the first frame", self._show_image, "outline")
+            add_button("Download video", partial(self._download, "overlay.mp4"), "outline")
+            add_button("Download masks", partial(self._download, "masks.zip"), "outline")
+            add_button("Back to the first frame", self._show_image, "outline")
 
     def _build_mask_card(self) -> None:
         ui.label("Mask").classes("heading")
         self._legend = ui.element("div").classes("legend")
         with ui.element("div") as self._tools:
-            self._opacity = _add_slider("Opacity: {} %", 0, 100, self._show_brush)
+            self._opacity = add_slider("Opacity: {} %", 0, 100, self._show_brush)
             self._brush = Switch("Brush: paints the chosen class", on_change=self._show_brush)
             self._eraser = Switch("Eraser: removes the chosen class", on_change=self._show_brush)
-            self._radius = _add_slider("Brush radius: {} px", 1, MAX_RADIUS, self._show_brush)
-            self._zoom = _add_slider("Zoom: {}", 1, 8, self._show_brush)
+            self._radius = add_slider("Brush radius: {} px", 1, MAX_RADIUS, self._show_brush)
+            self._zoom = add_slider("Zoom: {}", 1, 8, self._show_brush)
             with ui.element("div").classes("buttons"):
-                _add_button("Undo", self._undo, "outline")
-                _add_button("Reset", self._reset, "outline")
-                _add_button("Download mask", self._download_mask, "outline")
-                _add_button("Download overlay", partial(self._download, "overlay.jpg"), "outline")
+                add_button("Undo", self._undo, "outline")
+                add_button("Reset", self._reset, "outline")
+                add_button("Download mask", self._download_mask, "outline")
+                add_button("Download overlay", partial(self._download, "overlay.jpg"), "outline")
 
     def _tell(self, text: str, *, is_error: bool = False) -> None:
         self._status.text = text[:_MAX_TEXT]
         self._status.style(f"color: {'var(--q-negative)' if is_error else 'inherit'}")
+
+    def _tell_failure(self, event: GenericEventArguments) -> None:
+        self._tell(str(event.args), is_error=True)
 
     def _show_progress(self) -> None:
         self._progress.visible = self._cancel_button.visible = self.is_busy and self._frames > 0
@@ -237,6 +236,12 @@ class Page:
         finally:
             self.is_busy = False
             self._stage.show(busy=False)
+
+    async def _run(self, text: str, function: Callable[[Work], str]) -> None:
+        """Run a function in a thread unless the page is busy; show the text that it returns."""
+        if not self.is_busy:
+            with self._work(text):
+                self._tell(await run_in_thread(partial(function, self._current)))
 
     # ---- the upload and its mask
 
@@ -272,18 +277,32 @@ class Page:
             height, width = found.mask.shape[-2:]
             text = f"{found.frames} frames of " if found.frames else ""
             self._tell(f"{event.args}: {text}{width} x {height} pixels{found.counts}")
+        if self._features is not None and self._opened == path:
+            await self._features.open(path)
+
+    async def _open_second(self) -> None:
+        path = self._next
+        if self._features is not None and path is not None and not self.is_busy:
+            self._next = None
+            await self._features.open_second(path)
 
     def _segment_file(self, path: Path) -> SegmentedUpload:
         """Return an image or a first frame of a video, segmented; only an image has objects."""
         model = self._context.model
         work = self._current
         with model.hold_place(work):
-            if is_video(path):
-                with closing(self._open_video(path)) as video:
-                    frame, _ = next(video.frames())
-                return SegmentedUpload(encode_image(frame), model.segment([frame], work)[0], max(1, video.count))
-            image = model.decode(path)
+            image, frames = self._read(path)
+            if frames:
+                return SegmentedUpload(encode_image(image), model.segment([image], work)[0], frames)
             return self._show_prediction(image, *model.predict(image, work))
+
+    def _read(self, path: Path) -> tuple[np.ndarray, int]:
+        """Return an image and 0, or the first frame of a video and its number of frames; only with a place."""
+        if not is_video(path):
+            return self._context.model.decode(path), 0
+        with closing(self._open_video(path)) as video:
+            frame, _ = next(video.frames())
+        return frame, max(1, video.count)
 
     def _show_prediction(self, image: np.ndarray, mask: np.ndarray, objects: Objects | None) -> SegmentedUpload:
         if objects is None:
@@ -456,14 +475,3 @@ class Page:
         self._current.is_cancelled = True
         if self._video is not None:
             self._video.kill()
-
-
-def _add_button(text: str, on_click: Callable[[], Any], props: str = "") -> ui.button:
-    return ui.button(text, on_click=on_click).props(f"no-caps {props}")
-
-
-def _add_slider(text: str, low: int, high: int, on_change: Callable[[], Any]) -> Slider:
-    label = ui.label().classes("quiet")
-    slider = Slider(min=low, max=high, value=low, on_change=on_change)
-    label.bind_text_from(slider, "value", text.format)
-    return slider.props(f'aria-label="{text.partition(":")[0]}"')

@@ -82,7 +82,7 @@ class SharedModel:
             WorkCancelled: as `check`.
             OutOfTime: as `check`.
         """
-        with self._compute(work, len(images)):
+        with self.compute(work, len(images)):
             return self._runtime.ids(images)
 
     def predict(self, image: np.ndarray, work: Work) -> tuple[np.ndarray, Objects | None]:
@@ -90,18 +90,19 @@ class SharedModel:
 
         To find the objects of a large image takes seconds. Raises errors as `segment`.
         """
-        with self._compute(work):
+        with self.compute(work):
             return self._runtime.predict([image])[0]
 
     def track(
         self, tracker: Tracker, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None], work: Work
     ) -> list[np.ndarray]:
         """Return the masks of the next frames of a tracker on the model's backbone. Raises errors as `segment`."""
-        with self._compute(work, len(frames)):
+        with self.compute(work, len(frames)):
             return tracker.track(frames, labels)
 
     @contextmanager
-    def _compute(self, work: Work, images: int = 1) -> Iterator[None]:
+    def compute(self, work: Work, images: int = 1) -> Iterator[None]:
+        """Hold the model in this block, which an error of `check` ends. Raises errors as `segment`."""
         with self._computing:
             work.deadline = time.monotonic() + self._timeout * images
             try:

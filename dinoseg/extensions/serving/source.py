@@ -10,7 +10,10 @@ from dinoseg.checkpoints.trained import TrainedModel, find_trained_sizes
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import require_classes
+from dinoseg.extensions.feature_views.patches import list_layers
+from dinoseg.extensions.feature_views.view import FeatureView
 from dinoseg.extensions.tracking.tracker import Tracker
+from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import SegmentationModel
 from dinoseg.runs.folder import command_line, find_typed_keys
@@ -53,13 +56,26 @@ def _load(source: ModelSource, out_dir: Path, file: str | None) -> Model:
 
 def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
     """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
-    runtime = model.runtime
-    if not isinstance(runtime, TorchRuntime) or not isinstance(runtime.predictor.model, SegmentationModel):
+    predictor = _find_predictor(model)
+    if predictor is None:
         return None
-    predictor = runtime.predictor
     return partial(
         make, predictor.model.backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH
     )
+
+
+def open_views(model: Model) -> list[FeatureView]:
+    """Return a view of the features of each layer that the model has; none where torch does not run the model."""
+    predictor = _find_predictor(model)
+    layers = () if predictor is None else list_layers(predictor.model.backbone)
+    return [FeatureView(model, layer=layer) for layer in layers]
+
+
+def _find_predictor(model: Model) -> Predictor | None:
+    runtime = model.runtime
+    if isinstance(runtime, TorchRuntime) and isinstance(runtime.predictor.model, SegmentationModel):
+        return runtime.predictor
+    return None
 
 
 def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:

@@ -2,14 +2,14 @@
 export default {
   template: `
     <section class="stage" :class="{over}" @dragover.prevent="over = true" @dragleave="over = false" @drop.prevent="drop">
-      <label class="drop" :class="{small: image}">
+      <label class="drop" :class="{small: small || image}">
         <input type="file" accept="image/*,video/*" :disabled="busy || sent !== null" @change="choose">
-        <strong>Drop an image or a short video</strong>
+        <strong>{{ title }}</strong>
         <span>or choose a file: {{ hint }}</span>
         <progress v-if="sent !== null" :value="sent"></progress>
       </label>
-      <video v-if="video" :src="video" controls autoplay loop muted playsinline></video>
-      <div v-else-if="image" class="scroll">
+      <video v-if="video && !folded" :src="video" controls autoplay loop muted playsinline></video>
+      <div v-else-if="image && !folded" class="scroll">
         <div class="view" :style="{width: 'calc(min(100%, 72vh * ' + width / height + ') * ' + zoom + ')'}">
           <img :src="image" draggable="false" alt="The image">
           <img :src="mask" draggable="false" alt="Its classes" class="mask" :style="{opacity}" @load="strokes = []">
@@ -29,6 +29,7 @@ export default {
   props: {
     url: String, hint: String, maxMib: Number, busy: Boolean, image: String, mask: String, video: String,
     width: Number, height: Number, zoom: Number, opacity: Number, paint: Boolean, color: String, radius: Number,
+    title: { type: String, default: "Drop an image or a short video" }, small: Boolean, folded: Boolean,
   },
   data: () => ({ over: false, sent: null, cursor: null, stroke: null, strokes: [] }),
   computed: {

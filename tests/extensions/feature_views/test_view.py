@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,37 @@ def test_one_basis_holds_for_all_images(tmp_path):
     assert view.colours(IMAGE, "bilinear").std() < view.colours(IMAGE).std()
 
 
+@pytest.mark.parametrize(
+    ("longest", "options"),
+    [(None, {"normalise": False, "layer": 0}), (30, {}), (None, {"position": "remove", "rank": 3})],
+)
+def test_similarity_is_the_mean_cosine_of_the_points(longest, options):
+    view = dinoseg.FeatureView(model(**{"head.layers": [0, 1], "resolution.longest": longest}), **options)
+    rng = np.random.default_rng(3)
+    for height, width in ((37, 50), (64, 24), (8, 9)):
+        image, other = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+        points = [(0, 0), (width - 0.01, height - 0.01), (width - 1, 0), rng.uniform(0, (width, height))]
+        units = [view.features(each).astype(np.float64) for each in (image, other)]
+        units = [each / np.linalg.norm(each, axis=2, keepdims=True) for each in units]
+        patches = min(1, (longest or 64) / max(height, width)) / 8  # of a pixel
+        clicked = [units[0][int((int(y) + 0.5) * patches), int((int(x) + 0.5) * patches)] for x, y in points]
+        maps = view.similarity(image, points), view.similarity(image, points, other)
+        for unit, found in zip(units, maps, strict=True):
+            np.testing.assert_allclose(found, np.mean([unit @ each for each in clicked], axis=0), atol=2e-6)
+            assert found.dtype == np.float32 and np.abs(found).max() <= 1
+        assert view.similarity(image, points[:1])[0, 0] == pytest.approx(1)
+
+
+def test_extracted_features_are_not_computed_again(monkeypatch):
+    view = dinoseg.FeatureView(model())
+    view.fit([IMAGE])
+    wanted = view.colours(IMAGE)
+    kept = view.extract(IMAGE)
+    monkeypatch.setattr(view, "_features", None)
+    assert np.array_equal(view.colours(kept), wanted)
+    assert view.features(kept) is kept.patches.values and view.similarity(kept, [(1, 1)], kept).shape == (5, 7)
+
+
 def test_what_does_not_fit_is_refused():
     segmenter = model()
     assert_refused(lambda: dinoseg.FeatureView(segmenter).colours(IMAGE), "no basis yet", "fit(images)")
@@ -70,6 +103,12 @@ def test_what_does_not_fit_is_refused():
     view = dinoseg.FeatureView(segmenter)
     view.fit([IMAGE])
     assert_refused(lambda: view.colours(IMAGE, "cubic"), "upsample=cubic", "bilinear")
+    for points in ([], (3, 4), [(1, 2, 3)], [(1, 2), (3,)]):
+        assert_refused(lambda points=points: view.similarity(IMAGE, points), "points=", "pair (x, y)")
+    for point in ((50, 3), (3, 37), (-0.1, 3), (float("nan"), 3)):
+        assert_refused(lambda point=point: view.similarity(IMAGE, [point]), f"{point[0]:g}, ", "x from 0 to 49", "36")
+    graph = SimpleNamespace(runtime=None, source="model.onnx")
+    assert_refused(lambda: dinoseg.FeatureView(graph), "model.onnx", "model.safetensors")
     view.basis = Basis.fit(Moments.of(np.eye(3)[None]), [1], {})
     assert_refused(lambda: view.colours(IMAGE), "3 channels", "24")
     shallow = model(**{"head.layers": [0]})

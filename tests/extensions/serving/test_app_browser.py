@@ -12,9 +12,12 @@ from command_line import call
 from PIL import Image
 from serving_stand_ins import start_server
 
+import dinoseg
+from dinoseg.extensions.feature_views.drawing import enlarge
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.writer import VideoWriter
-from dinoseg.utils.images import read_ids, write_png
+from dinoseg.utils.files import expand_path
+from dinoseg.utils.images import read_ids, read_image, write_png
 
 pytestmark = pytest.mark.heavy
 TIMEOUT = 300_000  # milliseconds
@@ -80,6 +83,7 @@ def shown_layer(page):
 
 
 def drag(page, *points):
+    page.locator(".view").scroll_into_view_if_needed()
     box = page.locator(".view").bounding_box()
     places = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in points]
     page.mouse.move(*places[0])
@@ -204,3 +208,37 @@ def test_a_video_is_cancelled_while_another_page_works(scene):
     while list(folder.glob("run/.uploads*/*/upload")):  # closed pages leave nothing
         assert time.monotonic() < deadline
         time.sleep(1)
+
+
+def test_features_are_compared_with_clicked_patches(scene, trained_once, tmp_path):
+    _, address = scene
+    path = expand_path("dinoseg:surgery", ".jpg")
+    image = read_image(path)
+    other = np.ascontiguousarray(image[8:, ::-1])
+    write_png(tmp_path / "other.png", other)
+    view = dinoseg.FeatureView(dinoseg.load(trained_once / "segmenter"))
+    clicked = [(100.5, 92.5), (148.5, 60.5)]
+    with opened_page(address) as page:
+        upload(page, path)
+        page.get_by_role("tab", name="Features").click()
+        panels = page.locator(".panel")
+        for number, (x, y) in enumerate(clicked, start=1):
+            box = panels.first.bounding_box()
+            scale = box["width"] / image.shape[1]
+            page.mouse.click(box["x"] + scale * x, box["y"] + scale * y)
+            page.get_by_text(f"; {number} click").wait_for(timeout=TIMEOUT)
+        page.set_input_files("aside input[type=file]", tmp_path / "other.png")
+        page.get_by_text("Best match").wait_for(timeout=TIMEOUT)
+        for row, pixels in enumerate((image, other)):
+            cosines = view.similarity(image, clicked, pixels)
+            shown = enlarge(cosines[..., None], pixels.shape[:2], view.extract(pixels).patches.size, view.patch_size)
+            panels.nth(3 * row + 2).hover()
+            text = page.locator(".panels p").nth(row).inner_text()
+            x, y, value = map(float, re.search(r"x (\d+), y (\d+): (\S+)", text).groups())
+            assert value == pytest.approx(shown[int(y), int(x), 0], abs=6e-4)
+        best = page.locator(".best circle").first
+        x, y = (float(best.get_attribute(name)) for name in ("cx", "cy"))
+        assert shown[int(y), int(x), 0] == shown.max() and f"Best match: {shown.max():.3f}" in text
+        press(page, "Clear clicks")
+        page.locator("canvas").first.wait_for(state="detached")
+        assert page.complaints == []

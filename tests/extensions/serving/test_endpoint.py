@@ -200,10 +200,10 @@ def test_images_of_departed_clients_wait_for_no_place(monkeypatch):
 def test_compiled_code_stays_whole_and_is_checked_around():
     compiled = torch.compile(lambda pixels: (pixels + 1).relu(), backend="eager", fullgraph=True)
     with shared_model() as shared:
-        with shared._compute(Work()):
+        with shared.compute(Work()):
             assert compiled(torch.ones(2)).tolist() == [2, 2]
         work = Work()
-        with pytest.raises(WorkCancelled), shared._compute(work):
+        with pytest.raises(WorkCancelled), shared.compute(work):
             work.is_cancelled = True
             torch.add(compiled(torch.ones(2)), 1)
 

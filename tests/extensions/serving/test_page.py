@@ -4,23 +4,28 @@ import asyncio
 import io
 import json
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+from command_line import TINY_KEYS
 from nicegui import Client, core
 from nicegui.page import page as nicegui_page
 from object_models import draw_image, make_served
 from PIL import Image
 from serving_stand_ins import InThread, compute_endlessly, encode_image, picture, shared_model
 
-from dinoseg.extensions.serving import decoding
+import dinoseg
+from dinoseg.extensions.serving import decoding, features_tab
 from dinoseg.extensions.serving import page as page_module
+from dinoseg.extensions.serving.features_tab import UploadFeatures
 from dinoseg.extensions.serving.page import Page, PageContext
+from dinoseg.extensions.serving.source import open_views
 from dinoseg.extensions.video.writer import VideoWriter
 
 
-def on_a_page(check, **options):
+def on_a_page(check, *, make_model=None, **options):
     """Return a test that runs a coroutine function of a new page and a function that sends it an upload."""
 
     def test(tmp_path, monkeypatch, caplog):
@@ -29,10 +34,12 @@ def on_a_page(check, **options):
 
         async def start():
             core.loop = asyncio.get_running_loop()
-            with shared_model(max_pixels=100_000, **options) as shared:
+            model = make_model and make_model()
+            with shared_model(max_pixels=100_000, **{"model": model, **options}) as shared:
                 client = Client(nicegui_page("/"), request=None)
+                features = model and UploadFeatures(shared, open_views(model))
                 with client:
-                    page = Page(PageContext(shared, tmp_path, None, 1.0, 2.0), "token")
+                    page = Page(PageContext(shared, tmp_path, None, 1.0, 2.0, features), "token")
                 page.folder.mkdir()
 
                 async def send(content, name="a.png"):
@@ -282,3 +289,77 @@ async def test_closed_page_holds_no_outlines(page, send):
     held = weakref.ref(page._marks)
     page.close()
     assert held() is None
+
+
+def make_tiny():
+    keys = {"head.layers": [0, 1], **TINY_KEYS}
+    return dinoseg.create_model("tiny", classes=["a", "b"], adapter="frozen", **keys)
+
+
+def on_a_page_with_features(check):
+    return on_a_page(check, make_model=make_tiny)
+
+
+def click(page, x, y):
+    return page._features._add_point(SimpleNamespace(args=[x, y]))
+
+
+@on_a_page_with_features
+async def test_features_are_computed_once_for_each_layer(page, send):
+    tab, views, image = page._features, page._context.features.views, picture(37, 50)
+    kept = [view.extract(image) for view in views]
+    await send(encode_image(image))
+    passes = []
+    views[0]._features.backbone.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    counts = []
+    await page._choose_tab(tab, has_features=True)
+    for layer in (1, 0, 1):
+        tab._layer.value = layer
+        await tab._update()
+        assert page._status.text == f"Features of layer {layer}; 0 clicks"
+        for points in ([(3, 4)], [(3, 4), (49.9, 36.9)]):
+            await click(page, *points[-1])
+            assert tab._panel._props["points"] == (*points,)
+            assert page.files["cosines0.bin"] == views[layer].similarity(kept[layer], points).tobytes()
+        counts.append(len(passes))
+        await tab._clear_points()
+        assert page.files["cosines0.bin"] == b""
+    assert 0 < counts[0] < counts[1] == counts[2]
+    for args in (None, ["x", 1], [1], [float("nan"), 1], [-1, 2], [50, 2], [2, 37], [10**400, 1]):
+        await tab._add_point(SimpleNamespace(args=args))
+    assert tab._points == () and len(passes) == counts[2]
+
+
+@on_a_page_with_features
+async def test_a_second_image_is_compared(page, send):
+    tab, store, image = page._features, page._context.features, picture(37, 50)
+    await page._choose_tab(tab, has_features=True)
+    await send(encode_image(image))
+    await click(page, 20, 12)
+
+    async def send_second(content, name):
+        (page.folder / name).write_bytes(content)
+        page.add_upload(page.folder / name)
+        await page._open_second()
+
+    for second in (image, image[:33, ::-1]):
+        await send_second(encode_image(second), f"{second.shape[0]}.png")
+        cosines = store.views[1].similarity(image, [(20, 12)], second)
+        assert page.files["cosines1.bin"] == cosines.tobytes() and tab._rows[1]["height"] == second.shape[0]
+    await send_second(b"no image", "wrong")
+    assert "file" in page._status.text and sorted(list_files(page)) == ["33.png", "a.png"]
+    await send(encode_image(image), "b.png")
+    assert [path.name for path in tab._paths] == ["b.png", "33.png"] and tab._points == ()
+    page.close()
+    assert not store._known
+
+
+def test_least_recently_used_features_are_evicted(monkeypatch):
+    monkeypatch.setattr(features_tab, "MAX_BYTES", 100)
+    patches = SimpleNamespace(values=np.zeros(20, np.float32))  # 80 bytes
+    read = []
+    view = SimpleNamespace(extract=lambda image: SimpleNamespace(patches=patches))
+    store = UploadFeatures(SimpleNamespace(compute=nullcontext), [view])
+    for name in "abacab":
+        store.get(name, 0, lambda name: (picture(), read.append(name)), None)
+    assert read == ["a", "b", "c", "b"], "two stay, whatever their size"
