@@ -109,7 +109,7 @@ def show_features(
         with Projections(out_dir, len(found.directions)) as projections, Projections(out_dir, 1) as cosines:
             run.project(found, projections, cosines, save=save)
             if given is None:
-                found.low, found.high = projections.quantiles(LOWEST), projections.quantiles(HIGHEST)
+                found.low, found.high = projections.quantiles(LOWEST, HIGHEST)
             found.save(out_dir / BASIS)
             run.draw(found, projections, cosines, upsample, by_component=foreground == "component", masks=masks)
     return _finish(run, found, save=save)
@@ -258,7 +258,7 @@ class _Run:
             before, compared = projections.count, cosines.count
             with self._leaving_out(source):
                 for image, _ in self._frames(source):
-                    found = [view(image) for view in self.views]
+                    found = [view(image, with_energy=True) for view in self.views]
                     for patches in found:
                         basis.check(patches.values)
                         projected = basis.project(patches.values)
