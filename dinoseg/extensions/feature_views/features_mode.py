@@ -15,6 +15,7 @@ from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.contracts import require_classes
 from dinoseg.core.sizes import Size
 from dinoseg.core.task import refuse_layers
+from dinoseg.experiment.bare import build_bare_model
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections, check_components
 from dinoseg.extensions.feature_views.drawing import Upsample, enlarge, to_bytes
@@ -25,7 +26,6 @@ from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.results import check_failures, result_names
-from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.progress import Bar
 from dinoseg.runs.log_file import announce
@@ -134,10 +134,7 @@ def _open_model(
 def open_bare_model(builder: Builder, layer: int, engine: Engine) -> SegmentationModel:
     """Return a model with the backbone of the config, without adapter and checkpoint."""
     announce(f"Building the backbone, with backbone.weights={builder.value('backbone').get('weights')}")
-    backbone = builder.with_changes({"backbone": {"layers": [layer]}}).backbone()
-    sizes = {key: builder.value(f"resolution.{key}") for key in ("scale", "longest")}
-    bare = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 1), **sizes)
-    return engine.place(bare).eval()
+    return engine.place(build_bare_model(builder, [layer])).eval()
 
 
 def _find_sources(source: str, pixels: PixelFormat) -> list["_Source"]:
