@@ -1,5 +1,6 @@
 """mode=features: the features of a backbone as colours, arrays and numbers, in one basis for all inputs."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dinoseg.checkpoints.trained import TrainedModel, is_trained, load_trained
-from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import require_classes
 from dinoseg.core.sizes import Size
 from dinoseg.core.task import refuse_layers
@@ -24,8 +25,8 @@ from dinoseg.extensions.feature_views.view import describe, removes_position
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video, promised_frames
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.writer import VideoWriter
-from dinoseg.inference.inputs import list_inputs
-from dinoseg.inference.results import check_failures, result_names
+from dinoseg.inference.inputs import find_inputs
+from dinoseg.inference.results import check_failures
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.progress import Bar
 from dinoseg.runs.log_file import announce
@@ -80,7 +81,8 @@ def show_features(
     builder = Builder(cfg)
     with name_parameters({name: f"mode.{name}" for name in ("layer", "position", "rank", "components", "basis")}):
         chosen, removes = check_components(components), removes_position(position)
-        sources = _find_sources(input, builder.pixels)
+        named = itertools.chain(*find_inputs(input, builder.pixels, VIDEO_SUFFIXES))
+        sources = [_Source(name, path, builder.pixels) for path, name in sorted(named, key=lambda each: each[1])]
         if save and all(source.is_video for source in sources):
             raise UserError(
                 f"mode.save=true writes the features of images, and input={input} is a video. Leave it out."
@@ -135,15 +137,6 @@ def open_bare_model(builder: Builder, layer: int, engine: Engine) -> Segmentatio
     """Return a model with the backbone of the config, without adapter and checkpoint."""
     announce(f"Building the backbone, with backbone.weights={builder.value('backbone').get('weights')}")
     return engine.place(build_bare_model(builder, [layer])).eval()
-
-
-def _find_sources(source: str, pixels: PixelFormat) -> list["_Source"]:
-    paths = list_inputs(source, suffixes=pixels.suffixes, videos=VIDEO_SUFFIXES)
-    for path in paths:
-        if is_video(path):
-            check_rgb(pixels, f"the video {path}")
-    named = sorted(zip(result_names(paths), paths, strict=True))
-    return [_Source(name, path, pixels) for name, path in named]
 
 
 def _mask_classes(trained: TrainedModel, background: int | None) -> Callable[[np.ndarray], np.ndarray]:
