@@ -21,6 +21,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections, check_components
 from dinoseg.extensions.feature_views.drawing import Upsample, enlarge, to_bytes
 from dinoseg.extensions.feature_views.patches import Patches, PatchFeatures
+from dinoseg.extensions.feature_views.sweep_picture import SUMMARY
 from dinoseg.extensions.feature_views.view import describe, removes_position
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video, promised_frames
 from dinoseg.extensions.video.prediction import VideoReader
@@ -39,7 +40,6 @@ from dinoseg.utils.ranges import INTEGERS, Count
 from dinoseg.utils.wording import count_of
 
 BASIS = "basis.safetensors"
-SUMMARY = "summary.json"
 MAX_SAVED = 2**30  # bytes of an array that `save` writes
 Foreground = Literal["none", "component", "classes"]
 Frame = tuple[np.ndarray, Fraction | None]  # pixels (H, W, C), and the time in a video

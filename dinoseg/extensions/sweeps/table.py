@@ -198,7 +198,11 @@ def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
 
 
 class SweepTable(Callback):
-    """Callback that validates the cells of a multirun, collects job results, prints a table and writes sweep.csv."""
+    """Callback that validates the cells of a multirun, collects job results, prints a table and writes sweep.csv.
+
+    The config of a mode may name a function `sweep_end`, which is called with the folder of the sweep and the swept
+    values and run folder of each job that has ended well.
+    """
 
     _cells = 0  # of a sweep; a search has none
 
@@ -272,6 +276,12 @@ class SweepTable(Callback):
         columns = [key for key in (*SHARES, *further, *OTHERS) if any(row.get(key) is not None for row in jobs)]
         if _find_rank(columns)[0] in columns or any(row["note"] for row in jobs):
             self._report(config, jobs, columns)
+        if "sweep_end" in config.mode:
+            swept = _swept([row["words"] for row in jobs])
+            done = [
+                ({key: row["words"].get(key, "") for key in swept}, Path(row["run"])) for row in jobs if row.get("run")
+            ]
+            instantiate(config.mode.sweep_end)(Path(config.hydra.sweep.dir), done)
         if len(jobs) < self._cells or any(row["note"] and row["process"] != os.getpid() for row in jobs):
             sys.exit(1)  # the command line reports jobs that failed in this process
 
