@@ -91,9 +91,7 @@ def predict(
     check_outputs(outputs, shapes)
     builder = Builder(cfg)
     split = _split_data(builder, input)
-    images, video_inputs = _find_inputs(input, builder.pixels, videos, split)
-    if video_inputs:
-        check_outputs(outputs, None, str(video_inputs[0].path))
+    images, video_inputs = _find_inputs(input, builder.pixels, videos, split, outputs)
     if not images and videos is not None:
         videos.check(video_inputs, batch_size)
     options = VideoOptions(masks is True, frames, tuple(outputs))
@@ -139,12 +137,22 @@ def predict(
 
 
 def _find_inputs(
-    source: str | int, pixels: PixelFormat, videos: VideoSegmenter | None, split: PairDataset | None
+    source: str | int,
+    pixels: PixelFormat,
+    videos: VideoSegmenter | None,
+    split: PairDataset | None,
+    outputs: Sequence[str],
 ) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
-    """Return the images with the names of their results, and the videos, of an input, or the images of a `split`."""
+    """Return the images with the names of their results, and the videos, of an input, or the images of a `split`.
+
+    Raises:
+        UserError: as `find_inputs`, or videos do not have an output.
+    """
     if split is not None:
         return _images_of(split), []
     images, found = find_inputs(str(source), pixels, () if videos is None else videos.suffixes)
+    if found:
+        check_outputs(outputs, None, str(found[0][0]))
     return images, [VideoInput(name, path) for path, name in found]
 
 
