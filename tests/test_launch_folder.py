@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 from checkpoint_files import save_progress
 from command_line import SMALL, call, succeed, write_data
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 
 from dinoseg.cli import hydra_setup, launch
@@ -141,6 +142,13 @@ def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, m
     mine.mkdir()  # Hydra has
     assert start(second_rank, mine) == ({"ids": {1: 0}}, first)
     assert not list(tmp_path.iterdir())  # other ranks write no files
+
+
+def test_a_mode_of_one_device_refuses_several_ranks(second_rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "has_other_ranks", lambda: True)
+    del second_rank.mode.devices
+    assert_refused(lambda: start(second_rank, tmp_path / "new"), "mode=a uses one device", "several ranks")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tmp_path, monkeypatch):

@@ -37,9 +37,9 @@ def problems(cells):
     return found + [f"path: {output}" for output in outputs if MACHINE_PATH.search(str(output))]
 
 
-def test_there_are_four_and_the_contents_list_them():
+def test_there_are_five_and_the_contents_list_them():
     contents = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    assert len(NOTEBOOKS) == 4
+    assert len(NOTEBOOKS) == 5
     assert [path.name for path in NOTEBOOKS if f"examples/{path.name}" not in contents] == []
 
 

@@ -18,7 +18,7 @@ from dinoseg.utils.ranges import Count, check_value
 
 CHOOSER = "chooser"  # root key of a recipe: the function that chooses another recipe, for the launcher alone
 # keys of the file of a mode for the launcher
-FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "paths", "check")
+FILE_KEYS = ("resume_from", "keeps_folder", "resumes_with", "paths", "check", "sweep_end")
 LAUNCH_KEYS = ("devices", "ensemble", *FILE_KEYS)  # keys of a mode that are not arguments of its function
 AUTO = "auto"  # value of `resume` that looks for a run
 _REMEDIES = {"data.root": ROOT_REMEDY, "init": RUN_REMEDY}  # by key

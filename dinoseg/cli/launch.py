@@ -86,7 +86,9 @@ def launch(job: Job) -> Any:
         if not cfg.mode.get("keeps_folder", True):
             remove_empty(run.path)
             return run_mode(cfg, run.path)
-        is_shared = "devices" in cfg.mode and has_other_ranks()
+        is_shared = has_other_ranks()
+        if is_shared and "devices" not in cfg.mode:  # each rank would do all the work, in the same folder
+            raise UserError(f"mode={cfg.choices.mode} uses one device, and several ranks were started. Start it alone.")
         prepared = _prepare_on_first_rank(job, typed, run) if is_shared else _prepare(job, typed, run)
         if prepared.result is not None:
             return prepared.result
@@ -139,9 +141,6 @@ def _prepare(job: Job, typed: Sequence[Override], run: RunFolder) -> PreparedJob
         folder = start.folder or move_below_recipe(folder, composed.choices.hparam, whole.choices.hparam)
     if CHOOSER in whole:  # records and ranks need the choices alone
         whole = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != CHOOSER])
-    if not is_first_rank():  # of a mode on one device: the first rank writes its files
-        run.move_to(folder)
-        return PreparedJob(whole)
     if start.folder is None:
         _claim_folder(whole, folder, run, new_folder=job.new_folder)
     restarts = start.folder is not None and start.checkpoint is None

@@ -4,12 +4,34 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.inference.results import result_names
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_exists, entries, expand_path, find_files, is_pattern
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.wording import count_of, join_names
 
 log = logging.getLogger(__name__)
+NamedPath = tuple[Path, str]  # an input, and the unique name of its results
+
+
+def find_inputs(
+    source: str, pixels: PixelFormat, videos: Sequence[str] = ()
+) -> tuple[list[NamedPath], list[NamedPath]]:
+    """Return the images and the videos that `list_inputs` finds, with the names of their results.
+
+    Raises:
+        UserError: as `list_inputs`, or there is a video and images have other channels.
+    """
+    paths = list_inputs(source, suffixes=pixels.suffixes, videos=videos)
+    images, found = [], []
+    for path, name in zip(paths, result_names(paths), strict=True):
+        if path.suffix.lower() in videos:
+            check_rgb(pixels, f"the video {path}")
+            found.append((path, name))
+        else:
+            images.append((path, name))
+    return images, found
 
 
 def list_inputs(

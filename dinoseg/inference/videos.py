@@ -42,10 +42,6 @@ class VideoSegmenter(ABC):
 
     suffixes: Sequence[str]  # of the files that it takes, in lower case
 
-    def takes(self, path: Path) -> bool:
-        """Return whether a file is a video by its suffix."""
-        return path.suffix.lower() in self.suffixes
-
     @abstractmethod
     def check(self, videos: Sequence[VideoInput], batch_size: int) -> None:
         """Check that at least one video can be segmented; this needs no model.

@@ -65,7 +65,7 @@ _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` list
 }
 _COLUMN = 11  # width of a group's name with colon and space
 # keys in config files that users do not set
-_NO_KEYS = ("defaults", "resume_from", "keeps_folder", "resumes_with", "paths", "check")
+_NO_KEYS = ("defaults", "resume_from", "keeps_folder", "resumes_with", "paths", "check", "sweep_end")
 _FURTHER = "`--help` alone shows all modes, groups and options; `--cfg job` prints all keys of this command line."
 
 

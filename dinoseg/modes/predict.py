@@ -13,7 +13,7 @@ from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import mask_keys
 from dinoseg.config.options import has_options
-from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import require_classes
 from dinoseg.core.objects import MIN_SCORE
 from dinoseg.core.sources import first_file, has_own_file
@@ -26,7 +26,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
-from dinoseg.inference.inputs import list_inputs
+from dinoseg.inference.inputs import find_inputs
 from dinoseg.inference.outputs import FurtherOutputs, check_outputs, image_writers
 from dinoseg.inference.results import (
     COUNT_FILE,
@@ -91,8 +91,7 @@ def predict(
     check_outputs(outputs, shapes)
     builder = Builder(cfg)
     split = _split_data(builder, input)
-    images, video_inputs = _find_inputs(input, builder.pixels.suffixes, videos, split)
-    _check_video_inputs(video_inputs, outputs, builder.pixels)
+    images, video_inputs = _find_inputs(input, builder.pixels, videos, split, outputs)
     if not images and videos is not None:
         videos.check(video_inputs, batch_size)
     options = VideoOptions(masks is True, frames, tuple(outputs))
@@ -138,19 +137,23 @@ def predict(
 
 
 def _find_inputs(
-    source: str | int, suffixes: Sequence[str], videos: VideoSegmenter | None, split: PairDataset | None
+    source: str | int,
+    pixels: PixelFormat,
+    videos: VideoSegmenter | None,
+    split: PairDataset | None,
+    outputs: Sequence[str],
 ) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
-    """Return the images with the names of their results, and the videos, of an input, or the images of a `split`."""
+    """Return the images with the names of their results, and the videos, of an input, or the images of a `split`.
+
+    Raises:
+        UserError: as `find_inputs`, or videos do not have an output.
+    """
     if split is not None:
         return _images_of(split), []
-    paths = list_inputs(str(source), suffixes=suffixes, videos=() if videos is None else videos.suffixes)
-    images, video_inputs = [], []
-    for path, name in zip(paths, result_names(paths), strict=True):
-        if videos is not None and videos.takes(path):
-            video_inputs.append(VideoInput(name, path))
-        else:
-            images.append((path, name))
-    return images, video_inputs
+    images, found = find_inputs(str(source), pixels, () if videos is None else videos.suffixes)
+    if found:
+        check_outputs(outputs, None, str(found[0][0]))
+    return images, [VideoInput(name, path) for path, name in found]
 
 
 def _split_data(builder: Builder, source: str | int) -> PairDataset | None:
@@ -222,13 +225,6 @@ def _write_references(split: PairDataset, folder: Path, layers: Sequence[str]) -
     """Write the class IDs of a split's own masks."""
     for index, name in enumerate(split.names):
         write_masks(folder, name, split.mask(index), layers)
-
-
-def _check_video_inputs(video_inputs: Sequence[VideoInput], outputs: Sequence[str], pixels: PixelFormat) -> None:
-    """Refuse videos for images of other channels, and with outputs that frames do not have."""
-    if video_inputs:
-        check_rgb(pixels, f"the video {video_inputs[0].path}")
-        check_outputs(outputs, None, str(video_inputs[0].path))
 
 
 def _settings(builder: Builder, options: dict[str, Any], folder: Path, task: Task) -> dict[str, Any]:

@@ -70,6 +70,7 @@ AT_RUN_TIME = {
     "loss.criterion.terms.*": {"class_weights"},
     "mode": {"cfg", "out_dir"},
     "mode.check": {"cfg"},
+    "mode.sweep_end": {"folder", "jobs"},
     "mode.choose_thresholds": {"model", "data", "engine", "strategy"},
     "mode.draw_curves": {"rows", "data", "out_dir"},
     "mode.init_head": {"builder", "model", "data", "engine"},

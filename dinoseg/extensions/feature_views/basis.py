@@ -237,42 +237,50 @@ class Projections:
         data = self._file.read(count * self.width * 4)
         return np.frombuffer(data, np.float32).reshape(-1, self.width)
 
-    def quantiles(self, share: float) -> np.ndarray:
-        """Return the quantile (1 + K,) of each column, interpolated as by `numpy.quantile`, exactly.
+    def quantiles(self, *shares: float) -> list[np.ndarray]:
+        """Return the quantile (1 + K,) of each column for each share, interpolated as by `numpy.quantile`, exactly.
 
-        The two neighbouring values are found by their bits: histograms of the upper, then of the lower 16, so that
-        memory does not depend on the number of patches.
+        The neighbouring values are found by their bits: histograms of the upper, then of the lower 16, so that memory
+        does not depend on the number of patches. The file is read twice.
         """
-        place = share * (self.count - 1)
-        below = int(np.floor(place))
-        ranks = (below, min(below + 1, self.count - 1))
-        low, high = (self._at_rank(rank) for rank in ranks)
-        weight = place - below
-        # as NumPy's `_lerp`, which is exact at both ends
-        return np.where(weight < 0.5, low + (high - low) * weight, high - (high - low) * (1 - weight))
+        places = [share * (self.count - 1) for share in shares]
+        ranks = [min(int(place) + step, self.count - 1) for place in places for step in (0, 1)]
+        values = self._at_ranks(ranks)
+        return [
+            _interpolate(low, high, place % 1)
+            for low, high, place in zip(values[::2], values[1::2], places, strict=True)
+        ]
 
-    def _at_rank(self, rank: int) -> np.ndarray:
-        """Return the value (1 + K,) float64 of each column at a 0-based rank in ascending order."""
+    def _at_ranks(self, ranks: Sequence[int]) -> np.ndarray:
+        """Return the values (R, 1 + K) float64 of each column at 0-based ranks in ascending order."""
         upper = np.zeros((self.width, _BINS), np.int64)
         for keys in self._keys():
             for column in range(self.width):
                 upper[column] += np.bincount(keys[:, column] >> 16, minlength=_BINS)
         ends = upper.cumsum(1)
-        chosen = (ends <= rank).sum(1)
-        left = rank - np.array([ends[column, bin] - upper[column, bin] for column, bin in enumerate(chosen)])
-        lower = np.zeros((self.width, _BINS), np.int64)
+        chosen = np.stack([(ends <= rank).sum(1) for rank in ranks])  # (R, 1 + K)
+        lower = {place: np.zeros(_BINS, np.int64) for bins in chosen for place in enumerate(bins)}
         for keys in self._keys():
-            for column, bin in enumerate(chosen):
+            for (column, bin), counts in lower.items():
                 own = keys[:, column]
-                lower[column] += np.bincount(own[own >> 16 == bin] & (_BINS - 1), minlength=_BINS)
-        rest = (lower.cumsum(1) <= left[:, None]).sum(1)
-        return _from_keys(((chosen << 16) | rest).astype(np.uint32)).astype(np.float64)
+                counts += np.bincount(own[own >> 16 == bin] & (_BINS - 1), minlength=_BINS)
+        found = np.zeros_like(chosen)
+        for number, rank in enumerate(ranks):
+            for column, bin in enumerate(chosen[number]):
+                left = rank - (ends - upper)[column, bin]
+                found[number, column] = bin << 16 | (lower[column, bin].cumsum() <= left).sum()
+        return _from_keys(found.astype(np.uint32)).astype(np.float64)
 
     def _keys(self) -> Iterator[np.ndarray]:
         """Yield all projections in pieces, as integers in the same order (uint32 of IEEE 754 floats)."""
         self.rewind()
         while len(values := self.read(ROWS)):
             yield _to_keys(values)
+
+
+def _interpolate(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
+    # as NumPy's `_lerp`, which is exact at both ends
+    return np.where(weight < 0.5, low + (high - low) * weight, high - (high - low) * (1 - weight))
 
 
 def _to_keys(values: np.ndarray) -> np.ndarray:

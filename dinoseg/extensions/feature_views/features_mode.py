@@ -1,5 +1,6 @@
 """mode=features: the features of a backbone as colours, arrays and numbers, in one basis for all inputs."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,21 +12,22 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dinoseg.checkpoints.trained import TrainedModel, is_trained, load_trained
-from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import require_classes
 from dinoseg.core.sizes import Size
 from dinoseg.core.task import refuse_layers
+from dinoseg.experiment.bare import build_bare_model
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.feature_views.basis import HIGHEST, LOWEST, Basis, Moments, Projections, check_components
 from dinoseg.extensions.feature_views.drawing import Upsample, enlarge, to_bytes
 from dinoseg.extensions.feature_views.patches import Patches, PatchFeatures
+from dinoseg.extensions.feature_views.sweep_picture import SUMMARY
 from dinoseg.extensions.feature_views.view import describe, removes_position
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video, promised_frames
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.writer import VideoWriter
-from dinoseg.inference.inputs import list_inputs
-from dinoseg.inference.results import check_failures, result_names
-from dinoseg.models.heads.linear import LinearHead
+from dinoseg.inference.inputs import find_inputs
+from dinoseg.inference.results import check_failures
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.progress import Bar
 from dinoseg.runs.log_file import announce
@@ -38,7 +40,6 @@ from dinoseg.utils.ranges import INTEGERS, Count
 from dinoseg.utils.wording import count_of
 
 BASIS = "basis.safetensors"
-SUMMARY = "summary.json"
 MAX_SAVED = 2**30  # bytes of an array that `save` writes
 Foreground = Literal["none", "component", "classes"]
 Frame = tuple[np.ndarray, Fraction | None]  # pixels (H, W, C), and the time in a video
@@ -80,7 +81,8 @@ def show_features(
     builder = Builder(cfg)
     with name_parameters({name: f"mode.{name}" for name in ("layer", "position", "rank", "components", "basis")}):
         chosen, removes = check_components(components), removes_position(position)
-        sources = _find_sources(input, builder.pixels)
+        named = itertools.chain(*find_inputs(input, builder.pixels, VIDEO_SUFFIXES))
+        sources = [_Source(name, path, builder.pixels) for path, name in sorted(named, key=lambda each: each[1])]
         if save and all(source.is_video for source in sources):
             raise UserError(
                 f"mode.save=true writes the features of images, and input={input} is a video. Leave it out."
@@ -109,7 +111,7 @@ def show_features(
         with Projections(out_dir, len(found.directions)) as projections, Projections(out_dir, 1) as cosines:
             run.project(found, projections, cosines, save=save)
             if given is None:
-                found.low, found.high = projections.quantiles(LOWEST), projections.quantiles(HIGHEST)
+                found.low, found.high = projections.quantiles(LOWEST, HIGHEST)
             found.save(out_dir / BASIS)
             run.draw(found, projections, cosines, upsample, by_component=foreground == "component", masks=masks)
     return _finish(run, found, save=save)
@@ -134,19 +136,7 @@ def _open_model(
 def open_bare_model(builder: Builder, layer: int, engine: Engine) -> SegmentationModel:
     """Return a model with the backbone of the config, without adapter and checkpoint."""
     announce(f"Building the backbone, with backbone.weights={builder.value('backbone').get('weights')}")
-    backbone = builder.with_changes({"backbone": {"layers": [layer]}}).backbone()
-    sizes = {key: builder.value(f"resolution.{key}") for key in ("scale", "longest")}
-    bare = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 1), **sizes)
-    return engine.place(bare).eval()
-
-
-def _find_sources(source: str, pixels: PixelFormat) -> list["_Source"]:
-    paths = list_inputs(source, suffixes=pixels.suffixes, videos=VIDEO_SUFFIXES)
-    for path in paths:
-        if is_video(path):
-            check_rgb(pixels, f"the video {path}")
-    named = sorted(zip(result_names(paths), paths, strict=True))
-    return [_Source(name, path, pixels) for name, path in named]
+    return engine.place(build_bare_model(builder, [layer])).eval()
 
 
 def _mask_classes(trained: TrainedModel, background: int | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -258,7 +248,7 @@ class _Run:
             before, compared = projections.count, cosines.count
             with self._leaving_out(source):
                 for image, _ in self._frames(source):
-                    found = [view(image) for view in self.views]
+                    found = [view(image, with_energy=True) for view in self.views]
                     for patches in found:
                         basis.check(patches.values)
                         projected = basis.project(patches.values)

@@ -30,7 +30,8 @@ class Patches(NamedTuple):
         values: (h, w, C) float32.
         size: (H, W) at which the backbone saw the image; the last patches of a row or column may exceed it.
         outliers: number of patches whose norm, before normalisation, exceeds 3 times the image's median.
-        position_energy: sum over patches of the share of their squared norm that lies in the position subspace.
+        position_energy: sum over patches of the share of their squared norm that lies in the position subspace; 0 if it
+            was not asked for.
     """
 
     values: np.ndarray
@@ -72,14 +73,17 @@ class PatchFeatures:
         self.normalise, self.removes_position, self.rank = normalise, removes_position, rank
         self.position_basis = lru_cache(_SIZES)(self._position_basis)
 
-    def __call__(self, image: np.ndarray) -> Patches:
-        """Return the features of an image (H, W, C), uint8 or uint16."""
+    def __call__(self, image: np.ndarray, *, with_energy: bool = False) -> Patches:
+        """Return the features of an image (H, W, C), uint8 or uint16.
+
+        `with_energy` computes the position subspace of the image's size, which else only its removal needs.
+        """
         stack = torch.from_numpy(image.copy())[None].permute(0, 3, 1, 2)  # (1, C, H, W)
         pixels = self.model.pixels(to_device(stack, self.device))
         size = (pixels.shape[-2], pixels.shape[-1])
         values, norms = self.extract_patches(pixels)
-        rest = self.without_position(values, size)
-        energy = 1 - (rest**2).sum(2) / np.maximum((values**2).sum(2), _TINY)
+        rest = self.without_position(values, size) if with_energy or self.removes_position else values
+        energy = 1 - (rest**2).sum(2) / np.maximum((values**2).sum(2), _TINY) if with_energy else np.zeros(1)
         if self.removes_position:
             values = self._divide(rest)[0]
         outliers = int((norms > OUTLIER * np.median(norms)).sum())

@@ -212,7 +212,7 @@ def fit_basis(
     with Projections(Path(gettempdir()) if folder is None else folder, len(basis.directions)) as projections:
         for patches in read():
             projections.add(basis.project(patches.values))
-        basis.low, basis.high = projections.quantiles(LOWEST), projections.quantiles(HIGHEST)
+        basis.low, basis.high = projections.quantiles(LOWEST, HIGHEST)
     return basis
 
 

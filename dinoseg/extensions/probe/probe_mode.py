@@ -10,10 +10,10 @@ from tabulate import tabulate
 
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.scan.scan import class_counts
+from dinoseg.experiment.bare import build_bare_model
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.probe.probe import Grid, Probe, Readings, Solution
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.table import FEW, class_table
 from dinoseg.utils.atomic import write_json
@@ -93,10 +93,7 @@ def _model(builder: Builder, layers: Sequence[int] | None) -> tuple[Segmentation
     blocks = sorted({*alone, *together})
     sets = dict.fromkeys([*((block,) for block in sorted(alone)), tuple(together)])
     readings = {"+".join(map(str, each)): [blocks.index(block) for block in each] for each in sets}
-    backbone = builder.with_changes({"backbone": {"layers": blocks}}).backbone()
-    head = LinearHead(backbone.dim, backbone.num_layers, builder.value("data.num_classes"))
-    sizes = {key: builder.value(f"resolution.{key}") for key in ("scale", "longest")}
-    return SegmentationModel(backbone, head, **sizes), readings
+    return build_bare_model(builder, blocks, builder.value("data.num_classes")), readings
 
 
 def _write(out_dir: Path, solutions: Sequence[Solution], best: Solution, classes: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,17 @@ def describe_runs(sweep: Path, best: Mapping[str, Any], jobs: Sequence[Mapping[s
     of_best = [runs[number] for number in str(best["job"]).split(",") if number in runs]
     value = f"[{','.join(of_best)}]" if len(of_best) > 1 else "".join(of_best)
     return [f"runs: {sweep}/JOB", *([f"best: {shlex.quote(f'resume={value}')}"] if of_best else [])]
+
+
+def find_swept_keys(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of the command line that differ between jobs."""
+    words = [job["words"] for job in jobs]
+    return [key for key in dict.fromkeys(chain(*words)) if len({of_job.get(key) for of_job in words}) > 1]
+
+
+def list_runs(jobs: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> list[tuple[dict[str, str], Path]]:
+    """Return the values of the swept keys, and the run folder, of each job that has ended well."""
+    return [({key: job["words"].get(key, "") for key in swept}, Path(job["run"])) for job in jobs if job.get("run")]
 
 
 class JobResults:

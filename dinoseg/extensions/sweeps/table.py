@@ -37,7 +37,7 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
-from dinoseg.extensions.sweeps.job_results import JobResults, describe_runs
+from dinoseg.extensions.sweeps.job_results import JobResults, describe_runs, find_swept_keys, list_runs
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.metrics.counts import iou, mean_defined, ratio
 from dinoseg.report.table import CHOSEN_HERE
@@ -198,7 +198,11 @@ def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
 
 
 class SweepTable(Callback):
-    """Callback that validates the cells of a multirun, collects job results, prints a table and writes sweep.csv."""
+    """Callback that validates the cells of a multirun, collects job results, prints a table and writes sweep.csv.
+
+    The config of a mode may name a function `sweep_end`, which is called with the folder of the sweep and the swept
+    values and run folder of each job that has ended well.
+    """
 
     _cells = 0  # of a sweep; a search has none
 
@@ -272,13 +276,16 @@ class SweepTable(Callback):
         columns = [key for key in (*SHARES, *further, *OTHERS) if any(row.get(key) is not None for row in jobs)]
         if _find_rank(columns)[0] in columns or any(row["note"] for row in jobs):
             self._report(config, jobs, columns)
+        if "sweep_end" in config.mode:
+            done = list_runs(jobs, find_swept_keys(jobs))
+            instantiate(config.mode.sweep_end)(Path(config.hydra.sweep.dir), done)
         if len(jobs) < self._cells or any(row["note"] and row["process"] != os.getpid() for row in jobs):
             sys.exit(1)  # the command line reports jobs that failed in this process
 
     def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str]) -> None:
         """Print and write the table, and that of single jobs if folds or seeds are averaged."""
         score, sign = _find_rank(columns)
-        swept = _swept([row["words"] for row in jobs])
+        swept = find_swept_keys(jobs)
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
         path = Path(config.hydra.sweep.dir) / "sweep.csv"
         averaged = [] if _searches(config) else [key for key in (FOLD, SEED) if key in swept]
@@ -411,12 +418,6 @@ def _is_first() -> bool:
 def _searches(config: DictConfig) -> bool:
     """Return whether a sweeper chooses the cells while it runs, and may resume an earlier sweep."""
     return "storage" in config.hydra.sweeper
-
-
-def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the keys of the command line that differ between jobs."""
-    keys = dict.fromkeys(key for of_job in words for key in of_job)
-    return [key for key in keys if len({of_job.get(key) for of_job in words}) > 1]
 
 
 def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
