@@ -148,7 +148,7 @@ def _write_split(written: Format, split: str, data: PairDataset, workers: int) -
     samples = load_in_order(data.__getitem__, range(len(data)), workers)
     for pair, sample in zip(data.pairs, Bar(samples, total=len(data), desc=split, unit="image"), strict=True):
         image, mask = sample["image"].permute(1, 2, 0).numpy(), sample["mask"].numpy()
-        path = _place_image(pair.image, image, folder, pair.name)
+        path = place_image(pair.image, image, folder, pair.name)
         found = collect_objects(mask, None if things is None else _objects_of(sample), classes, joined=joined)
         if not written.overlap:
             found = remove_overlaps(found, mask)
@@ -156,7 +156,7 @@ def _write_split(written: Format, split: str, data: PairDataset, workers: int) -
     written.finish_split(split, writer)
 
 
-def _place_image(source: Any, image: np.ndarray, folder: Path, name: str) -> Path:
+def place_image(source: Any, image: np.ndarray, folder: Path, name: str) -> Path:
     """Link or copy an image file, or write other sources of RGB pixels as PNG; return the path."""
     if isinstance(source, Path) and source.suffix.lower() in IMAGE_SUFFIXES:
         path = folder / f"{name}{source.suffix}"
@@ -210,7 +210,7 @@ def _report(out_dir: Path, to: str, words: str, differences: dict[str, Differenc
     print(f"images:       {count_of(sums['images'], 'image')} ({splits}), {count_of(sums['objects'], 'object')}")
     lost = []
     if sums["changed_pixels"]:
-        ignored = f", of which {sums['lost_ignored']:,} were ignored" if sums["lost_ignored"] else ""
+        ignored = f" ({sums['lost_ignored']:,} of them were ignored)" if sums["lost_ignored"] else ""
         lost.append(f"{sums['changed_pixels']:,} of {sums['pixels']:,} pixels{ignored}")
     if sums["changed_objects"] or sums["new_objects"]:
         new = f", and {sums['new_objects']:,} are new" if sums["new_objects"] else ""

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from command_line import call, succeed
 from making import save
+from mistakes import assert_refused
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+
+from dinoseg.core.objects import Objects
+from dinoseg.data.classes.labels import Labels
+from dinoseg.extensions.conversion.convert_mode import place_image
+from dinoseg.extensions.conversion.formats import MOST_IDS, AnnotatedShapes, Classes, IdFormat
+from dinoseg.inference.outputs import ImagePrediction
 
 CONVERT = ("mode=convert", "engine=cpu", "mode.workers=0")
 SIZE = (24, 30)
@@ -80,12 +87,12 @@ def test_conversions_are_read_back_to_the_pixel(where, to):
         assert np.array_equal(
             *map(
                 read_png,
-                (where / "data" / name.replace("masks", "images"), where / f"out_{to}" / place_image(to, name)),
+                (where / "data" / name.replace("masks", "images"), where / f"out_{to}" / find_image(to, name)),
             )
         )
 
 
-def place_image(to, name):
+def find_image(to, name):
     """Return where the image of a mask `split/masks/NAME.png` lies after a conversion."""
     split, _, *rest = name.split("/")
     folder = {"yolo": f"images/{split}", "ids": f"{split}/images"}.get(to, split)
@@ -189,15 +196,12 @@ def test_pycocotools_reads_the_same_masks(where, ugly, shapes):
         for entry in read.anns.values()
     ]
     expected = [
-        (label, crowd, decode(encode(mask)), mask.sum())
-        for mask, label, crowd in UGLY.values()
-        if label != "blurred"
+        (label, crowd, decode(encode(mask)), mask.sum()) for mask, label, crowd in UGLY.values() if label != "blurred"
     ]
     assert sorted(found) == sorted(expected) and read.imgs[1]["file_name"] == "a.png"
 
 
-def test_frames_and_data_without_objects_are_converted(where):
-    """Without a background class, pixels without a shape are ignored; frames of a video become PNG files."""
+def test_pixels_without_a_shape_are_ignored_without_a_background(where):
     for split in ("train", "val"):
         folder = where / "plain" / split
         mask = np.where(block(3, 4, 9, 9), 0, 1).astype(np.uint8)
@@ -224,3 +228,19 @@ def test_frames_and_data_without_objects_are_converted(where):
 def test_what_cannot_be_converted_is_refused(where, words, text):
     done = call(where, *CONVERT, "data.root=data", *words, "hydra.run.dir=refused")
     assert done.status == 1 and text in done.err and "Traceback" not in done.err
+
+
+def test_frames_become_files_and_other_pixels_are_refused(tmp_path):
+    frame = np.full((4, 5, 3), 9, np.uint8)
+    assert np.array_equal(read_png(place_image("a frame", frame, tmp_path, "x/0")), frame)
+    scan = np.zeros((4, 5, 4), np.uint16)
+    assert_refused(lambda: place_image("a scan", scan, tmp_path, "y"), "a scan: ", "has 4 channels of uint16")
+
+
+def test_too_many_objects_for_16_bits_are_refused(tmp_path):
+    classes = Classes(Labels.of(["ground", "leaf"], None, 255), 0, [1])
+    objects = Objects.of_masks(np.ones((1, 4, 5), bool), [1]).select([0] * (MOST_IDS + 1))
+    writer = IdFormat(tmp_path, classes, AnnotatedShapes()).make_writer("val")
+    mask = np.ones((4, 5), np.uint8)
+    prediction = ImagePrediction("a", tmp_path, np.zeros((4, 5, 3), np.uint8), mask, objects=objects)
+    assert_refused(lambda: writer.write(prediction), "a has 65536 objects, and mode.to=ids holds 65,535")
