@@ -1,5 +1,6 @@
 """mode=convert: a dataset in the format of another tool, read back and compared."""
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -116,7 +117,7 @@ def convert(
     options = {"data": option, "data.root": str(out_dir), **written.options}
     reader = builder.with_options(options).reader()
     differences = {name: _compare(data, reader(name), workers) for name, data in datasets.items()}
-    words = " ".join(f"{key}={format_override(value)}" for key, value in options.items())
+    words = " ".join(shlex.quote(f"{key}={format_override(value)}") for key, value in options.items())
     return _report(out_dir, to, words, differences)
 
 

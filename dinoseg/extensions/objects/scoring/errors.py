@@ -54,8 +54,8 @@ class ObjectMetric(RowMetric):
         if not found:
             return ""
         return (
-            f"Objects are not separated yet: {', and '.join(found)}. The mIoU of {scores['miou']:.1%} does not show it. "
-            "Train longer."
+            f"Objects are not separated yet: {', and '.join(found)}. "
+            f"The mIoU of {scores['miou']:.1%} does not show it. Train longer."
         )
 
 
