@@ -299,13 +299,14 @@ class CocoAnnotations(_Annotations):
             yield from ({"image_id": number, **entry} for entry in piece[key])
 
     def _annotation(self, part: MaskRegion) -> dict[str, Any]:
+        area, box = part.runs.area, part.box
         if self.shapes.format == "rle" or part.is_crowd:
             segmentation: Any = _encode(part.runs, part.size)
-            area, box = part.runs.area, part.box
         else:
             outlines = [*edge_polygons(part, self.shapes.tolerance)]
             segmentation = [points.ravel().tolist() for points in outlines]
-            area, box = _measure(outlines, part.size)  # simplified polygons cover other pixels than the part
+            if self.shapes.tolerance > 0:  # simplified polygons cover other pixels than the part
+                area, box = _measure(outlines, part.size)
         score = {} if part.score is None else {"score": part.score}
         category = self.ids.find_category(part.class_id)
         return {
