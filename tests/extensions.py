@@ -42,6 +42,7 @@ EXTENSIONS = {
     "auto": Extension(configs=("hparam/auto",)),
     "clips": Extension(("annotations", "video")),
     "compare": Extension(),
+    "conversion": Extension(("annotations",)),
     "distillation": Extension(("feature_cache", "video")),
     "doctor": Extension(("idd", "video")),
     "ensembles": Extension(("thresholds",)),

@@ -90,9 +90,12 @@ def voc_palette() -> tuple[tuple[int, int, int], ...]:
 
 
 def palette_image(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
-    """Return ids (H, W) uint8 as a palette image; the default palette is PASCAL VOC's."""
+    """Return ids (H, W) uint8 as a palette image; the default palette is PASCAL VOC's. Other ids look ignored."""
+    colours = [*(palette or voc_palette())]
+    # with fewer colours than ids, Pillow stores too few bits of each id
+    colours += [IGNORE_COLOUR] * (int(ids.max(initial=0)) + 1 - len(colours))
     picture = Image.fromarray(ids)
-    picture.putpalette([level for colour in palette or voc_palette() for level in colour])
+    picture.putpalette([level for colour in colours for level in colour])
     return picture
 
 

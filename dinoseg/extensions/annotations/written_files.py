@@ -1,4 +1,4 @@
-"""Predictions in the formats of annotation tools (COCO, LabelMe), for correction there, and of COCO's scores."""
+"""Class ids and objects in the formats of annotation tools (COCO, LabelMe), and of COCO's scores."""
 
 import base64
 import io
@@ -38,15 +38,16 @@ _FINE = 3  # upscaling factor: outline corners are then distinct from edge midpo
 
 @dataclass(frozen=True)
 class MaskRegion:
-    """A predicted object, or pixels of one class, which become an object of a file.
+    """An object, or pixels of one class, which become an object of a file.
 
     Args:
         class_id: its class.
         runs: its pixels.
         size: (H, W) of the image.
         box: left, top, width and height in pixels.
-        number: of a predicted object, from 1 in the order of the scores; 0: it is none.
+        number: of an object, from 1 in the order of the image's; 0: it is none.
         score: of a predicted object.
+        is_crowd: whether it is an area of many objects.
     """
 
     class_id: int
@@ -55,6 +56,7 @@ class MaskRegion:
     box: Sequence[int]
     number: int = 0
     score: float | None = None
+    is_crowd: bool = False
 
     @property
     def mask(self) -> np.ndarray:
@@ -147,6 +149,7 @@ class PredictedShapes(FurtherOutputs):
     """
 
     names: ClassVar = ("coco", "labelme", "panoptic")
+    scored: ClassVar[bool] = True  # whether objects have scores
     format: Literal["polygons", "rle"] = "polygons"
     objects: Literal["component", "class"] = "component"
     tolerance: NotNegative = 1.0
@@ -218,14 +221,19 @@ class _Annotations:
 
     def finish(self) -> None:
         """Write `classes.yaml`, so that corrected annotations are read with the same classes, things and colours."""
-        colors = zip(self.labels.classes, self.labels.palette, strict=True)
-        classes = json.dumps({name: {"color": list(color)} for name, color in colors}, ensure_ascii=False)
-        ground = None if self.background is None else self.labels.classes[self.background]
-        text = f"classes: {classes}\nbackground: {json.dumps(ground, ensure_ascii=False)}\nmasks: labels\n"
-        if self.things is not None:
-            things = [self.labels.classes[thing] for thing in sorted(self.things)]
-            text += f"things: {json.dumps(things, ensure_ascii=False)}\n"
-        write_text(self.folder / CLASS_FILE, text)
+        write_shape_classes(self.folder, self.labels, self.background, self.things)
+
+
+def write_shape_classes(folder: Path, labels: Labels, background: int | None, things: Collection[int] | None) -> None:
+    """Write the `classes.yaml` of shapes; arguments as of the annotation writers."""
+    colors = zip(labels.classes, labels.palette, strict=True)
+    classes = json.dumps({name: {"color": list(color)} for name, color in colors}, ensure_ascii=False)
+    ground = None if background is None else labels.classes[background]
+    text = f"classes: {classes}\nbackground: {json.dumps(ground, ensure_ascii=False)}\nmasks: labels\n"
+    if things is not None:
+        named = [labels.classes[thing] for thing in sorted(things)]
+        text += f"things: {json.dumps(named, ensure_ascii=False)}\n"
+    write_text(folder / CLASS_FILE, text)
 
 
 @dataclass(frozen=True)
@@ -245,7 +253,7 @@ class CocoAnnotations(_Annotations):
     def write(self, prediction: ImagePrediction) -> None:
         """Write the annotations of one image to an intermediate file."""
         annotations = [self._annotation(part) for part in self.shapes.parts(prediction, self.background)]
-        found = prediction.objects
+        found = prediction.objects if self.shapes.scored else None
         scored = () if found is None else zip(found.classes.tolist(), found.masks, found.scores.tolist(), strict=True)
         results = [
             {
@@ -262,7 +270,7 @@ class CocoAnnotations(_Annotations):
     def finish(self) -> None:
         """Merge the intermediate files and number images and annotations."""
         super().finish()
-        if self.things is not None:
+        if self.things is not None and self.shapes.scored:
             with atomic_file(self.folder / "results.json") as part, open(part, "w", encoding="utf-8") as file:
                 file.write("[")
                 _join(file.write, self._number("results"))
@@ -274,7 +282,7 @@ class CocoAnnotations(_Annotations):
             if index != self.background and index in numbers
         ]
         with atomic_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
-            info = {"description": "predictions of dinoseg", "version": dinoseg.__version__}
+            info = {"description": "written by dinoseg", "version": dinoseg.__version__}
             head = {
                 "info": info,
                 "licenses": [],
@@ -291,17 +299,19 @@ class CocoAnnotations(_Annotations):
             yield from ({"image_id": number, **entry} for entry in piece[key])
 
     def _annotation(self, part: MaskRegion) -> dict[str, Any]:
-        if self.shapes.format == "rle":
+        area, box = part.runs.area, part.box
+        if self.shapes.format == "rle" or part.is_crowd:
             segmentation: Any = _encode(part.runs, part.size)
-            area, box = part.runs.area, part.box
         else:
             outlines = [*edge_polygons(part, self.shapes.tolerance)]
             segmentation = [points.ravel().tolist() for points in outlines]
-            area, box = _measure(outlines, part.size)  # simplified polygons cover other pixels than the part
+            if self.shapes.tolerance > 0:  # simplified polygons cover other pixels than the part
+                area, box = _measure(outlines, part.size)
         score = {} if part.score is None else {"score": part.score}
         category = self.ids.find_category(part.class_id)
         return {
-            "category_id": category, "iscrowd": 0, "area": area, "bbox": box, "segmentation": segmentation, **score
+            "category_id": category, "iscrowd": int(part.is_crowd), "area": area, "bbox": box,
+            "segmentation": segmentation, **score,
         }  # fmt: skip
 
 
@@ -318,7 +328,7 @@ class LabelmeAnnotations(_Annotations):
         suffix = prediction.path.suffix
         target = self.folder / f"{prediction.name}{suffix}"
         with atomic_file(target) as part:
-            _link(prediction.path, part)
+            link_file(prediction.path, part)
         parts = enumerate(self.shapes.parts(prediction, self.background))
         content = {
             "version": "5.4.1", "flags": {},
@@ -354,6 +364,7 @@ class PanopticSegments:
         background: ID of the class that is no object; None: there is none.
         things: ids of the classes whose objects are separated.
         ids: of images and categories.
+        scored: whether objects have scores.
     """
 
     folder: Path
@@ -361,6 +372,7 @@ class PanopticSegments:
     background: int | None
     things: Collection[int]
     ids: CocoIds
+    scored: bool = True
     needs_probabilities = False
 
     def write(self, prediction: ImagePrediction) -> None:
@@ -376,8 +388,9 @@ class PanopticSegments:
                 continue
             mask.paint(canvas, number)
             category = self.ids.find_category(label)
-            segment = {"id": number, "category_id": category, "area": mask.area, "bbox": box, "iscrowd": 0}
-            segments.append({**segment, "score": float(found.scores[place])})
+            segment = {"id": number, "category_id": category, "area": mask.area, "bbox": box}
+            score = {"score": float(found.scores[place])} if self.scored else {}
+            segments.append({**segment, "iscrowd": int(found.crowds[place]), **score})
         pixels = np.stack([canvas % 256, canvas // 256 % 256, canvas // 2**16], axis=-1).astype(np.uint8)
         write_png(self.folder / "panoptic" / f"{prediction.name}.png", pixels)
         entry = {"file_name": f"{prediction.name}.png", "segments_info": segments}
@@ -461,7 +474,8 @@ def _join(write: Callable[[str], object], rows: Iterator[dict[str, Any]]) -> Non
         write(f"{',' * (number > 0)}\n{json.dumps(row)}")
 
 
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
+    """Make a hard link to a file, or a copy where the file system allows none."""
     with suppress(OSError):
         os.link(source.resolve(), target)
         return

@@ -10,7 +10,7 @@ from dinoseg.core.objects import Objects
 from dinoseg.extensions.objects.overlaps import overlaps
 
 SURE = 0.5  # score from which a predicted object counts
-_TOLERATED = 0.1  # share of objects that are merged or split, above which they count as not told apart
+_TOLERATED = 0.1  # share of objects that are merged or split, above which objects count as not separated
 
 
 class ObjectMetric(RowMetric):
@@ -41,7 +41,7 @@ class ObjectMetric(RowMetric):
         }
 
     def advise(self, scores: Mapping[str, Any]) -> str:
-        """Return how many objects are not told apart, if they are many."""
+        """Return how many objects are not separated, if they are many."""
         classes = scores["classes"]
         annotated, merged, counted, split = (
             sum(row[name] for row in classes) for name in ("annotated", "merged", "counted", "split")
@@ -54,8 +54,8 @@ class ObjectMetric(RowMetric):
         if not found:
             return ""
         return (
-            f"Objects are not told apart yet: {', and '.join(found)}. Pixels hide it (mIoU {scores['miou']:.1%}). "
-            "Train longer."
+            f"Objects are not separated yet: {', and '.join(found)}. "
+            f"The mIoU of {scores['miou']:.1%} does not show it. Train longer."
         )
 
 

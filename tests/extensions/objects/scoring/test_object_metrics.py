@@ -162,7 +162,7 @@ def test_errors_are_counted_by_image_and_class():
         [2, 1, 0],
         [1, 0.5, 0],  # of the two images: 1 invented and 1 missed, 2 missed; 1 invented, none
     ]
-    assert metric.advise(result).startswith("Objects are not told apart yet: 2 of 3 counted objects share an annotated")
+    assert metric.advise(result).startswith("Objects are not separated yet: 2 of 3 counted objects share an annotated")
     assert metric.advise({**result, "classes": result["classes"][1:]}) == ""
     assert [index for index, *_ in seen] == [0, 1] and seen[0][2]["invented"].classes.tolist() == [0, 1]
     drawn = outline_objects(np.zeros((12, 12, 3), np.uint8), seen[1][2])

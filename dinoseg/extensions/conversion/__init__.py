@@ -1,0 +1,1 @@
+"""Conversion of datasets into the formats of other tools."""
