@@ -17,7 +17,7 @@ from dinoseg.core.task import refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.example.matcher import ExampleMatcher
+from dinoseg.extensions.example.matcher import ExampleMatcher, Rule
 from dinoseg.extensions.example.references import ONE_CONCEPT, ONE_CONCEPT_MASKS, read_references
 from dinoseg.extensions.feature_views.features_mode import open_bare_model
 from dinoseg.extensions.feature_views.patches import PatchFeatures
@@ -47,10 +47,9 @@ def segment_by_references(
     out_dir: Path,
     input: str | None,
     references: Sequence[Any] | None,
+    rule: Rule,
     rank: Natural | None,
     size: Sequence[Count] | None,
-    tau: Share,
-    alpha: Share,
     opacity: Share,
     save: bool,
 ) -> dict[str, Any]:
@@ -72,8 +71,8 @@ def segment_by_references(
     paths = list_inputs(input, suffixes=builder.pixels.suffixes, videos=VIDEO_SUFFIXES)
     labels, masks, background = _find_labels(builder)
     concepts = [number for number in range(len(labels.classes)) if number != background]
-    found = read_references(references, MaskReader(labels, Masks(**masks)), builder.pixels, concepts)
-    shown = [any(reference.masks[place].any() for reference in found) for place in range(len(concepts))]
+    found = read_references(references, MaskReader(labels, Masks(**masks)), builder.pixels, background, concepts)
+    shown = [any(reference.masks[place].any() for reference in found) for place in range(1, len(concepts) + 1)]
     if unseen := [labels.classes[number] for number, is_shown in zip(concepts, shown, strict=True) if not is_shown]:
         logger.warning("No reference shows %s: these classes are not segmented.", join_names(unseen))
     if is_trained(builder):
@@ -84,7 +83,7 @@ def segment_by_references(
         model = open_bare_model(builder, -1, engine)
     with name_parameters({"rank": "mode.rank", "size": "mode.size"}):
         features = PatchFeatures(model, engine.device, engine.autocast, rank=rank)
-        matcher = ExampleMatcher(features, found, size=size, tau=tau, alpha=alpha)
+        matcher = ExampleMatcher(features, found, rule=rule, size=size)
     ids = np.array([labels.ignore_index if background is None else background, *concepts], np.uint8)
     predictor = ExamplePredictor(model, engine.device, engine.autocast, matcher=matcher, class_ids=ids)
     settings = SegmentationSettings(predictor, labels, opacity, batch_size=1, pixels=builder.pixels)
