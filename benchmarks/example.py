@@ -3,7 +3,7 @@
     python benchmarks/example.py WEIGHTS DATA [--draws 4 12]
 
 WEIGHTS is a safetensors file of timm's vit_tiny_patch16_224, DATA a folder with person, camvid and davis2016. Surgery
-is rendered. A draw has references (one, or five) and four images to segment; no image is in two draws. Images have 512 px
+is rendered. A draw has one or five references and four images to segment; no image is in two draws. Images have 512 px
 on their long side and are scored at every fourth pixel. Draws 0 to 3 chose the default rule and its constant, so the
 others are measured. Intervals are Student's t over draws. Rules that dinoseg lacks stand in this file.
 """
