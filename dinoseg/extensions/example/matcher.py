@@ -103,7 +103,8 @@ class ExampleMatcher:
         seen = self._size or self._whole_patches((image.shape[0], image.shape[1]))
         stack = torch.from_numpy(image.copy())[None].permute(0, 3, 1, 2)  # (1, C, H, W)
         raw, _ = self._features.extract_patches(to_device(_resize(stack, seen), self._features.device))
-        free = normalise(self._features.without_position(raw, seen))
+        # without a subspace, its image and SVD would be in vain
+        free = normalise(self._features.without_position(raw, seen)) if self._features.rank != 0 else raw
         grid = (raw.shape[0], raw.shape[1])
         return raw.reshape(-1, raw.shape[2]), free.reshape(-1, raw.shape[2]), grid, seen
 
