@@ -5,7 +5,7 @@ of the target, n that of a reference, C that of channels, M that of clusters, K 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -174,7 +174,7 @@ def enlarge_ids(ids: np.ndarray, size: Size) -> np.ndarray:
     return present[find_largest([ids == number for number in present], size)]
 
 
-def find_largest(maps: Sequence[np.ndarray], size: Size) -> np.ndarray:
+def find_largest(maps: Iterable[np.ndarray], size: Size) -> np.ndarray:
     """Return the index (H, W) uint8 of the largest of maps (h, w), each enlarged bilinearly to `size`.
 
     Equal values go to the first map.
