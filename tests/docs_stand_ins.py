@@ -58,7 +58,7 @@ RUNS = {  # run folders, and the words of the commands that write them
     "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),
     "EVALUATED_SCALED": ("mode=eval", "resume={RUN}", "inference=whole", "inference.scales=[1,1.5]"),
     "EXAMPLED": ("mode=example", "backbone=rgb", EXAMPLE, "input={FOLDER}/val/images"),
-    "EXAMPLED_INSID3": ("mode=example", "backbone=rgb", "mode.rule=insid3", EXAMPLE, "input={FOLDER}/val/images"),
+    "EXAMPLED_PAPER": ("mode=example", "backbone=rgb", "mode.rule=insid3", EXAMPLE, "input={FOLDER}/val/images"),
     "EXAMPLED_VIDEO": ("mode=example", "backbone=rgb", EXAMPLE, "input={VIDEO}"),
     "OUT": ("mode=features", "backbone=tiny_surgical", "input={IMAGE}"),
     "PREDICTED": ("mode=predict", "resume={RUN}", "input={FOLDER}/val/images"),
