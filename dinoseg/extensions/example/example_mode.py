@@ -38,7 +38,7 @@ from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 AREAS = "areas.csv"  # in the run folder
-SCORES = "scores"  # in the run folder: scores of patches
+SCORES = "scores"  # in the run folder: of patches
 _COLUMNS = ("image", "pixels")  # of AREAS, before those of the concepts
 
 
