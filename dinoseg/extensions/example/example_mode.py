@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dinoseg.core.task import refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.example.matcher import ExampleMatcher
+from dinoseg.extensions.example.matcher import ExampleMatcher, Rule
 from dinoseg.extensions.example.references import ONE_CONCEPT, ONE_CONCEPT_MASKS, read_references
 from dinoseg.extensions.feature_views.features_mode import open_bare_model
 from dinoseg.extensions.feature_views.patches import PatchFeatures
@@ -26,18 +26,19 @@ from dinoseg.extensions.video.run import segment_video
 from dinoseg.inference.class_record import MASK_FOLDER, write_class_record
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.inputs import list_inputs
-from dinoseg.inference.outputs import ImagePrediction, ImageWriter, Probabilities
+from dinoseg.inference.outputs import Probabilities
 from dinoseg.inference.predictor import PixelsAndObjects, Predictor
 from dinoseg.inference.results import DoneInputs, check_failures, mask_names, result_names
 from dinoseg.inference.videos import VideoInput, VideoOptions
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.images import read_ids
 from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 AREAS = "areas.csv"  # in the run folder
-SCORES = "scores"  # in the run folder: scores of patches
+SCORES = "scores"  # in the run folder: of patches
 _COLUMNS = ("image", "pixels")  # of AREAS, before those of the concepts
 
 
@@ -47,10 +48,9 @@ def segment_by_references(
     out_dir: Path,
     input: str | None,
     references: Sequence[Any] | None,
+    rule: Rule,
     rank: Natural | None,
     size: Sequence[Count] | None,
-    tau: Share,
-    alpha: Share,
     opacity: Share,
     save: bool,
 ) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def segment_by_references(
     paths = list_inputs(input, suffixes=builder.pixels.suffixes, videos=VIDEO_SUFFIXES)
     labels, masks, background = _find_labels(builder)
     concepts = [number for number in range(len(labels.classes)) if number != background]
-    found = read_references(references, MaskReader(labels, Masks(**masks)), builder.pixels, concepts)
-    shown = [any(reference.masks[place].any() for reference in found) for place in range(len(concepts))]
+    found = read_references(references, MaskReader(labels, Masks(**masks)), builder.pixels, background, concepts)
+    shown = [any(reference.masks[place].any() for reference in found) for place in range(1, len(concepts) + 1)]
     if unseen := [labels.classes[number] for number, is_shown in zip(concepts, shown, strict=True) if not is_shown]:
         logger.warning("No reference shows %s: these classes are not segmented.", join_names(unseen))
     if is_trained(builder):
@@ -84,15 +84,15 @@ def segment_by_references(
         model = open_bare_model(builder, -1, engine)
     with name_parameters({"rank": "mode.rank", "size": "mode.size"}):
         features = PatchFeatures(model, engine.device, engine.autocast, rank=rank)
-        matcher = ExampleMatcher(features, found, size=size, tau=tau, alpha=alpha)
+        matcher = ExampleMatcher(features, found, rule=rule, size=size)
     ids = np.array([labels.ignore_index if background is None else background, *concepts], np.uint8)
     predictor = ExamplePredictor(model, engine.device, engine.autocast, matcher=matcher, class_ids=ids)
     settings = SegmentationSettings(predictor, labels, opacity, batch_size=1, pixels=builder.pixels)
-    areas = _AreaWriter(out_dir / AREAS, [labels.classes[number] for number in concepts], concepts)
-    writers: list[ImageWriter] = [areas, Probabilities(out_dir / SCORES)] if save else [areas]
+    writers = [Probabilities(out_dir / SCORES)] if save else []
     run = ImageRun(out_dir, out_dir / MASK_FOLDER, DoneInputs(out_dir), writers)
-    frames = _segment(settings, run, paths, input, masks)
-    return _finish(run, areas, len(paths), frames, save=save)
+    frames, videos = _segment(settings, run, paths, input, masks)
+    empty = _write_areas(run, videos, [labels.classes[number] for number in concepts], concepts)
+    return _finish(run, empty, len(paths), frames, save=save)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +116,6 @@ class ExamplePredictor(Predictor):
         ]
 
 
-@dataclass
-class _AreaWriter:
-    """Writer of the number of pixels of each concept in each image, as a CSV file."""
-
-    path: Path
-    names: Sequence[str]
-    concepts: Sequence[int]
-    rows: list[list[Any]] = field(default_factory=list)
-    needs_probabilities = False
-
-    def write(self, prediction: ImagePrediction) -> None:
-        """Count the pixels of an image."""
-        counts = np.bincount(prediction.ids.ravel(), minlength=256)
-        self.rows.append([prediction.name, prediction.ids.size, *counts[list(self.concepts)].tolist()])
-
-    def finish(self) -> None:
-        """Write the file."""
-        heads = [f"{name} (class)" if name in _COLUMNS else name for name in self.names]
-        write_csv(self.path, [[*_COLUMNS, *heads], *self.rows])
-
-    @property
-    def empty(self) -> list[str]:
-        """Return the names of the images without any concept."""
-        return [row[0] for row in self.rows if not any(row[len(_COLUMNS) :])]
-
-
 def _find_labels(builder: Builder) -> tuple[Labels, dict[str, Any], int | None]:
     """Return the classes, the encoding of masks as arguments of `Masks`, and the class id of the background, if any.
 
@@ -155,11 +129,12 @@ def _find_labels(builder: Builder) -> tuple[Labels, dict[str, Any], int | None]:
 
 def _segment(
     settings: SegmentationSettings, run: ImageRun, paths: Sequence[Path], source: str, masks: dict[str, Any]
-) -> int:
-    """Write the results of all inputs that can be read; return the number of frames of videos."""
+) -> tuple[int, list[str]]:
+    """Write the results of all inputs that can be read; return the number of frames, and the names of the videos."""
     named = list(zip(paths, result_names(paths), strict=True))
     images = [(path, name) for path, name in named if not is_video(path)]
     labels, frames = settings.labels, 0
+    videos = []
     record = (labels.classes, labels.palette, labels.ignore_index, masks)
     if images and run.masks is not None:
         targets = mask_names([path for path, _ in images], source)
@@ -176,18 +151,33 @@ def _segment(
             continue
         frames += 0 if throughput is None else throughput.items
         write_class_record(run.folder / f"{name}_masks", *record)
-    return frames
+        videos.append(name)
+    return frames, videos
 
 
-def _finish(run: ImageRun, areas: _AreaWriter, inputs: int, frames: int, *, save: bool) -> dict[str, Any]:
+def _write_areas(run: ImageRun, videos: Sequence[str], names: Sequence[str], concepts: Sequence[int]) -> list[str]:
+    """Write the pixels of each concept in each mask of the run folder; return the names of masks without any."""
+    folders = {"": run.folder / MASK_FOLDER, **{f"{video}/": run.folder / f"{video}_masks" for video in videos}}
+    rows: list[list[Any]] = []
+    for prefix, folder in folders.items():
+        for path in sorted(folder.rglob("*.png")):
+            ids = read_ids(path)
+            counts = np.bincount(ids.ravel(), minlength=256)[list(concepts)]
+            rows.append([prefix + path.relative_to(folder).with_suffix("").as_posix(), ids.size, *counts.tolist()])
+    heads = [f"{name} (class)" if name in _COLUMNS else name for name in names]
+    write_csv(run.folder / AREAS, [[*_COLUMNS, *heads], *rows])
+    return [row[0] for row in rows if not any(row[len(_COLUMNS) :])]
+
+
+def _finish(run: ImageRun, empty: Sequence[str], inputs: int, frames: int, *, save: bool) -> dict[str, Any]:
     """Print where results are; return the numbers of images and frames."""
     check_failures(run.failures, inputs, run.folder)
     if run.count:
         print(f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}")
         print(f"masks:        {run.masks}, {count_of(run.count, 'PNG')} of class ids")
-        print(f"areas:        {areas.path}{f', scores of patches: {run.folder / SCORES}' if save else ''}")
-    if areas.empty:
-        print(f"empty masks:  {count_of(areas.empty, 'image')} without a match: {join_names(areas.empty)}")
     if frames:
         print(f"videos:       {run.folder}/*_overlay.mp4, *_masks, {count_of(frames, 'frame')}")
-    return {"images": run.count, "frames": frames, "empty": len(areas.empty), "run": str(run.folder)}
+    print(f"areas:        {run.folder / AREAS}{f', scores of patches: {run.folder / SCORES}' if save else ''}")
+    if empty:
+        print(f"empty masks:  {count_of(empty, 'mask')} without a match: {join_names(empty)}")
+    return {"images": run.count, "frames": frames, "empty": len(empty), "run": str(run.folder)}

@@ -5,7 +5,7 @@ of the target, n that of a reference, C that of channels, M that of clusters, K 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -171,14 +171,22 @@ def enlarge_ids(ids: np.ndarray, size: Size) -> np.ndarray:
     Of one concept, these are the pixels whose share exceeds one half. Equal shares go to the lower id.
     """
     present = np.unique(ids)
-    best = np.full(size, -1.0)
-    enlarged = np.zeros(size, ids.dtype)
-    for number in present:
-        share = resize_bilinear(ids == number, size)
-        wins = share > best
-        best[wins] = share[wins]
-        enlarged[wins] = number
-    return enlarged
+    return present[find_largest([ids == number for number in present], size)]
+
+
+def find_largest(maps: Iterable[np.ndarray], size: Size) -> np.ndarray:
+    """Return the index (H, W) uint8 of the largest of maps (h, w), each enlarged bilinearly to `size`.
+
+    Equal values go to the first map.
+    """
+    best = np.full(size, -np.inf)
+    found = np.zeros(size, np.uint8)
+    for number, values in enumerate(maps):
+        enlarged = resize_bilinear(values, size)
+        wins = enlarged > best
+        best[wins] = enlarged[wins]
+        found[wins] = number
+    return found
 
 
 def resize_bilinear(values: np.ndarray, size: Size) -> np.ndarray:

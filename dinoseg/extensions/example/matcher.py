@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dinoseg.core.geometry import resize, to_unit_range
 from dinoseg.core.sizes import Size
+from dinoseg.extensions.example.discriminant import Discriminant, share_likelihoods
 from dinoseg.extensions.example.insid3 import (
-    ALPHA,
-    TAU,
     ReferencePatches,
     TargetPatches,
     choose_concepts,
     enlarge_ids,
+    find_largest,
     match,
     normalise,
     reduce_mask,
@@ -26,14 +26,15 @@ from dinoseg.utils.devices import to_device
 from dinoseg.utils.errors import UserError
 
 MAX_PATCHES = 4096  # of an image of free size: the linkage holds the distance of each pair, 134 MB
+Rule = Literal["discriminant", "insid3"]
 
 
 class ReferenceImage(NamedTuple):
-    """Image with masks of K concepts.
+    """Image with masks of the background and K concepts.
 
     Attributes:
         image: (H, W, C), uint8 or uint16.
-        masks: (K, H, W) bool.
+        masks: (K + 1, H, W) bool, the background first.
     """
 
     image: np.ndarray
@@ -45,7 +46,7 @@ class ConceptMap(NamedTuple):
 
     Attributes:
         concepts: (H, W) uint8, the number of the concept, from 1; 0: none.
-        scores: (K, h, w), of the cluster of each patch.
+        scores: (K, h, w), of each patch: its probabilities, or the scores of its cluster.
     """
 
     concepts: np.ndarray
@@ -57,10 +58,9 @@ class ExampleMatcher:
 
     Args:
         features: extractor of normalised features.
-        references: at least one; each concept is in one or more.
+        references: at least one, of which one shows a concept.
+        rule: see `segment_by_example`.
         size: (H, W) to which all images are resized; None: their own, in whole patches, at most 4,096.
-        tau: similarity from which patches are merged into clusters.
-        alpha: score above which a cluster belongs to a concept.
 
     Raises:
         UserError: `size` holds no multiples of the patch size, or the rank of the features is too high.
@@ -71,21 +71,28 @@ class ExampleMatcher:
         features: PatchFeatures,
         references: Sequence[ReferenceImage],
         *,
+        rule: Rule,
         size: Sequence[int] | None = None,
-        tau: float = TAU,
-        alpha: float = ALPHA,
     ) -> None:
-        self._features, self._tau, self._alpha = features, tau, alpha
+        self._features = features
         self._size = None if size is None else _check_size(size, features.backbone.patch_size)
         self._shots = [self._shot(reference) for reference in references]
+        self._discriminant = Discriminant(self._shots) if rule == "discriminant" else None
 
     def __call__(self, image: np.ndarray) -> ConceptMap:
         """Return the concepts in an image (H, W, C), uint8 or uint16."""
         raw, free, grid, seen = self._patches(image)
-        scores = match(self._shots, TargetPatches.of(raw, free, self._tau))
-        concepts = choose_concepts(scores, self._alpha).astype(np.uint8).reshape(grid)
-        enlarged = enlarge_ids(enlarge_ids(concepts, seen), (image.shape[0], image.shape[1]))
-        return ConceptMap(enlarged, scores.reshape(-1, *grid))
+        size = (image.shape[0], image.shape[1])
+        if self._discriminant is not None:
+            values, classes = self._discriminant(free), self._discriminant.classes
+            probabilities = np.zeros((len(self._shots[0].masks), len(free)))
+            probabilities[classes] = share_likelihoods(values)
+            concepts = classes[find_largest(values.reshape(-1, *grid), size)]
+            return ConceptMap(concepts, probabilities[1:].reshape(-1, *grid))
+        shots = [ReferencePatches(shot.features, shot.masks[1:]) for shot in self._shots]
+        scores = match(shots, TargetPatches.of(raw, free))
+        concepts = choose_concepts(scores).astype(np.uint8).reshape(grid)
+        return ConceptMap(enlarge_ids(enlarge_ids(concepts, seen), size), scores.reshape(-1, *grid))
 
     def _shot(self, reference: ReferenceImage) -> ReferencePatches:
         _, free, grid, seen = self._patches(reference.image)
@@ -96,7 +103,8 @@ class ExampleMatcher:
         seen = self._size or self._whole_patches((image.shape[0], image.shape[1]))
         stack = torch.from_numpy(image.copy())[None].permute(0, 3, 1, 2)  # (1, C, H, W)
         raw, _ = self._features.extract_patches(to_device(_resize(stack, seen), self._features.device))
-        free = normalise(self._features.without_position(raw, seen))
+        # without a subspace, its image and SVD would be in vain
+        free = normalise(self._features.without_position(raw, seen)) if self._features.rank != 0 else raw
         grid = (raw.shape[0], raw.shape[1])
         return raw.reshape(-1, raw.shape[2]), free.reshape(-1, raw.shape[2]), grid, seen
 

@@ -24,7 +24,7 @@ def object_reader() -> MaskReader:
 
 
 def read_references(
-    pairs: Any, reader: MaskReader, pixels: PixelFormat, concepts: Sequence[int]
+    pairs: Any, reader: MaskReader, pixels: PixelFormat, background: int | None, concepts: Sequence[int]
 ) -> list[ReferenceImage]:
     """Return the references that pairs of paths name.
 
@@ -32,6 +32,7 @@ def read_references(
         pairs: the value of `references`: a list of [image, mask].
         reader: of the masks.
         pixels: format of the images.
+        background: class id; None: the classes have none.
         concepts: class ids to segment, in the order of a reference's masks.
 
     Raises:
@@ -39,7 +40,7 @@ def read_references(
             shows no concept.
     """
     paths = [[expand_path(str(part), ".jpg") for part in pair] for pair in check_pairs(pairs)]
-    return [_read_reference(image, mask, reader, pixels, concepts) for image, mask in paths]
+    return [_read_reference(image, mask, reader, pixels, background, concepts) for image, mask in paths]
 
 
 def check_pairs(pairs: Any) -> list[tuple[Any, Any]]:
@@ -58,14 +59,15 @@ def check_pairs(pairs: Any) -> list[tuple[Any, Any]]:
 
 
 def make_reference(
-    image: np.ndarray, ids: np.ndarray, labels: Labels, concepts: Sequence[int], name: Any
+    image: np.ndarray, ids: np.ndarray, labels: Labels, background: int | None, concepts: Sequence[int], name: Any
 ) -> ReferenceImage:
-    """Return an image (H, W, C) with the masks of the concepts in its class ids (H, W).
+    """Return an image (H, W, C) with the masks of the background and the concepts in its class ids (H, W).
 
     Args:
         image: uint8 or uint16.
         ids: class ids.
         labels: the classes.
+        background: class id; None: no pixel is background.
         concepts: class ids of the masks, in this order.
         name: of the mask, for the message.
 
@@ -77,8 +79,8 @@ def make_reference(
             f"{name} is of {list(ids.shape)} (H, W), and its image of {list(image.shape[:2])}. Give a mask of the size "
             "of its image."
         )
-    masks = np.stack([ids == concept for concept in concepts])  # (K, H, W)
-    if not masks.any():
+    masks = np.stack([ids == number for number in (-1 if background is None else background, *concepts)])
+    if not masks[1:].any():
         wanted = join_names([labels.classes[concept] for concept in concepts])
         values = join_names([str(value) for value in np.unique(ids)])
         raise UserError(
@@ -89,9 +91,14 @@ def make_reference(
 
 
 def _read_reference(
-    image: Path, mask: Path, reader: MaskReader, pixels: PixelFormat, concepts: Sequence[int]
+    image: Path,
+    mask: Path,
+    reader: MaskReader,
+    pixels: PixelFormat,
+    background: int | None,
+    concepts: Sequence[int],
 ) -> ReferenceImage:
     shown = pixels.read(image)
     size = (shown.shape[0], shown.shape[1])
     ids = fit_mask(reader.read(mask), size, reader.masks.on_size_mismatch, image=image, path=mask)
-    return make_reference(shown, ids, reader.labels, concepts, mask)
+    return make_reference(shown, ids, reader.labels, background, concepts, mask)

@@ -9,7 +9,8 @@ from PIL import Image
 import dinoseg
 
 EXAMPLE = ("mode=example", "engine=cpu")
-RGB = (*EXAMPLE, "backbone=rgb", "mode.rank=0")
+RGB = (*EXAMPLE, "backbone=rgb")
+RULES = pytest.mark.parametrize("rule", ["discriminant", "insid3"])
 RED, BLUE, GREEN = (240, 10, 0), (0, 10, 240), (10, 200, 10)
 REFERENCE = "references=[[reference.png,mask.png]]"
 
@@ -54,8 +55,9 @@ def is_near(found, expected):
     return (found != expected).sum() <= 24 * len(np.unique(expected))
 
 
-def test_an_example_segments_its_concept(where):
-    out, told = segment(where, *RGB, REFERENCE, "input=images", "mode.save=true", out="one")
+@RULES
+def test_an_example_segments_its_concept(where, rule):
+    out, told = segment(where, *RGB, REFERENCE, f"mode.rule={rule}", "input=images", "mode.save=true", out=rule)
     expected = drawn((40, 56), red=(16, 24))[1]
     found = read(out / "masks/a.png")
     assert found.max() == 1 and is_near(found, expected) and not read(out / "masks/none.png").any()
@@ -65,20 +67,21 @@ def test_an_example_segments_its_concept(where):
         f"a,{40 * 56},{found.sum()}",
         f"none,{32 * 32},0",
     ]
-    assert "empty masks:  1 image without a match: none" in told
+    assert "empty masks:  1 mask without a match: none" in told
     scores = np.load(out / "scores/a.npy")
     assert scores.shape == (1, 5, 7) and scores.dtype == np.float16
     assert np.array_equal(scores[0] > 0.2, expected[4::8, 4::8] > 0)
     assert (out / "a_segmentation/comparison.png").is_file()
 
 
-def test_several_classes_share_the_pixels(where):
-    words = ("data=folder", "data.classes=[ground,red,blue]", "data.background=ground")
-    out, _ = segment(where, *RGB, *words, "references=[[reference.png,both.png]]", "input=images", out="two")
+@RULES
+def test_several_classes_share_the_pixels(where, rule):
+    words = ("data=folder", "data.classes=[ground,red,blue]", "data.background=ground", f"mode.rule={rule}")
+    out, _ = segment(where, *RGB, *words, "references=[[reference.png,both.png]]", "input=images", out=f"two_{rule}")
     expected = drawn((40, 56), red=(16, 24), blue=(0, 0))[1]
     assert is_near(read(out / "masks/a.png"), expected) and {*np.unique(read(out / "masks/a.png"))} == {0, 1, 2}
     save(where / "truth/a.png", expected)
-    scored = succeed(where, "mode=score", *words, f"prediction={out}/masks", "reference=truth")
+    scored = succeed(where, "mode=score", *words[:-1], f"prediction={out}/masks", "reference=truth")
     assert "IoU %" in scored.out
     save(where / "red.png", drawn((48, 64), red=(8, 8))[1])
     done = succeed(where, *RGB, *words, "references=[[reference.png,red.png]]", "input=images/a.png")
@@ -91,6 +94,7 @@ def test_a_video_is_segmented_frame_by_frame(where):
     for number in range(3):
         found = read(out / f"video_masks/{number:09d}.png")
         assert np.mean(found != drawn((32, 48), red=(8, 8 * number))[1]) < 0.05  # the codec blurs
+        assert f"video/{number:09d},{32 * 48},{found.sum()}" in (out / "areas.csv").read_text().splitlines()
 
 
 def test_a_typed_size_is_that_of_all_images(where):
@@ -103,10 +107,11 @@ def test_a_trained_backbone_is_used(where):
     write_data(where / "data")
     succeed(where, "mode=train", *SMALL, "data.background=dark", "hydra.run.dir=run")
     save(where / "trained.png", drawn((48, 64), red=(8, 8))[1])
-    words = (*EXAMPLE, "resume=run", "references=[[reference.png,trained.png]]", "mode.save=true")
+    patches = ("mode.save=true", "mode.rule=insid3", "mode.rank=null")  # whose scores do not saturate
+    words = (*EXAMPLE, "resume=run", "references=[[reference.png,trained.png]]", *patches)
     out, _ = segment(where, *words, "input=images", out="after")
     assert json.loads((out / "masks/classes.json").read_text())["classes"] == ["dark", "bright"]
-    bare, _ = segment(where, *EXAMPLE, *TINY, REFERENCE, "input=images", "mode.save=true", out="before")
+    bare, _ = segment(where, *EXAMPLE, *TINY, REFERENCE, "input=images", *patches, out="before")
     assert (bare / "scores/a.npy").read_bytes() != (out / "scores/a.npy").read_bytes()
 
 
@@ -146,7 +151,7 @@ def test_an_unreadable_input_is_left_out_and_named(where):
         (("references=[[reference.png,empty.png]]",), ["empty.png shows nothing", "object"]),
         ((REFERENCE, "mode.rank=24"), ["mode.rank=24", "24 channels"]),
         ((REFERENCE, "mode.size=[20,32]"), ["mode.size=[20, 32]", "patch size 8"]),
-        ((REFERENCE, "mode.tau=2"), ["mode.tau=2", "0 to 1"]),
+        ((REFERENCE, "mode.rule=nearest"), ["mode.rule=nearest", "discriminant", "insid3"]),
         ((REFERENCE, "task=multilabel", "data.classes=[a,b]"), ["mode=example", "task=multilabel"]),
     ],
 )
@@ -162,7 +167,7 @@ def test_python_segments_as_the_command(where):
     given = [(image, mask > 0), (where / "reference.png", where / "mask.png")]
     expected, _ = segment(where, *RGB, REFERENCE, "input=images", out="command")
     for pair in given:
-        found = dinoseg.segment_by_example([pair], where / "images", backbone=model, rank=0)
+        found = dinoseg.segment_by_example([pair], where / "images", backbone=model)
         for name, each in zip(("a", "none"), found, strict=True):
             assert each.dtype == np.uint8 and np.array_equal(each, read(expected / f"masks/{name}.png"))
     for bad, part in [
