@@ -65,12 +65,17 @@ def measure(side: int, images: int, repeats: int) -> dict[str, float]:
         for removes in (False, True)
     )
     subspace = timed(lambda: free.position_basis((side, side)), 1)
-    matcher = ExampleMatcher(free, [ReferenceImage(given, np.isin(ids, (1, 2, 3))[None])])
+    shown = np.isin(ids, (1, 2, 3))
+    references = [ReferenceImage(given, np.stack([~shown, shown]))]
+    plain = PatchFeatures(model.model, model.device, nullcontext, rank=0)
+    example = ExampleMatcher(plain, references, rule="discriminant")
+    insid3 = ExampleMatcher(free, references, rule="insid3")
     ways: dict[str, Callable[[], object]] = {
         "predict": lambda: [model.predict(image) for image in targets],
         "features": lambda: draw(kept, targets),
         "features, positions removed": lambda: draw(free, targets),
-        "example": lambda: [matcher(image) for image in targets],
+        "example": lambda: [example(image) for image in targets],
+        "example, insid3": lambda: [insid3(image) for image in targets],
     }
     return {way: timed(run, repeats) / images for way, run in ways.items()} | {"subspace": subspace}
 
