@@ -6,7 +6,7 @@ Times are processor seconds, medians of the repeats, and leave out reading and w
 
 - features: the basis is fitted, which computes the features twice, and the colours are drawn;
 - positions removed: the same with `mode.position=remove`;
-- example: clusters and mask by one reference, whose features are known;
+- example: classes and mask by one reference, whose features are known; by the default rule, and by clusters;
 - subspace: of the positions, once for each size of images: a pass of a black image and an SVD in float64.
 """
 
