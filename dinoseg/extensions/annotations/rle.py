@@ -60,6 +60,44 @@ def from_text(text: str) -> np.ndarray:
     return values
 
 
+def parse_texts(texts: Sequence[str], pixels: int) -> list[np.ndarray] | None:
+    """Return the counts (N,) int64 of several masks of `pixels` pixels at once, several times as fast as one by one.
+
+    Returns:
+        None if one of them is not in the compressed form of such a mask: `parse_counts` names the fault.
+    """
+    lengths = np.array([len(text) for text in texts], np.int64)
+    whole = "".join(texts)
+    if not whole.isascii() or not lengths.size or not 0 < lengths.min() <= lengths.max() <= _DIGITS * (pixels + 1):
+        return None
+    codes = np.frombuffer(whole.encode("ascii"), np.uint8).astype(np.int64) - _FIRST
+    ends = np.flatnonzero(codes < _MORE)
+    first = np.searchsorted(ends, np.cumsum(lengths) - lengths)  # number of each mask
+    last = np.append(first[1:], len(ends)) - 1
+    is_complete = (last >= first).all() and np.array_equal(ends[last], np.cumsum(lengths) - 1)
+    if codes.min() < 0 or codes.max() >= 2 * _MORE or not is_complete:
+        return None
+    digits = np.diff(ends, prepend=-1)
+    if digits.max() > _DIGITS:
+        return None
+    starts = ends - digits + 1
+    values = np.add.reduceat((codes & _BITS) << 5 * (np.arange(codes.size) - np.repeat(starts, digits)), starts)
+    values -= np.where(codes[ends] & _SIGN, np.int64(1) << (5 * digits), 0)
+    numbers = last - first + 1
+    owners = np.repeat(np.arange(len(texts)), numbers)
+    places = np.arange(len(values)) - np.repeat(first, numbers)
+    for chain in (np.flatnonzero(places % 2), np.flatnonzero((places % 2 == 0) & (places > 0))):
+        sums = np.cumsum(values[chain])
+        # the sum before the first number of each mask is that of other masks
+        heads = np.flatnonzero(np.diff(owners[chain], prepend=-1))
+        before = sums[heads] - values[chain][heads]
+        values[chain] = sums - np.repeat(before, np.diff(heads, append=len(chain)))
+    totals = np.add.reduceat(values, first)
+    if values.min() < 0 or values.max() > pixels or (totals != pixels).any():
+        return None
+    return np.split(values, first[1:])
+
+
 def parse_mask(mask: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     """Return the counts (N,) int64 of a mask in JSON, which must have `size` (H, W).
 

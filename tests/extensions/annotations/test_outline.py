@@ -1,6 +1,7 @@
 """Shapes of annotations and the outlines of masks, against pycocotools and LabelMe."""
 
 import tracemalloc
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -133,6 +134,25 @@ def test_run_lengths_are_those_of_pycocotools():
         np.testing.assert_array_equal(again.to_mask(mask.shape), mask)
         listed = coco.frPyObjects({"counts": counts.tolist(), "size": list(mask.shape)}, *mask.shape)
         assert listed["counts"].decode() == text
+
+
+def test_texts_are_parsed_together_as_one_by_one():
+    draw = np.random.default_rng(1)
+    for size in (1, 30, 3000):
+        shares = [*draw.random(9), 0, 1]
+        counts = [RunLengths.of_mask(draw.random((size, 1)) < share).to_counts(size) for share in shares]
+        texts = [rle.to_text(each) for each in counts]
+        for number in range(1, len(texts) + 1):
+            for expected, found in zip(counts, rle.parse_texts(texts[:number], size), strict=False):
+                np.testing.assert_array_equal(found, expected)
+        assert rle.parse_texts(texts, size + 1) is None
+    assert rle.parse_texts([], 30) is None
+    faults = ["0\x7f", "0é", "P", "o" * 8 + "0", "oooooo0", "N", "0" * 218, "", "o0o0", "n0m0"]
+    for place, fault in product(range(3), faults):
+        good = [rle.to_text(np.array([3, 20, 7]))] * 3
+        with pytest.raises(ValueError):
+            rle.parse_counts(fault, 30)
+        assert rle.parse_texts([*good[:place], fault, *good[place:]], 30) is None
 
 
 def test_shapes_of_one_image_are_painted_in_order(tmp_path):

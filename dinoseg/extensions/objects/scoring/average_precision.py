@@ -28,18 +28,6 @@ _NEARLY_ONE = 1 - 1e-10  # the highest IoU that is demanded: a share may be roun
 _EPSILON = np.spacing(1)
 
 
-def objects_of_class(objects: Objects, label: int, most: int | None = None) -> Objects:
-    """Return the objects of a class, those of the highest scores first; equal scores stay in order.
-
-    Args:
-        objects: of an image.
-        label: the class.
-        most: maximum number of objects; None: all.
-    """
-    own = np.flatnonzero(objects.classes == label)
-    return objects.select(own[np.argsort(-objects.scores[own], kind="stable")][:most])
-
-
 def count_instances(reference: Objects, prediction: Objects) -> Counts:
     """Return the rows of an image, for `InstanceAveragePrecision`.
 
@@ -48,52 +36,54 @@ def count_instances(reference: Objects, prediction: Objects) -> Counts:
         is a true (`hits`) or a false positive (`misses`) for each range of areas and IoU, (D, 4, 10) bool. One that is
         neither is ignored. Of G reference objects: `labels` (G,) and `positives` (G, 4) bool, whether each counts.
     """
-    labels = np.unique(np.concatenate([reference.classes, prediction.classes])).tolist()
-    # without any object, the rows of a class that nothing has
-    parts = [
-        _count_class(objects_of_class(reference, label), objects_of_class(prediction, label, MAX_DETECTIONS))
-        for label in labels or [0]
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _count_class(reference: Objects, prediction: Objects) -> Counts:
-    """Match the objects of one class, predictions in the order of their scores."""
-    shares = _find_ious(reference, prediction)
-    ignored = reference.crowds | ~_lie_within(reference.areas)  # (4, G)
-    hits = np.zeros((len(prediction.classes), len(AREAS), len(THRESHOLDS)), bool)
-    misses = np.repeat(_lie_within(prediction.areas).T[..., None], len(THRESHOLDS), axis=-1)
-    taken = np.zeros((len(AREAS), len(THRESHOLDS), len(reference.classes)), bool)
+    held = reference.select(np.argsort(reference.classes, kind="stable"))
+    found = _select_detections(prediction)
+    shares = _find_ious(held, found)
+    ignored = held.crowds | ~_lie_within(held.areas)  # (4, G)
+    hits = np.zeros((len(found), len(AREAS), len(THRESHOLDS)), bool)
+    misses = np.repeat(_lie_within(found.areas).T[..., None], len(THRESHOLDS), axis=-1)
+    taken = np.zeros((len(AREAS), len(THRESHOLDS), len(held)), bool)
+    demanded = np.minimum(THRESHOLDS, _NEARLY_ONE)[:, None]
     # an object without any match is a false positive by its area alone
     for place in np.flatnonzero((shares >= THRESHOLDS[0]).any(axis=1)):
-        fits = (shares[place] >= np.minimum(THRESHOLDS, _NEARLY_ONE)[:, None]) & (~taken | reference.crowds)
-        regular = fits & ~ignored[:, None]
+        own = np.flatnonzero(shares[place] >= THRESHOLDS[0])
+        fits = (shares[place, own] >= demanded) & (~taken[..., own] | held.crowds[own])
+        regular = fits & ~ignored[:, None, own]
         # an ignored object is matched only where no other one fits
         allowed = np.where(regular.any(axis=-1, keepdims=True), regular, fits)
-        values = np.where(allowed, shares[place], -1)
-        best = values.shape[-1] - 1 - values[..., ::-1].argmax(axis=-1)  # of equal IoUs, the last object
+        values = np.where(allowed, shares[place, own], -1)
+        best = own[len(own) - 1 - values[..., ::-1].argmax(axis=-1)]  # of equal IoUs, the last object
         matched = allowed.any(axis=-1)
         rows, columns = np.nonzero(matched)
         taken[rows, columns, best[matched]] = True
         hits[place] = regular.any(axis=-1)
         misses[place] &= ~matched
     return {
-        "classes": prediction.classes,
-        "scores": prediction.scores,
+        "classes": found.classes,
+        "scores": found.scores,
         "hits": hits,
         "misses": misses,
-        "labels": reference.classes,
+        "labels": held.classes,
         "positives": ~ignored.T,
     }
 
 
+def _select_detections(prediction: Objects) -> Objects:
+    """Return the `MAX_DETECTIONS` objects of each class with the highest scores; equal scores stay in order."""
+    order = np.lexsort((-prediction.scores, prediction.classes))
+    classes = prediction.classes[order]
+    rank = np.arange(len(order)) - np.searchsorted(classes, classes)  # in its class
+    return prediction.select(order[rank < MAX_DETECTIONS])
+
+
 def _find_ious(reference: Objects, prediction: Objects) -> np.ndarray:
-    """Return the IoUs (D, G); of a crowd, the share of the predicted object that lies in it."""
+    """Return the IoUs (D, G), 0 of different classes; of a crowd, the share of the predicted object that lies in it."""
     common = overlaps(prediction.masks, reference.masks)
     predicted = np.array([mask.area for mask in prediction.masks], np.int64)[:, None]
     held = np.array([mask.area for mask in reference.masks], np.int64)
-    shares = ratio(common, np.where(reference.crowds, predicted, predicted + held - common))
-    return np.nan_to_num(shares)  # two empty masks do not match
+    whole = np.where(reference.crowds, predicted, predicted + held - common)
+    same = prediction.classes[:, None] == reference.classes
+    return np.where(same & (whole > 0), common / np.maximum(whole, 1), 0)  # two empty masks do not match
 
 
 def _lie_within(areas: np.ndarray) -> np.ndarray:

@@ -130,9 +130,10 @@ class CocoInstances(RowProtocol):
         masks: list[RunLengths] = []
         classes, areas, scores, crowds = [], [], [], []
         places = {number: place for place, number in enumerate(self._categories)}
-        for name, entry in entries:
+        known = _read_together([entry["segmentation"] for _, entry in entries], size)
+        for place, (name, entry) in enumerate(entries):
             try:
-                mask = _read_mask(entry["segmentation"], size)
+                mask = known[place] if known else _read_mask(entry["segmentation"], size)
                 if entry["category_id"] not in places:
                     raise ValueError(
                         f"its category_id is {entry['category_id']}, which is not in the categories of the reference. "
@@ -162,6 +163,16 @@ class CocoInstances(RowProtocol):
             {"id": number, "name": name, **{key: values[place] for key, values in found.items()}}
             for place, (number, name) in enumerate(self._categories.items())
         ]
+
+
+def _read_together(segmentations: Sequence[Any], size: tuple[int, int]) -> list[RunLengths]:
+    """Return the masks of compressed run lengths; none if one of them is something else, or has a fault."""
+    if not all(isinstance(each, dict) and each.get("size") == [*size] for each in segmentations):
+        return []
+    texts = [each.get("counts") for each in segmentations]
+    if not all(isinstance(text, str) for text in texts):
+        return []
+    return [*map(RunLengths.of_counts, rle.parse_texts(texts, size[0] * size[1]) or ())]
 
 
 def _read_mask(segmentation: Any, size: tuple[int, int]) -> RunLengths:
