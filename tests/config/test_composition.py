@@ -2,7 +2,9 @@
 
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from config_files import FOLDER
@@ -13,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
 
-from dinoseg.config import composition
+from dinoseg.config import composition, resolvers
 from dinoseg.config.composition import Value, compose
 from dinoseg.config.job import job_config, read_words
 from dinoseg.config.plain import to_container
@@ -91,10 +93,11 @@ def check_equal(found, expected, run):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_composed_config_equals_that_of_hydra(folder, name):
+def test_composed_config_equals_that_of_hydra(folder, name, monkeypatch):
     if "local" not in name:
         (folder / "local/default.yaml").unlink()
     OmegaConf.register_new_resolver("now", lambda _: "then", replace=True)
+    monkeypatch.setattr(resolvers, "datetime", SimpleNamespace(now=lambda: datetime(2026, 11, 30)))
     check_equal(compose_words(JOBS[name], folder), *compose_by_hydra(JOBS[name], folder))
 
 
