@@ -10,10 +10,18 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from dinoseg.core.objects import Objects
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.conversion.convert_mode import place_image
-from dinoseg.extensions.conversion.formats import MOST_IDS, AnnotatedShapes, Classes, IdFormat, YoloFormat
+from dinoseg.extensions.conversion.formats import (
+    MOST_IDS,
+    AnnotatedShapes,
+    Classes,
+    IdFormat,
+    YoloFormat,
+    collect_objects,
+    remove_overlaps,
+)
 from dinoseg.inference.outputs import ImagePrediction
 
 CONVERT = ("mode=convert", "engine=cpu", "mode.workers=0")
@@ -259,6 +267,20 @@ def test_frames_become_files_and_other_pixels_are_refused(tmp_path):
     assert np.array_equal(read_png(place_image("a frame", frame, tmp_path, "x/0")), frame)
     scan = np.zeros((4, 5, 4), np.uint16)
     assert_refused(lambda: place_image("a scan", scan, tmp_path, "y"), "a scan: ", "has 4 channels of uint16")
+
+
+def test_hidden_pixels_are_those_of_crowds_and_of_other_classes():
+    whole, part, corner = (block(0, 0, *SIZE), block(2, 2, 4, 4), block(20, 20, 3, 3))
+    mask = np.where(corner, 2, 1).astype(np.uint8)
+    runs = [RunLengths.of_mask(each) for each in (corner, part, whole)]
+    held = Objects.of_runs(SIZE, runs, [2, 1, 1], crowds=[False, False, True])
+    classes = Classes(Labels.of(["ground", "leaf", "stem"], None, 255), 0, [1, 2])
+    seen = remove_overlaps(collect_objects(mask, held, classes, joined=False), mask)
+    found = {(bool(crowd), runs.area) for crowd, runs in zip(seen.crowds, seen.masks, strict=True)}
+    assert found == {(False, 9), (False, 16), (True, mask.size - 25)}
+    # the mask shows the first object on top of the second one
+    seen = remove_overlaps(Objects.of_masks(np.array([corner, whole]), [2, 1]), mask)
+    assert sorted(runs.area for runs in seen.masks) == [9, mask.size - 9]
 
 
 def test_too_many_objects_for_16_bits_are_refused(tmp_path):
