@@ -238,11 +238,11 @@ def test_errors_at_the_limits_of_score_and_iou():
 
 def test_merged_and_split_objects_are_those_of_a_count_by_pixels():
     rng = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(200):
         held, found = [
             [(start, start + rng.integers(1, 12), rng.integers(2), rng.random() < crowds) for start in starts]
             for crowds in (0.3, 0)
-            for starts in [rng.integers(0, 28, rng.integers(0, 7))]
+            for starts in [rng.integers(0, 28, rng.integers(0, 12))]
         ]
         compared = compare_objects(make_objects(*held), make_objects(*found), {0, 1})
         pairs = [
