@@ -76,6 +76,13 @@ def test_neighbours_differ_and_a_single_object_has_the_colour_of_its_class():
                 assert colours[one] != colours[other]
 
 
+def test_objects_far_apart_have_different_colours_too():
+    masks = np.zeros((6, 160, 240), bool)
+    for number, mask in enumerate(masks):
+        mask[:5, 40 * number : 40 * number + 5] = True
+    assert len({*colour_objects(Objects.of_masks(masks, [1] * 6), PALETTE)}) == 6
+
+
 def test_numbers_never_cover_one_another(monkeypatch):
     shown = []
 

@@ -1,8 +1,9 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from dinoseg.report.palette import IGNORE_COLOUR, default_palette, lookup_table
+from dinoseg.report.palette import IGNORE_COLOUR, default_palette, lookup_table, palette_image
 
 # linear RGB as seen by trichromats and dichromats: G. M. Machado et al., 2009, severity 1
 VISIONS = {
@@ -91,3 +92,11 @@ def test_lookup_table_has_a_colour_for_each_id(ignore_index):
     assert table.shape == (256, 3) and table.dtype == np.uint8
     np.testing.assert_array_equal(table[:3], palette)
     assert tuple(table[ignore_index]) == IGNORE_COLOUR
+
+
+@pytest.mark.parametrize("largest", [2, 255])
+def test_ids_without_a_colour_are_stored_and_look_ignored(largest, tmp_path):
+    ids = np.array([[0, 1, largest]], np.uint8)
+    palette_image(ids, [(1, 2, 3)] * 2).save(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(image), ids) and image.convert("RGB").getpixel((2, 0)) == IGNORE_COLOUR

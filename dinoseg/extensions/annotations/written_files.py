@@ -3,10 +3,8 @@
 import base64
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -318,8 +316,7 @@ class CocoAnnotations(_Annotations):
 class LabelmeAnnotations(_Annotations):
     """Writer of one JSON file per image, next to the image: polygons through border-pixel centres, or masks.
 
-    The image is a hard link to the original where the file system allows, else a copy. A part with holes is split into
-    several polygons that share a group.
+    The image is a copy of the original. A part with holes is split into several polygons that share a group.
     """
 
     def write(self, prediction: ImagePrediction) -> None:
@@ -328,7 +325,7 @@ class LabelmeAnnotations(_Annotations):
         suffix = prediction.path.suffix
         target = self.folder / f"{prediction.name}{suffix}"
         with atomic_file(target) as part:
-            link_file(prediction.path, part)
+            shutil.copyfile(prediction.path, part)
         parts = enumerate(self.shapes.parts(prediction, self.background))
         content = {
             "version": "5.4.1", "flags": {},
@@ -472,11 +469,3 @@ def _pieces(folder: Path) -> Iterator[tuple[int, Any]]:
 def _join(write: Callable[[str], object], rows: Iterator[dict[str, Any]]) -> None:
     for number, row in enumerate(rows):
         write(f"{',' * (number > 0)}\n{json.dumps(row)}")
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make a hard link to a file, or a copy where the file system allows none."""
-    with suppress(OSError):
-        os.link(source.resolve(), target)
-        return
-    shutil.copyfile(source, target)

@@ -79,7 +79,7 @@ def list_yolo_images(held: Annotations, path: Path, splits: Sequence[str]) -> An
     if entries and all(entry.path == path for entry in entries):
         raise UserError(
             f"{path}: no text file of polygons was found for {count_of(entries, 'image')}, such as "
-            f"{_text_file(next(iter(images)))}. Put them there, or correct the entries of the images."
+            f"{find_text_file(next(iter(images)))}. Put them there, or correct the entries of the images."
         )
     return replace(held, entries=entries, folder=folder)
 
@@ -100,14 +100,15 @@ def _images_at(place: Path, bases: Sequence[Path]) -> list[Path]:
     return [_find_path([*bases, place.parent], line.strip()) for line in lines if line.strip()]
 
 
-def _text_file(image: Path) -> Path:
+def find_text_file(image: Path) -> Path:
+    """Return where Ultralytics looks for the polygons of an image."""
     before, folder, after = image.with_suffix(".txt").as_posix().rpartition("/images/")
     return Path(f"{before}{folder and '/labels/'}{after}")
 
 
 def _read_entry(image: Path, folder: Path, source: Path, labels: Sequence[str]) -> Entry:
     """Return an image with the polygons of its text file; `source`: data.yaml, which stands for a missing one."""
-    path = _text_file(image)
+    path = find_text_file(image)
     entry = Entry(path if os.path.isfile(path) else source, image.relative_to(folder).as_posix(), None)
     if entry.path == path:
         try:

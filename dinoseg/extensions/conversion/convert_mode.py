@@ -20,7 +20,6 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.loader import load_in_order
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.annotations.written_files import link_file
 from dinoseg.extensions.conversion.formats import (
     FORMATS,
     AnnotatedShapes,
@@ -32,6 +31,7 @@ from dinoseg.extensions.conversion.formats import (
 )
 from dinoseg.inference.outputs import ImagePrediction
 from dinoseg.report.progress import Bar
+from dinoseg.runs.folder import LOG
 from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, write_png
@@ -39,6 +39,7 @@ from dinoseg.utils.ranges import Natural, NotNegative
 from dinoseg.utils.wording import count_of, format_override, join_names
 
 MANIFEST = "conversion.json"  # in the run folder
+_OWN_FILES = {"config", LOG}  # of the run
 _PARTS = ".parts"  # files that are joined at the end of a split
 
 
@@ -91,12 +92,12 @@ def convert(
 ) -> dict[str, Any]:
     """Write a dataset in another format into the run folder, read it back, and return what differs.
 
-    Images are hard links to the originals where the file system allows it, else copies; frames of videos become PNG
-    files. The keys are explained in cfg/mode/convert.yaml.
+    Images are copies; frames of videos become PNG files. The keys are explained in cfg/mode/convert.yaml.
 
     Raises:
-        UserError: the format does not hold such data, or a file cannot be read.
+        UserError: the format does not hold such data, a file cannot be read, or the folder holds other files.
     """
+    _refuse_files(out_dir)
     builder = Builder(cfg)
     refuse_layers(builder.task, "mode=convert", "Choose task=semantic: masks of layers have no other format.")
     datasets = _open_splits(builder, split)
@@ -115,10 +116,21 @@ def convert(
     shutil.rmtree(out_dir / _PARTS, ignore_errors=True)
     option = written.object_reader if things is not None and written.object_reader else written.reader
     options = {"data": option, "data.root": str(out_dir), **written.options}
+    if first.ignore_index != 255:  # the default of data.ignore_index
+        options["data.ignore_index"] = first.ignore_index
     reader = builder.with_options(options).reader()
     differences = {name: _compare(data, reader(name), workers) for name, data in datasets.items()}
     words = " ".join(shlex.quote(f"{key}={format_override(value)}") for key, value in options.items())
     return _report(out_dir, to, words, differences)
+
+
+def _refuse_files(folder: Path) -> None:
+    """Refuse a run folder with files of something else, which would be overwritten, or read as part of the dataset."""
+    others = sorted({each.name for each in folder.iterdir()} - _OWN_FILES)
+    if others:
+        raise UserError(
+            f"hydra.run.dir={folder} holds {join_names(others)}. Choose a new folder: mode=convert replaces files."
+        )
 
 
 def _open_splits(builder: Builder, split: str | Sequence[str] | None) -> dict[str, PairDataset]:
@@ -158,11 +170,12 @@ def _write_split(written: Format, split: str, data: PairDataset, workers: int) -
 
 
 def place_image(source: Any, image: np.ndarray, folder: Path, name: str) -> Path:
-    """Link or copy an image file, or write other sources of RGB pixels as PNG; return the path."""
+    """Copy an image file, or write other sources of RGB pixels as PNG; return the path."""
     if isinstance(source, Path) and source.suffix.lower() in IMAGE_SUFFIXES:
         path = folder / f"{name}{source.suffix}"
         with atomic_file(path) as part:
-            link_file(source, part)
+            # no hard link: tools that repair images in place would change the original
+            shutil.copyfile(source, part)
         return path
     if image.shape[2] != 3 or image.dtype != np.uint8:
         raise UserError(

@@ -24,6 +24,7 @@ from dinoseg.extensions.annotations.written_files import (
     find_parts,
     write_shape_classes,
 )
+from dinoseg.extensions.annotations.yolo import find_text_file
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.report.palette import write_indexed_png
 from dinoseg.utils.atomic import write_text
@@ -264,7 +265,9 @@ class YoloFormat(ShapeFormat):
 
     def make_writer(self, split: str) -> ImageWriter:
         """Return the writer of text files."""
-        return _YoloWriter(self.folder / "labels" / split, self.numbers, self.shapes, self.classes.things)
+        if not self.numbers:
+            raise UserError("mode.to=yolo needs a class beside the background. Choose mode.to=masks.")
+        return _YoloWriter(self.numbers, self.shapes, self.classes.things)
 
     @property
     def numbers(self) -> dict[int, int]:
@@ -288,7 +291,6 @@ class _YoloWriter:
     Parts of a class that is no thing have a line each, cut where they have holes. Crowds are left out, as there.
     """
 
-    folder: Path
     numbers: Mapping[int, int]
     shapes: AnnotatedShapes
     things: Collection[int] | None
@@ -305,7 +307,7 @@ class _YoloWriter:
             for outline in [_join_outlines(polygons)] if is_object else polygons:
                 values = (outline / np.array(prediction.ids.shape[::-1])).ravel()
                 lines.append(" ".join([str(self.numbers[part.class_id]), *(f"{value:.9g}" for value in values)]))
-        write_text(self.folder / f"{prediction.name}.txt", "".join(f"{line}\n" for line in dict.fromkeys(lines)))
+        write_text(find_text_file(prediction.path), "".join(f"{line}\n" for line in dict.fromkeys(lines)))
 
     def finish(self) -> None:
         """Do nothing: each image is complete once written."""

@@ -10,10 +10,18 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from dinoseg.core.objects import Objects
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.data.classes.labels import Labels
 from dinoseg.extensions.conversion.convert_mode import place_image
-from dinoseg.extensions.conversion.formats import MOST_IDS, AnnotatedShapes, Classes, IdFormat
+from dinoseg.extensions.conversion.formats import (
+    MOST_IDS,
+    AnnotatedShapes,
+    Classes,
+    IdFormat,
+    YoloFormat,
+    collect_objects,
+    remove_overlaps,
+)
 from dinoseg.inference.outputs import ImagePrediction
 
 CONVERT = ("mode=convert", "engine=cpu", "mode.workers=0")
@@ -56,7 +64,9 @@ def where(tmp_path_factory):
     rng = np.random.default_rng(0)
     for split, count in (("train", 32), ("val", 8)):
         for number in range(count):
-            write_sample(folder / "data" / split, f"{number % 3}/{number:03d}", *draw_sample(rng))
+            # YOLO's text files follow from the last folder `images`
+            name = f"{('a b', 'images', '2')[number % 3]}/{number:03d}"
+            write_sample(folder / "data" / split, name, *draw_sample(rng))
     (folder / "data/classes.yaml").write_text(f"classes: {CLASSES}\nbackground: ground\nthings: [leaf, stem]\n")
     return folder
 
@@ -88,9 +98,10 @@ def test_conversions_are_read_back_to_the_pixel(where, to):
         assert np.array_equal(
             *map(
                 read_png,
-                (where / "data" / name.replace("masks", "images"), where / f"out_{to}" / find_image(to, name)),
+                (where / "data" / name.replace("masks", "images", 1), where / f"out_{to}" / find_image(to, name)),
             )
         )
+        assert (where / f"out_{to}" / find_image(to, name)).stat().st_nlink == 1
 
 
 def find_image(to, name):
@@ -216,6 +227,26 @@ def test_pixels_without_a_shape_are_ignored_without_a_background(where):
         assert ("data.unlabelled=ignore" in manifest["read"]) == (to != "masks")
 
 
+@pytest.mark.parametrize("ignored", [100, 1])
+def test_ignored_id_of_the_dataset_is_kept(where, ignored):
+    mask = np.where(block(3, 4, 9, 9), ignored, 2).astype(np.uint8)
+    for split in ("train", "val"):
+        save(where / f"ignored_{ignored}/{split}/images/b.png", np.full((*SIZE, 3), 90 + len(split)))
+        save(where / f"ignored_{ignored}/{split}/masks/b.png", mask)
+    words = ("data=folder", f"data.root=ignored_{ignored}", "data.classes=[sky,soil,tree]")
+    for to in ("coco", "masks"):
+        named = (*words, f"data.ignore_index={ignored}")
+        manifest, told = convert(where, f"mode.to={to}", read=named, out=f"ignored_{ignored}_{to}")
+        assert "equal to the pixel" in told and f"data.ignore_index={ignored}" in manifest["read"]
+
+
+def test_files_in_the_run_folder_are_not_replaced(where):
+    before = {path: path.read_bytes() for path in (where / "data").rglob("*") if path.is_file()}
+    done = call(where, *CONVERT, *OF_IDS, "mode.to=masks", "hydra.run.dir=data")
+    assert done.status == 1 and "data holds classes.yaml, train, val. Choose a new folder" in done.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -238,6 +269,20 @@ def test_frames_become_files_and_other_pixels_are_refused(tmp_path):
     assert_refused(lambda: place_image("a scan", scan, tmp_path, "y"), "a scan: ", "has 4 channels of uint16")
 
 
+def test_hidden_pixels_are_those_of_crowds_and_of_other_classes():
+    whole, part, corner = (block(0, 0, *SIZE), block(2, 2, 4, 4), block(20, 20, 3, 3))
+    mask = np.where(corner, 2, 1).astype(np.uint8)
+    runs = [RunLengths.of_mask(each) for each in (corner, part, whole)]
+    held = Objects.of_runs(SIZE, runs, [2, 1, 1], crowds=[False, False, True])
+    classes = Classes(Labels.of(["ground", "leaf", "stem"], None, 255), 0, [1, 2])
+    seen = remove_overlaps(collect_objects(mask, held, classes, joined=False), mask)
+    found = {(bool(crowd), runs.area) for crowd, runs in zip(seen.crowds, seen.masks, strict=True)}
+    assert found == {(False, 9), (False, 16), (True, mask.size - 25)}
+    # the mask shows the first object on top of the second one
+    seen = remove_overlaps(Objects.of_masks(np.array([corner, whole]), [2, 1]), mask)
+    assert sorted(runs.area for runs in seen.masks) == [9, mask.size - 9]
+
+
 def test_too_many_objects_for_16_bits_are_refused(tmp_path):
     classes = Classes(Labels.of(["ground", "leaf"], None, 255), 0, [1])
     objects = Objects.of_masks(np.ones((1, 4, 5), bool), [1]).select([0] * (MOST_IDS + 1))
@@ -245,3 +290,8 @@ def test_too_many_objects_for_16_bits_are_refused(tmp_path):
     mask = np.ones((4, 5), np.uint8)
     prediction = ImagePrediction("a", tmp_path, np.zeros((4, 5, 3), np.uint8), mask, objects=objects)
     assert_refused(lambda: writer.write(prediction), "a has 65536 objects, and mode.to=ids holds 65,535")
+
+
+def test_yolo_needs_a_class_beside_the_background(tmp_path):
+    written = YoloFormat(tmp_path, Classes(Labels.of(["ground"], None, 255), 0, None), AnnotatedShapes())
+    assert_refused(lambda: written.make_writer("val"), "mode.to=yolo needs a class beside the background")

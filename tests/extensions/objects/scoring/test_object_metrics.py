@@ -164,6 +164,18 @@ def test_errors_are_counted_by_image_and_class():
     ]
     assert metric.advise(result).startswith("Objects are not separated yet: 2 of 3 counted objects share an annotated")
     assert metric.advise({**result, "classes": result["classes"][1:]}) == ""
+    rows = class_table(result, data.classes, metrics=[metric]).splitlines()
+    assert [line.split()[-7:] for line in rows if "class 1" in line][-1] == ["0", "1", "0", "0", "1", "0", "0"]
+    # a share of annotated objects for merged ones, and of counted ones for split ones
+    for annotated, merged, counted, split, told in (
+        (20, 2, 9, 0, ""),
+        (20, 3, 99, 0, "3 of 20 annotated"),
+        (9, 0, 20, 2, ""),
+        (99, 0, 20, 3, "3 of 20 counted"),
+    ):
+        row = {"annotated": annotated, "merged": merged, "counted": counted, "split": split}
+        advice = metric.advise({"classes": [row], "miou": 0.5})
+        assert told in advice and bool(told) == bool(advice)
     assert [index for index, *_ in seen] == [0, 1] and seen[0][2]["invented"].classes.tolist() == [0, 1]
     drawn = outline_objects(np.zeros((12, 12, 3), np.uint8), seen[1][2])
     assert (drawn[:6] == OUTLINES["missed"]).all(axis=-1).any() and not drawn[8:].any()
@@ -226,11 +238,11 @@ def test_errors_at_the_limits_of_score_and_iou():
 
 def test_merged_and_split_objects_are_those_of_a_count_by_pixels():
     rng = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(200):
         held, found = [
             [(start, start + rng.integers(1, 12), rng.integers(2), rng.random() < crowds) for start in starts]
-            for crowds in (0.1, 0)
-            for starts in [rng.integers(0, 28, rng.integers(0, 7))]
+            for crowds in (0.3, 0)
+            for starts in [rng.integers(0, 28, rng.integers(0, 12))]
         ]
         compared = compare_objects(make_objects(*held), make_objects(*found), {0, 1})
         pairs = [
