@@ -83,6 +83,15 @@ def test_objects_far_apart_have_different_colours_too():
     assert len({*colour_objects(Objects.of_masks(masks, [1] * 6), PALETTE)}) == 6
 
 
+def test_a_colour_of_no_neighbour_is_better_than_a_rare_one():
+    masks = np.zeros((14, 20, 1400), bool)
+    for place, mask in enumerate(masks[:13]):  # the last one has the colour of the first, all others another
+        mask[5:9, 100 * place : 100 * place + 10] = True
+    masks[13, 5:15, 100:1110] = True  # near all but these two
+    colours = colour_objects(Objects.of_masks(masks, [1] * 14), default_palette(2))
+    assert colours[0] == colours[12] == colours[13] and len({*colours}) == 12
+
+
 def test_numbers_never_cover_one_another(monkeypatch):
     shown = []
 
