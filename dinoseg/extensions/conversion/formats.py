@@ -266,7 +266,7 @@ class YoloFormat(ShapeFormat):
     def make_writer(self, split: str) -> ImageWriter:
         """Return the writer of text files."""
         if not self.numbers:
-            raise UserError("mode.to=yolo needs a class beside the background. Choose mode.to=masks.")
+            raise UserError("mode.to=yolo needs a class besides the background. Choose mode.to=masks.")
         return _YoloWriter(self.numbers, self.shapes, self.classes.things)
 
     @property

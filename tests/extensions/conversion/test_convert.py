@@ -294,4 +294,4 @@ def test_too_many_objects_for_16_bits_are_refused(tmp_path):
 
 def test_yolo_needs_a_class_beside_the_background(tmp_path):
     written = YoloFormat(tmp_path, Classes(Labels.of(["ground"], None, 255), 0, None), AnnotatedShapes())
-    assert_refused(lambda: written.make_writer("val"), "mode.to=yolo needs a class beside the background")
+    assert_refused(lambda: written.make_writer("val"), "mode.to=yolo needs a class besides the background")
