@@ -33,13 +33,14 @@ from dinoseg.inference.outputs import ImagePrediction
 from dinoseg.report.progress import Bar
 from dinoseg.runs.folder import LOG
 from dinoseg.utils.atomic import atomic_file, write_json
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.images import IMAGE_SUFFIXES, write_png
 from dinoseg.utils.ranges import Natural, NotNegative
 from dinoseg.utils.wording import count_of, format_override, join_names
 
 MANIFEST = "conversion.json"  # in the run folder
 _OWN_FILES = {"config", LOG}  # of the run
+_OF_OBJECTS = ("coco_panoptic", "ids")  # formats that need data with objects
 _PARTS = ".parts"  # files that are joined at the end of a split
 
 
@@ -105,8 +106,10 @@ def convert(
     kind = first.maps.get(OBJECTS)
     things = sorted(kind.things) if isinstance(kind, ObjectMap) else None
     classes = Classes(Labels.of(first.classes, first.palette, first.ignore_index), builder.background, things)
-    written = FORMATS[to](out_dir, classes, AnnotatedShapes(format=shapes, objects=objects, tolerance=tolerance))
-    if things is None and written.reader in (None, PanopticFormat.reader) or (to == "ids" and things is None):
+    with name_parameters({"mode.shapes.tolerance": "mode.tolerance"}):
+        options = AnnotatedShapes(format=shapes, objects=objects, tolerance=tolerance)
+    written = FORMATS[to](out_dir, classes, options)
+    if things is None and to in _OF_OBJECTS:
         raise UserError(
             f"mode.to={to} holds single objects, and data={cfg.choices.data} has none. Choose mode.to=masks."
         )
@@ -115,12 +118,12 @@ def convert(
     written.finish([*datasets])
     shutil.rmtree(out_dir / _PARTS, ignore_errors=True)
     option = written.object_reader if things is not None and written.object_reader else written.reader
-    options = {"data": option, "data.root": str(out_dir), **written.options}
+    keys = {"data": option, "data.root": str(out_dir), **written.options}
     if first.ignore_index != 255:  # the default of data.ignore_index
-        options["data.ignore_index"] = first.ignore_index
-    reader = builder.with_options(options).reader()
+        keys["data.ignore_index"] = first.ignore_index
+    reader = builder.with_options(keys).reader()
     differences = {name: _compare(data, reader(name), workers) for name, data in datasets.items()}
-    words = " ".join(shlex.quote(f"{key}={format_override(value)}") for key, value in options.items())
+    words = " ".join(shlex.quote(f"{key}={format_override(value)}") for key, value in keys.items())
     return _report(out_dir, to, words, differences)
 
 
