@@ -84,7 +84,7 @@ def convert(
     cfg: DictConfig,
     *,
     out_dir: Path,
-    to: Literal["coco", "coco_panoptic", "yolo", "labelme", "masks", "ids"],
+    to: Literal["coco", "coco_panoptic", "yolo", "labelme", "masks", "ids"] | None,
     split: str | Sequence[str] | None = None,
     shapes: Literal["polygons", "rle"] = "polygons",
     tolerance: NotNegative = 0.0,
@@ -96,8 +96,11 @@ def convert(
     Images are copies; frames of videos become PNG files. The keys are explained in cfg/mode/convert.yaml.
 
     Raises:
-        UserError: the format does not hold such data, a file cannot be read, or the folder holds other files.
+        UserError: no format is given, it does not hold such data, a file cannot be read, or the folder holds other
+            files.
     """
+    if to is None:
+        raise UserError(f"mode=convert needs a format: give mode.to={'|'.join(FORMATS)}.")
     _refuse_files(out_dir)
     builder = Builder(cfg)
     refuse_layers(builder.task, "mode=convert", "Choose task=semantic: masks of layers have no other format.")

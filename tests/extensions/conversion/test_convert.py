@@ -24,7 +24,7 @@ from dinoseg.extensions.conversion.formats import (
 )
 from dinoseg.inference.outputs import ImagePrediction
 
-CONVERT = ("mode=convert", "engine=cpu", "mode.workers=0")
+CONVERT = ("mode=convert", "mode.workers=0")
 SIZE = (24, 30)
 CLASSES = "{ground: , soil: , leaf: , stem: }"
 FORMATS = ("coco", "coco_panoptic", "yolo", "labelme", "ids")
