@@ -254,7 +254,10 @@ def test_files_in_the_run_folder_are_not_replaced(where):
         (("mode.to=coco_panoptic", "data=folder"), "mode.to=coco_panoptic holds single objects"),
         (("mode.to=voc", "data=folder"), "mode.to=voc"),
         (("mode.to=coco", "data=folder", "mode.split=later"), "later"),
-        (("mode.to=coco", "data=folder", "data.classes=[a,b]", "mode.tolerance=1000"), "error: mode.tolerance=1000 min"),
+        (
+            ("mode.to=coco", "data=folder", "data.classes=[a,b]", "mode.tolerance=1000"),
+            "error: mode.tolerance=1000 min",
+        ),
         (("data=folder",), "mode.to"),
     ],
 )
