@@ -83,9 +83,12 @@ def test_several_classes_share_the_pixels(where, rule):
     save(where / "truth/a.png", expected)
     scored = succeed(where, "mode=score", *words[:-1], f"prediction={out}/masks", "reference=truth")
     assert "IoU %" in scored.out
-    save(where / "red.png", drawn((48, 64), red=(8, 8))[1])
-    done = succeed(where, *RGB, *words, "references=[[reference.png,red.png]]", "input=images/a.png")
-    assert "No reference shows blue" in done.err
+    for name, array in zip(("blue_alone", "blue"), drawn((48, 64), blue=(24, 40)), strict=True):
+        save(where / f"{name}.png", array)
+    done = succeed(
+        where, *RGB, *words, "references=[[blue_alone.png,blue.png]]", "input=images/a.png", "hydra.run.dir=b"
+    )
+    assert "No reference shows red" in done.err and {*np.unique(read(where / "b/masks/a.png"))} == {0, 2}
 
 
 def test_a_video_is_segmented_frame_by_frame(where):
