@@ -48,16 +48,21 @@ def from_text(text: str) -> np.ndarray:
     ends = np.flatnonzero(codes < _MORE)
     if not ends.size or ends[-1] != codes.size - 1:
         raise ValueError("its counts are truncated")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > _DIGITS:
+    if np.diff(ends, prepend=-1).max() > _DIGITS:
         raise ValueError("its counts hold a number that is too large")
-    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
-    values = np.add.reduceat((codes & _BITS) << shifts, starts)
-    values -= np.where(codes[ends] & _SIGN, np.int64(1) << (5 * lengths), 0)
+    values = _join_letters(codes, ends)
     for first in (1, 2):  # each is stored as its difference to the count two before
         values[first::2] = np.cumsum(values[first::2])
     return values
+
+
+def _join_letters(codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the numbers (N,) int64 of the codes (M,) of letters, from the places (N,) of their last letters."""
+    digits = np.diff(ends, prepend=-1)
+    starts = ends - digits + 1
+    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, digits))
+    values = np.add.reduceat((codes & _BITS) << shifts, starts)
+    return values - np.where(codes[ends] & _SIGN, np.int64(1) << (5 * digits), 0)
 
 
 def parse_texts(texts: Sequence[str], pixels: int) -> list[np.ndarray] | None:
@@ -77,12 +82,9 @@ def parse_texts(texts: Sequence[str], pixels: int) -> list[np.ndarray] | None:
     is_complete = (last >= first).all() and np.array_equal(ends[last], np.cumsum(lengths) - 1)
     if codes.min() < 0 or codes.max() >= 2 * _MORE or not is_complete:
         return None
-    digits = np.diff(ends, prepend=-1)
-    if digits.max() > _DIGITS:
+    if np.diff(ends, prepend=-1).max() > _DIGITS:
         return None
-    starts = ends - digits + 1
-    values = np.add.reduceat((codes & _BITS) << 5 * (np.arange(codes.size) - np.repeat(starts, digits)), starts)
-    values -= np.where(codes[ends] & _SIGN, np.int64(1) << (5 * digits), 0)
+    values = _join_letters(codes, ends)
     numbers = last - first + 1
     owners = np.repeat(np.arange(len(texts)), numbers)
     places = np.arange(len(values)) - np.repeat(first, numbers)
