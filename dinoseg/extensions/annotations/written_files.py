@@ -324,8 +324,9 @@ class LabelmeAnnotations(_Annotations):
         height, width = prediction.ids.shape
         suffix = prediction.path.suffix
         target = self.folder / f"{prediction.name}{suffix}"
-        with atomic_file(target) as part:
-            shutil.copyfile(prediction.path, part)
+        if prediction.path != target:
+            with atomic_file(target) as part:
+                shutil.copyfile(prediction.path, part)
         parts = enumerate(self.shapes.parts(prediction, self.background))
         content = {
             "version": "5.4.1", "flags": {},

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from dinoseg.extensions.conversion.formats import (
     AnnotatedShapes,
     Classes,
     Format,
-    PanopticFormat,
     collect_objects,
     remove_overlaps,
 )
@@ -67,7 +66,7 @@ class Difference:
     new_objects: int = 0
 
     def add(self, first: Sample, second: Sample, ignore_index: int) -> None:
-        """Count an image and what is read back of it."""
+        """Count the differences between a sample and its conversion."""
         mask, other = (sample["mask"].numpy() for sample in (first, second))
         differs = mask != other
         held, found = (_identify(_objects_of(sample)) for sample in (first, second))
@@ -161,14 +160,12 @@ def _open_splits(builder: Builder, split: str | Sequence[str] | None) -> dict[st
 def _write_split(written: Format, split: str, data: PairDataset, workers: int) -> None:
     writer = written.make_writer(split)
     folder = written.folder / written.images.format(split=split)
-    things, joined = written.classes.things, written.shapes.objects == "class" or isinstance(written, PanopticFormat)
-    # in a panoptic file, the background is a class of stuff
-    classes = replace(written.classes, background=None) if isinstance(written, PanopticFormat) else written.classes
+    joined = written.shapes.objects == "class"
     samples = load_in_order(data.__getitem__, range(len(data)), workers)
     for pair, sample in zip(data.pairs, Bar(samples, total=len(data), desc=split, unit="image"), strict=True):
         image, mask = sample["image"].permute(1, 2, 0).numpy(), sample["mask"].numpy()
         path = place_image(pair.image, image, folder, pair.name)
-        found = collect_objects(mask, None if things is None else _objects_of(sample), classes, joined=joined)
+        found = collect_objects(mask, _objects_of(sample), written.classes, joined=joined)
         if not written.overlap:
             found = remove_overlaps(found, mask)
         writer.write(ImagePrediction(pair.name, path, image, mask, objects=found))
@@ -222,7 +219,7 @@ def _objects_of(sample: Sample) -> Objects | None:
 
 
 def _report(out_dir: Path, to: str, words: str, differences: dict[str, Difference]) -> dict[str, Any]:
-    """Write the manifest, print what was lost, and return the sums."""
+    """Write the manifest, print the differences, and return their sums."""
     content = {"to": to, "read": words, "splits": {name: asdict(each) for name, each in differences.items()}}
     write_json(out_dir / MANIFEST, content)
     sums = {key: sum(getattr(each, key) for each in differences.values()) for key in asdict(Difference())}

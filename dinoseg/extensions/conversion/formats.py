@@ -105,10 +105,6 @@ class Format(ABC):
     def finish(self, splits: Sequence[str]) -> None:
         """Write the files that cover all splits."""
 
-    def _thing_names(self) -> dict[str, Any]:
-        things = self.classes.things
-        return {} if things is None else {"things": [self.classes.labels.classes[each] for each in sorted(things)]}
-
 
 class MaskFormat(Format):
     """PNG files of class ids, for data=folder."""
@@ -121,13 +117,14 @@ class MaskFormat(Format):
 
     def finish(self, splits: Sequence[str]) -> None:
         """Write classes.yaml."""
-        labels, ground = self.classes.labels, self.classes.background
+        labels, ground, things = self.classes.labels, self.classes.background, self.classes.things
         content: dict[str, Any] = {
             "classes": {name: {"color": [*color]} for name, color in zip(labels.classes, labels.palette, strict=True)},
             "background": None if ground is None else labels.classes[ground],
             "masks": "ids",
-            **(self._thing_names() if self.object_reader else {}),
         }
+        if self.object_reader and things is not None:
+            content["things"] = [labels.classes[each] for each in sorted(things)]
         if labels.ignore_index >= len(labels.classes):
             content["ignore"] = {"ids": [labels.ignore_index]}
         write_text(self.folder / CLASS_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -140,7 +137,7 @@ class IdFormat(MaskFormat):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keys of files of ids beside the masks."""
+        """The keys of files of ids next to the masks."""
         return {"data.objects.files": ["masks", "ids"]}
 
 
@@ -209,10 +206,13 @@ class CocoFormat(ShapeFormat):
 
 
 class PanopticFormat(CocoFormat):
-    """COCO's panoptic JSON."""
+    """COCO's panoptic JSON, in which each class without objects is one segment, also the background."""
 
     reader, object_reader = "coco_panoptic", "coco_panoptic"
     overlap = False
+
+    def __init__(self, folder: Path, classes: Classes, shapes: AnnotatedShapes) -> None:
+        super().__init__(folder, replace(classes, background=None), replace(shapes, objects="class"))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class PanopticFormat(CocoFormat):
         return PanopticSegments(self._part(split), labels, None, self.classes.things or (), ids, scored=False)
 
     def finish_split(self, split: str, writer: ImageWriter) -> None:
-        """Write the JSON file of a split, and move the PNG files beside it."""
+        """Write the JSON file of a split, and move its PNG files into a folder of its name."""
         writer.finish()
         target = self.folder / "annotations"
         target.mkdir(exist_ok=True)
