@@ -4,9 +4,7 @@ An image has a row for each predicted object and for each object of the referenc
 rows of a class, sorted by score, so that no sum over images determines them (T.-Y. Lin et al., ECCV 2014).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,18 +12,17 @@ from dinoseg.core.metric import Counts, LabelledImage, PredictedImage
 from dinoseg.core.objects import Objects
 from dinoseg.extensions.objects.overlaps import overlaps
 from dinoseg.extensions.objects.scoring.errors import ObjectMetric
+from dinoseg.extensions.objects.scoring.precision_curves import leave_units_out, make_curves
 from dinoseg.metrics.counts import mean_defined, ratio
 from dinoseg.utils.ranges import Count
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU
-RECALLS = np.linspace(0, 1, 101)  # at which precisions are read
 MAX_DETECTIONS = 100  # of an image and a class
 SIZES = ("", "s", "m", "l")  # suffixes of the scores: all objects, small, medium and large ones
 _HIGHEST_AREA = 1e5**2
 # inclusive on both sides: an object of exactly 32 x 32 pixels is small and medium
 AREAS = np.array([(0, _HIGHEST_AREA), (0, 32**2), (32**2, 96**2), (96**2, _HIGHEST_AREA)])
 _NEARLY_ONE = 1 - 1e-10  # the highest IoU that is demanded: a share may be rounded down
-_EPSILON = np.spacing(1)
 
 
 def count_instances(reference: Objects, prediction: Objects) -> Counts:
@@ -129,8 +126,8 @@ class InstanceAveragePrecision(ObjectMetric):
     def class_values(self, rows: Sequence[Counts]) -> np.ndarray:
         """Return the AP (K, 4, 10) of each class, range of areas and IoU; nan without an object."""
         values = np.full((self.num_classes, len(AREAS), len(THRESHOLDS)), np.nan)
-        for label, curve in _make_curves(rows, np.arange(len(rows))):
-            values[label] = curve.value()
+        for label, curves in make_curves(rows, np.arange(len(rows))):
+            values[label] = curves.average()
         return values
 
     def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
@@ -140,93 +137,11 @@ class InstanceAveragePrecision(ObjectMetric):
         count = max(units, default=-1) + 1
         sums = np.tile(np.where(defined, values, 0).sum(axis=0), (count, 1, 1))
         numbers = np.tile(defined.sum(axis=0), (count, 1, 1))
-        for label, curve in _make_curves(rows, np.asarray(units)):
-            for unit in curve.units:
-                changed = curve.value(without=unit)
-                sums[unit] += np.nan_to_num(changed) - np.nan_to_num(values[label])
-                numbers[unit] -= defined[label] & np.isnan(changed)
+        for label, curves in make_curves(rows, np.asarray(units)):
+            own, changed = leave_units_out(curves)
+            sums[own] += np.nan_to_num(changed) - np.nan_to_num(values[label])
+            numbers[own] -= defined[label] & np.isnan(changed)
         return _select(np.moveaxis(ratio(sums, numbers), 0, -1))
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """Precisions and recalls of one class, for each range of areas and IoU.
-
-    Only the places of hits matter: a precision is read at a hit, and the highest one after it is that of a hit.
-
-    Args:
-        hits: (N, 4, 10) bool, predicted objects in the order of their scores.
-        misses: (N, 4, 10) bool.
-        owners: (N,) int64, the unit of each predicted object.
-        positives: (G, 4) bool, reference objects.
-        holders: (G,) int64, the unit of each reference object.
-    """
-
-    hits: np.ndarray
-    misses: np.ndarray
-    owners: np.ndarray
-    positives: np.ndarray
-    holders: np.ndarray
-
-    @property
-    def units(self) -> np.ndarray:
-        """The units with an object of the class."""
-        return np.unique(np.concatenate([self.owners, self.holders]))
-
-    @cached_property
-    def places(self) -> np.ndarray:
-        """Places (P,) of the hits."""
-        return np.flatnonzero(self.hits.any(axis=(1, 2)))
-
-    @cached_property
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of hits and of misses (P, 4, 10) up to each place."""
-        return self.hits.cumsum(axis=0)[self.places], self.misses.cumsum(axis=0)[self.places]
-
-    def value(self, without: int | None = None) -> np.ndarray:
-        """Return the AP (4, 10), without the objects of one unit; nan without a reference object."""
-        found, missed = self.counts
-        hits = self.hits[self.places]
-        if without is not None:
-            own = np.flatnonzero(self.owners == without)
-            before = np.searchsorted(own, self.places, side="right")
-            found = found - _sum_first(self.hits[own])[before]
-            missed = missed - _sum_first(self.misses[own])[before]
-            hits = hits & (self.owners[self.places] != without)[:, None, None]
-        numbers = self.positives[self.holders != without].sum(axis=0)
-        precision = found / (found + missed + _EPSILON)
-        highest = np.maximum.accumulate(precision[::-1])[::-1]
-        read = [_count_recalls(number)[found[:, size]] for size, number in enumerate(numbers.tolist())]
-        values = (np.stack(read, axis=1) * highest * hits).sum(axis=0) / len(RECALLS)
-        return np.where(numbers[:, None] > 0, values, np.nan)
-
-
-def _make_curves(rows: Sequence[Counts], units: np.ndarray) -> Iterator[tuple[int, _Curve]]:
-    """Yield each class of a reference object with its curve, from the rows of images and the unit of each image."""
-    if not rows:
-        return
-    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    owners = np.repeat(units, [len(row["classes"]) for row in rows])
-    holders = np.repeat(units, [len(row["labels"]) for row in rows])
-    # equal scores stay in the order of the images
-    order = np.argsort(-joined["scores"], kind="stable")
-    for label in np.unique(joined["labels"]).tolist():
-        own = order[joined["classes"][order] == label]
-        held = joined["labels"] == label
-        sides = joined["hits"][own], joined["misses"][own], owners[own], joined["positives"][held], holders[held]
-        yield label, _Curve(*sides)
-
-
-@cache
-def _count_recalls(number: int) -> np.ndarray:
-    """Return how many of the recalls are first reached at the n-th hit, (number + 1,) int64."""
-    reached = np.arange(1, number + 1) / max(number, 1)
-    return np.bincount(np.searchsorted(reached, RECALLS) + 1, minlength=number + 1)
-
-
-def _sum_first(flags: np.ndarray) -> np.ndarray:
-    """Return the sums (N + 1, ...) of the first 0..N of N flags."""
-    return np.concatenate([np.zeros((1, *flags.shape[1:]), np.int64), flags.cumsum(axis=0)])
 
 
 def _select(values: np.ndarray) -> dict[str, np.ndarray]:
