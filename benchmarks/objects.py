@@ -1,10 +1,10 @@
 """AP of instance heads after equal minutes of training on rendered moving objects, beside a plain scoring script.
 
-`python benchmarks/objects.py --weights FILE [--minutes 10] [--heads eomt mask2former pmt] [--seeds 0 1 2]` renders
-videos, takes some frames of each as images with ids of objects, trains each head from a ViT-Tiny/16 by timm's names for
-the given minutes of a processor (a trial measures a step; as many steps follow as fit), and prints AP of the validation
-images. A script of 40 lines that shares no code with dinoseg scores the predictions of `mode=predict
-mode.outputs=[coco]` again; the last row is the ratio of both.
+`python benchmarks/objects.py --weights FILE [--minutes 10 | --steps N] [--heads eomt mask2former pmt] [--seeds 0 1 2]`
+renders videos, takes some frames of each as images with ids of objects, trains each head from a ViT-Tiny/16 by timm's
+names for the given minutes of a processor (a trial measures a step; as many steps follow as fit) or the given steps,
+and prints AP of the validation images. A script of 40 lines that shares no code with dinoseg scores the predictions of
+`mode=predict mode.outputs=[coco]` again; the last row is the ratio of both.
 """
 
 import argparse
@@ -39,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--steps", type=int, help="of each training, instead of --minutes")
     parser.add_argument("--heads", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--size", type=int, default=256)
@@ -57,7 +58,8 @@ def main() -> int:
                 lines.append([head, seed, *compare(folder, data, head, seed, args)])
                 print(tabulate(lines[-1:], tablefmt="plain", floatfmt=".3f"), file=sys.stderr, flush=True)
     print(tabulate(lines, HEADERS, floatfmt=".3f"))
-    print(f"\n{args.minutes:g} minutes of a processor each, {machine(('torch', 'timm'))}")
+    length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes of a processor"
+    print(f"\n{length} each, {machine(('torch', 'timm'))}")
     for line in lines:
         if line[-1]:
             tell(Row(f"AP50 of {line[0]}, seed {line[1]}", "plain scoring script", line[5] / line[-1]))
@@ -86,18 +88,28 @@ def make_images(folder: Path, videos: int, size: int) -> Path:
     counts = [f"render.train_videos={videos}", f"render.val_videos={max(1, videos // 4)}"]
     run_dinoseg(folder, "mode=render", "data=movi", f"data.root={rendered}", f"render.size=[{size},{size}]", *counts)
     for source, split in (("train", "train"), ("validation", "val")):
-        for part in ("images", "masks"):
-            (data / split / part).mkdir(parents=True)
-        for video in sorted((rendered / source).iterdir()):
-            frames = sorted((video / "frames").iterdir())
-            for frame in frames[:: max(1, len(frames) // FRAMES)][:FRAMES]:
-                name = f"{video.name}_{frame.stem}.png"
-                shutil.copy(frame, data / split / "images" / name)
-                shutil.copy(video / "segmentations" / frame.name, data / split / "masks" / name)
+        take_frames(rendered / source, data / split, FRAMES)
+    write_classes(data)
+    return data
+
+
+def take_frames(videos: Path, split: Path, count: int) -> None:
+    """Copy frames of rendered videos and their masks of ids, evenly spread over each video."""
+    for part in ("images", "masks"):
+        (split / part).mkdir(parents=True)
+    for video in sorted(videos.iterdir()):
+        frames = sorted((video / "frames").iterdir())
+        for frame in frames[:: max(1, len(frames) // count)][:count]:
+            name = f"{video.name}_{frame.stem}.png"
+            shutil.copy(frame, split / "images" / name)
+            shutil.copy(video / "segmentations" / frame.name, split / "masks" / name)
+
+
+def write_classes(data: Path) -> None:
+    """Write that id 0 is the background, and each other id an object of one class."""
     (data / "classes.yaml").write_text(
         "classes:\n  background: {ids: [0]}\n  object: {ids: [1]}\nbackground: background\nothers: object\n"
     )
-    return data
 
 
 def compare(folder: Path, data: Path, head: str, seed: int, args: argparse.Namespace) -> list[float]:
@@ -108,15 +120,7 @@ def compare(folder: Path, data: Path, head: str, seed: int, args: argparse.Names
     words += ["head.num_queries=30", "loss.criterion.num_points=2048", "data.batch_size=8", "engine=cpu"]
     words += ["optim.optimizer.lr=2.0e-4", "trainer.clip=0.01", f"seed={seed}", "mode.pictures=0", *RECIPES[head]]
     run = folder / f"{head}_{seed}"
-    trial = folder / f"{head}_{seed}_trial"
-    for steps in (2, TRIAL):
-        begun = busy_seconds()
-        rest = [f"trainer.steps={steps}", f"trainer.val_every={steps}", "trainer.val_images=1", "mode.report=false"]
-        run_dinoseg(folder, *words, *rest, f"hydra.run.dir={trial}_{steps}", "logger=[]")
-        if steps == 2:
-            start = busy_seconds() - begun
-    step = (busy_seconds() - begun - start) / (TRIAL - 2)
-    steps = max(2, int(60 * args.minutes / step))
+    steps = args.steps or fit_steps(folder, words, args.minutes)
     begun = busy_seconds()
     run_dinoseg(folder, *words, f"trainer.steps={steps}", f"trainer.val_every={steps}", f"hydra.run.dir={run}")
     minutes = (busy_seconds() - begun) / 60
@@ -132,6 +136,18 @@ def compare(folder: Path, data: Path, head: str, seed: int, args: argparse.Names
     )
     plain = plain_ap50(data / "val/masks", out / "coco")
     return [steps, minutes, scores["AP"], scores["AP50"], scores["AP75"], plain]
+
+
+def fit_steps(folder: Path, words: list[str], minutes: float) -> int:
+    """Return how many steps fit into minutes of a processor, by the time of two short trials."""
+    seconds = []
+    for steps in (2, TRIAL):
+        begun = busy_seconds()
+        rest = [f"trainer.steps={steps}", f"trainer.val_every={steps}", "trainer.val_images=1", "mode.report=false"]
+        run_dinoseg(folder, *words, *rest, "logger=[]")
+        seconds.append(busy_seconds() - begun)
+    step = (seconds[1] - seconds[0]) / (TRIAL - 2)
+    return max(2, int(60 * minutes / step))
 
 
 def plain_ap50(masks: Path, out: Path) -> float:
