@@ -130,18 +130,18 @@ class CocoInstances(RowProtocol):
         masks: list[RunLengths] = []
         classes, areas, scores, crowds = [], [], [], []
         places = {number: place for place, number in enumerate(self._categories)}
-        known = _read_together([entry["segmentation"] for _, entry in entries], size)
+        known = read_together([entry["segmentation"] for _, entry in entries], size)
         for place, (name, entry) in enumerate(entries):
             try:
-                mask = known[place] if known else _read_mask(entry["segmentation"], size)
+                mask = known[place] if known else read_mask(entry["segmentation"], size)
                 if entry["category_id"] not in places:
                     raise ValueError(
                         f"its category_id is {entry['category_id']}, which is not in the categories of the reference. "
                         "If dinoseg wrote the file, predict with mode.shapes.ids=REFERENCE"
                     )
                 # as in pycocotools, results are never crowds, and scores of references do not count
-                areas.append(mask.area if is_result else _finite(entry["area"], "area"))
-                scores.append(_finite(entry["score"], "score") if is_result else 0)
+                areas.append(mask.area if is_result else finite_number(entry["area"], "area"))
+                scores.append(finite_number(entry["score"], "score") if is_result else 0)
                 crowds.append(not is_result and forms.read_flag(entry, "iscrowd"))
             except ValueError as error:
                 raise BadFile(path, f"{name}: {error}") from None
@@ -165,7 +165,7 @@ class CocoInstances(RowProtocol):
         ]
 
 
-def _read_together(segmentations: Sequence[Any], size: tuple[int, int]) -> list[RunLengths]:
+def read_together(segmentations: Sequence[Any], size: tuple[int, int]) -> list[RunLengths]:
     """Return the masks of compressed run lengths; none if one of them is something else, or has a fault."""
     if not all(isinstance(each, dict) and each.get("size") == [*size] for each in segmentations):
         return []
@@ -175,7 +175,7 @@ def _read_together(segmentations: Sequence[Any], size: tuple[int, int]) -> list[
     return [*map(RunLengths.of_counts, rle.parse_texts(texts, size[0] * size[1]) or ())]
 
 
-def _read_mask(segmentation: Any, size: tuple[int, int]) -> RunLengths:
+def read_mask(segmentation: Any, size: tuple[int, int]) -> RunLengths:
     """Return the mask of polygons or run lengths, compressed or not."""
     if isinstance(segmentation, list) and segmentation:
         canvas = np.zeros(size, bool)
@@ -186,7 +186,12 @@ def _read_mask(segmentation: Any, size: tuple[int, int]) -> RunLengths:
     return RunLengths.of_counts(rle.parse_mask(segmentation, size))
 
 
-def _finite(value: Any, what: str) -> float:
+def finite_number(value: Any, what: str) -> float:
+    """Return a value of an object that must be a finite number.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not forms.fits(value, forms.number()):
         raise ValueError(f"its {what} is {format_value(value, 40)}: give a finite number")
     return value
