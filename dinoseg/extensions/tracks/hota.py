@@ -1,24 +1,30 @@
-"""Higher order tracking accuracy (Luiten et al., IJCV 2021), in memory linear in the pairs of masks; no torch.
+"""Scores of tracks over videos: HOTA with its parts (Luiten et al., IJCV 2021), and AP of whole tracks; no torch.
 
-The counts of a video and class add up over videos, and over classes. The rules and the rounding are those of TrackEval
-(`trackeval/metrics/hota.py`): a best assignment of equal scores depends on the last bit.
+The counts of HOTA add up over videos. Rules and rounding are those of TrackEval (`trackeval/metrics/hota.py`): a best
+assignment of equal scores depends on the last bit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dinoseg.core.objects import RunLengths
-from dinoseg.extensions.objects.overlaps import overlaps
-from dinoseg.extensions.tracks.video import VideoTracks
+from dinoseg.core.metric import Counts
+from dinoseg.core.objects import Objects
+from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision, count_instances, find_ious
+from dinoseg.extensions.tracks.files import VideoTracks
+from dinoseg.metrics.counts import mean_defined
 
 ALPHAS = np.arange(0.05, 0.99, 0.05)  # IoU from which a pair matches; as TrackEval rounds them
 NAMES = ("HOTA", "DetA", "AssA", "LocA", "DetRe", "DetPr", "AssRe", "AssPr")
-COUNTS = 7  # see `count_class`
+POOLED = "_pooled"  # suffix of scores of the counts of all classes together
+_COUNTS = 7  # see `_count_class`
 _EPSILON = np.finfo(float).eps
-_MATCHED = 0.5  # IoU from which an ignored region does not remove a prediction, and share of it above which it does
+_MATCHED = 0.5  # IoU from which a prediction in an ignored region counts
 _TINY = 1e-10  # makes LocA 1 without a match, as in TrackEval
+_HIGHEST = 1e5**2
+# inclusive on both sides: a track of exactly 128 x 128 pixels is small and medium
+AREAS = np.array([(0, _HIGHEST), (0, 128**2), (128**2, 256**2), (256**2, _HIGHEST)])
 
 
 class FramePairs(NamedTuple):
@@ -29,48 +35,89 @@ class FramePairs(NamedTuple):
     iou: np.ndarray
 
 
+class TrackScores(InstanceAveragePrecision):
+    """HOTA and its parts, as means over the classes and of all classes together, and AP of whole tracks.
+
+    Each score is a mean over the classes that occur; nan without any. HOTA and its parts are means over 19 alphas.
+
+    Args:
+        num_classes: K.
+    """
+
+    scores = dict.fromkeys((*NAMES, *(f"{name}{POOLED}" for name in NAMES), *InstanceAveragePrecision.scores), "max")
+
+    def count_video(self, video: VideoTracks) -> Counts:
+        """Return the counts and rows of a video."""
+        none = Objects.of_runs((0, 0), (), ())
+        rows = count_instances(*(video.scored or (none, none)), AREAS, is_crowd_iou=True)
+        return {**rows, "tracks": count_tracks(video, self.num_classes)[None]}
+
+    def score_rows(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return each score over videos."""
+        return {**_score_means(_sum_tracks(rows)), **super().score_rows(rows)}
+
+    def score_classes(self, rows: Sequence[Counts]) -> dict[str, np.ndarray]:
+        """Return the scores (K,) of each class, and numbers of annotated and predicted masks."""
+        counts = _sum_tracks(rows)
+        found = super().score_classes(rows)
+        hits, misses, invented = counts[:, :3, 0].T.astype(np.int64)
+        numbers = {"masks": hits + misses, "predicted_masks": hits + invented}
+        return {**_score_defined(counts), **{name: found[name] for name in InstanceAveragePrecision.scores}, **numbers}
+
+    def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return each score (U,) without each unit."""
+        parts = np.concatenate([row["tracks"] for row in rows])
+        rest = np.repeat(parts.sum(axis=0)[None], max(units, default=-1) + 1, axis=0)
+        np.subtract.at(rest, np.asarray(units), parts)
+        return {**_score_means(rest), **super().leave_one_out(rows, units)}
+
+    def has_counts(self, row: Counts) -> bool:
+        """Return whether a video has a track."""
+        return bool(_has_tracks(row["tracks"]).any() or len(row["labels"]) or len(row["classes"]))
+
+
+def _sum_tracks(rows: Sequence[Counts]) -> np.ndarray:
+    """Return the counts (K, 7, 19) over videos."""
+    return np.concatenate([row["tracks"] for row in rows]).sum(axis=0)
+
+
+def _score_defined(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return HOTA and its parts (...) as means over alphas, from counts (..., 7, 19); nan without a track."""
+    occurs = _has_tracks(counts)
+    return {name: np.where(occurs, values.mean(axis=-1), np.nan) for name, values in score_tracks(counts).items()}
+
+
+def _score_means(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the scores (...) over classes, from counts (..., K, 7, 19)."""
+    means = {name: mean_defined(values) for name, values in _score_defined(counts).items()}
+    pooled = _score_defined(counts.sum(axis=-3))
+    return {**means, **{f"{name}{POOLED}": values for name, values in pooled.items()}}
+
+
 def count_tracks(video: VideoTracks, num_classes: int) -> np.ndarray:
-    """Return the counts (K, 7, 19) of a video, see `count_class`."""
-    counts = np.zeros((num_classes, COUNTS, len(ALPHAS)))
-    for label, frames in _compare_frames(video).items():
-        counts[label] = count_class(frames)
-    return counts
+    """Return the counts (K, 7, 19) of a video, see `_count_class`."""
+    frames: list[list[FramePairs]] = [[] for _ in range(num_classes)]
+    sides = [_group(side.frames * num_classes + side.objects.classes) for side in (video.reference, video.prediction)]
+    nothing = np.zeros(0, np.int64)
+    for key in sorted({*sides[0], *sides[1]}):
+        rows, columns = (side.get(key, nothing) for side in sides)
+        held, found = video.reference.select(rows), video.prediction.select(columns)
+        # transposed in memory, too: sums must be rounded as in TrackEval
+        iou = find_ious(held.objects, found.objects, np.zeros(len(rows), bool)).T.copy()
+        is_counted = ~video.is_ignored[columns]
+        if not is_counted.all():
+            pairs = _assign(np.where(iou < _MATCHED - _EPSILON, -10000, iou))
+            is_counted[pairs[1][iou[pairs] >= _MATCHED - _EPSILON]] = True
+        frames[key % num_classes].append(FramePairs(held.ids, found.ids[is_counted], iou[:, is_counted]))
+    none = np.zeros((_COUNTS, len(ALPHAS)))
+    return np.stack([_count_class(each) if each else none for each in frames] or [none][:0])
 
 
-def _compare_frames(video: VideoTracks) -> dict[int, list[FramePairs]]:
-    """Return the masks of each frame by class, without predictions that do not count."""
-    found: dict[int, list[FramePairs]] = {}
-    reference, prediction = video.reference, video.prediction
-    for frame in np.union1d(reference.frames, prediction.frames).tolist():
-        rows, columns = reference.find_frame(frame), prediction.find_frame(frame)
-        iou = _find_ious(reference.masks[rows], prediction.masks[columns])
-        labels = reference.classes[rows], prediction.classes[columns]
-        for label in np.union1d(*labels).tolist():
-            held, predicted = (np.flatnonzero(side == label) for side in labels)
-            shares = iou[np.ix_(held, predicted)]
-            if frame in video.ignored:
-                masks = [prediction.masks[columns.start + place] for place in predicted.tolist()]
-                counted = _find_counted(shares, masks, video.ignored[frame])
-                predicted, shares = predicted[counted], shares[:, counted]
-            ids = reference.ids[rows][held], prediction.ids[columns][predicted]
-            found.setdefault(label, []).append(FramePairs(*ids, shares))
-    return found
-
-
-def _find_ious(reference: Sequence[RunLengths], prediction: Sequence[RunLengths]) -> np.ndarray:
-    """Return the IoU (G, D) of each pair of masks; 0 of two empty ones."""
-    common = overlaps(reference, prediction)
-    held, predicted = (np.array([mask.area for mask in side], np.int64) for side in (reference, prediction))
-    return common / np.maximum(held[:, None] + predicted - common, 1)
-
-
-def _find_counted(iou: np.ndarray, masks: Sequence[RunLengths], ignored: RunLengths) -> np.ndarray:
-    """Return the places of predictions that match an annotation, or lie to at most half in an ignored region."""
-    inside = overlaps(masks, [ignored])[:, 0] / np.maximum([mask.area for mask in masks], 1)
-    counted = inside <= _MATCHED + _EPSILON
-    rows, columns = _assign(np.where(iou < _MATCHED - _EPSILON, -10000, iou))
-    counted[columns[iou[rows, columns] >= _MATCHED - _EPSILON]] = True
-    return np.flatnonzero(counted)
+def _group(keys: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the places of each key (N,), in their order."""
+    order = np.argsort(keys, kind="stable")
+    values, starts = np.unique(keys[order], return_index=True)
+    return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=False))
 
 
 def _assign(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +126,7 @@ def _assign(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return linear_sum_assignment(scores, maximize=True)
 
 
-def count_class(frames: Sequence[FramePairs]) -> np.ndarray:
+def _count_class(frames: Sequence[FramePairs]) -> np.ndarray:
     """Return the counts (7, 19) of one class of a video by alpha.
 
     They are matches, misses (annotations without a match), false positives, and sums over the matches: of the
@@ -126,7 +173,7 @@ def _find_jaccard(iou: np.ndarray) -> np.ndarray:
     return np.divide(iou, whole, out=np.zeros_like(iou), where=whole > _EPSILON)
 
 
-def score_tracks(counts: np.ndarray) -> Mapping[str, np.ndarray]:
+def score_tracks(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Return HOTA and its parts (..., 19) by alpha from counts (..., 7, 19)."""
     hits, misses, invented, accuracy, recall, precision, located = np.moveaxis(counts, -2, 0)
     detection = hits / np.maximum(1, hits + misses + invented)
@@ -144,6 +191,6 @@ def score_tracks(counts: np.ndarray) -> Mapping[str, np.ndarray]:
     return dict(zip(NAMES, values, strict=True))
 
 
-def has_tracks(counts: np.ndarray) -> np.ndarray:
+def _has_tracks(counts: np.ndarray) -> np.ndarray:
     """Return whether a track of counts (..., 7, 19) is annotated or predicted, (...) bool."""
     return counts[..., :3, :].any(axis=(-2, -1))

@@ -8,10 +8,8 @@ import numpy as np
 
 from dinoseg.core.metric import Counts
 from dinoseg.extensions.protocols.contract import Cases, Measured, RowProtocol, ScoringCase
-from dinoseg.extensions.tracks.mots import find_mots
-from dinoseg.extensions.tracks.scores import TrackScores
-from dinoseg.extensions.tracks.video import TrackCase
-from dinoseg.extensions.tracks.youtube_vis import find_youtube_vis
+from dinoseg.extensions.tracks.files import TrackCase, find_mots, find_youtube_vis
+from dinoseg.extensions.tracks.hota import TrackScores
 
 
 class TrackProtocol(RowProtocol):
@@ -69,7 +67,7 @@ class TrackProtocol(RowProtocol):
             BadFile: a file is invalid.
         """
         assert isinstance(case, TrackCase)
-        video = case.read({number: place for place, number in enumerate(self._categories)})
+        video = case.read(self._categories)
         counts = {
             f"{side}_tracks": len(np.unique(tracks.ids))
             for side, tracks in (("reference", video.reference), ("predicted", video.prediction))

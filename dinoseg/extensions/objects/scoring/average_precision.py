@@ -47,7 +47,7 @@ def count_instances(
     held = reference.select(np.argsort(reference.classes, kind="stable"))
     found = _select_detections(prediction)
     by_share = held.crowds & (not is_crowd_iou)
-    shares = _find_ious(held, found, by_share)
+    shares = find_ious(held, found, by_share)
     ignored = held.crowds | ~_lie_within(held.areas, areas)  # (4, G)
     hits = np.zeros((len(found), len(AREAS), len(THRESHOLDS)), bool)
     misses = np.repeat(_lie_within(found.areas, areas).T[..., None], len(THRESHOLDS), axis=-1)
@@ -85,7 +85,7 @@ def _select_detections(prediction: Objects) -> Objects:
     return prediction.select(order[rank < MAX_DETECTIONS])
 
 
-def _find_ious(reference: Objects, prediction: Objects, by_share: np.ndarray) -> np.ndarray:
+def find_ious(reference: Objects, prediction: Objects, by_share: np.ndarray) -> np.ndarray:
     """Return the IoUs (D, G), 0 of different classes; where `by_share` (G,), the share of the predicted object."""
     common = overlaps(prediction.masks, reference.masks)
     predicted = np.array([mask.area for mask in prediction.masks], np.int64)[:, None]
