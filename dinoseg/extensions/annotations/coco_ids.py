@@ -88,7 +88,9 @@ class CocoIds:
             return None
         number = self.images.get(name, self.images.get(Path(name).name))
         if number is None:
-            raise UserError(f"{self.option}={self.path} lacks {format_text(name)}. Give the file that has it.")
+            raise UserError(
+                f"{self.option}={self.path} has no image or video {format_text(name)}. Give the file that has it."
+            )
         return number
 
     def find_category(self, class_id: int) -> int:

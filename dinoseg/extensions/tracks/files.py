@@ -166,14 +166,11 @@ def _read_lines(path: Path) -> Lines:
             *values, counts = line.split()
             frame, track, category, *size = map(int, values)
             if frame < 0:
-                raise ValueError("the frame is below 0")
+                raise ValueError
             mask = {"size": [*size_of(*size)], "counts": counts}
-        except (TypeError, ValueError) as error:
-            raise BadFile(
-                path,
-                f"line {number} is {format_text(line, 60)} ({error}): give frame, id, class, height, width and run "
-                "lengths",
-            ) from None
+        except (TypeError, ValueError):
+            reason = "give frame (from 0), id, class, height and width in pixels, and run lengths"
+            raise BadFile(path, f"line {number} is {format_text(line, 60)}: {reason}") from None
         rows.append((frame, track))
         entries.append((f"line {number}", {"category_id": category, "score": 1, "segmentation": mask}))
     return rows, entries
