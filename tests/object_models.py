@@ -77,3 +77,12 @@ def draw_image(size=(60, 90), seed=0):
         image[mask] = colour
         masks.append(mask)
     return image, np.array(masks)
+
+
+def serve():
+    """Run the command line of mode=app with the model instead of a trained one."""
+    from dinoseg.__main__ import main
+    from dinoseg.extensions.serving import app_mode
+
+    app_mode.load_served = lambda *_: make_served("instance")
+    main()
