@@ -84,5 +84,8 @@ def serve():
     from dinoseg.__main__ import main
     from dinoseg.extensions.serving import app_mode
 
-    app_mode.load_served = lambda *_: make_served("instance")
+    served = make_served("instance")
+    # trackers run on the device of the parameters
+    served.runtime.predictor.model.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))
+    app_mode.load_served = lambda *_: served
     main()

@@ -25,6 +25,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_text, join_names
 
 _IGNORED = 0.5 + np.finfo(float).eps  # share of a mask in ignored regions, above which it does not count
+_LIMIT = 2**31  # of frames and ids, whose products with pixels are numbers of 64 bits
 _LIST = forms.list_of(forms.plain)
 _TRACK: dict[str, forms.Form] = {"video_id": forms.integer, "category_id": forms.integer, "segmentations": _LIST}
 _VIDEO = forms.object_with(
@@ -160,16 +161,16 @@ def _read_lines(path: Path) -> Lines:
     try:
         lines = forms.read_regular(path).decode("ascii").splitlines()
     except UnicodeDecodeError as error:
-        raise BadFile(path, f"it is no text file of MOTS: {error}") from None
+        raise BadFile(path, f"a file of MOTS is ASCII text ({error})") from None
     for number, line in enumerate(lines, 1):
         try:
             *values, counts = line.split()
             frame, track, category, *size = map(int, values)
-            if frame < 0:
+            if not all(0 <= number < _LIMIT for number in (frame, track)):
                 raise ValueError
             mask = {"size": [*size_of(*size)], "counts": counts}
         except (TypeError, ValueError):
-            reason = "give frame (from 0), id, class, height and width in pixels, and run lengths"
+            reason = "give frame and id (from 0), class, height and width in pixels, and run lengths"
             raise BadFile(path, f"line {number} is {format_text(line, 60)}: {reason}") from None
         rows.append((frame, track))
         entries.append((f"line {number}", {"category_id": category, "score": 1, "segmentation": mask}))

@@ -214,8 +214,9 @@ LINE = f"0 1000 1 4 5 {encode(np.eye(4, 5))['counts']}\n"
         (LINE.replace("1000 1", "2000 2"), "line 1: its category_id is 2, which is not in the categories of the refer"),
         (LINE + "1 1000 1 4\n", "found/a.txt: line 2 is 1 1000 1 4: give"),
         (LINE.replace("0 1000", "-1 1000"), "line 1 is -1 1000 1 4 5"),
+        (LINE.replace("1000 1", f"{2**31} 1"), "line 1 is 0 2147483648"),
         (LINE.replace("4 5", "0 5"), "line 1 is 0 1000 1 0 5"),
-        ("\xe9", "found/a.txt: it is no text file of MOTS"),
+        ("\xe9", "found/a.txt: a file of MOTS is ASCII text"),
         (None, "found/a.txt: is missing; the file of a video without tracks is empty"),
     ],
 )
