@@ -434,12 +434,12 @@ class Page:
             await self._label_video(lambda frames: self._context.model.segment(frames, self._current))
             return
         tracker = self._context.make_object_tracker()
-
-        def track(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-            return self._context.model.track(tracker, frames, [None] * len(frames), self._current)
-
-        opacity = self._opacity.value / 100
-        followed = FollowedObjects(track, tracker, self._classes.palette, opacity)
+        followed = FollowedObjects(
+            lambda frames: self._context.model.track(tracker, frames, [None] * len(frames), self._current),
+            tracker,
+            self._classes.palette,
+            self._opacity.value / 100,
+        )
         await self._label_video(followed.segment, followed)
 
     async def _track_video(self) -> None:

@@ -181,7 +181,8 @@ def _read_tracks(path: Path, lines: Lines, categories: Collection[int], size: Se
     rows, entries = lines
     remedy = "Name all classes, such as 'protocol.categories={1: car, 2: pedestrian}'"
     objects = read_objects(entries, path, (size[0], size[1]), categories, is_result=True, remedy=remedy)
-    return Tracks(*np.array(rows, np.int64).reshape(-1, 2).T, objects)
+    frames, ids = np.array(rows, np.int64).reshape(-1, 2).T
+    return Tracks(frames, ids, objects)
 
 
 def _check_tracks(path: Path, tracks: Tracks) -> None:
@@ -255,8 +256,9 @@ class YoutubeVisCase(TrackCase):
                 masks.append((f"{name}, frame {frame}", {**entry, **mask}))
         remedy = "If dinoseg wrote the file, track with mode.ids=REFERENCE"
         objects = read_objects(masks, path, (height, width), categories, is_result=is_result, remedy=remedy)
-        tracks = Tracks(*np.array(rows, np.int64).reshape(-1, 2).T, objects)
-        starts = np.flatnonzero(np.diff(tracks.ids, prepend=-1))
+        frames, ids = np.array(rows, np.int64).reshape(-1, 2).T
+        tracks = Tracks(frames, ids, objects)
+        starts = np.flatnonzero(np.diff(ids, prepend=-1))
         groups = np.split(np.arange(len(rows)), starts)[1:]
         scored = replace(
             objects.select(starts),
@@ -265,7 +267,7 @@ class YoutubeVisCase(TrackCase):
             # as in the official code, frames without pixels do not count
             areas=np.array([np.mean([area for area in objects.areas[group] if area] or [0]) for group in groups]),
         )
-        return tracks.select(np.flatnonzero(tracks.frames >= 0)), scored
+        return tracks.select(np.flatnonzero(frames >= 0)), scored
 
 
 def find_youtube_vis(reference: Path, prediction: Path) -> tuple[dict[int, str], Cases]:

@@ -10,6 +10,7 @@ from dinoseg.core.metric import Counts
 from dinoseg.extensions.protocols.contract import Cases, Measured, RowProtocol, ScoringCase
 from dinoseg.extensions.tracks.files import TrackCase, find_mots, find_youtube_vis
 from dinoseg.extensions.tracks.hota import TrackScores
+from dinoseg.utils.ranges import Natural
 
 
 class TrackProtocol(RowProtocol):
@@ -25,7 +26,7 @@ class TrackProtocol(RowProtocol):
     keys = tuple(TrackScores.scores)
     metric: TrackScores
 
-    def __init__(self, categories: Mapping[int, str] | None = None, ignore_id: int | None = 10) -> None:
+    def __init__(self, categories: Mapping[int, str] | None = None, ignore_id: Natural | None = 10) -> None:
         self._given = None if categories is None else {int(number): str(name) for number, name in categories.items()}
         self._ignore_id = ignore_id
         # set by `find`: name of each category by its id, and the metric of these
