@@ -57,8 +57,7 @@ class FollowedObjects:
     def count_classes(self, pixels: np.ndarray) -> tuple[np.ndarray, Counter[int]]:
         """Return the pixels (256,) of each class, from those of each ID, and the number of objects of each class."""
         counts = np.zeros(256, np.int64)
-        for number, label in self._classes.items():
-            counts[label] += pixels[number]
+        np.add.at(counts, [*self._classes.values()], pixels[[*self._classes]])
         return counts, Counter(self._classes.values())
 
 

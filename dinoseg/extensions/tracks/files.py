@@ -22,7 +22,7 @@ from dinoseg.extensions.objects.scoring.coco_instances import read_objects
 from dinoseg.extensions.protocols.contract import BadFile, Cases, ScoringCase
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_text, join_names
+from dinoseg.utils.wording import format_text
 
 _IGNORED = 0.5 + np.finfo(float).eps  # share of a mask in ignored regions, above which it does not count
 _LIMIT = 2**31  # of frames and ids, whose products with pixels are numbers of 64 bits
@@ -148,11 +148,10 @@ def find_mots(
         ids = {entry["category_id"] for path in held.values() for _, entry in _read_lines(path)[1]}
         categories = {number: str(number) for number in sorted(ids - {ignore_id})}
     cases = [MotsCase(name, name, ((path, found[name]),), ignore_id) for name, path in held.items() if name in found]
-    missing = [prediction / path.name for name, path in held.items() if name not in found]
-    surplus = [name for name in found if name not in held]
-    notes = [f"{prediction} has videos without a reference: {join_names(surplus)}."] if surplus else []
     reason = "is missing; the file of a video without tracks is empty"
-    return {**categories}, Cases([*cases], [(path, reason) for path in missing], notes)
+    problems = [(prediction / path.name, reason) for name, path in held.items() if name not in found]
+    notes = [f"{path}: the video has no reference." for name, path in found.items() if name not in held]
+    return {**categories}, Cases([*cases], problems, notes)
 
 
 def _read_lines(path: Path) -> Lines:
@@ -295,11 +294,14 @@ def find_youtube_vis(reference: Path, prediction: Path) -> tuple[dict[int, str],
     names = {number: PurePosixPath(*video["file_names"][:1]).parent.name for number, video in videos.items()}
     if len({*names.values()} - {""}) < len(names):
         names = {number: str(number) for number in videos}
-    empty = [names[number] for number in videos if not found[number]]
-    notes = [f"{prediction} has no track of {join_names(empty)}: all objects of these videos are missed."]
+    notes = [
+        f"{prediction} has no track of {name}: all objects of this video are missed."
+        for number, name in names.items()
+        if not found[number]
+    ]
     cases = [
         YoutubeVisCase(names[number], names[number], ((reference, prediction),), video, held[number], found[number])
         for number, video in videos.items()
     ]
     categories = {entry["id"]: entry["name"] for entry in sorted(whole["categories"], key=lambda one: one["id"])}
-    return categories, Cases([*cases], problems, notes if empty else [])
+    return categories, Cases([*cases], problems, notes)

@@ -18,13 +18,11 @@ from dinoseg.metrics.counts import mean_defined
 ALPHAS = np.arange(0.05, 0.99, 0.05)  # IoU from which a pair matches; as TrackEval rounds them
 NAMES = ("HOTA", "DetA", "AssA", "LocA", "DetRe", "DetPr", "AssRe", "AssPr")
 POOLED = "_pooled"  # suffix of scores of the counts of all classes together
-_COUNTS = 7  # see `_count_class`
 _EPSILON = np.finfo(float).eps
 _MATCHED = 0.5  # IoU from which a prediction in an ignored region counts
 _TINY = 1e-10  # makes LocA 1 without a match, as in TrackEval
-_HIGHEST = 1e5**2
 # inclusive on both sides: a track of exactly 128 x 128 pixels is small and medium
-AREAS = np.array([(0, _HIGHEST), (0, 128**2), (128**2, 256**2), (256**2, _HIGHEST)])
+AREAS = np.array([(0, 1e10), (0, 128**2), (128**2, 256**2), (256**2, 1e10)])
 
 
 class FramePairs(NamedTuple):
@@ -60,9 +58,9 @@ class TrackScores(InstanceAveragePrecision):
         """Return the scores (K,) of each class, and numbers of annotated and predicted masks."""
         counts = _sum_tracks(rows)
         found = super().score_classes(rows)
-        hits, misses, invented = counts[:, :3, 0].T.astype(np.int64)
-        numbers = {"masks": hits + misses, "predicted_masks": hits + invented}
-        return {**_score_defined(counts), **{name: found[name] for name in InstanceAveragePrecision.scores}, **numbers}
+        masks, predicted = (counts[:, 0, 0] + counts[:, 1:3, 0].T).astype(np.int64)
+        ap = {name: found[name] for name in InstanceAveragePrecision.scores}
+        return {**_score_defined(counts), **ap, "masks": masks, "predicted_masks": predicted}
 
     def leave_one_out(self, rows: Sequence[Counts], units: Sequence[int]) -> dict[str, np.ndarray]:
         """Return each score (U,) without each unit."""
@@ -109,7 +107,7 @@ def count_tracks(video: VideoTracks, num_classes: int) -> np.ndarray:
             pairs = _assign(np.where(iou < _MATCHED - _EPSILON, -10000, iou))
             is_counted[pairs[1][iou[pairs] >= _MATCHED - _EPSILON]] = True
         frames[key % num_classes].append(FramePairs(held.ids, found.ids[is_counted], iou[:, is_counted]))
-    none = np.zeros((_COUNTS, len(ALPHAS)))
+    none = np.zeros((7, len(ALPHAS)))
     return np.stack([_count_class(each) if each else none for each in frames] or [none][:0])
 
 
@@ -193,4 +191,4 @@ def score_tracks(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 def _has_tracks(counts: np.ndarray) -> np.ndarray:
     """Return whether a track of counts (..., 7, 19) is annotated or predicted, (...) bool."""
-    return counts[..., :3, :].any(axis=(-2, -1))
+    return np.asarray(counts[..., :3, :].any(axis=(-2, -1)))

@@ -267,4 +267,4 @@ def test_results_of_several_files_are_joined(tmp_path):
         (tmp_path / f"parts/{number}.json").write_text(json.dumps(part))
     assert summary(*score(tmp_path / "gt.json", tmp_path / "parts"))["scores"] == whole["scores"]
     (tmp_path / "parts/1.json").unlink()
-    assert "all objects of these videos are missed" in score(tmp_path / "gt.json", tmp_path / "parts")[1].notes[0]
+    assert "all objects of this video are missed" in score(tmp_path / "gt.json", tmp_path / "parts")[1].notes[0]
