@@ -69,7 +69,7 @@ def write_labelled_video(
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray],
     progress: Callable[[int], None],
 ) -> np.ndarray:
-    """Write overlay.mp4 and masks.zip, a file per frame, and return the number of pixels of each class (256,).
+    """Write overlay.mp4 and masks.zip, a file per frame, and return the number of pixels of each id of a mask (256,).
 
     Args:
         video: opened.

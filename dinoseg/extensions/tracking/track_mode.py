@@ -116,7 +116,7 @@ def _plan_files(outputs: Sequence[TrackFormat], ids: str | None, source: Path, c
         raise UserError(
             f"mode.outputs=[{','.join(outputs)}] is for objects, and the model predicts classes. Leave it out."
         )
-    known = CocoIds.read(ids, Labels(colours.classes, colours.palette, VOID), "mode.ids", "videos")
+    known = CocoIds.read(ids, Labels(colours.classes, tuple(colours.palette), VOID), "mode.ids", "videos")
     name = source.name if source.is_dir() else source.stem
     known.find_image(name)  # of a reference that lacks it
     return TrackFiles(outputs, name, known)
