@@ -10,6 +10,7 @@ from itertools import product
 
 import numpy as np
 from command_line import SLOTS, succeed
+from drawn_tracks import as_youtube_vis, draw_videos, separate, write_mots, write_youtube_vis
 from making import save
 from meta_files import write_released
 from PIL import Image
@@ -243,6 +244,21 @@ def frames(stand_ins, folder):
     shown[10:40, 20:50] = 1
     for name in ("00000", "00001"):
         save(folder / f"{name}.png", shown)
+    return folder
+
+
+@stand_in("MOTS")
+def tracks_of_mots(stand_ins, folder):
+    write_mots(folder, separate(draw_videos(7)))
+    return folder
+
+
+@stand_in("YTVIS")
+def tracks_of_youtube_vis(stand_ins, folder):
+    reference, results = as_youtube_vis(draw_videos(7))
+    write_youtube_vis(folder, reference, results)
+    reference["videos"][0]["file_names"] = ["frames/0.jpg"]
+    write_json(folder / "ids.json", reference)
     return folder
 
 

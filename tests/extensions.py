@@ -64,7 +64,8 @@ EXTENSIONS = {
     "slots": Extension(("clips", "protocols", "tracking", "video_scores")),
     "sweeps": Extension(("compare",), ("hydra/sweeper/optuna",)),
     "thresholds": Extension(),
-    "tracking": Extension(("clips", "video")),
+    "tracking": Extension(("annotations", "clips", "video")),
+    "tracks": Extension(("annotations", "objects", "protocols")),
     "video": Extension(),
     "video_scores": Extension(("annotations", "clips", "protocols", "tracking")),
 }

@@ -77,3 +77,15 @@ def draw_image(size=(60, 90), seed=0):
         image[mask] = colour
         masks.append(mask)
     return image, np.array(masks)
+
+
+def serve():
+    """Run the command line of mode=app with the model instead of a trained one."""
+    from dinoseg.__main__ import main
+    from dinoseg.extensions.serving import app_mode
+
+    served = make_served("instance")
+    # trackers run on the device of the parameters
+    served.runtime.predictor.model.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))
+    app_mode.load_served = lambda *_: served
+    main()

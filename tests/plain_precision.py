@@ -1,4 +1,6 @@
-"""Average precision and the best threshold of a class, by plain loops over pixels and thresholds."""
+"""Average precision of pixels and of objects, and the best threshold of a class, by plain loops."""
+
+import numpy as np
 
 from dinoseg.core.metric import BINS
 
@@ -33,3 +35,48 @@ def search_threshold(positives, totals, beta):
     highest = max(scores.values())
     best = sorted(level for level, score in scores.items() if score == highest)
     return best[(len(best) - 1) // 2] / BINS
+
+
+def plain_ap(reference, results, category, sizes, threshold, *, by_share=True):
+    """Return the AP of one class, range of areas and IoU, in loops over decoded masks; None without objects.
+
+    A result has the size of its `area`, or of its mask. With a crowd it has the share that lies there, or the IoU.
+    """
+    found = []
+    positives = 0
+    for image in sorted(entry["id"] for entry in reference["images"]):
+        held, predicted = (
+            [each for each in entries if (each["image_id"], each["category_id"]) == (image, category)]
+            for entries in (reference["annotations"], results)
+        )
+        outside = [each["iscrowd"] or not sizes[0] <= each["area"] <= sizes[1] for each in held]
+        positives += outside.count(False)
+        used = set()
+        for result in sorted(predicted, key=lambda each: -each["score"])[:100]:
+            match = None
+            for ignored in (False, True):
+                best = min(threshold, 1 - 1e-10)
+                for place, each in enumerate(held):
+                    if match is not None and outside[match] != ignored:
+                        break
+                    if outside[place] != ignored or (place in used and not each["iscrowd"]):
+                        continue
+                    common = float((result["mask"] & each["mask"]).sum())
+                    whole = result["mask"] if each["iscrowd"] and by_share else result["mask"] | each["mask"]
+                    iou = common / float(whole.sum()) if common else 0.0
+                    if iou >= best:
+                        best, match = iou, place
+            if match is not None:
+                used.add(match)
+                if not outside[match]:
+                    found.append((result["score"], True))
+            elif sizes[0] <= result.get("area", result["mask"].sum()) <= sizes[1]:
+                found.append((result["score"], False))
+    if not positives:
+        return None
+    points = []
+    hits = 0
+    for count, (_, hit) in enumerate(sorted(found, key=lambda each: -each[0]), 1):
+        hits += hit
+        points.append((hits / positives, hits / count))
+    return float(np.mean([max((p for r, p in points if r >= level), default=0) for level in np.linspace(0, 1, 101)]))

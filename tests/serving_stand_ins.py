@@ -114,11 +114,14 @@ def client(folder, before=lambda images: None, *, max_mib=1.0, max_pixels=10_000
 
 
 @contextmanager
-def start_server(mode, trained, folder, *words):
-    """Run a mode with the trained segmenter in a process, which logs to `folder`/log; yield it and its address."""
+def start_server(mode, trained, folder, *words, program=("-m", "dinoseg")):
+    """Run a mode with the trained segmenter in a process, which logs to `folder`/log; yield it and its address.
+
+    `program` are the words after those of Python.
+    """
     words = [f"mode={mode}", f"resume={trained}/segmenter", "engine=cpu", "mode.port=0", *words]
     with open(folder / "log", "w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "dinoseg", *words]
+        command = [sys.executable, *program, *words]
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             yield process, next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))

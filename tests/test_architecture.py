@@ -63,7 +63,7 @@ DOORS = {  # dependency -> the packages and files that may import it
     "scipy": (
         *("losses", "metrics", "evaluation/scoring/intervals"),
         *("extensions/protocols/clustering", "extensions/objects/joining", "extensions/tracking/grid/assignment"),
-        "extensions/example/insid3",
+        *("extensions/example/insid3", "extensions/tracks/hota"),
     ),
     "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
     "timm": ("models/backbones",),

@@ -45,7 +45,14 @@ def draw_prediction(
     return draw_objects(frame, objects, palette, opacity=opacity)
 
 
-def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opacity: float = 0.5) -> np.ndarray:
+def draw_objects(
+    frame: np.ndarray,
+    objects: Objects,
+    palette: Palette,
+    *,
+    opacity: float = 0.5,
+    ids: Sequence[int] | None = None,
+) -> np.ndarray:
     """Return a frame (H, W, 3) uint8 tinted by objects, those of the best scores on top.
 
     Each has an outline in the colour of its class, and its number, from 1 in the order of the objects, unless that
@@ -58,10 +65,12 @@ def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opaci
         objects: of the frame, in the order of their scores.
         palette: a colour for each class.
         opacity: of the colours, 0..1.
+        ids: numbers from 1 of the objects of a video, which also determine their colours; None: numbers and colours are
+            those of the frame alone.
     """
     drawn = frame.copy()
     outlines = layer_colours(palette)
-    tints = colour_objects(objects, palette)
+    tints = colour_objects(objects, palette) if ids is None else [default_palette(256)[number] for number in ids]
     width = default_outline(objects.size)
     owners = np.full(objects.size, -1)  # the object on top
     # of the image, with a margin: an outline costs as much as its object, and not as the image
@@ -84,14 +93,14 @@ def draw_objects(frame: np.ndarray, objects: Objects, palette: Palette, *, opaci
         "stroke_width": width + 1,
     }
     taken = np.empty((0, 4), int)  # left, top, right and bottom of each number
-    for place, region in enumerate(regions):
+    for place, (text, region) in enumerate(zip(map(str, ids or range(1, len(regions) + 1)), regions, strict=True)):
         own = owners[region] == place
         corner = np.array([region[1].start, region[0].start])
-        box = np.array(pen.textbbox((0, 0), str(place + 1), **style), int)
+        box = np.array(pen.textbbox((0, 0), text, **style), int)
         middle = _find_middle(own, box, taken - np.tile(corner, 2))
         if middle is not None:
             taken = np.vstack([taken, box + np.tile(corner + middle, 2)])
-            pen.text(tuple(corner + middle), str(place + 1), _WHITE, stroke_fill=_BLACK, **style)
+            pen.text(tuple(corner + middle), text, _WHITE, stroke_fill=_BLACK, **style)
     return np.asarray(picture)
 
 

@@ -48,7 +48,8 @@ def app(
             application = build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib)
             views = open_views(served)
             features = UploadFeatures(shared, views) if views else None
-            context = PageContext(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds, features)
+            track_masks, track_objects = (tracker_maker(make_tracker, served, least) for least in (None, min_score))
+            context = PageContext(shared, uploads, track_masks, max_mib, max_seconds, features, track_objects)
             App(context).mount(application)
             serve_until_signal(application, listener, shared.stop)
     return {"run": str(out_dir)}

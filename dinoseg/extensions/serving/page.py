@@ -6,7 +6,7 @@ import math
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from dinoseg.extensions.serving.decoding import VideoDecoder, is_video
 from dinoseg.extensions.serving.features_tab import FeaturesTab, UploadFeatures
 from dinoseg.extensions.serving.mask_editor import MAX_RADIUS, MaskEditor, encode_image, encode_mask
 from dinoseg.extensions.serving.shared import SharedModel
-from dinoseg.extensions.serving.video import Masks, write_labelled_video
+from dinoseg.extensions.serving.video import FollowedObjects, Masks, write_labelled_video
 from dinoseg.extensions.serving.widgets import Checkbox, Stage, Switch, add_button, add_slider
 from dinoseg.extensions.serving.work import Work, WorkCancelled, run_in_thread
 from dinoseg.extensions.tracking.tracker import Tracker
@@ -48,6 +48,7 @@ class PageContext:
         max_mib: largest upload, in MiB.
         max_seconds: longest video.
         features: of the opened images of all pages; None: the model has no backbone in torch.
+        make_object_tracker: creates a tracker of the objects that the model finds; None: it finds none.
         video_queue: held by the page whose video is processed; images are segmented between a video's batches.
     """
 
@@ -57,6 +58,7 @@ class PageContext:
     max_mib: float
     max_seconds: float
     features: UploadFeatures | None = None
+    make_object_tracker: Callable[[], Tracker] | None = None
     video_queue: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -178,7 +180,8 @@ class Page:
 
     def _build_video_card(self) -> None:
         ui.label("Video").classes("heading")
-        add_button("Segment every frame", self._segment_video)
+        segments = self._context.make_object_tracker is None
+        add_button("Segment every frame" if segments else "Follow the objects", self._segment_video)
         if self._context.make_tracker is not None:
             add_button("Track the mask of the first frame", self._track_video)
             add_button("Paint objects to track", self._start_objects, "outline")
@@ -310,9 +313,12 @@ class Page:
         objects = objects.of_score(self._context.model.min_score)
         outlined = draw_objects(image, objects, self._classes.palette, opacity=0)
         counts = Counter(label for label in objects.classes.tolist() if label in self._context.model.things)
-        listed = ", ".join(f"{counts[label]} {self._classes.classes[label]}" for label in sorted(counts))
         marks = (outlined != image).any(axis=-1)
-        return SegmentedUpload(encode_image(outlined), mask, 0, f"; objects: {listed or 'none'}", marks)
+        return SegmentedUpload(encode_image(outlined), mask, 0, self._list_objects(counts), marks)
+
+    def _list_objects(self, counts: Mapping[int, int]) -> str:
+        listed = ", ".join(f"{counts[label]} {self._classes.classes[label]}" for label in sorted(counts))
+        return f"; objects: {listed or 'none'}"
 
     def _encode_mask(self) -> bytes:
         return encode_mask(self._editor.mask, self._editor.labels.palette)
@@ -421,9 +427,20 @@ class Page:
     # ---- videos
 
     async def _segment_video(self) -> None:
-        if not self.is_busy:
-            self._edit(self._predicted, self._classes)
+        if self.is_busy:
+            return
+        self._edit(self._predicted, self._classes)
+        if self._context.make_object_tracker is None:
             await self._label_video(lambda frames: self._context.model.segment(frames, self._current))
+            return
+        tracker = self._context.make_object_tracker()
+        followed = FollowedObjects(
+            lambda frames: self._context.model.track(tracker, frames, [None] * len(frames), self._current),
+            tracker,
+            self._classes.palette,
+            self._opacity.value / 100,
+        )
+        await self._label_video(followed.segment, followed)
 
     async def _track_video(self) -> None:
         if self._editor.has_layers:
@@ -443,16 +460,18 @@ class Page:
         else:
             self._tell("The mask is empty: paint the objects to track.", is_error=True)
 
-    async def _label_video(self, segment: Callable[[Sequence[np.ndarray]], Masks]) -> None:
+    async def _label_video(
+        self, segment: Callable[[Sequence[np.ndarray]], Masks], followed: FollowedObjects | None = None
+    ) -> None:
         if self.is_busy:
             return
         editor = self._editor
-        draw = partial(editor.draw, opacity=self._opacity.value / 100)
+        draw = partial(editor.draw, opacity=self._opacity.value / 100) if followed is None else followed.draw
 
         def work() -> np.ndarray:
             with closing(self._open_video(self._opened)) as self._video:
                 self._check_frame(0)
-                palette = editor.labels.palette
+                palette = editor.labels.palette if followed is None else default_palette(256)
                 return write_labelled_video(self._video, self.folder, palette, segment, draw, self._check_frame)
 
         with self._work("Queued ..."):
@@ -461,10 +480,14 @@ class Page:
             for name in ("overlay.mp4", "masks.zip"):
                 self.files[name] = self.folder / name
             self._stage.show(video=f"{self._address}/overlay.mp4?{secrets.token_hex(4)}")
+            listed = ""
+            if followed is not None:
+                counts, numbers = followed.count_classes(counts)
+                listed = self._list_objects(numbers)
             self._show_shares(counts, self._frames_done)
             self._tools.visible = False
             self._video_results.visible = True
-            self._tell(f"Done: {self._frames_done} frames")
+            self._tell(f"Done: {self._frames_done} frames{listed}")
 
     def _check_frame(self, done: int) -> None:
         if self._current.is_cancelled:

@@ -54,14 +54,20 @@ def _load(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     return model_of(trained, find_trained_sizes(trained, out_dir))
 
 
-def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
-    """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
+def tracker_maker(
+    make: Callable[..., Tracker], model: Model, min_score: float | None = None
+) -> Callable[[], Tracker] | None:
+    """Return a function that makes trackers of a model's backbone; None where torch does not run the model.
+
+    With `min_score`, trackers follow the objects of at least this score that the model finds; None: it finds none.
+    """
     predictor = _find_predictor(model)
-    if predictor is None:
+    if predictor is None or (min_score is not None and not model.runtime.things):
         return None
-    return partial(
-        make, predictor.model.backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH
-    )
+    followed = predictor.model.backbone if min_score is None else predictor.model
+    options = {} if min_score is None else {"min_score": min_score}
+    machine = {"device": predictor.device, "autocast": predictor.autocast, "batch_size": _BATCH}
+    return partial(make, followed, **machine, **options)
 
 
 def open_views(model: Model) -> list[FeatureView]:

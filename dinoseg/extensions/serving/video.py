@@ -1,23 +1,64 @@
 """Labelled videos of the app: an overlay that plays in browsers, and a mask for each frame."""
 
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.core.shapes import Palette
 from dinoseg.extensions.serving.decoding import TimedFrame, VideoDecoder
 from dinoseg.extensions.serving.mask_editor import count_pixels, encode_mask
+from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.stream import run_pipeline
+from dinoseg.report.object_overlay import draw_objects
 from dinoseg.utils.atomic import atomic_file
 
 _BATCH = 4  # frames in a batch
 _DEPTH = 2  # batches queued before and after the model
 
 Masks = Iterable[np.ndarray]
+
+
+class FollowedObjects:
+    """The objects that a model finds in a video, with an ID each: its masks, drawn frames and counts.
+
+    Args:
+        track: returns the masks of IDs (H, W) uint8 of the next frames of the tracker.
+        tracker: gives objects their IDs.
+        palette: colours of the classes.
+        opacity: of the colours, 0..1.
+    """
+
+    def __init__(
+        self, track: Callable[[Sequence[np.ndarray]], Masks], tracker: Tracker, palette: Palette, opacity: float
+    ) -> None:
+        self._track, self._tracker = track, tracker
+        self._palette, self._opacity = palette, opacity
+        self._classes: dict[int, int] = {}  # of each ID
+
+    def segment(self, frames: Sequence[np.ndarray]) -> Masks:
+        """Return the masks of the next frames."""
+        masks = self._track(frames)
+        # here, since the tracker changes its objects while frames are drawn in another thread
+        self._classes |= {number: found.class_id for number, found in (self._tracker.tracked_objects() or {}).items()}
+        return masks
+
+    def draw(self, frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return a frame with each object in the colour of its ID, with its number and an outline of its class."""
+        runs = RunLengths.of_ids(mask)
+        objects = Objects.of_runs(mask.shape, [*runs.values()], [self._classes[number] for number in runs])
+        return draw_objects(frame, objects, self._palette, opacity=self._opacity, ids=[*runs])
+
+    def count_classes(self, pixels: np.ndarray) -> tuple[np.ndarray, Counter[int]]:
+        """Return the pixels (256,) of each class, from those of each ID, and the number of objects of each class."""
+        counts = np.zeros(256, np.int64)
+        np.add.at(counts, [*self._classes.values()], pixels[[*self._classes]])
+        return counts, Counter(self._classes.values())
 
 
 def write_labelled_video(
@@ -28,7 +69,7 @@ def write_labelled_video(
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray],
     progress: Callable[[int], None],
 ) -> np.ndarray:
-    """Write overlay.mp4 and masks.zip, a file per frame, and return the number of pixels of each class (256,).
+    """Write overlay.mp4 and masks.zip, a file per frame, and return the number of pixels of each id of a mask (256,).
 
     Args:
         video: opened.

@@ -14,9 +14,11 @@ from dinoseg.checkpoints.trained import find_trained_sizes, is_trained, load_tra
 from dinoseg.checkpoints.unread import warn_unread
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.task import ObjectTask, refuse_layers
-from dinoseg.data.classes.labels import as_color
+from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.settings import check_same_settings
+from dinoseg.extensions.annotations.coco_ids import CocoIds
+from dinoseg.extensions.clips.videos import VOID
 from dinoseg.extensions.tracking.tracker import Tracker
 from dinoseg.extensions.tracking.trackers import tracker_maker
 from dinoseg.extensions.tracking.video.labels import TrackLabels, find_labels
@@ -30,6 +32,7 @@ from dinoseg.extensions.tracking.video.state import (
     check_unfinished,
     read_track_state,
 )
+from dinoseg.extensions.tracking.video.track_files import TrackFiles, TrackFormat
 from dinoseg.extensions.video.frames import FrameReader, open_frames
 from dinoseg.runs.folder import RunFolder
 from dinoseg.utils.errors import UserError
@@ -59,6 +62,8 @@ def track(
     smoothing: Share | None,
     keep: Natural | None,
     min_score: Share | None,
+    outputs: Sequence[TrackFormat] = (),
+    ids: str | None = None,
 ) -> dict[str, Any]:
     """Track the objects of `labels` through `input`; return counts and rates.
 
@@ -67,8 +72,9 @@ def track(
     single objects gives those of at least `min_score` (None: 0.5) an ID, which ends after `keep` frames (None: 30)
     without the object. A slot model tracks its own segments or, with `labels`, the objects.
 
-    Writes masks/<frame>.png (IDs with `palette`), overlay.mp4, objects.csv and, at the end, track.json. They go to
-    `out_dir`, or to the folder of the unfinished run that `restart` names.
+    Writes masks/<frame>.png (IDs with `palette`), overlay.mp4, objects.csv and, at the end, track.json. `outputs` adds
+    files of the tracks, with the ids of a JSON file `ids` of YouTube-VIS. They go to `out_dir`, or to the folder of the
+    unfinished run that `restart` names.
 
     Raises:
         UserError: an option is out of range, or input, labels or the run to resume cannot be used.
@@ -85,11 +91,16 @@ def track(
         with frames:
             tracker, colours = _build_tracker(builder, batch_size, options, labels, out_dir)
             colours = replace(colours, palette=(*given, *colours.palette[len(given) :]))
+            files = _plan_files(outputs, ids, frames.path, colours)
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
+            if not outputs:
+                warn_unread(
+                    out_dir, ["mode.ids"], "Only files of tracks have ids: set mode.outputs=[mots,youtube_vis]."
+                )
             start = None if state is None else _go_on(tracker, state, folder)
             job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, colours)
             with _resume_note(folder):
-                return write_results(job, track_video(job), str(input), opacity, outline)
+                return write_results(job, track_video(job), str(input), opacity, outline, files)
 
 
 def _read_palette(palette: Sequence[Sequence[int]] | None) -> tuple[tuple[int, int, int], ...]:
@@ -97,6 +108,18 @@ def _read_palette(palette: Sequence[Sequence[int]] | None) -> tuple[tuple[int, i
         return tuple(map(as_color, palette or ()))
     except UserError as error:
         raise UserError(f"mode.palette={format_value(palette)}: {error}") from None
+
+
+def _plan_files(outputs: Sequence[TrackFormat], ids: str | None, source: Path, colours: MaskColours) -> TrackFiles:
+    """Return the files of the tracks, after the checks that are possible before tracking."""
+    if outputs and colours.background is None:
+        raise UserError(
+            f"mode.outputs=[{','.join(outputs)}] is for objects, and the model predicts classes. Leave it out."
+        )
+    known = CocoIds.read(ids, Labels(colours.classes, tuple(colours.palette), VOID), "mode.ids", "videos")
+    name = source.name if source.is_dir() else source.stem
+    known.find_image(name)  # of a reference that lacks it
+    return TrackFiles(outputs, name, known)
 
 
 @contextmanager

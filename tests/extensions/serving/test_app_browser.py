@@ -1,14 +1,17 @@
 """The app in a real browser: what the page shows and downloads is what the model says."""
 
+import os
 import re
 import time
 import zipfile
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from chromium import opened_page
 from command_line import call
+from object_models import COLOURS
 from PIL import Image
 from serving_stand_ins import start_server
 
@@ -16,6 +19,7 @@ import dinoseg
 from dinoseg.extensions.feature_views.drawing import enlarge
 from dinoseg.extensions.video.prediction import VideoReader
 from dinoseg.extensions.video.writer import VideoWriter
+from dinoseg.report.palette import default_palette
 from dinoseg.utils.files import expand_path
 from dinoseg.utils.images import read_ids, read_image, write_png
 
@@ -242,3 +246,48 @@ def test_features_are_compared_with_clicked_patches(scene, trained_once, tmp_pat
         press(page, "Clear clicks")
         page.locator("canvas").first.wait_for(state="detached")
         assert page.complaints == []
+
+
+def test_objects_of_a_video_have_steady_colours_and_ids(trained_once, tmp_path, monkeypatch):
+    size = (48, 64)
+    squares = {"red": (1, 2, 3), "green": (25, 20, 0)}  # top, left, pixels to the right per frame
+    with VideoWriter(tmp_path / "video.mp4", 10.0, size) as writer:
+        for number in range(12):
+            frame = np.zeros((*size, 3), np.uint8)
+            for name, (top, left, step) in squares.items():
+                if name != "green" or number not in range(4, 7):  # it is hidden for three frames
+                    frame[top : top + 22, left + step * number : left + step * number + 22] = COLOURS[name]
+            writer.write(frame)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
+    )
+    words = ("tracker.short_side=48", "hydra.run.dir=run/app")
+    program = ("-c", "import object_models; object_models.serve()")
+    with (
+        start_server("app", trained_once, tmp_path, *words, program=program) as (_, address),
+        opened_page(address) as page,
+    ):
+        upload(page, tmp_path / "video.mp4")
+        press(page, "Follow the objects")
+        page.get_by_text("Done: 12 frames; objects: 2 leaf").wait_for(timeout=TIMEOUT)
+        page.wait_for_function("document.querySelector('video').currentTime > 0.2")
+        assert shares(page)["leaf"] and not shares(page)["stone"]
+        download(page, "Download video").save_as(tmp_path / "overlay.mp4")
+        download(page, "Download masks").save_as(tmp_path / "masks.zip")
+        assert page.complaints == []
+    with zipfile.ZipFile(tmp_path / "masks.zip") as archive:
+        masks = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
+    with VideoReader(tmp_path / "overlay.mp4") as overlay:
+        frames = list(overlay)
+    colours = default_palette(3)
+    for number, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
+        for name, (top, left, step) in squares.items():
+            if name == "green" and number in range(4, 7):
+                assert mask[top + 11, left + 11] == 0
+                continue
+            place = (top + 18, left + step * number + 18)  # beside its number
+            own = masks[0][top + 11, left + 11]
+            assert own and mask[place] == own
+            tint = (np.array(COLOURS[name]) + colours[own]) / 2
+            np.testing.assert_allclose(frame[place], tint, atol=30)  # videos are lossy
+    assert {*np.unique(masks)} == {0, 1, 2}

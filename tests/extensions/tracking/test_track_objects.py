@@ -10,6 +10,8 @@ from drawn_videos import Rectangle, draw_scene, make_model
 from failing import fail_after
 
 from dinoseg.checkpoints.trained import TrainedModel
+from dinoseg.core.objects import RunLengths
+from dinoseg.extensions.annotations.rle import parse_counts
 from dinoseg.extensions.tracking import track_mode as mode
 from dinoseg.extensions.tracking.video import mask_folder
 from dinoseg.utils.images import read_ids, write_png
@@ -91,6 +93,68 @@ def test_stopped_run_of_objects_resumes(track, clip, monkeypatch):
     )
     assert table[0] == table[1]
     assert json.loads(told[0])["settings"] == json.loads(told[1])["settings"]
+
+
+def test_tracks_are_written_in_both_formats(track, clip):
+    names = [{"id": 7, "file_names": ["objects/0.png"]}], [{"id": 5, "name": "person"}, {"id": 3, "name": "car"}]
+    (clip / "ids.json").write_text(json.dumps(dict(zip(("videos", "categories"), names, strict=True))))
+    track("objects_written", "mode.outputs=[mots,youtube_vis]", "mode.ids=ids.json")
+    masks = read_masks(clip / "objects_written")
+    read = np.zeros_like(masks)
+    for line in (clip / "objects_written/mots/objects.txt").read_text().splitlines():
+        frame, number, label, height, width, counts = line.split()
+        assert (int(label), int(number) % 1000) in {(3, 1), (5, 2)} and int(number) // 1000 == int(label)
+        runs = RunLengths.of_counts(parse_counts(counts, int(height) * int(width)))
+        read[int(frame)][runs.to_mask((int(height), int(width)))] = int(number) % 1000
+    np.testing.assert_array_equal(read, masks)
+    first, second = json.loads((clip / "objects_written/youtube_vis/objects.json").read_text())
+    assert (first["video_id"], first["category_id"], first["score"]) == (7, 3, pytest.approx(0.9))
+    assert (second["category_id"], len(first["segmentations"])) == (5, 9)
+    for number, entry in enumerate((first, second), 1):
+        for mask, ids in zip(entry["segmentations"], masks, strict=True):
+            assert (mask is None) == (number not in ids)
+            if mask:
+                runs = RunLengths.of_counts(parse_counts(mask["counts"], ids.size))
+                np.testing.assert_array_equal(runs.to_mask(ids.shape), ids == number)
+    assert not [path for path in (clip / "objects_written/youtube_vis").iterdir() if path.name != "objects.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "mode.outputs=[mots] is for objects, and the model predicts classes"),
+        ([], "mode.ids=odd.json is not a JSON file with videos and categories"),
+        (
+            {"videos": [{"id": 1, "file_names": ["b/0.png"]}], "categories": []},
+            "mode.ids=odd.json has no image or video objects",
+        ),
+    ],
+)
+def test_unfit_ids_of_tracks_are_refused(track, clip, content, message):
+    words = ("mode.outputs=[mots]",)
+    if content is None:
+        done = call(clip, "mode=track", "input=clip", "resume=segmenter", "engine=cpu", *words)
+        assert done.status == 1 and message in done.err
+        return
+    (clip / "odd.json").write_text(json.dumps(content))
+    assert message in track("odd_ids", *words, "mode.ids=odd.json", status=1).err
+
+
+def test_track_of_an_unknown_class_is_refused_and_resumes(track, clip):
+    video = {"id": 1, "file_names": ["objects/0.png"]}
+    (clip / "few.json").write_text(json.dumps({"videos": [video], "categories": [{"id": 3, "name": "car"}]}))
+    words = ("mode.outputs=[mots]", "mode.ids=few.json")
+    assert "mode.ids=few.json has no category person" in track("objects_few", *words, status=1).err
+    track("objects_on", "mode.restart=objects_few", "mode.outputs=[mots]", start=8)
+    assert (clip / "objects_few/mots/objects.txt").is_file()
+
+
+def test_ids_without_files_of_tracks_cause_a_warning(track, clip):
+    (clip / "none.json").write_text(json.dumps({"videos": [{"id": 1, "file_names": ["objects/0"]}], "categories": []}))
+    assert "No effect here: mode.ids=none.json" in track("objects_none", "mode.ids=none.json").err
+    call(clip, "mode=track", "input=clip", "labels=first.png", "backbone=rgb", "engine=cpu", "mode.outputs=[mots]",
+         "hydra.run.dir=propagated")  # fmt: skip
+    assert (clip / "propagated/mots/clip.txt").read_text().startswith("0 1001 1 ")
 
 
 @pytest.mark.parametrize(

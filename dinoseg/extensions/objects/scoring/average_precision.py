@@ -25,8 +25,16 @@ AREAS = np.array([(0, _HIGHEST_AREA), (0, 32**2), (32**2, 96**2), (96**2, _HIGHE
 _NEARLY_ONE = 1 - 1e-10  # the highest IoU that is demanded: a share may be rounded down
 
 
-def count_instances(reference: Objects, prediction: Objects) -> Counts:
+def count_instances(
+    reference: Objects, prediction: Objects, areas: np.ndarray = AREAS, *, is_crowd_iou: bool = False
+) -> Counts:
     """Return the rows of an image, for `InstanceAveragePrecision`.
+
+    Args:
+        reference: objects, of which crowds may match several predicted ones.
+        prediction: objects.
+        areas: lowest and highest areas (4, 2) of the sizes.
+        is_crowd_iou: whether a match with a crowd is by the IoU instead of the share that lies in the crowd.
 
     Returns:
         Of D predicted objects, at most `MAX_DETECTIONS` of each class: `classes` (D,), `scores` (D,), and whether each
@@ -35,10 +43,11 @@ def count_instances(reference: Objects, prediction: Objects) -> Counts:
     """
     held = reference.select(np.argsort(reference.classes, kind="stable"))
     found = _select_detections(prediction)
-    shares = _find_ious(held, found)
-    ignored = held.crowds | ~_lie_within(held.areas)  # (4, G)
+    by_share = held.crowds & (not is_crowd_iou)
+    shares = find_ious(held, found, by_share)
+    ignored = held.crowds | ~_lie_within(held.areas, areas)  # (4, G)
     hits = np.zeros((len(found), len(AREAS), len(THRESHOLDS)), bool)
-    misses = np.repeat(_lie_within(found.areas).T[..., None], len(THRESHOLDS), axis=-1)
+    misses = np.repeat(_lie_within(found.areas, areas).T[..., None], len(THRESHOLDS), axis=-1)
     taken = np.zeros((len(AREAS), len(THRESHOLDS), len(held)), bool)
     demanded = np.minimum(THRESHOLDS, _NEARLY_ONE)[:, None]
     # an object without any match is a false positive by its area alone
@@ -73,19 +82,19 @@ def _select_detections(prediction: Objects) -> Objects:
     return prediction.select(order[rank < MAX_DETECTIONS])
 
 
-def _find_ious(reference: Objects, prediction: Objects) -> np.ndarray:
-    """Return the IoUs (D, G), 0 of different classes; of a crowd, the share of the predicted object that lies in it."""
+def find_ious(reference: Objects, prediction: Objects, by_share: np.ndarray) -> np.ndarray:
+    """Return the IoUs (D, G), 0 of different classes; where `by_share` (G,), the share of the predicted object."""
     common = overlaps(prediction.masks, reference.masks)
     predicted = np.array([mask.area for mask in prediction.masks], np.int64)[:, None]
     held = np.array([mask.area for mask in reference.masks], np.int64)
-    whole = np.where(reference.crowds, predicted, predicted + held - common)
+    whole = np.where(by_share, predicted, predicted + held - common)
     same = prediction.classes[:, None] == reference.classes
     return np.where(same & (whole > 0), common / np.maximum(whole, 1), 0)  # two empty masks do not match
 
 
-def _lie_within(areas: np.ndarray) -> np.ndarray:
-    """Return whether each area (N,) lies in each range, (4, N) bool."""
-    return (areas >= AREAS[:, :1]) & (areas <= AREAS[:, 1:])
+def _lie_within(areas: np.ndarray, ranges: np.ndarray) -> np.ndarray:
+    """Return whether each area (N,) lies in each range (4, 2), (4, N) bool."""
+    return (areas >= ranges[:, :1]) & (areas <= ranges[:, 1:])
 
 
 class InstanceAveragePrecision(ObjectMetric):

@@ -1,6 +1,6 @@
 """COCO's average precision of instance masks: a JSON file of references and one of results; no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,14 @@ from dinoseg.core.objects import Objects, RunLengths
 from dinoseg.extensions.annotations import rle
 from dinoseg.extensions.annotations.entry import polygons, size_of
 from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision, count_instances
-from dinoseg.extensions.objects.scoring.coco_files import IMAGES, check_unique, name_images, read_coco_json
+from dinoseg.extensions.objects.scoring.coco_files import (
+    IMAGES,
+    Named,
+    check_unique,
+    group_entries,
+    name_images,
+    read_coco_json,
+)
 from dinoseg.extensions.protocols.contract import BadFile, Cases, Measured, RowProtocol, ScoringCase
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
@@ -24,7 +31,6 @@ _REFERENCE = forms.object_with(
     annotations=forms.list_of(forms.object_with(id=forms.integer, area=forms.plain, **_OBJECT)),
 )
 _RESULTS = forms.list_of(forms.object_with(score=forms.plain, **_OBJECT))
-Named = tuple[str, Mapping[str, Any]]  # how messages name an object, and its entry
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,10 @@ class CocoInstances(RowProtocol):
                 "AP ranks results by score, so it depends on their order in the file: give each result its own score."
             )
         sides: list[dict[int, list[Named]]] = []
-        for path, what, entries in ((reference, "annotation", whole["annotations"]), (prediction, "result", results)):
-            # by the images, not by the results: without any result, the objects of an image are misses
-            by_image: dict[int, list[Named]] = {number: [] for number in images}
-            for position, entry in enumerate(entries):
-                name = f"image {entry['image_id']}, {what} {format_value(entry.get('id', position))}"
-                if entry["image_id"] in images:
-                    by_image[entry["image_id"]].append((name, entry))
-                else:
-                    listing.problems.append((path, f"{name}: the image is not in {reference}"))
+        for path, kind, entries in ((reference, "annotation", whole["annotations"]), (prediction, "result", results)):
+            by_image, problems = group_entries([(path, entry) for entry in entries], kind, "image", images, reference)
             sides.append(by_image)
+            listing.problems += problems
         for number, name in name_images(whole["images"]).items():
             files = ((reference, prediction),)
             objects = (side[number] for side in sides)
@@ -121,40 +121,10 @@ class CocoInstances(RowProtocol):
             size = size_of(case.image.get("height"), case.image.get("width"))
         except ValueError as error:
             raise BadFile(reference, f"image {case.image['id']}: {error}") from None
-        held = self._read(case.reference, reference, size, is_result=False)
-        found = self._read(case.prediction, prediction, size, is_result=True)
+        held = read_objects(case.reference, reference, size, self._categories, is_result=False)
+        found = read_objects(case.prediction, prediction, size, self._categories, is_result=True)
         counts = {"reference_objects": len(held.masks), "predicted_objects": len(found.masks)}
         return Measured(np.array([*counts.values()]), counts, count_instances(held, found))
-
-    def _read(self, entries: Sequence[Named], path: Path, size: tuple[int, int], *, is_result: bool) -> Objects:
-        masks: list[RunLengths] = []
-        classes, areas, scores, crowds = [], [], [], []
-        places = {number: place for place, number in enumerate(self._categories)}
-        known = _read_together([entry["segmentation"] for _, entry in entries], size)
-        for place, (name, entry) in enumerate(entries):
-            try:
-                mask = known[place] if known else _read_mask(entry["segmentation"], size)
-                if entry["category_id"] not in places:
-                    raise ValueError(
-                        f"its category_id is {entry['category_id']}, which is not in the categories of the reference. "
-                        "If dinoseg wrote the file, predict with mode.shapes.ids=REFERENCE"
-                    )
-                # as in pycocotools, results are never crowds, and scores of references do not count
-                areas.append(mask.area if is_result else _finite(entry["area"], "area"))
-                scores.append(_finite(entry["score"], "score") if is_result else 0)
-                crowds.append(not is_result and forms.read_flag(entry, "iscrowd"))
-            except ValueError as error:
-                raise BadFile(path, f"{name}: {error}") from None
-            masks.append(mask)
-            classes.append(places[entry["category_id"]])
-        return Objects(
-            size,
-            masks,
-            np.array(classes, np.int64),
-            np.array(scores, np.float64),
-            np.array(areas, np.float64),
-            np.array(crowds, bool),
-        )
 
     def per_class(self, rows: Sequence[Counts]) -> list[dict[str, Any]]:
         """Return the scores and numbers of objects of each class."""
@@ -163,6 +133,58 @@ class CocoInstances(RowProtocol):
             {"id": number, "name": name, **{key: values[place] for key, values in found.items()}}
             for place, (number, name) in enumerate(self._categories.items())
         ]
+
+
+def read_objects(
+    entries: Sequence[Named],
+    path: Path,
+    size: tuple[int, int],
+    categories: Collection[int],
+    *,
+    is_result: bool,
+    remedy: str = "If dinoseg wrote the file, predict with mode.shapes.ids=REFERENCE",
+) -> Objects:
+    """Return the objects of entries of COCO's JSON, whose masks have `size` (H, W).
+
+    Args:
+        entries: annotations or results.
+        path: their file.
+        size: of the image.
+        categories: ids of the classes, in their order.
+        is_result: whether the entries have scores, and are never crowds.
+        remedy: for an unknown category.
+
+    Raises:
+        BadFile: an entry is invalid.
+    """
+    masks: list[RunLengths] = []
+    classes, areas, scores, crowds = [], [], [], []
+    places = {number: place for place, number in enumerate(categories)}
+    known = _read_together([entry["segmentation"] for _, entry in entries], size)
+    for place, (name, entry) in enumerate(entries):
+        try:
+            mask = known[place] if known else _read_mask(entry["segmentation"], size)
+            if entry["category_id"] not in places:
+                raise ValueError(
+                    f"its category_id is {entry['category_id']}, which is not in the categories of the reference. "
+                    f"{remedy}"
+                )
+            # as in pycocotools, results are never crowds, and scores of references do not count
+            areas.append(mask.area if is_result else _finite(entry["area"], "area"))
+            scores.append(_finite(entry["score"], "score") if is_result else 0)
+            crowds.append(not is_result and forms.read_flag(entry, "iscrowd"))
+        except ValueError as error:
+            raise BadFile(path, f"{name}: {error}") from None
+        masks.append(mask)
+        classes.append(places[entry["category_id"]])
+    return Objects(
+        size,
+        masks,
+        np.array(classes, np.int64),
+        np.array(scores, np.float64),
+        np.array(areas, np.float64),
+        np.array(crowds, bool),
+    )
 
 
 def _read_together(segmentations: Sequence[Any], size: tuple[int, int]) -> list[RunLengths]:

@@ -16,6 +16,7 @@ from dinoseg.extensions.tracking.tracker import TrackedObject
 from dinoseg.extensions.tracking.video.mask_folder import MaskColours
 from dinoseg.extensions.tracking.video.run import TrackJob
 from dinoseg.extensions.tracking.video.state import MASKS, RESULT, STATE
+from dinoseg.extensions.tracking.video.track_files import TrackFiles
 from dinoseg.extensions.video.frames import FrameReader, open_frames
 from dinoseg.extensions.video.writer import VideoWriter
 from dinoseg.inference.stream import Throughput, run_pipeline
@@ -55,7 +56,7 @@ class _Masked(NamedTuple):
 
 
 def write_results(
-    job: TrackJob, throughput: Throughput, source: str, opacity: float, outline: int | None
+    job: TrackJob, throughput: Throughput, source: str, opacity: float, outline: int | None, files: TrackFiles
 ) -> dict[str, Any]:
     """Write the results of a run whose masks are complete, and delete its saved state.
 
@@ -65,6 +66,7 @@ def write_results(
         source: path of the frames, which are read again.
         opacity: opacity of the masks in the overlay.
         outline: width of their outlines in pixels; None: by the frame's size.
+        files: further files of the tracks.
 
     Raises:
         UserError: see `write_track_report`.
@@ -79,7 +81,7 @@ def write_results(
     tracked = job.tracker.tracked_objects()
     with open_frames(source) as frames:
         objects, report = write_track_report(
-            frames, job.folder, opacity=opacity, outline=outline, colours=job.colours, tracked=tracked
+            frames, job.folder, opacity=opacity, outline=outline, colours=job.colours, tracked=tracked, files=files
         )
     flicker = job.tracker.flicker()
     if flicker is not None:
@@ -114,6 +116,7 @@ def write_track_report(
     outline: int | None = None,
     colours: MaskColours = MaskColours(),  # noqa: B008 (frozen)
     tracked: Mapping[int, TrackedObject] | None = None,
+    files: TrackFiles = TrackFiles(),  # noqa: B008 (frozen)
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv to a run folder; return all IDs in its masks, and the throughput.
 
@@ -121,7 +124,7 @@ def write_track_report(
 
     objects.csv has one row per object and frame in which the object is visible. Pixels are counted from 0. Left, top,
     right and bottom are the object's outermost pixels, the centre is the mean of all its pixels. `tracked` adds
-    columns of class and score.
+    columns of class and score, and `files` names further files of the tracks.
 
     Raises:
         UserError: a frame or a mask cannot be read, or the disk is full.
@@ -131,20 +134,22 @@ def write_track_report(
         number: (colours.classes[found.class_id], round(found.score, 4)) for number, found in (tracked or {}).items()
     }
 
-    def infer(item: _Masked) -> tuple[np.ndarray, Fraction | None, list[ObjectRow]]:
+    def infer(item: _Masked) -> tuple[np.ndarray, _Masked, list[ObjectRow]]:
         rows = object_rows(item.position, frames.frame_name(item.position), item.mask, colours.background)
         overlay = blend(item.frame, item.mask, colours.palette, opacity=opacity, outline=outline)
-        return overlay, item.time, rows
+        return overlay, item, rows
 
-    def write(shown: tuple[np.ndarray, Fraction | None, list[ObjectRow]]) -> None:
-        overlay, time, rows = shown
-        video.write(overlay, time)
+    def write(shown: tuple[np.ndarray, _Masked, list[ObjectRow]]) -> None:
+        overlay, item, rows = shown
+        video.write(overlay, item.time)
+        write_frame(item.position, item.mask)
         table.writerows(csv_cells((*row, *more.get(row.id, ()))) for row in rows)
         seen.update(row.id for row in rows)
 
     with (
         _table(folder / "objects.csv", () if tracked is None else ("class", "score")) as table,
         VideoWriter(folder / "overlay.mp4", frames.rate, frames.size, like=frames.traits) as video,
+        files.open(folder, tracked) as write_frame,
     ):
         throughput = run_pipeline(_with_masks(frames, folder / MASKS), infer, write, depth=_DEPTH)
     return sorted(seen), throughput

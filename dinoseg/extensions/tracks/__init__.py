@@ -1,0 +1,1 @@
+"""Scores of tracks: HOTA and track AP of files in the formats of MOTS and YouTube-VIS."""

@@ -1,0 +1,28 @@
+"""Objects of a video in the app: drawn by their ids, and counted by class."""
+
+import numpy as np
+
+from dinoseg.extensions.serving.video import FollowedObjects
+from dinoseg.extensions.tracking.tracker import TrackedObject
+from dinoseg.report.palette import default_palette
+
+
+class Tracker:
+    def tracked_objects(self):
+        return {1: TrackedObject(2, 0.9), 7: TrackedObject(2, 0.8), 3: TrackedObject(1, 0.7)}
+
+
+def test_objects_keep_their_colours_while_others_vanish():
+    mask = np.zeros((90, 120), np.uint8)
+    mask[5:40, 5:50] = 1
+    mask[50:85, 60:110] = 7
+    frame = np.full((90, 120, 3), 100, np.uint8)
+    followed = FollowedObjects(lambda frames: [mask] * len(frames), Tracker(), [(9, 9, 9)] * 3, opacity=1)
+    assert len(followed.segment([frame] * 2)) == 2
+    drawn = followed.draw(frame, mask)
+    alone = followed.draw(frame, np.where(mask == 7, mask, 0))
+    assert tuple(drawn[8, 8]) == default_palette(256)[1]
+    assert tuple(drawn[52, 62]) == tuple(alone[52, 62]) == default_palette(256)[7]
+    np.testing.assert_array_equal(alone[45:], drawn[45:])  # its number too
+    pixels, numbers = followed.count_classes(np.bincount(mask.ravel(), minlength=256))
+    assert pixels[2] == 35 * 95 and pixels[1] == 0 and dict(numbers) == {2: 2, 1: 1}
