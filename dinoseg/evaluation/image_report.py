@@ -87,7 +87,13 @@ def report_images(
         chosen_here=scores.get("thresholds", {}).get("chosen_here", False),
         image_scores=_score_images(rows),
     )
-    write_record(record, out_dir)
+    # thresholds and classes of a metric with bins take gigabytes in large data sets
+    stored = {
+        next(iter(metric.scores)): counts
+        for metric, counts in zip(rows.metrics, rows.counts, strict=True)
+        if not metric.needs_bins
+    }
+    write_record(record, out_dir, stored)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious, rows.errors)
     sources = {"model": record.source, "data": record.root}

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
@@ -25,7 +25,7 @@ from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.core.metric import INFINITE_IMAGES, plain_score
+from dinoseg.core.metric import INFINITE_IMAGES, RowMetric, plain_score
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.extensions.compare.effects import FOLD, SEED, effects_table, estimate_effects
 from dinoseg.extensions.compare.paper_table import (
@@ -76,22 +76,26 @@ _CAPTIONS = {
     "seeds, each where there are several.",
 }
 Row = dict[str, Any]
+BuildMetrics = Callable[[Path, str], Sequence[RowMetric]]  # as of `pooled_scores`, which imports torch
 
 
-def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+def over_folds(
+    rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str], build_metrics: BuildMetrics | None = None
+) -> list[Row]:
     """Return a row for each setting, with the number of folds that have a score under `folds`.
 
-    The seeds of a fold are averaged. Scores count each pixel of all folds once: they come from the sum of the confusion
-    matrices, or of layers from the records of images. Their names are under `pooled`; other scores are None. If no
-    setting has pooled scores, all are means over folds. Columns named after the score and a suffix hold the sample
-    standard deviation over folds, and the ends of the 95 % interval over groups of images, as in mode=compare. They are
-    None where undefined. There is no interval if a job has no record of its images, as with `mode.report=false`. If all
-    images are one group, it is over seeds alone, and needs several in each fold.
+    The seeds of a fold are averaged. Scores count each image of all folds once: they come from the sum of the confusion
+    matrices, or of layers and further metrics from the records of images. Their names are under `pooled`; other scores
+    are None. If no setting has pooled scores, all are means over folds. Columns named after the score and a suffix hold
+    the sample standard deviation over folds, and the ends of the 95 % interval over groups of images, as in
+    mode=compare. They are None where undefined. There is no interval if a job has no record of its images, as with
+    `mode.report=false`. If all images are one group, it is over seeds alone, and needs several in each fold.
 
     Args:
         rows: of all jobs.
         settings: swept keys except fold and seed.
         scores: keys to summarise.
+        build_metrics: builds the further metrics that are pooled; None: there are none.
     """
     joined = []
     for jobs in _group_rows(rows, settings):
@@ -107,8 +111,8 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
         if any(matrices):
             means = [np.mean(of_fold, axis=0) for of_fold in matrices if of_fold]
             pooled = _pool_scores(np.sum(means, axis=0), jobs[0])
-        records, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")])
-        # of layers, which have no matrix
+        records, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")], build_metrics)
+        # of layers, which have no matrix, and of further metrics
         pooled |= {key: score.value for key, score in records.items() if score.value is not None}
         for key in scores:
             found = records.get(key)
@@ -177,7 +181,7 @@ def _pool_scores(counts: np.ndarray, job: Row) -> Row:
     return {key: plain_score(value) for key, value in scores.items()}
 
 
-def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
+def _pool_records(runs: Sequence[Path], build_metrics: BuildMetrics | None) -> tuple[dict[str, Score], str]:
     """Return the scores of a setting over all folds, with their intervals, and a note on them.
 
     There are none if a job has no record of its images, or if one fold alone has a score.
@@ -188,13 +192,21 @@ def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
     if not runs or not all(map(has_record, runs)):
         return {}, ""
     try:
-        side = read_side(runs)
+        side = read_side(runs, build_metrics)
     except UserError as error:
         return {}, f"no interval of {join_names([str(run) for run in runs])}: {error}"
     remark = describe_folds([side])
     if side.chosen_here:
         remark += f". {CHOSEN_HERE}"
     return {} if side.pooled is None else side_scores(side), remark
+
+
+def _build_metrics(config: DictConfig, place: Path, root: str) -> Sequence[RowMetric]:
+    """Return the metrics of an evaluation of a job, see `build_metrics`."""
+    from dinoseg.experiment.builder import Builder  # imports torch
+    from dinoseg.extensions.compare.pooled_scores import build_metrics
+
+    return build_metrics(Builder(job_config(config, config.hydra)), place, root)
 
 
 class SweepTable(Callback):
@@ -284,6 +296,7 @@ class SweepTable(Callback):
 
     def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str]) -> None:
         """Print and write the table, and that of single jobs if folds or seeds are averaged."""
+        build_metrics = partial(_build_metrics, config)
         score, sign = _find_rank(columns)
         swept = find_swept_keys(jobs)
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
@@ -298,7 +311,10 @@ class SweepTable(Callback):
         if averaged:
             _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
             swept = [key for key in swept if key not in averaged]
-            rows = (over_folds if FOLD in averaged else over_seeds)(rows, swept, columns)
+            if FOLD in averaged:
+                rows = over_folds(rows, swept, columns, build_metrics)
+            else:
+                rows = over_seeds(rows, swept, columns)
             pooled = {key for row in rows for key in row.get("pooled", ())}
             if pooled:
                 left_out = [key for key in columns if key not in {*pooled, *OTHERS}]
@@ -322,7 +338,11 @@ class SweepTable(Callback):
         print("".join(f"{remark}\n" for remark in remarks), end="")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
         scores = [key for key in columns if key == ranked or key not in OTHERS]
-        bold, note = _find_significance(path.parent, rows, jobs, scores, ranked) if ranked in MAIN_SCORES else ({}, "")
+        bold, note = (
+            _find_significance(path.parent, rows, jobs, scores, ranked, build_metrics)
+            if ranked in MAIN_SCORES
+            else ({}, "")
+        )
         labels = [*swept, *counts]
         cells = [
             [
@@ -359,11 +379,16 @@ def _score(row: Row, key: str) -> Score:
 
 
 def _find_significance(
-    sweep: Path, rows: Sequence[Row], jobs: Sequence[Row], scores: Sequence[str], ranked: str
+    sweep: Path,
+    rows: Sequence[Row],
+    jobs: Sequence[Row],
+    scores: Sequence[str],
+    ranked: str,
+    build_metrics: BuildMetrics,
 ) -> tuple[dict[str, int], str]:
     """Print how many settings are significantly worse than the best, and the test; return `find_bold` of the scores.
 
-    The best setting is that of the score `ranked`, of which nothing is tested if folds are pooled, unless it is mIoU.
+    The best setting is that of the score `ranked`, of which nothing is tested if folds cannot pool it.
 
     There is nothing if a row with a score has no record of images, or cannot be compared with the others.
     """
@@ -373,7 +398,7 @@ def _find_significance(
     runs = {str(job["job"]): job["run"] for job in jobs if job.get("run")}
     scored = [str(row["job"]).split(",") for row in rows if row.get(ranked) is not None]
     try:
-        sides = sides_of([[runs[number] for number in numbers if number in runs] for numbers in scored])
+        sides = sides_of([[runs[number] for number in numbers if number in runs] for numbers in scored], build_metrics)
     except UserError:
         return {}, ""
     if len(sides) < len(scored):  # a swept key that is not part of a recipe

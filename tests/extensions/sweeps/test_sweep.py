@@ -44,7 +44,8 @@ def test_best_runs_can_be_pasted_into_a_shell(jobs, value):
 def of_job(folder, number=0, sweeper=None, metric=None):
     """Return what Hydra's config says to a job of a sweep."""
     hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
-    return OmegaConf.create({"hydra": hydra, "mode": {}, "metric": metric or {}})
+    hydra |= {"overrides": {"task": []}, "runtime": {"choices": {}, "config_sources": []}}
+    return OmegaConf.create({"hydra": hydra, "mode": {}, "metric": metric or {}, "trust": None})
 
 
 def end_job(folder, number, words, value, **config):
