@@ -63,7 +63,8 @@ def write_record(record: ImageRecord, out_dir: Path, rows: Mapping[str, Sequence
     Args:
         record: of the evaluation.
         out_dir: the folder.
-        rows: counts of further metrics for each image, by the main score of the metric; see `read_rows`.
+        rows: counts of further metrics for each image, by the main score of the metric. The file joins the arrays of
+            all images under SCORE/NAME, see `_join_values`.
     """
     content: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
     arrays = {"classes": record.counts.astype("<i8")}
@@ -71,7 +72,8 @@ def write_record(record: ImageRecord, out_dir: Path, rows: Mapping[str, Sequence
         for name in counts[0]:
             arrays |= _join_values(f"{score}/{name}", [np.asarray(row[name]) for row in counts])
     with atomic_file(out_dir / COUNTS) as part, part.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # 40 flags of a predicted object fit in a byte
+        # most counts are small or flags: those of the average precision shrink to a tenth
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     content["scores"] = {name: asdict(score) for name, score in record.scores.items()}
     content["palette"] = [[int(level) for level in colour] for colour in record.palette]
     write_json(
@@ -84,22 +86,6 @@ def _join_values(key: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray
     if len({value.shape for value in values}) == 1:
         return {key: np.stack(values)}
     return {key: np.concatenate(values), f"{key}/ends": np.cumsum([len(value) for value in values])}
-
-
-def read_rows(folder: Path, score: str) -> list[Counts]:
-    """Return the counts of a further metric for each image of the record in a folder; none if it stores none.
-
-    Args:
-        folder: of the record.
-        score: the main score of the metric.
-    """
-    columns = {}
-    with np.load(folder / COUNTS) as arrays:
-        for key in [key for key in arrays.files if key.startswith(f"{score}/") and not key.endswith("/ends")]:
-            ends = f"{key}/ends"
-            values = arrays[key]
-            columns[key.removeprefix(f"{score}/")] = np.split(values, arrays[ends][:-1]) if ends in arrays else values
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def find_evaluation(folder: Path) -> Path:

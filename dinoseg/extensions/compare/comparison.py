@@ -316,7 +316,9 @@ def score_side(side: Side) -> SideScores:
         }
         for totals in side.pooled.without_seed
     ]
-    return SideScores(runs, [own | further for own, further in zip(seeds, side.pooled.seeds_of_further, strict=True)])
+    return SideScores(
+        runs, [{**own, **further} for own, further in zip(seeds, side.pooled.seeds_of_further, strict=True)]
+    )
 
 
 def score_runs(kind: ClassScores, runs: SideRuns) -> list[dict[str, UnitScore]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoseg.checkpoints.run_config import build_saved
 from dinoseg.core.metric import Counts, RowMetric, plain_score
-from dinoseg.evaluation.image_record import ImageRecord, read_rows
+from dinoseg.evaluation.image_record import COUNTS, ImageRecord
 from dinoseg.evaluation.scoring.intervals import Estimate, UnitScore, mean_of
 from dinoseg.evaluation.unit_scores import further_scores, leave_units_out
 from dinoseg.experiment.builder import Builder
@@ -71,7 +71,8 @@ def pool_scores(folds: Sequence[Fold], units: Sequence[str], metrics: Sequence[R
             if all(name in scores and scores[name].settings == settings for scores in given)
         ]
         rows = [
-            [_read_in_order(*each, main, names) for each, names in zip(seed, images, strict=True)] for seed in seeds
+            [_read_in_order(place, record, main, names) for (place, record), names in zip(seed, images, strict=True)]
+            for seed in seeds
         ]
         if not shared or not all(of_fold for of_seed in rows for of_fold in of_seed):
             continue
@@ -87,9 +88,25 @@ def pool_scores(folds: Sequence[Fold], units: Sequence[str], metrics: Sequence[R
 
 
 def _read_in_order(place: Path, record: ImageRecord, score: str, images: Sequence[str]) -> list[Counts]:
-    rows = read_rows(place, score)
+    rows = _read_rows(place, score)
     by_image = dict(zip(record.images, rows, strict=bool(rows)))
     return [by_image[name] for name in images if rows]
+
+
+def _read_rows(folder: Path, score: str) -> list[Counts]:
+    """Return the counts of a further metric for each image of the record in a folder; none if it stores none.
+
+    Args:
+        folder: of the record.
+        score: the main score of the metric.
+    """
+    columns = {}
+    with np.load(folder / COUNTS) as arrays:
+        for key in [key for key in arrays.files if key.startswith(f"{score}/") and not key.endswith("/ends")]:
+            ends = f"{key}/ends"
+            values = arrays[key]
+            columns[key.removeprefix(f"{score}/")] = np.split(values, arrays[ends][:-1]) if ends in arrays else values
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def average_scores(scores: Sequence[UnitScore]) -> UnitScore:
