@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
@@ -25,7 +25,7 @@ from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.core.metric import INFINITE_IMAGES, RowMetric, plain_score
+from dinoseg.core.metric import INFINITE_IMAGES, RowMetric
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.extensions.compare.effects import FOLD, SEED, effects_table, estimate_effects
 from dinoseg.extensions.compare.paper_table import (
@@ -37,15 +37,14 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
+from dinoseg.extensions.sweeps.folds import BuildMetrics, pool_matrix, pool_records
 from dinoseg.extensions.sweeps.job_results import JobResults, describe_runs, find_swept_keys, list_runs
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
-from dinoseg.metrics.counts import iou, mean_defined, ratio
-from dinoseg.report.table import CHOSEN_HERE
 from dinoseg.runs.location import locate_runs
 from dinoseg.runs.log_file import LABEL
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, join_names, printable
+from dinoseg.utils.wording import count_of, printable
 
 SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the score tables
     "miou": "mIoU %",
@@ -76,7 +75,6 @@ _CAPTIONS = {
     "seeds, each where there are several.",
 }
 Row = dict[str, Any]
-BuildMetrics = Callable[[Path, str], Sequence[RowMetric]]  # as of `pooled_scores`, which imports torch
 
 
 def over_folds(
@@ -110,8 +108,8 @@ def over_folds(
         pooled: Row = {}
         if any(matrices):
             means = [np.mean(of_fold, axis=0) for of_fold in matrices if of_fold]
-            pooled = _pool_scores(np.sum(means, axis=0), jobs[0])
-        records, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")], build_metrics)
+            pooled = pool_matrix(np.sum(means, axis=0), jobs[0])
+        records, row["remark"] = pool_records([Path(job["run"]) for job in jobs if job.get("run")], build_metrics)
         # of layers, which have no matrix, and of further metrics
         pooled |= {key: score.value for key, score in records.items() if score.value is not None}
         for key in scores:
@@ -164,41 +162,6 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
         found[f"{key} {HIGH}"] = high
         found[f"{key} {name}s"] = len(values)
     return found | {key: rows[0][key] for key in settings}
-
-
-def _pool_scores(counts: np.ndarray, job: Row) -> Row:
-    """Return the scores of the confusion matrix (K, K) of all folds, whose rows are the reference.
-
-    `background` and `ignored_class` of a job's row are ids, or None.
-    """
-    background, ignored = job.get("background"), job.get("ignored_class")
-    hits = counts.diagonal()
-    ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
-    if ignored is not None:
-        ious[ignored] = np.nan
-    objects = {} if background is None else {"miou_no_background": mean_defined(np.delete(ious, background))}
-    scores = {"miou": mean_defined(ious), **objects, "accuracy": ratio(hits.sum(), counts.sum())}
-    return {key: plain_score(value) for key, value in scores.items()}
-
-
-def _pool_records(runs: Sequence[Path], build_metrics: BuildMetrics | None) -> tuple[dict[str, Score], str]:
-    """Return the scores of a setting over all folds, with their intervals, and a note on them.
-
-    There are none if a job has no record of its images, or if one fold alone has a score.
-    """
-    from dinoseg.extensions.compare.comparison import side_scores  # imports torch
-    from dinoseg.extensions.compare.sides import describe_folds, has_record, read_side
-
-    if not runs or not all(map(has_record, runs)):
-        return {}, ""
-    try:
-        side = read_side(runs, build_metrics)
-    except UserError as error:
-        return {}, f"no interval of {join_names([str(run) for run in runs])}: {error}"
-    remark = describe_folds([side])
-    if side.chosen_here:
-        remark += f". {CHOSEN_HERE}"
-    return {} if side.pooled is None else side_scores(side), remark
 
 
 def _build_metrics(config: DictConfig, place: Path, root: str) -> Sequence[RowMetric]:

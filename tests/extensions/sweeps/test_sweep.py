@@ -437,7 +437,9 @@ def test_interval_of_folds_is_that_of_their_images(tmp_path):
     for path in list((tmp_path / "data/val").rglob("*.png")):
         path.rename(path.with_name(f"val{path.name}"))
     folds = ("data.folds=3", "data.fold=0,1,2", "head=linear,mlp")
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "mode.pictures=0", *folds, "metric=[nsd]")
+    done = call(
+        tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "mode.pictures=0", *folds, "metric=[nsd]"
+    )
     assert done.status == 0, done.err
     (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
     rows = {row["head"]: row for row in rows_of(path)}
@@ -455,8 +457,8 @@ def test_interval_of_folds_is_that_of_their_images(tmp_path):
         assert found == pytest.approx([100 * value, *ends], abs=0.0051)
         assert records[jobs[0]].source.endswith("best.safetensors")
         stored = [np.load(path.parent / f"{job}/evaluation/counts.npz") for job in jobs]
-        sums = {name: sum(each[f"nsd/{name}"].sum(axis=0) for each in stored) for name in ("sum", "images")}
-        assert float(rows[head]["nsd"]) == pytest.approx(SurfaceDice().compute(sums)["nsd"], abs=1e-12)
+        values, images = sum(each["nsd/pairs"].sum(axis=(0, 2)) for each in stored)
+        assert float(rows[head]["nsd"]) == pytest.approx(values / images, abs=1e-12)
     assert "significantly worse than the best setting" in done.out
     assert "each image is scored by the run of its fold (3 folds). Weights: the last," in done.out
     done = call(tmp_path, "mode=compare", f"runs=[{path.parent}]", "hydra.run.dir=compared")
