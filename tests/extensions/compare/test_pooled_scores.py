@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from drawn_objects import draw_instances, encode, write_instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dinoseg.core.metric import Metric, RowMetric
+from dinoseg.core.metric import RowMetric
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
 from dinoseg.evaluation.unit_scores import further_scores, leave_units_out
 from dinoseg.extensions.compare.folds import pool_folds
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
 from dinoseg.extensions.protocols.folders import score_cases
+from dinoseg.metrics.wrapped import WrappedMetric
 
 CASES = 25
 
@@ -31,14 +33,6 @@ class Median(RowMetric):
 
     def score_rows(self, rows):
         return {"median": np.median(np.concatenate([row["values"] for row in rows])) + self.shift}
-
-
-class Share(Metric):
-    scores = {"share": "max"}
-    count = Median.count
-
-    def compute(self, sums):
-        return {"share": sums["right"] / sums["all"]}
 
 
 def write_fold(folder, metric, rows, names, stored=True):
@@ -112,53 +106,40 @@ def test_pooled_ap_equals_pycocotools_on_pooled_files(tmp_path):
             assert np.array_equal(pooled.scores[name].left_out, np.array(score.left_out, float), equal_nan=True)
 
 
-def draw_folds(tmp_path, metric, make_row, seeds):
-    """Return two folds of `seeds` evaluations, those of other seeds in another order, and the rows of each by name."""
-    rng = np.random.default_rng(0)
-    folds, rows = [], []
-    for fold, count in enumerate((4, 6)):
-        names = [f"{fold}{number}" for number in range(count)]
-        drawn = [{name: make_row(rng) for name in names} for _ in range(seeds)]
-        orders = [names, names[::-1]]
-        folds.append(
-            [
-                write_fold(tmp_path / f"{fold}_{seed}", metric, [of_seed[name] for name in order], order)
-                for seed, (of_seed, order) in enumerate(zip(drawn, orders, strict=False))
-            ]
-        )
-        rows.append([[*of_seed.values()] for of_seed in drawn])
-    return folds, rows
-
-
 def test_seeds_of_further_metrics_are_averaged(tmp_path):
-    metric = Median()
-    folds, rows = draw_folds(tmp_path, metric, lambda rng: {"values": rng.random(rng.integers(1, 4))}, 2)
+    rng, metric = np.random.default_rng(0), Median()
+    names = [["a", "b", "c", "d"], ["e", "f", "g", "h", "i", "j"]]
+    rows = [[[{"values": rng.random(rng.integers(1, 4))} for _ in fold] for fold in names] for _ in range(2)]
+    folds = []
+    for fold, images in enumerate(names):
+        first = write_fold(tmp_path / f"{fold}", metric, rows[0][fold], images)
+        # the second seed in another order
+        folds.append([first, write_fold(tmp_path / f"{fold}_1", metric, rows[1][fold][::-1], images[::-1])])
     pooled = pool(*folds, metric=metric)
     score = pooled.record.scores["median"]
-    by_seed = [rows[0][seed] + rows[1][seed] for seed in range(2)]
+    by_seed = [first + second for first, second in rows]
     assert score.value == np.mean([metric.score(each)["median"] for each in by_seed]) and score.better == "min"
     left = [[metric.score(each[:image] + each[image + 1 :])["median"] for image in range(10)] for each in by_seed]
     assert np.allclose(score.left_out, np.mean(left, axis=0), rtol=0, atol=1e-15)
     images = [np.mean([np.median(each[image]["values"]) for each in by_seed]) for image in range(10)]
     assert pooled.record.image_scores["median"] == pytest.approx(images)
-    second = (rows[0][1] + rows[1][0], rows[0][0] + rows[1][1])
-    for estimates, varied in zip(pooled.seeds_of_further, second, strict=True):
-        gap = metric.score(varied)["median"] - metric.score(by_seed[0])["median"]
+    for estimates, varied in zip(pooled.seeds_of_further, ((1, 0), (0, 1)), strict=True):
+        gap = metric.score(rows[varied[0]][0] + rows[varied[1]][1])["median"] - metric.score(by_seed[0])["median"]
         assert estimates["median"].error == pytest.approx(abs(gap) / 2) and estimates["median"].freedom == 1
 
 
-@pytest.mark.parametrize(
-    ("metric", "make_row"),
-    [
-        (PanopticQuality(["a", "b"], ["a"]), lambda rng: {"segments": rng.integers(0, 3, (4, 2)) * 0.5}),
-        (Share(), lambda rng: {"right": rng.integers(4), "all": np.uint8(4)}),
-    ],
-)
-def test_summed_counts_of_folds_are_those_of_all_images(tmp_path, metric, make_row):
-    folds, rows = draw_folds(tmp_path, metric, make_row, 1)
+@pytest.mark.parametrize("name", ["PQ", "wrapped"])
+def test_summed_counts_of_folds_are_those_of_all_images(tmp_path, name):
+    metric, rows = {
+        "PQ": (PanopticQuality(["a", "b"], ["a"]), [{"segments": np.full((4, 2), each / 2)} for each in (1, 3, 2)]),
+        "wrapped": (
+            WrappedMetric("own", SimpleNamespace(reset=list), ignored="match"),
+            [{"value": 0.5, "images": 1, "infinite": 0}] * 3,
+        ),
+    }[name]
+    folds = [write_fold(tmp_path / "0", metric, rows[:1], ["a"])], [write_fold(tmp_path / "1", metric, rows[1:], "bc")]
     found = pool(*folds, metric=metric)
-    expected = metric.score(rows[0][0] + rows[1][0])
-    assert {name: score.value for name, score in found.record.scores.items()} == expected
+    assert {name: score.value for name, score in found.record.scores.items()} == metric.score(rows)
     assert found.left_out == found.seeds_of_further == []
 
 
@@ -168,6 +149,5 @@ def test_scores_of_other_settings_or_without_counts_are_left_out(tmp_path, reaso
     first = write_fold(tmp_path / "0", metric, rows, ["a", "b"])
     other = Median(1) if reason == "settings" else metric
     second = write_fold(tmp_path / "1", other, rows, ["c", "d"], stored=reason != "counts")
-    folds = [dict([first]), dict([second])]
-    found = pool_folds(folds, 1, lambda place, root: [] if reason == "no metric" else [metric])
+    found = pool_folds([dict([first]), dict([second])], 1, lambda *_: [metric] * (reason != "no metric"))
     assert not found.record.scores and not found.record.image_scores and found.left_out == ["median"]
