@@ -48,7 +48,7 @@ def open_saved_data(builder: Builder, folder: Path, *, root: str, split: str) ->
     Raises:
         UserError: the config is missing or refused, or the data set is missing.
     """
-    return build_saved(builder, folder, root, lambda saved: saved.dataset(split))
+    return build_saved(builder, folder, root, lambda builder: builder.dataset(split))
 
 
 def build_saved(builder: Builder, folder: Path, root: str, build: Callable[[Builder], T], *groups: str) -> T:

@@ -30,7 +30,7 @@ def build_metrics(builder: Builder, place: Path, root: str) -> Sequence[RowMetri
         root: folder of the data set, as the evaluation recorded it.
     """
     try:
-        return build_saved(builder, place, root, lambda saved: saved.metrics, "metric")
+        return build_saved(builder, place, root, lambda builder: builder.metrics, "metric")
     except UserError as error:
         logger.warning("%s", error)
         return []
