@@ -1,8 +1,8 @@
 """Config files of run folders, read as untrusted text: the data set of a run, and the keys that identify a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +20,7 @@ from dinoseg.utils.yaml_text import read_yaml
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaError, OmegaConfBaseException)
 # interpolation in a training's config; its evaluations store the value
 _CLASS_FILE_INTERPOLATION = f"${{{CLASS_FILE}:"
+T = TypeVar("T")
 _ELSEWHERE = ("seed", "data.root", "metric.", "choices.metric")  # may differ within a recipe
 
 
@@ -36,7 +37,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def open_saved_data(builder: Builder, folder: Path, *, root: str, split: str) -> SegmentationData:
-    """Return the data set of an evaluation, built from its saved config under the rules for checkpoint configs.
+    """Return the data set of an evaluation, see `build_saved`.
 
     Args:
         builder: of the config composed from the command line.
@@ -47,15 +48,31 @@ def open_saved_data(builder: Builder, folder: Path, *, root: str, split: str) ->
     Raises:
         UserError: the config is missing or refused, or the data set is missing.
     """
+    return build_saved(builder, folder, root, lambda builder: builder.dataset(split))
+
+
+def build_saved(builder: Builder, folder: Path, root: str, build: Callable[[Builder], T], *groups: str) -> T:
+    """Return a part of an evaluation, built from its saved config under the rules for checkpoint configs.
+
+    Args:
+        builder: of the config composed from the command line.
+        folder: folder of the evaluation.
+        root: folder of the data set, as the evaluation recorded it.
+        build: returns the part, from a builder of the saved config.
+        groups: config groups that the part needs besides the data and the task.
+
+    Raises:
+        UserError: the config is missing or refused, or the part cannot be built.
+    """
     path = config_file(folder)
     try:
         config = as_read_back(read_config(path))
         config["data"]["root"] = root
         source = Source(str(path), builder.config.get("config_dirs", ()), builder.config["trust"] or ())
-        description = description_of(config, ("seed", "resolution", "data", "task"), source)
-        return Builder.of({**builder.config, **compose_stored(description, source)}).dataset(split)
+        description = description_of(config, ("seed", "resolution", "data", "task", *groups), source)
+        return build(Builder.of({**builder.config, **compose_stored(description, source)}))
     except BROKEN as error:
-        raise UserError(f"{path} does not define the dataset ({error}).") from None
+        raise UserError(f"{path} does not define the {' and '.join(('dataset', *groups))} ({error}).") from None
 
 
 def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:

@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from dinoseg.core.metric import Counts
 from dinoseg.evaluation.run_facts import EVALUATION, TRACKING
 from dinoseg.evaluation.scoring.intervals import UnitScore, has_labels, unit_sums
 from dinoseg.report.html.pictures import EvaluatedImages
@@ -56,16 +57,35 @@ class ImageRecord(EvaluatedImages):
         return "multilabel" if self.counts.shape[1] == 4 else "semantic"
 
 
-def write_record(record: ImageRecord, out_dir: Path) -> None:
-    """Write a record into a run folder: the counts first, so that a JSON file implies complete counts."""
+def write_record(record: ImageRecord, out_dir: Path, rows: Mapping[str, Sequence[Counts]] | None = None) -> None:
+    """Write a record into a run folder: the counts first, so that a JSON file implies complete counts.
+
+    Args:
+        record: of the evaluation.
+        out_dir: the folder.
+        rows: counts of further metrics for each image, by the main score of the metric. The file joins the arrays of
+            all images under SCORE/NAME, see `_join_values`.
+    """
     content: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
+    arrays = {"classes": record.counts.astype("<i8")}
+    for score, counts in (rows or {}).items():
+        for name in counts[0]:
+            arrays |= _join_values(f"{score}/{name}", [np.asarray(row[name]) for row in counts])
     with atomic_file(out_dir / COUNTS) as part, part.open("wb") as file:
-        np.savez(file, classes=record.counts.astype("<i8"))
+        # most counts are small or flags: those of the average precision shrink to a tenth
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     content["scores"] = {name: asdict(score) for name, score in record.scores.items()}
     content["palette"] = [[int(level) for level in colour] for colour in record.palette]
     write_json(
         out_dir / RECORD, {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
     )
+
+
+def _join_values(key: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays of images as one; those of different lengths one after another, with their ends."""
+    if len({value.shape for value in values}) == 1:
+        return {key: np.stack(values)}
+    return {key: np.concatenate(values), f"{key}/ends": np.cumsum([len(value) for value in values])}
 
 
 def find_evaluation(folder: Path) -> Path:

@@ -87,7 +87,7 @@ def report_images(
         chosen_here=scores.get("thresholds", {}).get("chosen_here", False),
         image_scores=_score_images(rows),
     )
-    write_record(record, out_dir)
+    write_record(record, out_dir, _counts_to_store(rows))
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious, rows.errors)
     sources = {"model": record.source, "data": record.root}
@@ -135,6 +135,16 @@ def _score_images(rows: MetricRows) -> dict[str, list[float | None]]:
             main = next(iter(metric.scores))
             found[main] = [metric.score([row])[main] for row in counts]
     return found
+
+
+def _counts_to_store(rows: MetricRows) -> dict[str, Sequence[Counts]]:
+    """Return the counts of each metric by its main score."""
+    # those in bins take gigabytes
+    return {
+        next(iter(metric.scores)): counts
+        for metric, counts in zip(rows.metrics, rows.counts, strict=True)
+        if not metric.needs_bins
+    }
 
 
 def _group_images(pattern: str | None, names: Sequence[str], official: Mapping[str, Any] | None) -> list[str]:

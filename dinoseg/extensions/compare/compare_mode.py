@@ -36,6 +36,7 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
+from dinoseg.extensions.compare.pooled_scores import build_metrics
 from dinoseg.extensions.compare.side_names import swept_words
 from dinoseg.extensions.compare.sides import (
     Side,
@@ -123,18 +124,18 @@ def run(
     Raises:
         UserError: there are fewer than two runs, they are not comparable, or the names do not fit the sides.
     """
-    sides = sides_of(runs)
+    builder = Builder(cfg)
+    sides = sides_of(runs, partial(build_metrics, builder))
     if names is not None:
         sides = rename_sides(sides, names)
     first, record = sides[0], sides[0].scored[0]
-    builder = Builder(cfg)
     open_data = partial(open_saved_data, builder, root=record.root, split=record.split)
     others = against(sides, open_data)
     units = record.count_units()
     intervals = describe_units(sides)
     seeds = describe_seeds(sides)
     folds = describe_folds(sides)
-    left_out = {name: None for side in sides if side.pooled for record in side.records for name in record.scores}
+    left_out = {name: None for side in sides if side.pooled for name in side.pooled.left_out}
     if left_out:
         logger.warning("%s", describe_left_out([*left_out]))
     rows = run_rows(sides)

@@ -32,6 +32,7 @@ from dinoseg.evaluation.scoring.intervals import (
 from dinoseg.evaluation.unit_scores import ClassScores
 from dinoseg.extensions.compare.page import OtherRun
 from dinoseg.extensions.compare.paper_table import Score, find_main_score
+from dinoseg.extensions.compare.pooled_scores import average_images, average_scores
 from dinoseg.extensions.compare.sides import Side, read_ensemble
 from dinoseg.report.html.page import format_interval
 from dinoseg.report.html.pictures import PairShot
@@ -170,12 +171,11 @@ def side_scores(side: Side) -> dict[str, Score]:
     for key in runs[0]:
         of_runs = [run[key] for run in runs]
         values = np.array([score.value for score in of_runs], dtype=np.float64)
-        left_out = np.array([score.left_out for score in of_runs], dtype=np.float64).mean(axis=0)
-        scored = np.any(np.array([score.scored for score in of_runs], bool), axis=0)
-        mean = UnitScore(float(values.mean()), left_out, scored).estimate()
-        if scored.sum() == 1 and seeds:
-            mean = replace(mean, error=0.0, freedom=1)
-        interval = combine_errors(mean, [each[key] for each in seeds]).ci95
+        mean = average_scores(of_runs)
+        estimate = mean.estimate()
+        if np.sum(mean.scored) == 1 and seeds:
+            estimate = replace(estimate, error=0.0, freedom=1)
+        interval = combine_errors(estimate, [each[key] for each in seeds]).ci95
         deviation = plain_score(values.std(ddof=1)) if len(values) > 1 else None
         found[key] = Score(plain_score(values.mean()), deviation, interval, side.seeds)
     return found
@@ -185,8 +185,7 @@ def mean_image_scores(side: Side) -> list[float | None]:
     """Return the score that ranks runs of each image by itself, averaged over those runs where it is defined."""
     main = find_main_score({"miou", *side.scored[0].scores})
     by_run = [record.image_scores.get(main) or image_mious(record.counts) for record in side.scored]
-    defined = [[score for score in of_image if score is not None] for of_image in zip(*by_run, strict=True)]
-    return [float(np.mean(each)) if each else None for each in defined]
+    return average_images(by_run)
 
 
 def _kind(record: ImageRecord) -> ClassScores:
@@ -317,7 +316,9 @@ def score_side(side: Side) -> SideScores:
         }
         for totals in side.pooled.without_seed
     ]
-    return SideScores(runs, seeds)
+    return SideScores(
+        runs, [{**own, **further} for own, further in zip(seeds, side.pooled.seeds_of_further, strict=True)]
+    )
 
 
 def score_runs(kind: ClassScores, runs: SideRuns) -> list[dict[str, UnitScore]]:

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.evaluation.scoring.intervals import Estimate
 from dinoseg.extensions.compare.alignment import align_records, compare_settings
+from dinoseg.extensions.compare.pooled_scores import BuildMetrics, Fold, average_images, pool_scores
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 _SPLIT = forms.table(forms.list_of(forms.text))  # form of split.json in the run folder of a training
-Fold = Mapping[Path, ImageRecord]  # records of the seeds of a fold, by folder of the evaluation
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,26 @@ class PooledFolds:
         seeds: number of runs of each fold.
         without_seed: of each fold, the totals (S, 3 K or 4 K) of all images without each of its S seeds; empty if a
             fold has one seed.
+        seeds_of_further: of each fold the errors of further metrics over its seeds, see `PooledScores`.
+        left_out: names of scores that are not pooled.
     """
 
     record: ImageRecord
     places: Mapping[str, Path]
     seeds: Sequence[int]
     without_seed: Sequence[np.ndarray]
+    seeds_of_further: Sequence[Mapping[str, Estimate]] = ()
+    left_out: Sequence[str] = ()
 
 
-def pool_folds(folds: Sequence[Fold], scale: int) -> PooledFolds:
+def pool_folds(folds: Sequence[Fold], scale: int, build_metrics: BuildMetrics | None = None) -> PooledFolds:
     """Return the result of a side over the images of all of its folds.
 
     Args:
         folds: two or more.
         scale: multiple of each number of seeds, the same for all sides. It keeps mean counts whole, since a class that
             one group alone has must be left with exactly 0 pixels where that group is left out.
+        build_metrics: builds the further metrics to pool; None: there are none.
 
     Raises:
         UserError: the folds differ in classes, the references of a fold's seeds differ, or an image is in two folds.
@@ -55,20 +61,30 @@ def pool_folds(folds: Sequence[Fold], scale: int) -> PooledFolds:
     counts = [np.sum([record.counts for record in seeds], axis=0) * (scale // len(seeds)) for seeds in records]
     units = {seeds[0].unit for seeds in records}
     _warn_of_groups(places, [seeds[0] for seeds in records])
+    all_units = [unit for seeds in records for unit in seeds[0].units]
+    given = {name: None for fold in folds for record in fold.values() for name in record.scores}
+    metrics = build_metrics(places[0], first.root) if given and build_metrics else []
+    pooled = pool_scores(folds, all_units, metrics)
     record = replace(
         first,
         images=[name for seeds in records for name in seeds[0].images],
-        units=[unit for seeds in records for unit in seeds[0].units],
+        units=all_units,
         unit=first.unit if len(units) == 1 else "group",
         counts=np.concatenate(counts),
-        scores={},
-        image_scores={},
+        scores=pooled.scores,
+        image_scores={
+            name: [score for seeds in records for score in average_images([seed.image_scores[name] for seed in seeds])]
+            for name in first.image_scores
+            if name in pooled.scores
+        },
     )
     return PooledFolds(
         record,
         {name: place for place, seeds in zip(places, records, strict=True) for name in seeds[0].images},
         [len(seeds) for seeds in records],
         _sum_without_seed(records, [each.sum(axis=0) for each in counts], scale),
+        pooled.seeds,
+        [name for name in given if name not in pooled.scores],
     )
 
 

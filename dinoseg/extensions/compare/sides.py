@@ -12,7 +12,8 @@ from dinoseg.checkpoints import run_config
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.evaluation.run_facts import EVALUATION
 from dinoseg.extensions.compare.alignment import align_records
-from dinoseg.extensions.compare.folds import Fold, PooledFolds, check_unseen, pool_folds
+from dinoseg.extensions.compare.folds import PooledFolds, check_unseen, pool_folds
+from dinoseg.extensions.compare.pooled_scores import BuildMetrics, Fold
 from dinoseg.extensions.compare.side_names import side_names
 from dinoseg.training.description import resolve_evaluate
 from dinoseg.utils.errors import UserError
@@ -93,11 +94,12 @@ class Side:
         return self.places[0] if self.pooled is None else self.pooled.places[image]
 
 
-def sides_of(runs: Any) -> list[Side]:
+def sides_of(runs: Any, build_metrics: BuildMetrics | None = None) -> list[Side]:
     """Return the sides in `runs`: nested lists are sides; without any, runs are grouped over seeds and folds.
 
     Args:
         runs: folders of runs and sweeps, and lists of these; or one folder.
+        build_metrics: builds the further metrics that folds pool; None: there are none.
 
     Raises:
         UserError: there are fewer than two sides or too many, or the runs cannot be compared.
@@ -117,16 +119,20 @@ def sides_of(runs: Any) -> list[Side]:
         sides = [[*range(start, start + len(side))] for start, side in zip(starts, given, strict=True)]
     if not 2 <= len(sides) <= MAX:
         raise _refusal(runs, f"makes {count_of(sides, 'side')}")
-    return divide_runs(read, sides)
+    return divide_runs(read, sides, build_metrics)
 
 
-def read_side(folders: Sequence[Path]) -> Side:
+def read_side(folders: Sequence[Path], build_metrics: BuildMetrics | None = None) -> Side:
     """Return the side of runs of one recipe.
+
+    Args:
+        folders: run folders.
+        build_metrics: builds the further metrics that folds pool; None: there are none.
 
     Raises:
         UserError: they have no evaluation of images, or cannot be pooled or averaged.
     """
-    return divide_runs(_read_runs(folders), [[*range(len(folders))]])[0]
+    return divide_runs(_read_runs(folders), [[*range(len(folders))]], build_metrics)[0]
 
 
 def _read_runs(folders: Sequence[Path]) -> Side:
@@ -174,7 +180,7 @@ def read_ensemble(place: Path) -> EvaluatedModels:
         return EvaluatedModels(1, False)
 
 
-def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
+def divide_runs(runs: Side, groups: Sequence[Sequence[int]], build_metrics: BuildMetrics | None = None) -> list[Side]:
     """Return a side for each group of indices of runs, all with the same images in the same order.
 
     Raises:
@@ -202,17 +208,19 @@ def divide_runs(runs: Side, groups: Sequence[Sequence[int]]) -> list[Side]:
             if recipe and recipe.fold is not None and record.split != "train":
                 scored[place] = record
     check_unseen(scored)
-    return _align_sides(_pool_sides(sides, folds) if any(folds) else sides)
+    return _align_sides(_pool_sides(sides, folds, build_metrics) if any(folds) else sides)
 
 
-def _pool_sides(sides: Sequence[Side], folds: Sequence[Sequence[Fold]]) -> list[Side]:
+def _pool_sides(
+    sides: Sequence[Side], folds: Sequence[Sequence[Fold]], build_metrics: BuildMetrics | None
+) -> list[Side]:
     """Return the sides with the result over the `folds` of each, if it has several."""
     _warn_of_lacking_folds(sides)
     scale = lcm(*(len(fold) for of_side in folds for fold in of_side))
     found = []
     for side, of_side in zip(sides, folds, strict=True):
         if of_side:
-            found.append(replace(side, pooled=pool_folds(of_side, scale)))
+            found.append(replace(side, pooled=pool_folds(of_side, scale, build_metrics)))
         else:
             records = [replace(record, counts=record.counts * scale) for record in side.records]
             found.append(replace(side, records=records))
@@ -306,9 +314,9 @@ def describe_folds(sides: Sequence[Side]) -> str:
 def describe_left_out(names: Sequence[str]) -> str:
     """Return a note on scores that are not pooled over folds, and how to pool them."""
     return (
-        "Scores that cannot be pooled over folds, since run folders store no counts of them, are left out: "
-        f"{join_names(names)}. To pool those of one recipe, give its run of each fold: python -m dinoseg mode=eval "
-        "'resume=[RUN,RUN]' mode.split=val mode.ensemble.out_of_fold=true"
+        "Scores that cannot be pooled over folds, since run folders lack counts of them, or the metric's settings "
+        f"differ, are left out: {join_names(names)}. To pool those of one recipe, give its run of each fold: python -m "
+        "dinoseg mode=eval 'resume=[RUN,RUN]' mode.split=val mode.ensemble.out_of_fold=true"
     )
 
 

@@ -25,7 +25,7 @@ from dinoseg.config.composition import SHIPPED
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.core.metric import INFINITE_IMAGES, plain_score
+from dinoseg.core.metric import INFINITE_IMAGES, RowMetric
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.extensions.compare.effects import FOLD, SEED, effects_table, estimate_effects
 from dinoseg.extensions.compare.paper_table import (
@@ -37,15 +37,14 @@ from dinoseg.extensions.compare.paper_table import (
     format_score,
     write_paper_tables,
 )
+from dinoseg.extensions.sweeps.folds import BuildMetrics, pool_matrix, pool_records
 from dinoseg.extensions.sweeps.job_results import JobResults, describe_runs, find_swept_keys, list_runs
 from dinoseg.extensions.sweeps.lifetime import end_with_sweep, note_sweep
-from dinoseg.metrics.counts import iou, mean_defined, ratio
-from dinoseg.report.table import CHOSEN_HERE
 from dinoseg.runs.location import locate_runs
 from dinoseg.runs.log_file import LABEL
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, join_names, printable
+from dinoseg.utils.wording import count_of, printable
 
 SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the score tables
     "miou": "mIoU %",
@@ -78,20 +77,23 @@ _CAPTIONS = {
 Row = dict[str, Any]
 
 
-def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+def over_folds(
+    rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str], build_metrics: BuildMetrics | None = None
+) -> list[Row]:
     """Return a row for each setting, with the number of folds that have a score under `folds`.
 
-    The seeds of a fold are averaged. Scores count each pixel of all folds once: they come from the sum of the confusion
-    matrices, or of layers from the records of images. Their names are under `pooled`; other scores are None. If no
-    setting has pooled scores, all are means over folds. Columns named after the score and a suffix hold the sample
-    standard deviation over folds, and the ends of the 95 % interval over groups of images, as in mode=compare. They are
-    None where undefined. There is no interval if a job has no record of its images, as with `mode.report=false`. If all
-    images are one group, it is over seeds alone, and needs several in each fold.
+    The seeds of a fold are averaged. Scores count each image of all folds once: they come from the sum of the confusion
+    matrices, or of layers and further metrics from the records of images. Their names are under `pooled`; other scores
+    are None. If no setting has pooled scores, all are means over folds. Columns named after the score and a suffix hold
+    the sample standard deviation over folds, and the ends of the 95 % interval over groups of images, as in
+    mode=compare. They are None where undefined. There is no interval if a job has no record of its images, as with
+    `mode.report=false`. If all images are one group, it is over seeds alone, and needs several in each fold.
 
     Args:
         rows: of all jobs.
         settings: swept keys except fold and seed.
         scores: keys to summarise.
+        build_metrics: builds the further metrics that are pooled; None: there are none.
     """
     joined = []
     for jobs in _group_rows(rows, settings):
@@ -106,9 +108,9 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
         pooled: Row = {}
         if any(matrices):
             means = [np.mean(of_fold, axis=0) for of_fold in matrices if of_fold]
-            pooled = _pool_scores(np.sum(means, axis=0), jobs[0])
-        records, row["remark"] = _pool_records([Path(job["run"]) for job in jobs if job.get("run")])
-        # of layers, which have no matrix
+            pooled = pool_matrix(np.sum(means, axis=0), jobs[0])
+        records, row["remark"] = pool_records([Path(job["run"]) for job in jobs if job.get("run")], build_metrics)
+        # of layers, which have no matrix, and of further metrics
         pooled |= {key: score.value for key, score in records.items() if score.value is not None}
         for key in scores:
             found = records.get(key)
@@ -162,39 +164,12 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
     return found | {key: rows[0][key] for key in settings}
 
 
-def _pool_scores(counts: np.ndarray, job: Row) -> Row:
-    """Return the scores of the confusion matrix (K, K) of all folds, whose rows are the reference.
+def _build_metrics(config: DictConfig, place: Path, root: str) -> Sequence[RowMetric]:
+    """Return the metrics of an evaluation of a job, see `build_metrics`."""
+    from dinoseg.experiment.builder import Builder  # imports torch
+    from dinoseg.extensions.compare.pooled_scores import build_metrics
 
-    `background` and `ignored_class` of a job's row are ids, or None.
-    """
-    background, ignored = job.get("background"), job.get("ignored_class")
-    hits = counts.diagonal()
-    ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
-    if ignored is not None:
-        ious[ignored] = np.nan
-    objects = {} if background is None else {"miou_no_background": mean_defined(np.delete(ious, background))}
-    scores = {"miou": mean_defined(ious), **objects, "accuracy": ratio(hits.sum(), counts.sum())}
-    return {key: plain_score(value) for key, value in scores.items()}
-
-
-def _pool_records(runs: Sequence[Path]) -> tuple[dict[str, Score], str]:
-    """Return the scores of a setting over all folds, with their intervals, and a note on them.
-
-    There are none if a job has no record of its images, or if one fold alone has a score.
-    """
-    from dinoseg.extensions.compare.comparison import side_scores  # imports torch
-    from dinoseg.extensions.compare.sides import describe_folds, has_record, read_side
-
-    if not runs or not all(map(has_record, runs)):
-        return {}, ""
-    try:
-        side = read_side(runs)
-    except UserError as error:
-        return {}, f"no interval of {join_names([str(run) for run in runs])}: {error}"
-    remark = describe_folds([side])
-    if side.chosen_here:
-        remark += f". {CHOSEN_HERE}"
-    return {} if side.pooled is None else side_scores(side), remark
+    return build_metrics(Builder(job_config(config, config.hydra)), place, root)
 
 
 class SweepTable(Callback):
@@ -284,6 +259,7 @@ class SweepTable(Callback):
 
     def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str]) -> None:
         """Print and write the table, and that of single jobs if folds or seeds are averaged."""
+        build_metrics = partial(_build_metrics, config)
         score, sign = _find_rank(columns)
         swept = find_swept_keys(jobs)
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
@@ -298,7 +274,10 @@ class SweepTable(Callback):
         if averaged:
             _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
             swept = [key for key in swept if key not in averaged]
-            rows = (over_folds if FOLD in averaged else over_seeds)(rows, swept, columns)
+            if FOLD in averaged:
+                rows = over_folds(rows, swept, columns, build_metrics)
+            else:
+                rows = over_seeds(rows, swept, columns)
             pooled = {key for row in rows for key in row.get("pooled", ())}
             if pooled:
                 left_out = [key for key in columns if key not in {*pooled, *OTHERS}]
@@ -322,7 +301,11 @@ class SweepTable(Callback):
         print("".join(f"{remark}\n" for remark in remarks), end="")
         failed = [_describe_failure(*run) for run in zip(runs, settings, strict=True) if run[0].get(score) is None]
         scores = [key for key in columns if key == ranked or key not in OTHERS]
-        bold, note = _find_significance(path.parent, rows, jobs, scores, ranked) if ranked in MAIN_SCORES else ({}, "")
+        bold, note = (
+            _find_significance(path.parent, rows, jobs, scores, ranked, build_metrics)
+            if ranked in MAIN_SCORES
+            else ({}, "")
+        )
         labels = [*swept, *counts]
         cells = [
             [
@@ -359,11 +342,16 @@ def _score(row: Row, key: str) -> Score:
 
 
 def _find_significance(
-    sweep: Path, rows: Sequence[Row], jobs: Sequence[Row], scores: Sequence[str], ranked: str
+    sweep: Path,
+    rows: Sequence[Row],
+    jobs: Sequence[Row],
+    scores: Sequence[str],
+    ranked: str,
+    build_metrics: BuildMetrics,
 ) -> tuple[dict[str, int], str]:
     """Print how many settings are significantly worse than the best, and the test; return `find_bold` of the scores.
 
-    The best setting is that of the score `ranked`, of which nothing is tested if folds are pooled, unless it is mIoU.
+    The best setting is that of the score `ranked`, of which nothing is tested if folds cannot pool it.
 
     There is nothing if a row with a score has no record of images, or cannot be compared with the others.
     """
@@ -373,7 +361,7 @@ def _find_significance(
     runs = {str(job["job"]): job["run"] for job in jobs if job.get("run")}
     scored = [str(row["job"]).split(",") for row in rows if row.get(ranked) is not None]
     try:
-        sides = sides_of([[runs[number] for number in numbers if number in runs] for numbers in scored])
+        sides = sides_of([[runs[number] for number in numbers if number in runs] for numbers in scored], build_metrics)
     except UserError:
         return {}, ""
     if len(sides) < len(scored):  # a swept key that is not part of a recipe

@@ -44,7 +44,8 @@ def test_best_runs_can_be_pasted_into_a_shell(jobs, value):
 def of_job(folder, number=0, sweeper=None, metric=None):
     """Return what Hydra's config says to a job of a sweep."""
     hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
-    return OmegaConf.create({"hydra": hydra, "mode": {}, "metric": metric or {}})
+    hydra |= {"overrides": {"task": []}, "runtime": {"choices": {}, "config_sources": []}}
+    return OmegaConf.create({"hydra": hydra, "mode": {}, "metric": metric or {}, "trust": None})
 
 
 def end_job(folder, number, words, value, **config):
@@ -436,7 +437,9 @@ def test_interval_of_folds_is_that_of_their_images(tmp_path):
     for path in list((tmp_path / "data/val").rglob("*.png")):
         path.rename(path.with_name(f"val{path.name}"))
     folds = ("data.folds=3", "data.fold=0,1,2", "head=linear,mlp")
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "mode.pictures=0", *folds)
+    done = call(
+        tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "mode.pictures=0", *folds, "metric=[nsd]"
+    )
     assert done.status == 0, done.err
     (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
     rows = {row["head"]: row for row in rows_of(path)}
@@ -453,6 +456,9 @@ def test_interval_of_folds_is_that_of_their_images(tmp_path):
         found = [float(rows[head][f"mIoU %{part}"]) for part in ("", " low", " high")]
         assert found == pytest.approx([100 * value, *ends], abs=0.0051)
         assert records[jobs[0]].source.endswith("best.safetensors")
+        stored = [np.load(path.parent / f"{job}/evaluation/counts.npz") for job in jobs]
+        values, images = sum(each["nsd/pairs"].sum(axis=(0, 2)) for each in stored)
+        assert float(rows[head]["nsd"]) == pytest.approx(values / images, abs=1e-12)
     assert "significantly worse than the best setting" in done.out
     assert "each image is scored by the run of its fold (3 folds). Weights: the last," in done.out
     done = call(tmp_path, "mode=compare", f"runs=[{path.parent}]", "hydra.run.dir=compared")
