@@ -4,7 +4,6 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.results import mask_names
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Positive
+from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.wording import count_of, join_names
 from dinoseg.utils.workers import in_processes
 
@@ -30,6 +29,12 @@ logger = logging.getLogger(__name__)
 _FEW = 64  # number of images below which starting processes costs more than it saves
 _RATE = 25.0  # frames per second of a video without a valid rate
 _ROUNDING = 1e-6  # tolerance in seconds of a frame's time at a step
+# from parameters of `open_unmasked` to the keys that set them
+UNMASKED = {
+    "source": "trainer.unlabelled",
+    "every": "trainer.unlabelled_every",
+    "batch_size": "trainer.unlabelled_batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -92,20 +97,30 @@ def find_unmasked_images(
 
 
 def open_unmasked(
-    builder: Builder, data_module: ImageDataModule, batch_size: int | None, **source: Any
+    builder: Builder,
+    data_module: ImageDataModule,
+    *,
+    source: str | None,
+    every: Positive,
+    batch_size: Count | None,
+    exclude: Collection[str] = (),
 ) -> ImageDataModule | None:
     """Return the feed of a training's images without masks; None if there are none.
 
     Args:
         builder: builds the parts of the experiment.
         data_module: feed of the images with masks.
+        source: see `find_unmasked_images`.
+        every: see `find_unmasked_images`.
         batch_size: images without masks per batch, over all ranks; None: as many as images with masks.
-        source: further arguments of `find_unmasked_images`.
+        exclude: see `find_unmasked_images`.
 
     Raises:
         UserError: see `find_unmasked_images`; or the batch size does not fit.
     """
-    found = find_unmasked_images(builder, data_module.train, data_module.val, **source)
+    found = find_unmasked_images(
+        builder, data_module.train, data_module.val, source=source, every=every, exclude=exclude
+    )
     if not found:
         if batch_size is not None:
             raise UserError(

@@ -38,25 +38,24 @@ class FewMasksLoss(Loss):
         criterion: the loss on masks.
         num_classes: K.
         ignore_index: id of pixels without a label.
-        views: V, number of strong views.
+        strong_views: V, number of strong views.
     """
 
-    def __init__(self, criterion: Loss, num_classes: int, ignore_index: int, views: int) -> None:
+    def __init__(self, criterion: Loss, num_classes: int, ignore_index: int, strong_views: int) -> None:
         super().__init__()
         self.criterion = criterion
         self.needs = criterion.needs
         self.sums_over_batch = criterion.sums_over_batch
-        self.num_divisors = criterion.num_divisors + views
+        self.num_divisors = criterion.num_divisors + strong_views
         self.cross_entropy = CrossEntropy(torch.ones(num_classes), ignore_index, average="all")
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and its parts: `masks`, `pseudo_labels`, and the facts of the batch."""
         if not isinstance(batch, StudentBatch):
             return self.criterion(prediction, batch)
-        labelled = prediction.of_images(slice(0, batch.labelled.count))
-        value, parts = self.criterion(labelled, batch.labelled)
-        taught = safe_divide(self._sums(prediction, batch), batch.counted).mean()
-        return (value + taught) / 2, _name_parts(parts, value, taught, batch)
+        ours = self.criterion.divisors(batch.labelled).to(batch.counted)
+        total, _, parts = self.step_loss(prediction, batch, torch.cat([ours, batch.counted]))
+        return total, parts
 
     def divisors(self, batch: Any) -> Tensor:
         """Return the divisors of the loss on masks, and each view's pixels that are not padding."""
@@ -73,19 +72,15 @@ class FewMasksLoss(Loss):
         sums = self._sums(prediction, batch)
         alone = safe_divide(sums.detach(), batch.counted).mean()
         total = (part + safe_divide(sums, others).mean()) / 2
-        return total, (value + alone) / 2, _name_parts(parts, value, alone, batch)
+        parts = {**parts, "masks": value.detach(), "pseudo_labels": alone, **batch.facts}
+        return total, (value.detach() + alone) / 2, parts
 
     def _sums(self, prediction: Prediction, batch: StudentBatch) -> Tensor:
         """Return the summed cross-entropy (V,) of each view."""
-        sums = []
-        end = batch.labelled.count
-        for targets in batch.targets:
-            start = end
-            end = start + len(targets)
-            mean, _ = self.cross_entropy(prediction.of_images(slice(start, end)), Batch.of_masks(targets))
-            sums.append(mean * targets.numel())
-        return torch.stack(sums)
-
-
-def _name_parts(parts: dict[str, Tensor], value: Tensor, taught: Tensor, batch: StudentBatch) -> dict[str, Tensor]:
-    return {**parts, "masks": value.detach(), "pseudo_labels": taught.detach(), **batch.facts}
+        size = batch.targets.shape[1]
+        starts = range(batch.labelled.count, len(batch.names), size)
+        means = [
+            self.cross_entropy(prediction.of_images(slice(start, start + size)), Batch.of_masks(targets))[0]
+            for start, targets in zip(starts, batch.targets, strict=True)
+        ]
+        return torch.stack(means) * batch.targets[0].numel()

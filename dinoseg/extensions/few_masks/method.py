@@ -2,25 +2,24 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.sources import source_origin
-from dinoseg.core.task import ObjectTask, refuse_layers
+from dinoseg.core.task import refuse_layers
 from dinoseg.data.loader import sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.distillation.unmasked import find_unmasked_images, open_unmasked
+from dinoseg.extensions.distillation.unmasked import UNMASKED, open_unmasked
 from dinoseg.extensions.few_masks.loss import FewMasksLoss
 from dinoseg.extensions.few_masks.teacher import FewMasksBatch, Teacher, TeacherAverage, predict_labels
 from dinoseg.extensions.few_masks.views import UnlabelledViews, join_views
 from dinoseg.methods.images import ImageTraining
-from dinoseg.methods.training import Training
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.report.log import RunLog
 from dinoseg.report.overlay import blend, legend_of, side_by_side
@@ -30,25 +29,8 @@ from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import tensors_of
 from dinoseg.training.trainer import TrainingSetup
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Range, Share, check_value
-from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the pseudo-labels.
-
-    Args:
-        threshold: probability from which the teacher's class is a pseudo-label.
-        views: number of strong views of an image.
-        dropout: complementary channel dropout of two views.
-    """
-
-    threshold: Share
-    views: Annotated[int, Range("1 or 2", 1, 2)]
-    dropout: bool
 
 
 @dataclass(kw_only=True)
@@ -63,14 +45,14 @@ class FewMasksDataModule(ImageDataModule):
 
     unlabelled: UnlabelledViews
     unlabelled_batch_size: int
-    teacher: Teacher | None = None
+    teacher: Teacher = field(init=False)
 
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's share of every batch from number `start` on, without end."""
         others = sample_batches(
-            self.unlabelled.read,
+            self.unlabelled.read_views,
             join_views,
-            len(self.unlabelled.drawn.data),
+            len(self.unlabelled.data),
             batch_size=self.unlabelled_batch_size,
             seed=self.seed,
             start=start,
@@ -83,13 +65,12 @@ class FewMasksDataModule(ImageDataModule):
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the validation of `ImageDataModule`, with pictures of pseudo-labels too."""
         scores, pictures = super().validate(model, loss, engine)
-        chosen = spread(len(self.unlabelled.drawn.data), self.pictures, self.world_size) if engine.is_main else ()
+        chosen = spread(len(self.unlabelled.data), self.pictures, self.world_size) if engine.is_main else ()
         return Validation(scores, pictures | dict(self._draw(model, engine, index) for index in chosen))
 
     def _draw(self, model: SegmentationModel, engine: Engine, index: int) -> tuple[str, np.ndarray]:
         """Return the name and the picture of an image: weak view, pseudo-labels, and the teacher's probabilities."""
-        assert self.teacher is not None
-        views = self.unlabelled.read(0, index).to(engine.device)
+        views = self.unlabelled.read_views(0, index).to(engine.device)
         ids, confidence = predict_labels(model, views.weak, engine.autocast)
         sure = (confidence >= self.teacher.threshold) & ~views.padding
         labels = ids.where(sure, self.val.ignore_index)[0].cpu().numpy()
@@ -115,27 +96,21 @@ class FewMasks(ImageTraining):
         super().__init__(builder)
         self._name = f"trainer={builder.options['trainer']}"
         refuse_layers(builder.task, self._name, "Choose trainer=supervised.")
-        if isinstance(builder.task, ObjectTask):
-            raise UserError(f"{self._name} labels pixels, not objects. Choose trainer=supervised, or task=semantic.")
         if builder.value("trainer.ema") is None:
             raise UserError(f"{self._name}: trainer.ema=null leaves no teacher. Set a decay, such as 0.996.")
-        keys = {part.name: f"trainer.{part.name}" for part in fields(Options)}
-        self._options = Options(**builder.arguments(Options, keys))
-        if self._options.dropout and self._options.views == 1:
-            raise UserError("trainer.dropout=true drops other channels in a second view. Set trainer.views=2.")
-        self._source = builder.arguments(
-            find_unmasked_images, {"source": "trainer.unlabelled", "every": "trainer.unlabelled_every"}
-        )
-        self._batch_size = builder.value("trainer.unlabelled_batch_size")
-        check_value("trainer.unlabelled_batch_size", self._batch_size, Count | None)
+        self._of_teacher = builder.arguments(Teacher, {"threshold": "trainer.threshold", "dropout": "trainer.dropout"})
+        self._of_views = builder.arguments(UnlabelledViews, {"strong_views": "trainer.views"})
+        self._of_images = builder.arguments(open_unmasked, UNMASKED)
 
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a head or an engine that the teacher or the dropout does not fit."""
         super().check_parts(model, world_size)
         head = f"head={self.builder.options['head']}"
         if model.head.mixture:
-            raise UserError(f"{self._name} needs scores of each pixel, and {head} has masks. Choose head=dpt.")
-        if self._options.dropout and type(model.head).run is not Head.run:
+            raise UserError(
+                f"{self._name} needs scores of each pixel, and {head} has masks. Choose head=dpt, task=semantic."
+            )
+        if self._of_teacher["dropout"] and type(model.head).run is not Head.run:
             raise UserError(f"trainer.dropout=true: {head} does not read feature maps alone. Choose head=dpt.")
         if self.engine.sharded:
             raise UserError(f"{self._name} needs whole weights on each device. Leave engine.sharding out.")
@@ -146,47 +121,38 @@ class FewMasks(ImageTraining):
         module = self.data_module
         if not isinstance(module.augment, Augment):
             raise UserError(f"{self._name}: data.augment is no dinoseg.data.transforms.Augment, which tells padding.")
-        files = module.train.source.pairs if isinstance(module.train, PairDataset) else ()
-        labelled = {source_origin(pair.image) for pair in files}
+        whole = self.builder.reader()("train")
+        files = whole if isinstance(whole, PairDataset) else None
+        pairs = files.pairs if files else ()
+        labelled = {source_origin(pair.image) for pair in pairs if pair.name in module.train.names}
         # a mask decides on no crop of an image without one
-        augment = replace(module.augment, cat_max_ratio=None)
-        feed = open_unmasked(
-            self.builder, replace(module, augment=augment), self._batch_size, exclude=labelled, **self._source
-        )
+        others = replace(module, augment=replace(module.augment, cat_max_ratio=None))
+        feed = open_unmasked(self.builder, others, exclude=labelled, **self._of_images)
         if feed is None:
             raise UserError(
                 f"{self._name}: there are no images without masks. Give trainer.unlabelled=<folder, quoted pattern or "
                 "video>, or data.labelled=<share or file of names>, which leaves masks out."
             )
-        whole = self.builder.reader()("train")
-        reference = whole if isinstance(whole, PairDataset) else None
-        rows = {source_origin(pair.image): row for row, pair in enumerate(reference.pairs if reference else ())}
-        origins = [source_origin(source) for source in feed.train.sources]
-        known = {index: rows[origin] for index, origin in enumerate(origins) if origin in rows}
-        views = UnlabelledViews(feed.train_views, augment, self._options.views, reference, known)
+        rows = {source_origin(pair.image): row for row, pair in enumerate(pairs)}
+        origins = enumerate(map(source_origin, feed.train.sources))
+        truths = {index: partial(files.mask, rows[origin]) for index, origin in origins if files and origin in rows}
+        views = UnlabelledViews(**vars(feed.train_views), truths=truths, **self._of_views)
         given = {part.name: getattr(module, part.name) for part in fields(ImageDataModule) if part.init}
         self.data_module = FewMasksDataModule(**given, unlabelled=views, unlabelled_batch_size=feed.batch_size)
-        logger.info("%s with masks, %d without", count_of(len(module.train), "training image"), len(feed.train))
+        logger.info("training images with masks: %d, without: %d", len(module.train), len(feed.train))
 
     def cache_features(self) -> dict[str, str]:
         """Refuse a feature cache: strong views are new in each step."""
-        return Training.cache_features(self)
+        return super(ImageTraining, self).cache_features()
 
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on pseudo-labels."""
-        data = self.data_module.train
-        return FewMasksLoss(loss, len(data.classes), data.ignore_index, self._options.views)
+        return FewMasksLoss(loss, len(self.labels.classes), self.data_module.train.ignore_index, **self._of_views)
 
     def loop_setup(self, log: RunLog) -> TrainingSetup:
         """Return what `fit` takes, with the teacher as the average of the weights."""
         average = TeacherAverage(tensors_of(self.model, trained_names(self.model)), self.settings.ema or 0.0)
         self.data_module.teacher = Teacher(
-            self.model,
-            average,
-            self.engine,
-            self._options.threshold,
-            self._options.dropout,
-            self.data_module.train.ignore_index,
-            bool(self.data_module.unlabelled.rows),
+            self.model, average, self.engine, ignore_index=self.data_module.train.ignore_index, **self._of_teacher
         )
         return replace(super().loop_setup(log), ema=average)

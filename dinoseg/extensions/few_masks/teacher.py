@@ -1,6 +1,5 @@
 """The teacher: an average of the student's weights, which labels weak views; and the student's batches."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -18,6 +17,7 @@ from dinoseg.losses.full_resolution import pixel_values
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import MovingAverage
+from dinoseg.utils.ranges import Share
 
 
 class TeacherAverage(MovingAverage):
@@ -31,17 +31,15 @@ class TeacherAverage(MovingAverage):
 def predict_labels(model: SegmentationModel, weak: Tensor, autocast: Autocast) -> tuple[Tensor, Tensor]:
     """Return the predicted classes (B, H, W) uint8 of views (B, C, H, W), and their probabilities (B, H, W).
 
-    The model predicts in evaluation mode; its mode is restored.
+    The model predicts in evaluation mode, and is in training mode afterwards.
     """
-    training = model.training
     model.eval()
     with torch.no_grad(), autocast():
         prediction = model(weak)
-    model.train(training)
+    model.train()
     ids = prediction.class_ids()
     # tile by tile: no probabilities of all classes at full size
-    confidence = pixel_values(prediction, Batch.of_masks(ids), -1, lambda scores, *_: scores.softmax(0).amax(0))
-    return ids, confidence
+    return ids, pixel_values(prediction, Batch.of_masks(ids), -1, lambda scores, *_: scores.softmax(0).amax(0))
 
 
 def draw_dropout(channels: int, images: int) -> list[Tensor]:
@@ -63,19 +61,17 @@ class Teacher:
         average: of its weights, the teacher.
         engine: device and precision.
         threshold: probability from which a predicted class is a pseudo-label.
-        dropout: whether the student's two views are trained with complementary channel dropout.
+        dropout: whether the student's views are trained with (complementary) channel dropout.
         ignore_index: of the data.
-        has_truth: whether some masks of images without masks are known.
     """
 
     model: SegmentationModel
     average: MovingAverage
     engine: Engine
-    threshold: float
+    threshold: Share
     dropout: bool
     ignore_index: int
-    has_truth: bool
-    _factors: Sequence[Tensor] = field(default=(), init=False)  # (N, C) of the next pass of the student
+    _factors: list[Tensor] = field(default_factory=list, init=False)  # (N, C) of the next pass of the student
 
     def __post_init__(self) -> None:
         """Let the head's input pass through the dropout."""
@@ -85,17 +81,19 @@ class Teacher:
         """Return the batch of the student, with the teacher's pseudo-labels; draw its dropout."""
         with self.average.use_average():
             ids, confidence = predict_labels(self.model, unlabelled.weak, self.engine.autocast)
-        inside = ~unlabelled.padding
-        sure = (confidence >= self.threshold) & inside
-        facts = {"confident": sure.sum() / inside.sum()}
-        if self.has_truth:
-            known = sure & (unlabelled.truth != self.ignore_index)
-            facts["pseudo_accuracy"] = ((ids == unlabelled.truth) & known).sum() / known.sum()
+        sure = (confidence >= self.threshold) & ~unlabelled.padding
         targets = ids.where(sure, self.ignore_index)
         views = range(unlabelled.strong.shape[1])
         strong = torch.cat([unlabelled.mix(unlabelled.strong[:, view], view) for view in views])
         if self.dropout:
-            self._factors = self._draw_factors(labelled.count, len(unlabelled.names))
+            # one mask for all maps of a transformer, one for each level of a pyramid
+            self._factors = [
+                torch.cat([torch.ones(labelled.count, width), *draw_dropout(width, len(ids))[: len(views)]]).to(
+                    ids.device
+                )
+                for width in widths(self.model.backbone.dim, 1)
+            ]
+        known = unlabelled.truth != self.ignore_index
         no_masks = targets.new_full((len(strong), *targets.shape[1:]), self.ignore_index)
         return StudentBatch(
             image=torch.cat([labelled.image, strong]),
@@ -104,20 +102,16 @@ class Teacher:
             labelled=labelled,
             targets=torch.stack([unlabelled.mix(targets, view) for view in views]),
             counted=unlabelled.count_pixels(),
-            facts=facts,
+            facts={
+                "confident": sure.sum() / (~unlabelled.padding).sum(),
+                "pseudo_accuracy": (sure & (ids == unlabelled.truth)).sum() / (sure & known).sum(),
+            },
         )
-
-    def _draw_factors(self, labelled: int, images: int) -> list[Tensor]:
-        """Return the factors of each map that the head reads: one for all maps of a transformer."""
-        dim = self.model.backbone.dim
-        channels = widths(dim, 1)
-        draws = [[torch.ones(labelled, each), *draw_dropout(each, images)] for each in channels]
-        return [torch.cat(draw).to(self.engine.device) for draw in draws]
 
     def _drop_channels(self, _: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Multiply the maps (N, C, h, w) of the student by its factors, once."""
         factors = self._factors
-        self._factors = ()
+        self._factors = []
         if not factors:
             return None
         return ([part * factor[:, :, None, None] for part, factor in zip(inputs[0], cycle(factors), strict=False)],)
