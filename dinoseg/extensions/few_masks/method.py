@@ -151,8 +151,12 @@ class FewMasks(ImageTraining):
 
     def loop_setup(self, log: RunLog) -> TrainingSetup:
         """Return what `fit` takes, with the teacher as the average of the weights."""
-        average = TeacherAverage(tensors_of(self.model, trained_names(self.model)), self.settings.ema or 0.0)
+        return replace(super().loop_setup(log), make_ema=self._make_teacher)
+
+    def _make_teacher(self, model: SegmentationModel, decay: float | None) -> TeacherAverage:
+        """Let the data module label images by an average of a model's weights, and return the average."""
+        average = TeacherAverage(tensors_of(model, trained_names(model)), decay or 0.0)
         self.data_module.teacher = Teacher(
-            self.model, average, self.engine, ignore_index=self.data_module.train.ignore_index, **self._of_teacher
+            model, average, self.engine, ignore_index=self.data_module.train.ignore_index, **self._of_teacher
         )
-        return replace(super().loop_setup(log), ema=average)
+        return average

@@ -80,6 +80,7 @@ class Teacher:
     def complete(self, labelled: Batch, unlabelled: UnlabelledBatch) -> StudentBatch:
         """Return the batch of the student, with the teacher's pseudo-labels; draw its dropout."""
         with self.average.use_average():
+            self.engine.broadcast_buffers(self.model)  # running means differ between ranks
             ids, confidence = predict_labels(self.model, unlabelled.weak, self.engine.autocast)
         sure = (confidence >= self.threshold) & ~unlabelled.padding
         targets = ids.where(sure, self.ignore_index)
@@ -87,24 +88,22 @@ class Teacher:
         strong = torch.cat([unlabelled.mix(unlabelled.strong[:, view], view) for view in views])
         if self.dropout:
             # one mask for all maps of a transformer, one for each level of a pyramid
-            self._factors = [
-                torch.cat([torch.ones(labelled.count, width), *draw_dropout(width, len(ids))[: len(views)]]).to(
-                    ids.device
-                )
-                for width in widths(self.model.backbone.dim, 1)
+            channels = widths(self.model.backbone.dim, 1)
+            draws = [
+                [torch.ones(labelled.count, each), *draw_dropout(each, len(ids))[: len(views)]] for each in channels
             ]
-        known = unlabelled.truth != self.ignore_index
-        no_masks = targets.new_full((len(strong), *targets.shape[1:]), self.ignore_index)
+            self._factors = [torch.cat(draw).to(ids.device) for draw in draws]
         return StudentBatch(
             image=torch.cat([labelled.image, strong]),
-            mask=torch.cat([labelled.mask, no_masks]),
+            mask=torch.cat([labelled.mask, targets.new_full((len(strong), *targets.shape[1:]), self.ignore_index)]),
             names=[*labelled.names, *(unlabelled.names * len(views))],
             labelled=labelled,
             targets=torch.stack([unlabelled.mix(targets, view) for view in views]),
             counted=unlabelled.count_pixels(),
             facts={
                 "confident": sure.sum() / (~unlabelled.padding).sum(),
-                "pseudo_accuracy": (sure & (ids == unlabelled.truth)).sum() / (sure & known).sum(),
+                "pseudo_accuracy": (sure & (ids == unlabelled.truth)).sum()
+                / (sure & (unlabelled.truth != self.ignore_index)).sum(),
             },
         )
 
@@ -112,9 +111,8 @@ class Teacher:
         """Multiply the maps (N, C, h, w) of the student by its factors, once."""
         factors = self._factors
         self._factors = []
-        if not factors:
-            return None
-        return ([part * factor[:, :, None, None] for part, factor in zip(inputs[0], cycle(factors), strict=False)],)
+        pairs = zip(inputs[0], cycle(factors), strict=False)
+        return ([part * factor[:, :, None, None] for part, factor in pairs],) if factors else None
 
 
 @dataclass
