@@ -120,22 +120,29 @@ class FewMasks(ImageTraining):
         super().open_data(engine, pictures=pictures)
         module = self.data_module
         if not isinstance(module.augment, Augment):
-            raise UserError(f"{self._name}: data.augment is no dinoseg.data.transforms.Augment, which tells padding.")
+            raise UserError(f"{self._name}: data.augment does not return padding. Inherit from dinoseg.data.transforms.Augment.")
         whole = self.builder.reader()("train")
         files = whole if isinstance(whole, PairDataset) else None
         pairs = files.pairs if files else ()
         labelled = {source_origin(pair.image) for pair in pairs if pair.name in module.train.names}
-        # a mask decides on no crop of an image without one
-        others = replace(module, augment=replace(module.augment, cat_max_ratio=None))
-        feed = open_unmasked(self.builder, others, exclude=labelled, **self._of_images)
+        feed = open_unmasked(
+            self.builder,
+            # a mask decides on no crop of an image without one
+            replace(module, augment=replace(module.augment, cat_max_ratio=None)),
+            exclude=labelled,
+            **self._of_images,
+        )
         if feed is None:
             raise UserError(
                 f"{self._name}: there are no images without masks. Give trainer.unlabelled=<folder, quoted pattern or "
                 "video>, or data.labelled=<share or file of names>, which leaves masks out."
             )
         rows = {source_origin(pair.image): row for row, pair in enumerate(pairs)}
-        origins = enumerate(map(source_origin, feed.train.sources))
-        truths = {index: partial(files.mask, rows[origin]) for index, origin in origins if files and origin in rows}
+        truths = {
+            index: partial(files.mask, rows[source_origin(source)])
+            for index, source in enumerate(feed.train.sources)
+            if files and source_origin(source) in rows
+        }
         views = UnlabelledViews(**vars(feed.train_views), truths=truths, **self._of_views)
         given = {part.name: getattr(module, part.name) for part in fields(ImageDataModule) if part.init}
         self.data_module = FewMasksDataModule(**given, unlabelled=views, unlabelled_batch_size=feed.batch_size)
