@@ -17,7 +17,7 @@ from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.distillation.unmasked import UNMASKED, open_unmasked
 from dinoseg.extensions.few_masks.loss import FewMasksLoss
-from dinoseg.extensions.few_masks.teacher import FewMasksBatch, Teacher, TeacherAverage, predict_labels
+from dinoseg.extensions.few_masks.teacher import FewMasksBatch, EmaTeacher, TeacherAverage, predict_labels
 from dinoseg.extensions.few_masks.views import UnlabelledViews, join_views
 from dinoseg.methods.images import ImageTraining
 from dinoseg.models.model import SegmentationModel, trained_names
@@ -45,7 +45,7 @@ class FewMasksDataModule(ImageDataModule):
 
     unlabelled: UnlabelledViews
     unlabelled_batch_size: int
-    teacher: Teacher = field(init=False)
+    teacher: EmaTeacher = field(init=False)
 
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's share of every batch from number `start` on, without end."""
@@ -98,7 +98,9 @@ class FewMasks(ImageTraining):
         refuse_layers(builder.task, self._name, "Choose trainer=supervised.")
         if builder.value("trainer.ema") is None:
             raise UserError(f"{self._name}: trainer.ema=null leaves no teacher. Set a decay, such as 0.996.")
-        self._of_teacher = builder.arguments(Teacher, {"threshold": "trainer.threshold", "dropout": "trainer.dropout"})
+        self._of_teacher = builder.arguments(
+            EmaTeacher, {"threshold": "trainer.threshold", "dropout": "trainer.dropout"}
+        )
         self._of_views = builder.arguments(UnlabelledViews, {"strong_views": "trainer.views"})
         self._of_images = builder.arguments(open_unmasked, UNMASKED)
 
@@ -120,7 +122,9 @@ class FewMasks(ImageTraining):
         super().open_data(engine, pictures=pictures)
         module = self.data_module
         if not isinstance(module.augment, Augment):
-            raise UserError(f"{self._name}: data.augment does not return padding. Inherit from dinoseg.data.transforms.Augment.")
+            raise UserError(
+                f"{self._name}: data.augment does not return padding. Inherit from dinoseg.data.transforms.Augment."
+            )
         whole = self.builder.reader()("train")
         files = whole if isinstance(whole, PairDataset) else None
         pairs = files.pairs if files else ()
@@ -163,7 +167,7 @@ class FewMasks(ImageTraining):
     def _make_teacher(self, model: SegmentationModel, decay: float | None) -> TeacherAverage:
         """Let the data module label images by an average of a model's weights, and return the average."""
         average = TeacherAverage(tensors_of(model, trained_names(model)), decay or 0.0)
-        self.data_module.teacher = Teacher(
+        self.data_module.teacher = EmaTeacher(
             model, average, self.engine, ignore_index=self.data_module.train.ignore_index, **self._of_teacher
         )
         return average

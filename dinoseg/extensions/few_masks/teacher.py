@@ -53,7 +53,7 @@ def draw_dropout(channels: int, images: int) -> list[Tensor]:
 
 
 @dataclass
-class Teacher:
+class EmaTeacher:
     """Labels images without masks, and joins them with those with masks to the batch of a student.
 
     Args:
@@ -119,7 +119,7 @@ class Teacher:
 class FewMasksBatch:
     """Images with masks and views of those without; `to` lets the teacher label these."""
 
-    teacher: Teacher
+    teacher: EmaTeacher
     labelled: Batch
     unlabelled: UnlabelledBatch
 

@@ -14,7 +14,7 @@ from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch
 from dinoseg.extensions.few_masks.loss import FewMasksLoss
 from dinoseg.extensions.few_masks.ohem import OhemCrossEntropy
-from dinoseg.extensions.few_masks.teacher import FewMasksBatch, Teacher, TeacherAverage, draw_dropout
+from dinoseg.extensions.few_masks.teacher import FewMasksBatch, EmaTeacher, TeacherAverage, draw_dropout
 from dinoseg.extensions.few_masks.views import UnlabelledBatch, draw_box, draw_strong_view
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.heads.linear import LinearHead
@@ -139,7 +139,7 @@ def test_steps_equal_a_plain_reference(case, tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.extensions.few_masks.teacher.draw_dropout", lambda *_: next(draws))
     average = TeacherAverage(tensors_of(model, trained_names(model)), 0.6)
     engine, log = Engine("cpu", "fp32", workers=0), Rows()
-    labels = Teacher(model, average, engine, threshold, views == 2, 255)
+    labels = EmaTeacher(model, average, engine, threshold, views == 2, 255)
     weights = torch.ones(3, dtype=torch.float64)
     masks = OhemCrossEntropy(weights, threshold=ohem[0], min_kept=ohem[1]) if ohem else CrossEntropy(weights)
     loss = FewMasksLoss(masks, 3, 255, views).double()
@@ -181,7 +181,7 @@ def test_accumulated_batches_have_the_loss_of_each_pixel():
     """The sums of two batches are divided by the pixels of both."""
     rng, model = np.random.default_rng(1), segmenter().eval()
     engine = Engine("cpu", "fp32", workers=0)
-    labels = Teacher(model, TeacherAverage(model.named_parameters(), 0.9), engine, 0.0, False, 255)
+    labels = EmaTeacher(model, TeacherAverage(model.named_parameters(), 0.9), engine, 0.0, False, 255)
     loss = FewMasksLoss(CrossEntropy(torch.ones(3)), 3, 255, 2)
     batches = [FewMasksBatch(labels, *batch) for batch in draw_batches(rng, 2, 2)][:2]
     for batch in batches:
