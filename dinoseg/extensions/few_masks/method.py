@@ -17,7 +17,7 @@ from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.distillation.unmasked import UNMASKED, open_unmasked
 from dinoseg.extensions.few_masks.loss import FewMasksLoss
-from dinoseg.extensions.few_masks.teacher import FewMasksBatch, EmaTeacher, TeacherAverage, predict_labels
+from dinoseg.extensions.few_masks.teacher import EmaTeacher, FewMasksBatch, TeacherAverage, predict_labels
 from dinoseg.extensions.few_masks.views import UnlabelledViews, join_views
 from dinoseg.methods.images import ImageTraining
 from dinoseg.models.model import SegmentationModel, trained_names
@@ -76,7 +76,7 @@ class FewMasksDataModule(ImageDataModule):
         labels = ids.where(sure, self.val.ignore_index)[0].cpu().numpy()
         frame = views.weak[0, :3].permute(1, 2, 0).cpu().numpy()
         grey = (255 * confidence[0, :, :, None]).expand(-1, -1, 3).byte().cpu().numpy()
-        look = {"palette": self.val.palette, "ignore_index": self.val.ignore_index}
+        look: dict[str, Any] = {"palette": self.val.palette, "ignore_index": self.val.ignore_index}
         panels = [("weak view", frame), ("pseudo-labels", blend(frame, labels, **look)), ("confidence", grey)]
         return f"pseudo_labels/{views.names[0]}", side_by_side(panels, legend_of([labels], self.val.classes, **look))
 
@@ -144,7 +144,7 @@ class FewMasks(ImageTraining):
         rows = {source_origin(pair.image): row for row, pair in enumerate(pairs)}
         truths = {
             index: partial(files.mask, rows[source_origin(source)])
-            for index, source in enumerate(feed.train.sources)
+            for index, source in enumerate(feed.train.sources)  # type: ignore[attr-defined]
             if files and source_origin(source) in rows
         }
         views = UnlabelledViews(**vars(feed.train_views), truths=truths, **self._of_views)

@@ -14,7 +14,7 @@ from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch
 from dinoseg.extensions.few_masks.loss import FewMasksLoss
 from dinoseg.extensions.few_masks.ohem import OhemCrossEntropy
-from dinoseg.extensions.few_masks.teacher import FewMasksBatch, EmaTeacher, TeacherAverage, draw_dropout
+from dinoseg.extensions.few_masks.teacher import EmaTeacher, FewMasksBatch, TeacherAverage, draw_dropout
 from dinoseg.extensions.few_masks.views import UnlabelledBatch, draw_box, draw_strong_view
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.heads.linear import LinearHead
