@@ -206,8 +206,14 @@ def small_sets(stand_ins, folder):
     image, mask = "leftImg8bit/{split}/{split}1/{name}_image.jpg", "gtFine/{split}/{split}1/{name}_label.png"
     write_images(folder / "idd20k_lite", image, mask, (*range(7), 255))
     image, mask = "images/{split}/{name}.jpg", "annotations/{split}/{name}.png"
-    write_images(folder / "ade20k", image, mask, (0, 1, 4, 150), splits=("training", "validation"))
+    write_images(folder / "ade20k", image, mask, (0, 1, 4, 150), names="abcd", splits=("training", "validation"))
     return folder
+
+
+@stand_in("NAMES")
+def names_of_two_images(stand_ins, folder):
+    (folder / "names.txt").write_text("a\nb\n")
+    return folder / "names.txt"
 
 
 @stand_in("IDD")

@@ -49,6 +49,7 @@ EXTENSIONS = {
     "example": Extension(("feature_views", "video")),
     "export": Extension(),
     "feature_cache": Extension(),
+    "few_masks": Extension(("distillation",)),
     "feature_views": Extension(("video",)),
     "idd": Extension(),
     "loggers": Extension(),

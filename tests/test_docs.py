@@ -93,7 +93,7 @@ def small_model(words):
         return (*SMALL, *SMALL_WINDOWS, "inference.stride=43")
     if "hparam=idd_m2f" in words:  # whose parts have the sizes of Meta's files, and no weights here
         return ()
-    if {"hparam=idd_lora", "head=dpt"} & set(words):  # whose head reads four maps
+    if {"hparam=idd_lora", "head=dpt", "hparam=unimatch_v2_ade20k"} & set(words):  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
     if any("=eomt" in word or word == "hparam=instance" for word in words) and "head=pmt" not in words:
         windows = SMALL_WINDOWS if "hparam=eomt_ade20k_dinov3" in words else ()

@@ -304,14 +304,18 @@ class MovingAverage:
         self.live = dict(named)
         self.average = {name: value.detach().clone() for name, value in self.live.items()}
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the live weights by 1 - min(decay, (1 + step) / (10 + step)).
+    def decay_at(self, step: int) -> float:
+        """Return the decay after a 0-based step: at most (1 + step) / (10 + step).
 
         This bound lowers the decay in the first steps; otherwise the initial weights would stay in the average long.
         """
         # the bound of TensorFlow's ExponentialMovingAverage (`num_updates`)
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the live weights by 1 - `decay_at(step)`."""
+        share = 1 - self.decay_at(step)
         for averages, values in self._pairs():
             if averages[0].is_floating_point():
                 torch._foreach_lerp_(averages, values, share)

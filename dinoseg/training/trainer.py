@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +95,7 @@ class TrainingSetup:
         checkpoints: progress and checkpoint files of the run.
         log: receives scalars and images.
         settings: length, intervals and options.
+        make_ema: makes the moving average of the weights from the prepared model and `settings.ema`.
     """
 
     model: SegmentationModel
@@ -106,6 +107,7 @@ class TrainingSetup:
     checkpoints: Checkpointer
     log: RunLog
     settings: Settings
+    make_ema: Callable[[SegmentationModel, float | None], MovingAverage | None] = build_ema
 
     def __post_init__(self) -> None:
         """Refuse a score that selects no checkpoint; which scores do depends on the data, too.
@@ -130,7 +132,7 @@ def fit(setup: TrainingSetup) -> Progress:
     data, engine, settings = setup.data, setup.engine, setup.settings
     net = engine.prepare(model)
     # each of these is None in a training without it
-    ema = build_ema(model, settings.ema)
+    ema = setup.make_ema(model, settings.ema)
     scale = engine.loss_scale()
     freeze = build_freeze(model.backbone, optimizer, is_single=engine.world_size == 1)
     frozen_until = 0.0 if freeze is None else freeze.until

@@ -63,8 +63,9 @@ CASES |= {
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
 }
 CASES["masks, background"].append("loss.criterion.interpolation=bilinear")
+CASES["ohem"] += ["loss.criterion.min_kept=30", "loss.criterion.threshold=0.2"]
 BATCHWISE = {"bce_dice", "dice", "tversky", "lovasz", "ce_dice", "ce_dice_cldice", "ce_lovasz", "slot_contrast"}
-BATCHWISE |= {"ce, hardest"}
+BATCHWISE |= {"ce, hardest", "ohem"}
 SEVERAL = {"mask_classification", "bce_dice", "ce_dice", "ce_dice_cldice", "ce_lovasz"}  # divisors
 SEVERAL |= {
     "ce, lovasz per image",

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.distillation.loss import TeacherView, divergence
 from dinoseg.extensions.distillation.teacher import TEACHERS, Teacher, check_named
-from dinoseg.extensions.distillation.unmasked import find_unmasked_images
+from dinoseg.extensions.distillation.unmasked import UNMASKED, open_unmasked
 from dinoseg.extensions.feature_cache.cache import LazyFeatureBatch
 from dinoseg.extensions.feature_cache.form import MAX_BYTES
 from dinoseg.extensions.feature_cache.key import image_hash, origin
@@ -31,7 +31,7 @@ from dinoseg.training.description import TEACHER
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, NotNegative, Temperature, check_value
+from dinoseg.utils.ranges import NotNegative, Temperature
 from dinoseg.utils.units import hash_of
 from dinoseg.utils.wording import count_of
 
@@ -280,11 +280,7 @@ class Distillation(ImageTraining):
         self._loss_options = builder.arguments(
             DistilledLoss, {"weight": "trainer.teacher_weight", "temperature": "trainer.temperature"}
         )
-        self._source = builder.arguments(
-            find_unmasked_images, {"source": "trainer.unlabelled", "every": "trainer.unlabelled_every"}
-        )
-        self._unlabelled_batch_size = builder.value("trainer.unlabelled_batch_size")
-        check_value("trainer.unlabelled_batch_size", self._unlabelled_batch_size, Count | None)
+        self._of_images = builder.arguments(open_unmasked, UNMASKED)
 
     def open_data(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without, and check the teacher."""
@@ -296,7 +292,7 @@ class Distillation(ImageTraining):
         cap = cap_of(**builder.arguments(cap_of, {"gib": "features.gib"}))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = CachedScores(teacher, store, len(train.classes))
-        others = self._others()
+        others = open_unmasked(builder, self.data_module, **self._of_images)
         given = {part.name: getattr(self.data_module, part.name) for part in fields(ImageDataModule) if part.init}
         self.data_module = DistillationDataModule(**given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
@@ -310,24 +306,3 @@ class Distillation(ImageTraining):
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on the teacher's scores."""
         return DistilledLoss(loss, **self._loss_options)
-
-    def _others(self) -> ImageDataModule | None:
-        """Return the feed of images without masks; None if there are none."""
-        data_module = self.data_module
-        found = find_unmasked_images(self.builder, data_module.train, data_module.val, **self._source)
-        if not found:
-            if self._unlabelled_batch_size is not None:
-                raise UserError(
-                    f"trainer.unlabelled_batch_size={self._unlabelled_batch_size}: there are no images without masks. "
-                    "Give trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of "
-                    "names>, which leaves masks out; or leave it out to train on images with masks only."
-                )
-            return None
-        images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)
-        size = self._unlabelled_batch_size or data_module.batch_size
-        if size > len(images) or size % data_module.world_size:
-            raise UserError(
-                f"trainer.unlabelled_batch_size={size} with {count_of(len(images), 'image')} without masks: give a "
-                f"number of at most that, a multiple of {count_of(data_module.world_size, 'device')}, or more images."
-            )
-        return replace(data_module, train=images, batch_size=size)

@@ -1,8 +1,8 @@
 """Images without masks that a training uses in addition to those with masks."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +13,28 @@ from dinoseg.core.sources import ImageSource, source_origin
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.feature_cache.unlabelled import fault
+from dinoseg.extensions.feature_cache.unlabelled import Unmasked, fault
 from dinoseg.extensions.video.access import VideoFrame
 from dinoseg.extensions.video.index import VideoIndex, find_index
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.results import mask_names
-from dinoseg.utils.ranges import Positive
-from dinoseg.utils.wording import join_names
+from dinoseg.training.image_data_module import ImageDataModule
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Positive
+from dinoseg.utils.wording import count_of, join_names
 from dinoseg.utils.workers import in_processes
 
 logger = logging.getLogger(__name__)
 _FEW = 64  # number of images below which starting processes costs more than it saves
 _RATE = 25.0  # frames per second of a video without a valid rate
 _ROUNDING = 1e-6  # tolerance in seconds of a frame's time at a step
+# from parameters of `open_unmasked` to the keys that set them
+UNMASKED = {
+    "source": "trainer.unlabelled",
+    "every": "trainer.unlabelled_every",
+    "batch_size": "trainer.unlabelled_batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,13 @@ class UnmaskedImage:
 
 
 def find_unmasked_images(
-    builder: Builder, train: SegmentationData, val: SegmentationData, *, source: str | None, every: Positive
+    builder: Builder,
+    train: SegmentationData,
+    val: SegmentationData,
+    *,
+    source: str | None,
+    every: Positive,
+    exclude: Collection[str] = (),
 ) -> list[UnmaskedImage]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
@@ -56,6 +70,7 @@ def find_unmasked_images(
         val: the validation images.
         source: `trainer.unlabelled`; None: the training images alone.
         every: seconds between two frames of a video.
+        exclude: origins of images to leave out, see `source_origin`.
 
     Raises:
         UserError: `trainer.unlabelled` names nothing, or something unreadable.
@@ -77,8 +92,51 @@ def find_unmasked_images(
             "Remove them from trainer.unlabelled for scores on unseen images.",
             len(seen),
         )
-    chosen = [*images.values()]
+    chosen = [image for origin, image in images.items() if origin not in exclude]
     return _select_readable(chosen, builder.workers) if builder.skips_faulty_files else chosen
+
+
+def open_unmasked(
+    builder: Builder,
+    data_module: ImageDataModule,
+    *,
+    source: str | None,
+    every: Positive,
+    batch_size: Count | None,
+    exclude: Collection[str] = (),
+) -> ImageDataModule | None:
+    """Return the feed of a training's images without masks; None if there are none.
+
+    Args:
+        builder: builds the parts of the experiment.
+        data_module: feed of the images with masks.
+        source: see `find_unmasked_images`.
+        every: see `find_unmasked_images`.
+        batch_size: images without masks per batch, over all ranks; None: as many as images with masks.
+        exclude: see `find_unmasked_images`.
+
+    Raises:
+        UserError: see `find_unmasked_images`; or the batch size does not fit.
+    """
+    found = find_unmasked_images(
+        builder, data_module.train, data_module.val, source=source, every=every, exclude=exclude
+    )
+    if not found:
+        if batch_size is not None:
+            raise UserError(
+                f"trainer.unlabelled_batch_size={batch_size}: there are no images without masks. "
+                "Give trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of "
+                "names>, which leaves masks out; or leave it out to train on images with masks only."
+            )
+        return None
+    images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)
+    size = batch_size or data_module.batch_size
+    if size > len(images) or size % data_module.world_size:
+        raise UserError(
+            f"trainer.unlabelled_batch_size={size} with {count_of(len(images), 'image')} without masks: give a "
+            f"number of at most that, a multiple of {count_of(data_module.world_size, 'device')}, or more images."
+        )
+    return replace(data_module, train=images, batch_size=size)
 
 
 def list_images(

@@ -1,0 +1,1 @@
+"""Training with few masks and many images: FixMatch and UniMatch V2."""
