@@ -52,7 +52,7 @@ def run(setting, arm, seed, given):
         words += [f"data.labelled={where / 'names.txt'}", f"hydra.run.dir={where / 'run'}"]
         if arm == "probe":
             words = [word for word in words if not word.startswith("engine.")]
-            _call("mode=probe", *words, "head=linear")
+            _call("mode=probe", *words, "head=linear", "mode.layers=[-1]")
             found = json.loads((where / "run/probe.json").read_text(encoding="utf-8"))
             (best,) = [row for row in found["readings"] if row["blocks"] == found["best"]]
             return {"miou": 100 * best["val_miou"]}
