@@ -18,6 +18,7 @@ from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
 from dinoseg.extensions.protocols.folders import score_cases
 from dinoseg.metrics.wrapped import WrappedMetric
+from dinoseg.utils.errors import UserError
 
 CASES = 25
 
@@ -151,3 +152,37 @@ def test_scores_of_other_settings_or_without_counts_are_left_out(tmp_path, reaso
     second = write_fold(tmp_path / "1", other, rows, ["c", "d"], stored=reason != "counts")
     found = pool_folds([dict([first]), dict([second])], 1, lambda *_: [metric] * (reason != "no metric"))
     assert not found.record.scores and not found.record.image_scores and found.left_out == ["median"]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.array([[1.0], [2]], object), "Object arrays"),
+        (np.array([[1.0]]), "its counts are of 1 image, and its record of 2"),
+        (np.array([["x"], ["y"]]), ""),
+        (np.array([[1.0], [9]]), "its counts give a median of 5.0, and its record has 1.5"),
+        (b"", "No data left"),
+        (b"PK\3\4", "not a zip file"),
+    ],
+)
+def test_damaged_counts_are_refused_with_their_folder(tmp_path, values, reason):
+    rows = [{"values": np.array([each])} for each in (1.0, 2.0)]
+    first, second = (write_fold(tmp_path / names, Median(), rows, [*names]) for names in ("ab", "cd"))
+    path = tmp_path / "cd/counts.npz"
+    if isinstance(values, bytes):
+        path.write_bytes(values)
+    else:
+        np.savez(path, classes=second[1].counts, **{"median/values": values})
+    with pytest.raises(UserError, match=f"cd holds a damaged evaluation.json or counts.npz .*{reason}"):
+        pool([first], [second], metric=Median())
+
+
+def test_counts_of_a_metric_are_not_those_of_a_longer_name(tmp_path):
+    rows = [{"values": np.array([1.0])}]
+    folds = []
+    for name in "ab":
+        folds.append([write_fold(tmp_path / name, Median(), rows, [name])])
+        np.savez(
+            tmp_path / name / "counts.npz", **np.load(tmp_path / name / "counts.npz"), **{"median2/values": [[9.0]]}
+        )
+    assert pool(*folds, metric=Median()).record.scores["median"].value == 1
