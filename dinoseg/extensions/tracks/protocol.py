@@ -31,6 +31,10 @@ class TrackProtocol(RowProtocol):
     def __init__(self, categories: Mapping[int, str] | None = None, ignore_id: Natural | None = 10) -> None:
         if any(type(number) is not int for number in categories or ()):
             raise UserError(f"categories={format_value(categories)}: give a whole number as the id of each name.")
+        if ignore_id in (categories or ()):
+            raise UserError(
+                f"ignore_id={ignore_id} is a class of categories, too. Leave the class out, or set ignore_id=null."
+            )
         self._given = None if categories is None else {number: str(name) for number, name in categories.items()}
         self._ignore_id = ignore_id
         # set by `find`: name of each category by its id, and the metric of these

@@ -275,8 +275,11 @@ def test_folders_without_text_files_are_refused(tmp_path):
     check_error(tmp_path, ("reference=gt.json", "prediction=none"), "prediction=none has no JSON file")
     (tmp_path / "loop.json").symlink_to("loop.json")
     check_error(tmp_path, ("reference=gt.json", "prediction=loop.json"), "prediction=loop.json is not a file")
-    words = ("reference=gt", "prediction=found", "protocol.categories={a: car}")
-    check_error(tmp_path, words, "protocol.categories={'a': 'car'}: give a whole number")
+    for given, expected in (
+        ("{a: car}", "protocol.categories={'a': 'car'}: give a whole number"),
+        ("{1: car, 10: region}", "protocol.ignore_id=10 is a class of categories, too"),
+    ):
+        check_error(tmp_path, ("reference=gt", "prediction=found", f"protocol.categories={given}"), expected)
 
 
 @pytest.mark.parametrize(
