@@ -12,8 +12,10 @@ from pycocotools.cocoeval import COCOeval
 
 from dinoseg.core.metric import RowMetric
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
+from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.evaluation.unit_scores import further_scores, leave_units_out
 from dinoseg.extensions.compare.folds import pool_folds
+from dinoseg.extensions.compare.pooled_scores import average_scores
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
 from dinoseg.extensions.protocols.folders import score_cases
@@ -127,6 +129,12 @@ def test_seeds_of_further_metrics_are_averaged(tmp_path):
     for estimates, varied in zip(pooled.seeds_of_further, ((1, 0), (0, 1)), strict=True):
         gap = metric.score(rows[varied[0]][0] + rows[varied[1]][1])["median"] - metric.score(by_seed[0])["median"]
         assert estimates["median"].error == pytest.approx(abs(gap) / 2) and estimates["median"].freedom == 1
+
+
+def test_unit_that_one_seed_scores_is_scored():
+    seeds = [UnitScore(value, [value, None], [value == 1, value == 3], "max", {}) for value in (1.0, 3.0)]
+    mean = average_scores(seeds)
+    assert mean.value == mean.left_out[0] == 2 and [*mean.scored] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["PQ", "wrapped"])

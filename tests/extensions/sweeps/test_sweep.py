@@ -19,7 +19,6 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
 from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.extensions.sweeps import table as sweep_table
-from dinoseg.extensions.sweeps.folds import pool_matrix
 from dinoseg.extensions.sweeps.job_results import describe_runs
 from dinoseg.extensions.sweeps.table import FOLD, SweepTable, over_folds
 from dinoseg.models.heads.linear import LinearHead
@@ -442,12 +441,6 @@ def test_seeds_of_a_fold_are_averaged_before_pooling(tmp_path):
     assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * folds.std(ddof=1), abs=0.01)
     assert (row["folds"], row["seeds"]) == ("2", "2")
     assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 4
-
-
-@pytest.mark.parametrize("key", ["ignored_class", "background"])
-def test_first_class_of_a_matrix_enters_no_mean(key):
-    found = pool_matrix(np.array([[1, 1], [0, 2]]), {key: 0})
-    assert found["miou" if key == "ignored_class" else "miou_no_background"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.heavy
