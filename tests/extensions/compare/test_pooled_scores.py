@@ -183,14 +183,3 @@ def test_damaged_counts_are_refused_with_their_folder(tmp_path, values, reason):
         np.savez(path, classes=second[1].counts, **{"median/values": values})
     with pytest.raises(UserError, match=f"cd holds a damaged evaluation.json or counts.npz .*{reason}"):
         pool([first], [second], metric=Median())
-
-
-def test_counts_of_a_metric_are_not_those_of_a_longer_name(tmp_path):
-    rows = [{"values": np.array([1.0])}]
-    folds = []
-    for name in "ab":
-        folds.append([write_fold(tmp_path / name, Median(), rows, [name])])
-        np.savez(
-            tmp_path / name / "counts.npz", **np.load(tmp_path / name / "counts.npz"), **{"median2/values": [[9.0]]}
-        )
-    assert pool(*folds, metric=Median()).record.scores["median"].value == 1
