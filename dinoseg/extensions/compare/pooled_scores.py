@@ -113,7 +113,7 @@ def _read_in_order(
         # counts of another evaluation would change scores silently
         for name in scores if rows else ():
             values = np.array([plain_score(found[name]), record.scores[name].value], np.float64)
-            if not np.isclose(*values, rtol=1e-9, equal_nan=True):
+            if not np.isclose(values[0], values[1], rtol=1e-9, equal_nan=True):
                 raise ValueError(f"its counts give a {name} of {values[0]}, and its record has {values[1]}")
     return [by_image[name] for name in images if rows]
 
