@@ -1,7 +1,9 @@
 """Record of an image evaluation for comparisons: per-image counts and metadata, stored without pickle."""
 
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from dinoseg.evaluation.scoring.intervals import UnitScore, has_labels, unit_sum
 from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_exists
+from dinoseg.utils.files import check_exists, open_regular
 
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, where RUN is the run folder of the training."
@@ -116,15 +118,26 @@ def read_record(folder: Path) -> ImageRecord:
     Raises:
         UserError: one of its two files is damaged, or of another evaluation.
     """
-    try:
+    with refuse_damage(folder):
         content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        with open(folder / COUNTS, "rb") as file, np.load(file) as arrays:
+        with open_regular(folder / COUNTS) as file, np.load(file) as arrays:
             counts = arrays["classes"]
         palette = [tuple(colour) for colour in content["palette"]]
         scores = {name: UnitScore(**score) for name, score in content["scores"].items()}
         record = ImageRecord(**{**content, "palette": palette, "scores": scores}, counts=counts)
-    except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:
-        raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None
     if counts.shape[::2] != (len(record.images), len(record.classes)):
         raise UserError(f"runs: {RECORD} and {COUNTS} in {folder} are of two evaluations. {_REMEDY}")
     return record
+
+
+@contextmanager
+def refuse_damage(folder: Path) -> Iterator[None]:
+    """Turn errors of reading the record in a folder into one that names the folder.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None

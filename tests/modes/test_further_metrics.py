@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 from command_line import SMALL, call, succeed, write_data
 from config_files import read_whole
@@ -58,6 +59,12 @@ def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
     assert found["own"] == trained and "nsd" not in found["none"]
     assert "boundary_iou" not in found["other"] and found["other"]["nsd"] < found["own"]["nsd"]
     assert found["none"]["miou"] == trained["miou"]
+
+
+def test_counts_are_stored_unless_they_are_in_bins(run):
+    succeed(run, "mode=eval", "resume=run", *MACHINE[:2], "metric=[average_precision,nsd]", "hydra.run.dir=stored")
+    with np.load(run / "stored/counts.npz") as arrays:
+        assert [*arrays] == ["classes", "nsd/pairs"]
 
 
 def test_comparison_and_its_page_have_the_metrics_of_both_runs(run):

@@ -10,11 +10,13 @@ import numpy as np
 
 from dinoseg.checkpoints.run_config import build_saved
 from dinoseg.core.metric import Counts, RowMetric, plain_score
-from dinoseg.evaluation.image_record import COUNTS, ImageRecord
+from dinoseg.evaluation.image_record import COUNTS, ImageRecord, refuse_damage
 from dinoseg.evaluation.scoring.intervals import Estimate, UnitScore, mean_of
 from dinoseg.evaluation.unit_scores import further_scores, leave_units_out
 from dinoseg.experiment.builder import Builder
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import open_regular
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 Fold = Mapping[Path, ImageRecord]  # records of the seeds of a fold, by folder of the evaluation
@@ -58,23 +60,30 @@ def pool_scores(folds: Sequence[Fold], units: Sequence[str], metrics: Sequence[R
         folds: with the same images for all seeds of a fold.
         units: of each image, fold by fold, in the order of the first seeds.
         metrics: of the evaluations.
+
+    Raises:
+        UserError: counts are damaged, or do not give the recorded scores.
     """
     given = [record.scores for fold in folds for record in fold.values()]
     images = [next(iter(fold.values())).images for fold in folds]
     seeds = [*zip(*(fold.items() for fold in folds), strict=False)]
     found = PooledScores({}, [{} for _ in folds if len(seeds) > 1])
     for metric in metrics:
-        main, settings = next(iter(metric.scores)), metric.settings
+        settings = metric.settings
         shared = [
             name
             for name in metric.scores
             if all(name in scores and scores[name].settings == settings for scores in given)
         ]
         rows = [
-            [_read_in_order(place, record, main, names) for (place, record), names in zip(seed, images, strict=True)]
+            [
+                _read_in_order(place, record, metric, shared, names)
+                for (place, record), names in zip(seed, images, strict=True)
+            ]
             for seed in seeds
         ]
-        if not shared or not all(of_fold for of_seed in rows for of_fold in of_seed):
+        stored = {frozenset(row) for of_seed in rows for of_fold in of_seed for row in of_fold[:1] or [{}]}
+        if not shared or not all(stored) or len(stored) > 1:
             continue
         by_seed = [further_scores(metric, leave_units_out(metric, [*chain(*of_seed)], units)) for of_seed in rows]
         found.scores.update({name: average_scores([scores[name] for scores in by_seed]) for name in shared})
@@ -87,9 +96,25 @@ def pool_scores(folds: Sequence[Fold], units: Sequence[str], metrics: Sequence[R
     return found
 
 
-def _read_in_order(place: Path, record: ImageRecord, score: str, images: Sequence[str]) -> list[Counts]:
-    rows = _read_rows(place, score)
-    by_image = dict(zip(record.images, rows, strict=bool(rows)))
+def _read_in_order(
+    place: Path, record: ImageRecord, metric: RowMetric, scores: Sequence[str], images: Sequence[str]
+) -> list[Counts]:
+    """Return the counts of a metric for images of an evaluation; none if it stores none.
+
+    Raises:
+        UserError: they are damaged, or do not give the recorded `scores`.
+    """
+    with refuse_damage(place):
+        rows = _read_rows(place, next(iter(metric.scores)))
+        if len(rows) not in {0, len(record.images)}:
+            raise ValueError(f"its counts are of {count_of(rows, 'image')}, and its record of {len(record.images)}")
+        by_image = dict(zip(record.images, rows, strict=bool(rows)))
+        found = metric.score_rows(rows) if rows else {}
+        # counts of another evaluation would change scores silently
+        for name in scores if rows else ():
+            values = np.array([plain_score(found[name]), record.scores[name].value], np.float64)
+            if not np.isclose(values[0], values[1], rtol=1e-9, equal_nan=True):
+                raise ValueError(f"its counts give a {name} of {values[0]}, and its record has {values[1]}")
     return [by_image[name] for name in images if rows]
 
 
@@ -101,7 +126,7 @@ def _read_rows(folder: Path, score: str) -> list[Counts]:
         score: the main score of the metric.
     """
     columns = {}
-    with np.load(folder / COUNTS) as arrays:
+    with open_regular(folder / COUNTS) as file, np.load(file) as arrays:
         for key in [key for key in arrays.files if key.startswith(f"{score}/") and not key.endswith("/ends")]:
             ends = f"{key}/ends"
             values = arrays[key]

@@ -166,6 +166,8 @@ class DavisLayout:
 
 def tracked_sequence(folder: Path) -> str | None:
     """Return the name of the video whose masks a folder of a mode=track run holds; None for any other folder."""
+    if not folder.is_dir():  # a loop of links cannot be resolved
+        return None
     # the folder in the run may be a link, or a link may lead to it
     places = [place for place in (folder.absolute(), folder.resolve()) if place.name == MASKS and place.is_dir()]
     record = next((path for path in (place.parent / TRACKED for place in places) if path.is_file()), None)

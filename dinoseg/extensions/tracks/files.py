@@ -249,7 +249,7 @@ class YoutubeVisCase(TrackCase):
                 empty = {"size": [height, width], "counts": [height * width]}
                 mask = {
                     "segmentation": empty if frame < 0 else entry["segmentations"][frame],
-                    "area": areas[frame] or 0,
+                    "area": 0 if frame < 0 else areas[frame] or 0,
                 }
                 rows.append((frame, number))
                 masks.append((f"{name}, frame {frame}", {**entry, **mask}))

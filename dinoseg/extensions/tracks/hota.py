@@ -107,8 +107,11 @@ def count_tracks(video: VideoTracks, num_classes: int) -> np.ndarray:
             pairs = _assign(np.where(iou < _MATCHED - _EPSILON, -10000, iou))
             is_counted[pairs[1][iou[pairs] >= _MATCHED - _EPSILON]] = True
         frames[key % num_classes].append(FramePairs(held.ids, found.ids[is_counted], iou[:, is_counted]))
-    none = np.zeros((7, len(ALPHAS)))
-    return np.stack([_count_class(each) if each else none for each in frames] or [none][:0])
+    counts = np.zeros((num_classes, 7, len(ALPHAS)))
+    for label, each in enumerate(frames):
+        if each:
+            counts[label] = _count_class(each)
+    return counts
 
 
 def _group(keys: np.ndarray) -> dict[int, np.ndarray]:

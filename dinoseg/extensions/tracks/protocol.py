@@ -10,7 +10,9 @@ from dinoseg.core.metric import Counts
 from dinoseg.extensions.protocols.contract import Cases, Measured, RowProtocol, ScoringCase
 from dinoseg.extensions.tracks.files import TrackCase, find_mots, find_youtube_vis
 from dinoseg.extensions.tracks.hota import TrackScores
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
+from dinoseg.utils.wording import format_value
 
 
 class TrackProtocol(RowProtocol):
@@ -27,7 +29,13 @@ class TrackProtocol(RowProtocol):
     metric: TrackScores
 
     def __init__(self, categories: Mapping[int, str] | None = None, ignore_id: Natural | None = 10) -> None:
-        self._given = None if categories is None else {int(number): str(name) for number, name in categories.items()}
+        if any(type(number) is not int for number in categories or ()):
+            raise UserError(f"categories={format_value(categories)}: give a whole number as the id of each name.")
+        if ignore_id in (categories or ()):
+            raise UserError(
+                f"ignore_id={ignore_id} is a class of categories, too. Leave the class out, or set ignore_id=null."
+            )
+        self._given = None if categories is None else {number: str(name) for number, name in categories.items()}
         self._ignore_id = ignore_id
         # set by `find`: name of each category by its id, and the metric of these
         self._categories: dict[int, str] = {}

@@ -12,12 +12,15 @@ from pycocotools.cocoeval import COCOeval
 
 from dinoseg.core.metric import RowMetric
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
+from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.evaluation.unit_scores import further_scores, leave_units_out
 from dinoseg.extensions.compare.folds import pool_folds
+from dinoseg.extensions.compare.pooled_scores import average_scores
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
 from dinoseg.extensions.protocols.folders import score_cases
 from dinoseg.metrics.wrapped import WrappedMetric
+from dinoseg.utils.errors import UserError
 
 CASES = 25
 
@@ -128,6 +131,12 @@ def test_seeds_of_further_metrics_are_averaged(tmp_path):
         assert estimates["median"].error == pytest.approx(abs(gap) / 2) and estimates["median"].freedom == 1
 
 
+def test_unit_that_one_seed_scores_is_scored():
+    seeds = [UnitScore(value, [value, None], [value == 1, value == 3], "max", {}) for value in (1.0, 3.0)]
+    mean = average_scores(seeds)
+    assert mean.value == mean.left_out[0] == 2 and [*mean.scored] == [True, True]
+
+
 @pytest.mark.parametrize("name", ["PQ", "wrapped"])
 def test_summed_counts_of_folds_are_those_of_all_images(tmp_path, name):
     metric, rows = {
@@ -151,3 +160,26 @@ def test_scores_of_other_settings_or_without_counts_are_left_out(tmp_path, reaso
     second = write_fold(tmp_path / "1", other, rows, ["c", "d"], stored=reason != "counts")
     found = pool_folds([dict([first]), dict([second])], 1, lambda *_: [metric] * (reason != "no metric"))
     assert not found.record.scores and not found.record.image_scores and found.left_out == ["median"]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.array([[1.0], [2]], object), "Object arrays"),
+        (np.array([[1.0]]), "its counts are of 1 image, and its record of 2"),
+        (np.array([["x"], ["y"]]), ""),
+        (np.array([[1.0], [9]]), "its counts give a median of 5.0, and its record has 1.5"),
+        (b"", "No data left"),
+        (b"PK\3\4", "not a zip file"),
+    ],
+)
+def test_damaged_counts_are_refused_with_their_folder(tmp_path, values, reason):
+    rows = [{"values": np.array([each])} for each in (1.0, 2.0)]
+    first, second = (write_fold(tmp_path / names, Median(), rows, [*names]) for names in ("ab", "cd"))
+    path = tmp_path / "cd/counts.npz"
+    if isinstance(values, bytes):
+        path.write_bytes(values)
+    else:
+        np.savez(path, classes=second[1].counts, **{"median/values": values})
+    with pytest.raises(UserError, match=f"cd holds a damaged evaluation.json or counts.npz .*{reason}"):
+        pool([first], [second], metric=Median())

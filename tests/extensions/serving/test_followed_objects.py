@@ -1,7 +1,10 @@
 """Objects of a video in the app: drawn by their ids, and counted by class."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
+from dinoseg.extensions.serving import source
 from dinoseg.extensions.serving.video import FollowedObjects
 from dinoseg.extensions.tracking.tracker import TrackedObject
 from dinoseg.report.palette import default_palette
@@ -26,3 +29,17 @@ def test_objects_keep_their_colours_while_others_vanish():
     np.testing.assert_array_equal(alone[45:], drawn[45:])  # its number too
     pixels, numbers = followed.count_classes(np.bincount(mask.ravel(), minlength=256))
     assert pixels[2] == 35 * 95 and pixels[1] == 0 and dict(numbers) == {2: 2, 1: 1}
+
+
+def test_app_follows_objects_of_its_least_score(monkeypatch):
+    predictor = SimpleNamespace(model=SimpleNamespace(backbone="backbone"), device="cpu", autocast=None)
+    monkeypatch.setattr(source, "_find_predictor", lambda _: predictor)
+    served = SimpleNamespace(runtime=SimpleNamespace(things=[0]))
+
+    def make(followed, min_score=None, **_):
+        return followed, min_score
+
+    assert source.tracker_maker(make, served, 0.7)() == (predictor.model, 0.7)
+    assert source.tracker_maker(make, served)() == ("backbone", None)
+    served.runtime.things = []
+    assert source.tracker_maker(make, served, 0.7) is None

@@ -327,6 +327,18 @@ def test_long_number_is_rounded_on_screen_but_not_in_the_file(tmp_path, capsys):
     assert "0.0012345678901234567" in (tmp_path / "sweep.csv").read_text()
 
 
+def test_settings_are_compared_with_further_metrics(tmp_path, monkeypatch):
+    given = []
+
+    def refuse(runs, build_metrics=None):
+        given.append(build_metrics)
+        raise UserError(str(runs))
+
+    monkeypatch.setattr("dinoseg.extensions.compare.sides.sides_of", refuse)
+    end_sweep(tmp_path, of_heads(*[{"miou": 0.5, "run": "r"}] * 2))
+    assert callable(*given)
+
+
 def test_folder_belongs_to_one_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dinoseg.extensions.sweeps.table.impossible_cells", lambda _: ([], 0))
     SweepTable().on_multirun_start(of_job(tmp_path))

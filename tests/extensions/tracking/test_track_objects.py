@@ -11,9 +11,12 @@ from failing import fail_after
 
 from dinoseg.checkpoints.trained import TrainedModel
 from dinoseg.core.objects import RunLengths
+from dinoseg.data.classes.labels import Labels
+from dinoseg.extensions.annotations.coco_ids import CocoIds
 from dinoseg.extensions.annotations.rle import parse_counts
 from dinoseg.extensions.tracking import track_mode as mode
 from dinoseg.extensions.tracking.video import mask_folder
+from dinoseg.extensions.tracking.video.track_files import TrackFiles
 from dinoseg.utils.images import read_ids, write_png
 
 CLASSES = ["car", "person", "sky"]
@@ -117,6 +120,17 @@ def test_tracks_are_written_in_both_formats(track, clip):
                 runs = RunLengths.of_counts(parse_counts(mask["counts"], ids.size))
                 np.testing.assert_array_equal(runs.to_mask(ids.shape), ids == number)
     assert not [path for path in (clip / "objects_written/youtube_vis").iterdir() if path.name != "objects.json"]
+
+
+@pytest.mark.parametrize(("images", "video"), [(None, 1), ({"clip": 0}, 0)])
+def test_frames_without_the_object_of_a_track_are_null(tmp_path, images, video):
+    files = TrackFiles(["youtube_vis"], "clip", CocoIds(Labels((), (), 255), {}, images))
+    with files.open(tmp_path, None) as write:
+        for position, number in enumerate((0, 1, 0)):
+            write(position, np.full((2, 3), number, np.uint8))
+    (track,) = json.loads((tmp_path / "youtube_vis/clip.json").read_text())
+    assert [mask is None for mask in track["segmentations"]] == [True, False, True]
+    assert (track["video_id"], track["category_id"], track["score"]) == (video, 1, 1)
 
 
 @pytest.mark.parametrize(

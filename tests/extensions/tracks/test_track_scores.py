@@ -190,11 +190,50 @@ def test_scores_are_printed_and_written_without_torch(tmp_path):
 def test_scores_equal_the_official_code(tmp_path):
     videos = draw_videos(7)
     write_mots(tmp_path, separate(videos))
-    write_youtube_vis(tmp_path, *as_youtube_vis(videos, 7))
     scores = summary(*score(tmp_path / "gt", tmp_path / "found", **NAMED))["scores"]
     assert [scores[name] for name in NAMES] == pytest.approx(OFFICIAL, abs=1e-12)
+    for order in (1, -1):  # equal scores are in the order of ids
+        reference, results = as_youtube_vis(videos, 7)
+        reference["videos"] = reference["videos"][::order]
+        write_youtube_vis(tmp_path, reference, results)
+        scores = summary(*score(tmp_path / "gt.json", tmp_path / "results.json"))["scores"]
+        assert [scores[name] for name in ("AP", "AP50", "AP75", "APs", "APm")] == pytest.approx(OFFICIAL_AP, abs=1e-12)
+
+
+def test_ranges_of_areas_share_their_ends(tmp_path):
+    reference, results = as_youtube_vis([("a", (12, 15), 1, *[[(1, {0: np.ones((12, 15), bool)})]] * 2, {})])
+    for area, expected in ((128**2, (1, 1, None)), (256**2, (None, 1, 1))):
+        reference["annotations"][0].update(areas=[area], iscrowd=0)
+        write_youtube_vis(tmp_path, reference, results)
+        scores = summary(*score(tmp_path / "gt.json", tmp_path / "results.json"))["scores"]
+        assert tuple(scores[name] for name in ("APs", "APm", "APl")) == pytest.approx(expected)
+
+
+def test_ids_of_a_reference_are_its_classes_without_regions(tmp_path):
+    videos = separate(draw_videos(7))
+    write_mots(tmp_path, videos)
+    result = summary(*score(tmp_path / "gt", tmp_path / "found"))
+    assert [(row["id"], row["name"]) for row in result["per_class"]] == [(1, "1"), (2, "2")]
+    check_hota(result, videos)
+
+
+def test_files_without_tracks_have_no_score(tmp_path):
+    for side in ("gt", "found"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "a.txt").touch()
+    assert summary(*score(tmp_path / "gt", tmp_path / "found"))["scores"]["HOTA"] is None
+
+
+def test_track_of_a_video_without_frames_is_missed(tmp_path):
+    track = {"category_id": 1, "video_id": 1, "segmentations": []}
+    reference = {
+        "videos": [{"id": 1, "height": 4, "width": 5, "file_names": []}],
+        "categories": [{"id": 1, "name": "car"}],
+        "annotations": [{**track, "id": 1, "areas": []}],
+    }
+    write_youtube_vis(tmp_path, reference, [{**track, "score": 1}])
     scores = summary(*score(tmp_path / "gt.json", tmp_path / "results.json"))["scores"]
-    assert [scores[name] for name in ("AP", "AP50", "AP75", "APs", "APm")] == pytest.approx(OFFICIAL_AP, abs=1e-12)
+    assert scores["AP"] == 0 and scores["HOTA"] is None
 
 
 def check_error(folder, words, expected):
@@ -234,6 +273,13 @@ def test_folders_without_text_files_are_refused(tmp_path):
     check_error(tmp_path, ("reference=gt", "prediction=none"), "none has no file NAME.txt of MOTS")
     write_youtube_vis(tmp_path, *as_youtube_vis(draw_videos(7)))
     check_error(tmp_path, ("reference=gt.json", "prediction=none"), "prediction=none has no JSON file")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    check_error(tmp_path, ("reference=gt.json", "prediction=loop.json"), "prediction=loop.json is not a file")
+    for given, expected in (
+        ("{a: car}", "protocol.categories={'a': 'car'}: give a whole number"),
+        ("{1: car, 10: region}", "protocol.ignore_id=10 is a class of categories, too"),
+    ):
+        check_error(tmp_path, ("reference=gt", "prediction=found", f"protocol.categories={given}"), expected)
 
 
 @pytest.mark.parametrize(

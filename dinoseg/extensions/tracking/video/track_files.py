@@ -56,7 +56,8 @@ class TrackFiles:
             for number, found in (tracked or {}).items()
             if self.formats
         }
-        video = self.ids.find_image(self.name) or 1
+        known_video = self.ids.find_image(self.name)
+        video = 1 if known_video is None else known_video
         with ExitStack() as stack:
             writers = [stack.enter_context(_WRITERS[name](folder / name / self.name, video)) for name in self.formats]
 
