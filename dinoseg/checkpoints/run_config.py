@@ -69,7 +69,9 @@ def build_saved(builder: Builder, folder: Path, root: str, build: Callable[[Buil
         config = as_read_back(read_config(path))
         config["data"]["root"] = root
         source = Source(str(path), builder.config.get("config_dirs", ()), builder.config["trust"] or ())
-        description = description_of(config, ("seed", "resolution", "data", "task", *groups), source)
+        # a run with the task's own metrics has no key of the group
+        typed = [group for group in groups if group in config]
+        description = description_of(config, ("seed", "resolution", "data", "task", *typed), source)
         return build(Builder.of({**builder.config, **compose_stored(description, source)}))
     except BROKEN as error:
         raise UserError(f"{path} does not define the {' and '.join(('dataset', *groups))} ({error}).") from None

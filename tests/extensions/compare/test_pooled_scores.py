@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from drawn_objects import draw_instances, encode, write_instances
+from omegaconf import OmegaConf
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -14,8 +15,10 @@ from dinoseg.core.metric import RowMetric
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
 from dinoseg.evaluation.scoring.intervals import UnitScore
 from dinoseg.evaluation.unit_scores import further_scores, leave_units_out
+from dinoseg.experiment.builder import Builder
 from dinoseg.extensions.compare.folds import pool_folds
-from dinoseg.extensions.compare.pooled_scores import average_scores
+from dinoseg.extensions.compare.pooled_scores import average_scores, build_metrics
+from dinoseg.extensions.objects.scoring.average_precision import InstanceAveragePrecision
 from dinoseg.extensions.objects.scoring.coco_instances import CocoInstances
 from dinoseg.extensions.objects.scoring.panoptic_quality import PanopticQuality
 from dinoseg.extensions.protocols.folders import score_cases
@@ -183,3 +186,11 @@ def test_damaged_counts_are_refused_with_their_folder(tmp_path, values, reason):
         np.savez(path, classes=second[1].counts, **{"median/values": values})
     with pytest.raises(UserError, match=f"cd holds a damaged evaluation.json or counts.npz .*{reason}"):
         pool([first], [second], metric=Median())
+
+
+def test_metrics_of_a_task_are_built_without_a_key(compose, tmp_path):
+    cfg = compose("mode=train", "hparam=instance", "data=folder_instances", "data.root=DATA", "data.classes=[a,b]")
+    (tmp_path / "config").mkdir()
+    OmegaConf.save(cfg, tmp_path / "config/config.yaml")
+    (metric,) = build_metrics(Builder(cfg), tmp_path, "DATA")
+    assert metric.scores == InstanceAveragePrecision.scores

@@ -41,22 +41,21 @@ class ObjectMetric(RowMetric):
         }
 
     def advise(self, scores: Mapping[str, Any]) -> str:
-        """Return how many objects are not separated, if they are many."""
+        """Return how many objects are not separated, or counted several times, if they are many."""
         classes = scores["classes"]
         annotated, merged, counted, split = (
             sum(row[name] for row in classes) for name in ("annotated", "merged", "counted", "split")
         )
-        found = []
+        notes = []
         if merged > _TOLERATED * annotated:
-            found.append(f"{merged} of {annotated} annotated objects share a predicted one")
+            shared = f"{merged} of {annotated} annotated objects share a predicted one"
+            notes.append(f"Objects are not separated yet: {shared}.")
         if split > _TOLERATED * counted:
-            found.append(f"{split} of {counted} counted objects share an annotated one")
-        if not found:
-            return ""
-        return (
-            f"Objects are not separated yet: {', and '.join(found)}. "
-            f"The mIoU of {scores['miou']:.1%} does not show it. Train longer."
-        )
+            shared = f"{split} of {counted} counted objects share an annotated one"
+            notes.append(f"Objects are counted several times: {shared}.")
+        if notes:
+            notes.append(f"The mIoU of {scores['miou']:.1%} does not show it. Train longer.")
+        return " ".join(notes)
 
 
 def compare_objects(reference: Objects, prediction: Objects, things: Collection[int]) -> dict[str, Objects]:

@@ -162,7 +162,7 @@ def test_errors_are_counted_by_image_and_class():
         [2, 1, 0],
         [1, 0.5, 0],  # of the two images: 1 invented and 1 missed, 2 missed; 1 invented, none
     ]
-    assert metric.advise(result).startswith("Objects are not separated yet: 2 of 3 counted objects share an annotated")
+    assert metric.advise(result).startswith("Objects are counted several times: 2 of 3 counted objects share an")
     assert metric.advise({**result, "classes": result["classes"][1:]}) == ""
     rows = class_table(result, data.classes, metrics=[metric]).splitlines()
     assert [line.split()[-7:] for line in rows if "class 1" in line][-1] == ["0", "1", "0", "0", "1", "0", "0"]
