@@ -126,7 +126,9 @@ def compose_recipe(compose, hparam):
     """Return the options that a recipe chooses, its words, and its config."""
     mode = mode_for(hparam)
     choice = main_choices(mode) | written_choices(hparam)
-    words = (f"mode={mode}", f"hparam={hparam}", *required_overrides(choice))
+    own = {".".join(path) for path, _ in written_values(read("hparam", hparam))}
+    given = [word for word in required_overrides(choice) if word.partition("=")[0] not in own]
+    words = (f"mode={mode}", f"hparam={hparam}", *given)
     return choice, words, compose(*words)
 
 

@@ -27,11 +27,10 @@ class Improbable(Hardest):
     @torch.no_grad()
     def select_pixels(self, costs: Tensor, labelled: Tensor) -> Tensor:
         """Return the selected pixels (B, H, W) bool by their losses; NaN losses are selected too."""
-        if labelled.sum() < self.min_kept:
-            return labelled
         true = (-costs).exp()
         smallest = true.where(labelled, 1.0).flatten().kthvalue(min(self.min_kept, true.numel())).values
-        return labelled & ~(true > smallest.clamp(min=self.threshold))
+        limit = smallest.clamp(min=self.threshold).where(labelled.sum() >= self.min_kept, 1.0)
+        return labelled & ~(true > limit)
 
 
 class OhemCrossEntropy(CrossEntropy):
