@@ -125,6 +125,13 @@ def show_prediction(gallery: Gallery) -> None:
     gallery.save("first_prediction.jpg", figure, "`mode=predict resume=dinoseg:surgery input=dinoseg:surgery`")
 
 
+def show_objects(gallery: Gallery) -> None:
+    """Photograph README's counted objects: a packaged model on a packaged image."""
+    run = gallery.run("objects", "mode=predict", "resume=dinoseg:objects", "input=dinoseg:objects")
+    figure = Image.open(run / "objects_segmentation/comparison.png")
+    gallery.save("objects.jpg", figure, "`mode=predict resume=dinoseg:objects input=dinoseg:objects`")
+
+
 def show_features(gallery: Gallery) -> None:
     """Enlarge the features of a packaged image."""
     words = ("backbone=tiny_surgical", "input=dinoseg:surgery")
@@ -422,6 +429,7 @@ def draw(path: Path, rows: Sequence[Sequence[Panel]], colours: dict[str, tuple[i
 
 SECTIONS: dict[str, Callable[[Gallery], None]] = {
     "prediction": show_prediction,
+    "objects": show_objects,
     "features": show_features,
     "example": show_example,
     "layers": show_layers,

@@ -46,7 +46,8 @@ def test_the_wheel_has_type_annotations_configs_and_assets(tmp_path, monkeypatch
         assets = {
             path.removeprefix("dinoseg/assets/") for path in wheel.namelist() if path.startswith("dinoseg/assets/")
         }
-        assert assets == {"surgery.jpg", "surgery.safetensors", "tiny_surgical.safetensors"}
+        models = {f"{name}.{suffix}" for name in ("objects", "surgery") for suffix in ("jpg", "safetensors")}
+        assert assets == models | {"tiny_surgical.safetensors"}
 
 
 def test_the_citation_names_this_version():

@@ -56,3 +56,35 @@ def test_objects_of_a_map_are_in_order_with_crowds_last():
     assert objects.classes.tolist() == [7, 1, 0] and objects.crowds.tolist() == [False, False, True]
     assert [runs.to_mask((1, 2)).tolist() for runs in objects.masks] == [[[1, 0]], [[0, 1]], [[1, 0]]]
     assert not len(Objects.of_map(np.zeros((0, 3, 4), np.int32)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_union_of_runs_is_that_of_masks(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(40):
+        masks = rng.random((rng.integers(5), *rng.integers(1, 9, 2))) < rng.choice([0, 0.1, 0.5, 0.9])
+        united = RunLengths.union([RunLengths.of_mask(mask) for mask in masks])
+        whole = RunLengths.of_mask(masks.any(axis=0))
+        assert np.array_equal(united.starts, whole.starts) and np.array_equal(united.ends, whole.ends)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_distinct_objects_are_those_of_a_count_by_pixels(seed):
+    rng = np.random.default_rng(seed)
+    left_out = 0
+    for _ in range(40):
+        count = rng.integers(9)
+        masks = rng.random((count, *rng.integers(1, 7, 2))) < rng.choice([0, 0.4, 0.6])
+        labels, scores = rng.integers(2, size=count), rng.choice([0.2, 0.5, 0.7, 0.9], count)
+        kept = []
+        for place in np.argsort(-scores, kind="stable"):
+            better = [other for other in kept if labels[other] == labels[place]]
+            common = masks[place] & masks[better].any(axis=0)
+            if scores[place] >= 0.5 and 2 * common.sum() <= masks[place].sum():
+                kept.append(place)
+        found = Objects.of_masks(masks, labels, scores).distinct()
+        drawn = [runs.to_mask(found.size) for runs in found.masks]
+        assert len(drawn) == len(kept) and all(map(np.array_equal, drawn, masks[sorted(kept)]))
+        assert np.array_equal(found.scores, scores[sorted(kept)])
+        left_out += (scores >= 0.5).sum() - len(kept)
+    assert left_out > 10

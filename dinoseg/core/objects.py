@@ -80,6 +80,23 @@ class RunLengths(NamedTuple):
         last = int(ends[-1] - 1) // height
         return first, RunLengths(starts - first * height, ends - first * height).to_mask((height, last - first + 1))
 
+    def count_before(self, places: np.ndarray) -> np.ndarray:
+        """Return how many ones (M,) of the mask lie before each place (M,)."""
+        begun = np.searchsorted(self.starts, places, side="right")  # runs that start before or at the place
+        pixels = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
+        last_end = np.concatenate([[0], self.ends])[begun]
+        return pixels[begun] - np.maximum(last_end - places, 0)
+
+    @classmethod
+    def union(cls, masks: Sequence["RunLengths"]) -> "RunLengths":
+        """Return the runs of the pixels of any of the masks."""
+        starts, ends = (np.concatenate([np.zeros(0, np.int64), *(mask[side] for mask in masks)]) for side in (0, 1))
+        order = np.argsort(starts, kind="stable")
+        order = order[ends[order] > starts[order]]
+        starts, ends = starts[order], np.maximum.accumulate(ends[order])
+        is_first = np.append(True, starts[1:] > ends[:-1])[: len(starts)]
+        return cls(starts[is_first], ends[np.append(is_first[1:], True)[: len(starts)]])
+
     def to_mask(self, size: tuple[int, int]) -> np.ndarray:
         """Return the mask (H, W) bool of `size` (H, W)."""
         counts = self.to_counts(size[0] * size[1])
@@ -175,9 +192,26 @@ class Objects:
         order = np.argsort(-self.scores, kind="stable")
         return self.select(order[self.areas[order] > 0])
 
-    def of_score(self, minimum: float = MIN_SCORE) -> "Objects":
-        """Return the objects of at least a score, in their order."""
-        return self.select(np.flatnonzero(self.scores >= minimum))
+    def distinct(self, minimum: float = MIN_SCORE) -> "Objects":
+        """Return the objects of at least a score without duplicates, in their order.
+
+        A duplicate is an object of which more than half lies in others of its class with higher scores: several queries
+        of a model often find the same object.
+        """
+        sure = self.select(np.flatnonzero(self.scores >= minimum))
+        covered: dict[int, RunLengths] = {}
+        distinct = []
+        for place in np.argsort(-sure.scores, kind="stable").tolist():
+            label, mask = int(sure.classes[place]), sure.masks[place]
+            others = covered.get(label)
+            if others is None:
+                covered[label] = mask
+            elif 2 * int((others.count_before(mask.ends) - others.count_before(mask.starts)).sum()) <= mask.area:
+                covered[label] = RunLengths.union([others, mask])
+            else:
+                continue
+            distinct.append(place)
+        return sure.select(sorted(distinct))
 
     def select(self, places: Sequence[int] | np.ndarray) -> "Objects":
         """Return the objects at some places, in their order."""

@@ -44,7 +44,7 @@ def load(
 
     Args:
         path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint, or
-            the packaged model `dinoseg:surgery`; or a list of these.
+            a packaged model, `dinoseg:surgery` or `dinoseg:objects`; or a list of these.
         device: auto (CUDA, then MPS, then CPU), cuda, mps or cpu.
         runtime: torch or onnx; None: by the file.
         precision: auto, bf16 or fp32. auto is fp32 for a model trained or exported with `engine.precision=fp32`,

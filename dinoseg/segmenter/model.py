@@ -93,16 +93,29 @@ class Segmentation:
 
     @cached_property
     def objects(self) -> list[SegmentedObject] | None:
-        """The objects of a model of task=instance or task=panoptic, best first; None of other models.
+        """All objects of a model of task=instance or task=panoptic, best first; None of other models.
 
-        Instances of low scores are mostly wrong. Choose a threshold, such as 0.5.
+        Instances of low scores are mostly wrong, and many objects have several. `distinct_objects` are fit for counts.
+        """
+        return None if self.found is None else self._list(self.found)
+
+    def distinct_objects(self, min_score: float = MIN_SCORE) -> list[SegmentedObject]:
+        """Return the objects of at least `min_score` without duplicates, best first: those of `overlay`.
+
+        A duplicate is an object of which more than half lies in others of its class with higher scores.
+
+        Raises:
+            UserError: if the model predicts no objects.
         """
         if self.found is None:
-            return None
-        scores, boxes = self.found.scores.tolist(), self.found.boxes.tolist()
+            raise UserError("This model predicts classes alone. Objects need a model of task=instance or panoptic.")
+        return self._list(self.found.distinct(min_score))
+
+    def _list(self, found: Objects) -> list[SegmentedObject]:
+        each = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks, strict=True)
         return [
-            SegmentedObject(self.facts.classes[label], label, scores[place], tuple(boxes[place]), mask, self.found.size)
-            for place, (label, mask) in enumerate(zip(self.found.classes.tolist(), self.found.masks, strict=True))
+            SegmentedObject(self.facts.classes[label], label, score, tuple(box), mask, found.size)
+            for label, score, box, mask in each
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +142,7 @@ class Segmentation:
     def overlay(self, opacity: float = 0.5, *, min_score: float = MIN_SCORE) -> np.ndarray:
         """Return the image (H, W, 3) uint8 tinted by class; opacity 0..1, 1 = colours alone.
 
-        Objects of at least `min_score` have colours, outlines and numbers, from 1 in the order of `objects`.
+        Objects of at least `min_score` have colours, outlines and numbers, from 1 in the order of `distinct_objects`.
         """
         from dinoseg.report.object_overlay import draw_prediction
         from dinoseg.utils.levels import to_display
@@ -137,7 +150,7 @@ class Segmentation:
         return draw_prediction(
             to_display(self.image),
             self.mask,
-            None if self.found is None else self.found.of_score(min_score),
+            None if self.found is None else self.found.distinct(min_score),
             self.facts.palette,
             ignore_index=self.facts.ignore_index,
             opacity=opacity,

@@ -190,7 +190,9 @@ class PredictedShapes(FurtherOutputs):
         found = prediction.objects
         if found is None:
             found = find_parts(prediction.ids, leave_out=background, joined=self.objects == "class")
-        is_kept = (found.scores >= self.min_score) & (found.areas >= self.min_area) & (found.classes != background)
+        else:
+            found = found.distinct(self.min_score)
+        is_kept = (found.areas >= self.min_area) & (found.classes != background)
         places = np.flatnonzero(is_kept)
         for place, box in zip(places.tolist(), found.select(places).boxes.tolist(), strict=True):
             part = MaskRegion(int(found.classes[place]), found.masks[place], found.size, box)

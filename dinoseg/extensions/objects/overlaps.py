@@ -15,14 +15,6 @@ def overlaps(first: Sequence[RunLengths], second: Sequence[RunLengths]) -> np.nd
     found = np.zeros((len(first), len(second)), np.int64)
     for column, runs in enumerate(second):
         # ones of a mask in [start, end) = ones before end - ones before start: O(R log R), whatever the image's size
-        common = _count_before(runs, ends) - _count_before(runs, starts)
+        common = runs.count_before(ends) - runs.count_before(starts)
         np.add.at(found[:, column], owners, common)
     return found
-
-
-def _count_before(runs: RunLengths, places: np.ndarray) -> np.ndarray:
-    """Return how many ones of a mask lie before each place (M,)."""
-    begun = np.searchsorted(runs.starts, places, side="right")  # runs that start before or at the place
-    pixels = np.concatenate([[0], np.cumsum(runs.ends - runs.starts)])
-    last_end = np.concatenate([[0], runs.ends])[begun]
-    return pixels[begun] - np.maximum(last_end - places, 0)

@@ -64,14 +64,6 @@ class Tracks:
         masks = zip(self.objects.masks, offsets, strict=True)
         return [RunLengths(mask.starts + offset, mask.ends + offset) for mask, offset in masks]
 
-    def join(self) -> RunLengths:
-        """Return the runs of all masks in that image in ascending order; those of masks that overlap do, too."""
-        masks = self.place()
-        starts, ends = (np.concatenate([np.zeros(0, np.int64), *(mask[side] for mask in masks)]) for side in (0, 1))
-        order = np.argsort(starts, kind="stable")
-        order = order[ends[order] > starts[order]]
-        return RunLengths(starts[order], ends[order])
-
 
 @dataclass(frozen=True)
 class VideoTracks:
@@ -125,7 +117,7 @@ class MotsCase(TrackCase):
         found = _read_tracks(prediction, sides[1], categories, size)
         _check_tracks(reference, held)
         _check_tracks(prediction, found)
-        region = _unite(everything.select(np.flatnonzero(is_region)).join())
+        region = RunLengths.union(everything.select(np.flatnonzero(is_region)).place())
         inside = overlaps(found.place(), [region])[:, 0] / np.maximum(found.objects.areas, 1)
         return VideoTracks(held, found, inside > _IGNORED)
 
@@ -190,17 +182,13 @@ def _check_tracks(path: Path, tracks: Tracks) -> None:
     if numbers.max(initial=1) > 1:
         frame, track = pairs[:, numbers.argmax()].tolist()
         raise BadFile(path, f"the id {track} occurs twice in frame {frame}: give each track one mask")
-    runs = tracks.join()
-    overlapping = runs.starts[1:][runs.ends[:-1] > runs.starts[1:]]
+    starts, ends = np.concatenate([np.zeros((2, 0), np.int64), *map(np.stack, tracks.place())], axis=1)
+    order = np.argsort(starts, kind="stable")
+    order = order[ends[order] > starts[order]]
+    overlapping = starts[order[1:]][ends[order[:-1]] > starts[order[1:]]]
     if overlapping.size:
         frame = int(overlapping[0]) // prod(tracks.objects.size)
         raise BadFile(path, f"masks of frame {frame} overlap: give each pixel to one track")
-
-
-def _unite(runs: RunLengths) -> RunLengths:
-    """Return ascending runs without what earlier ones cover."""
-    ends = np.maximum.accumulate(runs.ends)
-    return RunLengths(np.maximum(runs.starts, np.concatenate([[0], ends[:-1]])), ends)
 
 
 @dataclass(frozen=True)
@@ -262,7 +250,7 @@ class YoutubeVisCase(TrackCase):
         scored = replace(
             objects.select(starts),
             size=(height, width * length),
-            masks=[tracks.select(group).join() for group in groups],
+            masks=[RunLengths.union(tracks.select(group).place()) for group in groups],
             # as in the official code, frames without pixels do not count
             areas=np.array([np.mean([area for area in objects.areas[group] if area] or [0]) for group in groups]),
         )

@@ -1,6 +1,7 @@
 """Objects in the results of a model."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from dinoseg.report.palette import default_palette
 from dinoseg.segmenter.facts import ModelFacts
 from dinoseg.segmenter.model import Model
 from dinoseg.segmenter.torch_runtime import TorchRuntime
+from dinoseg.utils.errors import UserError
 
 
 @pytest.fixture
@@ -28,6 +30,16 @@ def test_result_lists_objects(result):
     assert first.class_id == 1 and first.score == pytest.approx(0.99, abs=1e-4)
     assert first.box == (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
     assert "leaf" in repr(first) and "runs" not in repr(first)
+
+
+def test_distinct_objects_are_sure_and_found_once(result):
+    twice = replace(result, found=result.found.select([0, 0, 1, 2, 3]))
+    assert len(twice.objects) == 5
+    for least in (0.5, result.objects[2].score, 1.1):
+        expected = [found for found in result.objects if found.score >= least]
+        assert [each.class_name for each in twice.distinct_objects(least)] == [each.class_name for each in expected]
+    with pytest.raises(UserError, match="predicts classes alone"):
+        replace(result, found=None).distinct_objects()
 
 
 def test_overlay_outlines_and_numbers_objects(result):

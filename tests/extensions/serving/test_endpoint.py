@@ -86,8 +86,8 @@ def test_objects_are_those_of_the_model(tmp_path, task):
 )
 def test_objects_are_selected_by_score_and_class(tmp_path, monkeypatch, query, places):
     model = make_served()
-    masks = np.tile(np.eye(4, 6, dtype=bool), (3, 1, 1))
-    found = Objects.of_masks(masks, [1, 2, 2], [0.99, 0.5, 0.4])
+    masks = np.stack([np.eye(4, 6, place, dtype=bool) for place in (0, 0, 1, 1)])  # the last one is a duplicate
+    found = Objects.of_masks(masks, [1, 2, 2, 2], [0.99, 0.5, 0.4, 0.3])
     monkeypatch.setattr(model.runtime, "predict", lambda images: [(masks[0], found)])
     with client(tmp_path, model=model) as ask:
         entries = ask.post(f"/objects{query}", content=encode_image(picture())).json()

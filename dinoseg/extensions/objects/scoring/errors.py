@@ -68,7 +68,8 @@ def compare_objects(reference: Objects, prediction: Objects, things: Collection[
     Objects of the reference are merged if a predicted one of their class covers more than half of each; predicted ones
     are split if more than half of each lies in one object of their class. Each is found, missed or invented, too.
     """
-    sure = prediction.select(np.flatnonzero((prediction.scores >= SURE) & np.isin(prediction.classes, [*things])))
+    sure = prediction.distinct(SURE)
+    sure = sure.select(np.flatnonzero(np.isin(sure.classes, [*things])))
     common = overlaps(sure.masks, reference.masks)
     areas = np.array([mask.area for mask in sure.masks], np.int64)[:, None]
     held = np.array([mask.area for mask in reference.masks], np.int64)
