@@ -9,6 +9,7 @@ Computing each unit's curve anew costs units times objects instead.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -99,8 +100,9 @@ def leave_units_out(curves: PrecisionCurves) -> tuple[np.ndarray, np.ndarray]:
     for size in range(values.shape[1]):
         own = np.bincount(holders[curves.positives[:, size]], minlength=len(units))
         numbers = own.sum() - own
+        recalls = _list_recalls(numbers)
         for iou in range(values.shape[2]):
-            left = _leave_out(curves.hits[:, size, iou], curves.misses[:, size, iou], owners, numbers)
+            left = _leave_out(curves.hits[:, size, iou], curves.misses[:, size, iou], owners, recalls)
             values[:, size, iou] = np.where(numbers > 0, left, np.nan)
     return units, values
 
@@ -113,18 +115,44 @@ def _is_shifting_cheaper(curves: PrecisionCurves, owners: np.ndarray, count: int
     return bool((most + 1) * (most_hits + 1) * levels < 4 * count)  # measured: equal times at 300 images of 20 objects
 
 
-def _leave_out(hits: np.ndarray, misses: np.ndarray, owners: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return the AP (U,) without each unit, from flags (N,), their units (N,) and the numbers (U,) of other objects."""
+class _Recalls(NamedTuple):
+    """At which hits recalls are read without each unit; units with as many other reference objects share a row.
+
+    Args:
+        kind: (U,), the row of each unit.
+        reached: (K, 101), the number of hits at which each recall is first reached.
+        below: (K, G + 1), how many recalls are reached with each number of hits.
+    """
+
+    kind: np.ndarray
+    reached: np.ndarray
+    below: np.ndarray
+
+
+def _list_recalls(numbers: np.ndarray) -> _Recalls:
+    """Return the recalls from the numbers (U,) of other reference objects of each unit."""
+    kinds, kind = np.unique(numbers, return_inverse=True)
+    recalls = [_count_recalls(number) for number in kinds.tolist()]
+    reached = np.stack([np.repeat(np.arange(len(each)), each)[: len(RECALLS)] for each in recalls])
+    below = np.zeros((len(kinds), max(map(len, recalls))), np.int64)
+    for place, each in enumerate(recalls):
+        below[place, : len(each)] = each.cumsum()
+    return _Recalls(kind, reached, below)
+
+
+def _leave_out(hits: np.ndarray, misses: np.ndarray, owners: np.ndarray, recalls: _Recalls) -> np.ndarray:
+    """Return the AP (U,) without each unit, from flags (N,), their units (N,) and the recalls of units."""
+    count = len(recalls.kind)
     total = int(hits.sum())
     if total == 0:
-        return np.zeros(len(numbers))
+        return np.zeros(count)
     found = hits.cumsum()
     own = np.flatnonzero(hits | misses)
     own = own[np.argsort(owners[own], kind="stable")]
     # a unit with E objects has E + 1 stretches: of the hits before, between and after them
-    stretches = np.bincount(owners[own], minlength=len(numbers)) + 1
+    stretches = np.bincount(owners[own], minlength=count) + 1
     first = stretches.cumsum() - stretches
-    unit = np.repeat(np.arange(len(numbers)), stretches)
+    unit = np.repeat(np.arange(count), stretches)
     later = np.flatnonzero(np.diff(unit, prepend=-1) == 0)
     begin = np.zeros(len(unit), np.int64)
     begin[later] = found[own]
@@ -136,17 +164,11 @@ def _leave_out(hits: np.ndarray, misses: np.ndarray, owners: np.ndarray, numbers
     shift -= shift[:, first[unit]]
 
     # the hits at which recalls are read, and the stretch of each
-    kinds, kind = np.unique(numbers, return_inverse=True)
-    recalls = [_count_recalls(number) for number in kinds.tolist()]
-    reached = np.stack([np.repeat(np.arange(len(each)), each)[: len(RECALLS)] for each in recalls])
-    below = np.zeros((len(kinds), max(map(len, recalls))), np.int64)
-    for place, each in enumerate(recalls):
-        below[place, : len(each)] = each.cumsum()
-    entered = below[kind[unit], begin - shift[0]]  # recalls that are reached before a stretch
+    entered = recalls.below[recalls.kind[unit], begin - shift[0]]  # recalls that are reached before a stretch
     width = len(RECALLS) + 1
-    passed = np.bincount(unit * width + entered, minlength=len(numbers) * width).reshape(-1, width)
+    passed = np.bincount(unit * width + entered, minlength=count * width).reshape(-1, width)
     stretch = first[:, None] - 1 + passed[:, :-1].cumsum(axis=1)  # (U, 101)
-    hit = reached[kind] - 1 + shift[0, stretch]
+    hit = recalls.reached[recalls.kind] - 1 + shift[0, stretch]
 
     # of a stretch the highest precision of all its hits, and of those from each recall on
     highest = _find_highest(

@@ -35,7 +35,7 @@ def test_shifted_curves_equal_new_ones(monkeypatch):
 @pytest.mark.parametrize(("units", "shifted"), [(2000, True), (20, False)])
 def test_many_small_units_are_shifted(monkeypatch, units, shifted):
     chosen = []
-    monkeypatch.setattr(precision_curves, "_leave_out", lambda *sides: chosen.append(True) or np.zeros(len(sides[3])))
+    monkeypatch.setattr(precision_curves, "_leave_out", lambda *sides: chosen.append(True) or np.zeros(units))
     owners = np.arange(2000) % units
     flags = np.ones((2000, 4, 10), bool)
     leave_units_out(PrecisionCurves(flags, ~flags, owners, flags[:, :, 0], owners))
