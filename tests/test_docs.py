@@ -163,7 +163,8 @@ def test_documented_command_runs(command, stand_ins, tmp_path, monkeypatch):
     assert done.status == 0 or mode_of(command) == "doctor", done.err
     written = {path.name for path in tmp_path.rglob("*")}
     pictures = "references" if "input=val" in command else "a_segmentation"
-    pictures = "surgery_segmentation" if "input=dinoseg:" in command else pictures
+    if packaged := re.search(r" input=dinoseg:(\w+)", command):
+        pictures = f"{packaged[1]}_segmentation"
     pictures = "video_left_overlay.mp4" if "VIDEO" in command else pictures
     expected = pictures if mode_of(command) == "predict" else WRITES.get(mode_of(command), "run.log")
     if option := re.search(r" export=(\w+)", command):
