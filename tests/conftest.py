@@ -2,6 +2,7 @@ import gc
 import logging
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Leave out what this machine cannot run, and mark as slow what runs commands, starts processes or composes."""
     for item in items:
@@ -35,8 +36,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    yield  # tests are selected
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)  # long files begin first, so that no worker ends alone
+    counts = Counter(item.path for item in items)
+    # long files begin first, so that no worker ends alone
+    items.sort(key=lambda item: (item.path not in slow, -counts[item.path]))
 
 
 def pytest_collection_finish():
