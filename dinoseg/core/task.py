@@ -225,6 +225,10 @@ class ObjectTask(SemanticTask):
             size: (H, W) of the image.
         """
 
+    def fuse_objects(self, members: Sequence[Objects]) -> Objects:
+        """Return the objects of an image from those of each of several models; of a task whose objects overlap."""
+        raise NotImplementedError
+
     def check_data(self, name: str, kinds: Mapping[str, MapKind], classes: Sequence[str], loss: Any) -> None:  # noqa: B027
         """Refuse data that lack what a training for this task reads, or a loss that cannot be computed on them.
 

@@ -14,7 +14,7 @@ from dinoseg.checkpoints.trained import C, TrainedModel, load_member
 from dinoseg.core.contracts import require_classes
 from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
-from dinoseg.core.task import ObjectTask
+from dinoseg.core.task import ObjectTask, Task
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.evaluation.image_record import read_record
 from dinoseg.evaluation.scoring.intervals import jackknife, unit_sums
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Ensemble:
-    """Several trained models as one, whose class probabilities are averaged with equal weights.
+    """Several trained models as one: class probabilities are averaged with equal weights, and instances fused.
 
     Args:
         offload: whether one model at a time is on the device.
@@ -167,8 +167,10 @@ class TrainedEnsemble(TrainedModel):
         """Return the mean of all members in one pass over whole images.
 
         Raises:
-            UserError: only one member at a time is on the device.
+            UserError: only one member at a time is on the device, or the members find objects.
         """
+        if isinstance(self.model.task, ObjectTask):
+            raise UserError("mode=track follows the objects of one model. Give a single run.")
         if self.averaged.offload:
             raise UserError("mode.ensemble.offload=true: mode=track holds all models on the device. Leave it out.")
         return AveragedModel(self.averaged).eval()
@@ -182,7 +184,7 @@ class TrainedEnsemble(TrainedModel):
         """Return a split on which no member (out of fold: of the image's fold) was trained or selected.
 
         Raises:
-            UserError: one was, or objects of several members would be averaged.
+            UserError: one was, or segments of several members would be fused.
         """
         group, paths = builder.value("data.group"), [*map(Path, builder.checkpoints)]
         if not self.out_of_fold:
@@ -191,10 +193,10 @@ class TrainedEnsemble(TrainedModel):
             return self.data
         folds = {}
         for fold, members in self._folds.items():
-            if len(members) > 1 and isinstance(self.model.task, ObjectTask):
+            if len(members) > 1 and is_panoptic(self.model.task):
                 raise UserError(
-                    f"resume: {len(members)} runs predict fold {fold}, and objects have no average. Give one run of "
-                    "each fold."
+                    f"resume: {len(members)} runs predict fold {fold}, and panoptic segments cannot be fused. Give one "
+                    "run of each fold."
                 )
             folds[fold] = Builder(self.builders[members[0]].with_changes(self._fold_of(members[0])).cfg).dataset(split)
             scoring.check_unseen(folds[fold], group, [paths[number] for number in members])
@@ -302,19 +304,25 @@ def describe_member(
         averages: whether members predict the same images.
 
     Raises:
-        UserError: the model has no classes, or finds objects, which are no averages.
+        UserError: the model has no classes, or finds panoptic segments, which are not fused.
     """
     require_classes(model.head, "A member of the ensemble")
-    if averages and isinstance(model.task, ObjectTask):
-        raise UserError("An ensemble averages the probabilities of classes, and finds no objects. Give a single run.")
+    if averages and is_panoptic(model.task):
+        raise UserError("An ensemble fuses instances, and cannot fuse panoptic segments. Give a single run.")
     return {
         "classes": [*labels.classes],
         "ignored id": labels.ignore_index,
         "task": type(model.task).__name__,
+        "things": sorted(model.task.things) if isinstance(model.task, ObjectTask) else None,
         "task.threshold": model.task.thresholds and [*model.task.thresholds],
         "image format": {**pixels, "channels": model.backbone.channels},
         "post-processing": None if strategy.base is strategy else repr(strategy),
     }
+
+
+def is_panoptic(task: Task) -> bool:
+    """Return whether a task finds objects of which each pixel has one at most."""
+    return isinstance(task, ObjectTask) and not task.overlap
 
 
 def check_members(facts: Mapping[str, Mapping[str, Any]], same_thresholds: str) -> None:

@@ -1,7 +1,8 @@
-"""Inference with several models: each runs by its own strategy, and their class probabilities are averaged."""
+"""Inference with several models: each runs by its own strategy; class probabilities are averaged, objects fused."""
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import upsample
+from dinoseg.core.objects import Objects
 from dinoseg.core.shapes import FrozenFeatures, Prediction
-from dinoseg.core.task import SemanticTask
+from dinoseg.core.task import ObjectTask, SemanticTask
 from dinoseg.inference.auto import Auto
+from dinoseg.inference.objects import ObjectCollector
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.rows import Rows, align
-from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass
+from dinoseg.inference.strategy import Autocast, InferenceStrategy, OnPass, Place
 from dinoseg.inference.windows import Whole, Windows
 from dinoseg.models.model import SegmentationModel, Size, quantised_names
 
@@ -55,8 +58,26 @@ class StackedModel(SegmentationModel):
         return stack([model(features) for model in self.models])
 
 
+@dataclass
+class FusedPrediction(Prediction):
+    """Class probabilities of whole images, and the objects of each that several models have found together."""
+
+    outputs: Tensor
+    found: Sequence[Objects] = ()
+
+    def objects(self, size: Size | None = None) -> list[Objects]:
+        """Return the objects of each image, at the size of the images."""
+        return [*self.found]
+
+    def of_images(self, images: slice) -> "FusedPrediction":
+        """Return the prediction for some of the images."""
+        return replace(self, outputs=self.outputs[images], found=self.found[images])
+
+
 class AveragedStrategy(InferenceStrategy):
     """Mean of the class probabilities of several members with equal weights, after the strategy of each.
+
+    Instances of members are fused by their task (`ObjectTask.fuse_objects`).
 
     A frozen backbone that members share is held once, and runs once for all of them.
 
@@ -89,12 +110,21 @@ class AveragedStrategy(InferenceStrategy):
         size: Size | None = None,
         on_pass: OnPass | None = None,
     ) -> Iterator[Prediction]:
-        """Yield the mean over the members as mixtures, or what a single one predicts for the callback `on_pass`.
+        """Yield the mean over the members as mixtures.
 
-        `model` and `autocast` are those of the members.
+        The callback `on_pass` gets the passes of a single member, or one with the fused objects of several. `model` and
+        `autocast` are those of the members.
         """
+        if self.ids is not None:  # also after an attempt that ran out of memory
+            self.ids = {}
+        if on_pass is not None and len(self.active) > 1:
+            prediction = self._fuse(rows, size)
+            places = [Place(image, 0, 0) for image in range(rows.count)]
+            on_pass(prediction, prediction.outputs, places, prediction.size)
+            yield prediction
+            return
         if on_pass is not None:
-            (number,) = self.active  # the passes of several models are not those of one
+            (number,) = self.active
             member = self.members[number]
             member.model.to(member.device)
             try:
@@ -103,8 +133,6 @@ class AveragedStrategy(InferenceStrategy):
                 if self.offload:
                     member.model.to("cpu")
             return
-        if self.ids is not None:  # also after an attempt that ran out of memory
-            self.ids = {}
         groups = self.groups_of(rows.size)
         streams = [_probabilities(member, rows, size) for member in groups.values()]
         if self.offload:
@@ -142,6 +170,24 @@ class AveragedStrategy(InferenceStrategy):
                 member.model.to("cpu")
             total = total + torch.cat(sums, dim=2)
         return total
+
+    def _fuse(self, rows: Rows, size: Size | None) -> "FusedPrediction":
+        """Return the mean of the probabilities and the fused objects of members, which run one after another."""
+        found, sums = [], []
+        for number in self.active:
+            member = self.members[number]
+            collector = ObjectCollector(member.model.task, rows.count, size or rows.size)
+            member.model.to(member.device)
+            try:
+                bands = member.strategy.bands(member.model, rows, member.autocast, size=size, on_pass=collector)
+                sums.append(torch.cat([self._sum([number], band.probabilities()) for band in bands], dim=2))
+            finally:  # also if it runs out of memory
+                if self.offload:
+                    member.model.to("cpu")
+            found.append(collector.objects())
+        mean = self._as_prediction(torch.stack(sums).sum(dim=0))
+        assert isinstance(mean.task, ObjectTask)
+        return FusedPrediction(**vars(mean), found=[mean.task.fuse_objects(each) for each in zip(*found, strict=True)])
 
     def _sum(self, members: Sequence[int], stacked: Tensor) -> Tensor:
         """Return the sum (B, K, r, W) of the probabilities (B, M K, r, W) of members, and store the ids of each."""

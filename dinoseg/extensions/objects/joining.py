@@ -28,7 +28,7 @@ def join_instances(parts: Sequence[Part], size: tuple[int, int]) -> Objects:
     placed = _place(parts, size)
     groups = _find_groups(parts, placed, size)
     areas = placed.areas
-    masks = [unite_runs([placed.masks[place] for place in group]) for group in groups]
+    masks = [RunLengths.union([placed.masks[place] for place in group]) for group in groups]
     scores = np.array([np.average(placed.scores[group], weights=areas[group]) for group in groups])
     return Objects.of_runs(size, masks, [placed.classes[group[0]] for group in groups], scores).sort_by_score()
 
@@ -59,18 +59,6 @@ def join_segments(parts: Sequence[Part], size: tuple[int, int], things: Collecti
     return Objects.of_runs(size, [*masks.values()], joined.classes[kept], joined.scores[kept])
 
 
-def unite_runs(masks: Sequence[RunLengths]) -> RunLengths:
-    """Return the runs of the pixels of any of some masks of one image; none is empty, and none touch."""
-    starts = np.concatenate([np.empty(0, np.int64), *(mask.starts for mask in masks)])
-    ends = np.concatenate([np.empty(0, np.int64), *(mask.ends for mask in masks)])
-    is_used = ends > starts
-    order = np.argsort(starts[is_used], kind="stable")
-    starts, ends = starts[is_used][order], ends[is_used][order]
-    reached = np.maximum.accumulate(ends)
-    is_new = np.concatenate([[True], starts[1:] > reached[:-1]])[: len(starts)]
-    return RunLengths(starts[is_new], reached[np.roll(is_new, -1)])
-
-
 def place_runs(mask: RunLengths, height: int, size: tuple[int, int], top: int, left: int) -> RunLengths:
     """Return the runs of a mask of a height at a row and column of an image of `size` (H, W)."""
     first = mask.starts // height
@@ -82,7 +70,7 @@ def place_runs(mask: RunLengths, height: int, size: tuple[int, int], top: int, l
     starts = np.maximum(np.repeat(mask.starts, counts), columns * height) - columns * height
     ends = np.minimum(np.repeat(mask.ends, counts), (columns + 1) * height) - columns * height
     offset = (columns + left) * size[0] + top
-    return unite_runs([RunLengths(starts + offset, ends + offset)])
+    return RunLengths.union([RunLengths(starts + offset, ends + offset)])
 
 
 def _place(parts: Sequence[Part], size: tuple[int, int]) -> Objects:

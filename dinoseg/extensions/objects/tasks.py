@@ -20,6 +20,7 @@ from dinoseg.extensions.objects.finding import (
     find_instances,
     find_segments,
 )
+from dinoseg.extensions.objects.fusing import fuse_instances
 from dinoseg.extensions.objects.joining import join_instances, join_segments
 from dinoseg.extensions.objects.reading.things import advise_on_background, find_things
 from dinoseg.extensions.objects.targets import object_targets
@@ -167,6 +168,10 @@ class InstanceTask(ThingTask):
     def join_objects(self, parts: Sequence[tuple[Objects, int, int]], size: tuple[int, int]) -> Objects:
         """Return the objects of an image from those of overlapping parts."""
         return join_instances(parts, size)
+
+    def fuse_objects(self, members: Sequence[Objects]) -> Objects:
+        """Return the fused instances, see `fuse_instances`."""
+        return fuse_instances(members, self.max_instances)
 
 
 class PanopticTask(ThingTask):

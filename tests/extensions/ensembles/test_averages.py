@@ -3,20 +3,16 @@
 import copy
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from drawn_videos import KnownObjects
-from mistakes import assert_refused
 from tiny_parts import tiny_vit
 from torch import nn
 
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import upsample
 from dinoseg.core.task import SEMANTIC, MultilabelTask
-from dinoseg.extensions.ensembles.ensemble import describe_member
 from dinoseg.extensions.ensembles.strategy import AveragedModel, AveragedStrategy, shares_backbone
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.predictor import Predictor
@@ -229,8 +225,3 @@ def test_fewer_members_predict_where_they_alone_are_active():
     averaged = average(members)
     averaged.strategy.active = [1]
     assert (averaged.probabilities(draw_images()) - own).abs().max() < 1e-6
-
-
-def test_a_model_that_finds_objects_is_no_member():
-    member = SimpleNamespace(head=SimpleNamespace(no_classes=None), task=KnownObjects([]))
-    assert_refused(lambda: describe_member(member, None, {}, Whole()), "finds no objects")

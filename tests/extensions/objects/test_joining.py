@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinoseg.core.objects import Objects, RunLengths
-from dinoseg.extensions.objects.joining import join_instances, join_segments, place_runs, unite_runs
+from dinoseg.extensions.objects.joining import join_instances, join_segments, place_runs
 
 SIZE, WINDOW = (60, 90), (36, 40)
 STARTS = (0, 24), (0, 25, 50)  # two borders between windows across, one down
@@ -138,7 +138,7 @@ def test_union_and_place_equal_masks():
         height, width = (int(each) for each in rng.integers(1, 7, 2))
         masks = rng.random((int(rng.integers(0, 4)), height, width)) < rng.choice([0, 0.3, 0.8, 1])
         runs = [RunLengths.of_mask(mask) for mask in masks]
-        union = unite_runs(runs)
+        union = RunLengths.union(runs)
         assert np.array_equal(union.to_mask((height, width)), masks.any(axis=0))
         assert np.array_equal(union.starts, RunLengths.of_mask(masks.any(axis=0)).starts)
         top, left, *more = (int(each) for each in rng.integers(0, 4, 4))
