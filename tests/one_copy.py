@@ -26,26 +26,33 @@ def run(*words: str) -> None:
 
 
 def compose_all() -> int:
-    """Compose each mode, dataset and recipe that is left; return their number.
+    """Compose each mode and dataset that is left; return their number."""
+    from dinoseg.__main__ import CONFIGS
+    from dinoseg.api.compose import compose
+    from dinoseg.config.options import options_in
 
-    A recipe is composed for the first mode that reads its groups.
-    """
+    modes, datasets = (options_in([Path(CONFIGS)], group) for group in ("mode", "data"))
+    for mode in modes:
+        check_targets(compose([f"mode={mode}"]))
+    for dataset in datasets:
+        check_targets(compose(["mode=eval", f"data={dataset}"]))
+    return len(modes) + len(datasets)
+
+
+def compose_recipes() -> int:
+    """Compose each recipe that is left, for the first mode that reads its groups; return their number."""
     from dinoseg.__main__ import CONFIGS
     from dinoseg.api.compose import compose
     from dinoseg.config.options import options_in
     from dinoseg.utils.errors import UserError
 
-    modes, datasets, recipes = (options_in([Path(CONFIGS)], group) for group in ("mode", "data", "hparam"))
-    for mode in modes:
-        check_targets(compose([f"mode={mode}"]))
-    for dataset in datasets:
-        check_targets(compose(["mode=eval", f"data={dataset}"]))
+    recipes = options_in([Path(CONFIGS)], "hparam")
     for recipe in recipes:
         with suppress(UserError):
             compose(["mode=train", f"hparam={recipe}", "data.root=data"])
             continue
         compose(["mode=eval", f"hparam={recipe}", "data.root=data"])
-    return len(modes) + len(datasets) + len(recipes)
+    return len(recipes)
 
 
 def check_targets(cfg: Any) -> None:
@@ -96,6 +103,7 @@ def main() -> None:
     print("composed", compose_all())
     run("mode=train", *SMALL, *FAST, "trainer.steps=2", "hydra.run.dir=run")
     if is_whole_core:
+        print("composed", compose_recipes())
         use_whole_core()
     print("done")
 

@@ -25,6 +25,7 @@ from config_files import (
     written_choices,
     written_targets,
 )
+from extensions import extensions_of_config
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import get_object
@@ -122,6 +123,11 @@ def check(node, path=""):
     return len(list(nodes(to_container(node), path)))  # without those that are interpolations of others
 
 
+def listed(named):
+    """Return the options that a recipe names for a group."""
+    return named if isinstance(named, list) else [named] if named else []
+
+
 def compose_recipe(compose, hparam):
     """Return the options that a recipe chooses, its words, and its config."""
     mode = mode_for(hparam)
@@ -181,6 +187,10 @@ def test_every_recipe_composes_resolves_and_is_restored(recipes):
     for hparam, (choice, _, cfg) in recipes.items():
         assert "mode" not in read("hparam", hparam), f"hparam={hparam} writes keys of a mode: compose it with each"
         check_written(cfg, read("hparam", hparam), f"hparam={hparam}")
+        # so a recipe goes with each extension that it needs
+        chosen = [(group, option) for group, named in written_choices(hparam).items() for option in listed(named)]
+        needed = [extensions_of_config(f"{group}/{option}") for group, option in chosen]
+        assert frozenset().union(*needed) <= extensions_of_config(f"hparam/{hparam}"), hparam
         checked += check(cfg)
         given += check_restored(cfg)
         OmegaConf.resolve(deepcopy(cfg))  # as `--cfg job --resolve` does
