@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
@@ -12,10 +12,11 @@ from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, HighShare, Natural, OnError
+from dinoseg.utils.ranges import Count, Natural, OnError, Range
 from dinoseg.utils.wording import list_reasons
 
 logger = logging.getLogger(__name__)
+LabelledShare = Annotated[float, Range("a share above 0 and at most 1, a file of names", 0, 1, open_at=(0,))]
 
 
 def prepare_dataset(
@@ -29,7 +30,7 @@ def prepare_dataset(
     cache_dir: str | Path = "outputs/.cache",
     longest: Count | None = None,
     workers: Count | None = None,
-    labelled: HighShare | str | None = None,
+    labelled: LabelledShare | str | None = None,
     group: str | None = None,
     seed: Natural = 0,
 ) -> SegmentationData:

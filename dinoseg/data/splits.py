@@ -252,8 +252,8 @@ def read_name_list(path: Path, parameter: str = "lists") -> list[str]:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice or not names:
         raise UserError(
-            f"The file list {path} has {count_of(names, 'name')}, more than once: {join_names(twice) or 'none'}. Write "
-            "each name once, on a line of its own."
+            f"{parameter}={path}: this file list has {count_of(names, 'name')}, more than once: "
+            f"{join_names(twice) or 'none'}. Write each name once, on a line of its own."
         )
     return names
 

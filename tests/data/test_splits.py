@@ -137,7 +137,7 @@ test_message_names_value_and_remedy = refusals(
             "1 of its names are not in the training split: v3/999. Names have the form",
         ),
         "no list of masks": (lambda: labelled_names(NAMES, "absent.txt"), "labelled=", "absent.txt: cannot read this"),
-        "a name twice": (lambda: read_name_list(list_of(b"a\nb\na\n")), "more than once: a."),
+        "a name twice": (lambda: labelled_names(["a"], str(list_of(b"a\nb\na\n"))), "labelled=", "more than once: a."),
         "empty list": (lambda: read_name_list(list_of(b"\n \n")), "has 0 names"),
         "no text": (lambda: read_name_list(list_of(b"\xff\xfe\x00")), "cannot read this file list"),
     }

@@ -35,6 +35,7 @@ CE, FOCAL, LOVASZ = (
     f"{{_target_: dinoseg.losses.{file}, _partial_: true, ignore_index: 255"
     for file in ("cross_entropy.CrossEntropy", "focal.Focal", "lovasz.Lovasz")
 )
+OHEM = "{_target_: dinoseg.extensions.few_masks.ohem.OhemCrossEntropy, _partial_: true, threshold: 0.2, min_kept: 30}"
 MASKS = "{_target_: dinoseg.losses.mask_classification.MaskClassification, _partial_: true, num_points: 9}"
 
 
@@ -60,16 +61,18 @@ CASES |= {
     "ce, focal": mixture(ce=CE + "}", focal=FOCAL + "}"),
     "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hard_fraction: 0.1}"),
     "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
+    "ce, ohem": mixture(ce=CE + "}", hard=OHEM),
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
 }
 CASES["masks, background"].append("loss.criterion.interpolation=bilinear")
 CASES["ohem"] += ["loss.criterion.min_kept=30", "loss.criterion.threshold=0.2"]
 BATCHWISE = {"bce_dice", "dice", "tversky", "lovasz", "ce_dice", "ce_dice_cldice", "ce_lovasz", "slot_contrast"}
-BATCHWISE |= {"ce, hardest", "ohem"}
+BATCHWISE |= {"ce, hardest", "ohem", "ce, ohem"}
 SEVERAL = {"mask_classification", "bce_dice", "ce_dice", "ce_dice_cldice", "ce_lovasz"}  # divisors
 SEVERAL |= {
     "ce, lovasz per image",
     "ce, hardest",
+    "ce, ohem",
     "masks, ce, lovasz per image",
     "masks, background",
     "ce, ce over all",

@@ -68,9 +68,10 @@ class UnlabelledViews(TrainViews):
         weak, outside = self.augment(pixels, blank, self.make_rng(epoch, sample))
         mask = whole["mask"].numpy()  # all ignored
         if sample in self.truths:
-            # a mask that nobody trains on may be unfinished
+            # a mask that nobody trains on may be unfinished, or of another size
             with suppress(UserError):
-                mask = self.truths[sample]()
+                known = self.truths[sample]()
+                mask = known if known.shape == mask.shape else mask
         truth = self.augment.mask(mask, self.make_rng(epoch, sample))  # type: ignore[attr-defined]
         streams = [make_rng(self.seed, epoch, sample, _STRONG, view) for view in range(self.strong_views)]
         strong = np.stack([draw_strong_view(weak, rng) for rng in streams])

@@ -1,5 +1,9 @@
 """Trainings with few masks: resumed, scored and exported by the teacher, with any images, and what is refused."""
 
+from copy import copy
+from unittest.mock import Mock
+
+import numpy as np
 import pytest
 import torch
 from command_line import SMALL, succeed, write_data
@@ -8,6 +12,8 @@ from mistakes import command, refusals
 from refused_trainings import refusal
 
 import dinoseg
+from dinoseg.extensions.few_masks import method
+from dinoseg.extensions.few_masks.method import FewMasksDataModule
 from dinoseg.extensions.few_masks.views import UnlabelledViews
 from dinoseg.training import checkpoint
 from dinoseg.utils.images import read_image, write_png
@@ -39,7 +45,7 @@ def same(first, second):
 def test_resumed_run_equals_an_uninterrupted_one(folder, whole_run):
     train_run(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
     parts, _ = train_run(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
-    assert same(whole_run[0], parts) and "with masks: 3, without: 3" in whole_run[1].err
+    assert same(whole_run[0], parts) and "with masks: 3, 2 per batch; without: 3, 2 per batch" in whole_run[1].err
 
 
 def test_log_has_shares_and_accuracy_of_pseudo_labels(folder, whole_run):
@@ -77,6 +83,50 @@ def test_labelled_images_are_left_out_of_a_folder_without_masks(folder, compose,
     assert all(row["train/pseudo_accuracy"] is None for row in rows(folder, "more") if "train/loss" in row)
 
 
+VIEWS = (
+    *("resolution.crop=[16,24]", "data.augment.scale=[1,1]", "data.augment.cat_max_ratio=0.6", "data.labelled=two.txt"),
+    *("data.augment.color.brightness=0", "data.augment.color.contrast=0", "data.augment.color.saturation=0"),
+    *("data.augment.color.hue=0", "trainer.unlabelled_batch_size=4", "trainer.ema=0.9", "mode.pictures=1"),
+)
+
+
+def test_options_reach_teacher_batches_views_and_pictures(folder, monkeypatch):
+    """Each mask is the brighter half of its image's pixels, also in a crop; two that are left out are unfinished."""
+    write_data(folder / "unfinished", train=6, val=1)
+    (folder / "unfinished/train/masks/5.png").write_bytes(b"")
+    write_png(folder / "unfinished/train/masks/4.png", np.zeros((10, 10), np.uint8))
+    (folder / "two.txt").write_bytes("0.png\r\n1\r\n".encode("utf-8-sig"))
+    modules, draw = [], FewMasksDataModule.train_batches
+    monkeypatch.setattr(
+        FewMasksDataModule, "train_batches", lambda module, start: modules.append(module) or draw(module, start)
+    )
+    colours = "dinoseg.extensions.few_masks.views.draw_strong_view"
+    monkeypatch.setattr(colours, lambda image, rng: image ^ rng.integers(1, 256, dtype="uint8"))
+    monkeypatch.setattr(method, "blend", pictures := Mock(wraps=method.blend))
+    train_run(folder, "options", *WORDS, *VIEWS, "data.root=unfinished", "trainer.steps=1")
+    (module,) = modules
+    assert [module.teacher.average.decay_at(step) for step in (0, 1, 99)] == [0, 0.5, 0.9]
+    assert all((call.args[1] != 255).all() for call in pictures.call_args_list) and pictures.called
+
+    def read_first(**options):
+        changed = copy(module)
+        vars(changed).update(options)
+        return next(draw(changed, 0))
+
+    monkeypatch.chdir(folder)
+    whole, *halves = read_first(), *(read_first(rank=rank, world_size=2) for rank in (0, 1))
+    assert (len(whole.labelled.names), len(whole.unlabelled.names)) == (2, 4)
+    for part in ("labelled", "unlabelled"):
+        assert getattr(whole, part).names == [name for half in halves for name in getattr(half, part).names]
+    assert len({tuple(read_first(seed=seed).unlabelled.names) for seed in range(4)}) > 1
+    views = whole.unlabelled
+    for row, name in enumerate(views.names):
+        bright = views.weak[row].double().mean(0) > 127
+        assert (views.truth[row] == 255).all() if name in "45" else torch.equal(views.truth[row] == 1, bright)
+    changes = (views.strong ^ views.weak[:, None]).flatten(2)
+    assert (changes == changes[..., :1]).all() and (changes[:, 0] != changes[:, 1]).any()
+
+
 KINDS = {
     "lora": ("adapter=lora", "backbone.patch_size=16", "trainer.accumulate=2", "loss=ce_dice"),
     "pyramid": (
@@ -112,6 +162,7 @@ def test_two_ranks_resume_to_equal_bytes(folder, compose):
         (("trainer.views=3",), "trainer.views=3 is out of range. Give 1 or 2"),
         (("trainer.unlabelled_batch_size=4",), "_batch_size=4 with 3 images without masks"),
         (("engine.cache=disk",), "engine.cache=disk: features of images cannot be cached"),
+        (("data.labelled=4",), "data.labelled=4 is out of range. Give a share above 0 and at most 1, a file of names"),
         (("data.labelled=null",), "trainer=unimatch_v2: there are no images without masks"),
         (("head=detail", "head.layers=[-1]"), "trainer.dropout=true: head=detail does not read feature maps alone"),
         (("head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]", "loss=mask_classification"), "masks"),

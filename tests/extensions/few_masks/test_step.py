@@ -13,7 +13,7 @@ from small_trainings import segmenter, values_of
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch
 from dinoseg.extensions.few_masks.loss import FewMasksLoss
-from dinoseg.extensions.few_masks.ohem import OhemCrossEntropy
+from dinoseg.extensions.few_masks.ohem import Improbable, OhemCrossEntropy
 from dinoseg.extensions.few_masks.teacher import EmaTeacher, FewMasksBatch, TeacherAverage, draw_dropout
 from dinoseg.extensions.few_masks.views import UnlabelledBatch, draw_box, draw_strong_view
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -191,13 +191,45 @@ def test_accumulated_batches_have_the_loss_of_each_pixel():
     total, wanted = 0.0, torch.zeros(3)
     for batch in batches:
         student = batch.to(engine.device)
-        prediction = model(student.image)
-        total = total + loss.step_loss(prediction, student, divisors)[0]
+        prediction = model.eval()(student.image)
+        part, _, parts = loss.step_loss(prediction, student, divisors)
+        total = total + part
         known = torch.cat([student.mask[:2], *student.targets])
         costs = F.cross_entropy(prediction.scores(), known.long(), ignore_index=255, reduction="none")
         wanted += torch.stack([part.sum() for part in costs.split(2)])
+        own = torch.stack([part.sum() for part in costs[2:].split(2)]) / student.counted
+        assert parts["pseudo_labels"].item() == pytest.approx(own.mean().item(), rel=1e-5)
     masks, *views = (wanted / divisors).tolist()
     assert total.item() == pytest.approx((masks + sum(views) / 2) / 2, rel=1e-5)
+
+
+def test_teacher_labels_from_the_threshold_on_in_evaluation_mode():
+    """A probability of 1 passes a threshold of 1; the student is in training mode afterwards."""
+    model, engine, passes = segmenter().train(), Engine("cpu", "bf16", workers=0), []
+    torch.nn.init.constant_(model.head.classify.bias[1:], -1e4)
+    model.head.register_forward_pre_hook(lambda *_: passes.append((model.training, torch.is_autocast_enabled("cpu"))))
+    labels = EmaTeacher(model, TeacherAverage(model.named_parameters(), 0.9), engine, 1.0, False, 255)
+    labelled, others = next(draw_batches(np.random.default_rng(0), 2, 1))
+    labelled.image, others.weak, others.strong = labelled.image.float(), others.weak.float(), others.strong.float()
+    student = labels.complete(labelled, others)
+    assert passes == [(False, True)] and model.training
+    assert student.facts["confident"] == 1 and torch.equal(student.targets[0] == 255, others.mix(others.padding, 0))
+
+
+def test_ohem_selects_up_to_the_threshold_and_the_least():
+    true = torch.tensor([[[0.125, 0.25, 0.5, 0.75, 0.9, torch.nan, 0.1]]], dtype=torch.float64)
+    labelled = torch.tensor([[[True] * 6 + [False]]])
+    for kept, wanted in ((1, "1110010"), (4, "1111010"), (5, "1111110"), (7, "1111110")):
+        threshold = (true.log()).exp()[0, 0, 2].item()
+        selected = Improbable(threshold=threshold, min_kept=kept).select_pixels(-true.log(), labelled)
+        assert "".join(map(str, selected[0, 0].int().tolist())) == wanted
+
+
+def test_wrapped_loss_has_the_properties_of_the_loss_on_masks():
+    own = OhemCrossEntropy(torch.ones(3))
+    own.needs = frozenset({"masks"})
+    loss = FewMasksLoss(own, 3, 255, 2)
+    assert (loss.needs, loss.sums_over_batch, loss.num_divisors) == (own.needs, True, 3)
 
 
 def test_boxes_have_the_official_areas_and_ratios():
