@@ -82,7 +82,7 @@ def test_distinct_objects_are_those_of_a_count_by_pixels(seed):
             common = masks[place] & masks[better].any(axis=0)
             if scores[place] >= 0.5 and 2 * common.sum() <= masks[place].sum():
                 kept.append(place)
-        found = Objects.of_masks(masks, labels, scores).distinct()
+        found = Objects.of_masks(masks, labels, scores).select_distinct()
         drawn = [runs.to_mask(found.size) for runs in found.masks]
         assert len(drawn) == len(kept) and all(map(np.array_equal, drawn, masks[sorted(kept)]))
         assert np.array_equal(found.scores, scores[sorted(kept)])

@@ -192,15 +192,15 @@ class Objects:
         order = np.argsort(-self.scores, kind="stable")
         return self.select(order[self.areas[order] > 0])
 
-    def distinct(self, minimum: float = MIN_SCORE) -> "Objects":
+    def select_distinct(self, minimum: float = MIN_SCORE) -> "Objects":
         """Return the objects of at least a score without duplicates, in their order.
 
-        A duplicate is an object of which more than half lies in others of its class with higher scores: several queries
-        of a model often find the same object.
+        In the order of scores, an object is a duplicate if more than half of it lies in those of its class that are
+        not: several queries of a model often find the same object. So is a true object inside another one of its class.
         """
         sure = self.select(np.flatnonzero(self.scores >= minimum))
         covered: dict[int, RunLengths] = {}
-        distinct = []
+        kept = []
         for place in np.argsort(-sure.scores, kind="stable").tolist():
             label, mask = int(sure.classes[place]), sure.masks[place]
             others = covered.get(label)
@@ -210,8 +210,8 @@ class Objects:
                 covered[label] = RunLengths.union([others, mask])
             else:
                 continue
-            distinct.append(place)
-        return sure.select(sorted(distinct))
+            kept.append(place)
+        return sure.select(sorted(kept))
 
     def select(self, places: Sequence[int] | np.ndarray) -> "Objects":
         """Return the objects at some places, in their order."""

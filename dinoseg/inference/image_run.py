@@ -144,7 +144,7 @@ def _write(settings: SegmentationSettings, prediction: ImagePrediction, name: st
         write_masks(run.masks, prediction.name, prediction.ids, settings.layers)
     for writer in run.writers:
         writer.write(prediction)
-    objects = None if prediction.objects is None else prediction.objects.distinct(settings.min_score)
+    objects = None if prediction.objects is None else prediction.objects.select_distinct(settings.min_score)
     write_image_results(
         run.folder / f"{name}_segmentation",
         prediction.image,

@@ -378,7 +378,9 @@ def _summary_lines(
     task = settings.predictor.model.task
     if run.count and isinstance(task, ObjectTask):
         listed = ", ".join(f"{count:,} {name}" for name, count in totals["objects"].items())
-        counted = f"of scores of {settings.min_score:g} or more; of each image: {run.folder / COUNT_FILE}"
+        counted = (
+            f"without duplicates, of scores of {settings.min_score:g} or more; of each image: {run.folder / COUNT_FILE}"
+        )
         yield f"objects:      {listed}, {counted}"
         if has_options([SHIPPED], "mode=score"):
             yield _score_objects_line(run, task, outputs, ids)

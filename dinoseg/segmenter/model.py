@@ -95,21 +95,22 @@ class Segmentation:
     def objects(self) -> list[SegmentedObject] | None:
         """All objects of a model of task=instance or task=panoptic, best first; None of other models.
 
-        Instances of low scores are mostly wrong, and many objects have several. `distinct_objects` are fit for counts.
+        Instances of low scores are mostly wrong, and many objects have several: count `distinct_objects()`.
         """
         return None if self.found is None else self._list(self.found)
 
     def distinct_objects(self, min_score: float = MIN_SCORE) -> list[SegmentedObject]:
         """Return the objects of at least `min_score` without duplicates, best first: those of `overlay`.
 
-        A duplicate is an object of which more than half lies in others of its class with higher scores.
+        A duplicate is an object of which more than half lies in others of its class with higher scores; a true object
+        inside another one is left out, too.
 
         Raises:
             UserError: if the model predicts no objects.
         """
         if self.found is None:
             raise UserError("This model predicts classes alone. Objects need a model of task=instance or panoptic.")
-        return self._list(self.found.distinct(min_score))
+        return self._list(self.found.select_distinct(min_score))
 
     def _list(self, found: Objects) -> list[SegmentedObject]:
         each = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), found.masks, strict=True)
@@ -150,7 +151,7 @@ class Segmentation:
         return draw_prediction(
             to_display(self.image),
             self.mask,
-            None if self.found is None else self.found.distinct(min_score),
+            None if self.found is None else self.found.select_distinct(min_score),
             self.facts.palette,
             ignore_index=self.facts.ignore_index,
             opacity=opacity,

@@ -34,10 +34,10 @@ def test_best_object_is_on_top_and_outlined():
 
 def test_objects_of_low_scores_are_left_out():
     objects = Objects.of_masks(make_masks(), [1, 2, 1], [0.9, 0.8, 0.4])
-    drawn = draw_objects(FRAME, objects.distinct(), PALETTE)
+    drawn = draw_objects(FRAME, objects.select_distinct(), PALETTE)
     assert tuple(drawn[70, 10]) == (100, 100, 100)
-    assert tuple(draw_objects(FRAME, objects.distinct(0.4), PALETTE)[70, 10]) != (100, 100, 100)
-    assert object_legend(objects.select([2]).distinct(0.5), "abc", PALETTE) == []
+    assert tuple(draw_objects(FRAME, objects.select_distinct(0.4), PALETTE)[70, 10]) != (100, 100, 100)
+    assert object_legend(objects.select([2]).select_distinct(0.5), "abc", PALETTE) == []
     assert object_legend(objects, "abc", PALETTE) == [("b", PALETTE[1]), ("c", PALETTE[2])]
 
 

@@ -191,7 +191,7 @@ class PredictedShapes(FurtherOutputs):
         if found is None:
             found = find_parts(prediction.ids, leave_out=background, joined=self.objects == "class")
         else:
-            found = found.distinct(self.min_score)
+            found = found.select_distinct(self.min_score)
         is_kept = (found.areas >= self.min_area) & (found.classes != background)
         places = np.flatnonzero(is_kept)
         for place, box in zip(places.tolist(), found.select(places).boxes.tolist(), strict=True):

@@ -184,7 +184,7 @@ def encode_objects(shared: SharedModel, path: Path, query: QueryParams, work: Wo
     with shared.hold_place(work):
         _, found = shared.predict(shared.decode(path), work)
         assert found is not None  # of a model with things
-        found = found.distinct(min_score)
+        found = found.select_distinct(min_score)
         if index is not None:
             found = found.select(np.flatnonzero(found.classes == index))
         return Response(write_objects(found, shared.facts.classes), media_type="application/json")

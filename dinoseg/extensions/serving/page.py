@@ -310,7 +310,7 @@ class Page:
     def _show_prediction(self, image: np.ndarray, mask: np.ndarray, objects: Objects | None) -> SegmentedUpload:
         if objects is None:
             return SegmentedUpload(encode_image(image), mask)
-        objects = objects.distinct(self._context.model.min_score)
+        objects = objects.select_distinct(self._context.model.min_score)
         outlined = draw_objects(image, objects, self._classes.palette, opacity=0)
         counts = Counter(label for label in objects.classes.tolist() if label in self._context.model.things)
         marks = (outlined != image).any(axis=-1)

@@ -160,9 +160,10 @@ class ObjectTracker(SegmenterTracker):
 
     def _track_frame(self, objects: Objects, features: Tensor, valid: Share) -> np.ndarray:
         """Return the IDs (H, W) uint8 of a frame with features (C, h, w)."""
-        sure = objects.distinct(self._min_score)
-        things = np.flatnonzero(np.isin(sure.classes, self._things))
-        objects, numbers = separate_objects(sure.select(things))
+        things = np.isin(objects.classes, self._things)
+        objects, numbers = separate_objects(
+            objects.select(np.flatnonzero(things & (objects.scores >= self._min_score)))
+        )
         # cells of padding show nothing, and would match one another
         features, valid = crop_to_image(features, valid)
         target, lengths = unit_features(features)

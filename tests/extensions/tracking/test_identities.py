@@ -132,6 +132,15 @@ def test_low_scores_and_stuff_are_left_out():
     assert sorted(each.score for each in tracker.tracked_objects().values()) == pytest.approx([0.3, 0.9])
 
 
+def test_object_that_only_a_hidden_one_covers_gets_an_id():
+    masks = np.zeros((3, *SIZE), bool)
+    for mask, left in zip(masks, (10, 17, 24), strict=True):  # most of the second lies in the first one
+        mask[20:40, left : left + 15] = True
+    frames, _ = draw_scene([Rectangle("a", 0, [(20, 10)])])
+    found, _ = follow((frames, [Objects.of_masks(masks, [0, 1, 1], [0.9, 0.8, 0.7])]))
+    np.testing.assert_array_equal(found[0], np.where(masks[0], 1, 2 * masks[2]))
+
+
 def test_frames_without_objects_are_tracked():
     scene = draw_scene([Rectangle("a", 0, [None] * 3 + [(20, 10)] * 2 + [None] * 2)])
     masks, tracker = follow(scene)

@@ -9,7 +9,6 @@ from dinoseg.core.metric import Counts, LabelledImage, PredictedImage, RowMetric
 from dinoseg.core.objects import Objects
 from dinoseg.extensions.objects.overlaps import overlaps
 
-SURE = 0.5  # score from which a predicted object counts
 _TOLERATED = 0.1  # share of objects that are merged or split, above which objects count as not separated
 
 
@@ -61,14 +60,14 @@ class ObjectMetric(RowMetric):
 def compare_objects(reference: Objects, prediction: Objects, things: Collection[int]) -> dict[str, Objects]:
     """Return the `found`, `missed` and `merged` objects of a reference, and the `invented` and `split` predicted ones.
 
-    A predicted object of a thing with a score of at least `SURE` finds the object of its class that it shares most
+    A distinct predicted object of a thing (`Objects.select_distinct`) finds the object of its class that it shares most
     with, if their IoU is above 0.5; the most certain one is first, and an object is found once. All others are
     invented, except those of which more than half lies in a crowd of their class.
 
     Objects of the reference are merged if a predicted one of their class covers more than half of each; predicted ones
     are split if more than half of each lies in one object of their class. Each is found, missed or invented, too.
     """
-    sure = prediction.distinct(SURE)
+    sure = prediction.select_distinct()
     sure = sure.select(np.flatnonzero(np.isin(sure.classes, [*things])))
     common = overlaps(sure.masks, reference.masks)
     areas = np.array([mask.area for mask in sure.masks], np.int64)[:, None]
