@@ -93,7 +93,7 @@ class Segmentation:
 
     @cached_property
     def objects(self) -> list[SegmentedObject] | None:
-        """All objects of a model of task=instance or task=panoptic, best first; None of other models.
+        """All objects, best first; None if the model predicts classes alone.
 
         Instances of low scores are mostly wrong, and many objects have several: count `distinct_objects()`.
         """

@@ -321,7 +321,7 @@ def describe_member(
 
 
 def is_panoptic(task: Task) -> bool:
-    """Return whether a task finds objects of which each pixel has one at most."""
+    """Return whether a task finds objects that never overlap."""
     return isinstance(task, ObjectTask) and not task.overlap
 
 

@@ -68,7 +68,7 @@ class UnlabelledViews(TrainViews):
         weak, outside = self.augment(pixels, blank, self.make_rng(epoch, sample))
         mask = whole["mask"].numpy()  # all ignored
         if sample in self.truths:
-            # a mask that nobody trains on may be unfinished, or of another size
+            # masks outside of the training may be unfinished, or of another size
             with suppress(UserError):
                 known = self.truths[sample]()
                 mask = known if known.shape == mask.shape else mask

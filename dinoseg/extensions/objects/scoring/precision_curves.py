@@ -116,7 +116,7 @@ def _is_shifting_cheaper(curves: PrecisionCurves, owners: np.ndarray, count: int
 
 
 class _Recalls(NamedTuple):
-    """At which hits recalls are read without each unit; units with as many other reference objects share a row.
+    """Hits at which recalls are read without each unit; units with equal numbers of other objects share a row.
 
     Args:
         kind: (U,), the row of each unit.
