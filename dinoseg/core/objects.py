@@ -80,7 +80,11 @@ class RunLengths(NamedTuple):
         last = int(ends[-1] - 1) // height
         return first, RunLengths(starts - first * height, ends - first * height).to_mask((height, last - first + 1))
 
-    def count_before(self, places: np.ndarray) -> np.ndarray:
+    def count_within(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return how many ones (M,) of the mask lie in each of M runs from `starts` to `ends`."""
+        return self._count_before(ends) - self._count_before(starts)
+
+    def _count_before(self, places: np.ndarray) -> np.ndarray:
         """Return how many ones (M,) of the mask lie before each place (M,)."""
         begun = np.searchsorted(self.starts, places, side="right")  # runs that start before or at the place
         pixels = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
@@ -206,7 +210,7 @@ class Objects:
             others = covered.get(label)
             if others is None:
                 covered[label] = mask
-            elif 2 * int((others.count_before(mask.ends) - others.count_before(mask.starts)).sum()) <= mask.area:
+            elif 2 * int(others.count_within(*mask).sum()) <= mask.area:
                 covered[label] = RunLengths.union([others, mask])
             else:
                 continue

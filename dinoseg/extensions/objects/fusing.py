@@ -59,6 +59,6 @@ def _vote(masks: Sequence[RunLengths], weights: np.ndarray) -> RunLengths:
     """Return the runs of the pixels that masks with more than half of the weights have."""
     bounds = np.unique(np.concatenate([side for mask in masks for side in mask]))
     starts, ends = bounds[:-1], bounds[1:]
-    inside = np.array([mask.count_before(ends) > mask.count_before(starts) for mask in masks])
+    inside = np.array([mask.count_within(starts, ends) > 0 for mask in masks])
     kept = 2 * (weights @ inside) > weights.sum()
     return RunLengths.union([RunLengths(starts[kept], ends[kept])])

@@ -15,6 +15,5 @@ def overlaps(first: Sequence[RunLengths], second: Sequence[RunLengths]) -> np.nd
     found = np.zeros((len(first), len(second)), np.int64)
     for column, runs in enumerate(second):
         # ones of a mask in [start, end) = ones before end - ones before start: O(R log R), whatever the image's size
-        common = runs.count_before(ends) - runs.count_before(starts)
-        np.add.at(found[:, column], owners, common)
+        np.add.at(found[:, column], owners, runs.count_within(starts, ends))
     return found
