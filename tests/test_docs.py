@@ -81,6 +81,8 @@ def small_model(words):
     """Return overrides that make the model of a command small."""
     if any(word.startswith("resume=") and word != "resume=auto" for word in words):
         return ()
+    if any(word.startswith("init=dinoseg:") for word in words):  # whose weights belong to their backbone
+        return ()
     if "hparam=ade20k_m2f" in words:
         return (*RELEASED, *SMALL_WINDOWS, "inference.stride=43")
     if "backbone=timm" in words:
