@@ -25,6 +25,7 @@ _PANELS: tuple[Panel, ...] = (
     ({"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
     ({"train/miou": None, "val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
     ({"val/fg_ari": None, "val/ari": "ARI, with background", "val/mbo": "mBO"}, "FG-ARI"),
+    ({"train/confident": "confident pixels", "train/pseudo_accuracy": "accuracy of these"}, "pseudo-labels"),
 )
 
 

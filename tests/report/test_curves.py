@@ -37,6 +37,7 @@ def test_scores_with_values_have_a_panel(tmp_path):
     assert titles(TRAINING + VALIDATION) == ["loss", "pixel accuracy", "mean IoU"]
     assert titles(TRAINING) == ["loss"]
     assert titles([{"step": 3, "val/loss": 1.0, "val/fg_ari": 0.5}]) == ["loss", "FG-ARI"]
+    assert titles([{"step": 3, "train/confident": 0.5, "train/pseudo_accuracy": None}]) == ["pseudo-labels"]
     whole = draw(TRAINING + VALIDATION, tmp_path)
     assert holds(whole, BLUE) and holds(whole, VERMILION)
     assert not holds(draw(VALIDATION, tmp_path), BLUE)

@@ -342,6 +342,8 @@ def test_training_curves_are_in_percent_within_their_own_range():
     loss, accuracy = training_charts(rows)
     assert accuracy["axes"].y_name == "accuracy, %" and accuracy["axes"].y == pytest.approx((89.95, 91.05))
     assert accuracy["curves"][0]["dots"][0][-1] == "validation: 0, 90" and loss["axes"].y == pytest.approx((1.9, 2.1))
+    (pseudo_labels,) = training_charts([{"step": 1, "train/confident": 0.4, "train/pseudo_accuracy": None}])
+    assert [curve["dots"][0][-1] for curve in pseudo_labels["curves"]] == ["confident: 1, 40"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ _TRAINING_CURVES = (  # title, keys of the log by label, name of the axis, and i
     ("Loss", {"training": "train/loss", "validation": "val/loss"}, "loss", 1),
     ("mIoU", {"training": "train/miou", "validation": "val/miou"}, "mIoU, %", 100),
     ("Pixel accuracy", {"training": "train/accuracy", "validation": "val/accuracy"}, "accuracy, %", 100),
+    ("Pseudo-labels", {"confident": "train/confident", "accuracy": "train/pseudo_accuracy"}, "% of pixels", 100),
 )
 
 MAX_CLASSES = 150  # of the confusion matrix: those with the most pixels in the reference
