@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
@@ -21,7 +21,7 @@ def has_bar() -> bool:
 
 def measure_waits(
     items: Iterable[T], tell: Callable[[float], None], clock: Callable[[], float] = time.perf_counter
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield from `items`, and pass the waiting time for each item, in seconds, to the callback."""
     iterator = iter(items)
     while True:

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ class Meter:
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
 
-    def measure_waits(self, batches: Iterable[T], remedy: Callable[[], str]) -> Iterator[T]:
+    def measure_waits(self, batches: Iterable[T], remedy: Callable[[], str]) -> Generator[T, None, None]:
         """Yield from `batches` and measure the wait for each; the remedy is logged at the end if it was long."""
         self._remedy = remedy
 

@@ -147,13 +147,14 @@ def fit(setup: TrainingSetup) -> Progress:
     # saves the newest complete step, however the loop ends; `undo` reverts one that ran out of memory
     emergency = EmergencyCheckpoint(setup.checkpoints, *state, metrics.are_finite)
     micro = MicroBatches(engine, criterion, model.head.min_batch_size, settings.accumulate, undo=emergency.undo)
-    # order and views are functions of (seed, epoch, sample), so a resumed run only needs the number of its next batch
-    stream = data.train_batches(start=progress.step * settings.accumulate)
     epoch = data.epoch / settings.accumulate
     meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main, limit=limit)
+    # order and views are functions of (seed, epoch, sample), so a resumed run only needs the number of its next batch
+    stream = meter.measure_waits(data.train_batches(start=progress.step * settings.accumulate), lambda: data.remedy)
     loss: BatchLoss | None
     model.train()
-    with defer_signals(NOTICE) as stop, emergency, closing(meter):
+    # closing the stream ends the loading processes; the emergency checkpoint is saved before
+    with defer_signals(NOTICE) as stop, closing(stream), emergency, closing(meter):
         # the run was stopped between an update and its validation
         if progress.validation_pending:
             with meter.measure_validation():
@@ -161,7 +162,6 @@ def fit(setup: TrainingSetup) -> Progress:
             setup.checkpoints.save(*state)
         if freeze is not None:
             freeze.log_length(progress.step, settings.steps)
-        batches = meter.measure_waits(stream, lambda: data.remedy)
         for step in range(progress.step, settings.steps):
             # a wall-clock limit shortens the schedule with the training, so that the rate still falls to its end
             steps = settings.steps if limit is None else limit.fit_steps(step, settings.steps)
@@ -177,7 +177,7 @@ def fit(setup: TrainingSetup) -> Progress:
             model.set_progress(step, steps)
             output = StepOutput(engine.device, partial(data.step_scores, engine) if due.log else None)
             # after an out-of-memory error it yields the same samples again, in batches of half the size
-            for batch in micro.split_step(batches, output):
+            for batch in micro.split_step(stream, output):
                 # ranks average their gradients in the last backward pass only: the earlier ones would be averaged in
                 # vain
                 with micro.retry_batch(), engine.sync(net, micro.is_last):

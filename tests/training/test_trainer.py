@@ -1,4 +1,5 @@
 import re
+import sys
 from functools import partial
 
 import numpy as np
@@ -46,6 +47,26 @@ def run(tmp_path):
 def trained_model(tmp_path_factory):
     """Return a training of four steps, whose model the tests only evaluate."""
     return train(tmp_path_factory.mktemp("trained"), steps=4)
+
+
+def test_loading_ends_with_the_steps(run, monkeypatch):
+    """Reference cycles may hold the frame of the loop, and with it all batches, until the process ends."""
+    frames, ended = [], []
+    train_batches = ImageDataModule.train_batches
+
+    def watch(batches):
+        try:
+            yield from batches
+        finally:
+            ended.append(len(frames))
+
+    def held(module, start):
+        frames.append(sys._getframe(1))
+        return map(lambda batch: batch, watch(train_batches(module, start)))
+
+    monkeypatch.setattr(ImageDataModule, "train_batches", held)
+    run(steps=2)
+    assert ended == [1]
 
 
 def test_training_learns_and_stores_the_best(run, tmp_path):
