@@ -251,9 +251,10 @@ def read_name_list(path: Path, parameter: str = "lists") -> list[str]:
     names = [_strip_extension(line.strip()) for line in text.splitlines() if line.strip()]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice or not names:
+        repeated = f", more than once: {join_names(twice)}" if twice else ""
         raise UserError(
-            f"{parameter}={path}: this file list has {count_of(names, 'name')}, more than once: "
-            f"{join_names(twice) or 'none'}. Write each name once, on a line of its own."
+            f"{parameter}={path}: this file list has {count_of(names, 'name')}{repeated}. Write each name once, on a "
+            "line of its own."
         )
     return names
 

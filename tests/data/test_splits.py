@@ -138,7 +138,7 @@ test_message_names_value_and_remedy = refusals(
         ),
         "no list of masks": (lambda: labelled_names(NAMES, "absent.txt"), "labelled=", "absent.txt: cannot read this"),
         "a name twice": (lambda: labelled_names(["a"], str(list_of(b"a\nb\na\n"))), "labelled=", "more than once: a."),
-        "empty list": (lambda: read_name_list(list_of(b"\n \n")), "has 0 names"),
+        "empty list": (lambda: read_name_list(list_of(b"\n \n")), "has 0 names. Write"),
         "no text": (lambda: read_name_list(list_of(b"\xff\xfe\x00")), "cannot read this file list"),
     }
 )
