@@ -27,10 +27,10 @@ def plain_features(segmenter, image, layer):
 @pytest.mark.parametrize("layer", [0, 1, -1])
 def test_features_are_those_of_the_layer(layer):
     segmenter = model(**{"head.layers": [0, 1]})
-    found = dinoseg.FeatureView(segmenter, layer=layer).features(IMAGE)
+    found = dinoseg.FeatureView(segmenter, layer=layer, precision="fp32").features(IMAGE)
     assert found.shape == (5, 7, 24) and found.dtype == np.float32
     np.testing.assert_allclose(found, plain_features(segmenter, IMAGE, layer), atol=1e-6)
-    raw = dinoseg.FeatureView(segmenter, layer=layer, normalise=False).features(IMAGE)
+    raw = dinoseg.FeatureView(segmenter, layer=layer, normalise=False, precision="fp32").features(IMAGE)
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=2, keepdims=True), found, atol=1e-6)
     assert not np.allclose(np.linalg.norm(raw, axis=2), 1)
 
@@ -42,7 +42,7 @@ def test_positions_are_projected_out(rank, used):
     directions = torch.linalg.svd(torch.from_numpy(black - black.mean(0)).T)[0][:, :used].numpy()
     kept = plain_features(segmenter, IMAGE, -1)
     rest = kept - kept @ directions @ directions.T
-    found = dinoseg.FeatureView(segmenter, position="remove", rank=rank).features(IMAGE)
+    found = dinoseg.FeatureView(segmenter, position="remove", rank=rank, precision="fp32").features(IMAGE)
     np.testing.assert_allclose(found, rest / np.linalg.norm(rest, axis=2, keepdims=True), atol=2e-6)
 
 
