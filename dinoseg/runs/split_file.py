@@ -12,6 +12,7 @@ from dinoseg.utils.units import read_valid_note
 from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)
+OUTSIDE = "unlabelled/"  # begins the names of images without masks that are not of the data set
 
 
 def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
@@ -21,7 +22,7 @@ def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
     if before is not None and before != split:
         former = next(name for name in map("split_{}.json".format, count(1)) if not (out_dir / name).exists())
         os.replace(path, out_dir / former)
-        changes = "; ".join(_change(side, before.get(side, []), names) for side, names in split.items())
+        changes = "; ".join(_change(side, before.get(side, []), split.get(side, [])) for side in {**before, **split})
         logger.warning(
             "The data has changed since this run started (%s). The resumed run differs from an uninterrupted one, and "
             "scores on other validation data are not comparable. The previous list is saved in %s.",

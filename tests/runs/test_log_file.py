@@ -140,6 +140,8 @@ def test_split_changes_are_counted_and_each_list_is_stored(write, tmp_path):
     kept = [json.loads((tmp_path / f"split_{number}.json").read_text()) for number in (1, 2, 3)]
     assert [each["train"] for each in kept] == [list("abc"), list("acde"), list("acde")]
     assert write("caed", "vw") == "" and not (tmp_path / "split_4.json").exists()
+    write_split(tmp_path, {"train": ["a"], "val": ["v"], "unlabelled": ["u"]})
+    assert "val: 1 removed (v); unlabelled: 1 removed (u))" in write("a", "")
 
 
 @pytest.mark.parametrize("spoilt", ["", "[]", "{"])

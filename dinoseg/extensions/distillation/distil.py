@@ -296,6 +296,8 @@ class Distillation(ImageTraining):
         given = {part.name: getattr(self.data_module, part.name) for part in fields(ImageDataModule) if part.init}
         self.data_module = DistillationDataModule(**given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
+        if others is not None:
+            self.split = {**self.split, "unlabelled": [*others.train.names]}
         values = count_of(len(train), "training image"), without, builder.value(TEACHER), root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 

@@ -19,6 +19,7 @@ from dinoseg.extensions.video.index import VideoIndex, find_index
 from dinoseg.extensions.video.length import VIDEO_SUFFIXES, is_video
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.inference.results import mask_names
+from dinoseg.runs.split_file import OUTSIDE
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Positive
@@ -42,7 +43,8 @@ class UnmaskedImage:
     """Image, or frame of a video, without a mask.
 
     Args:
-        name: unique relative path without suffix: an image's path below the input, or a frame's number.
+        name: unique: that of the data set; else a relative path without suffix, the image's path below the input, or
+            a frame's number.
         source: where to read it from.
     """
 
@@ -61,7 +63,8 @@ def find_unmasked_images(
 ) -> list[UnmaskedImage]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
-    An image that both name appears once. Validation images among them cause a warning. With `data.on_error=skip`,
+    An image that both name appears once. Those that are not of the data set have names that begin with `unlabelled/`.
+    Validation images among them cause a warning. With `data.on_error=skip`,
     unreadable images are left out with a warning.
 
     Args:
@@ -80,18 +83,20 @@ def find_unmasked_images(
     if isinstance(whole, PairDataset):
         found += [UnmaskedImage(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
     if source is not None:
-        found += list_images(source, every=every, cache_dir=builder.cache_dir, pixels=builder.pixels)
+        more = list_images(source, every=every, cache_dir=builder.cache_dir, pixels=builder.pixels)
+        found += [replace(image, name=f"{OUTSIDE}{image.name}") for image in more]
     images: dict[str, UnmaskedImage] = {}
     for candidate in found:
         images.setdefault(source_origin(candidate.source), candidate)
     pairs: Sequence[Pair] = val.source.pairs if isinstance(val, PairDataset) else []
-    scored = {source_origin(pair.image) for pair in pairs}
-    if seen := images.keys() & scored:
+    scored = {source_origin(pair.image): pair.name for pair in pairs}
+    if seen := images.keys() & scored.keys():
         logger.warning(
             "%d of the images without masks are validation images, so the scores are on images seen in training. "
             "Remove them from trainer.unlabelled for scores on unseen images.",
             len(seen),
         )
+        images |= {origin: replace(images[origin], name=scored[origin]) for origin in seen}
     chosen = [image for origin, image in images.items() if origin not in exclude]
     return _select_readable(chosen, builder.workers) if builder.skips_faulty_files else chosen
 

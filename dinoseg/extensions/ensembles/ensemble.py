@@ -12,7 +12,7 @@ import torch
 
 from dinoseg.checkpoints.trained import C, TrainedModel, load_member
 from dinoseg.core.contracts import require_classes
-from dinoseg.core.metric import plain_score
+from dinoseg.core.metric import RowMetric, plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.task import ObjectTask, Task
 from dinoseg.data.loader import eval_samples, stack_equal
@@ -161,6 +161,7 @@ class TrainedEnsemble(TrainedModel):
     out_of_fold: bool
     counts: scoring.MemberCounts | None = None  # of the members, in an evaluation
     data: SegmentationData | None = None  # the split that is evaluated
+    metrics: Sequence[RowMetric] = ()  # of its objects
 
     @property
     def single_pass_model(self) -> SegmentationModel:
@@ -189,6 +190,7 @@ class TrainedEnsemble(TrainedModel):
         group, paths = builder.value("data.group"), [*map(Path, builder.checkpoints)]
         if not self.out_of_fold:
             self.data = builder.dataset(split)
+            self.metrics = [metric for metric in builder.metrics if metric.needs_objects]
             scoring.check_unseen(self.data, group, paths, warns=split == "test")
             return self.data
         folds = {}
@@ -233,7 +235,7 @@ class TrainedEnsemble(TrainedModel):
         if self.strategy is not self.averaged:
             logger.info("The ensemble is not compared with its members, whose small regions are not removed.")
             return collector
-        self.counts = scoring.MemberCounts(collector, self, self.averaged, self.data)
+        self.counts = scoring.MemberCounts(collector, self, self.averaged, self.data, self.metrics)
         return self.counts  # type: ignore[return-value]
 
     def report(self, out_dir: Path) -> dict[str, Any]:
@@ -243,7 +245,8 @@ class TrainedEnsemble(TrainedModel):
             return {}
         record = read_record(out_dir)
         if counts is not None:
-            gain = scoring.measure_gain(record, counts, [str(builder.resume) for builder in self.builders])
+            names = [str(builder.resume) for builder in self.builders]
+            gain = scoring.measure_gain(record, dict(zip(names, counts, strict=True)), self.metrics)
             write_json(out_dir / "ensemble.json", gain)
             return {"ensemble": gain}
         kind, units = ClassScores(len(record.classes), record.background), record.count_units()

@@ -12,18 +12,21 @@ from torch.utils.data import ConcatDataset
 
 from dinoseg.checkpoints.past_runs import read_run
 from dinoseg.checkpoints.trained import TrainedModel
-from dinoseg.core.metric import LabelledImage, plain_score
+from dinoseg.core.metric import Counts, LabelledImage, PredictedImage, RowMetric, count_image, plain_score
+from dinoseg.core.object_ids import OBJECTS
+from dinoseg.core.objects import Objects
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.scoring.intervals import estimate_difference, score_units, unit_sums
-from dinoseg.evaluation.unit_scores import ClassScores
+from dinoseg.evaluation.scoring.intervals import UnitScore, estimate_difference, score_units, unit_sums
+from dinoseg.evaluation.unit_scores import ClassScores, further_scores, leave_units_out
 from dinoseg.extensions.ensembles.strategy import AveragedStrategy
 from dinoseg.metrics.miou import count_classes
 from dinoseg.report.html.page import format_interval
 from dinoseg.report.table import percent
 from dinoseg.runs.folder import LOG, command_line
+from dinoseg.runs.split_file import OUTSIDE
 from dinoseg.training import checkpoint
 from dinoseg.training.description import resolve_evaluate
 from dinoseg.training.end_record import describe_sweep
@@ -86,8 +89,8 @@ def _is_selected(path: Path) -> bool:
     return path.stem != "last" and resolve_evaluate(evaluate, config.get("data", {}).get("fold")) == "best"
 
 
-def read_seen(path: Path) -> set[str]:
-    """Return the names of the images that a checkpoint was trained or selected on.
+def read_seen(path: Path) -> dict[str, list[str]]:
+    """Return the names of the images that a checkpoint was trained or selected on, by side of the split.
 
     Raises:
         UserError: there is no split.json of its training.
@@ -96,7 +99,7 @@ def read_seen(path: Path) -> set[str]:
     if not file.is_file():
         raise UserError(f"resume: {path} has no {file.name} of its training: its images are unknown. {_REMEDY}")
     split = forms.read_json(file, _SPLIT)
-    return {name for side in ("train", *(("val",) if _is_selected(path) else ())) for name in split.get(side, ())}
+    return {side: names for side, names in split.items() if side != "val" or _is_selected(path)}
 
 
 def check_unseen(data: SegmentationData, group: str | None, paths: Sequence[Path], *, warns: bool = False) -> None:
@@ -112,7 +115,9 @@ def check_unseen(data: SegmentationData, group: str | None, paths: Sequence[Path
         UserError: naming the member and the images.
     """
     for path in paths:
-        seen = read_seen(path)
+        seen = {name for names in read_seen(path).values() for name in names}
+        if warns:
+            seen |= {name.removeprefix(OUTSIDE) for name in seen}
         groups = find_groups(group, sorted({*data.names, *seen}), "data.group")[0]
         known = {groups.get(name, name) for name in seen}
         twice = [name for name in data.names if groups.get(name, name) in known]
@@ -158,7 +163,8 @@ def check_folds(data: FoldedData, paths: Sequence[Path]) -> None:
     Raises:
         UserError: naming the images.
     """
-    lacking = sorted(set.union(*map(read_seen, paths)) - {*data.names, *data.skipped})
+    trained = {name for path in paths for name in read_seen(path).get("train", ())}
+    lacking = sorted(trained - {*data.names, *data.skipped})
     if lacking or len(data.fold_of) < len(data.names):
         raise UserError(
             f"resume: the runs do not score each image once: {len(data.names) - len(data.fold_of)} twice, "
@@ -172,59 +178,93 @@ class MemberCounts:
 
     Args:
         collector: of the ensemble's predictions, which also receives each batch.
-        ensemble: stores the class ids of the members.
+        ensemble: stores the class ids and the objects of the members.
         data: the evaluated split; each rank has every `world_size`-th image in order.
+        metrics: of objects.
     """
 
     def __init__(
-        self, collector: Any, ensemble: TrainedModel, strategy: AveragedStrategy, data: SegmentationData
+        self,
+        collector: Any,
+        ensemble: TrainedModel,
+        strategy: AveragedStrategy,
+        data: SegmentationData,
+        metrics: Sequence[RowMetric] = (),
     ) -> None:
         self._collector, self._engine, self._strategy, self._data = collector, ensemble.engine, strategy, data
-        self._rows: list[tuple[int, np.ndarray]] = []  # index of an image, and counts (M, 3 or 4, K)
+        self.metrics = metrics
+        # index of an image; of each member, the counts (3 or 4, K) of its classes, and those of each metric
+        self._rows: list[tuple[int, list[tuple[np.ndarray, list[Counts]]]]] = []
         strategy.ids = {}
 
     def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
         """Add a batch, in the form that `evaluate` passes to `on_batch`."""
         self._collector.add(batch, ids, logits)
         found = self._strategy.ids or {}
-        members = [torch.cat(found[number], dim=-2).cpu().numpy() for number in sorted(found)]
+        members = {number: torch.cat(found[number], dim=-2).cpu().numpy() for number in sorted(found)}
         for image, mask in enumerate(batch.mask.cpu().numpy()):
-            sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index)
+            held = Objects.of_map(batch.maps[OBJECTS][image].cpu().numpy()) if self.metrics else None
+            sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index, batch.names[image], held)
             index = self._engine.rank + len(self._rows) * self._engine.world_size
-            self._rows.append((index, np.stack([count_classes(each[image], sample) for each in members])))
+            row = []
+            for number, masks in members.items():
+                objects = self._strategy.found[number][image] if self.metrics else None
+                prediction = PredictedImage(masks[image], objects=objects)
+                of_metrics = [count_image(metric, prediction, sample) for metric in self.metrics]
+                row.append((count_classes(masks[image], sample), of_metrics))
+            self._rows.append((index, row))
 
-    def gather(self) -> np.ndarray:
-        """Return the counts (N, M, 3 or 4, K) of the images of all ranks, in the order of the data."""
+    def gather(self) -> list[list[tuple[np.ndarray, list[Counts]]]]:
+        """Return the counts of each member on the images of all ranks, in the order of the data."""
         rows = sorted(self._engine.gather(self._rows), key=lambda row: row[0])
-        return np.stack([counts for _, counts in rows])
+        return [[*of_member] for of_member in zip(*(row for _, row in rows), strict=True)]
 
 
-def measure_gain(record: ImageRecord, counts: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def measure_gain(
+    record: ImageRecord,
+    members: Mapping[str, Sequence[tuple[np.ndarray, Sequence[Counts]]]],
+    metrics: Sequence[RowMetric] = (),
+) -> dict[str, Any]:
     """Log and return how much better an ensemble is than the mean of its members, paired over units.
 
-    The interval is for these members, not for other trainings.
+    The interval is for these members, not for other trainings. The log names the first score of the first metric, or
+    mIoU.
 
     Args:
         record: of the ensemble's evaluation.
-        counts: (N, M, 3 or 4, K) of the members on the same images.
-        names: of the members.
+        members: of each by its name, for each image, the counts (3 or 4, K) of its classes and of each metric.
+        metrics: of objects, which the record has, too.
     """
     kind = ClassScores(len(record.classes), record.background)
-    by_run = [*counts.swapaxes(0, 1), record.counts]
-    *members, ensemble = [score_units(kind, unit_sums(of_run, record.units)) for of_run in by_run]
-    gaps = {key: estimate_difference([each[key] for each in members], [ensemble[key]]) for key in kind.keys}
-    scores = [
-        {key: plain_score(value) for key, value in kind.scores(each.sum(axis=0).ravel()).items()} for each in by_run
-    ]
-    gap = gaps["miou"]
+
+    def score_classes(counts: np.ndarray) -> dict[str, UnitScore]:
+        return score_units(kind, unit_sums(counts, record.units))
+
+    scores = []
+    for rows in members.values():
+        scores.append(score_classes(np.stack([counts for counts, _ in rows])))
+        for number, metric in enumerate(metrics):
+            found = leave_units_out(metric, [counts[number] for _, counts in rows], record.units)
+            scores[-1] |= further_scores(metric, found)
+    ensemble = score_classes(record.counts)
+    ensemble |= {key: record.scores[key] for key in scores[0] if key not in ensemble}
+    gaps = {key: estimate_difference([each[key] for each in scores], [score]) for key, score in ensemble.items()}
+    values = [{key: _plain(score.value) for key, score in each.items()} for each in (*scores, ensemble)]
+    main = next((score for metric in metrics for score in metric.scores), "miou")
+    gap = gaps[main]
     logger.info(
-        "ensemble of %d: mIoU %s %%, %s over the mean of its members (95 %% interval %s over %s; members: %s %%)",
-        len(names),
-        percent(scores[-1]["miou"], 2),
+        "ensemble of %d: %s %s %%, %s over the mean of its members (95 %% interval %s over %s; members: %s %%)",
+        len(members),
+        "mIoU" if main == "miou" else main,
+        percent(values[-1][main], 2),
         percent(plain_score(gap.value), 2, "+"),
         format_interval(gap.ci95, 2, "+"),
         count_of(record.count_units(), record.unit),
-        ", ".join(percent(each["miou"], 2) for each in scores[:-1]),
+        ", ".join(percent(each[main], 2) for each in values[:-1]),
     )
     over_mean = {key: {"value": plain_score(gap.value), "ci95": gap.ci95} for key, gap in gaps.items()}
-    return {"members": dict(zip(names, scores[:-1], strict=True)), "over_mean": over_mean}
+    return {"members": dict(zip(members, values[:-1], strict=True)), "over_mean": over_mean}
+
+
+def _plain(value: float | None) -> float | None:
+    return None if value is None else plain_score(value)

@@ -88,12 +88,14 @@ class AveragedStrategy(InferenceStrategy):
     Attributes:
         active: indices of the members that predict; all by default.
         ids: by member, the class ids of the bands of the last images; None: they are not stored.
+        found: by member, the objects of the last images, if `ids` are stored and objects are fused.
     """
 
     def __init__(self, members: Sequence[Predictor], *, offload: bool = False) -> None:
         self.members, self.offload = members, offload
         self.active: Sequence[int] = range(len(members))
         self.ids: dict[int, list[Tensor]] | None = None
+        self.found: dict[int, list[Objects]] = {}
         self._owners: list[int] = []  # by member, the first one that has the same backbone
         self._merged: dict[Group, Predictor] = {}
         for number, member in enumerate(members):
@@ -173,7 +175,8 @@ class AveragedStrategy(InferenceStrategy):
 
     def _fuse(self, rows: Rows, size: Size | None) -> "FusedPrediction":
         """Return the mean of the probabilities and the fused objects of members, which run one after another."""
-        found, sums = [], []
+        found: dict[int, list[Objects]] = {}
+        sums = []
         for number in self.active:
             member = self.members[number]
             collector = ObjectCollector(member.model.task, rows.count, size or rows.size)
@@ -184,10 +187,13 @@ class AveragedStrategy(InferenceStrategy):
             finally:  # also if it runs out of memory
                 if self.offload:
                     member.model.to("cpu")
-            found.append(collector.objects())
+            found[number] = collector.objects()
         mean = self._as_prediction(torch.stack(sums).sum(dim=0))
         assert isinstance(mean.task, ObjectTask)
-        return FusedPrediction(**vars(mean), found=[mean.task.fuse_objects(each) for each in zip(*found, strict=True)])
+        if self.ids is not None:
+            self.found = found
+        fused = [mean.task.fuse_objects(each) for each in zip(*found.values(), strict=True)]
+        return FusedPrediction(**vars(mean), found=fused)
 
     def _sum(self, members: Sequence[int], stacked: Tensor) -> Tensor:
         """Return the sum (B, K, r, W) of the probabilities (B, M K, r, W) of members, and store the ids of each."""

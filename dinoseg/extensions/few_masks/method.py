@@ -150,6 +150,7 @@ class FewMasks(ImageTraining):
         views = UnlabelledViews(**vars(feed.train_views), truths=truths, **self._of_views)
         given = {part.name: getattr(module, part.name) for part in fields(ImageDataModule) if part.init}
         self.data_module = FewMasksDataModule(**given, unlabelled=views, unlabelled_batch_size=feed.batch_size)
+        self.split = {**self.split, "unlabelled": [*feed.train.names]}
         logger.info(
             "training images with masks: %d, %d per batch; without: %d, %d per batch",
             *(len(module.train), module.batch_size, len(feed.train), feed.batch_size),

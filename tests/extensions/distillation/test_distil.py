@@ -101,6 +101,8 @@ def test_packed_images_and_frames_of_a_video_are_distilled(folder, monkeypatch):
     packed = ("data.cache=packed", "resolution.longest=24", "resolution.crop=[16,24]", "cache_dir=packed")
     _, done = train_run(folder, "packed", *WORDS, *packed, *film, "trainer.steps=1")
     assert "6 training images with masks, 4 without" in done.err
+    split = json.loads((folder / "packed/split.json").read_text())
+    assert split["unlabelled"] == [f"unlabelled/{frame:09d}" for frame in (0, 6, 12, 18)]
     assert (3, 32, 48) in sizes and len(sizes) == 2  # as in their files; the film has another
 
 

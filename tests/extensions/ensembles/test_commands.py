@@ -15,6 +15,7 @@ from dinoseg.api.compose import compose
 from dinoseg.cli.shared import compose_shared, describe_job
 from dinoseg.config.plain import to_container
 from dinoseg.evaluation.image_record import read_record
+from dinoseg.extensions.rendering.moving.write import draw_video
 from dinoseg.utils.images import read_ids, read_image, write_png
 
 TRAINING = (
@@ -224,3 +225,35 @@ def test_ranks_score_the_images_of_all_members(runs):
         assert first["matrix"] == second["matrix"]
     first, second = ((runs / f"ranks{more}/ensemble.json").read_text() for more in ("", "_alone"))
     assert first == second
+
+
+@pytest.mark.heavy
+def test_gains_of_objects_are_those_of_the_members_scored_alone(tmp_path):
+    """Two runs start from the packaged model, each on images of its own; they are scored on rendered objects."""
+    sides = {"a/train": range(4), "b/train": range(4, 8), "a/val": [16], "b/val": [16], "a/test": range(17, 23)}
+    for side, numbers in sides.items():
+        for number in numbers:
+            image, ids = next(iter(draw_video((5, 1, number), 12, (128, 128))))
+            write_png(tmp_path / side / f"images/{number}.png", image)
+            write_png(tmp_path / side / f"masks/{number}.png", np.where(ids > 0, 1000 + ids.astype(np.uint16), 0))
+    data = ("data=folder_instances", "data.classes=[background,object]", "data.background=background")
+    cpu = ("engine=cpu", "engine.workers=0", "engine.precision=fp32", "mode.metrics_only=true")
+    words = (*data, "hparam=instance", "backbone=tiny_surgical", "adapter=frozen", "head=pmt", "head.blocks=1")
+    words += ("head.num_queries=16", "init=dinoseg:objects", "trainer.steps=1", "mode.pictures=0", "logger=[]")
+    words += ("data.batch_size=4", "loss.criterion.num_points=500", "optim.schedule.warmup=0", "mode.report=false")
+    for run in "ab":
+        words += ("optim.optimizer.lr=1e-3",) if run == "b" else ()
+        succeed(tmp_path, "mode=train", *words, *cpu, f"data.root={run}", f"hydra.run.dir=run_{run}")
+    found = {}
+    for name, resume in (("a", "run_a"), ("b", "run_b"), ("both", "[run_a,run_b]")):
+        score = ("mode=eval", "mode.split=test", "data.root=a", *cpu, f"resume={resume}", f"hydra.run.dir={name}")
+        done = succeed(tmp_path, *score)
+        found[name] = json.loads((tmp_path / name / "scores.json").read_text())
+    gain = json.loads((tmp_path / "both/ensemble.json").read_text())
+    for key in ("AP", "AP50", "miou"):
+        own = [found[run][key] for run in "ab"]
+        assert [each[key] for each in gain["members"].values()] == pytest.approx(own, abs=1e-9) and own[0] != own[1]
+        assert gain["over_mean"][key]["value"] == pytest.approx(found["both"][key] - sum(own) / 2, abs=1e-9)
+        low, high = gain["over_mean"][key]["ci95"]
+        assert low <= gain["over_mean"][key]["value"] <= high
+    assert f"ensemble of 2: AP {100 * found['both']['AP']:.2f} %" in done.err

@@ -88,7 +88,8 @@ def test_gains_equal_a_plain_script():
             source="",
             counts=counts[-1],
         )
-        found = scoring.measure_gain(record, counts[:-1].swapaxes(0, 1), names)
+        members = {name: [(row, []) for row in own] for name, own in zip(names, counts[:-1], strict=True)}
+        found = scoring.measure_gain(record, members)
         for name, own in zip(names, counts[:-1], strict=True):
             for key, value in plain_scores(own.sum(axis=0), background).items():
                 held = found["members"][name][key]
@@ -144,10 +145,22 @@ def test_images_and_groups_of_a_training_are_refused(run, caplog):
 )
 def test_images_that_chose_the_weights_are_refused(run, settings, selected):
     path = run("a", ["t"], ["v"], **settings)
-    assert scoring.read_seen(path) == ({"t", "v"} if selected else {"t"})
+    assert scoring.read_seen(path) == {"train": ["t"], **({"val": ["v"]} if selected else {})}
 
 
 def test_a_run_without_its_split_is_refused(run):
     path = run("a", ["t"], ["v"])
     (path.parent.parent / "split.json").unlink()
     assert_refused(lambda: scoring.read_seen(path), "split.json", "mode.split=test")
+
+
+def test_images_without_masks_were_seen_too(run, caplog):
+    path = run("a", ["t"], ["v"], evaluate="last")
+    (path.parent.parent / "split.json").write_text(json.dumps({"train": ["t"], "unlabelled": ["u", "unlabelled/w"]}))
+    assert_refused(lambda: scoring.check_unseen(SimpleNamespace(names=["u"]), None, [path]), "1 image of this split")
+    new = SimpleNamespace(names=["w"])  # of another folder, so that it may be another image
+    scoring.check_unseen(new, None, [path])
+    scoring.check_unseen(new, None, [path], warns=True)
+    assert "1 image here (w)" in caplog.text
+    folds = SimpleNamespace(names=["t", "v"], skipped={}, fold_of={"t": "0", "v": "1"})
+    scoring.check_folds(folds, [path])

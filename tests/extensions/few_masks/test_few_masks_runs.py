@@ -1,5 +1,6 @@
 """Trainings with few masks: resumed, scored and exported by the teacher, with any images, and what is refused."""
 
+import json
 from copy import copy
 from unittest.mock import Mock
 
@@ -46,6 +47,8 @@ def test_resumed_run_equals_an_uninterrupted_one(folder, whole_run):
     train_run(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
     parts, _ = train_run(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
     assert same(whole_run[0], parts) and "with masks: 3, 2 per batch; without: 3, 2 per batch" in whole_run[1].err
+    split = json.loads((folder / "parts/split.json").read_text())
+    assert sorted(split["train"] + split["unlabelled"]) == [*"012345"] and len(split["unlabelled"]) == 3
 
 
 def test_log_has_shares_and_accuracy_of_pseudo_labels(folder, whole_run):
@@ -81,6 +84,12 @@ def test_labelled_images_are_left_out_of_a_folder_without_masks(folder, compose,
     train_run(folder, "more", *WORDS, "trainer=fixmatch", "trainer.unlabelled=photos", "trainer.steps=1")
     assert {len(names) for names in seen} == {3, 6}
     assert all(row["train/pseudo_accuracy"] is None for row in rows(folder, "more") if "train/loss" in row)
+    more = json.loads((folder / "more/split.json").read_text())["unlabelled"]
+    assert more == [f"unlabelled/{number}" for number in range(6)]
+    val = ("trainer.unlabelled=data/val/images", "trainer.unlabelled_batch_size=1")
+    done = train_run(folder, "val", *WORDS, *val, "trainer.steps=1")[1]
+    assert json.loads((folder / "val/split.json").read_text())["unlabelled"] == ["0"]
+    assert "1 of the images without masks are validation images" in done.err
 
 
 VIEWS = (
