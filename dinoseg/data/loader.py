@@ -162,8 +162,9 @@ def check_batch_size(batch_size: int, samples: int, world_size: int, what: str =
     """Raise a UserError if a batch is larger than the dataset, or is not a multiple of the number of ranks."""
     if not 1 <= batch_size <= samples:
         raise UserError(
-            f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose a number from 1 to "
-            f"{samples}, or add {what}s."
+            f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose "
+            f"{'1' if samples == 1 else f'a number from 1 to {samples}'}, or add {what}s (data.labelled leaves some "
+            "out)."
         )
     if batch_size % world_size:
         raise UserError(

@@ -147,9 +147,11 @@ def _check_head(
         for names in ([name for _, name, _ in _checkpoint_tensors(model, offered)], trained_names(model))
     )
     if theirs.isdisjoint(fitting) and (theirs != ours or len(builder.labels.classes) == len(offered.info["classes"])):
+        choices = offered.info["choices"]
         raise UserError(
             f"init={builder.value('init')}: its {count_of(len(offered.part('model')), 'tensor')} do not match this "
-            "model's head. Use the head and the backbone of its config, or leave init out."
+            f"model's head. Choose backbone={format_text(str(choices['backbone']))} "
+            f"head={format_text(str(choices['head']))} with the options of its config, or leave init out."
         )
 
 

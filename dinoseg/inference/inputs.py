@@ -62,12 +62,12 @@ def list_inputs(
     if path.is_file() and path.suffix.lower() in kinds:
         return [path]
     if path.is_dir():
-        nothing = f"The folder {path} holds no {wanted} directly."
+        nothing = f"{key}={source}: the folder holds no {wanted} directly."
     elif is_pattern(source):
-        nothing = f"The pattern {source} matches no {wanted}."
+        nothing = f"{key}={source}: the pattern matches no {wanted}."
     else:
         check_exists(source, key, accepted, suffix=".jpg")
-        nothing = f"{path} is of an unknown kind ({path.suffix or 'no suffix'})."
+        nothing = f"{key}={source} is of an unknown kind ({path.suffix or 'no suffix'})."
     media, unread = find_files(source, kinds), find_files(source, UNREAD_SUFFIXES)
     left_out = f"{count_of(unread, 'file')} of unsupported formats: {join_names([path.name for path in unread])}."
     if not media:

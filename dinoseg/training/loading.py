@@ -181,7 +181,8 @@ def check_resumable(checkpoint: Checkpoint) -> None:
     if not checkpoint.part("optimizer"):
         raise UserError(
             f"{checkpoint.where}: this checkpoint holds no optimizer state, so training cannot resume from it "
-            "exactly. Resume from last.safetensors in the same folder; if there is none, train again."
+            "exactly. Resume from last.safetensors in the same folder; or start a new run from its weights: init=FILE "
+            "instead of resume=FILE."
         )
 
 

@@ -11,7 +11,8 @@ from dinoseg.utils.wording import printable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` of an OSError where freeing space and running again helps
 _REMEDIES = {  # for errors of files and disks; others, such as a network's, pass unchanged
-    (*DISK_FULL, errno.EFBIG): "Free some space and run it again: complete files are unchanged.",
+    DISK_FULL: "Free some space and run it again: complete files are unchanged.",
+    (errno.EFBIG,): "Raise the limit of a file's size (`ulimit -f`), or choose a folder on another file system.",
     (errno.EACCES, errno.EPERM, errno.EROFS): "Give your user read and write permission, or choose another folder.",
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ESTALE): (
         "Check that path: another program may have removed or replaced it, or it is another kind of file."

@@ -122,9 +122,10 @@ def check_exists(source: str | PathLike[str], key: str, remedy: str, *, suffix: 
         raise
     except (OSError, ValueError):  # missing, too long, or with invalid characters
         pass
-    is_searched = path.parent.is_dir() and not str(source).startswith(PACKAGED)  # other kinds of files lie there too
-    there = [str(each) for each in path.parent.glob("*")] if is_searched else []
-    nearest = suggest_nearest(str(path), there, f"{key}=")
+    word, there = str(path), [str(each) for each in path.parent.glob("*")]
+    if str(source).startswith(PACKAGED):
+        word, there = str(source), [f"{PACKAGED}{each.stem}" for each in path.parent.glob(f"*{suffix}")]
+    nearest = suggest_nearest(word, there, f"{key}=")
     raise UserError(f"{key}={source}: file or folder not found.{nearest} {remedy}")
 
 

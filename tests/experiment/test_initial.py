@@ -161,7 +161,7 @@ def test_unusable_init_is_refused_before_training(folder, words, said):
     ("init", "said"),
     [
         ("tuned", "that this model does not train or has in another shape, but"),
-        ("first head=mlp", "do not match this model's head"),
+        ("first head=mlp", "do not match this model's head. Choose backbone=tiny head=linear with"),
         ("weights.safetensors", "^init=weights.safetensors: .* For backbone weights, set backbone.weights"),
         ("data", "^init=data: it holds neither checkpoints/best.safetensors"),
         ("cut.safetensors", "^init=cut.safetensors: not a readable checkpoint"),

@@ -78,8 +78,12 @@ def list_made(source):
 test_message_names_value_and_remedy = refusals(
     {
         "no file": (partial(list_made, "nowhere.png"), "input=nowhere.png: file or folder not found", ".jpg", ".mp4"),
-        "an empty folder": (partial(list_made, "empty"), "The folder empty holds no image or video", "Accepted"),
-        "no match": (partial(list_made, "none*.png"), "none*.png matches no image or video", "Accepted"),
+        "an empty folder": (partial(list_made, "empty"), "input=empty: the folder holds no image or video", "Accepted"),
+        "no match": (
+            partial(list_made, "none*.png"),
+            "input=none*.png: the pattern matches no image or video",
+            "Accepted",
+        ),
         "another kind": (partial(list_made, "notes.txt"), "notes.txt is of an unknown kind (.txt)", ".png"),
         "no suffix": (partial(list_made, "bare"), "bare is of an unknown kind (no suffix)"),
     }

@@ -109,7 +109,9 @@ def test_checkpoint_of_another_model_is_refused(model, tmp_path):
     assert_refused(lambda: load_weights(frozen, best), "unexpected (such as backbone", "lora_")
     assert_refused(lambda: load_weights(other, best), "trained on other frozen backbone weights")
     assert_refused(lambda: begin(tmp_path, source, start=best), "its optimizer state lacks parameters")
-    assert_refused(lambda: check_resumable(best), "holds no optimizer state", "Resume from last.safetensors")
+    assert_refused(
+        lambda: check_resumable(best), "holds no optimizer state", "Resume from last.safetensors", "init=FILE"
+    )
 
 
 def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):

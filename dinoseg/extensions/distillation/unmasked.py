@@ -129,19 +129,29 @@ def open_unmasked(
     if not found:
         if batch_size is not None:
             raise UserError(
-                f"trainer.unlabelled_batch_size={batch_size}: there are no images without masks. "
-                "Give trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of "
-                "names>, which leaves masks out; or leave it out to train on images with masks only."
+                f"trainer.unlabelled_batch_size={batch_size}: {explain_none(source)}; or leave it out to train on "
+                "images with masks only."
             )
         return None
     images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)
     size = batch_size or data_module.batch_size
     if size > len(images) or size % data_module.world_size:
+        devices = data_module.world_size
         raise UserError(
-            f"trainer.unlabelled_batch_size={size} with {count_of(len(images), 'image')} without masks: give a "
-            f"number of at most that, a multiple of {count_of(data_module.world_size, 'device')}, or more images."
+            f"trainer.unlabelled_batch_size={size}{'' if batch_size else ' (data.batch_size)'} with "
+            f"{count_of(len(images), 'image')} without masks: choose a number from 1 to {len(images)}"
+            f"{f', a multiple of {devices} for the devices,' if devices > 1 else ''} or add images."
         )
     return replace(data_module, train=images, batch_size=size)
+
+
+def explain_none(source: str | None) -> str:
+    """Return that there are no images without masks, though `trainer.unlabelled` may name some, and the remedy."""
+    named = "" if source is None else f": all of trainer.unlabelled={source} are training images with masks"
+    return (
+        f"there are no images without masks{named}. Give trainer.unlabelled=<folder, quoted pattern or video>"
+        f"{' of others' if named else ''}, or data.labelled=<share or file of names>, which leaves masks out"
+    )
 
 
 def list_images(

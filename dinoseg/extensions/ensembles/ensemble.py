@@ -315,7 +315,7 @@ def describe_member(
     return {
         "classes": [*labels.classes],
         "ignored id": labels.ignore_index,
-        "task": type(model.task).__name__,
+        "task": type(model.task).__name__.removesuffix("Task").lower(),
         "things": sorted(model.task.things) if isinstance(model.task, ObjectTask) else None,
         "task.threshold": model.task.thresholds and [*model.task.thresholds],
         "image format": {**pixels, "channels": model.backbone.channels},

@@ -15,13 +15,14 @@ from dinoseg.data.loader import sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
-from dinoseg.extensions.distillation.unmasked import UNMASKED, open_unmasked
+from dinoseg.experiment.provenance import Provenance
+from dinoseg.extensions.distillation.unmasked import UNMASKED, explain_none, open_unmasked
 from dinoseg.extensions.few_masks.loss import FewMasksLoss
 from dinoseg.extensions.few_masks.teacher import EmaTeacher, FewMasksBatch, TeacherAverage, predict_labels
 from dinoseg.extensions.few_masks.views import UnlabelledViews, join_views
 from dinoseg.methods.images import ImageTraining
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.report.log import RunLog
+from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.training.data_module import Validation, spread
 from dinoseg.training.engine import Engine
@@ -107,15 +108,18 @@ class FewMasks(ImageTraining):
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a head or an engine that the teacher or the dropout does not fit."""
         super().check_parts(model, world_size)
-        head = f"head={self.builder.options['head']}"
-        if model.head.mixture:
-            raise UserError(
-                f"{self._name} needs scores of each pixel, and {head} has masks. Choose head=dpt, task=semantic."
-            )
-        if self._of_teacher["dropout"] and type(model.head).run is not Head.run:
-            raise UserError(f"trainer.dropout=true: {head} does not read feature maps alone. Choose head=dpt.")
-        if self.engine.sharded:
-            raise UserError(f"{self._name} needs whole weights on each device. Leave engine.sharding out.")
+        head, cache = f"head={self.builder.options['head']}", self.engine.cache
+        refused = {
+            f"{head} has masks instead of scores of each pixel. Choose head=dpt, task=semantic.": model.head.mixture,
+            f"trainer.dropout=true, and {head} does not read feature maps alone. Choose head=dpt.": (
+                self._of_teacher["dropout"] and type(model.head).run is not Head.run
+            ),
+            f"engine.cache={cache}: features of strong views cannot be cached, since these are new in each step. Leave "
+            "it out.": cache in ("disk", "memory"),
+            "whole weights are needed on each device. Leave engine.sharding out.": self.engine.sharded,
+        }
+        for reason in (reason for reason, is_so in refused.items() if is_so):
+            raise UserError(f"{self._name}: {reason}")
 
     def open_data(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without."""
@@ -126,26 +130,21 @@ class FewMasks(ImageTraining):
                 f"{self._name}: data.augment does not return padding. Inherit from dinoseg.data.transforms.Augment."
             )
         whole = self.builder.reader()("train")
-        files = whole if isinstance(whole, PairDataset) else None
-        pairs = files.pairs if files else ()
-        labelled = {source_origin(pair.image) for pair in pairs if pair.name in module.train.names}
+        pairs = whole.pairs if isinstance(whole, PairDataset) else ()
         feed = open_unmasked(
             self.builder,
             # a mask decides on no crop of an image without one
             replace(module, augment=replace(module.augment, cat_max_ratio=None)),
-            exclude=labelled,
+            exclude={source_origin(pair.image) for pair in pairs if pair.name in module.train.names},
             **self._of_images,
         )
         if feed is None:
-            raise UserError(
-                f"{self._name}: there are no images without masks. Give trainer.unlabelled=<folder, quoted pattern or "
-                "video>, or data.labelled=<share or file of names>, which leaves masks out."
-            )
+            raise UserError(f"{self._name}: {explain_none(self._of_images.get('source'))}.")
         rows = {source_origin(pair.image): row for row, pair in enumerate(pairs)}
         truths = {
-            index: partial(files.mask, rows[source_origin(source)])
+            index: partial(whole.mask, rows[source_origin(source)])  # type: ignore[attr-defined]
             for index, source in enumerate(feed.train.sources)  # type: ignore[attr-defined]
-            if files and source_origin(source) in rows
+            if source_origin(source) in rows
         }
         views = UnlabelledViews(**vars(feed.train_views), truths=truths, **self._of_views)
         given = {part.name: getattr(module, part.name) for part in fields(ImageDataModule) if part.init}
@@ -157,8 +156,8 @@ class FewMasks(ImageTraining):
         )
 
     def cache_features(self) -> dict[str, str]:
-        """Refuse a feature cache: strong views are new in each step."""
-        return super(ImageTraining, self).cache_features()
+        """Cache nothing: strong views are new in each step."""
+        return {}
 
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on pseudo-labels."""
@@ -167,6 +166,18 @@ class FewMasks(ImageTraining):
     def loop_setup(self, log: RunLog) -> TrainingSetup:
         """Return what `fit` takes, with the teacher as the average of the weights."""
         return replace(super().loop_setup(log), make_ema=self._make_teacher)
+
+    def evaluate(self, provenance: Provenance, *, metrics_only: bool, report: bool) -> dict[str, Any]:
+        """Score as `ImageTraining` does; warn if no pseudo-label was ever used."""
+        rows = read_rows(self.out_dir / "metrics.jsonl") if self.engine.is_main else ()
+        shares = [row["train/confident"] for row in rows if "train/confident" in row]
+        if shares and not any(shares):
+            logger.warning(
+                "No pixel of an image without a mask reached trainer.threshold=%g, so the training has learned from "
+                "the masks alone, at half the weight. Lower trainer.threshold, or train longer.",
+                self._of_teacher["threshold"],
+            )
+        return super().evaluate(provenance, metrics_only=metrics_only, report=report)
 
     def _make_teacher(self, model: SegmentationModel, decay: float | None) -> TeacherAverage:
         """Let the data module label images by an average of a model's weights, and return the average."""

@@ -57,6 +57,7 @@ def test_log_has_shares_and_accuracy_of_pseudo_labels(folder, whole_run):
     for row in found:
         assert row["train/loss"] == pytest.approx((row["train/masks"] + row["train/pseudo_labels"]) / 2, rel=1e-5)
         assert row["train/confident"] > 0.99 and 0.2 < row["train/pseudo_accuracy"] < 0.8  # two classes
+    assert "reached trainer.threshold" not in whole_run[1].err
     (picture,) = (folder / "whole/validation/step_00004/pseudo_labels").glob("*.png")
     assert read_image(picture).shape[1] > 2 * 48
 
@@ -86,8 +87,9 @@ def test_labelled_images_are_left_out_of_a_folder_without_masks(folder, compose,
     assert all(row["train/pseudo_accuracy"] is None for row in rows(folder, "more") if "train/loss" in row)
     more = json.loads((folder / "more/split.json").read_text())["unlabelled"]
     assert more == [f"unlabelled/{number}" for number in range(6)]
-    val = ("trainer.unlabelled=data/val/images", "trainer.unlabelled_batch_size=1")
+    val = ("trainer.unlabelled=data/val/images", "trainer.unlabelled_batch_size=1", "trainer.threshold=1")
     done = train_run(folder, "val", *WORDS, *val, "trainer.steps=1")[1]
+    assert "reached trainer.threshold=1," in done.err
     assert json.loads((folder / "val/split.json").read_text())["unlabelled"] == ["0"]
     assert "1 of the images without masks are validation images" in done.err
 
@@ -170,10 +172,11 @@ def test_two_ranks_resume_to_equal_bytes(folder, compose):
         (("trainer.threshold=2",), "trainer.threshold=2"),
         (("trainer.views=3",), "trainer.views=3 is out of range. Give 1 or 2"),
         (("trainer.unlabelled_batch_size=4",), "_batch_size=4 with 3 images without masks"),
-        (("engine.cache=disk",), "engine.cache=disk: features of images cannot be cached"),
+        (("engine.cache=disk",), "engine.cache=disk: features of strong views cannot be cached"),
         (("data.labelled=4",), "data.labelled=4 is out of range. Give a share above 0 and at most 1, a file of names"),
-        (("data.labelled=null",), "trainer=unimatch_v2: there are no images without masks"),
-        (("head=detail", "head.layers=[-1]"), "trainer.dropout=true: head=detail does not read feature maps alone"),
+        (("data.labelled=null",), "trainer=unimatch_v2: there are no images without masks. Give"),
+        (("data.labelled=null", "trainer.unlabelled=data/train/images"), "all of trainer.unlabelled=data/train/images"),
+        (("head=detail", "head.layers=[-1]"), "trainer.dropout=true, and head=detail does not read feature maps alone"),
         (("head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]", "loss=mask_classification"), "masks"),
         (("task=multilabel", "loss=bce"), "task=multilabel: trainer=unimatch_v2"),
     ],

@@ -54,6 +54,13 @@ def test_command_without_paths_equals_python(model, tmp_path):
 
 
 def test_unknown_packaged_names_are_refused(model, tmp_path):
+    for words in (
+        ("resume=dinoseg:objcts", "input=dinoseg:objects"),
+        ("resume=dinoseg:objects", "input=dinoseg:objcts"),
+    ):
+        done = call(tmp_path, "mode=predict", *words)
+        key = words[0].endswith("objects")
+        assert f"Did you mean {'input' if key else 'resume'}=dinoseg:objects?" in done.err
     with pytest.raises(UserError, match="dinoseg:none|none.safetensors"):
         dinoseg.load("dinoseg:none")
     with pytest.raises(UserError, match="none.jpg"):
