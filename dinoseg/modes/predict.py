@@ -97,7 +97,7 @@ def predict(
     options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(builder)
     require_classes(trained.model.head, f"resume={builder.resume}")
-    _check_unread(out_dir, trained.model.task, outputs, shapes, has_images=bool(images))
+    _check_unread(out_dir, trained.model.task, outputs, shapes, has_videos=bool(video_inputs))
     display = _select_display_options(options, opacity, shapes, min_score)
     record = _settings(builder, display, out_dir, trained.model.task)
     record["data.palette"] = [list(colour) for colour in trained.palette]
@@ -198,14 +198,14 @@ def _check_outputs_of_layers(task: Task, outputs: Sequence[str]) -> None:
 
 
 def _check_unread(
-    folder: Path, task: Task, outputs: Sequence[str], shapes: FurtherOutputs | None, *, has_images: bool
+    folder: Path, task: Task, outputs: Sequence[str], shapes: FurtherOutputs | None, *, has_videos: bool
 ) -> None:
-    """Refuse typed minimum scores of objects for a model without any; warn of keys that these outputs do not read."""
+    """Refuse typed minimum scores of objects for a model without any; log what these outputs leave out."""
     for key in find_typed_keys(folder):
         if key in ("mode.min_score", "mode.shapes.min_score") and not isinstance(task, ObjectTask):
             raise UserError(f"{key} is for a model of objects (task=instance or panoptic). Leave it out.")
-    if not has_images:
-        warn_unread(folder, ["mode.min_score"], "Frames of videos have the classes of their pixels, and no objects.")
+    if has_videos and isinstance(task, ObjectTask):
+        logger.info("Videos show the classes of their pixels, and no objects. mode=track input=VIDEO follows objects.")
     if shapes is not None and not {*outputs} & {*shapes.names}:
         warn_unread(folder, ["mode.shapes"], f"Only outputs read it: mode.outputs=[{','.join(shapes.names)}].")
 

@@ -112,12 +112,11 @@ def test_score_of_objects_is_refused_for_a_model_of_classes(folder):
         assert done.status != 0 and f"{key} is for a model of objects" in done.err
 
 
-def test_score_of_objects_has_no_effect_on_videos(folder):
+def test_videos_show_classes_and_the_log_says_so(folder):
     with VideoWriter(folder / "v.mp4", 10.0, SIZES["a"]) as writer:
         writer.write(np.zeros((*SIZES["a"], 3), np.uint8))
-    words = ("input=v.mp4", "mode.min_score=0.3")
-    assert "No effect here: mode.min_score=0.3." in predict(folder, "instance", *words, "hydra.run.dir=film").err
-    assert "No effect" not in predict(folder, "instance", "mode.min_score=0.3", "hydra.run.dir=no_film").err
+    assert "mode=track input=VIDEO follows" in predict(folder, "instance", "input=v.mp4", "hydra.run.dir=film").err
+    assert "mode=track" not in predict(folder, "instance", "hydra.run.dir=no_film").err
 
 
 def test_counts_of_a_thing_named_image_have_a_column(tmp_path):
