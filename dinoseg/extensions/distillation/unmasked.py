@@ -64,8 +64,8 @@ def find_unmasked_images(
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
     An image that both name appears once. Those that are not of the data set have names that begin with `unlabelled/`.
-    Validation images among them cause a warning. With `data.on_error=skip`,
-    unreadable images are left out with a warning.
+    Validation images among them cause a warning. With `data.on_error=skip`, unreadable images are left out with a
+    warning.
 
     Args:
         builder: builds the parts of the experiment.
@@ -96,7 +96,9 @@ def find_unmasked_images(
             "Remove them from trainer.unlabelled for scores on unseen images.",
             len(seen),
         )
-        images |= {origin: replace(images[origin], name=scored[origin]) for origin in seen}
+        names = {image.name for image in found} | others  # an equal name of val is that of another image
+        named = {origin: replace(images[origin], name=scored[origin]) for origin in seen if scored[origin] not in names}
+        images |= named
     chosen = [image for origin, image in images.items() if origin not in exclude]
     return _select_readable(chosen, builder.workers) if builder.skips_faulty_files else chosen
 

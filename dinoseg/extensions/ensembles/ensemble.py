@@ -191,7 +191,7 @@ class TrainedEnsemble(TrainedModel):
         if not self.out_of_fold:
             self.data = builder.dataset(split)
             self.metrics = [metric for metric in builder.metrics if metric.needs_objects]
-            scoring.check_unseen(self.data, group, paths, warns=split == "test")
+            scoring.check_unseen(self.data, group, paths, split=split)
             return self.data
         folds = {}
         for fold, members in self._folds.items():

@@ -89,8 +89,13 @@ def _is_selected(path: Path) -> bool:
     return path.stem != "last" and resolve_evaluate(evaluate, config.get("data", {}).get("fold")) == "best"
 
 
-def read_seen(path: Path) -> dict[str, list[str]]:
+def read_seen(path: Path, split: str | None = None) -> dict[str, list[str]]:
     """Return the names of the images that a checkpoint was trained or selected on, by side of the split.
+
+    Args:
+        path: of the checkpoint.
+        split: to compare the names with. If train and val have a name in common, equal names of different splits are
+            those of different images, and only this side is returned.
 
     Raises:
         UserError: there is no split.json of its training.
@@ -98,30 +103,32 @@ def read_seen(path: Path) -> dict[str, list[str]]:
     file = path.parent.parent / "split.json"
     if not file.is_file():
         raise UserError(f"resume: {path} has no {file.name} of its training: its images are unknown. {_REMEDY}")
-    split = forms.read_json(file, _SPLIT)
-    return {side: names for side, names in split.items() if side != "val" or _is_selected(path)}
+    sides = forms.read_json(file, _SPLIT)
+    if split is not None and not {*sides.get("train", ())}.isdisjoint(sides.get("val", ())):
+        sides = {side: names for side, names in sides.items() if side == split}
+    return {side: names for side, names in sides.items() if side != "val" or _is_selected(path)}
 
 
-def check_unseen(data: SegmentationData, group: str | None, paths: Sequence[Path], *, warns: bool = False) -> None:
+def check_unseen(data: SegmentationData, group: str | None, paths: Sequence[Path], *, split: str = "val") -> None:
     """Refuse a split with an image, or an image of a group, that a member was trained or selected on.
 
     Args:
         data: the split.
         group: pattern of `data.group`.
         paths: checkpoint of each member.
-        warns: log a warning instead, since images of another split may have the same names.
+        split: its name; with test, a warning is logged instead, since images of another split may have the same names.
 
     Raises:
         UserError: naming the member and the images.
     """
     for path in paths:
-        seen = {name for names in read_seen(path).values() for name in names}
-        if warns:
+        seen = {name for names in read_seen(path, split).values() for name in names}
+        if split == "test":
             seen |= {name.removeprefix(OUTSIDE) for name in seen}
         groups = find_groups(group, sorted({*data.names, *seen}), "data.group")[0]
         known = {groups.get(name, name) for name in seen}
         twice = [name for name in data.names if groups.get(name, name) in known]
-        if twice and warns:
+        if twice and split == "test":
             logger.warning(
                 "%s was trained or selected on images with names or groups of %s here (%s). If they are the same "
                 "images, the scores are too high.",

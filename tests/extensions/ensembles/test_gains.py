@@ -125,10 +125,10 @@ def test_images_and_groups_of_a_training_are_refused(run, caplog):
     for names, group, seen in ((["d1_1", "d3_0"], None, "d1_1"), (["d1_7", "d3_0"], r"^(d\d)", "d1_7")):
         data = SimpleNamespace(names=names)
         assert_refused(partial(scoring.check_unseen, data, group, [path]), seen, "mode.split=test", "out_of_fold")
-        scoring.check_unseen(data, group, [path], warns=True)
+        scoring.check_unseen(data, group, [path], split="test")
         assert f"1 image here ({seen})" in caplog.text
         caplog.clear()
-    scoring.check_unseen(SimpleNamespace(names=["d2_0", "d3_0"]), r"^(d\d)", [path], warns=True)
+    scoring.check_unseen(SimpleNamespace(names=["d2_0", "d3_0"]), r"^(d\d)", [path], split="test")
     assert not caplog.text
     scoring.check_unseen(SimpleNamespace(names=["d2_0", "d3_0"]), r"^(d\d)", [path])
 
@@ -160,7 +160,17 @@ def test_images_without_masks_were_seen_too(run, caplog):
     assert_refused(lambda: scoring.check_unseen(SimpleNamespace(names=["u"]), None, [path]), "1 image of this split")
     new = SimpleNamespace(names=["w"])  # of another folder, so that it may be another image
     scoring.check_unseen(new, None, [path])
-    scoring.check_unseen(new, None, [path], warns=True)
+    scoring.check_unseen(new, None, [path], split="test")
     assert "1 image here (w)" in caplog.text
     folds = SimpleNamespace(names=["t", "v"], skipped={}, fold_of={"t": "0", "v": "1"})
     scoring.check_folds(folds, [path])
+
+
+def test_equal_names_of_different_splits_are_different_images(run, caplog):
+    """As in folders train/images and val/images that both have 0.png."""
+    data = SimpleNamespace(names=["0", "1"])
+    scoring.check_unseen(data, None, [run("a", ["0", "1", "2"], ["0", "1"], evaluate="last")])
+    chosen = run("b", ["0", "1", "2"], ["0"])
+    assert_refused(lambda: scoring.check_unseen(data, None, [chosen]), "1 image of this split", "(0)")
+    scoring.check_unseen(data, None, [chosen], split="test")
+    assert not caplog.text

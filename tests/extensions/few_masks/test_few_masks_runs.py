@@ -90,8 +90,12 @@ def test_labelled_images_are_left_out_of_a_folder_without_masks(folder, compose,
     val = ("trainer.unlabelled=data/val/images", "trainer.unlabelled_batch_size=1", "trainer.threshold=1")
     done = train_run(folder, "val", *WORDS, *val, "trainer.steps=1")[1]
     assert "reached trainer.threshold=1," in done.err
-    assert json.loads((folder / "val/split.json").read_text())["unlabelled"] == ["0"]
+    assert json.loads((folder / "val/split.json").read_text())["unlabelled"] == ["unlabelled/0"]
     assert "1 of the images without masks are validation images" in done.err
+    fold = ("trainer.unlabelled=data/train/images", "data.folds=3", "data.fold=0", "trainer.unlabelled_batch_size=1")
+    train_run(folder, "fold", *WORDS, *fold, "trainer.steps=1")
+    split = json.loads((folder / "fold/split.json").read_text())
+    assert split["unlabelled"] and {*split["unlabelled"]} <= {*split["val"]}
 
 
 VIEWS = (
