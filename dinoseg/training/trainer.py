@@ -280,13 +280,15 @@ def log_step(
         "train/gradient_norm": metrics.norm,
         **speed,
     }
-    if output.scores is not None:
-        row |= output.scores.read()
     if scale is not None and scale.started:
         row["train/loss_scale"] = scale.value.item()
     # parts of the loss of this rank's last batch
     row |= {f"train/{name}": value.item() for name, value in output.parts.items() if name != "weight"}
-    setup.log.scalars(setup.checkpoints.progress.step, row)
+    try:
+        if output.scores is not None:
+            row |= output.scores.read()
+    finally:  # if another rank has died: this step is saved, and a resumed run does not log it again
+        setup.log.scalars(setup.checkpoints.progress.step, row)
 
 
 def validate(setup: TrainingSetup, ema: MovingAverage | None, stop: Deferral) -> None:

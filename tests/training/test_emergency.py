@@ -18,7 +18,7 @@ from dinoseg.training.checkpoint import read
 from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.step import NonFiniteLoss
+from dinoseg.training.step import NonFiniteLoss, StepScores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted
 
@@ -183,3 +183,21 @@ def test_nan_score_selects_no_best_checkpoint(tmp_path, monkeypatch):
     error = train(tmp_path).error
     assert isinstance(error, NonFiniteLoss) and str(error).startswith("val/miou is nan at step 3")
     assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_a_step_whose_ranks_cannot_be_counted_is_saved_with_its_row(tmp_path, whole, monkeypatch):
+    """Another rank that dies after the update ends the collective sum of the step's scores."""
+    numbers, tally = count(1), StepScores.read
+
+    def die(scores):
+        if next(numbers) == 2:
+            raise RuntimeError("Connection closed by peer")
+        return tally(scores)
+
+    monkeypatch.setattr(StepScores, "read", die)
+    stopped = train(tmp_path)
+    assert "closed by peer" in str(stopped.error) and [row["step"] for row in stopped.rows] == [1, 2]
+    assert "train/loss" in stopped.rows[1] and "train/miou" not in stopped.rows[1]
+    assert read(tmp_path / "last.safetensors").info["progress"]["step"] == 2
+    rest = train(tmp_path, start=True)
+    assert without_timings(rest.rows) == [row for row in without_timings(whole.rows) if row["step"] > 2]
